@@ -1,0 +1,18 @@
+"""The two ways a program of this project ends badly, and the hint that goes with a misspelt word."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """What the user gave is wrong: one sentence that names it and says what to do. Programs print it and exit 2."""
+
+
+class Failure(Exception):
+    """Something broke that is not the user's input (a full disk, a lost rank). Programs print it and exit 1."""
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """`" Did you mean 'depth'?"` for the nearest of `choices`, or an empty string where none is near."""
+    near = difflib.get_close_matches(str(word), [str(choice) for choice in choices], n=1, cutoff=0.6)
+    return f" Did you mean '{near[0]}'?" if near else ""
