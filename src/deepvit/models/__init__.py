@@ -1,0 +1,15 @@
+"""The Vision Transformer, its attention variants and its named configurations."""
+
+from deepvit.models.attention import ATTENTIONS, Attention, HeadMix, ReAttention, ReAttentionLN, SelfAttention
+from deepvit.models.registry import (
+           attention_config,
+           build_model,
+           create_model,
+           list_attentions,
+           list_models,
+           model_config,
+)
+from deepvit.models.vit import Block, ViT
+
+__all__ = ["ATTENTIONS", "Attention", "Block", "HeadMix", "ReAttention", "ReAttentionLN", "SelfAttention", "ViT",
+           "attention_config", "build_model", "create_model", "list_attentions", "list_models", "model_config"]

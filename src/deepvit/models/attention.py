@@ -1,0 +1,193 @@
+"""Attention variants as interchangeable modules.
+
+Each has `forward(x)`, which may be fused, and `weights(x)`, which says what it means. One law holds for all, in eval
+mode: `merge(weights(x) @ v) == forward(x)`, where `q, k, v = split(x)`.
+A new variant is one subclass of `Attention` plus one YAML file in `conf/model/attention`.
+"""
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deepvit import ops
+from deepvit.errors import UserError
+
+ATTENTIONS: dict[str, type["Attention"]] = {}  # class name -> class, filled as the classes are defined
+Stage = Literal["final", "softmax"]
+
+
+class Attention(nn.Module):
+    """Multi-head attention over tokens: qkv projection, a rule for the maps, output projection.
+
+    Subclasses say how `q, k, v` become the output (`attend`) and what the maps are (`maps`).
+
+    Args:
+        dim: width D of the tokens.
+        num_heads: H. D need not be H * head_dim when `head_dim` is given.
+        head_dim: width of a head; default D / H.
+        qkv_bias, proj_bias: biases of the two projections.
+        qk_scale: factor on `q k^T`; default head_dim^-0.5.
+        attn_drop, proj_drop: dropout rates on the maps and after the output projection.
+        map_scale: factor on the final maps, for variants that have one (the published `transform_scale`).
+        qk_norm, scale_norm, norm_layer: accepted for timm's `attn_layer` and refused if switched on.
+    """
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        ATTENTIONS[cls.__name__] = cls
+
+    def __init__(self, dim: int, num_heads: int = 8, head_dim: int | None = None, qkv_bias: bool = True,
+                 qk_scale: float | None = None, attn_drop: float = 0.0, proj_drop: float = 0.0,
+                 map_scale: float = 1.0, proj_bias: bool = True, qk_norm: bool = False, scale_norm: bool = False,
+                 norm_layer: type | None = None, device=None, dtype=None):
+        super().__init__()
+        if qk_norm or scale_norm:
+            raise UserError(f"{type(self).__name__} has no qk_norm or scale_norm; leave them off.")
+        if head_dim is None and dim % num_heads:
+            raise UserError(f"The width {dim} does not divide into {num_heads} heads: "
+                            f"change embed_dim or num_heads, or give head_dim.")
+        factory = {"device": device, "dtype": dtype}
+        self.num_heads, self.head_dim = num_heads, head_dim or dim // num_heads
+        self.scale = qk_scale or self.head_dim**-0.5
+        self.map_scale, self.attn_drop = map_scale, attn_drop
+        inner = self.num_heads * self.head_dim
+        self.qkv = nn.Linear(dim, 3 * inner, bias=qkv_bias, **factory)  # rows: all q, all k, all v; heads outer
+        self.proj = nn.Linear(inner, dim, bias=proj_bias, **factory)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens `[B, N, D]` -> q, k, v, each `[B, H, N, d]` (views of one tensor)."""
+        B, N, _ = x.shape
+        qkv = self.qkv(x).view(B, N, 3, self.num_heads, self.head_dim)
+        return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+
+    def merge(self, heads: Tensor) -> Tensor:
+        """Heads' outputs `[B, H, N, d]` -> tokens `[B, N, D]`."""
+        return self.proj_drop(self.proj(heads.transpose(1, 2).flatten(2)))
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Tokens `[B, N, D]` -> `[B, N, D]`. Masks are part of timm's call and refused."""
+        if attn_mask is not None or is_causal:
+            raise UserError(f"{type(self).__name__} takes no attention mask.")
+        return self.merge(self.attend(*self.split(x)))
+
+    def weights(self, x: Tensor, stage: Stage = "final") -> Tensor:
+        """The maps `[B, H, N, N]` (rows: queries) that multiply v; `stage="softmax"`: before the heads are exchanged.
+
+        Draws no random numbers (attention dropout is left out) and never moves a norm's running statistics.
+        """
+        q, k, _ = self.split(x)
+        return self.softmax(q, k) if stage == "softmax" else self.maps(q, k)
+
+    def softmax(self, q: Tensor, k: Tensor) -> Tensor:
+        return ops.softmax_maps(q, k, self.scale)  # [B, H, N, N], rows sum to 1
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q, k, v `[B, H, N, d]` -> `[B, H, N, d]`; by default straight from the definition."""
+        return F.dropout(self.maps(q, k), self.attn_drop, self.training) @ v
+
+    def maps(self, q: Tensor, k: Tensor) -> Tensor:
+        raise TypeError(f"{type(self).__name__} must define maps(q, k)")
+
+
+class SelfAttention(Attention):
+    """Softmax attention (Vaswani et al., arXiv:1706.03762) by torch's fused `scaled_dot_product_attention`."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop if self.training else 0.0,
+                                              scale=self.scale)
+
+    def maps(self, q: Tensor, k: Tensor) -> Tensor:
+        return self.softmax(q, k)
+
+
+class HeadMix(nn.Module):
+    """The learned mix of heads Theta: `weight` `[H, H]` (row = new head, column = source head), `bias` `[H]`."""
+
+    def __init__(self, num_heads: int, bias: bool = True, init: str = "random", device=None, dtype=None):
+        super().__init__()
+        self.init = init
+        self.weight = nn.Parameter(torch.empty(num_heads, num_heads, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(num_heads, device=device, dtype=dtype)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """`random`: U(+-1/sqrt(H)), PyTorch's default of the published 1x1 convolution; `normal`: N(0, 1), as
+        vit-pytorch; `identity`: the heads as they are. (Theta of the identity was reported to give similar results.)"""
+        bound = 1 / math.sqrt(len(self.weight))
+        draw = {"random": lambda weight: nn.init.uniform_(weight, -bound, bound), "normal": nn.init.normal_,
+                "identity": nn.init.eye_}
+        draw[self.init](self.weight)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound) if self.init == "random" else nn.init.zeros_(self.bias)
+
+
+class ReAttention(Attention):
+    """Re-attention: the softmax maps mixed over heads by Theta, then BatchNorm over heads (arXiv:2103.11886, eq. 3).
+
+    Args:
+        mix: learn Theta; without it and with `norm` this is the control `norm_only`.
+        norm: BatchNorm over heads after the mix, as the published code; without it: `reattention_fc`.
+        theta_init: `random` as published, `identity`, or `normal`.
+        norm_eps: eps of that norm. Near initialisation the variance of the maps is far below the published 1e-5,
+            so eps acts as a temperature there.
+    """
+
+    def __init__(self, dim: int, num_heads: int = 8, mix: bool = True, norm: bool = True,
+                 theta_init: Literal["random", "identity", "normal"] = "random", norm_eps: float = 1e-5, **kwargs):
+        super().__init__(dim, num_heads, **kwargs)
+        factory = {name: kwargs[name] for name in ("device", "dtype") if name in kwargs}
+        self.mix = HeadMix(num_heads, init=theta_init, **factory) if mix else None
+        self.norm = nn.BatchNorm2d(num_heads, eps=norm_eps, **factory) if norm else None
+        self.track_stats = True  # off while a checkpointed block is recomputed: see models/recompute.py
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        track = self.training and self.track_stats
+        if track and self.norm is not None:
+            self.norm.num_batches_tracked.add_(1)
+        return ops.reattention(q, k, v, *self._theta(), norm=self._head_norm(track), scale=self.scale,
+                               map_scale=self.map_scale, dropout_p=self.attn_drop, training=self.training)
+
+    def maps(self, q: Tensor, k: Tensor) -> Tensor:
+        return ops.exchange_heads(self.softmax(q, k), *self._theta(), norm=self._head_norm(track=False),
+                                  map_scale=self.map_scale, training=self.training)
+
+    def _theta(self) -> tuple[Tensor | None, Tensor | None]:
+        return (None, None) if self.mix is None else (self.mix.weight, self.mix.bias)
+
+    def _head_norm(self, track: bool) -> ops.HeadNorm | None:
+        """The norm as tensors. In training without `track` the statistics are copies, whose update leaves no trace."""
+        norm = self.norm
+        if norm is None:
+            return None
+        running = (norm.running_mean, norm.running_var)
+        if self.training and not track:
+            running = (norm.running_mean.clone(), norm.running_var.clone())
+        return ops.HeadNorm(norm.weight, norm.bias, *running, norm.eps, norm.momentum)
+
+
+class ReAttentionLN(Attention):
+    """Re-attention with LayerNorm over the head axis at each map entry, as vit-pytorch and DeepViT-flax have it.
+
+    The mix has no bias; dropout acts on the softmax maps before the mix (vit-pytorch since 0.30).
+    """
+
+    def __init__(self, dim: int, num_heads: int = 8, theta_init: Literal["random", "identity", "normal"] = "normal",
+                 norm_eps: float = 1e-5, **kwargs):
+        super().__init__(dim, num_heads, **kwargs)
+        factory = {name: kwargs[name] for name in ("device", "dtype") if name in kwargs}
+        self.mix = HeadMix(num_heads, bias=False, init=theta_init, **factory)
+        self.norm = nn.LayerNorm(num_heads, eps=norm_eps, **factory)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self._exchange(F.dropout(self.softmax(q, k), self.attn_drop, self.training)) @ v
+
+    def maps(self, q: Tensor, k: Tensor) -> Tensor:
+        return self._exchange(self.softmax(q, k))
+
+    def _exchange(self, maps: Tensor) -> Tensor:
+        mixed = ops.mix_heads(maps, self.mix.weight)  # [B, H, N, N]
+        return self.norm(mixed.movedim(1, -1)).movedim(-1, 1) * self.map_scale

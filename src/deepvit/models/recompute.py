@@ -1,0 +1,26 @@
+"""Gradient checkpointing that leaves a re-attention's BatchNorm statistics as if nothing had been recomputed."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from deepvit.models.attention import ReAttention
+
+
+def checkpoint_block(block: nn.Module, x: Tensor) -> Tensor:
+    """`block(x)` that keeps only `x` for the backward pass. x: `[B, N, D]`."""
+    return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _without_tracking(block)))
+
+
+@contextmanager
+def _without_tracking(block: nn.Module) -> Iterator[None]:
+    norms = [module for module in block.modules() if isinstance(module, ReAttention)]
+    for module in norms:
+        module.track_stats = False
+    try:
+        yield
+    finally:
+        for module in norms:
+            module.track_stats = True

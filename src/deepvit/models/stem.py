@@ -1,0 +1,54 @@
+"""From pictures to tokens: `[B, in_chans, height, width]` -> `[B, N, D]`, row by row."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deepvit.errors import UserError
+
+Size = tuple[int, int]
+
+
+class PatchStem(nn.Module):
+    """One convolution with kernel = stride = patch (Dosovitskiy et al., arXiv:2010.11929).
+
+    With `norm` the flattened patch is layer-normed before the projection and the token after it, as vit-pytorch has
+    it since 1.0; the patch is flattened as `(channel, row, column)`.
+    """
+
+    def __init__(self, in_chans: int, embed_dim: int, patch_size: Size, norm: bool = False, norm_eps: float = 1e-5):
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, patch_size)
+        self.norm_in = nn.LayerNorm(in_chans * patch_size[0] * patch_size[1], norm_eps) if norm else None
+        self.norm_out = nn.LayerNorm(embed_dim, norm_eps) if norm else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.norm_in is None:
+            return self.proj(x).flatten(2).mT  # [B, N, D]
+        patches = F.unfold(x, self.patch_size, stride=self.patch_size).mT  # [B, N, C*p*p]
+        return self.norm_out(F.linear(self.norm_in(patches), self.proj.weight.flatten(1), self.proj.bias))
+
+
+class ConvStem(nn.Module):
+    """Three convolutions, the DeepViT-S and -L stem: 7x7/2, 3x3, then patch/2 with stride patch/2 (after T2T-ViT)."""
+
+    def __init__(self, in_chans: int, embed_dim: int, patch_size: Size, norm: bool = False, norm_eps: float = 1e-5):
+        super().__init__()
+        if norm:
+            raise UserError("model.patch_norm goes with stem=patch only: leave it off with stem=conv.")
+        if patch_size[0] % 2 or patch_size[1] % 2:
+            raise UserError(f"stem=conv halves the picture first: patch_size {patch_size} must be even.")
+        half = (patch_size[0] // 2, patch_size[1] // 2)
+        self.conv1 = nn.Conv2d(in_chans, 64, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.conv2 = nn.Conv2d(64, 64, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(64)
+        self.proj = nn.Conv2d(64, embed_dim, half, half)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))  # [B, 64, height/2, width/2]
+        x = F.relu(self.bn2(self.conv2(x)))
+        return self.proj(x).flatten(2).mT  # [B, N, D]
+
+
+STEMS: dict[str, type[nn.Module]] = {"patch": PatchStem, "conv": ConvStem}

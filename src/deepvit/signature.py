@@ -1,0 +1,77 @@
+"""Names and types of given values, checked against the signature that will receive them."""
+
+import inspect
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from deepvit.errors import UserError, did_you_mean
+
+
+def check_arguments(function: Callable, given: Mapping[str, Any], where: str) -> None:
+    """Refuses what `function(**given)` would: unknown names (with what was meant), missing ones, values of a wrong type.
+
+    Args:
+        function: a function or class whose parameters are annotated.
+        where: the config path in the message, e.g. `"model"` -> "model.dpeth is not a setting".
+    """
+    parameters = {name: p for name, p in inspect.signature(function).parameters.items()
+                  if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    hints = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)
+    for name, value in given.items():
+        if name not in parameters:
+            raise UserError(f"{where}.{name} is not a setting.{did_you_mean(name, parameters)}"
+                            f" The settings are: {', '.join(sorted(parameters))}.")
+        if name in hints and not fits(value, hints[name]):
+            raise UserError(f"{where}.{name} is {value!r}, which is not {describe(hints[name])}.")
+    for name, parameter in parameters.items():
+        if parameter.default is parameter.empty and name not in given:
+            raise UserError(f"{where}.{name} is missing: give it {describe(hints.get(name, Any))}.")
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether `value`, as YAML gives it, serves where `hint` is asked for (an int for a float, a list for a tuple)."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(fits(value, option) for option in arguments)
+    if origin is typing.Literal:
+        return value in arguments
+    if hint is None or hint is type(None):
+        return value is None
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return _fits_container(value, origin, arguments) if origin else isinstance(value, hint)
+
+
+def _fits_container(value: Any, origin: Any, arguments: tuple) -> bool:
+    if issubclass(origin, Mapping):
+        return isinstance(value, Mapping)
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        return False
+    if origin is tuple and Ellipsis not in arguments:
+        return len(value) == len(arguments) and all(map(fits, value, arguments))
+    return all(fits(item, arguments[0]) for item in value)
+
+
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", type(None): "null"}
+
+
+def describe(hint: Any) -> str:
+    """The type in a user's words: `int | None` -> "a whole number or null"."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(describe(option) for option in arguments)
+    if origin is typing.Literal:
+        return "one of " + ", ".join("null" if option is None else str(option) for option in arguments)
+    if origin and issubclass(origin, Mapping):
+        return "a mapping"
+    if origin is tuple and Ellipsis not in arguments:
+        return f"a list of {len(arguments)}"
+    if origin:
+        return f"a list of {describe(arguments[0]).removeprefix('a ')}s"
+    return _WORDS.get(hint, getattr(hint, "__name__", str(hint)))
