@@ -1,0 +1,158 @@
+"""What a data set is to the rest of the project: targets in an array, pictures on demand, memory flat across workers."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from deepvit.data.decode import BadPicture, Picture, decode, read_bytes, to_tensor
+
+IN_MEMORY_MB = 512  # a folder whose decoded pictures fit is decoded once and kept
+
+
+class ImageSet:
+    """Labelled pictures. `targets` is int64 [n]; index i is the same picture in every process.
+
+    Anything of the size of the set lives in numpy arrays: Python lists would be copied into every worker, page by
+    page, as their reference counts are touched.
+    """
+
+    targets: np.ndarray
+    refused: int = 0  # pictures that the fast decoder refused and PIL read, in this process
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def name(self, index: int) -> str:
+        """Path or identifier of a picture, for messages and per-image results."""
+        raise NotImplementedError
+
+    def picture(self, index: int) -> Picture:
+        """RGB picture: PIL, or uint8 [3, H, W]. Raises BadPicture with the reason."""
+        raise NotImplementedError
+
+    def take(self, indices: np.ndarray) -> "ImageSet":
+        """The set of the given indices, in their order."""
+        raise NotImplementedError
+
+    def prepare(self) -> None:
+        """Called in the main process before pictures are asked for in others: load what is worth keeping."""
+
+
+class ArraySet(ImageSet):
+    """Pictures already decoded: uint8 [n, H, W, 3]."""
+
+    def __init__(self, pixels: np.ndarray, targets: np.ndarray, label: str, *, decoder: str = "torchvision",
+                 ids: np.ndarray | None = None):
+        self.pixels, self.targets, self.label, self.decoder = pixels, targets.astype(np.int64), label, decoder
+        self.ids = np.arange(len(targets)) if ids is None else ids
+
+    def name(self, index: int) -> str:
+        return f"{self.label}/{self.ids[index]}"
+
+    def picture(self, index: int) -> Picture:
+        pixels = self.pixels[index]  # [H, W, 3]
+        return Image.fromarray(pixels) if self.decoder == "pil" else torch.from_numpy(pixels).permute(2, 0, 1)
+
+    def take(self, indices: np.ndarray) -> "ArraySet":
+        return ArraySet(self.pixels[indices], self.targets[indices], self.label, decoder=self.decoder,
+                        ids=self.ids[indices])
+
+
+class FileSet(ImageSet):
+    """Pictures in files `root/<folder of the class>/<name>`; a small set is decoded once, in `prepare`."""
+
+    def __init__(self, root: Path, folders: list[str], names: np.ndarray, targets: np.ndarray, *, decoder: str,
+                 in_memory_mb: int = IN_MEMORY_MB):
+        self.root, self.folders, self.names = Path(root), folders, names  # names: bytes ['S' n], relative to the folder
+        self.targets, self.decoder, self.in_memory_mb = targets.astype(np.int64), decoder, in_memory_mb
+        self.kept: Kept | None = None
+
+    def name(self, index: int) -> str:
+        file = self.names[index].decode("utf-8", "surrogateescape")
+        return f"{self.root}/{self.folders[self.targets[index]]}/{file}"
+
+    def picture(self, index: int) -> Picture:
+        if self.kept is not None:
+            return self.kept.picture(index, self.decoder)
+        picture, refused = decode(read_bytes(self.name(index)), self.decoder)
+        self.refused += refused
+        return picture
+
+    def take(self, indices: np.ndarray) -> "FileSet":
+        return FileSet(self.root, self.folders, self.names[indices], self.targets[indices], decoder=self.decoder,
+                       in_memory_mb=self.in_memory_mb)
+
+    def prepare(self) -> None:
+        if self.kept is None and self._fits():
+            self.kept = Kept.decode_all(self)
+
+    def _fits(self) -> bool:
+        """Estimated from up to 32 files: a JPEG of photographs decodes to some 5 to 30 times its bytes."""
+        sample = np.linspace(0, len(self) - 1, num=min(32, len(self)), dtype=np.int64)
+        return len(self) * self._mean_bytes(sample) <= self.in_memory_mb * 2**20
+
+    def _mean_bytes(self, sample: np.ndarray) -> float:
+        sizes = []
+        for index in sample:
+            try:
+                with Image.open(self.name(int(index))) as image:
+                    sizes.append(3 * image.width * image.height)
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+                continue  # a bad picture weighs nothing here; it is reported when it is asked for
+        return float(np.mean(sizes)) if sizes else 0.0
+
+
+@dataclass
+class Kept:
+    """Decoded pictures of any sizes, end to end in one buffer that forked workers share."""
+
+    pixels: np.ndarray  # uint8 [sum of H * W * 3]
+    starts: np.ndarray  # int64 [n]
+    shapes: np.ndarray  # int32 [n, 2], height and width; 0, 0 for a bad picture
+    reasons: dict[int, str] = field(default_factory=dict)
+
+    @staticmethod
+    def decode_all(images: FileSet) -> "Kept":
+        parts, shapes, reasons = [], np.zeros((len(images), 2), np.int32), {}
+        for index in range(len(images)):
+            try:
+                picture = images.picture(index)
+            except BadPicture as bad:
+                reasons[index] = str(bad)
+                continue
+            pixels = (to_tensor(picture) if isinstance(picture, Image.Image) else picture).permute(1, 2, 0).numpy()
+            shapes[index] = pixels.shape[:2]
+            parts.append(pixels.reshape(-1))
+        lengths = shapes.astype(np.int64).prod(axis=1) * 3
+        pixels = np.concatenate(parts) if parts else np.zeros(0, np.uint8)
+        return Kept(pixels, np.cumsum(lengths) - lengths, shapes, reasons)
+
+    def picture(self, index: int, decoder: str) -> Picture:
+        if index in self.reasons:
+            raise BadPicture(self.reasons[index])
+        (height, width), start = self.shapes[index], self.starts[index]
+        pixels = self.pixels[start:start + int(height) * int(width) * 3].reshape(height, width, 3)
+        return Image.fromarray(pixels) if decoder == "pil" else torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+@dataclass(frozen=True)
+class Splits:
+    """A training and a validation set over the same classes, in class-index order."""
+
+    train: ImageSet
+    val: ImageSet
+    class_names: list[str]  # readable
+    class_ids: list[str]  # folder names (wnids for ImageNet); what a checkpoint stores and evaluation compares
+
+
+def balanced_part(targets: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Sorted indices of a fixed, class-balanced part: of each class round(fraction * its size), at least one."""
+    chosen = []
+    for target in np.unique(targets):
+        members = np.flatnonzero(targets == target)
+        order = np.random.Generator(np.random.PCG64([seed, int(target)])).permutation(len(members))
+        chosen.append(members[order[:max(1, round(fraction * len(members)))]])
+    return np.sort(np.concatenate(chosen))

@@ -1,0 +1,191 @@
+"""Batches for training and evaluation: one DataLoader per run, whose item is a whole micro-batch."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from deepvit.data.decode import BadPicture
+from deepvit.data.imageset import ImageSet
+from deepvit.data.randomness import generators_kept, seed_sample
+from deepvit.data.stream import Draw, Stream
+from deepvit.data.transforms import Patch, Transform
+from deepvit.errors import Failure, UserError
+
+LONGEST_SEARCH = 100  # bad pictures in a row before giving up on finding a replacement
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A picture that could not be used. `replaced_by` is the index shown instead; None: black, to be counted wrong."""
+
+    index: int
+    name: str
+    reason: str
+    replaced_by: int | None
+
+
+@dataclass
+class Erasures:
+    """Rectangles to write into a normalised batch."""
+
+    places: Tensor  # int64 [k, 5]: row of the batch, top, left, height, width
+    values: Tensor  # float32 [sum of 3 * height * width], one after the other
+
+
+@dataclass
+class Batch:
+    """One micro-batch as the workers make it."""
+
+    images: Tensor  # uint8 [b, 3, S, S], channels last in memory
+    targets: Tensor  # int64 [b]
+    indices: Tensor  # int64 [b], of the pictures asked for
+    positions: Tensor  # int64 [b], place in the global batch (training) or in the set (evaluation)
+    erasures: Erasures
+    bad: list[Bad] = field(default_factory=list)
+    refused: int = 0  # pictures that the fast decoder refused and PIL read
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def pin_memory(self) -> "Batch":
+        """Called by the DataLoader's pinning thread."""
+        for part in (self, self.erasures):
+            for one in fields(part):
+                value = getattr(part, one.name)
+                if isinstance(value, Tensor):
+                    setattr(part, one.name, value.pin_memory())
+        return self
+
+
+class _Batches(Dataset):
+    """Draw -> Batch, or the UserError that this led to (raised in a worker it would come back as a traceback)."""
+
+    def __init__(self, images: ImageSet, transform: Transform, seed: int, on_error: str):
+        self.images, self.transform, self.seed, self.on_error = images, transform, seed, on_error
+
+    def __getitem__(self, draw: Draw) -> Batch | UserError:
+        try:
+            with generators_kept() if self.transform.random else nullcontext():
+                return self._batch(draw)
+        except UserError as error:
+            return error
+
+    def _batch(self, draw: Draw) -> Batch:
+        refused, bad, patches = self.images.refused, [], []
+        pixels = torch.empty(len(draw.indices), *self.transform.size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+        targets = torch.empty(len(draw.indices), dtype=torch.int64)
+        for row, (epoch, index, repeat) in enumerate(zip(draw.epochs.tolist(), draw.indices.tolist(),
+                                                         draw.repeats.tolist(), strict=True)):
+            picture, used = self._picture(index, bad)
+            targets[row] = int(self.images.targets[used])
+            if picture is None:
+                pixels[row] = 0
+                continue
+            if self.transform.random:
+                seed_sample(self.seed, epoch, index, repeat)
+            pixels[row], erased = self.transform(picture)
+            patches += [(row, *patch) for patch in erased]
+        return Batch(pixels, targets, torch.from_numpy(draw.indices), torch.from_numpy(draw.positions),
+                     _pack(patches), bad, self.images.refused - refused)
+
+    def _picture(self, index: int, bad: list[Bad]):
+        """(picture, index used). A bad one: the next that is good (training), black (report), or a UserError (stop)."""
+        used = index
+        for _ in range(LONGEST_SEARCH):
+            try:
+                picture = self.images.picture(used)
+            except BadPicture as reason:
+                first = str(reason) if used == index else first
+                if self.on_error == "stop":
+                    raise UserError(f"{self.images.name(used)} is not a usable picture: {reason}. Mend or remove it, or "
+                                    "give data.on_error=report to count such pictures as wrong.") from reason
+                if self.on_error == "report":
+                    bad.append(Bad(index, self.images.name(index), first, None))
+                    return None, index
+                used = (used + 1) % len(self.images)
+                continue
+            if used != index:
+                bad.append(Bad(index, self.images.name(index), first, used))
+            return picture, used
+        raise UserError(f"{LONGEST_SEARCH} pictures in a row cannot be used, from {self.images.name(index)} on: {first}.")
+
+
+def _pack(patches: Sequence[tuple[int, *Patch]]) -> Erasures:
+    places = [(row, top, left, *values.shape[1:]) for row, top, left, values in patches]
+    flat = [values.reshape(-1) for *_, values in patches]
+    return Erasures(torch.tensor(places, dtype=torch.int64).reshape(-1, 5),
+                    torch.cat(flat) if flat else torch.empty(0))
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
+
+
+def _run(dataset: _Batches, draws: Stream | Sequence[Draw], workers: int, pin: bool) -> Iterator[Batch]:
+    dataset.images.prepare()
+    loader = DataLoader(dataset, batch_size=None, sampler=draws, num_workers=workers, collate_fn=_as_it_is,
+                        pin_memory=pin, generator=torch.Generator())  # own generator: iter() would draw from torch's
+    try:
+        for batch in loader:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise Failure(f"A process that loads pictures died ({str(error).splitlines()[0]}); with too little memory or "
+                      "shared memory (/dev/shm), lower data.workers.") from error
+
+
+def train_batches(images: ImageSet, transform: Transform, *, seed: int, batch_size: int, steps: int,
+                  start_step: int = 0, rank: int = 0, world: int = 1, accumulation: int = 1, workers: int = 0,
+                  repeats: int = 1, max_bad: int = 100, pin: bool = False) -> Iterator[list[Batch]]:
+    """One list of `accumulation` micro-batches for each optimizer step in [start_step, steps).
+
+    Args:
+        batch_size: of all ranks together; rank r gets the r-th contiguous part of every global batch.
+        repeats: repeated augmentation; every picture stands that many times in its batch.
+        max_bad: distinct bad pictures (replaced by the next good one) that this rank accepts.
+        pin: batches in page-locked memory, for a GPU.
+    Raises:
+        UserError for sizes that do not divide and for too many bad pictures; Failure if a worker dies.
+    """
+    stream = Stream(len(images), seed, batch_size, steps, start_step, rank, world, accumulation, repeats)
+    return _steps(_run(_Batches(images, transform, seed, "replace"), stream, workers, pin), accumulation, max_bad)
+
+
+def _steps(batches: Iterator[Batch], accumulation: int, max_bad: int) -> Iterator[list[Batch]]:
+    seen, step = set(), []
+    for batch in batches:
+        seen.update(bad.index for bad in batch.bad)
+        if len(seen) > max_bad:
+            last = batch.bad[-1]
+            raise UserError(f"{len(seen)} pictures cannot be used, more than data.max_bad={max_bad}; the last is "
+                            f"{last.name}: {last.reason}.")
+        step.append(batch)
+        if len(step) == accumulation:
+            yield step
+            step = []
+
+
+def eval_batches(images: ImageSet, preprocess: Transform, *, batch_size: int, rank: int = 0, world: int = 1,
+                 workers: int = 0, on_error: str = "stop", pin: bool = False) -> Iterator[Batch]:
+    """Every picture exactly once over all ranks: rank r has [r n / world, (r + 1) n / world), the last batch is short.
+
+    Ranks may have different numbers of batches (also none), so nothing collective may happen per batch. A bad picture
+    raises UserError with its name (`stop`), or comes as a black image listed in `Batch.bad` (`report`).
+    """
+    if on_error not in ("stop", "report"):
+        raise UserError(f"data.on_error={on_error} is none of stop, report.")
+    first, end = (len(images) * part // world for part in (rank, rank + 1))
+    draws = []
+    for start in range(first, end, batch_size):
+        indices = np.arange(start, min(start + batch_size, end))
+        zeros = np.zeros_like(indices)
+        draws.append(Draw(zeros, indices, zeros, indices))
+    return _run(_Batches(images, preprocess, 0, on_error), draws, min(workers, len(draws)), pin)

@@ -1,0 +1,122 @@
+"""On the device: normalise, mix, erase, and make the targets. Everything random here is a function of (seed, step)."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deepvit.data.loader import Batch, Erasures
+from deepvit.data.stream import stable_hash
+from deepvit.errors import UserError
+
+
+class Prepare:
+    """Batch of uint8 -> what the model and the loss take.
+
+    In training, in timm's order (its prefetching loader): mixup (Zhang et al., arXiv:1710.09412) or cutmix (Yun et
+    al., arXiv:1905.04899) in timm's batch mode, then the erasing that the workers drew. The partner of position p of
+    the global batch is p ^ 1, and one lambda or rectangle serves the whole global batch of a step, so the result does
+    not depend on ranks or accumulation.
+
+    Args:
+        mean, std: per channel, of values in 0..1.
+        mixup, cutmix: alpha of the Beta distribution; 0 is off.
+        mix_prob: probability that a step is mixed at all; switch_prob: that it is cutmix where both are on.
+        label_smoothing: this much of the target is spread over all classes.
+    """
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], num_classes: int, mixup: float = 0.0,
+                 cutmix: float = 0.0, mix_prob: float = 1.0, switch_prob: float = 0.5, label_smoothing: float = 0.0,
+                 seed: int = 0):
+        self.mean, self.std = (torch.tensor(values).view(1, -1, 1, 1) * 255 for values in (mean, std))  # [1, 3, 1, 1]
+        self.num_classes, self.mixup, self.cutmix = num_classes, mixup, cutmix
+        self.mix_prob, self.switch_prob, self.label_smoothing, self.seed = mix_prob, switch_prob, label_smoothing, seed
+        self._check()
+
+    def _check(self) -> None:
+        for name in ("mixup", "cutmix"):
+            if getattr(self, name) < 0:
+                raise UserError(f"augment.{name}={getattr(self, name)} must be 0 (off) or above.")
+        for name in ("mix_prob", "switch_prob"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"augment.{name}={getattr(self, name)} is a probability, between 0 and 1.")
+        if not 0 <= self.label_smoothing < 1:
+            raise UserError(f"augment.label_smoothing={self.label_smoothing} must be at least 0 and below 1.")
+
+    @property
+    def mixes(self) -> bool:
+        """Whether training needs partners, so micro-batches of even size."""
+        return self.mix_prob > 0 and (self.mixup > 0 or self.cutmix > 0)
+
+    def __call__(self, batch: Batch, step: int, device: torch.device | str, training: bool) -> tuple[Tensor, Tensor]:
+        """-> (x float32 [b, 3, S, S] normalised, y): soft targets [b, C] if mixed or smoothed, else int64 [b]."""
+        x = self._normalise(batch.images, device)
+        y = batch.targets.to(device, non_blocking=True)
+        if not training:
+            return x, y
+        if self.mixes:
+            lam, box = self.mixing(step, tuple(x.shape[-2:]))
+            x, y = self._mix(x, y, lam, box)
+        elif self.label_smoothing > 0:
+            y = self._soft(y)
+        return _erase(x, batch.erasures), y
+
+    def mixing(self, step: int, size: tuple[int, int]) -> tuple[float, tuple[int, int, int, int] | None]:
+        """(lambda, box) of a step: box (top, bottom, left, right) for cutmix, None for mixup; lambda 1: no mixing.
+
+        The distribution is that of timm's Mixup: cutmix's lambda is corrected to the area cut.
+        """
+        random = np.random.Generator(np.random.PCG64(stable_hash("mix", self.seed, step)))
+        if random.random() >= self.mix_prob:
+            return 1.0, None
+        cut = self.cutmix > 0 and (self.mixup <= 0 or random.random() < self.switch_prob)
+        alpha = self.cutmix if cut else self.mixup
+        lam = float(random.beta(alpha, alpha))
+        if not cut:
+            return lam, None
+        sides = [int(side * np.sqrt(1 - lam)) for side in size]
+        centres = [int(random.integers(side)) for side in size]
+        top, left = (max(0, centre - side // 2) for centre, side in zip(centres, sides, strict=True))
+        bottom, right = (min(whole, centre + (side + 1) // 2)
+                         for whole, centre, side in zip(size, centres, sides, strict=True))
+        return 1.0 - (bottom - top) * (right - left) / (size[0] * size[1]), (top, bottom, left, right)
+
+    def _normalise(self, images: Tensor, device: torch.device | str) -> Tensor:
+        x = images.to(device, non_blocking=True).to(torch.float32, memory_format=torch.contiguous_format)
+        if self.mean.device != x.device:
+            self.mean, self.std = self.mean.to(x.device), self.std.to(x.device)
+        return x.sub_(self.mean).div_(self.std)
+
+    def _soft(self, targets: Tensor) -> Tensor:
+        off = self.label_smoothing / self.num_classes
+        soft = torch.full((len(targets), self.num_classes), off, device=targets.device)  # [b, C], rows sum to 1
+        return soft.scatter_(1, targets[:, None], 1.0 - self.label_smoothing + off)
+
+    def _mix(self, x: Tensor, targets: Tensor, lam: float, box: tuple[int, int, int, int] | None
+             ) -> tuple[Tensor, Tensor]:
+        if len(x) % 2:
+            raise UserError(f"Mixup and cutmix need micro-batches of even size, but this one has {len(x)} pictures: "
+                            "choose data.batch_size so that each device's share is even.")
+        y = self._soft(targets)
+        if lam == 1.0:
+            return x, y
+        if box is None:
+            x = x * lam + _partners(x) * (1.0 - lam)
+        else:
+            top, bottom, left, right = box
+            x[:, :, top:bottom, left:right] = _partners(x[:, :, top:bottom, left:right])
+        return x, y * lam + _partners(y) * (1.0 - lam)
+
+
+def _partners(rows: Tensor) -> Tensor:
+    """Each row's neighbour: 1, 0, 3, 2, ... A copy."""
+    return rows.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+
+
+def _erase(x: Tensor, erasures: Erasures) -> Tensor:
+    values = erasures.values.to(x.device, non_blocking=True)
+    start = 0
+    for row, top, left, height, width in erasures.places.tolist():
+        end = start + 3 * height * width
+        x[row, :, top:top + height, left:left + width] = values[start:end].view(3, height, width)
+        start = end
+    return x

@@ -1,0 +1,150 @@
+"""`load(source, ...)`: the data sets by name, cut to a fraction or to the first classes where asked."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from deepvit.data.decode import resolve_decoder
+from deepvit.data.folders import (check_has_classes, check_same_classes, class_folders, existing, readable_names, scan,
+                                  split_folder)
+from deepvit.data.imageset import IN_MEMORY_MB, ArraySet, FileSet, Splits, balanced_part
+from deepvit.errors import UserError, did_you_mean
+
+TRAIN, VAL = ("train", "training"), ("val", "valid", "validation", "test", "eval")
+
+
+def load(source: str, *, root: str | None = None, fraction: float = 1.0, classes: int | None = None,
+         val_fraction: float | None = None, seed: int = 0, decoder: str = "auto", in_memory_mb: int = IN_MEMORY_MB,
+         name: str | None = None, train_split: str = "train", val_split: str = "validation") -> Splits:
+    """A data set by its source.
+
+    Args:
+        source: `digits`, `imagenet`, `folder`, `cifar10` or `timm`.
+        root: folder of the pictures; not for `digits`.
+        fraction: a fixed, class-balanced part of the training pictures, in (0, 1].
+        classes: only the first k classes.
+        val_fraction: for `folder` without a val/: the fixed, class-balanced part of each class held out.
+        seed: of those two choices (not of the training).
+        decoder: `auto`, `torchvision` or `pil`.
+        in_memory_mb: a folder whose decoded pictures need less is kept in memory.
+        name, train_split, val_split: of a timm data set (`hfds/...`, `wds/...`, `torch/...`, or tar files in `root`).
+    Raises:
+        UserError for everything that is wrong with the folder or the arguments.
+    """
+    if source not in SOURCES:
+        raise UserError(f"data.source={source} is none of {', '.join(SOURCES)}.{did_you_mean(source, SOURCES)}")
+    if not 0 < fraction <= 1:
+        raise UserError(f"data.fraction={fraction} must be above 0 and at most 1.")
+    arguments = {"root": root, "val_fraction": val_fraction, "seed": seed, "decoder": resolve_decoder(decoder),
+                 "in_memory_mb": in_memory_mb, "classes": classes, "name": name, "train_split": train_split,
+                 "val_split": val_split}
+    splits = _first_classes(SOURCES[source](**arguments), classes)
+    if fraction < 1:
+        splits = replace(splits, train=splits.train.take(balanced_part(splits.train.targets, fraction, seed)))
+    return splits
+
+
+def _first_classes(splits: Splits, classes: int | None) -> Splits:
+    if _checked(classes, splits.class_ids) is None or classes == len(splits.class_ids):
+        return splits
+    return Splits(*(part.take(np.flatnonzero(part.targets < classes)) for part in (splits.train, splits.val)),
+                  splits.class_names[:classes], splits.class_ids[:classes])
+
+
+def _checked(classes: int | None, class_ids: list[str]) -> int | None:
+    if classes is not None and not 2 <= classes <= len(class_ids):
+        raise UserError(f"data.classes={classes}: this data has {len(class_ids)} classes; give 2 to {len(class_ids)}.")
+    return classes
+
+
+def _digits(*, root: str | None, val_fraction: float | None, decoder: str, **_: object) -> Splits:
+    """scikit-learn's 1797 handwritten digits of 8 x 8 pixels; always the same 1437 / 360."""
+    if root or val_fraction:
+        raise UserError("data=digits is built in and takes no data.root or data.val_fraction: for your own pictures "
+                        "use recipe=imagenet or data=folder.")
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+    digits = load_digits()
+    grey = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # [1797, 8, 8]; sklearn's values run from 0 to 16
+    pixels = np.repeat(grey[..., None], 3, axis=-1)
+    parts = train_test_split(np.arange(len(grey)), test_size=360, stratify=digits.target, random_state=0)
+    names = [str(name) for name in digits.target_names]
+    sets = [ArraySet(pixels[part], digits.target[part], "digits", decoder=decoder, ids=part)
+            for part in map(np.sort, parts)]
+    return Splits(*sets, names, names)
+
+
+def _imagenet(*, root: str | None, val_fraction: float | None, decoder: str, in_memory_mb: int, classes: int | None,
+              **_: object) -> Splits:
+    path = existing(root, "imagenet")
+    if val_fraction:
+        raise UserError("data=imagenet has its own val/ folder and takes no data.val_fraction: use data=folder.")
+    train, val = split_folder(path, ("train",)), split_folder(path, ("val", "validation"))
+    if train is None or val is None:
+        missing = "train/" if train is None else "val/"
+        raise UserError(f"data.root={root} has no {missing} folder: data=imagenet wants train/<wnid>/*.JPEG and "
+                        "val/<wnid>/*.JPEG (data=folder is for other folders).")
+    return _two_folders(train, val, decoder=decoder, in_memory_mb=in_memory_mb, classes=classes)
+
+
+def _folder(*, root: str | None, val_fraction: float | None, decoder: str, in_memory_mb: int, seed: int,
+            classes: int | None, **_: object) -> Splits:
+    path = existing(root, "folder")
+    train, val = split_folder(path, TRAIN), split_folder(path, VAL)
+    if train is not None and val is not None and not val_fraction:
+        return _two_folders(train, val, decoder=decoder, in_memory_mb=in_memory_mb, classes=classes)
+    if val is not None and train is None:
+        raise UserError(f"data.root={root} has {val.name}/ but no train/ folder.")
+    if not val_fraction:
+        raise UserError(f"{path} has no val/ folder: give data.val_fraction=0.1 to hold out a tenth of each class.")
+    if not 0 < val_fraction < 1:
+        raise UserError(f"data.val_fraction={val_fraction} must lie between 0 and 1.")
+    return _held_out(train or path, val_fraction, seed, decoder=decoder, in_memory_mb=in_memory_mb)
+
+
+def _two_folders(train: Path, val: Path, *, classes: int | None, **options: object) -> Splits:
+    ids, val_ids = class_folders(train), class_folders(val)
+    check_has_classes(train, ids)
+    check_has_classes(val, val_ids)
+    check_same_classes(ids, val_ids, train, val)
+    ids = ids[:_checked(classes, ids)]  # no time is spent on folders that are not used
+    sets = [FileSet(folder, ids, *scan(folder, ids), **options) for folder in (train, val)]
+    return Splits(*sets, readable_names(ids), ids)
+
+
+def _held_out(folder: Path, val_fraction: float, seed: int, **options: object) -> Splits:
+    ids = class_folders(folder)
+    check_has_classes(folder, ids)
+    images = FileSet(folder, ids, *scan(folder, ids), **options)
+    alone = np.flatnonzero(np.bincount(images.targets) < 2)
+    if len(alone):
+        raise UserError(f"The class folder {folder / ids[alone[0]]} has a single picture: data.val_fraction needs two.")
+    held = balanced_part(images.targets, val_fraction, seed)
+    rest = np.setdiff1d(np.arange(len(images)), held)
+    if len(np.unique(images.targets[rest])) < len(ids):
+        raise UserError(f"data.val_fraction={val_fraction} leaves a class of {folder} without training pictures.")
+    return Splits(images.take(rest), images.take(held), readable_names(ids), ids)
+
+
+def _cifar10(*, root: str | None, val_fraction: float | None, decoder: str, **options: object) -> Splits:
+    if not root:
+        raise UserError("data=cifar10 needs data.root: the folder that holds it as JPEGs ({train,test}/<class>/) or "
+                        "that torchvision shall download it to.")
+    path = Path(root).expanduser()
+    if split_folder(path, TRAIN) is not None:
+        return _folder(root=root, val_fraction=val_fraction, decoder=decoder, **options)
+    from torchvision.datasets import CIFAR10
+    try:
+        parts = [CIFAR10(path, train=train, download=True) for train in (True, False)]
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"CIFAR-10 is not in data.root={root} and could not be downloaded there ({error}).") from error
+    sets = [ArraySet(part.data, np.array(part.targets), f"cifar10/{split}", decoder=decoder)
+            for part, split in zip(parts, ("train", "test"), strict=True)]
+    return Splits(*sets, parts[0].classes, parts[0].classes)
+
+
+SOURCES: dict[str, Callable[..., Splits]] = {
+    "digits": _digits, "imagenet": _imagenet, "folder": _folder, "cifar10": _cifar10,
+}

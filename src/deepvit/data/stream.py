@@ -1,0 +1,94 @@
+"""Which picture stands where: a pure function of (seed, step, position), whatever the workers, ranks or restarts.
+
+The training data is an endless row of epochs, each a permutation. The global step s takes the places
+[s * u, (s + 1) * u) of it, u = batch_size / repeats pictures, so every batch is full and nothing is dropped; an epoch
+is `epoch_steps` steps, a fraction in general. With repeats, position b of a batch is repeat b // u of picture b % u,
+and an epoch uses n // repeats pictures (DeiT's repeated augmentation).
+"""
+
+import hashlib
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from deepvit.errors import UserError
+
+
+def stable_hash(*words: int | str) -> int:
+    """63 bits from the words; the same on every machine and in every process."""
+    text = b"".join(struct.pack("<q", word) if isinstance(word, int) else word.encode() for word in words)
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
+
+
+def epoch_steps(n: int, batch_size: int, repeats: int = 1) -> float:
+    """Steps of one epoch over n pictures."""
+    return max(1, n // repeats) * repeats / batch_size
+
+
+@lru_cache(maxsize=3)
+def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
+    """Order of the n pictures in an epoch, int64 [n]."""
+    generator = torch.Generator().manual_seed(stable_hash("order", seed, epoch))
+    return torch.randperm(n, generator=generator).numpy()
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The samples of one micro-batch; all int64 [b]."""
+
+    epochs: np.ndarray
+    indices: np.ndarray
+    repeats: np.ndarray
+    positions: np.ndarray  # in the global batch
+
+
+def draw(n: int, seed: int, step: int, positions: np.ndarray, batch_size: int, repeats: int = 1) -> Draw:
+    """The samples at these positions of the global batch of a step."""
+    unique, per_epoch = batch_size // repeats, max(1, n // repeats)
+    places = step * unique + positions % unique  # int64 [b], in the endless row
+    epochs, offsets = places // per_epoch, places % per_epoch
+    indices = np.empty_like(places)
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        indices[here] = permutation(n, seed, int(epoch))[offsets[here]]
+    return Draw(epochs, indices, positions // unique, positions)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The micro-batches of one rank, in order: `accumulation` of them for each step in [start_step, steps)."""
+
+    n: int
+    seed: int
+    batch_size: int  # global
+    steps: int
+    start_step: int = 0
+    rank: int = 0
+    world: int = 1
+    accumulation: int = 1
+    repeats: int = 1
+
+    def __post_init__(self) -> None:
+        if self.n < 1:
+            raise UserError("There are no training pictures.")
+        if self.batch_size < 1 or self.batch_size % (self.world * self.accumulation):
+            raise UserError(f"data.batch_size={self.batch_size} (global) cannot be shared evenly by {self.world} "
+                            f"device(s) with {self.accumulation} micro-batch(es) each: choose a multiple of "
+                            f"{self.world * self.accumulation}.")
+        if self.repeats < 1 or self.batch_size % self.repeats:
+            raise UserError(f"augment.repeats={self.repeats} must divide data.batch_size={self.batch_size}.")
+
+    def __len__(self) -> int:
+        return max(0, self.steps - self.start_step) * self.accumulation
+
+    def __iter__(self) -> Iterator[Draw]:
+        share = self.batch_size // self.world
+        micro = share // self.accumulation
+        for step in range(self.start_step, self.steps):
+            for part in range(self.accumulation):
+                first = self.rank * share + part * micro
+                yield draw(self.n, self.seed, step, np.arange(first, first + micro), self.batch_size, self.repeats)
