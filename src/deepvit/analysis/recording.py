@@ -1,0 +1,183 @@
+"""Attention maps of a model that knows nothing of it: the inputs of its attention modules are recorded by forward
+pre-hooks in eval mode, and the maps computed from them afterwards, one block at a time."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import timm.layers
+import torch
+from timm.models.vision_transformer import ParallelScalingBlock
+from torch import Tensor, nn
+
+from deepvit import ops
+from deepvit.errors import UserError
+from deepvit.models.attention import Attention, Stage
+
+MAPS_BYTES = 32 * 2**20  # of one block's maps at once: bounds what any measure here needs beside its result
+
+
+def _timm_maps(module: nn.Module, x: Tensor, stage: Stage) -> Tensor:
+    B, N, _ = x.shape
+    q, k, _ = module.qkv(x).view(B, N, 3, module.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    return ops.softmax_maps(module.q_norm(q), module.k_norm(k), module.scale)
+
+
+def _parallel_maps(module: nn.Module, x: Tensor, stage: Stage) -> Tensor:
+    B, N, _ = x.shape
+    _, q, k, _ = module.in_proj(module.in_norm(x)).split(module.in_split, dim=-1)
+    q, k = (part.view(B, N, module.num_heads, -1) for part in (q, k))
+    return ops.softmax_maps(module.q_norm(q).transpose(1, 2), module.k_norm(k).transpose(1, 2), module.scale)
+
+
+# By their `forward`: a subclass that has its own may mean something else, so it is not taken for its parent.
+READERS: dict[Callable, Callable[[nn.Module, Tensor, Stage], Tensor]] = {
+    timm.layers.Attention.forward: _timm_maps,
+    ParallelScalingBlock.forward: _parallel_maps,
+}
+
+
+def _reader(module: nn.Module) -> Callable[[nn.Module, Tensor, Stage], Tensor] | None:
+    """What computes the maps `[B, H, N, N]` of a module from its input; None if nothing does."""
+    return type(module).weights if isinstance(module, Attention) else READERS.get(type(module).forward)
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Eval mode, no gradients, no autocast; afterwards every submodule's training flag is what it was."""
+    flags = [(part, part.training) for part in module.modules()]
+    module.eval()
+    device = next((p.device.type for p in module.parameters()), "cpu")
+    try:
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            yield
+    finally:
+        for part, training in flags:
+            part.training = training
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel and torch.compile: on one rank alone DDP's forward would wait."""
+    while isinstance(model, nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
+        model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model._orig_mod
+    return model
+
+
+def attention_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules of `model` whose maps can be read, in the order of definition.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = [module for module in unwrap(model).modules() if _reader(module)]
+    if not found:
+        raise UserError(f"{type(unwrap(model)).__name__} has no attention that can be read: give a deepvit model or a "
+                        f"timm VisionTransformer.")
+    return found
+
+
+class Maps(Sequence[Tensor]):
+    """The maps of all blocks, each computed when it is asked for: `maps[i]` is `[B, H, N, N]`, float32, rows queries."""
+
+    def __init__(self, modules: Sequence[nn.Module], inputs: Sequence[Tensor], stage: Stage):
+        self.modules, self.inputs, self.stage = modules, inputs, stage
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+    def __getitem__(self, block: int) -> Tensor:
+        module = self.modules[block]
+        with frozen(module):
+            return _reader(module)(module, self.inputs[block], self.stage).float()
+
+
+class Recording:
+    """What one pass of pictures fed the attention modules and blocks: `[B, N, D]` each, in the order of the calls.
+
+    `modules` and `inputs` are the attention modules and their inputs; `tokens` the input of the first block of
+    `model.blocks` and the output of every block (empty if the model has no `blocks`); `logits` the model's output.
+    """
+
+    def __init__(self):
+        self.modules: list[nn.Module] = []
+        self.inputs: list[Tensor] = []
+        self.tokens: list[Tensor] = []
+        self.logits: Tensor | None = None
+
+    def maps(self, stage: Stage = "final") -> Maps:
+        """The maps at a stage, computed block by block as they are read."""
+        if stage not in ("final", "softmax"):
+            raise UserError(f"stage='{stage}' is not known: choose final or softmax.")
+        return Maps(self.modules, self.inputs, stage)
+
+    def _take_input(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.modules.append(module)
+        self.inputs.append((args[0] if args else kwargs["x"]).detach())
+
+    def _take_block(self, block: nn.Module, args: tuple, output: Tensor) -> None:
+        if not self.tokens:
+            self.tokens.append(args[0].detach())
+        self.tokens.append(output.detach())
+
+
+def record(model: nn.Module, x: Tensor) -> Recording:
+    """One forward pass of pictures `[B, C, height, width]` in eval mode, its attention inputs and tokens kept.
+
+    The model is left as it was: training flags, BatchNorm statistics, gradients and random state.
+
+    Raises:
+        UserError: the model has no attention that can be read.
+    """
+    model = unwrap(model)
+    recording, modules = Recording(), attention_modules(model)
+    parameter = next(model.parameters())
+    with ExitStack() as stack:
+        stack.enter_context(frozen(model))
+        for module in modules:
+            stack.enter_context(module.register_forward_pre_hook(recording._take_input, with_kwargs=True))
+        for block in getattr(model, "blocks", ()):
+            stack.enter_context(block.register_forward_hook(recording._take_block))
+        recording.logits = model(x.to(parameter.device, parameter.dtype))
+    return recording
+
+
+def recordings(model: nn.Module, x: Tensor, batch_size: int | None = None) -> Iterator[Recording]:
+    """`record` for `batch_size` pictures at a time; by default as many as keep a block's maps within `MAPS_BYTES`."""
+    if not len(x):
+        raise UserError("There are no pictures to look at: give at least one.")
+    batch_size = batch_size or images_at_once(model, x)
+    for chunk in x.split(batch_size):
+        yield record(model, chunk)
+
+
+def images_at_once(model: nn.Module, x: Tensor) -> int:
+    """How many pictures keep one block's float32 maps within `MAPS_BYTES`."""
+    heads, tokens = record(model, x[:1]).maps()[0].shape[1:3]
+    return max(1, MAPS_BYTES // (4 * heads * tokens**2))
+
+
+def attention_maps(model: nn.Module, x: Tensor, stage: Stage = "final", *,
+                   batch_size: int | None = None) -> list[Tensor]:
+    """The attention maps of every block, without touching the model.
+
+    Args:
+        model: a deepvit model, or anything built of `timm.layers.Attention`, such as timm's VisionTransformer.
+        x: pictures `[B, C, height, width]`, normalised as the model expects.
+        stage: "final": what multiplies v; "softmax": before the heads are mixed (the same for plain attention).
+        batch_size: pictures per forward pass; by default as many as keep a block's maps within 32 MiB.
+    Returns:
+        one `[B, H, N, N]` float32 tensor per block on the model's device; rows are queries, columns keys. Final maps
+        of re-attention may be negative and their rows need not sum to one. All blocks at once take
+        `4 B L H N^2` bytes (one picture at 577 tokens, 12 heads and 32 blocks: 0.5 GB); `record(model, x).maps()`
+        gives them one block at a time.
+    Raises:
+        UserError: the model has no attention, or the pictures are not of its size.
+    """
+    result: list[Tensor] = []
+    start = 0
+    for recording in recordings(model, x, batch_size):
+        for i, maps in enumerate(recording.maps(stage)):
+            if start == 0:
+                result.append(maps.new_empty(len(x), *maps.shape[1:]))
+            result[i][start:start + len(maps)] = maps
+        start += len(maps)
+    return result

@@ -1,0 +1,160 @@
+"""How alike attention maps are: across blocks (the paper's M), between the heads of a block, and how many blocks count
+as similar. Maps are `[B, H, N, N]` per block, rows queries; a sequence of them may compute them as they are read.
+
+The measure is confounded: a norm over heads centres the maps and so lowers M without the heads being mixed, and softmax
+maps near uniform are alike whatever the model learned. So look at M beside M of the softmax maps, of `centred` maps,
+and at initialisation.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deepvit.analysis.recording import recordings
+from deepvit.errors import UserError
+from deepvit.models.attention import Stage
+
+HELD_BYTES = 256 * 2**20  # of maps kept at once while all pairs of blocks are compared
+Rule = Literal["adjacent", "earlier"]
+
+
+def centred(maps: Tensor) -> Tensor:
+    """The maps minus the mean of each row, `[B, H, N, N]`.
+
+    For softmax maps that is A - 1/N, what a head attends to beyond looking at everything alike; for mixed or normed maps
+    the mean of a row is what the same part has become.
+    """
+    return maps - maps.mean(-1, keepdim=True)
+
+
+def unit_columns(maps: Tensor) -> Tensor:
+    """Every column of the maps divided by its length. A column of zeros stays zeros, so its similarity is 0."""
+    return F.normalize(maps.float(), dim=-2, eps=1e-30)
+
+
+def column_similarity(p: Tensor, q: Tensor) -> Tensor:
+    """The paper's M: the cosine between what token t gives to each output in block p and in block q.
+
+    `M[b, h, t] = <p[b, h, :, t], q[b, h, :, t]> / (|p[b, h, :, t]| |q[b, h, :, t]|)`
+    (Zhou et al., arXiv:2103.11886, section 3.2). p, q: `[B, H, N, N]` -> `[B, H, N]`, from -1 to 1.
+    """
+    _check_alike(p, q)
+    return (unit_columns(p) * unit_columns(q)).sum(-2)
+
+
+def adjacent_similarity(maps: Sequence[Tensor], per_head: bool = False) -> Tensor:
+    """Mean M between each block and the next, over pictures, heads and tokens: `[L - 1]`, or `[L - 1, H]` per head.
+
+    Holds the maps of two blocks at a time.
+    """
+    rows, last = [], None
+    for block in maps:
+        unit = unit_columns(block)
+        rows += [_mean_product(last, unit)] if last is not None else []
+        last = unit
+    sims = torch.stack(rows) if rows else torch.empty(0, last.shape[1], device=last.device)
+    return sims if per_head else sims.mean(-1)
+
+
+def cross_layer_similarity(maps: Sequence[Tensor], per_head: bool = False) -> Tensor:
+    """Mean M between all pairs of blocks, over pictures, heads and tokens.
+
+    Args:
+        maps: `[B, H, N, N]` per block, from `attention_maps` or `record(model, x).maps(stage)`; of the latter at most
+            256 MiB are held at a time, and maps are computed again where that does not do.
+        per_head: one matrix per head instead of their mean.
+    Returns:
+        `[L, L]`, symmetric with ones on the diagonal, or `[H, L, L]`.
+    """
+    sims, held, start = None, [], 0
+    for start, held in _groups(maps):
+        for j in range(start, len(maps)):
+            unit = held[j - start] if j - start < len(held) else unit_columns(maps[j])
+            for i, other in enumerate(held, start):
+                row = _mean_product(other, unit)  # [H]
+                sims = row.new_empty(len(row), len(maps), len(maps)) if sims is None else sims
+                sims[:, i, j] = sims[:, j, i] = row
+    return sims if per_head else sims.mean(0)
+
+
+def _groups(maps: Sequence[Tensor]):
+    """(first index, unit columns of the blocks from there) for as many blocks at a time as may be held."""
+    first = maps[0]
+    size = max(1, HELD_BYTES // (first.numel() * 4))
+    for start in range(0, len(maps), size):
+        yield start, [unit_columns(maps[i]) for i in range(start, min(start + size, len(maps)))]
+
+
+def _mean_product(p: Tensor, q: Tensor) -> Tensor:
+    """Mean over pictures and columns of the products of unit columns: `[B, H, N, N]` twice -> `[H]`."""
+    _check_alike(p, q)
+    return (p * q).sum((-2, -1)).mean(0) / p.shape[-1]
+
+
+def _check_alike(p: Tensor, q: Tensor) -> None:
+    if p.shape != q.shape:
+        raise UserError(f"Maps of shapes {tuple(p.shape)} and {tuple(q.shape)} cannot be compared: the blocks must have "
+                        f"the same number of heads and tokens.")
+
+
+class Transformed(Sequence[Tensor]):
+    """A sequence of maps with a function applied as they are read, such as `Transformed(maps, centred)`."""
+
+    def __init__(self, maps: Sequence[Tensor], function: Callable[[Tensor], Tensor]):
+        self.maps, self.function = maps, function
+
+    def __len__(self) -> int:
+        return len(self.maps)
+
+    def __getitem__(self, block: int) -> Tensor:
+        return self.function(self.maps[block])
+
+
+def similarity_matrix(model: nn.Module, x: Tensor, stage: Stage = "final", *, minus_uniform: bool = False,
+                      per_head: bool = False, batch_size: int | None = None) -> Tensor:
+    """`cross_layer_similarity` of a model on pictures `[B, C, height, width]` without ever holding all maps.
+
+    `minus_uniform`: of the `centred` maps. Returns `[L, L]`, or `[H, L, L]` per head.
+    """
+    total = 0
+    for recording in recordings(model, x, batch_size):
+        maps = recording.maps(stage)
+        chosen = Transformed(maps, centred) if minus_uniform else maps
+        total = total + cross_layer_similarity(chosen, per_head) * (len(recording.logits) / len(x))
+    return total
+
+
+def similar_blocks(maps_or_similarity: Tensor | Sequence[Tensor], threshold: float = 0.9,
+                   rule: Rule = "adjacent") -> int:
+    """The number of similar blocks. The paper counts them at 90 % but leaves open which pairs and which mean.
+
+    Args:
+        maps_or_similarity: a similarity matrix `[L, L]`, adjacent similarities `[L - 1]`, or maps of every block.
+        threshold: a pair counts when its mean M over pictures, heads and tokens exceeds this.
+        rule: "adjacent": pairs of a block and the next; "earlier": blocks similar to any block before them.
+    """
+    sims = maps_or_similarity
+    if not isinstance(sims, Tensor):
+        sims = adjacent_similarity(sims) if rule == "adjacent" else cross_layer_similarity(sims)
+    if rule == "adjacent":
+        return int((sims if sims.ndim == 1 else sims.diagonal(1)).gt(threshold).sum())
+    if rule != "earlier" or sims.ndim != 2:
+        raise UserError(f"rule='{rule}' counts no similar blocks here: choose adjacent, or earlier with a matrix.")
+    return int(sims.tril(-1).gt(threshold).any(1).sum())
+
+
+def head_similarity(maps: Tensor) -> float | None:
+    """Mean column cosine between different heads of one block, from -1/(H-1) to 1; None with a single head.
+
+    The same measure as M, between heads h != g instead of blocks; the paper finds it below 0.3 (section 3.2).
+    """
+    heads = maps.shape[1]
+    if heads == 1:
+        return None
+    unit = unit_columns(maps)  # [B, H, N, N]
+    total = unit.sum(1).square().sum(-2)  # [B, N], |sum of the heads|^2 = each head's own square + all products
+    own = unit.square().sum((1, 2))  # [B, N]
+    return float((total - own).mean() / (heads * (heads - 1)))
