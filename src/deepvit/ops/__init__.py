@@ -1,5 +1,7 @@
-"""Tensors in, tensors out: the attention operations. `reference` says what they mean."""
+"""Tensors in, tensors out: the attention operations. `reference` says what they mean, `reattention` is the fast one."""
 
-from deepvit.ops.reference import HeadNorm, exchange_heads, mix_heads, reattention, softmax_maps
+from deepvit.ops.affine import fold
+from deepvit.ops.dispatch import reattention
+from deepvit.ops.reference import HeadNorm, exchange_heads, mix_heads, softmax_maps
 
-__all__ = ["HeadNorm", "exchange_heads", "mix_heads", "reattention", "softmax_maps"]
+__all__ = ["HeadNorm", "exchange_heads", "fold", "mix_heads", "reattention", "softmax_maps"]

@@ -1,0 +1,49 @@
+"""The core of the affine form as a torch operator, so that autograd and torch.compile see one node, whatever runs it."""
+
+import torch
+from torch import Tensor
+
+from deepvit.ops import cpu
+from deepvit.ops.plain import tokens_first
+
+
+@torch.library.custom_op("deepvit::centred_mix", mutates_args=(), device_types="cpu")
+def centred_mix(q: Tensor, k: Tensor, v: Tensor, mix: Tensor, scale: float,
+                statistics: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`plain.centred_mix` and, as a fourth, what its backward wants besides the inputs (empty on a CPU)."""
+    with torch.autocast("cpu", enabled=False):
+        return *cpu.centred_mix(q, k, v, mix, scale, statistics), mix.new_empty(0)
+
+
+@torch.library.custom_op("deepvit::centred_mix_backward", mutates_args=(), device_types="cpu")
+def centred_mix_backward(du: Tensor, dsumsq: Tensor, dtotal: Tensor, q: Tensor, k: Tensor, v: Tensor, mix: Tensor,
+                         kept: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and mix; the arguments as in `cpu.centred_mix_backward`."""
+    with torch.autocast("cpu", enabled=False):
+        return cpu.centred_mix_backward(du, dsumsq, dtotal, q, k, v, mix, scale)
+
+
+@centred_mix.register_fake
+def _(q, k, v, mix, scale, statistics):
+    B, H, N, d = q.shape
+    kept = mix.new_empty(0) if q.device.type == "cpu" else mix.new_empty(B, H, N)
+    return tokens_first(q), mix.new_empty(H), mix.new_empty(B, H, d), kept
+
+
+@centred_mix_backward.register_fake
+def _(du, dsumsq, dtotal, q, k, v, mix, kept, scale):
+    return *(tokens_first(x) for x in (q, k, v)), mix.new_empty(mix.shape)
+
+
+def _setup(ctx, inputs, output) -> None:
+    q, k, v, mix, scale, _ = inputs
+    ctx.save_for_backward(q, k, v, mix, output[3])
+    ctx.scale = scale
+
+
+def _backward(ctx, du, dsumsq, dtotal, _):
+    q, k, v, mix, kept = ctx.saved_tensors
+    return *centred_mix_backward(du, dsumsq, dtotal, q, k, v, mix, kept, ctx.scale), None, None
+
+
+centred_mix.register_autograd(_backward, setup_context=_setup)

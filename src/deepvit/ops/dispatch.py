@@ -1,0 +1,89 @@
+"""The one entrance to re-attention: chooses how, never what."""
+
+import logging
+from functools import cache
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from deepvit.ops import affine, core, plain, reference
+from deepvit.ops.reference import HeadNorm
+
+log = logging.getLogger("deepvit.ops")
+
+
+@cache
+def _log_once(path: str, why: str) -> None:
+    log.info("re-attention takes the %s path: %s", path, why)
+
+
+def choose(q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float = 0.0, training: bool = False) -> tuple[str, str]:
+    """The path for these tensors, one of "reference", "plain", "cpu", "triton", and the reason in words."""
+    if training and dropout_p > 0:
+        return "reference", "attention dropout needs the maps"
+    if not q.shape == k.shape == v.shape:
+        return "reference", "queries, keys and values differ in shape"
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        return "plain", "exports hold plain operations only"
+    if torch._C._are_functorch_transforms_active():
+        return "plain", "function transforms need plain operations"
+    if q.device.type == "cpu":
+        return "cpu", "tiles of maps that fit the cache"
+    return "plain", f"no kernel for {q.device.type}"
+
+
+def reattention(q: Tensor, k: Tensor, v: Tensor, mix: Tensor | None = None, bias: Tensor | None = None, *,
+                norm: HeadNorm | None = None, scale: float | None = None, map_scale: float = 1.0,
+                dropout_p: float = 0.0, training: bool = False, group: dist.ProcessGroup | None = None) -> Tensor:
+    """`reference.reattention` by the fastest path that is proven for these tensors; logs which, once.
+
+    Args:
+        q, k, v, mix, bias, norm, scale, map_scale, dropout_p, training: as in `reference.reattention`.
+        group: process group over whose ranks the norm's batch statistics are taken (SyncBN), or None.
+    Returns:
+        `[B, H, N, d]`, in autocast's dtype where that is on, else q's. Its gradient can be taken once.
+    """
+    device = q.device.type
+    if torch.is_autocast_enabled(device) and q.dtype != torch.float64:
+        q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
+    path, why = choose(q, k, v, dropout_p=dropout_p, training=training)
+    if not torch.compiler.is_compiling():
+        _log_once(path, why)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    with torch.autocast(device, enabled=False):
+        if path == "reference":
+            return _by_definition(q, k, v, mix, bias, norm, scale, map_scale, dropout_p, training, group)
+        if mix is None and norm is None:
+            out = F.scaled_dot_product_attention(q, k, v, scale=scale)
+            return out if map_scale == 1.0 else out * map_scale
+        return _by_affine(path, q, k, v, mix, bias, norm, scale, map_scale, training, group)
+
+
+def _by_definition(q, k, v, mix, bias, norm, scale, map_scale, dropout_p, training, group) -> Tensor:
+    """The reference in at least float32: half precision drowns the maps near initialisation (38 to 64 % error)."""
+    wide = [None if x is None else affine.at_least_float(x) for x in (q, k, v, mix, bias)]
+    out = reference.reattention(*wide, norm=norm, scale=scale, map_scale=map_scale, dropout_p=dropout_p,
+                                training=training)
+    return out.to(v.dtype)
+
+
+def _by_affine(path, q, k, v, mix, bias, norm, scale, map_scale, training, group) -> Tensor:
+    B, H, N, _ = q.shape
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if mix is None:
+        mix, bias = torch.eye(H, dtype=wide, device=q.device), None
+    mix = mix.to(wide)
+    by_batch = training and norm is not None
+    if not by_batch:
+        mix, shift = affine.fold(mix, bias, norm, map_scale)
+    compute = plain.centred_mix if path == "plain" else core.centred_mix
+    u, sumsq, total = compute(q, k, v, mix, scale, by_batch)[:3]
+    if not by_batch:
+        return affine.affine_out(u, None, total, shift + mix.sum(dim=1) / N)
+    gain = affine.batch_gain(sumsq, B * N * N, mix, bias, N, norm, map_scale, group)
+    shift = norm.beta.to(wide) * map_scale
+    if bias is not None:
+        shift = shift + 0 * bias.to(wide)  # cancels exactly; a gradient of zeros, as the reference gives, keeps DDP content
+    return affine.normalised(u, gain, total, shift)
