@@ -113,7 +113,9 @@ class _AffineInPlace(torch.autograd.Function):
 def _recoverable(u: Tensor, gain: Tensor, total: Tensor, shift: Tensor) -> bool:
     """Whether `U = (out - shift total) / gain` loses at most a factor 30 (2 in half precision) in its rounding."""
     limit = 30 if u.dtype in (torch.float32, torch.float64) else 1
-    signal = gain.abs() * torch.linalg.vector_norm(u, dim=(0, 2, 3), dtype=gain.dtype)  # [H]
+    columns = u.transpose(1, 2).flatten(0, 1).flatten(1)  # [B N, H d], a view of u as the core lays it out
+    columns = torch.linalg.vector_norm(columns, dim=0, dtype=gain.dtype)
+    signal = gain.abs() * torch.linalg.vector_norm(columns.view(u.shape[1], -1), dim=1)  # [H]
     noise = shift.abs() * torch.linalg.vector_norm(total, dim=(0, 2)) * u.shape[2] ** 0.5  # [H]
     return bool((signal * limit > noise).all())
 
