@@ -103,6 +103,10 @@ class Recording:
         self.tokens: list[Tensor] = []
         self.logits: Tensor | None = None
 
+    def __len__(self) -> int:
+        """The number of pictures."""
+        return len(self.inputs[0])
+
     def maps(self, stage: Stage = "final") -> Maps:
         """The maps at a stage, computed block by block as they are read."""
         if stage not in ("final", "softmax"):

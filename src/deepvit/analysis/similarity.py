@@ -53,7 +53,7 @@ def adjacent_similarity(maps: Sequence[Tensor], per_head: bool = False) -> Tenso
     rows, last = [], None
     for block in maps:
         unit = unit_columns(block)
-        rows += [_mean_product(last, unit)] if last is not None else []
+        rows += [mean_product(last, unit)] if last is not None else []
         last = unit
     sims = torch.stack(rows) if rows else torch.empty(0, last.shape[1], device=last.device)
     return sims if per_head else sims.mean(-1)
@@ -74,7 +74,7 @@ def cross_layer_similarity(maps: Sequence[Tensor], per_head: bool = False) -> Te
         for j in range(start, len(maps)):
             unit = held[j - start] if j - start < len(held) else unit_columns(maps[j])
             for i, other in enumerate(held, start):
-                row = _mean_product(other, unit)  # [H]
+                row = mean_product(other, unit)  # [H]
                 sims = row.new_empty(len(row), len(maps), len(maps)) if sims is None else sims
                 sims[:, i, j] = sims[:, j, i] = row
     return sims if per_head else sims.mean(0)
@@ -88,7 +88,7 @@ def _groups(maps: Sequence[Tensor]):
         yield start, [unit_columns(maps[i]) for i in range(start, min(start + size, len(maps)))]
 
 
-def _mean_product(p: Tensor, q: Tensor) -> Tensor:
+def mean_product(p: Tensor, q: Tensor) -> Tensor:
     """Mean over pictures and columns of the products of unit columns: `[B, H, N, N]` twice -> `[H]`."""
     _check_alike(p, q)
     return (p * q).sum((-2, -1)).mean(0) / p.shape[-1]
@@ -123,7 +123,7 @@ def similarity_matrix(model: nn.Module, x: Tensor, stage: Stage = "final", *, mi
     for recording in recordings(model, x, batch_size):
         maps = recording.maps(stage)
         chosen = Transformed(maps, centred) if minus_uniform else maps
-        total = total + cross_layer_similarity(chosen, per_head) * (len(recording.logits) / len(x))
+        total = total + cross_layer_similarity(chosen, per_head) * (len(recording) / len(x))
     return total
 
 

@@ -1,0 +1,46 @@
+"""The same model before training: what similarity is there by construction."""
+
+import torch
+from torch import Tensor, nn
+
+from deepvit.analysis.recording import unwrap
+from deepvit.errors import UserError
+from deepvit.models.registry import build_model
+
+
+def at_initialisation(model: nn.Module, seed: int = 0, pictures: Tensor | None = None) -> nn.Module:
+    """A freshly initialised model of the same settings, in eval mode; random state is left alone.
+
+    Args:
+        model: a model of deepvit (its `config` says how to build it).
+        seed: of the initialisation.
+        pictures: `[B, C, height, width]`, to which the norms' running statistics are set, as the first training step
+            sees them. Without pictures they are 0 and 1, and an untrained norm over heads does not yet centre the maps:
+            each head is near a constant, and M near +1 or -1 by its sign. With pictures M is near 0. Neither has
+            anything to do with learning.
+    Raises:
+        UserError: the model has no `config`.
+    """
+    model = unwrap(model)
+    if getattr(model, "config", None) is None:
+        raise UserError(f"{type(model).__name__} does not say how it was built: only deepvit models can be looked at "
+                        f"at initialisation.")
+    parameter = next(model.parameters())
+    devices = [parameter.device] if parameter.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        fresh = build_model(model.config).to(parameter.device)
+        if pictures is not None:
+            _set_statistics(fresh, pictures)
+    return fresh.eval()
+
+
+def _set_statistics(model: nn.Module, pictures: Tensor) -> None:
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0  # the running statistics become this batch's
+    with torch.no_grad():
+        model.train()(pictures)
+    for norm, momentum in zip(norms, momenta):
+        norm.momentum = momentum
