@@ -1,5 +1,6 @@
 """What a data set is to the rest of the project: targets in an array, pictures on demand, memory flat across workers."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -8,11 +9,13 @@ import torch
 from PIL import Image
 
 from deepvit.data.decode import BadPicture, Picture, decode, read_bytes, to_tensor
+from deepvit.data.folders import readable_names
+from deepvit.errors import UserError
 
 IN_MEMORY_MB = 512  # a folder whose decoded pictures fit is decoded once and kept
 
 
-class ImageSet:
+class ImageSet(ABC):
     """Labelled pictures. `targets` is int64 [n]; index i is the same picture in every process.
 
     Anything of the size of the set lives in numpy arrays: Python lists would be copied into every worker, page by
@@ -25,19 +28,19 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.targets)
 
+    @abstractmethod
     def name(self, index: int) -> str:
         """Path or identifier of a picture, for messages and per-image results."""
-        raise NotImplementedError
 
+    @abstractmethod
     def picture(self, index: int) -> Picture:
         """RGB picture: PIL, or uint8 [3, H, W]. Raises BadPicture with the reason."""
-        raise NotImplementedError
 
+    @abstractmethod
     def take(self, indices: np.ndarray) -> "ImageSet":
         """The set of the given indices, in their order."""
-        raise NotImplementedError
 
-    def prepare(self) -> None:
+    def prepare(self) -> None:  # noqa: B027  nothing to do for most
         """Called in the main process before pictures are asked for in others: load what is worth keeping."""
 
 
@@ -64,15 +67,17 @@ class ArraySet(ImageSet):
 class FileSet(ImageSet):
     """Pictures in files `root/<folder of the class>/<name>`; a small set is decoded once, in `prepare`."""
 
-    def __init__(self, root: Path, folders: list[str], names: np.ndarray, targets: np.ndarray, *, decoder: str,
-                 in_memory_mb: int = IN_MEMORY_MB):
+    def __init__(self, root: Path, folders: list[str], names: np.ndarray, places: np.ndarray, *, decoder: str,
+                 in_memory_mb: int = IN_MEMORY_MB, labels: np.ndarray | None = None):
         self.root, self.folders, self.names = Path(root), folders, names  # names: bytes ['S' n], relative to the folder
-        self.targets, self.decoder, self.in_memory_mb = targets.astype(np.int64), decoder, in_memory_mb
+        self.places, self.labels = places, np.arange(len(folders)) if labels is None else labels  # folder; its class
+        self.targets = self.labels[places].astype(np.int64)
+        self.decoder, self.in_memory_mb = decoder, in_memory_mb
         self.kept: Kept | None = None
 
     def name(self, index: int) -> str:
         file = self.names[index].decode("utf-8", "surrogateescape")
-        return f"{self.root}/{self.folders[self.targets[index]]}/{file}"
+        return f"{self.root}/{self.folders[self.places[index]]}/{file}"
 
     def picture(self, index: int) -> Picture:
         if self.kept is not None:
@@ -82,15 +87,15 @@ class FileSet(ImageSet):
         return picture
 
     def take(self, indices: np.ndarray) -> "FileSet":
-        return FileSet(self.root, self.folders, self.names[indices], self.targets[indices], decoder=self.decoder,
-                       in_memory_mb=self.in_memory_mb)
+        return FileSet(self.root, self.folders, self.names[indices], self.places[indices], decoder=self.decoder,
+                       in_memory_mb=self.in_memory_mb, labels=self.labels)
 
     def prepare(self) -> None:
         if self.kept is None and self._fits():
             self.kept = Kept.decode_all(self)
 
     def _fits(self) -> bool:
-        """Estimated from up to 32 files: a JPEG of photographs decodes to some 5 to 30 times its bytes."""
+        """Estimated from the sizes that 32 files tell in their headers."""
         sample = np.linspace(0, len(self) - 1, num=min(32, len(self)), dtype=np.int64)
         return len(self) * self._mean_bytes(sample) <= self.in_memory_mb * 2**20
 
@@ -156,3 +161,17 @@ def balanced_part(targets: np.ndarray, fraction: float, seed: int) -> np.ndarray
         order = np.random.Generator(np.random.PCG64([seed, int(target)])).permutation(len(members))
         chosen.append(members[order[:max(1, round(fraction * len(members)))]])
     return np.sort(np.concatenate(chosen))
+
+
+def hold_out(images: ImageSet, class_ids: list[str], val_fraction: float, seed: int, where: str) -> Splits:
+    """A fixed, class-balanced part of each class for validation, the rest for training."""
+    if not 0 < val_fraction < 1:
+        raise UserError(f"data.val_fraction={val_fraction} must lie between 0 and 1.")
+    alone = np.flatnonzero(np.bincount(images.targets, minlength=len(class_ids)) < 2)
+    if len(alone):
+        raise UserError(f"Class {class_ids[alone[0]]} of {where} has a single picture: data.val_fraction needs two.")
+    held = balanced_part(images.targets, val_fraction, seed)
+    rest = np.setdiff1d(np.arange(len(images)), held)
+    if len(np.unique(images.targets[rest])) < len(class_ids):
+        raise UserError(f"data.val_fraction={val_fraction} leaves a class of {where} without training pictures.")
+    return Splits(images.take(rest), images.take(held), readable_names(class_ids), class_ids)

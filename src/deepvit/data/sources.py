@@ -9,7 +9,8 @@ import numpy as np
 from deepvit.data.decode import resolve_decoder
 from deepvit.data.folders import (check_has_classes, check_same_classes, class_folders, existing, readable_names, scan,
                                   split_folder)
-from deepvit.data.imageset import IN_MEMORY_MB, ArraySet, FileSet, Splits, balanced_part
+from deepvit.data.imageset import IN_MEMORY_MB, ArraySet, FileSet, ImageSet, Splits, balanced_part, hold_out
+from deepvit.data.timm_sets import timm_splits
 from deepvit.errors import UserError, did_you_mean
 
 TRAIN, VAL = ("train", "training"), ("val", "valid", "validation", "test", "eval")
@@ -44,6 +45,29 @@ def load(source: str, *, root: str | None = None, fraction: float = 1.0, classes
     if fraction < 1:
         splits = replace(splits, train=splits.train.take(balanced_part(splits.train.targets, fraction, seed)))
     return splits
+
+
+def eval_folder(root: str, class_ids: list[str], *, decoder: str = "auto", in_memory_mb: int = IN_MEMORY_MB
+                ) -> ImageSet:
+    """A folder of classes for evaluation alone, e.g. ImageNet-V2: targets are the places of its names in `class_ids`.
+
+    root: the class folders, or a folder whose val/ (or test/) holds them. Folders named 0 .. C-1 are the classes by
+    number. Some classes may be missing; a folder that is none of `class_ids` is refused by a UserError.
+    """
+    path = existing(root, "folder")
+    path = split_folder(path, VAL) or path
+    names = class_folders(path)
+    check_has_classes(path, names)
+    if names == [str(number) for number in range(len(class_ids))]:
+        wanted = np.arange(len(names))
+    else:
+        strangers = [name for name in names if name not in class_ids]
+        if strangers:
+            raise UserError(f"{path} has {len(strangers)} class folders that the model was not trained on "
+                            f"({', '.join(strangers[:3])}).{did_you_mean(strangers[0], class_ids)}")
+        wanted = np.array([class_ids.index(name) for name in names])
+    return FileSet(path, names, *scan(path, names), decoder=resolve_decoder(decoder), in_memory_mb=in_memory_mb,
+                   labels=wanted)
 
 
 def _first_classes(splits: Splits, classes: int | None) -> Splits:
@@ -99,8 +123,6 @@ def _folder(*, root: str | None, val_fraction: float | None, decoder: str, in_me
         raise UserError(f"data.root={root} has {val.name}/ but no train/ folder.")
     if not val_fraction:
         raise UserError(f"{path} has no val/ folder: give data.val_fraction=0.1 to hold out a tenth of each class.")
-    if not 0 < val_fraction < 1:
-        raise UserError(f"data.val_fraction={val_fraction} must lie between 0 and 1.")
     return _held_out(train or path, val_fraction, seed, decoder=decoder, in_memory_mb=in_memory_mb)
 
 
@@ -117,15 +139,7 @@ def _two_folders(train: Path, val: Path, *, classes: int | None, **options: obje
 def _held_out(folder: Path, val_fraction: float, seed: int, **options: object) -> Splits:
     ids = class_folders(folder)
     check_has_classes(folder, ids)
-    images = FileSet(folder, ids, *scan(folder, ids), **options)
-    alone = np.flatnonzero(np.bincount(images.targets) < 2)
-    if len(alone):
-        raise UserError(f"The class folder {folder / ids[alone[0]]} has a single picture: data.val_fraction needs two.")
-    held = balanced_part(images.targets, val_fraction, seed)
-    rest = np.setdiff1d(np.arange(len(images)), held)
-    if len(np.unique(images.targets[rest])) < len(ids):
-        raise UserError(f"data.val_fraction={val_fraction} leaves a class of {folder} without training pictures.")
-    return Splits(images.take(rest), images.take(held), readable_names(ids), ids)
+    return hold_out(FileSet(folder, ids, *scan(folder, ids), **options), ids, val_fraction, seed, str(folder))
 
 
 def _cifar10(*, root: str | None, val_fraction: float | None, decoder: str, **options: object) -> Splits:
@@ -146,5 +160,5 @@ def _cifar10(*, root: str | None, val_fraction: float | None, decoder: str, **op
 
 
 SOURCES: dict[str, Callable[..., Splits]] = {
-    "digits": _digits, "imagenet": _imagenet, "folder": _folder, "cifar10": _cifar10,
+    "digits": _digits, "imagenet": _imagenet, "folder": _folder, "cifar10": _cifar10, "timm": timm_splits,
 }

@@ -1,0 +1,86 @@
+"""A picture of an augmented batch as the model sees it: `python -m deepvit.data.preview OUT.png [overrides]`."""
+
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from deepvit.data.loader import Batch, train_batches
+from deepvit.data.prepare import Prepare
+from deepvit.data.sources import load
+from deepvit.data.transforms import norm_values, train_transform
+from deepvit.errors import UserError
+
+COLUMNS, MOST = 8, 32  # tiles
+
+
+def draw(batches: Sequence[Batch], prepare: Prepare, path: str | Path, class_names: Sequence[str], step: int = 0
+         ) -> None:
+    """Write up to 32 training pictures of a step, after mixing and erasing, each with its (soft) classes."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    tiles = []
+    for batch in batches:
+        x, y = prepare(batch, step, "cpu", True)
+        values = (x * prepare.std.cpu() + prepare.mean.cpu()).div(255).clamp(0, 1)  # [b, 3, S, S] back in 0..1
+        tiles += list(zip(values.permute(0, 2, 3, 1), y, strict=True))
+    tiles = tiles[:MOST]
+    rows = -(-len(tiles) // COLUMNS)
+    figure, axes = pyplot.subplots(rows, COLUMNS, figsize=(COLUMNS * 1.7, rows * 1.95), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, (pixels, target) in zip(axes.flat, tiles, strict=False):
+        axis.imshow(pixels.numpy(), interpolation="nearest")
+        axis.set_title(_caption(target, class_names), fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _caption(target: torch.Tensor, names: Sequence[str], longest: int = 16) -> str:
+    if target.ndim == 0:
+        return names[int(target)].split(",")[0][:longest]
+    top = target.topk(min(2, len(names)))
+    shown = [(share, names[at].split(",")[0][:longest]) for share, at in zip(top.values.tolist(), top.indices.tolist(),
+                                                                            strict=True)]
+    least = 1.5 * float(target.min())  # smoothing alone
+    return "\n".join(f"{name} {share:.2f}" for share, name in shown if share > least)
+
+
+def draw_config(data: Mapping, augment: Mapping, seed: int, path: str | Path) -> None:
+    """The first step of the run that these two config groups describe."""
+    splits = load(**_taken(load, data), seed=seed)
+    mean, std = norm_values(data["norm"])
+    transform = train_transform(data["img_size"], **_taken(train_transform, augment), crop_pct=data["crop_pct"],
+                                mean=mean)
+    prepare = Prepare(mean, std, len(splits.class_ids), **_taken(Prepare, augment), seed=seed)
+    size = min(data["batch_size"], MOST)
+    batches = train_batches(splits.train, transform, seed=seed, batch_size=size, steps=1, repeats=augment["repeats"],
+                            max_bad=data["max_bad"])
+    draw(next(batches), prepare, path, splits.class_names)
+
+
+def _taken(function: Callable, group: Mapping) -> dict[str, object]:
+    return {key: group[key] for key in inspect.signature(function).parameters if key in group}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Exit code of the program; 2 with a sentence for a mistake of the user's."""
+    from deepvit.build import compose  # the program's entry stands above the library's floors
+    try:
+        if not arguments or not arguments[0].endswith(".png"):
+            raise UserError("Give the picture to write first: python -m deepvit.data.preview OUT.png data=... augment=...")
+        cfg = compose(list(arguments[1:]))
+        draw_config(cfg["data"], cfg["augment"], cfg["seed"], arguments[0])
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"Wrote {arguments[0]}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
