@@ -1,0 +1,67 @@
+"""numpy's .npz read array by array, sizes checked against the archive before anything is allocated."""
+
+import math
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deepvit.errors import UserError
+
+BROKEN = (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError, KeyError, NotImplementedError, RuntimeError,
+          SyntaxError, TypeError, UnicodeDecodeError, OverflowError, MemoryError, IndexError)
+FREE_BYTES, MAX_RATIO = 2**30, 20  # an archive may unpack to 1 GiB, or to 20 times its size: weights hardly compress
+
+
+def is_npz(path: Path) -> bool:
+    """Whether a zip file is numpy's (a PyTorch checkpoint is one too)."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith(".npy") for name in archive.namelist())
+    except BROKEN:
+        return path.suffix == ".npz"  # torn: the suffix decides which reader says so
+
+
+class NpzFile:
+    """Shapes and lazily read arrays of one .npz; never unpickles (`allow_pickle=False`)."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self.archive = zipfile.ZipFile(path)
+            entries = [info for info in self.archive.infolist() if info.filename.endswith(".npy")]
+            unpacked = sum(info.file_size for info in entries)
+            if unpacked > max(FREE_BYTES, MAX_RATIO * path.stat().st_size):
+                raise UserError(f"{path} would unpack to {unpacked / 2**30:.1f} GiB, far more than weights of its size "
+                                f"could: it is refused.")
+            self.shapes = {info.filename.removesuffix(".npy"): self._shape(info) for info in entries}
+        except BROKEN as error:
+            raise self._torn(error) from None
+
+    def read(self, name: str) -> Tensor:
+        try:
+            with self.archive.open(f"{name}.npy") as stream:
+                array = np.lib.format.read_array(stream, allow_pickle=False)
+        except BROKEN as error:
+            raise self._torn(error) from None
+        return torch.from_numpy(np.asarray(array, array.dtype.newbyteorder("=")))
+
+    def _shape(self, info: zipfile.ZipInfo) -> torch.Size:
+        with self.archive.open(info) as stream:
+            version = np.lib.format.read_magic(stream)
+            header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+            shape, _, dtype = header[version](stream)
+            held = info.file_size - stream.tell()
+        if dtype.kind not in "fiub":
+            raise UserError(f"{self.path} holds '{info.filename}' of type {dtype}, no array of numbers: it is refused.")
+        if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != held:
+            raise UserError(f"{self.path} claims an array '{info.filename}' of {shape} that does not match its {held} "
+                            f"bytes: it is torn or forged, get it again.")
+        return torch.Size(shape)
+
+    def _torn(self, error: Exception) -> UserError:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:100].rstrip(": ")
+        return UserError(f"{self.path} is torn or no .npz file ({reason}): get it again.")

@@ -1,0 +1,47 @@
+"""Position embeddings for another picture size, each dialect by its own rule."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor
+
+from deepvit.errors import UserError
+
+Grid = tuple[int, int]  # rows, columns of patches
+Resize = Callable[[Tensor, Grid, Grid], Tensor]
+
+
+def bicubic(pos: Tensor, old: Grid, new: Grid) -> Tensor:
+    """timm's rule: antialiased bicubic, class row kept. pos `[1, 1 + old rows * columns, D]` -> `[1, 1 + new, D]`."""
+    return resample_abs_pos_embed(pos, new_size=list(new), old_size=list(old), num_prefix_tokens=1)
+
+
+def google(pos: Tensor, old: Grid, new: Grid) -> Tensor:
+    """Google's rule and ViT-pytorch's, `scipy.ndimage.zoom(order=1)`: bilinear between aligned corners.
+
+    Where scipy's rounding leaves its last row and column at zero (35 pairs of sides up to 32 and 48, such as 16 -> 30)
+    this refuses: zeros are no embedding, and anything else would not be Google's model.
+    """
+    for before, after in zip(old, new):
+        if zoom_leaves_zeros(before, after):
+            raise UserError(f"Google's rule for {old[0]}x{old[1]} -> {new[0]}x{new[1]} patches leaves position embeddings "
+                            f"at zero (a rounding in scipy's zoom): choose another img_size.")
+    grid = pos[:, 1:].reshape(1, *old, -1).permute(0, 3, 1, 2).float()  # [1, D, rows, columns]
+    grid = F.interpolate(grid, new, mode="bilinear", align_corners=True)
+    return torch.cat([pos[:, :1].float(), grid.flatten(2).mT], dim=1)
+
+
+def zoom_leaves_zeros(old: int, new: int) -> bool:
+    """Whether scipy's zoom samples its last point outside the grid: `(new - 1) * ((old - 1) / (new - 1)) > old - 1`."""
+    return new > 1 and (new - 1) * ((old - 1) / (new - 1)) > old - 1
+
+
+def first_rows(pos: Tensor, old: Grid, new: Grid) -> Tensor:
+    """The rule of DeepViT-flax and vit-pytorch: a smaller picture takes the first rows, a larger one has none."""
+    tokens = 1 + new[0] * new[1]
+    if tokens > pos.shape[1]:
+        raise UserError(f"The weights know {pos.shape[1] - 1} positions, the model needs {tokens - 1}: this dialect takes "
+                        f"the first rows and has none for larger pictures; choose a smaller img_size.")
+    return pos[:, :tokens]
