@@ -1,0 +1,133 @@
+"""The sample stream and the batches: the same whatever the workers, ranks, accumulation and restarts."""
+
+import pickle
+import random
+
+import numpy as np
+import pytest
+import torch
+
+import deepvit.data as data
+from deepvit.data.imageset import ArraySet
+from deepvit.data.stream import Stream, draw, epoch_steps
+from deepvit.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def pictures() -> ArraySet:
+    pixels = np.random.default_rng(0).integers(0, 256, (23, 12, 10, 3), dtype=np.uint8)
+    return ArraySet(pixels, np.arange(23) % 5, "noise")
+
+
+@pytest.fixture(scope="module")
+def recipe() -> data.Transform:
+    return data.train_transform(8, auto_augment="rand-m9-mstd0.5-inc1", random_erasing=0.5)
+
+
+def same(one: data.Batch, other: data.Batch) -> bool:
+    return all(torch.equal(getattr(one, name), getattr(other, name))
+               for name in ("images", "targets", "indices", "positions")) and \
+        torch.equal(one.erasures.places, other.erasures.places) and \
+        torch.equal(one.erasures.values, other.erasures.values)
+
+
+def run(pictures, recipe, **options) -> list[list[data.Batch]]:
+    return list(data.train_batches(pictures, recipe, **{"seed": 3, "batch_size": 8, "steps": 7, **options}))
+
+
+def joined(parts: list[data.Batch]) -> data.Batch:
+    """The micro-batches or ranks of one step as one batch."""
+    offsets = np.cumsum([0] + [len(part) for part in parts])
+    places = [part.erasures.places + torch.tensor([offset, 0, 0, 0, 0])
+              for part, offset in zip(parts, offsets, strict=False)]
+    tensors = {name: torch.cat([getattr(part, name) for part in parts])
+               for name in ("images", "targets", "indices", "positions")}
+    return data.Batch(**tensors, erasures=type(parts[0].erasures)(
+        torch.cat(places), torch.cat([part.erasures.values for part in parts])))
+
+
+@pytest.mark.parametrize("n,batch", [(23, 8), (8, 8), (5, 8), (1, 4), (24, 6)])
+def test_epochs_are_permutations_end_to_end(n, batch):
+    drawn = [draw(n, 1, step, np.arange(batch), batch) for step in range(3 * n)]
+    indices = np.concatenate([one.indices for one in drawn])[:3 * n].reshape(-1, n)
+    assert all(sorted(epoch) == list(range(n)) for epoch in indices.tolist())
+    assert np.concatenate([one.epochs for one in drawn])[:3 * n].reshape(-1, n).tolist() == [[e] * n for e in range(3)]
+    if n > 5:
+        assert indices[0].tolist() != indices[1].tolist()
+    assert epoch_steps(n, batch) == n / batch
+
+
+def test_repeated_augmentation_shows_each_picture_r_times_in_its_batch():
+    for step in range(9):
+        drawn = draw(20, 0, step, np.arange(12), 12, repeats=3)
+        pairs = {*zip(drawn.indices.tolist(), drawn.repeats.tolist(), drawn.epochs.tolist(), strict=True)}
+        assert len(pairs) == 12 and {repeat for _, repeat, _ in pairs} == {0, 1, 2}
+        assert drawn.indices[:4].tolist() == drawn.indices[4:8].tolist() == drawn.indices[8:].tolist()
+    assert epoch_steps(20, 12, 3) == 6 * 3 / 12
+
+
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_ranks_and_accumulation_share_one_global_batch(pictures, recipe, repeats):
+    whole = run(pictures, recipe, repeats=repeats)
+    for world, accumulation in ((2, 1), (1, 4), (2, 2), (4, 1)):
+        ranks = [run(pictures, recipe, repeats=repeats, rank=rank, world=world, accumulation=accumulation)
+                 for rank in range(world)]
+        for step in range(7):
+            parts = [micro for rank in ranks for micro in rank[step]]
+            assert len(parts) == world * accumulation
+            assert same(joined(parts), whole[step][0])
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_and_restarts_change_nothing(pictures, recipe, workers):
+    whole = run(pictures, recipe)
+    cut = run(pictures, recipe, steps=3) + run(pictures, recipe, start_step=3, workers=workers)
+    assert len(cut) == 7 and all(same(one[0], other[0]) for one, other in zip(cut, whole, strict=True))
+
+
+def test_another_seed_epoch_or_repeat_is_another_picture(pictures, recipe):
+    assert not same(run(pictures, recipe)[0][0], run(pictures, recipe, seed=4)[0][0])
+    one = pictures.take(np.arange(1))
+    images = [step[0].images[row] for step in run(one, recipe, repeats=2) for row in range(8)]
+    assert len({bytes(image.contiguous().numpy()) for image in images}) > 40  # 56 draws of one picture
+
+
+def test_the_training_process_keeps_its_random_numbers(pictures, recipe):
+    torch.manual_seed(5), np.random.seed(5), random.seed(5)
+    expected = torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()
+    torch.manual_seed(5), np.random.seed(5), random.seed(5)
+    for workers in (0, 1):
+        run(pictures, recipe, steps=2, workers=workers)
+    list(data.eval_batches(pictures, data.eval_transform(8), batch_size=9))
+    assert (torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()) == expected
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 23])
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_evaluation_sees_every_picture_once(pictures, n, world):
+    part = pictures.take(np.arange(n))
+    batches = [batch for rank in range(world)
+               for batch in data.eval_batches(part, data.eval_transform(8), batch_size=3, rank=rank, world=world)]
+    assert torch.cat([batch.indices for batch in batches]).tolist() == list(range(n))
+    assert torch.cat([batch.targets for batch in batches]).tolist() == part.targets.tolist()
+
+
+def test_evaluation_with_workers(pictures):
+    by_workers = [[*data.eval_batches(pictures, data.eval_transform(8), batch_size=5, workers=workers)]
+                  for workers in (0, 2)]
+    assert all(same(one, other) for one, other in zip(*by_workers, strict=True))
+
+
+def test_everything_the_workers_get_can_be_pickled(pictures, recipe):
+    """Spawned workers (macOS, Windows) get it that way."""
+    for thing in (pictures, recipe, data.eval_transform(8), Stream(5, 0, 4, 2)):
+        pickle.loads(pickle.dumps(thing))
+
+
+@pytest.mark.parametrize("options,words", [
+    ({"batch_size": 9, "world": 2}, "batch_size=9"), ({"batch_size": 8, "repeats": 3}, "repeats=3"),
+    ({"batch_size": 8, "world": 2, "accumulation": 3}, "multiple of 6"),
+])
+def test_sizes_that_do_not_divide(pictures, recipe, options, words):
+    with pytest.raises(UserError, match=words):
+        run(pictures, recipe, **options)
