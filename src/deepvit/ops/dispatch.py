@@ -46,6 +46,9 @@ def reattention(q: Tensor, k: Tensor, v: Tensor, mix: Tensor | None = None, bias
         `[B, H, N, d]`, in autocast's dtype where that is on, else q's. Its gradient can be taken once.
     """
     device = q.device.type
+    if device == "meta":  # shapes and counts of operations, no values
+        return reference.reattention(q, k, v, mix, bias, norm=norm, scale=scale, map_scale=map_scale,
+                                     dropout_p=dropout_p, training=training)
     if torch.is_autocast_enabled(device) and q.dtype != torch.float64:
         q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
     path, why = choose(q, k, v, dropout_p=dropout_p, training=training)

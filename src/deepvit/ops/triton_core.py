@@ -1,0 +1,81 @@
+"""Launches the Triton kernels: which shapes they serve, with which tiles, and what the compiler makes of them."""
+
+import os
+from math import log2
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from deepvit.ops import triton_backward, triton_kernels
+from deepvit.ops.plain import tokens_first
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class Tiling(NamedTuple):
+    rows: int  # BM
+    cols: int  # BN
+    warps: int = 8
+
+
+def head_widths(d: int) -> tuple[int, int]:
+    """d padded to D0 + D1: 16, 32, 32 + 16 or 64."""
+    return (16, 0) if d <= 16 else (32, 0) if d <= 32 else (32, 16) if d <= 48 else (64, 0)
+
+
+def tiling(d: int, dtype: torch.dtype, backward: bool) -> Tiling:
+    """Tiles that compile for sm_90 with the fewest spills (`triton_report`); float32 holds twice the bytes."""
+    wide = backward or dtype == torch.float32 or d > 48
+    return Tiling(16, 16) if wide else Tiling(32, 32)
+
+
+def _precision() -> str:
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def _options(d: int, dtype: torch.dtype, backward: bool) -> dict:
+    tile, (d0, d1) = tiling(d, dtype, backward), head_widths(d)
+    return {"BM": tile.rows, "BN": tile.cols, "D0": d0, "D1": d1, "WIDEN": INTERPRETED, "PRECISION": _precision(),
+            "num_warps": tile.warps, "num_stages": 1}
+
+
+def _same_strides(*inputs: Tensor) -> tuple[Tensor, ...]:
+    """Views of one packed tensor pass as they are; anything else is copied."""
+    if len({x.stride() for x in inputs}) == 1 and inputs[0].stride(-1) == 1:
+        return inputs
+    return tuple(x.contiguous() for x in inputs)
+
+
+def centred_mix(q: Tensor, k: Tensor, v: Tensor, mix: Tensor, scale: float,
+                statistics: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`plain.centred_mix` for q, k, v of float32 or bfloat16, and the rows' log2-sum-exp2 `[B, H, N]`."""
+    q, k, v = _same_strides(q, k, v)
+    B, H, N, d = q.shape
+    options = _options(d, q.dtype, backward=False)
+    grid = (triton.cdiv(N, options["BM"]), B)
+    u, lse = tokens_first(q), mix.new_empty(B, H, N)
+    sumsq = mix.new_empty(B * grid[0], 16)
+    triton_kernels.forward[grid](q, k, v, mix.contiguous(), u, lse, sumsq, *q.stride()[:3], H, N, d,
+                                 scale * log2(2.718281828459045), **options)
+    return u, sumsq[:, :H].sum(dim=0), v.sum(dim=2, dtype=mix.dtype), lse
+
+
+def centred_mix_backward(du: Tensor, dsumsq: Tensor, dtotal: Tensor, q: Tensor, k: Tensor, v: Tensor, mix: Tensor,
+                         lse: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and mix; the arguments as in `cpu.centred_mix_backward`."""
+    q, k, v = _same_strides(q, k, v)
+    B, H, N, d = q.shape
+    options = _options(d, q.dtype, backward=True)
+    du = du.transpose(1, 2).contiguous()  # [B, N, H, d]
+    dq, dk, dv = (tokens_first(x) for x in (q, k, v))
+    mix, twice, delta = mix.contiguous(), 2 * dsumsq, torch.empty_like(lse)
+    given = (q, k, v, du, mix, lse, twice)
+    sizes = (*q.stride()[:3], H, N, d, scale, scale * log2(2.718281828459045))
+    grid = (triton.cdiv(N, options["BM"]), B)
+    dmix = mix.new_empty(B * grid[0], 16, 16)
+    triton_backward.by_queries[grid](*given, dq, delta, dmix, *sizes, **options)
+    grid = (triton.cdiv(N, options["BN"]), B)
+    triton_backward.by_keys[grid](*given, delta, dtotal.contiguous(), dk, dv, *sizes, **options)
+    return dq, dk, dv, dmix[:, :H, :H].sum(dim=0)
