@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from timm.models import vision_transformer
 from torch import nn
 
 import deepvit
@@ -32,8 +33,7 @@ def pictures():
 
 def timm_vit(**settings):
     torch.manual_seed(0)
-    settings = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 4, "num_classes": 5} | settings
-    return timm.models.VisionTransformer(**settings)
+    return timm.models.VisionTransformer(**TINY, **settings)
 
 
 def eager_maps(model, x):
@@ -50,8 +50,8 @@ def eager_maps(model, x):
 
 
 @pytest.mark.parametrize("settings", [{}, {"qk_norm": True}, {"class_token": False, "global_pool": "avg"},
-                                      {"reg_tokens": 4}, {"block_fn": timm.models.vision_transformer.ParallelScalingBlock},
-                                      {"block_fn": timm.models.vision_transformer.ResPostBlock}])
+                                      {"reg_tokens": 4}, {"block_fn": vision_transformer.ParallelScalingBlock},
+                                      {"block_fn": vision_transformer.ResPostBlock}])
 def test_timm_maps_are_timms_own(settings, pictures):
     model = timm_vit(**settings)
     ours = analysis.attention_maps(model, pictures)
@@ -149,14 +149,16 @@ def maps():
 
 
 def test_column_similarity_is_the_papers(maps):
-    np.testing.assert_allclose(analysis.column_similarity(maps[0], maps[1]), loop_similarity(maps[0], maps[1]), atol=1e-6)
+    p, q = maps[:2]
+    np.testing.assert_allclose(analysis.column_similarity(p, q), loop_similarity(p, q), atol=1e-6)
 
 
 @pytest.mark.parametrize("held", [1, 2**28])
 def test_all_pairs_and_adjacent_agree_with_loops(maps, held, monkeypatch):
     monkeypatch.setattr(analysis.similarity, "HELD_BYTES", held)  # 1: one block at a time, recomputed for each other
     expected = np.array([[loop_similarity(p, q).mean((0, 2)) for q in maps] for p in maps])  # [L, L, H]
-    np.testing.assert_allclose(analysis.cross_layer_similarity(maps, per_head=True), expected.transpose(2, 0, 1), atol=1e-6)
+    per_head = analysis.cross_layer_similarity(maps, per_head=True)
+    np.testing.assert_allclose(per_head, expected.transpose(2, 0, 1), atol=1e-6)
     np.testing.assert_allclose(analysis.cross_layer_similarity(maps), expected.mean(-1), atol=1e-6)
     adjacent = [expected[i, i + 1] for i in range(4)]
     np.testing.assert_allclose(analysis.adjacent_similarity(maps, per_head=True), adjacent, atol=1e-6)

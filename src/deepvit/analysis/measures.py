@@ -31,8 +31,8 @@ def attention_entropy(maps: Tensor) -> Tensor:
 def attention_distance(maps: Tensor, grid: tuple[int, int]) -> Tensor:
     """Mean distance between a patch and the patches it attends to, weighted by attention, in patches. `[H]`.
 
-    Dosovitskiy et al., arXiv:2010.11929, figure 7 (there in pixels): `sum_j a_ij |r_i - r_j| / sum_j a_ij` over patches j,
-    mean over patches i. Tokens before the patches (class token, registers) are left out.
+    Dosovitskiy et al., arXiv:2010.11929, figure 7 (there in pixels): `sum_j a_ij |r_i - r_j| / sum_j a_ij` over patches
+    j, mean over patches i. Tokens before the patches (class token, registers) are left out.
 
     Args:
         maps: softmax maps `[B, H, N, N]`.
@@ -88,7 +88,7 @@ def diagonal_share(theta: Tensor) -> float:
 
 @torch.no_grad()
 def norm_variance(module: nn.Module, softmax: Tensor) -> Tensor | None:
-    """Variance of the maps that a BatchNorm over heads sees, over pictures and entries, `[H]`; None without such a norm.
+    """Variance of the maps that a BatchNorm over heads sees, over pictures and entries, `[H]`; None without that norm.
 
     To be read against the norm's eps: where it is smaller, the norm divides by a constant and acts as a temperature.
     Exact over batches that are averaged, because the mean is known beforehand: rows sum to one.

@@ -54,8 +54,8 @@ def probe(model: nn.Module, x: Tensor, *, batch_size: int | None = None, thresho
             `adjacent` (per pair), `mean`, `similar_blocks`, and `matrix` if asked for;
         `head_similarity`: for the same four, the mean cosine between heads of a block;
         `entropy` (nats) and `distance` (patches) of the softmax maps; `rank`: effective rank for softmax and final;
-        `token_similarity`, `feature_cosine_first`, `feature_cosine_adjacent`, `cka_first`, `cka_adjacent`: of the block's
-            output, against the first block's input, or against the block's own input;
+        `token_similarity`, `feature_cosine_first`, `feature_cosine_adjacent`, `cka_first`, `cka_adjacent`: of the
+            block's output, against the first block's input, or against the block's own input;
         `norm_variance` of the maps before the norm over heads (mean over heads), `norm_running_variance`, `norm_eps`;
         `theta_diagonal_share`.
     Raises:

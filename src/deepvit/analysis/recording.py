@@ -76,7 +76,7 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
 
 
 class Maps(Sequence[Tensor]):
-    """The maps of all blocks, each computed when it is asked for: `maps[i]` is `[B, H, N, N]`, float32, rows queries."""
+    """The maps of all blocks, each computed when asked for: `maps[i]` is `[B, H, N, N]`, float32, rows queries."""
 
     def __init__(self, modules: Sequence[nn.Module], inputs: Sequence[Tensor], stage: Stage):
         self.modules, self.inputs, self.stage = modules, inputs, stage

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def rollout(maps: Sequence[Tensor], every_block: bool = False) -> Tensor:
-    """Abnar & Zuidema, arXiv:2005.00928: `R_n = A'_n R_{n-1}`, `A'` the mean over heads plus identity, rows summing to 1.
+    """Abnar & Zuidema, arXiv:2005.00928: `R_n = A'_n R_{n-1}`, `A'` the mean over heads plus identity, rows sum to 1.
 
     Final maps of re-attention may be negative and need not sum to one; their absolute values are taken and each head's
     rows normalised first, which changes nothing for softmax maps.

@@ -24,8 +24,8 @@ Rule = Literal["adjacent", "earlier"]
 def centred(maps: Tensor) -> Tensor:
     """The maps minus the mean of each row, `[B, H, N, N]`.
 
-    For softmax maps that is A - 1/N, what a head attends to beyond looking at everything alike; for mixed or normed maps
-    the mean of a row is what the same part has become.
+    For softmax maps that is A - 1/N, what a head attends to beyond looking at everything alike; for mixed or normed
+    maps the mean of a row is what the same part has become.
     """
     return maps - maps.mean(-1, keepdim=True)
 
@@ -96,8 +96,8 @@ def mean_product(p: Tensor, q: Tensor) -> Tensor:
 
 def _check_alike(p: Tensor, q: Tensor) -> None:
     if p.shape != q.shape:
-        raise UserError(f"Maps of shapes {tuple(p.shape)} and {tuple(q.shape)} cannot be compared: the blocks must have "
-                        f"the same number of heads and tokens.")
+        raise UserError(f"Maps of shapes {tuple(p.shape)} and {tuple(q.shape)} cannot be compared: the blocks must "
+                        f"have the same number of heads and tokens.")
 
 
 class Transformed(Sequence[Tensor]):

@@ -9,7 +9,9 @@ from deepvit.models.registry import (
            list_models,
            model_config,
 )
+from deepvit.models.variants import AttnScale, DecayedTemperature, LearnedTemperature, TalkingHeads
 from deepvit.models.vit import Block, ViT
 
-__all__ = ["ATTENTIONS", "Attention", "Block", "HeadMix", "ReAttention", "ReAttentionLN", "SelfAttention", "ViT",
-           "attention_config", "build_model", "create_model", "list_attentions", "list_models", "model_config"]
+__all__ = ["ATTENTIONS", "Attention", "AttnScale", "Block", "DecayedTemperature", "HeadMix", "LearnedTemperature",
+           "ReAttention", "ReAttentionLN", "SelfAttention", "TalkingHeads", "ViT", "attention_config", "build_model",
+           "create_model", "list_attentions", "list_models", "model_config"]

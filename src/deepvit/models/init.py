@@ -4,6 +4,7 @@ from timm.layers import trunc_normal_
 from torch import nn
 
 from deepvit.models.attention import HeadMix
+from deepvit.models.blocks import DeepNormBlock
 
 
 def init_weights(model: nn.Module) -> None:
@@ -17,6 +18,8 @@ def init_weights(model: nn.Module) -> None:
     | convolutions of the stem           | PyTorch's default: uniform, kaiming with a = sqrt(5)              |
     | Theta (`HeadMix`)                  | U(+-1/sqrt(H)), weight and bias, or as `theta_init` says          |
     | LayerScale                         | `init_values`                                                     |
+    | temperatures, AttnScale, FeatScale | so that they change nothing                                       |
+    | Linear weight in a `DeepNormBlock` | Xavier normal, scaled with depth: see there                       |
     """
     for name, parameter in model.named_parameters(recurse=False):
         if name in ("pos_embed", "cls_token"):
@@ -27,4 +30,7 @@ def init_weights(model: nn.Module) -> None:
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, HeadMix):
+            module.reset_parameters()
+    for module in model.modules():
+        if isinstance(module, DeepNormBlock):
             module.reset_parameters()

@@ -1,54 +1,24 @@
 """One Vision Transformer of interchangeable parts: stem + blocks + head. DeepViT is a configuration of it."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from timm.layers import DropPath, LayerScale, Mlp
 from torch import Tensor, nn
 
 from deepvit.errors import UserError, did_you_mean
 from deepvit.models.attention import ATTENTIONS, Attention
+from deepvit.models.blocks import BLOCKS, Block
 from deepvit.models.init import init_weights
 from deepvit.models.recompute import checkpoint_block
 from deepvit.models.stem import STEMS
 
-GELUS = {"erf": nn.GELU, "tanh": lambda: nn.GELU(approximate="tanh")}
 POOLS = {
     "cls": lambda tokens: tokens[:, 0],
     "mean": lambda tokens: tokens.mean(1),  # class token included, as vit-pytorch and DeepViT-flax
     "avg": lambda tokens: tokens[:, 1:].mean(1),  # patch tokens only, as timm
 }
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block: `x += attn(norm1(a x)) / a; x += mlp(norm2(a x)) / a`.
-
-    `residual_scale` a is the published `scale_adjustment`: as LayerNorm undoes the factor inside, a = 0.5 doubles
-    both branches.
-    """
-
-    def __init__(self, dim: int, attn: Attention, mlp_ratio: float, drop: float, drop_path: float,
-                 init_values: float | None, gelu: str, norm_eps: float, residual_scale: float):
-        super().__init__()
-        self.residual_scale = residual_scale
-        self.norm1 = nn.LayerNorm(dim, norm_eps)
-        self.attn = attn
-        self.ls1 = LayerScale(dim, init_values) if init_values else nn.Identity()
-        self.drop_path1 = DropPath(drop_path) if drop_path else nn.Identity()
-        self.norm2 = nn.LayerNorm(dim, norm_eps)
-        hidden = int(dim * mlp_ratio + 1e-6)  # 1e-6: a ratio such as 100/48 must give 100 again
-        self.mlp = Mlp(dim, hidden, act_layer=GELUS[gelu], drop=drop)
-        self.ls2 = LayerScale(dim, init_values) if init_values else nn.Identity()
-        self.drop_path2 = DropPath(drop_path) if drop_path else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path1(self._branch(self.norm1, self.attn, self.ls1, x))
-        return x + self.drop_path2(self._branch(self.norm2, self.mlp, self.ls2, x))
-
-    def _branch(self, norm: nn.Module, layer: nn.Module, layer_scale: nn.Module, x: Tensor) -> Tensor:
-        a = self.residual_scale
-        return layer_scale(layer(norm(x))) if a == 1.0 else layer_scale(layer(norm(x * a))) / a
 
 
 class ViT(nn.Module):
@@ -63,13 +33,15 @@ class ViT(nn.Module):
         reattention_blocks: the blocks that have that attention, as indices (negative from the end) or a slice such
             as "-12:"; the others have plain self-attention. None: all.
         qk_scale, map_scale: factors on `q k^T` (default head_dim^-0.5) and on the maps after the norm.
-        residual_scale: see `Block`.
+        residual_scale: see `blocks.Block`.
         drop_rate, pos_drop_rate, attn_drop_rate, drop_path_rate: dropout in MLP and projection, after the position
             embedding, on the maps; stochastic depth of the last block (linear from 0).
         init_values: initial LayerScale; None: no LayerScale.
         pool, final_norm: class token, mean of all tokens, or avg of the patch tokens; LayerNorm before or after it.
         patch_norm: LayerNorms around the patch projection (vit-pytorch).
         representation_size: width of the tanh layer before the head (`pre_logits`); None: no such layer.
+        block: "pre_norm", or "deepnorm" for very deep models: see `blocks.DeepNormBlock`.
+        feat_scale: see `blocks.FeatScale`.
     """
 
     def __init__(self, img_size: int | list[int] = 224, patch_size: int | list[int] = 16, in_chans: int = 3,
@@ -82,7 +54,8 @@ class ViT(nn.Module):
                  pool: Literal["cls", "mean", "avg"] = "cls", gelu: Literal["erf", "tanh"] = "erf",
                  norm_eps: float = 1e-6, patch_norm: bool = False,
                  final_norm: Literal["before_pool", "after_pool"] = "before_pool",
-                 representation_size: int | None = None):
+                 representation_size: int | None = None, block: Literal["pre_norm", "deepnorm"] = "pre_norm",
+                 feat_scale: bool = False):
         super().__init__()
         self.img_size, self.patch_size = _pair(img_size), _pair(patch_size)
         self.grid_size = _grid(self.img_size, self.patch_size)  # (rows, columns) of patches
@@ -90,7 +63,8 @@ class ViT(nn.Module):
         self.pool, self.final_norm = pool, final_norm
         self.grad_checkpointing = False
 
-        self.patch_embed = _stem(stem)(in_chans, embed_dim, self.patch_size, norm=patch_norm, norm_eps=norm_eps)
+        make_stem, make_block = _choose("stem", stem, STEMS), _choose("block", block, BLOCKS)
+        self.patch_embed = make_stem(in_chans, embed_dim, self.patch_size, norm=patch_norm, norm_eps=norm_eps)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid_size[0] * self.grid_size[1], embed_dim))
         self.pos_drop = nn.Dropout(pos_drop_rate)
@@ -100,9 +74,10 @@ class ViT(nn.Module):
                       attn_drop=attn_drop_rate, proj_drop=drop_rate)
         rule = {"map_scale": map_scale, **(attention or {"class": "SelfAttention"})}
         self.blocks = nn.Sequential(*(
-            Block(embed_dim, _attention(rule if i in chosen else {"class": "SelfAttention"}, embed_dim, shared),
-                  mlp_ratio, drop_rate, drop_path_rate * i / max(1, depth - 1), init_values, gelu, norm_eps,
-                  residual_scale)
+            make_block(embed_dim, _attention(rule if i in chosen else {"class": "SelfAttention"}, embed_dim, shared,
+                                             block_index=i, depth=depth),
+                       mlp_ratio, drop_rate, drop_path_rate * i / max(1, depth - 1), init_values, gelu, norm_eps,
+                       residual_scale=residual_scale, feat_scale=feat_scale, depth=depth)
             for i in range(depth)))
 
         self.norm = nn.LayerNorm(embed_dim, norm_eps)
@@ -172,19 +147,22 @@ def _grid(img_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[int, 
     return img_size[0] // patch_size[0], img_size[1] // patch_size[1]
 
 
-def _stem(name: str) -> type[nn.Module]:
-    if name not in STEMS:
-        raise UserError(f"model.stem={name} is not known: choose from {', '.join(STEMS)}.{did_you_mean(name, STEMS)}")
-    return STEMS[name]
+def _choose(setting: str, name: str, choices: Mapping[str, Any]) -> Any:
+    if name not in choices:
+        raise UserError(f"model.{setting}={name} is not known: choose from {', '.join(choices)}."
+                        f"{did_you_mean(name, choices)}")
+    return choices[name]
 
 
-def _attention(rule: Mapping[str, Any], dim: int, shared: Mapping[str, Any]) -> Attention:
+def _attention(rule: Mapping[str, Any], dim: int, shared: Mapping[str, Any], **place: int) -> Attention:
+    """An attention by its rule; a class that has parameters `block_index` or `depth` is told where it stands."""
     options = {name: value for name, value in rule.items() if name not in ("class", "name")}
     cls = ATTENTIONS.get(rule.get("class", ""))
     if cls is None:
         raise UserError(f"model.attention.class={rule.get('class')} is not known: choose from "
                         f"{', '.join(ATTENTIONS)}.{did_you_mean(rule.get('class', ''), ATTENTIONS)}")
-    return cls(dim, **{**shared, **options})
+    place = {name: value for name, value in place.items() if name in inspect.signature(cls).parameters}
+    return cls(dim, **{**shared, **options, **place})
 
 
 def _block_indices(chosen: Sequence[int] | str | None, depth: int) -> set[int]:

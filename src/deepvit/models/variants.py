@@ -1,0 +1,102 @@
+"""Alternatives to re-attention: other ways to keep attention from becoming the same in every block.
+
+Same contract as in `attention`: `maps(q, k)` says what it is, `attend(q, k, v)` may be faster, one YAML file each.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deepvit import ops
+from deepvit.models.attention import HeadMix, SelfAttention
+
+
+class LearnedTemperature(SelfAttention):
+    """Softmax attention with a temperature learned per head: `softmax(e^s q k^T / sqrt(d))`, s starting at 0.
+
+    The DeepViT paper (arXiv:2103.11886) compares with a learned temperature and finds little help; Lee et al.,
+    "Vision Transformer for Small-Size Datasets" (arXiv:2112.13492), use it as part of LSA. The exponential keeps it
+    positive.
+    """
+
+    def __init__(self, dim: int, num_heads: int = 8, **kwargs):
+        super().__init__(dim, num_heads, **kwargs)
+        factory = {name: kwargs[name] for name in ("device", "dtype") if name in kwargs}
+        self.log_sharpness = nn.Parameter(torch.zeros(num_heads, **factory))  # s = -ln(temperature)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return super().attend(self._sharpened(q), k, v)
+
+    def softmax(self, q: Tensor, k: Tensor) -> Tensor:
+        return super().softmax(self._sharpened(q), k)
+
+    def _sharpened(self, q: Tensor) -> Tensor:
+        return q * self.log_sharpness.exp()[:, None, None].to(q.dtype)
+
+
+class DecayedTemperature(SelfAttention):
+    """Softmax attention whose temperature falls with depth: `T = first (last / first)^(block_index / (depth - 1))`.
+
+    The DeepViT paper (arXiv:2103.11886) compares with a temperature that decays with depth, so that deep blocks attend
+    more sharply, and finds little help. It gives no numbers that we could read: 1 to 0.5, geometrically, is our choice.
+
+    Args:
+        first, last: temperatures of the first and the last block.
+        block_index, depth: where this attention stands; `ViT` gives them.
+    """
+
+    def __init__(self, dim: int, num_heads: int = 8, first: float = 1.0, last: float = 0.5, block_index: int = 0,
+                 depth: int = 1, **kwargs):
+        super().__init__(dim, num_heads, **kwargs)
+        self.temperature = first * (last / first) ** (block_index / max(1, depth - 1))
+        self.scale = self.scale / self.temperature
+
+
+class TalkingHeads(SelfAttention):
+    """Heads mixed before and after the softmax: `P_w softmax(P_l q k^T / sqrt(d))` (Shazeer et al., arXiv:2003.02436).
+
+    No bias and no norm, as there. `stage="softmax"` are the maps between the two mixes. Both start as the identity,
+    so as plain attention, which is our choice; `theta_init: random` draws them as re-attention's Theta.
+    """
+
+    def __init__(self, dim: int, num_heads: int = 8, theta_init: Literal["random", "identity", "normal"] = "identity",
+                 **kwargs):
+        super().__init__(dim, num_heads, **kwargs)
+        factory = {name: kwargs[name] for name in ("device", "dtype") if name in kwargs}
+        self.mix_logits = HeadMix(num_heads, bias=False, init=theta_init, **factory)
+        self.mix = HeadMix(num_heads, bias=False, init=theta_init, **factory)
+
+    def softmax(self, q: Tensor, k: Tensor) -> Tensor:
+        return ops.mix_heads(q * self.scale @ k.mT, self.mix_logits.weight).softmax(-1)  # [B, H, N, N], rows sum to 1
+
+    def maps(self, q: Tensor, k: Tensor) -> Tensor:
+        return ops.mix_heads(self.softmax(q, k), self.mix.weight)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.dropout(self.maps(q, k), self.attn_drop, self.training) @ v
+
+
+class AttnScale(SelfAttention):
+    """`1/N + (1 + w) (A - 1/N)`: what tells tokens apart is scaled per head, w learned from 0.
+
+    The low-pass part of a softmax map is the uniform map 1/N (Wang et al., "Anti-Oversmoothing in Deep Vision
+    Transformers via the Fourier Domain Analysis", arXiv:2203.05962, and its published code). On the output that is
+    `(1 + w) A v - w mean(v)`, so the fused attention serves; with dropout on the maps it is computed as written.
+    """
+
+    def __init__(self, dim: int, num_heads: int = 8, **kwargs):
+        super().__init__(dim, num_heads, **kwargs)
+        factory = {name: kwargs[name] for name in ("device", "dtype") if name in kwargs}
+        self.contrast = nn.Parameter(torch.zeros(num_heads, **factory))  # w
+
+    def maps(self, q: Tensor, k: Tensor) -> Tensor:
+        uniform = 1 / k.shape[-2]
+        return uniform + (1 + self.contrast[:, None, None]) * (self.softmax(q, k) - uniform)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.training and self.attn_drop:
+            return F.dropout(self.maps(q, k), self.attn_drop) @ v
+        w = self.contrast[:, None, None].to(v.dtype)
+        return (1 + w) * super().attend(q, k, v) - w * v.mean(-2, keepdim=True)
