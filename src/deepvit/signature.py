@@ -3,31 +3,48 @@
 import inspect
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from deepvit.errors import UserError, did_you_mean
 
 
-def check_arguments(function: Callable, given: Mapping[str, Any], where: str) -> None:
-    """Refuses what `function(**given)` would: unknown names (with what was meant), missing ones, values of a wrong type.
+def check_arguments(function: Callable, given: Mapping[str, Any], where: str = "",
+                    ignore_missing: Collection[str] = ()) -> None:
+    """Refuses what `function(**given)` would: unknown names (with what was meant), missing ones, wrong types.
 
     Args:
         function: a function or class whose parameters are annotated.
         where: the config path in the message, e.g. `"model"` -> "model.dpeth is not a setting".
+        ignore_missing: names that are given elsewhere.
     """
-    parameters = {name: p for name, p in inspect.signature(function).parameters.items()
-                  if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    hints = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)
+    prefix = f"{where}." if where else ""
+    parameters, hints = _parameters(function)
     for name, value in given.items():
         if name not in parameters:
-            raise UserError(f"{where}.{name} is not a setting.{did_you_mean(name, parameters)}"
+            raise UserError(f"{prefix}{name} is not a setting.{did_you_mean(name, parameters)}"
                             f" The settings are: {', '.join(sorted(parameters))}.")
         if name in hints and not fits(value, hints[name]):
-            raise UserError(f"{where}.{name} is {value!r}, which is not {describe(hints[name])}.")
+            raise UserError(f"{prefix}{name} is {value!r}, which is not {describe(hints[name])}.")
     for name, parameter in parameters.items():
-        if parameter.default is parameter.empty and name not in given:
-            raise UserError(f"{where}.{name} is missing: give it {describe(hints.get(name, Any))}.")
+        if parameter.default is parameter.empty and name not in given and name not in ignore_missing:
+            raise UserError(f"{prefix}{name} is missing: give it {describe(hints.get(name, Any))}.")
+
+
+def _parameters(function: Callable) -> tuple[dict[str, inspect.Parameter], dict[str, Any]]:
+    """Named parameters and their types; `**kwargs` of a constructor are its base class's parameters."""
+    parameters: dict[str, inspect.Parameter] = {}
+    hints: dict[str, Any] = {}
+    for one in [vars(cls).get("__init__") for cls in function.__mro__] if inspect.isclass(function) else [function]:
+        if one is None:
+            continue
+        own = inspect.signature(one).parameters.values()
+        parameters |= {p.name: p for p in own if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+                       and p.name not in parameters and p.name != "self"}
+        hints = typing.get_type_hints(one) | hints
+        if not any(p.kind is p.VAR_KEYWORD for p in own):
+            break
+    return parameters, hints
 
 
 def fits(value: Any, hint: Any) -> bool:

@@ -57,7 +57,8 @@ def build_model(config: Mapping[str, Any]) -> ViT:
 
 def check_model(config: Mapping[str, Any]) -> None:
     """Refuses settings that `ViT` or its attention would not take, naming what was meant."""
-    check_arguments(ViT, config, "model")
+    known = {name: value for name, value in config.items() if (name, value) != ("num_classes", None)}  # the data's
+    check_arguments(ViT, known, "model")
     attention = dict(config.get("attention") or {"class": "SelfAttention"})
     attention.pop("name", None)
     cls = ATTENTIONS.get(attention.pop("class", None))

@@ -1,0 +1,217 @@
+"""From settings to objects. With `compose`, the only library code that knows hydra and omegaconf (both imported late)."""
+
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2, list_optimizers
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from deepvit import data as pictures
+from deepvit.engine.fit import Plan
+from deepvit.engine.ranks import Ranks
+from deepvit.engine.schedule import Schedule
+from deepvit.engine.state import TrainState
+from deepvit.engine.step import Objective, Precision, Stepper
+from deepvit.errors import UserError, did_you_mean
+from deepvit.models import ViT, build_model
+from deepvit.settings import Augment, Data, Optimizer, PrecisionSettings, Settings
+
+log = logging.getLogger(__name__)
+
+
+def compose(overrides: Sequence[str] = (), config_name: str = "train") -> dict[str, Any]:
+    """The resolved config of a command line, as plain values: `compose(["model=deepvit32", "data=cifar10"])`."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from omegaconf import OmegaConf
+    conf = Path(__file__).resolve().parent / "conf"
+    with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
+        config = OmegaConf.to_container(hydra_compose(config_name, overrides=list(overrides)), resolve=True)
+    return config
+
+
+# Data
+
+def splits(data: Data) -> pictures.Splits:
+    """The data set that `data` names."""
+    if data.source == "digits" and data.root is not None:
+        raise UserError(f"data.root={data.root} is given, but the digits are built in: to train on your pictures add "
+                        f"recipe=imagenet (train/ and val/ folders of classes), recipe=cifar10 or recipe=folder.")
+    return pictures.load(data.source, root=data.root, fraction=data.fraction, classes=data.classes,
+                         val_fraction=data.val_fraction, decoder=data.decoder, in_memory_mb=data.in_memory_mb,
+                         name=data.name, train_split=data.train_split, val_split=data.val_split)
+
+
+def train_transform(data: Data, augment: Augment) -> pictures.Transform:
+    mixing = ("repeats", "mixup", "cutmix", "mix_prob", "switch_prob", "label_smoothing")
+    options = {name: value for name, value in vars(augment).items() if name not in mixing}
+    mean, _ = pictures.norm_values(data.norm)
+    return pictures.train_transform(data.img_size, crop_pct=data.crop_pct, mean=mean, **options)
+
+
+def eval_transform(data: Data) -> pictures.Transform:
+    return pictures.eval_transform(data.img_size, data.crop_pct, data.interpolation)
+
+
+def prepare(data: Data, num_classes: int, augment: Augment | None = None, seed: int = 0) -> pictures.Prepare:
+    """Normalisation, and in training the mixing that `augment` names."""
+    mixing = {} if augment is None else {name: getattr(augment, name) for name in (
+        "mixup", "cutmix", "mix_prob", "switch_prob", "label_smoothing")}
+    return pictures.Prepare(*pictures.norm_values(data.norm), num_classes, seed=seed, **mixing)
+
+
+def accumulation(settings: Settings, world: int) -> int:
+    """Micro-batches of an update: the fewest that fit `engine.device_batch` and divide the global batch.
+
+    Raises:
+        UserError: the global batch does not divide over the devices, or mixing finds no pairs in a micro-batch.
+    """
+    batch, most = settings.data.batch_size, settings.engine.device_batch
+    if batch % world:
+        raise UserError(f"data.batch_size={batch} (of all devices together) does not divide over {world} devices.")
+    share = batch // world
+    mixes = settings.augment.mix_prob > 0 and (settings.augment.mixup > 0 or settings.augment.cutmix > 0)
+    for parts in range(math.ceil(share / (most or share)), share + 1):
+        if share % parts == 0 and not (mixes and share // parts % 2):
+            return parts
+    raise UserError(f"mixup and cutmix pair neighbours in a micro-batch: data.batch_size={batch} on {world} devices "
+                    f"must leave each an even number of pictures.")
+
+
+def draw(settings: Settings, train: pictures.ImageSet, ranks: Ranks):
+    """`(start, count) -> iterator` over the micro-batches of `count` global batches from number `start`."""
+    transform = train_transform(settings.data, settings.augment)
+    parts = accumulation(settings, ranks.world)
+
+    def batches(start: int, count: int) -> Iterator[list[pictures.Batch]]:
+        return pictures.train_batches(
+            train, transform, seed=settings.seed, batch_size=settings.data.batch_size, steps=start + count,
+            start_step=start, rank=ranks.rank, world=ranks.world, accumulation=parts, workers=settings.data.workers,
+            repeats=settings.augment.repeats, max_bad=settings.data.max_bad, pin=ranks.device.type == "cuda")
+
+    return batches
+
+
+def eval_batches(data: Data, images: pictures.ImageSet, ranks: Ranks) -> Iterator[pictures.Batch]:
+    return pictures.eval_batches(images, eval_transform(data), batch_size=data.eval_batch_size, rank=ranks.rank,
+                                 world=ranks.world, workers=data.workers, on_error=data.on_error,
+                                 pin=ranks.device.type == "cuda")
+
+
+# Model and optimizer
+
+def model(settings: Settings, num_classes: int) -> ViT:
+    """The model of `settings.model` for `num_classes`, initialised from `settings.seed` alone."""
+    asked = settings.model.get("num_classes")
+    if asked is not None and asked != num_classes:
+        raise UserError(f"model.num_classes={asked}, but the data has {num_classes} classes: leave it null.")
+    torch.manual_seed(settings.seed)
+    built = build_model({**settings.model, "num_classes": num_classes})
+    built.set_grad_checkpointing(settings.engine.grad_checkpointing)
+    if settings.init is not None:
+        from deepvit.importers import load_weights
+        log.info("Weights from %s: %s", settings.init, load_weights(built, settings.init, head=settings.head))
+    return built
+
+
+def optimizer(network: nn.Module, chosen: Optimizer) -> torch.optim.Optimizer:
+    """By timm's factory: no decay on biases, norms and the embeddings that the model names.
+
+    A layer-wise decay gives each group its `lr_scale`.
+    """
+    if chosen.opt not in list_optimizers():
+        raise UserError(f"optimizer.opt={chosen.opt} is not one of timm's."
+                        f"{did_you_mean(chosen.opt, list_optimizers())}")
+    given = {name: getattr(chosen, name) for name in ("betas", "eps") if getattr(chosen, name) is not None}
+    try:
+        return create_optimizer_v2(network, chosen.opt, lr=chosen.lr, weight_decay=chosen.weight_decay,
+                                   momentum=chosen.momentum, layer_decay=chosen.layer_decay, **given)
+    except TypeError as error:
+        raise UserError(f"optimizer.opt={chosen.opt} does not take these settings: {error}.") from error
+
+
+def state(settings: Settings, network: ViT, ranks: Ranks) -> TrainState:
+    network.to(ranks.device)
+    ema = settings.ema
+    average = ModelEmaV3(network, ema.decay, use_warmup=ema.warmup) if ema.decay else None
+    scaler = torch.amp.GradScaler(ranks.device.type, enabled=settings.precision.scale_gradients)
+    return TrainState(network, optimizer(network, settings.optimizer), scaler, average)
+
+
+def stepper(settings: Settings, network: ViT, schedule: Schedule, num_classes: int, ranks: Ranks) -> Stepper:
+    called = torch.compile(network) if settings.engine.compile else network
+    return Stepper(ranks.wrap(called), prepare(settings.data, num_classes, settings.augment, settings.seed),
+                   objective(settings), schedule, precision(settings.precision), ranks, settings.seed,
+                   settings.optimizer.clip_grad)
+
+
+def precision(chosen: PrecisionSettings) -> Precision:
+    dtype = getattr(torch, chosen.dtype)
+    return Precision(None if dtype is torch.float32 else dtype, chosen.scale_gradients, chosen.tf32)
+
+
+def objective(settings: Settings) -> Objective:
+    """Cross-entropy over hard or soft targets, with the published regularisation of adjacent maps if asked for."""
+    blocks, weight = settings.loss.cosine_blocks, settings.loss.cosine_weight
+    if blocks < 0 or blocks >= settings.model["depth"]:
+        raise UserError(f"loss.cosine_blocks={blocks} compares pairs of adjacent blocks: give 0 (off) to "
+                        f"{settings.model['depth'] - 1} for a model of {settings.model['depth']} blocks.")
+
+    def cross_entropy(network: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(network(x).float(), y)
+
+    if not blocks:
+        return cross_entropy
+    from deepvit.models.cosine_reg import cosine_regularisation, record_maps
+
+    def regularised(network: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        with record_maps(network, first=blocks + 1) as maps:
+            loss = cross_entropy(network, x, y)
+        return loss + weight * cosine_regularisation(maps, blocks)
+
+    return regularised
+
+
+# Durations: epochs become steps here and nowhere else
+
+def schedule_and_plan(settings: Settings, epoch_size: int) -> tuple[Schedule, Plan]:
+    chosen, batch = settings.schedule, settings.data.batch_size
+    per_epoch = pictures.epoch_steps(epoch_size, batch, settings.augment.repeats)
+    counted = epoch_size // settings.augment.repeats * settings.augment.repeats
+
+    def steps(epochs: float | None, given: int | None) -> int:
+        return given if epochs is None else math.ceil(epochs * per_epoch)
+
+    schedule = Schedule(
+        lr=settings.optimizer.lr, steps=steps(chosen.epochs, chosen.steps), kind=chosen.kind,
+        warmup_steps=steps(chosen.warmup_epochs, chosen.warmup_steps),
+        cooldown_steps=math.ceil(chosen.cooldown_epochs * per_epoch), warmup_lr=chosen.warmup_lr,
+        min_lr=chosen.min_lr, decay_from=chosen.decay_from)
+    if schedule.warmup_steps > schedule.steps:
+        raise UserError(f"The warm-up ({schedule.warmup_steps} steps) is longer than the run ({schedule.steps}): lower "
+                        f"schedule.warmup_epochs or schedule.warmup_steps.")
+    engine, epoch = settings.engine, max(1, round(per_epoch))
+    plan = Plan(total=schedule.total, batch_size=batch, epoch_size=counted, log_every=engine.log_every,
+                save_every=engine.save_every or epoch,
+                eval_every=max(1, steps(chosen.eval_epochs, chosen.eval_steps)),
+                keep_every=engine.keep_epochs and engine.keep_epochs * epoch,
+                probe_every=settings.probe.every_epochs and settings.probe.every_epochs * epoch,
+                max_skipped=engine.max_skipped)
+    return schedule, plan
+
+
+def changed(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """The settings that differ: dotted key -> (before, now)."""
+    differences: dict[str, tuple[Any, Any]] = {}
+    for name in sorted({*before, *now}):
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            differences |= changed(old, new, f"{prefix}{name}.")
+        elif old != new:
+            differences[prefix + name] = (old, new)
+    return differences

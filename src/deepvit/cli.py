@@ -1,0 +1,126 @@
+"""What `train.py` and `eval.py` share: Hydra's outermost layer, its errors in a user's words, exit codes."""
+
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from deepvit.errors import Failure, UserError, did_you_mean
+from deepvit.launch import BAD_INPUT, DONE, FAILED, STOPPED, Job, Outcome, launch, unexpected
+from deepvit.run_folder_name import run_folder
+
+OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)
+
+_outcomes: list[tuple[str, Outcome]] = []  # of the jobs of this process, a sweep's cells in order
+
+
+def run_job(job: Job, config: DictConfig) -> None:
+    """One job of Hydra's: the only one, or a cell of a sweep, which goes on whatever becomes of it."""
+    hydra = HydraConfig.get()
+    folder = Path(hydra.runtime.output_dir)
+    folder = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+    is_cell = hydra.mode is RunMode.MULTIRUN
+    if is_cell and "RANK" in os.environ:
+        raise UserError("Start a sweep with `python train.py -m ...`, which starts the ranks of each cell itself, "
+                        "not under torchrun.")
+    if any(outcome.code == STOPPED for _, outcome in _outcomes):
+        return
+    name = ", ".join(hydra.overrides.task) or "default"
+    if is_cell:
+        print(f"\n[{len(_outcomes) + 1}] {name}", flush=True)
+    try:
+        outcome = launch(job, OmegaConf.to_container(config, resolve=True), folder)
+    except Exception as error:  # a defect in one cell must not end the others; its traceback is printed
+        outcome = unexpected(error)
+    if outcome.code != DONE:
+        _remove_if_empty(folder)
+    if is_cell and outcome.message:
+        print(outcome.message, flush=True)
+    _outcomes.append((name, outcome))
+
+
+def main(hydra_main: Callable[[], Any]) -> int:
+    """Runs a `@hydra.main` function and returns the exit code: 0 done, 1 failed, 2 bad input, 75 stopped on request."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # lets Hydra's errors through to us
+    try:
+        hydra_main()
+    except (HydraException, OmegaConfBaseException) as error:
+        return _say(BAD_INPUT, hydra_error(error))
+    except UserError as error:
+        return _say(BAD_INPUT, str(error))
+    except Failure as error:
+        return _say(FAILED, str(error))
+    except KeyboardInterrupt:
+        return _say(STOPPED, "Stopped on request (SIGINT).")
+    if len(_outcomes) > 1:
+        return _sum_up()
+    for _, outcome in _outcomes:
+        return _say(outcome.code, outcome.message)
+    return DONE
+
+
+def _sum_up() -> int:
+    """A sweep's end: what did not work, by name, and the cost of a dry one."""
+    troubled = [(name, outcome) for name, outcome in _outcomes if outcome.code != DONE]
+    hours = [outcome.value["device_hours"] for _, outcome in _outcomes if outcome.value]
+    if hours:
+        print(f"\nAll {len(hours)} cells together: {sum(hours):.2f} device-hours.")
+    print(f"\n{len(_outcomes) - len(troubled)} of {len(_outcomes)} cells are done.")
+    for name, outcome in troubled:
+        print(f"  {'stopped' if outcome.code == STOPPED else 'failed'}: {name}: {outcome.message}")
+    codes = {outcome.code for _, outcome in troubled}
+    return STOPPED if STOPPED in codes else min(codes, default=DONE)
+
+
+def _say(code: int, sentence: str) -> int:
+    if sentence:
+        print(sentence, file=sys.stderr if code else sys.stdout, flush=True)
+    return code
+
+
+def hydra_error(error: Exception) -> str:
+    """Hydra's or OmegaConf's complaint in one sentence that names the setting and what was probably meant."""
+    text = str(error)
+    group = re.search(r"(?:In '.*?': )?Could not find '([^']+?)/([^'/]+)'", text)
+    if group:
+        return _unknown_choice(*group.groups(), text)
+    override = re.search(r"Could not override '([^']+)'", text)
+    if override:
+        return f"There is no setting '{override[1]}'.{did_you_mean(override[1], _all_keys())} `--cfg job` lists them all."
+    missing = re.search(r"Could not (?:override|append).*?No match in the defaults list|No match.*?'([^']+)'", text)
+    if missing:
+        return f"{text.splitlines()[0]} `--help` lists the groups."
+    return " ".join(line.strip() for line in text.splitlines() if line.strip())
+
+
+def _unknown_choice(group: str, name: str, text: str) -> str:
+    choices = re.findall(r"^\t(\S+)$", text, re.MULTILINE)
+    return (f"There is no {group}={name}.{did_you_mean(name, choices)} "
+            f"The choices of {group} are: {', '.join(choices)}.")
+
+
+def _all_keys() -> list[str]:
+    from deepvit.build import compose
+
+    def walk(values: dict[str, Any], prefix: str = "") -> list[str]:
+        return [key for name, value in values.items() for key in
+                ([prefix + name] + (walk(value, f"{prefix}{name}.") if isinstance(value, dict) else []))]
+
+    return walk(compose())
+
+
+def _remove_if_empty(folder: Path) -> None:
+    """Hydra makes the folder before the job; a refused job leaves none behind."""
+    for path in (folder, *list(folder.parents)[:3]):
+        try:
+            path.rmdir()
+        except OSError:
+            return

@@ -1,0 +1,136 @@
+"""Exact evaluation: every picture once on any number of ranks, integer counts, one division at the end."""
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deepvit.engine.ranks import Ranks
+from deepvit.engine.step import Precision, Prepare
+from deepvit.errors import Failure
+
+
+@dataclass
+class Evaluation:
+    """Counts over a data set, and per picture (in the order of their indices) what was predicted."""
+
+    n: int
+    correct1: int
+    correct5: int
+    loss: float  # mean cross-entropy, nats
+    seconds: float
+    bad: list[Any] = field(default_factory=list)  # pictures that could not be read, counted wrong
+    indices: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # [n]
+    targets: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # [n]
+    predictions: np.ndarray = field(default_factory=lambda: np.empty((0, 5), np.int64))  # [n, 5], best first
+    confidences: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))  # [n], of the best
+
+    @property
+    def top1(self) -> float:
+        return 100 * self.correct1 / self.n
+
+    @property
+    def top5(self) -> float:
+        return 100 * self.correct5 / self.n
+
+    def summary(self) -> dict[str, Any]:
+        """Percentages, loss, 95 % interval of top-1 and rate, as plain JSON."""
+        low, high = wilson_interval(self.correct1, self.n)
+        return {"top1": self.top1, "top5": self.top5, "loss": self.loss, "n": self.n,
+                "top1_low": 100 * low, "top1_high": 100 * high, "bad_pictures": len(self.bad),
+                "eval_images_per_s": self.n / max(self.seconds, 1e-9)}
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batches: Iterable[Any], prepare: Prepare, ranks: Ranks, precision: Precision, *,
+             n: int, should_stop: Callable[[], bool] = lambda: False,
+             advance: Callable[[int], None] = lambda pictures: None) -> Evaluation | None:
+    """Top-1, top-5 and mean cross-entropy of `model` over this rank's `batches`, summed over all ranks.
+
+    Args:
+        n: size of the whole set; every picture must have come exactly once.
+        should_stop: asked before each batch; if any rank says yes, all give up and None is returned.
+        advance: told the number of pictures done, for a progress bar.
+    Raises:
+        Failure: the pictures seen are not the whole set.
+    """
+    training, start = model.training, time.perf_counter()
+    model.eval()
+    parts, bad, stopped = [], [], False
+    try:
+        for batch in batches:
+            if should_stop():
+                stopped = True
+                break
+            parts.append(_score(model, batch, prepare, ranks, precision))
+            bad += batch.bad
+            advance(len(batch) * ranks.world)
+    finally:
+        model.train(training)
+    if ranks.any(stopped):
+        return None
+    return _gather(parts, bad, ranks, n, time.perf_counter() - start)
+
+
+def _score(model: nn.Module, batch: Any, prepare: Prepare, ranks: Ranks, precision: Precision) -> dict[str, Tensor]:
+    x, y = prepare(batch, 0, ranks.device, training=False)
+    with precision.autocast(ranks.device):
+        logits = model(x)  # [b, C]
+    logits = logits.float()
+    confidences, best = logits.softmax(-1).topk(min(5, logits.shape[-1]))  # [b, 5]
+    unusable = ~torch.isfinite(logits).all(-1)
+    unusable |= torch.isin(batch.indices.to(y.device), torch.tensor([one.index for one in batch.bad]).to(y.device))
+    best = best.masked_fill(unusable[:, None], -1)  # never right
+    return {"indices": batch.indices, "targets": y.cpu(), "predictions": best.cpu(),
+            "confidences": confidences[:, 0].cpu(), "losses": F.cross_entropy(logits, y, reduction="none").cpu()}
+
+
+def _gather(parts: list[dict[str, Tensor]], bad: list[Any], ranks: Ranks, n: int, seconds: float) -> Evaluation:
+    mine = {name: torch.cat([part[name] for part in parts]).numpy() for name in parts[0]} if parts else {}
+    shares = [share for share in ranks.gather((mine, bad)) if share[0]]
+    whole = {name: np.concatenate([share[name] for share, _ in shares]) for name in shares[0][0]}
+    order = np.argsort(whole["indices"], kind="stable")
+    indices, targets, predictions = whole["indices"][order], whole["targets"][order], whole["predictions"][order]
+    if not np.array_equal(indices, np.arange(n)):
+        raise Failure(f"The evaluation saw {len(indices)} pictures ({len(np.unique(indices))} different ones) of a set "
+                      f"of {n}: its numbers are not to be trusted.")
+    hits = predictions == targets[:, None]  # [n, 5]
+    return Evaluation(n, int(hits[:, 0].sum()), int(hits.any(1).sum()), float(whole["losses"][order].mean(dtype=float)),
+                      seconds, [one for _, some in shares for one in some], indices, targets, predictions,
+                      whole["confidences"][order])
+
+
+def wilson_interval(correct: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's score interval of a proportion (95 % by default), both ends in 0..1. E. B. Wilson, JASA 22, 1927."""
+    p = correct / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def mcnemar(first_correct: np.ndarray, second_correct: np.ndarray) -> dict[str, float]:
+    """Exact two-sided McNemar test between two models on the same pictures (Q. McNemar, Psychometrika 12, 1947).
+
+    Args:
+        first_correct, second_correct: bool `[n]`, the same pictures in the same order.
+    Returns:
+        how many only the first and only the second got right, and the p value of "equally good".
+    """
+    first = int((first_correct & ~second_correct).sum())
+    second = int((second_correct & ~first_correct).sum())
+    return {"only_first": first, "only_second": second, "p": _binomial_two_sided(min(first, second), first + second)}
+
+
+def _binomial_two_sided(k: int, n: int) -> float:
+    """P of a fair coin's being at least as lopsided as k of n."""
+    if n == 0:
+        return 1.0
+    log_choose = [math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) - n * math.log(2)
+                  for i in range(k + 1)]
+    return min(1.0, 2 * math.fsum(map(math.exp, log_choose)))

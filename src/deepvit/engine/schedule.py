@@ -1,0 +1,51 @@
+"""The learning rate as a pure function of the step."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Warm-up, decay, rest. Update number `step` counts from 1 to `total`, so the first update already moves.
+
+    Args:
+        kind: `cosine`, `linear` or `constant` decay from `lr` to `min_lr`.
+        lr, warmup_lr, min_lr: peak, start of the warm-up, end of the decay.
+        steps, warmup_steps, cooldown_steps: updates of warm-up and decay together, of the warm-up, and after the
+            decay at `min_lr`.
+        decay_from: where the decay's clock starts: at the end of the `warmup` (as ViT-pytorch) or at the `start` of
+            the run (as the published DeepViT recipe, timm's default).
+    """
+
+    lr: float
+    steps: int
+    warmup_steps: int = 0
+    cooldown_steps: int = 0
+    kind: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_lr: float = 0.0
+    min_lr: float = 0.0
+    decay_from: Literal["warmup", "start"] = "warmup"
+
+    @property
+    def total(self) -> int:
+        return self.steps + self.cooldown_steps
+
+    def __call__(self, step: int) -> float:
+        if step < self.warmup_steps:
+            return self.warmup_lr + (self.lr - self.warmup_lr) * step / self.warmup_steps
+        offset = self.warmup_steps if self.decay_from == "warmup" else 0
+        progress = min(1.0, (step - offset) / max(1, self.steps - offset))
+        return self.min_lr + (self.lr - self.min_lr) * _REMAINING[self.kind](progress)
+
+
+_REMAINING = {  # progress 0..1 -> share of the way from min_lr to lr that is left
+    "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
+    "linear": lambda progress: 1 - progress,
+    "constant": lambda progress: 1.0,
+}
+
+
+def is_due(step: int, every: int | None, total: int) -> bool:
+    """Whether something done every `every` steps is due after `step`; the last step is always due; None: only then."""
+    return step == total or bool(every) and step % every == 0

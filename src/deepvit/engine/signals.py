@@ -1,0 +1,32 @@
+"""Requests to stop. The handler only sets a flag: saving inside a signal handler can hang."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class StopRequest:
+    """Falsy until one of `STOP_SIGNALS` arrives; `name` is then the signal's."""
+
+    name: str | None = None
+
+    def __bool__(self) -> bool:
+        return self.name is not None
+
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        self.name = signal.Signals(number).name
+
+
+@contextmanager
+def stop_requests() -> Iterator[StopRequest]:
+    """Listens for requests to stop; the earlier handlers come back at the end."""
+    request = StopRequest()
+    earlier = {number: signal.signal(number, request.receive) for number in STOP_SIGNALS}
+    try:
+        yield request
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)

@@ -1,0 +1,66 @@
+"""All that changes while a model trains, and nothing else."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from deepvit.errors import UserError
+
+
+@dataclass
+class TrainState:
+    """Every rank holds the same state after every step.
+
+    Attributes:
+        step: optimizer updates done; the schedule's clock.
+        batch: global batches drawn; ahead of `step` by those whose update was skipped.
+        skipped_in_a_row: skipped updates since the last one that was made.
+        evaluated: the step of the last evaluation.
+        best: `{"top1": percent, "step": ...}` of the best evaluation so far.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    ema: ModelEmaV3 | None = None
+    step: int = 0
+    batch: int = 0
+    skipped_in_a_row: int = 0
+    evaluated: int = 0
+    best: dict[str, float] = field(default_factory=dict)
+
+    COUNTERS = ("step", "batch", "skipped_in_a_row", "evaluated", "best")
+
+    @property
+    def evaluated_model(self) -> nn.Module:
+        """The weights that count: the moving average if there is one."""
+        return self.model if self.ema is None else self.ema.module
+
+    def weights(self) -> dict[str, Any]:
+        """The tensors of `model`, and of `ema` if it is on."""
+        ema = {} if self.ema is None else {"ema": self.ema.module.state_dict()}
+        return {"model": self.model.state_dict(), **ema}
+
+    def state_dict(self) -> dict[str, Any]:
+        counters = {name: getattr(self, name) for name in self.COUNTERS}
+        return {**self.weights(), "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+                **counters}
+
+    def load_state_dict(self, content: dict[str, Any]) -> None:
+        if ("ema" in content) != (self.ema is not None):
+            had, has = ("with", "without") if "ema" in content else ("without", "with")
+            raise UserError(f"The run was started {had} a moving average and is continued {has} one: "
+                            f"set ema.decay as it was, or start over with fresh=true.")
+        self.model.load_state_dict(content["model"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(content["ema"])
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(content["optimizer"])
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate  # the schedule sets it anew; a changed peak must not be undone
+        self.scaler.load_state_dict(content["scaler"])
+        for name in self.COUNTERS:
+            setattr(self, name, content[name])

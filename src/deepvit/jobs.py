@@ -1,0 +1,16 @@
+"""What a rank is asked to do; module-level functions, so that they can be started in other processes."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from deepvit.engine.ranks import Ranks
+from deepvit.engine.signals import StopRequest
+from deepvit.launch import DONE, STOPPED, Outcome
+
+
+def train_job(config: Mapping[str, Any], folder: Path, ranks: Ranks, stop: StopRequest) -> Outcome:
+    from deepvit import training
+    if config["dry"]:
+        return Outcome(DONE, value=training.dry_run(config, ranks))
+    return Outcome(DONE if training.train(config, folder, ranks, stop) else STOPPED)

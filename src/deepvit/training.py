@@ -1,0 +1,255 @@
+"""One run on one rank: from settings to a finished run folder."""
+
+import logging
+import os
+import platform
+import resource
+import subprocess
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+import yaml
+
+from deepvit import analysis, build
+from deepvit.engine import checkpoint
+from deepvit.engine.checkpoint import write_text_synced
+from deepvit.engine.evaluate import evaluate
+from deepvit.engine.fit import Fit
+from deepvit.engine.folder import RunFolder, read_json_lines
+from deepvit.engine.progress import Display
+from deepvit.engine.ranks import Ranks, lost_ranks_named
+from deepvit.engine.signals import StopRequest
+from deepvit.errors import UserError
+from deepvit.models.cost import count_flops, count_parameters
+from deepvit.settings import Settings, read_settings
+
+log = logging.getLogger(__name__)
+
+
+def train(config: Mapping[str, Any], path: Path, ranks: Ranks, stop: StopRequest) -> bool:
+    """Trains as `config` says in the run folder `path`, continuing what stands there.
+
+    Returns:
+        True: finished (now or before); False: stopped on request, and the same command continues.
+    Raises:
+        UserError, Failure: on every rank alike where the cause is common.
+    """
+    settings, folder = read_settings(config), RunFolder(path)
+    prepare_device(settings, ranks)
+    with ranks.together():
+        if ranks.is_main:
+            folder.claim()
+            if settings.fresh:
+                folder.clear()
+    try:
+        if ranks.from_main(folder.is_finished()):
+            _say_finished(folder)
+            return True
+        return _train(config, settings, folder, ranks, stop)
+    finally:
+        folder.release()
+
+
+def _train(config: Mapping[str, Any], settings: Settings, folder: RunFolder, ranks: Ranks, stop: StopRequest) -> bool:
+    with ranks.together():
+        splits = build.splits(settings.data)
+        schedule, plan = build.schedule_and_plan(settings, len(splits.train))
+        found = checkpoint.load_newest(folder.last, folder.previous)
+        if found:
+            _refuse_change(found[1], config, splits.class_ids)
+        network = build.model(settings, len(splits.class_ids))
+        state = build.state(settings, network, ranks)
+        stepper = build.stepper(settings, network, schedule, len(splits.class_ids), ranks)
+        if found:
+            state.load_state_dict(found[1])
+        draw = build.draw(settings, splits.train, ranks)
+    if ranks.is_main:
+        _open(folder, config, state.step if found else None, describe(settings, network, splits, plan, ranks))
+    identity = {"config": network.config, "classes": splits.class_ids, "class_names": splits.class_names,
+                "run": comparable(config)}
+    fit = Fit(state, stepper, plan, draw, _evaluator(settings, splits, ranks, stop), folder, ranks, stop,
+              probe=_prober(settings, splits, ranks), identity=identity)
+    with lost_ranks_named(ranks, lambda: state.step):
+        finished = fit.run()
+    if finished and ranks.is_main:
+        folder.write_result(_result(settings, config, splits, fit, network, folder, ranks))
+        folder.log_event("finished", step=state.step)
+        log.info("Finished: top-1 %.2f %%; results in %s", fit.latest.top1 if fit.latest else float("nan"), folder.path)
+    return finished
+
+
+def prepare_device(settings: Settings, ranks: Ranks) -> None:
+    """Threads of this rank's share of the cores, and the precision of float32 products."""
+    if ranks.world > 1 and ranks.device.type == "cpu":
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.world))
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = settings.precision.tf32
+
+
+def describe(settings: Settings, network: torch.nn.Module, splits, plan, ranks: Ranks) -> str:
+    """The run in a line, said before it starts."""
+    parts = build.accumulation(settings, ranks.world)
+    return (f"{count_parameters(network):,} parameters, {network.depth} blocks; {len(splits.train):,} pictures in "
+            f"{len(splits.class_ids)} classes from {settings.data.source}, {len(splits.val):,} to evaluate; "
+            f"{plan.total:,} steps of {plan.batch_size} pictures ({ranks.world} x {ranks.device.type}"
+            f"{f', {parts} micro-batches' if parts > 1 else ''})")
+
+
+def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a config that a continued run must share or be told about: no paths, no engine."""
+    kept = {name: value for name, value in config.items() if name not in ("engine", "fresh", "dry", "probe")}
+    kept["data"] = {name: value for name, value in config["data"].items()
+                    if name not in ("root", "workers", "eval_batch_size", "in_memory_mb")}
+    return kept
+
+
+def _refuse_change(content: Mapping[str, Any], config: Mapping[str, Any], class_ids: list[str]) -> None:
+    """A continued run keeps its model, data and randomness; another learning rate or schedule is only named."""
+    differences = build.changed(content["run"], comparable(config))
+    refused = {name: pair for name, pair in differences.items()
+               if name.split(".")[0] in ("model", "data", "augment", "seed", "init", "head", "ema")}
+    if content["classes"] != class_ids:
+        refused["the classes of the data"] = (f"{len(content['classes'])} classes", f"{len(class_ids)} classes")
+    if refused:
+        listed = "; ".join(f"{name} was {old} and is now {new}" for name, (old, new) in refused.items())
+        raise UserError(f"This run cannot be continued with other settings: {listed}. Give them as before, choose "
+                        f"another folder with hydra.run.dir=..., or start over with fresh=true.")
+    for name, (old, new) in differences.items():
+        log.warning("Continuing with %s=%s (was %s).", name, new, old)
+
+
+def _open(folder: RunFolder, config: Mapping[str, Any], resumed_at: int | None, summary: str) -> None:
+    """Rank 0's first writes, once nothing can be refused any more."""
+    write_text_synced(folder.config, yaml.safe_dump(dict(config), sort_keys=False))
+    handler = logging.FileHandler(folder.path / "train.log")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.getLogger("deepvit").addHandler(handler)
+    folder.drop_metrics_after(resumed_at or 0)
+    event = "start" if resumed_at is None else "resume"
+    folder.log_event(event, step=resumed_at or 0, **versions())
+    log.info("%s", summary)
+    log.info("%s %s", "Starting in" if resumed_at is None else f"Continuing from step {resumed_at} in", folder.path)
+
+
+def _evaluator(settings: Settings, splits, ranks: Ranks, stop: StopRequest):
+    prepare = build.prepare(settings.data, len(splits.class_ids))
+    precision = build.precision(settings.precision)
+
+    def run(state, display: Display):
+        bar = display.bar("evaluate", len(splits.val))
+        with ranks.together():
+            result = evaluate(state.evaluated_model, build.eval_batches(settings.data, splits.val, ranks), prepare,
+                              ranks, precision, n=len(splits.val), should_stop=lambda: bool(stop), advance=bar.advance)
+        bar.close()
+        return result
+
+    return run
+
+
+def _prober(settings: Settings, splits, ranks: Ranks):
+    """Looks at the attention on a fixed batch: the first pictures of each class in turn, as evaluation sees them."""
+    wanted = min(settings.probe.images, len(splits.val))
+    if not wanted or not ranks.is_main:
+        return None
+    chosen = splits.val.take(_spread(splits.val.targets, wanted))
+    alone = Ranks(0, 1, ranks.device)
+    prepare = build.prepare(settings.data, len(splits.class_ids))
+
+    def look(model: torch.nn.Module) -> dict[str, Any]:
+        x = torch.cat([prepare(batch, 0, ranks.device, training=False)[0]
+                       for batch in build.eval_batches(settings.data, chosen, alone)])
+        return analysis.probe(model, x)
+
+    return look
+
+
+def _spread(targets, wanted: int):
+    """Indices of `wanted` pictures, as many of each class as can be."""
+    order = np.argsort(targets, kind="stable")
+    turn = np.concatenate([np.arange(count) for count in np.unique(targets, return_counts=True)[1]])
+    return np.sort(order[np.argsort(turn, kind="stable")][:wanted])
+
+
+def _result(settings: Settings, config, splits, fit: Fit, network, folder: RunFolder, ranks: Ranks) -> dict[str, Any]:
+    """`metrics.json`: the last checkpoint's numbers and all that is needed to trust and to tabulate them."""
+    lines = list(read_json_lines(folder.metrics))
+    probes = [line["probe"] for line in lines if "probe" in line]
+    last = [line for line in lines if "top1" in line][-1]
+    attention = settings.model["attention"]
+    return {
+        "finished": True, **{name: last[name] for name in last if name not in ("step", "epoch")},
+        "best_top1": fit.state.best["top1"], "best_step": fit.state.best["step"],
+        "params": count_parameters(network), "flops": count_flops(network),
+        "depth": network.depth, "embed_dim": network.embed_dim, "attention": attention.get("name", attention["class"]),
+        "seed": settings.seed, "data": settings.data.source, "train_pictures": len(splits.train),
+        "classes": len(splits.class_ids), "epochs": fit.state.batch * fit.plan.batch_size / fit.plan.epoch_size,
+        "steps": fit.state.step, "images_per_s": fit.meter.images_per_s, "ema": settings.ema.decay is not None,
+        "probe_initial": probes[0] if probes else None, "probe_final": probes[-1] if probes else None,
+        "devices": ranks.world, "device": device_name(ranks.device), **versions()}
+
+
+def versions() -> dict[str, Any]:
+    """Where a number comes from: code, libraries, machine."""
+    return {"git": git_revision(), "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                                                "timm": timm.__version__}, "host": platform.node()}
+
+
+def git_revision() -> str | None:
+    """Revision of the code, with a + if the work tree differs from it; None outside a checkout."""
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True,
+                              check=True).stdout.strip()
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def _say_finished(folder: RunFolder) -> None:
+    result = folder.read_result()
+    log.info("The run in %s is finished (top-1 %.2f %% after %d steps); fresh=true starts over.", folder.path,
+             result["top1"], result["steps"])
+
+
+def dry_run(config: Mapping[str, Any], ranks: Ranks) -> dict[str, float]:
+    """Builds everything, makes three updates, writes nothing; prints and returns what the run would take."""
+    settings = read_settings(config)
+    prepare_device(settings, ranks)
+    with ranks.together():
+        splits = build.splits(settings.data)
+        schedule, plan = build.schedule_and_plan(settings, len(splits.train))
+        network = build.model(settings, len(splits.class_ids))
+        state = build.state(settings, network, ranks)
+        stepper = build.stepper(settings, network, schedule, len(splits.class_ids), ranks)
+        draw = build.draw(settings, splits.train, ranks)
+    seconds = []
+    for batches in draw(0, 3):
+        start = time.perf_counter()
+        float(stepper.update(state, batches)["loss"])  # waits for the device
+        seconds.append(time.perf_counter() - start)
+    step = min(seconds[1:])  # the first warms up
+    forecast = {"params": count_parameters(network), "flops": count_flops(network),
+                "memory_mib": _peak_memory_mib(ranks.device), "steps": plan.total, "step_s": step,
+                "hours": step * plan.total / 3600, "device_hours": step * plan.total * ranks.world / 3600}
+    if ranks.is_main:
+        log.info("%s", describe(settings, network, splits, plan, ranks))
+        log.info("Dry run: %.2f GFLOP a picture forward, %.0f MiB at most so far, %.3f s a step, so %.2f h "
+                 "(%.2f device-hours), evaluation not counted.", forecast["flops"] / 1e9, forecast["memory_mib"], step,
+                 forecast["hours"], forecast["device_hours"])
+    return forecast
+
+
+def _peak_memory_mib(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
