@@ -100,7 +100,9 @@ class RandomCrop(RandomResizedCropAndInterpolation):
         self.names = INTERPOLATIONS if interpolation == "random" else (interpolation,)
 
     def __call__(self, picture: Picture) -> Picture:
-        box = self.get_params(picture, self.scale, self.ratio)
+        top, left, height, width = self.get_params(picture, self.scale, self.ratio)
+        whole = shape_of(picture)  # of a picture of few pixels timm draws crops that round to nothing
+        box = min(top, whole[0] - 1), min(left, whole[1] - 1), max(height, 1), max(width, 1)
         name = random.choice(self.names) if len(self.names) > 1 else self.names[0]
         return resize(crop(picture, *box), self.size, name)
 

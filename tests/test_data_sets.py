@@ -1,0 +1,278 @@
+"""Data sets by name: what is found, in which order, and the sentence for everything that can be wrong."""
+
+import io
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+
+import deepvit.data as data
+from deepvit.data.decode import decode_pil, to_tensor
+from deepvit.data.preview import draw_config
+from deepvit.errors import UserError
+
+PICTURES = Path(__file__).parent / "data" / "pictures"  # CIFAR-10: 3 classes, 4 pictures to train, 2 to test
+
+
+def pixels(images, index: int) -> torch.Tensor:
+    picture = images.picture(index)
+    return picture if isinstance(picture, torch.Tensor) else to_tensor(picture)
+
+
+def test_digits_are_sklearns_in_a_fixed_balanced_split():
+    splits = data.load("digits", decoder="pil", seed=7)
+    assert (len(splits.train), len(splits.val), splits.class_ids) == (1437, 360, list("0123456789"))
+    raw = load_digits()
+    for part in (splits.train, splits.val):
+        place = int(part.name(5).split("/")[1])
+        assert np.allclose(pixels(part, 5)[0].numpy() / 255, raw.images[place] / 16, atol=0.002)
+        assert part.targets[5] == raw.target[place]
+    names = {part.name(index) for part in (splits.train, splits.val) for index in range(len(part))}
+    assert len(names) == 1797
+    assert np.ptp(np.bincount(splits.val.targets) - np.bincount(raw.target) / 5) < 1.5
+
+
+@pytest.mark.parametrize("source", ["folder", "cifar10"])
+@pytest.mark.parametrize("in_memory_mb", [0, 64])
+def test_folders_of_classes(source, in_memory_mb):
+    splits = data.load(source, root=str(PICTURES), decoder="pil", in_memory_mb=in_memory_mb)
+    assert splits.class_names == splits.class_ids == ["cat", "ship", "truck"]
+    assert splits.train.targets.tolist() == [0] * 4 + [1] * 4 + [2] * 4 and len(splits.val) == 6
+    splits.train.prepare()
+    paths = sorted(PICTURES.glob("train/*/*"))
+    for index, path in enumerate(paths):
+        assert splits.train.name(index) == str(path)
+        assert torch.equal(pixels(splits.train, index), to_tensor(Image.open(path).convert("RGB")))
+
+
+def test_fraction_classes_and_held_out_parts_are_fixed_and_balanced():
+    half = data.load("folder", root=str(PICTURES), fraction=0.5, seed=3)
+    assert np.bincount(half.train.targets).tolist() == [2, 2, 2] and len(half.val) == 6
+    names = [[one.train.name(index) for index in range(6)]
+             for one in (half, data.load("folder", root=str(PICTURES), fraction=0.5, seed=3))]
+    assert names[0] == names[1]
+    two = data.load("folder", root=str(PICTURES), classes=2)
+    assert two.class_ids == ["cat", "ship"] and set(two.val.targets) == {0, 1} and len(two.train) == 8
+    held = data.load("folder", root=str(PICTURES / "train"), val_fraction=0.25)
+    assert np.bincount(held.val.targets).tolist() == [1, 1, 1] and len(held.train) == 9
+    shown = {part.name(index) for part in (held.train, held.val) for index in range(len(part))}
+    assert len(shown) == 12
+    assert data.load("digits", classes=3).class_ids == ["0", "1", "2"]
+
+
+@pytest.fixture
+def imagenet(tmp_path) -> Path:
+    for split in ("train", "val"):
+        for wnid, folder in (("n01440764", "cat"), ("n01443537", "ship"), ("n09999999", "truck")):
+            shutil.copytree(PICTURES / "test" / folder, tmp_path / split / wnid)
+    return tmp_path
+
+
+def test_imagenet_has_readable_names(imagenet):
+    splits = data.load("imagenet", root=str(imagenet))
+    assert splits.class_ids == ["n01440764", "n01443537", "n09999999"]
+    assert splits.class_names == ["tench, Tinca tinca", "goldfish, Carassius auratus", "n09999999"]
+
+
+def test_links_nesting_hidden_files_and_capital_suffixes(tmp_path):
+    (tmp_path / "train/a/deep").mkdir(parents=True)
+    picture = next((PICTURES / "test/cat").iterdir())
+    for name in ("deep/two.JPEG", "one.PNG", ".hidden.jpg", "notes.txt"):
+        shutil.copy(picture, tmp_path / "train/a" / name)
+    (tmp_path / "train/a/loop").symlink_to(tmp_path / "train/a")
+    (tmp_path / "train/b").symlink_to(PICTURES / "test/ship")
+    (tmp_path / "train/.cache").mkdir()
+    (tmp_path / "val").symlink_to("train")
+    train = data.load("folder", root=str(tmp_path)).train
+    assert [train.name(index).removeprefix(str(tmp_path)) for index in (0, 1)] == \
+        ["/train/a/deep/two.JPEG", "/train/a/one.PNG"]
+    assert train.targets.tolist() == [0, 0, 1, 1]
+
+
+def test_evaluation_folders_by_number_and_by_name(tmp_path):
+    """ImageNet-V2's folders are called 0 ... 999, sorted by number and not 0, 1, 10, 100."""
+    for number in range(12):
+        (tmp_path / "v2" / str(number)).mkdir(parents=True)
+        Image.new("RGB", (4, 4), (number * 20,) * 3).save(tmp_path / "v2" / str(number) / "x.png")
+    ids = [f"n{number:08d}" for number in range(12)]
+    v2 = data.eval_folder(str(tmp_path / "v2"), ids)
+    assert v2.targets.tolist() == list(range(12))
+    assert [int(pixels(v2, index)[0, 0, 0]) for index in range(12)] == [number * 20 for number in range(12)]
+    part = data.eval_folder(str(PICTURES), ["bird", "truck", "ship", "cat"])
+    assert part.targets.tolist() == [3, 3, 2, 2, 1, 1] and part.name(0).endswith("jpg")
+    assert part.take(np.array([4])).targets.tolist() == [1]
+    with pytest.raises(UserError, match="1 class folders that the model was not trained on .ship.*Did you mean 'shop'"):
+        data.eval_folder(str(PICTURES), ["cat", "shop", "truck"])
+
+
+def test_real_labels():
+    from timm.data import RealLabelsImagenet
+    labels = RealLabelsImagenet(range(50_000)).real_labels
+    none, two, three = (f"ILSVRC2012_val_{number:08d}.JPEG" for number in (1, 2, 3))
+    assert not labels[none] and labels[two] and labels[three]  # the first picture was found to show none of the classes
+    names = [f"/val/n01/{none}", f"/val/n02/{two}", three]
+    assert data.real_top1(np.array([5, labels[two][0], labels[three][-1]]), names) == 100.0
+    assert data.real_top1(np.array([5, labels[two][0], -1]), names) == 50.0
+    with pytest.raises(UserError, match="no ReaL label"):
+        data.real_top1(np.array([0]), ["cat.jpg"])
+
+
+def flat_val(root: Path) -> None:
+    shutil.rmtree(root / "val")
+    (root / "val").mkdir()
+    (root / "val/ILSVRC2012_val_00000001.JPEG").write_bytes(b"x")
+
+
+def no_pictures(root: Path) -> None:
+    for file in (root / "train/n01440764").iterdir():
+        file.unlink()
+
+
+WRONG = {
+    "flat val": (flat_val, r"val is flat .*sort it into the 1000 wnid folders .*valprep.sh \| bash"),
+    "no val": (lambda root: shutil.rmtree(root / "val"), "has no val/ folder"),
+    "class missing": (lambda root: shutil.rmtree(root / "val/n01440764"), r"1 only in .*train \(n01440764\)"),
+    "class without pictures": (no_pictures, r"n01440764 has no pictures \(.jpg .jpeg"),
+    "empty train": (lambda root: [shutil.rmtree(root / "train"), (root / "train").mkdir()], "has nothing in it"),
+    "missing root": (shutil.rmtree, "does not exist"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_broken_imagenet_folders(imagenet, case):
+    spoil, sentence = WRONG[case]
+    spoil(imagenet)
+    with pytest.raises(UserError, match=sentence) as error:
+        data.load("imagenet", root=str(imagenet))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("arguments,sentence", [
+    ({"source": "imgenet"}, "Did you mean 'imagenet'"), ({"source": "imagenet"}, "give data.root="),
+    ({"source": "digits", "root": "/data"}, "recipe=imagenet"), ({"source": "digits", "fraction": 0}, "fraction=0"),
+    ({"source": "digits", "classes": 11}, "has 10 classes"), ({"source": "cifar10"}, "needs data.root"),
+    ({"source": "folder", "root": __file__}, "is a file"),
+    ({"source": "folder", "root": str(PICTURES / "train")}, "data.val_fraction=0.1"),
+    ({"source": "folder", "root": str(PICTURES / "train"), "val_fraction": 0.99}, "without training pictures"),
+    ({"source": "folder", "root": str(PICTURES / "train/cat"), "val_fraction": 0.5}, "one folder of pictures per class"),
+    ({"source": "timm", "name": "hfids/x"}, "front to back"), ({"source": "timm", "name": "torch/none"}, "cannot open"),
+    ({"source": "timm", "root": str(PICTURES)}, "no tar files of the split train"),
+])
+def test_wrong_arguments(arguments, sentence):
+    with pytest.raises(UserError, match=sentence):
+        data.load(**arguments)
+
+
+def tar_of(path: Path, files: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, content in files.items():
+            header = tarfile.TarInfo(name)
+            header.size = len(content)
+            tar.addfile(header, io.BytesIO(content))
+    return path
+
+
+def originals(split: str) -> dict[str, bytes]:
+    return {str(path.relative_to(PICTURES / split)): path.read_bytes() for path in sorted(PICTURES.glob(f"{split}/*/*"))}
+
+
+def check_same_pictures(images, split: str) -> None:
+    expected = list(originals(split).items())
+    assert len(images) == len(expected)
+    for index, (name, content) in enumerate(expected):
+        assert images.name(index).endswith(Path(name).name)
+        assert torch.equal(pixels(images, index), to_tensor(decode_pil(content)))
+
+
+def test_tar_files_by_class(tmp_path):
+    for split in ("train", "test"):
+        tar_of(tmp_path / f"{split}.tar", originals(split))
+    splits = data.load("timm", root=str(tmp_path), val_split="test")
+    assert splits.class_ids == ["cat", "ship", "truck"]
+    check_same_pictures(splits.train, "train")
+    check_same_pictures(splits.val, "test")
+    held = data.load("timm", root=str(tmp_path / "train.tar"), val_fraction=0.25)
+    assert np.bincount(held.val.targets).tolist() == [1, 1, 1]
+
+
+def test_a_tar_of_a_tar_per_class(tmp_path):
+    (tmp_path / "train").mkdir()
+    inner = {}
+    for name in ("cat", "ship", "truck"):
+        files = {Path(file).name: content for file, content in originals("train").items() if file.startswith(name)}
+        inner[f"{name}.tar"] = tar_of(tmp_path / "inner.tar", files).read_bytes()
+    tar_of(tmp_path / "train/all.tar", inner)
+    splits = data.load("timm", root=str(tmp_path), val_fraction=0.25)
+    assert splits.class_ids == ["cat", "ship", "truck"]
+    names = {part.name(index).split(":")[1] for part in (splits.train, splits.val) for index in range(len(part))}
+    assert names == {*originals("train")}
+    assert torch.equal(pixels(splits.val, 0), to_tensor(decode_pil(
+        originals("train")[splits.val.name(0).split(":")[1]])))
+
+
+def test_webdataset_shards(tmp_path):
+    for split, shards in (("train", 2), ("val", 1)):
+        files = [*originals("train" if split == "train" else "test").items()]
+        for shard in range(shards):
+            content = {}
+            for name, picture in files[shard * len(files) // shards:(shard + 1) * len(files) // shards]:
+                key = name.replace("/", "_").removesuffix(".jpg")
+                content |= {f"{key}.cls": str(["cat", "ship", "truck"].index(name.split("/")[0])).encode(),
+                            f"{key}.jpg": picture}
+            tar_of(tmp_path / f"small-{split}-{shard:04d}.tar", content)
+    splits = data.load("timm", name="wds/small", root=str(tmp_path))
+    assert splits.class_ids == ["0", "1", "2"] and splits.train.targets.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    check_images = [pixels(splits.train, index) for index in range(12)]
+    assert all(torch.equal(one, to_tensor(decode_pil(content)))
+               for one, content in zip(check_images, originals("train").values(), strict=True))
+    workers = [torch.cat([batch.images for batch in data.eval_batches(
+        splits.train, data.eval_transform(32, 1.0), batch_size=2, workers=count)]) for count in (0, 2)]
+    assert torch.equal(*workers)
+
+
+def test_broken_shards(tmp_path):
+    (tmp_path / "train.tar").write_bytes(b"x" * 2000)
+    with pytest.raises(UserError, match="cannot be read as an uncompressed tar"):
+        data.load("timm", root=str(tmp_path), val_fraction=0.5)
+    tar_of(tmp_path / "train.tar", {"a.jpg": b"x"})
+    with pytest.raises(UserError, match="a.jpg without a .cls file"):
+        data.load("timm", name="wds/x", root=str(tmp_path), val_fraction=0.5)
+
+
+@pytest.mark.parametrize("name", ["torch/image_folder", "fake/reader"])
+def test_timms_own_readers(name, monkeypatch):
+    if name == "fake/reader":  # stands for Hugging Face's: a timm ImageDataset over a reader of byte streams
+        from timm.data import ImageDataset, create_dataset
+        monkeypatch.setattr("timm.data.create_dataset", lambda name, root, split, download: create_dataset(
+            "", root=f"{root}/{split}", search_split=False))
+        assert isinstance(create_dataset("", root=str(PICTURES / "train")), ImageDataset)
+    else:
+        monkeypatch.setattr("timm.data.dataset_factory.ImageFolder", _folder_of_torchvision)
+    splits = data.load("timm", name=name, root=str(PICTURES), val_split="test")
+    assert splits.class_ids == ["cat", "ship", "truck"]
+    assert splits.train.targets.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    found = {bytes(pixels(splits.train, index).contiguous().numpy()) for index in range(12)}
+    assert found == {bytes(to_tensor(decode_pil(content)).contiguous().numpy())
+                     for content in originals("train").values()}
+
+
+def _folder_of_torchvision(root, **_):
+    from torchvision.datasets import ImageFolder
+    return ImageFolder(root)
+
+
+def test_a_preview_is_drawn(tmp_path):
+    import yaml
+    group = Path(__file__).parents[1] / "conf"
+    augment = {**yaml.safe_load((group / "augment/none.yaml").read_text()),
+               **yaml.safe_load((group / "augment/deepvit.yaml").read_text())}
+    settings = {**yaml.safe_load((group / "data/cifar10.yaml").read_text()), "root": str(PICTURES), "img_size": 32}
+    augment["hflip"] = settings["hflip"]
+    draw_config(settings, augment, 0, tmp_path / "preview.png")
+    drawn = np.asarray(Image.open(tmp_path / "preview.png").convert("RGB"))
+    assert drawn.shape[0] > 500 and drawn.std() > 30
