@@ -192,7 +192,7 @@ def test_path_and_its_log(caplog):
     assert dispatch.choose(q, k, v, dropout_p=0.1)[0] == "cpu"
     assert dispatch.choose(q, k, v, dropout_p=0.1, training=True)[0] == "reference"
     assert dispatch.choose(q, k[:, :, :5], v[:, :, :5])[0] == "reference"
-    dispatch._log_once.cache_clear()
+    core.announce.cache_clear()
     with caplog.at_level(logging.INFO, "deepvit.ops"):
         for _ in range(3):
             ops.reattention(q, k, v, leaves["mix"])

@@ -1,16 +1,41 @@
 """The core of the affine form as a torch operator, so that autograd and torch.compile see one node, whatever runs it."""
 
+import importlib.util
+import logging
+from functools import cache
+
 import torch
 from torch import Tensor
 
 from deepvit.ops import cpu
 from deepvit.ops.plain import tokens_first
 
+log = logging.getLogger("deepvit.ops")
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+@cache
+def announce(path: str, why: str) -> None:
+    """Log a path once in the life of the process."""
+    log.info("re-attention takes the %s path: %s", path, why)
+
+
+@cache
+def _triton():
+    from deepvit.ops import triton_core  # imported where it is first needed: triton takes a second, and may be missing
+    return triton_core
+
+
+def triton_refuses(q: Tensor) -> str:
+    """Why Triton's kernels do not serve q; empty if they do."""
+    return _triton().serves(q) if HAS_TRITON else "triton is not installed"
+
 
 @torch.library.custom_op("deepvit::centred_mix", mutates_args=(), device_types="cpu")
 def centred_mix(q: Tensor, k: Tensor, v: Tensor, mix: Tensor, scale: float,
                 statistics: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`plain.centred_mix` and, as a fourth, what its backward wants besides the inputs (empty on a CPU)."""
+    announce("cpu", "tiles of maps that fit the cache")
     with torch.autocast("cpu", enabled=False):
         return *cpu.centred_mix(q, k, v, mix, scale, statistics), mix.new_empty(0)
 
@@ -21,6 +46,19 @@ def centred_mix_backward(du: Tensor, dsumsq: Tensor, dtotal: Tensor, q: Tensor, 
     """Gradients of q, k, v and mix; the arguments as in `cpu.centred_mix_backward`."""
     with torch.autocast("cpu", enabled=False):
         return cpu.centred_mix_backward(du, dsumsq, dtotal, q, k, v, mix, scale)
+
+
+@centred_mix.register_kernel("cuda")
+def _(q, k, v, mix, scale, statistics):
+    announce("triton", "kernels that keep the maps on the chip")
+    with torch.autocast("cuda", enabled=False):
+        return _triton().centred_mix(q, k, v, mix, scale, statistics)
+
+
+@centred_mix_backward.register_kernel("cuda")
+def _(du, dsumsq, dtotal, q, k, v, mix, kept, scale):
+    with torch.autocast("cuda", enabled=False):
+        return _triton().centred_mix_backward(du, dsumsq, dtotal, q, k, v, mix, kept, scale)
 
 
 @centred_mix.register_fake

@@ -1,8 +1,5 @@
 """The one entrance to re-attention: chooses how, never what."""
 
-import logging
-from functools import cache
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -11,16 +8,9 @@ from torch import Tensor
 from deepvit.ops import affine, core, plain, reference
 from deepvit.ops.reference import HeadNorm
 
-log = logging.getLogger("deepvit.ops")
-
-
-@cache
-def _log_once(path: str, why: str) -> None:
-    log.info("re-attention takes the %s path: %s", path, why)
-
 
 def choose(q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float = 0.0, training: bool = False) -> tuple[str, str]:
-    """The path for these tensors, one of "reference", "plain", "cpu", "triton", and the reason in words."""
+    """The path for these tensors, one of "reference", "plain", "cpu", "triton", and why no kernel, in words."""
     if training and dropout_p > 0:
         return "reference", "attention dropout needs the maps"
     if not q.shape == k.shape == v.shape:
@@ -29,9 +19,12 @@ def choose(q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float = 0.0, training:
         return "plain", "exports hold plain operations only"
     if torch._C._are_functorch_transforms_active():
         return "plain", "function transforms need plain operations"
-    if q.device.type == "cpu":
-        return "cpu", "tiles of maps that fit the cache"
-    return "plain", f"no kernel for {q.device.type}"
+    if q.device.type == "cpu" and q.dtype in (torch.float64, torch.float32, torch.bfloat16):
+        return "cpu", ""
+    if q.device.type != "cuda":
+        return "plain", f"no kernel for {q.dtype} on {q.device.type}"
+    refusal = core.triton_refuses(q)
+    return ("plain", refusal) if refusal else ("triton", "")
 
 
 def reattention(q: Tensor, k: Tensor, v: Tensor, mix: Tensor | None = None, bias: Tensor | None = None, *,
@@ -52,8 +45,8 @@ def reattention(q: Tensor, k: Tensor, v: Tensor, mix: Tensor | None = None, bias
     if torch.is_autocast_enabled(device) and q.dtype != torch.float64:
         q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
     path, why = choose(q, k, v, dropout_p=dropout_p, training=training)
-    if not torch.compiler.is_compiling():
-        _log_once(path, why)
+    if why and not torch.compiler.is_compiling():
+        core.announce(path, why)  # the kernels announce themselves
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     with torch.autocast(device, enabled=False):
         if path == "reference":

@@ -27,8 +27,20 @@ def head_widths(d: int) -> tuple[int, int]:
 
 def tiling(d: int, dtype: torch.dtype, backward: bool) -> Tiling:
     """Tiles that compile for sm_90 with the fewest spills (`triton_report`); float32 holds twice the bytes."""
-    wide = backward or dtype == torch.float32 or d > 48
-    return Tiling(16, 16) if wide else Tiling(32, 32)
+    wide = backward or dtype == torch.float32 or d > 32
+    return Tiling(16, 16) if wide else Tiling(32, 16)
+
+
+def serves(q: Tensor) -> str:
+    """Why the kernels do not serve q `[B, H, N, d]` on its device; empty if they do."""
+    H, d = q.shape[1], q.shape[3]
+    if q.dtype not in (torch.float32, torch.bfloat16):
+        return f"no Triton kernel for {q.dtype}"
+    if H > 16 or d > 64 or (d > 48 and q.dtype == torch.float32):
+        return f"no Triton kernel for {H} heads of width {d} in {q.dtype}"  # tile of all heads: 227 KiB of shared memory
+    if torch.version.hip is None and torch.cuda.get_device_capability(q.device) < (9, 0):
+        return "the Triton kernels are sized for the shared memory of sm_90"
+    return "" if torch.version.hip is None else "the Triton kernels have not been tried on AMD"
 
 
 def _precision() -> str:
