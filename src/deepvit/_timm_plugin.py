@@ -13,6 +13,8 @@ def register_when_timm_is_imported() -> None:
 
 
 def _register() -> None:
+    if "deepvit.models" in sys.modules:
+        return  # it is being imported, imports timm itself, and registers at its end
     from deepvit.models.registry import register_with_timm
     register_with_timm()
 

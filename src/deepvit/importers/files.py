@@ -46,7 +46,7 @@ def open_weights(path: str | Path, ema: bool = False) -> WeightsFile:
     try:
         start = path.open("rb").read(16)
     except OSError as error:
-        raise UserError(f"The weights file {path} cannot be read ({error.strerror}): give the path of a file.") from None
+        raise UserError(f"The weights file {path} cannot be read ({error.strerror}): give a file's path.") from None
     opened = _reader(path, start)(path, ema)
     if ema and not opened.has_ema:
         raise UserError(f"{path} holds no EMA weights: take the raw ones with ema=False.")
@@ -100,7 +100,7 @@ def _read_safetensor(handle, path: Path, name: str) -> Tensor:
 def _open_torch(path: Path, ema: bool) -> WeightsFile:
     content = load_plain(path)
     if not isinstance(content, Mapping):
-        raise UserError(f"{path} holds a {type(content).__name__}, no weights by name: give a state dict or checkpoint.")
+        raise UserError(f"{path} holds a {type(content).__name__}, no weights by name: give a state dict.")
     averaged = next((key for key in EMA if isinstance(content.get(key), Mapping)), None)
     raw = next((key for key in RAW if isinstance(content.get(key), Mapping)), None)
     if averaged and not raw and not ema:
@@ -124,8 +124,8 @@ def load_plain(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:  # a torn pickle may raise anything
         if "nsupported" in str(error) and "GLOBAL" in str(error):
-            raise UserError(f"{path} holds Python objects besides tensors and plain values; nothing of it was run, and it "
-                            f"is refused: save its state_dict alone.") from None
+            raise UserError(f"{path} holds Python objects besides tensors and plain values; nothing of it was run, "
+                            f"and it is refused: save its state_dict alone.") from None
         raise UserError(f"{path} is torn or no PyTorch file ({_first_line(error)}): get it again.") from None
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from deepvit.errors import UserError, did_you_mean
-from deepvit.importers import deepvit, ours
+from deepvit.importers import deepvit, deepvit_flax, google, lucidrains, ours, timm, vit_pytorch
 from deepvit.importers.dialect import Dialect
 from deepvit.importers.files import WeightsFile, open_weights
 from deepvit.importers.settings import native_grid, settings_from_shapes
@@ -19,7 +19,8 @@ from deepvit.models import ViT, build_model
 from deepvit.models.init import init_weights
 
 Head = Literal["keep", "reset", "zero"]
-DIALECTS: dict[str, Dialect] = {module.DIALECT.name: module.DIALECT for module in (ours, deepvit)}
+DIALECTS: dict[str, Dialect] = {module.DIALECT.name: module.DIALECT for module in (
+    ours, deepvit, google, vit_pytorch, deepvit_flax, lucidrains, timm)}
 FREE = ("img_size", "num_classes", "representation_size", "attention", "init_values", "stem")  # not the tensors' word
 log = logging.getLogger("deepvit")
 

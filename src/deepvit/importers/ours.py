@@ -33,14 +33,7 @@ BLOCK = [row for layer in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1",
 LAYER_SCALE = [row for layer in ("ls1", "ls2") for row in same(f"blocks.{{l}}.{layer}", ["gamma"])]
 CONV_STEM = [*same("patch_embed", ["conv1.weight", "conv2.weight"]),
              *same("patch_embed.bn1", BATCH_NORM), *same("patch_embed.bn2", BATCH_NORM)]
-HYBRID_STEM = [*same("patch_embed.root.conv", ["weight"]), *same("patch_embed.root.gn", NORM),
-               *(row for layer in ("conv1", "conv2", "conv3", "downsample")
-                 for row in same(f"patch_embed.body.block{{b}}.unit{{u}}.{layer}", ["weight"])),
-               *(row for layer in ("gn1", "gn2", "gn3", "gn_proj")
-                 for row in same(f"patch_embed.body.block{{b}}.unit{{u}}.{layer}", NORM))]
-ROWS = [*FRAME, *BLOCK, *LAYER_SCALE, *CONV_STEM, *HYBRID_STEM,
-        *same("patch_embed.norm_in", NORM), *same("patch_embed.norm_out", NORM), *same("pre_logits.0", LINEAR),
-        *same("blocks.{l}.attn.mix", LINEAR), *same("blocks.{l}.attn.norm", BATCH_NORM)]
+ROWS = [Row("{n}", "{n}")]
 
 
 def is_ours(file: WeightsFile) -> bool:

@@ -24,10 +24,10 @@ def google(pos: Tensor, old: Grid, new: Grid) -> Tensor:
     Where scipy's rounding leaves its last row and column at zero (35 pairs of sides up to 32 and 48, such as 16 -> 30)
     this refuses: zeros are no embedding, and anything else would not be Google's model.
     """
-    for before, after in zip(old, new):
+    for before, after in zip(old, new, strict=True):
         if zoom_leaves_zeros(before, after):
-            raise UserError(f"Google's rule for {old[0]}x{old[1]} -> {new[0]}x{new[1]} patches leaves position embeddings "
-                            f"at zero (a rounding in scipy's zoom): choose another img_size.")
+            raise UserError(f"Google's rule for {old[0]}x{old[1]} -> {new[0]}x{new[1]} patches leaves position "
+                            f"embeddings at zero (a rounding in scipy's zoom): choose another img_size.")
     grid = pos[:, 1:].reshape(1, *old, -1).permute(0, 3, 1, 2).float()  # [1, D, rows, columns]
     grid = F.interpolate(grid, new, mode="bilinear", align_corners=True)
     return torch.cat([pos[:, :1].float(), grid.flatten(2).mT], dim=1)
@@ -42,6 +42,6 @@ def first_rows(pos: Tensor, old: Grid, new: Grid) -> Tensor:
     """The rule of DeepViT-flax and vit-pytorch: a smaller picture takes the first rows, a larger one has none."""
     tokens = 1 + new[0] * new[1]
     if tokens > pos.shape[1]:
-        raise UserError(f"The weights know {pos.shape[1] - 1} positions, the model needs {tokens - 1}: this dialect takes "
-                        f"the first rows and has none for larger pictures; choose a smaller img_size.")
+        raise UserError(f"The weights know {pos.shape[1] - 1} positions, the model needs {tokens - 1}: this dialect "
+                        f"takes the first rows and has none for larger pictures; choose a smaller img_size.")
     return pos[:, :tokens]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from deepvit.errors import UserError
 
-NUMBER = r"(?:0|[1-9]\d{0,5})"
+NUMBER, ANYTHING = r"(?:0|[1-9]\d{0,5})", ".+"
 
 
 class Rule(NamedTuple):
@@ -27,7 +27,7 @@ STACK = Rule(lambda *parts: torch.cat(parts))  # q, k, v -> rows of qkv
 
 
 class Row(NamedTuple):
-    """One line of a table. `{l}`, `{b}`, `{u}` stand for numbers, the same on both sides."""
+    """One line of a table. `{l}`, `{b}`, `{u}` stand for numbers, the same on both sides, `{n}` for any name."""
 
     foreign: str | tuple[str, ...]
     ours: str | None  # None: dropped, and `why`
@@ -113,7 +113,8 @@ def _names(row: Row) -> tuple[str, ...]:
 
 def _regex(pattern: str) -> re.Pattern:
     parts = re.split(r"\{(\w)\}", pattern)  # text, placeholder, text, ...
-    return re.compile("".join(f"(?P<{part}>{NUMBER})" if i % 2 else re.escape(part) for i, part in enumerate(parts)))
+    return re.compile("".join(f"(?P<{part}>{ANYTHING if part == 'n' else NUMBER})" if i % 2 else re.escape(part)
+                              for i, part in enumerate(parts)))
 
 
 def _shape(step: Step, shapes: Mapping[str, torch.Size], source: str) -> torch.Size:

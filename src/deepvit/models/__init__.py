@@ -1,6 +1,9 @@
 """The Vision Transformer, its attention variants and its named configurations."""
 
+import timm  # noqa: F401  first: what joins our models to timm's registry imports them when timm is loaded
+
 from deepvit.models.attention import ATTENTIONS, Attention, HeadMix, ReAttention, ReAttentionLN, SelfAttention
+from deepvit.models.blocks import Block
 from deepvit.models.registry import (
            attention_config,
            build_model,
@@ -8,10 +11,13 @@ from deepvit.models.registry import (
            list_attentions,
            list_models,
            model_config,
+           register_with_timm,
 )
 from deepvit.models.variants import AttnScale, DecayedTemperature, LearnedTemperature, TalkingHeads
-from deepvit.models.vit import Block, ViT
+from deepvit.models.vit import ViT
 
 __all__ = ["ATTENTIONS", "Attention", "AttnScale", "Block", "DecayedTemperature", "HeadMix", "LearnedTemperature",
            "ReAttention", "ReAttentionLN", "SelfAttention", "TalkingHeads", "ViT", "attention_config", "build_model",
            "create_model", "list_attentions", "list_models", "model_config"]
+
+register_with_timm()

@@ -8,6 +8,7 @@ import yaml
 
 from deepvit.errors import UserError, did_you_mean
 from deepvit.models.attention import ATTENTIONS
+from deepvit.models.stem import stem_of
 from deepvit.models.vit import ViT
 from deepvit.signature import check_arguments
 
@@ -59,6 +60,8 @@ def check_model(config: Mapping[str, Any]) -> None:
     """Refuses settings that `ViT` or its attention would not take, naming what was meant."""
     known = {name: value for name, value in config.items() if (name, value) != ("num_classes", None)}  # the data's
     check_arguments(ViT, known, "model")
+    stem, options = stem_of(known.get("stem", "patch"))
+    check_arguments(stem, {"in_chans": 1, "embed_dim": 1, "patch_size": (1, 1), **options}, "model.stem")
     attention = dict(config.get("attention") or {"class": "SelfAttention"})
     attention.pop("name", None)
     cls = ATTENTIONS.get(attention.pop("class", None))

@@ -1,9 +1,13 @@
 """From pictures to tokens: `[B, in_chans, height, width]` -> `[B, N, D]`, row by row."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepvit.errors import UserError
+from deepvit.errors import UserError, did_you_mean
+from deepvit.models.hybrid import HybridStem
 
 Size = tuple[int, int]
 
@@ -51,4 +55,13 @@ class ConvStem(nn.Module):
         return self.proj(x).flatten(2).mT  # [B, N, D]
 
 
-STEMS: dict[str, type[nn.Module]] = {"patch": PatchStem, "conv": ConvStem}
+STEMS: dict[str, type[nn.Module]] = {"patch": PatchStem, "conv": ConvStem, "hybrid": HybridStem}
+
+
+def stem_of(stem: str | Mapping[str, Any]) -> tuple[type[nn.Module], dict[str, Any]]:
+    """Class and options of `"hybrid"` or `{"name": "hybrid", "layers": [3, 4, 9]}`."""
+    options = {"name": stem} if isinstance(stem, str) else dict(stem)
+    name = options.pop("name", None)
+    if name not in STEMS:
+        raise UserError(f"model.stem={name} is not known: choose from {', '.join(STEMS)}.{did_you_mean(name, STEMS)}")
+    return STEMS[name], options

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from deepvit.errors import UserError, did_you_mean
 from deepvit.models.attention import ATTENTIONS, Attention
-from deepvit.models.blocks import BLOCKS, Block
+from deepvit.models.blocks import BLOCKS
 from deepvit.models.init import init_weights
 from deepvit.models.recompute import checkpoint_block
-from deepvit.models.stem import STEMS
+from deepvit.models.stem import stem_of
 
 POOLS = {
     "cls": lambda tokens: tokens[:, 0],
@@ -29,6 +29,7 @@ class ViT(nn.Module):
         num_classes: C; 0 leaves the head out.
         embed_dim, depth, num_heads, head_dim: D, number of blocks, H, width of a head (default D / H).
         mlp_ratio: hidden width of the MLP over D.
+        stem: `patch`, `conv` or `hybrid`, or `{"name": one of them, ...its options}`.
         attention: `{"class": a class of models.attention, ...its options}`.
         reattention_blocks: the blocks that have that attention, as indices (negative from the end) or a slice such
             as "-12:"; the others have plain self-attention. None: all.
@@ -47,7 +48,8 @@ class ViT(nn.Module):
     def __init__(self, img_size: int | list[int] = 224, patch_size: int | list[int] = 16, in_chans: int = 3,
                  num_classes: int = 1000, embed_dim: int = 384, depth: int = 12, num_heads: int = 12,
                  head_dim: int | None = None, mlp_ratio: float = 3.0, qkv_bias: bool = True,
-                 qk_scale: float | None = None, stem: str = "patch", attention: Mapping[str, Any] | None = None,
+                 qk_scale: float | None = None, stem: str | Mapping[str, Any] = "patch",
+                 attention: Mapping[str, Any] | None = None,
                  reattention_blocks: list[int] | str | None = None, map_scale: float = 1.0,
                  residual_scale: float = 1.0, drop_rate: float = 0.0, pos_drop_rate: float = 0.0,
                  attn_drop_rate: float = 0.0, drop_path_rate: float = 0.0, init_values: float | None = None,
@@ -63,8 +65,9 @@ class ViT(nn.Module):
         self.pool, self.final_norm = pool, final_norm
         self.grad_checkpointing = False
 
-        make_stem, make_block = _choose("stem", stem, STEMS), _choose("block", block, BLOCKS)
-        self.patch_embed = make_stem(in_chans, embed_dim, self.patch_size, norm=patch_norm, norm_eps=norm_eps)
+        (make_stem, options), make_block = stem_of(stem), _choose("block", block, BLOCKS)
+        self.patch_embed = make_stem(in_chans, embed_dim, self.patch_size, norm=patch_norm, norm_eps=norm_eps,
+                                     **options)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid_size[0] * self.grid_size[1], embed_dim))
         self.pos_drop = nn.Dropout(pos_drop_rate)
