@@ -160,6 +160,12 @@ def test_no_statistics_no_update():
         ops.reattention(q, k, v, leaves["mix"], norm=norm)
 
 
+def test_one_entry_has_no_statistics():
+    (q, k, v), leaves, stats = problem(1, 3, 1, 4)
+    with pytest.raises(UserError, match="more than one token"):
+        ops.reattention(q, k, v, leaves["mix"], norm=HeadNorm(leaves["gamma"], leaves["beta"], **stats), training=True)
+
+
 def test_fold_is_exact():
     (q, k, v), leaves, stats = problem(2, 3, 9, 4)
     norm = HeadNorm(leaves["gamma"], leaves["beta"], **stats)

@@ -67,6 +67,8 @@ def batch_gain(sumsq: Tensor, count: int, mix: Tensor, bias: Tensor | None, toke
     With `group`, the statistics are those of all its ranks: H sums and their count go round in forward, as many
     gradients in backward. The mean depends on parameters alone, so it is the same everywhere.
     """
+    if group is None and count == 1:
+        raise UserError("Batch statistics of one entry do not exist: train the head norm on more than one token.")
     if group is not None:
         sums = _SumOverRanks.apply(torch.cat([sumsq, sumsq.new_full((1,), count)]), group)
         sumsq, count = sums[:-1], sums[-1]
