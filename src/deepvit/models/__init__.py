@@ -1,7 +1,5 @@
 """The Vision Transformer, its attention variants and its named configurations."""
 
-import timm  # noqa: F401  first: what joins our models to timm's registry imports them when timm is loaded
-
 from deepvit.models.attention import ATTENTIONS, Attention, HeadMix, ReAttention, ReAttentionLN, SelfAttention
 from deepvit.models.blocks import Block
 from deepvit.models.registry import (

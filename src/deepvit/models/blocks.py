@@ -15,8 +15,8 @@ GELUS = {"erf": nn.GELU, "tanh": lambda: nn.GELU(approximate="tanh")}
 class FeatScale(nn.Module):
     """`x + s * mean(x) + t * (x - mean(x))`, the mean over tokens, s and t learned per channel from 0.
 
-    Reweighs what all tokens share against what tells them apart, after every attention (Wang et al., "Anti-Oversmoothing
-    in Deep Vision Transformers via the Fourier Domain Analysis", arXiv:2203.05962, and its published code).
+    Reweighs what all tokens share against what tells them apart, after every attention (Wang et al., arXiv:2203.05962,
+    "Anti-Oversmoothing in Deep Vision Transformers via the Fourier Domain Analysis", and its published code).
     """
 
     def __init__(self, dim: int):

@@ -1,4 +1,4 @@
-"""The published regularisation between the maps of neighbouring blocks, as a loss that the training loop needs not know.
+"""The published regularisation between the maps of neighbouring blocks, as a loss of which the loop knows nothing.
 
 What it needs are maps with gradients from a training pass. No block hands maps on: the inputs of the attention modules
 are recorded, and the modules asked for their maps.
@@ -19,8 +19,8 @@ def cosine_regularisation(maps: Sequence[Tensor], pairs: int, factor: float = 0.
     """The term that the published code adds to the loss: `factor * sum_{i < pairs} mean(cos(A_i, A_{i+1})) / pairs`.
 
     The cosine is taken over the *head* axis at every entry of the maps, and of the first pairs of blocks, as
-    `loss/cross_entropy.py` there has it (its `cos_reg_component` is `pairs`, its factor 0.1; eps 1e-8); the paper's text
-    describes it per head and token.
+    `loss/cross_entropy.py` there has it (its `cos_reg_component` is `pairs`, its factor 0.1; eps 1e-8). The paper's
+    own similarity is per head and token instead.
 
     Args:
         maps: final maps `[B, H, N, N]` of the first `pairs + 1` blocks or more.
@@ -28,8 +28,8 @@ def cosine_regularisation(maps: Sequence[Tensor], pairs: int, factor: float = 0.
         UserError: fewer blocks than that.
     """
     if not 1 <= pairs < len(maps):
-        raise UserError(f"The cosine regularisation of {pairs} pairs needs the maps of {pairs + 1} blocks, and there are "
-                        f"{len(maps)}: give 1 to {max(1, len(maps) - 1)} pairs.")
+        raise UserError(f"The cosine regularisation of {pairs} pairs needs the maps of {pairs + 1} blocks, and there "
+                        f"are {len(maps)}: give 1 to {max(1, len(maps) - 1)} pairs.")
     cosines = [F.cosine_similarity(maps[i], maps[i + 1], dim=1, eps=1e-8).mean() for i in range(pairs)]
     return factor * torch.stack(cosines).sum() / pairs
 
@@ -45,7 +45,8 @@ class MapRecorder:
     def __init__(self, model: nn.Module, first: int):
         self.modules = [module for module in model.modules() if isinstance(module, Attention)][:first]
         if len(self.modules) < first:
-            raise UserError(f"The maps of {first} blocks are wanted, and the model has {len(self.modules)}: ask for fewer.")
+            raise UserError(f"The maps of {first} blocks are wanted, and the model has {len(self.modules)}: "
+                            f"ask for fewer.")
         self._inputs: list[Tensor] = []
         self._open = False
         self._handles = [model.register_forward_pre_hook(self._begin),

@@ -1,0 +1,204 @@
+"""Every attention of conf/model/attention holds the law, and each variant is what its paper says."""
+
+import math
+
+import pytest
+import timm
+import torch
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+import deepvit
+from deepvit.errors import UserError
+from deepvit.models import ATTENTIONS, attention_config, list_attentions
+from deepvit.models.blocks import FeatScale
+
+TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 4, "num_classes": 5}
+
+
+def tiny(attention="self", **settings):
+    torch.manual_seed(0)
+    return deepvit.create_model("vit", **{**TINY, "attention": attention, **settings})
+
+
+def stirred(module):
+    """Nothing left at its initial value, where a variant may be plain attention."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
+        for name, buffer in module.named_buffers():
+            if "running_mean" in name:
+                buffer.add_(0.02)
+            elif "running_var" in name:
+                buffer.fill_(3e-4)
+    return module
+
+
+@pytest.fixture
+def tokens():
+    return torch.randn(2, 17, 24, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def pictures():
+    return torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("head_dim", [None, 5])
+@pytest.mark.parametrize("name", list_attentions())
+def test_the_law(name, head_dim, tokens):
+    """merge(weights(x) @ v) == forward(x) in eval mode, with every parameter away from its start."""
+    attention = stirred(tiny(name, head_dim=head_dim, attn_drop_rate=0.2).blocks[1].attn).eval()
+    with torch.no_grad():
+        weights = attention.weights(tokens)
+        assert weights.shape == (2, 4, 17, 17)
+        assert_close(attention.merge(weights @ attention.split(tokens)[2]), attention(tokens), atol=1e-5, rtol=1e-4)
+        assert_close(attention.weights(tokens, "softmax").sum(-1), torch.ones(2, 4, 17), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", list_attentions())
+def test_the_law_of_gradients(name, tokens):
+    """The fast path and the definition have the same gradients, so a variant trains as it is described."""
+    fast, slow = (stirred(tiny(name).blocks[1].attn).eval() for _ in range(2))
+    fast(tokens).square().sum().backward()
+    slow.merge(slow.weights(tokens) @ slow.split(tokens)[2]).square().sum().backward()
+    for (label, a), b in zip(fast.named_parameters(), slow.parameters(), strict=True):
+        assert_close(a.grad, b.grad, atol=1e-4 * b.grad.abs().max().item(), rtol=1e-3, msg=f"gradient of {label}")
+
+
+@pytest.mark.parametrize("name", list_attentions())
+def test_every_variant_trains_and_says_its_name(name, pictures):
+    model = tiny(name, attn_drop_rate=0.1)
+    model(pictures).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.blocks.parameters())
+    assert attention_config(name)["name"] == name
+    own = {key: value for key, value in attention_config(name).items() if key not in ("name", "class")}
+    assert isinstance(ATTENTIONS[attention_config(name)["class"]](24, num_heads=4, **own), torch.nn.Module)
+
+
+@pytest.mark.parametrize("name", ["temperature", "talking_heads", "attn_scale"])
+def test_starts_as_plain_attention(name, pictures):
+    plain, variant = tiny("self").eval(), tiny(name).eval()
+    variant.load_state_dict(plain.state_dict(), strict=False)
+    with torch.no_grad():
+        assert_close(variant(pictures), plain(pictures), atol=1e-6, rtol=1e-5)
+
+
+def reference(attention, tokens):
+    """q, k `[B, H, N, d]` and the scaled products, by plain loops over nothing but einsum."""
+    q, k, _ = attention.split(tokens)
+    return torch.einsum("bhid,bhjd->bhij", q, k) / math.sqrt(q.shape[-1])
+
+
+@torch.no_grad()
+def test_learned_temperature(tokens):
+    attention = stirred(tiny("temperature").blocks[0].attn)
+    temperature = torch.exp(-attention.log_sharpness)[:, None, None]
+    assert_close(attention.weights(tokens), (reference(attention, tokens) / temperature).softmax(-1))
+
+
+@torch.no_grad()
+def test_decayed_temperature(tokens):
+    model = tiny("temperature_decay", depth=5)
+    temperatures = [block.attn.temperature for block in model.blocks]
+    assert temperatures[0] == 1 and temperatures[-1] == 0.5
+    assert temperatures[2] == pytest.approx(math.sqrt(0.5))  # geometric
+    attention = stirred(model.blocks[-1].attn)
+    assert_close(attention.weights(tokens), (reference(attention, tokens) / 0.5).softmax(-1))
+    assert tiny("temperature_decay", depth=1).blocks[0].attn.temperature == 1
+
+
+@torch.no_grad()
+def test_talking_heads(tokens):
+    attention = stirred(tiny("talking_heads").blocks[0].attn)
+    logits = torch.einsum("gh,bhij->bgij", attention.mix_logits.weight, reference(attention, tokens))
+    assert_close(attention.weights(tokens, "softmax"), logits.softmax(-1))
+    assert_close(attention.weights(tokens), torch.einsum("gh,bhij->bgij", attention.mix.weight, logits.softmax(-1)))
+
+
+@torch.no_grad()
+def test_attn_scale(tokens):
+    attention = stirred(tiny("attn_scale").blocks[0].attn)
+    low = torch.full((17, 17), 1 / 17)
+    high = reference(attention, tokens).softmax(-1) - low
+    assert_close(attention.weights(tokens), low + high * (1 + attention.contrast.view(1, 4, 1, 1)))
+
+
+@torch.no_grad()
+def test_attention_dropout_is_dropout_on_the_maps(tokens):
+    attention = tiny("attention_dropout").blocks[0].attn
+    assert attention.attn_drop == 0.1
+    assert_close(attention.eval()(tokens), tiny("self").blocks[0].attn.eval()(tokens))
+    assert not torch.equal(attention.train()(tokens), attention(tokens))
+
+
+def test_identity_start():
+    assert torch.equal(tiny("reattention_identity").blocks[2].attn.mix.weight, torch.eye(4))
+
+
+def test_last_k_blocks():
+    model = tiny("talking_heads", reattention_blocks="-2:")
+    assert [type(block.attn).__name__ for block in model.blocks] == ["SelfAttention", "TalkingHeads", "TalkingHeads"]
+
+
+# Options of the block.
+
+@torch.no_grad()
+def test_feat_scale():
+    scale, x = FeatScale(6), torch.randn(2, 5, 6)
+    assert torch.equal(scale(x), x)
+    scale.shared.fill_(1.0)
+    scale.apart.copy_(torch.arange(6.0))
+    mean = x.mean(1, keepdim=True).expand(-1, 5, -1)
+    assert_close(scale(x), 2 * mean + (x - mean) * (1 + torch.arange(6.0)))
+    model = tiny(feat_scale=True)
+    assert_close(model.eval()(torch.zeros(1, 3, 32, 32)), tiny().eval()(torch.zeros(1, 3, 32, 32)))
+    assert "blocks.2.feat_scale.apart" in model.state_dict()
+
+
+@torch.no_grad()
+def test_layer_scale_and_residual_scale(tokens):
+    block = tiny(init_values=0.1, residual_scale=0.5).blocks[0]
+    x = tokens + 0.1 * block.attn(block.norm1(0.5 * tokens)) / 0.5
+    assert_close(block(tokens), x + 0.1 * block.mlp(block.norm2(0.5 * x)) / 0.5)
+
+
+@torch.no_grad()
+def test_deepnorm(tokens):
+    model = tiny(block="deepnorm", depth=8, embed_dim=96, num_heads=4)
+    block = model.blocks[3]
+    x, alpha = torch.randn(2, 17, 96), 2.0  # (2 * 8)^(1/4)
+    x1 = F.layer_norm(alpha * x + block.attn(x), (96,), eps=1e-6)
+    assert_close(block(x), F.layer_norm(alpha * x1 + block.mlp(x1), (96,), eps=1e-6), atol=1e-5, rtol=1e-5)
+    beta = 64 ** -0.25  # (8 * 8)^(-1/4)
+    q, k, v = block.attn.qkv.weight.chunk(3)
+    for weight, gain in ((q, 1), (k, 1), (v, beta), (block.attn.proj.weight, beta), (block.mlp.fc1.weight, beta)):
+        assert weight.std().item() == pytest.approx(gain * math.sqrt(2 / sum(weight.shape)), rel=0.05)
+    assert model.head.weight.std().item() == pytest.approx(0.02, rel=0.1)  # the rest as always
+    with pytest.raises(UserError, match="residual_scale"):
+        tiny(block="deepnorm", residual_scale=0.5)
+    with pytest.raises(UserError, match="model.block"):
+        tiny(block="deepnorn")
+
+
+@pytest.mark.parametrize("name", ["reattention", "talking_heads", "temperature_decay"])
+def test_very_deep_with_checkpointing(name, pictures):
+    """64 blocks: the same gradients and BatchNorm statistics with and without recomputation, dropout included."""
+    results = []
+    for checkpointing in (False, True):
+        model = tiny(name, depth=64, embed_dim=16, drop_path_rate=0.1, attn_drop_rate=0.1)
+        model.set_grad_checkpointing(checkpointing)
+        torch.manual_seed(5)
+        model(pictures).square().sum().backward()
+        results.append((dict(model.named_buffers()), {n: p.grad for n, p in model.named_parameters()}))
+    (buffers, gradients), (buffers_2, gradients_2) = results
+    assert all(torch.equal(buffers[name], buffers_2[name]) for name in buffers)
+    for label, gradient in gradients.items():
+        assert_close(gradient, gradients_2[label], atol=1e-6 * gradient.abs().max().item() + 1e-12, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["LearnedTemperature", "TalkingHeads", "AttnScale"])
+def test_variants_fit_timm(name):
+    model = timm.models.VisionTransformer(**TINY, attn_layer=ATTENTIONS[name])
+    assert len(deepvit.analysis.attention_maps(model, torch.zeros(1, 3, 32, 32))) == 3
