@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 import deepvit
 from deepvit.errors import UserError
-from deepvit.models.cosine_reg import CosineRegularised, cosine_regularisation, record_maps
+from deepvit.models.cosine_reg import cosine_regularisation, record_maps
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 4, "num_heads": 4, "num_classes": 5}
 
@@ -20,6 +20,12 @@ def tiny(attention="reattention", **settings):
 
 def soft_target_loss(logits, target):
     return -(target * F.log_softmax(logits, -1)).sum(-1).mean()
+
+
+def regularised(model, x, target, pairs):
+    with record_maps(model, first=pairs + 1) as maps:
+        logits = model(x)
+    return soft_target_loss(logits, target) + 0.1 * cosine_regularisation(maps, pairs)
 
 
 @pytest.fixture
@@ -38,8 +44,7 @@ def test_against_the_published_loss(name, tmp_path):
     model = deepvit.load_model(tmp_path / "weights.pth", dialect="deepvit", num_heads=config["num_heads"],
                                residual_scale=config["scale_adjustment"],
                                map_scale=head_dim**-0.5 if config["transform_scale"] else 1.0).train()
-    criterion = CosineRegularised(soft_target_loss, model, pairs=config["cosreg_n_comn"])
-    loss = criterion(model(tensors["input"]), tensors["cosreg/target"])
+    loss = regularised(model, tensors["input"], tensors["cosreg/target"], pairs=config["cosreg_n_comn"])
     assert_close(loss.detach().view(1), tensors["cosreg/loss"], atol=5e-5, rtol=0)
 
 
@@ -52,8 +57,8 @@ def test_value_by_loops():
                 for j in range(4):
                     u, v = p[b, :, i, j].double(), q[b, :, i, j].double()
                     total += float(u @ v / (u.norm() * v.norm())) / 32
-    assert cosine_regularisation(maps, 2).item() == pytest.approx(0.1 * total / 2, abs=1e-6)
-    assert cosine_regularisation([maps[0], maps[0] * 2], 1, factor=3).item() == pytest.approx(3, abs=1e-5)
+    assert cosine_regularisation(maps, 2).item() == pytest.approx(total / 2, abs=1e-6)
+    assert cosine_regularisation([maps[0], maps[0] * -2], 1).item() == pytest.approx(-1, abs=1e-5)
     for pairs in (0, 3):
         with pytest.raises(UserError, match="needs the maps"):
             cosine_regularisation(maps, pairs)
@@ -64,10 +69,7 @@ def test_gradients_are_those_of_maps_threaded_through(checkpointing, pictures):
     """Against a model written out with its maps in hand."""
     ours, plain = tiny(), tiny()
     ours.set_grad_checkpointing(checkpointing)
-    criterion = CosineRegularised(soft_target_loss, ours, pairs=2)
-    for _ in range(2):  # a second step: nothing of the first is left
-        ours.zero_grad()
-        criterion(ours(pictures), TARGET).backward()
+    regularised(ours, pictures, TARGET, pairs=2).backward()
 
     x, maps = torch.cat([plain.cls_token.expand(3, -1, -1), plain.patch_embed(pictures)], 1) + plain.pos_embed, []
     for block in plain.blocks:
@@ -86,24 +88,30 @@ def test_gradients_are_those_of_maps_threaded_through(checkpointing, pictures):
 
 
 def test_no_trace(pictures):
-    """Statistics and random state go on as without it, and outside of training there is no term."""
-    plain, watched = tiny(drop_rate=0.1), tiny(drop_rate=0.1)
-    criterion = CosineRegularised(soft_target_loss, watched, pairs=3)
-    states = []
-    for model in (plain, watched):
+    """Statistics, random state and the logits are what they are without it, and no hook stays."""
+    results = []
+    for watched in (False, True):
+        model = tiny(drop_rate=0.1)
         torch.manual_seed(2)
-        logits = model(pictures)
-        (soft_target_loss if model is plain else criterion)(logits, TARGET).backward()
-        states.append((torch.get_rng_state(), dict(model.named_buffers()), logits))
-    assert torch.equal(states[0][0], states[1][0]) and torch.equal(states[0][2], states[1][2])
-    assert all(torch.equal(states[0][1][name], buffer) for name, buffer in states[1][1].items())
-    assert list(plain.state_dict()) == list(watched.state_dict())
+        if watched:
+            with record_maps(model, first=3):
+                logits = model(pictures)
+        else:
+            logits = model(pictures)
+        results.append([torch.get_rng_state(), logits, *model.buffers()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
 
-    with torch.no_grad():
-        logits = watched(pictures)
-        assert criterion(logits, TARGET) == soft_target_loss(logits, TARGET)
-    watched.eval()
-    assert criterion(watched(pictures), TARGET) == soft_target_loss(watched(pictures), TARGET)
+
+def test_maps_in_full_precision_under_autocast(pictures):
+    """Near-uniform maps in bfloat16 would be rounding."""
+    model = tiny()
+    with record_maps(model, first=1) as expected:
+        model(pictures)
+    with torch.autocast("cpu", dtype=torch.bfloat16), record_maps(model, first=1) as maps:
+        model(pictures)
+    assert maps[0].dtype == torch.float32
+    assert (maps[0] - expected[0]).norm() < 0.05 * expected[0].norm()
 
 
 def test_record_maps(pictures):
@@ -112,6 +120,5 @@ def test_record_maps(pictures):
         model(pictures)
     assert len(maps) == 2 and all(block.requires_grad and block.shape == (3, 4, 17, 17) for block in maps)
     assert_close(maps[1].detach(), deepvit.analysis.attention_maps(model, pictures)[1])
-    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
     with pytest.raises(UserError, match="the model has 4"), record_maps(model, first=5):
         pass
