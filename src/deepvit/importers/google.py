@@ -21,7 +21,8 @@ QKV = ("query", "key", "value")
 
 def _qkv(*kernels: Tensor) -> Tensor:
     """Three kernels [D, H, d] -> [3 * H * d, D]."""
-    return STACK.ours(*(kernel.flatten(1).t() for kernel in kernels))
+    width, heads, head_dim = kernels[0].shape
+    return STACK.ours(*(kernel.reshape(width, heads * head_dim).t() for kernel in kernels))
 
 
 def _qkv_bias(*biases: Tensor) -> Tensor:

@@ -21,7 +21,8 @@ from deepvit.models.init import init_weights
 Head = Literal["keep", "reset", "zero"]
 DIALECTS: dict[str, Dialect] = {module.DIALECT.name: module.DIALECT for module in (
     ours, deepvit, google, vit_pytorch, deepvit_flax, lucidrains, timm)}
-FREE = ("img_size", "num_classes", "representation_size", "attention", "init_values", "stem")  # not the tensors' word
+DECIDED = ("embed_dim", "depth", "num_heads", "in_chans", "patch_size", "qkv_bias")  # a keyword must not contradict
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 log = logging.getLogger("deepvit")
 
 
@@ -84,8 +85,8 @@ def load_weights(model: ViT, path: str | Path, dialect: str | None = None, ema: 
     Raises:
         UserError: as `load_model`; the model is unchanged if names or shapes do not fit.
     """
-    file, spoken, translation, report = _understand(path, dialect, ema, {})
     config = getattr(model, "config", {})
+    file, spoken, translation, report = _understand(path, dialect, ema, {"in_chans": config.get("in_chans")})
     told = settings_from_shapes(translation.shapes, str(file.path))
     rest = spoken.tells(file, told, translation.shapes, {**config, "num_heads": model.blocks[0].attn.num_heads})
     report.notes += rest.notes
@@ -127,7 +128,7 @@ def _settings(file: WeightsFile, spoken: Dialect, translation: Translation, give
     rest = spoken.tells(file, told, translation.shapes, given)
     report.notes += rest.notes
     for key, value in given.items():
-        if key in told and key not in FREE and value != told[key]:
+        if key in DECIDED and key in told and value not in (told[key], (told[key],) * 2, [told[key]] * 2):
             raise UserError(f"{key}={value!r} is asked for, but the tensors of {file.path} say {told[key]!r}: "
                             f"leave {key} out.")
     config = told | rest.settings | dict(given)
@@ -163,7 +164,7 @@ def _fill(model: ViT, file: WeightsFile, spoken: Dialect, translation: Translati
         raise UserError(f"head={head!r} is not known: choose from keep, reset, zero.")
     steps, shapes = dict(translation.steps), dict(translation.shapes)
     _set_head_aside(model, file, steps, shapes, head, report)
-    _check_fit(model, file, spoken, shapes, head)
+    _check_fit(model, file, translation, shapes, head)
     state = model.state_dict(keep_vars=True)
     fresh = [name for name in state if name not in steps]
     if any(tensor.is_meta for tensor in state.values()):
@@ -195,16 +196,15 @@ def _no_pre_logits(model: ViT) -> bool:
     return isinstance(model.pre_logits, nn.Identity)
 
 
-def _check_fit(model: ViT, file: WeightsFile, spoken: Dialect, shapes: Mapping[str, torch.Size], head: Head) -> None:
+def _check_fit(model: ViT, file: WeightsFile, translation: Translation, shapes: Mapping[str, torch.Size],
+               head: Head) -> None:
     """Every parameter and buffer must be in the file with its shape, and nothing else."""
-    rows = spoken.rows(file, {})
-    state = model.state_dict()
+    rows, state = translation.rows, model.state_dict()
     for name, tensor in state.items():
         if name not in shapes:
             if name.endswith("num_batches_tracked") or (head != "keep" and name.startswith("head.")):
                 continue
-            raise UserError(f"{file.path} lacks '{foreign_name(rows, name)}', which the model needs (read as dialect "
-                            f"'{spoken.name}').")
+            raise UserError(f"{file.path} lacks '{foreign_name(rows, name)}', which the model needs.")
         if shapes[name] != tensor.shape and name != "pos_embed":
             raise UserError(f"{file.path} has '{foreign_name(rows, name)}' as {tuple(shapes[name])} in our layout, the "
                             f"model has {tuple(tensor.shape)}.")
@@ -217,9 +217,12 @@ def _check_fit(model: ViT, file: WeightsFile, spoken: Dialect, shapes: Mapping[s
 
 
 def _check_numbers(file: WeightsFile, names: tuple[str, ...], tensor: Tensor) -> None:
-    if tensor.is_complex() or not (tensor.is_floating_point() or names[0].endswith("num_batches_tracked")):
-        raise UserError(f"{file.path} holds '{names[0]}' as {tensor.dtype}, no floating point: it is refused.")
-    if tensor.is_floating_point() and not tensor.isfinite().all():
+    if names[0].endswith("num_batches_tracked") and not tensor.is_complex():
+        return
+    if tensor.dtype not in FLOATS:
+        raise UserError(f"{file.path} holds '{names[0]}' as {tensor.dtype}, no floating point of 16 to 64 bits: "
+                        f"it is refused.")
+    if not tensor.isfinite().all():
         raise UserError(f"{file.path} holds NaN or infinity in '{names[0]}': its training went wrong, take another "
                         f"checkpoint.")
 

@@ -26,19 +26,22 @@ def settings_from_shapes(shapes: Shapes, source: str) -> dict[str, Any]:
                  "blocks.0.mlp.fc1.weight"):
         if name not in shapes:
             raise UserError(f"{source} has nothing that serves as '{name}': it is no ViT with a class token.")
-    width, depth = _last(shapes["cls_token"]), _depth(shapes, source)
-    hidden = shapes["blocks.0.mlp.fc1.weight"][0]
-    told = {"embed_dim": width, "depth": depth, "mlp_ratio": hidden / width if width else 0.0,
-            "qkv_bias": "blocks.0.attn.qkv.bias" in shapes,
-            "num_classes": shapes["head.weight"][0] if len(shapes.get("head.weight", ())) == 2 else 0,
-            "patch_norm": "patch_embed.norm_in.weight" in shapes,
-            "representation_size": shapes["pre_logits.0.weight"][0] if "pre_logits.0.weight" in shapes else None}
-    if "blocks.0.ls1.gamma" in shapes:
-        told["init_values"] = 1e-5  # only says that there is a LayerScale: its values are loaded
+    depth = _depth(shapes, source)
     try:
-        return told | _attention(shapes, depth) | _heads(shapes) | _stem(shapes)
+        return _frame(shapes, depth) | _attention(shapes, depth) | _heads(shapes) | _stem(shapes)
     except (IndexError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"{source} has shapes that are no ViT's ({error}).") from None
+
+
+def _frame(shapes: Shapes, depth: int) -> dict[str, Any]:
+    width, hidden = shapes["cls_token"][-1], shapes["blocks.0.mlp.fc1.weight"][0]
+    return {"embed_dim": width, "depth": depth, "mlp_ratio": hidden / width,
+            "qkv_bias": "blocks.0.attn.qkv.bias" in shapes,
+            "num_classes": shapes["head.weight"][0] if "head.weight" in shapes else 0,
+            "patch_norm": "patch_embed.norm_in.weight" in shapes,
+            "representation_size": shapes["pre_logits.0.weight"][0] if "pre_logits.0.weight" in shapes else None,
+            # only says that there is a LayerScale: its values are loaded
+            "init_values": 1e-5 if "blocks.0.ls1.gamma" in shapes else None}
 
 
 def native_grid(shapes: Shapes, given: Mapping[str, Any], patch_size: list[int]) -> tuple[int, int] | None:
@@ -84,9 +87,10 @@ def _heads(shapes: Shapes) -> dict[str, Any]:
 
 def head_width(shapes: Shapes, heads: int) -> dict[str, Any]:
     """`head_dim`, None where it is the usual D / H."""
-    inner, width = shapes["blocks.0.attn.qkv.weight"][0] // 3, _last(shapes["cls_token"])
+    inner, width = shapes["blocks.0.attn.qkv.weight"][0] // 3, shapes["cls_token"][-1]
     if heads < 1 or inner % heads:
-        raise ValueError(f"{inner} channels of attention for {heads} heads")
+        raise UserError(f"The attention has {inner} channels, which do not divide into {heads} heads: "
+                        f"give another num_heads, or get the file again.")
     return {"head_dim": None if inner == width and width % heads == 0 else inner // heads}
 
 
@@ -119,6 +123,3 @@ def _units(shapes: Shapes) -> list[int]:
         raise ValueError("a ResNet stem with gaps between its blocks or units")
     return units
 
-
-def _last(shape: Size) -> int:
-    return shape[-1]

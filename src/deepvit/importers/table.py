@@ -46,6 +46,7 @@ class Translation(NamedTuple):
     steps: dict[str, Step]
     shapes: dict[str, torch.Size]
     dropped: dict[str, str]
+    rows: Sequence[Row]
 
 
 def translate(rows: Sequence[Row], shapes: Mapping[str, torch.Size], source: str) -> Translation:
@@ -79,7 +80,8 @@ def translate(rows: Sequence[Row], shapes: Mapping[str, torch.Size], source: str
     if left:
         raise UserError(f"{source} holds {_listed(left)} that have no place in a model here: "
                         f"it is of another kind of model, or of another dialect.")
-    return Translation(steps, {ours: _shape(step, shapes, source) for ours, step in steps.items()}, dropped)
+    return Translation(steps, {ours: _shape(step, shapes, source) for ours, step in steps.items()}, dropped,
+                       rows)
 
 
 def foreign_name(rows: Sequence[Row], ours: str) -> str:
