@@ -1,4 +1,4 @@
-"""From settings to objects. With `compose`, the only library code that knows hydra and omegaconf (both imported late)."""
+"""From settings to objects. With `cli`, the only library code that knows hydra and omegaconf."""
 
 import logging
 import math

@@ -70,7 +70,7 @@ def main(hydra_main: Callable[[], Any]) -> int:
 def _sum_up() -> int:
     """A sweep's end: what did not work, by name, and the cost of a dry one."""
     troubled = [(name, outcome) for name, outcome in _outcomes if outcome.code != DONE]
-    hours = [outcome.value["device_hours"] for _, outcome in _outcomes if outcome.value]
+    hours = [outcome.value["device_hours"] for _, outcome in _outcomes if outcome.value]  # of dry runs
     if hours:
         print(f"\nAll {len(hours)} cells together: {sum(hours):.2f} device-hours.")
     print(f"\n{len(_outcomes) - len(troubled)} of {len(_outcomes)} cells are done.")
@@ -94,10 +94,8 @@ def hydra_error(error: Exception) -> str:
         return _unknown_choice(*group.groups(), text)
     override = re.search(r"Could not override '([^']+)'", text)
     if override:
-        return f"There is no setting '{override[1]}'.{did_you_mean(override[1], _all_keys())} `--cfg job` lists them all."
-    missing = re.search(r"Could not (?:override|append).*?No match in the defaults list|No match.*?'([^']+)'", text)
-    if missing:
-        return f"{text.splitlines()[0]} `--help` lists the groups."
+        meant = did_you_mean(override[1], _all_keys())
+        return f"There is no setting '{override[1]}'.{meant} `--cfg job` lists them all."
     return " ".join(line.strip() for line in text.splitlines() if line.strip())
 
 

@@ -14,3 +14,8 @@ def train_job(config: Mapping[str, Any], folder: Path, ranks: Ranks, stop: StopR
     if config["dry"]:
         return Outcome(DONE, value=training.dry_run(config, ranks))
     return Outcome(DONE if training.train(config, folder, ranks, stop) else STOPPED)
+
+
+def eval_job(config: Mapping[str, Any], folder: Path, ranks: Ranks, stop: StopRequest) -> Outcome:
+    from deepvit import evaluation
+    return Outcome(DONE, value=evaluation.evaluate_all(config, ranks))

@@ -182,7 +182,8 @@ def _check_ranges(settings: Settings) -> None:
         if value is not None and value <= 0:
             raise UserError(f"{name}={value} must be above 0.")
     for name, value in {"data.workers": data.workers, "optimizer.lr": settings.optimizer.lr,
-                        "optimizer.weight_decay": settings.optimizer.weight_decay, "probe.images": settings.probe.images,
+                        "optimizer.weight_decay": settings.optimizer.weight_decay,
+                        "probe.images": settings.probe.images,
                         "schedule.warmup_epochs": schedule.warmup_epochs or 0,
                         "schedule.warmup_steps": schedule.warmup_steps or 0}.items():
         if value < 0:

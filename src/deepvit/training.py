@@ -71,7 +71,7 @@ def _train(config: Mapping[str, Any], settings: Settings, folder: RunFolder, ran
     if ranks.is_main:
         _open(folder, config, state.step if found else None, describe(settings, network, splits, plan, ranks))
     identity = {"config": network.config, "classes": splits.class_ids, "class_names": splits.class_names,
-                "run": comparable(config)}
+                "run": dict(config)}
     fit = Fit(state, stepper, plan, draw, _evaluator(settings, splits, ranks, stop), folder, ranks, stop,
               probe=_prober(settings, splits, ranks), identity=identity)
     with lost_ranks_named(ranks, lambda: state.step):
@@ -109,7 +109,7 @@ def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _refuse_change(content: Mapping[str, Any], config: Mapping[str, Any], class_ids: list[str]) -> None:
     """A continued run keeps its model, data and randomness; another learning rate or schedule is only named."""
-    differences = build.changed(content["run"], comparable(config))
+    differences = build.changed(comparable(content["run"]), comparable(config))
     refused = {name: pair for name, pair in differences.items()
                if name.split(".")[0] in ("model", "data", "augment", "seed", "init", "head", "ema")}
     if content["classes"] != class_ids:

@@ -39,6 +39,11 @@ class Evaluation:
     def top5(self) -> float:
         return 100 * self.correct5 / self.n
 
+    @property
+    def correct(self) -> np.ndarray:
+        """bool `[n]`: whether the best guess is right."""
+        return self.predictions[:, 0] == self.targets
+
     def summary(self) -> dict[str, Any]:
         """Percentages, loss, 95 % interval of top-1 and rate, as plain JSON."""
         low, high = wilson_interval(self.correct1, self.n)

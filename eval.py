@@ -1,0 +1,27 @@
+#!/usr/bin/env python3
+"""Evaluates checkpoints: `python eval.py checkpoint=PATH`. `python eval.py --help` tells more."""
+
+import os
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+try:
+    import hydra
+except ModuleNotFoundError:  # started outside .venv: go on in it
+    python = HERE / ".venv" / "bin" / "python"
+    if not python.exists() or Path(sys.executable) == python:
+        sys.exit("hydra is not installed in this python: run `make install` first.")
+    os.execv(python, [str(python), *sys.argv])
+
+from deepvit import cli
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="eval")
+def main(config) -> None:
+    from deepvit.jobs import eval_job
+    cli.run_job(eval_job, config)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.main(main))

@@ -1,0 +1,243 @@
+"""Checkpoints of any dialect on any data: exact numbers, one table, what was predicted for each picture."""
+
+import csv
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from timm.data import ImageNetInfo
+
+from deepvit import build
+from deepvit.data import Splits
+from deepvit.data.real_labels import real_top1
+from deepvit.engine.checkpoint import write_text_synced
+from deepvit.engine.evaluate import Evaluation, evaluate, mcnemar
+from deepvit.engine.progress import Display
+from deepvit.engine.ranks import Ranks
+from deepvit.errors import UserError
+from deepvit.importers import load_model
+from deepvit.models import ViT
+from deepvit.models.cost import count_flops, count_parameters
+from deepvit.settings import Data, PrecisionSettings, read_group
+from deepvit.training import device_name, versions
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model to evaluate, and what its file says of its origin."""
+
+    path: Path
+    model: ViT
+    weights: str  # "raw" or "ema"
+    classes: list[str] | None  # class ids in the order of the logits
+    data: Mapping[str, Any] | None  # the settings of the data it was trained on
+    said: Mapping[str, Any]
+
+
+def evaluate_all(config: Mapping[str, Any], ranks: Ranks) -> list[dict[str, Any]]:
+    """Evaluates every checkpoint that `config` names; prints one table; writes metrics.json and predictions.csv each.
+
+    Raises:
+        UserError: no checkpoint, an unreadable one, data that do not fit a model's classes.
+    """
+    with ranks.together():
+        paths = checkpoints(config["checkpoint"])
+        precision = build.precision(read_group("precision", config["precision"]))
+    results, evaluations = [], []
+    for path in paths:
+        with ranks.together():
+            candidate = load(path, config)
+            data = data_settings(candidate, config)
+            splits = build.splits(data)
+            targets = class_map(candidate, splits)
+        evaluation = _run(candidate, data, splits, targets, ranks, precision)
+        result = _result(candidate, data, splits, evaluation, config, ranks)
+        results.append(result)
+        evaluations.append(evaluation)
+        if ranks.is_main:
+            _write(candidate, data, splits, evaluation, result, config["out"])
+    if ranks.is_main:
+        log.info("\n%s", table(results))
+        _compare(paths, evaluations)
+    return results
+
+
+def checkpoints(given: str | list[str] | None) -> list[Path]:
+    """The files named, or every best checkpoint under runs/."""
+    if given is None:
+        found = sorted(Path("runs").glob("**/checkpoints/best.pt"))
+        if not found:
+            raise UserError("There is no checkpoint under runs/ here: train first, or give checkpoint=PATH.")
+        return found
+    paths = [Path(one) for one in ([given] if isinstance(given, str) else given)]
+    for path in paths:
+        if not path.exists():
+            raise UserError(f"There is no checkpoint at {path}.")
+    return [_in_run(path) for path in paths]
+
+
+def _in_run(path: Path) -> Path:
+    """A run folder stands for its best checkpoint."""
+    if not path.is_dir():
+        return path
+    best = path / "checkpoints" / "best.pt"
+    if not best.exists():
+        raise UserError(f"The folder {path} holds no checkpoints/best.pt: give a run's folder or a file.")
+    return best
+
+
+def load(path: Path, config: Mapping[str, Any]) -> Candidate:
+    keywords = {name: value for name, value in config["model"].items() if value is not None}
+    wanted, dialect = config["weights"], config["dialect"]
+    if wanted not in ("auto", "ema", "raw"):
+        raise UserError(f"weights={wanted} is none of auto, ema, raw.")
+    weights = wanted
+    if wanted == "auto":
+        weights = "ema" if has_average(path) else "raw"
+    model = load_model(path, dialect=dialect, ema=weights == "ema", **keywords)
+    said = model.load_report.said
+    run = said.get("run")
+    return Candidate(path, model, weights, said.get("classes"), run and run["data"], said)
+
+
+def has_average(path: Path) -> bool:
+    """Whether the file holds averaged weights beside the raw ones."""
+    from deepvit.importers.files import open_weights
+    try:
+        open_weights(path, True)
+    except UserError:
+        return False
+    return True
+
+
+def data_settings(candidate: Candidate, config: Mapping[str, Any]) -> Data:
+    """The data asked for; where that is left open, the run's own. The picture size is the model's."""
+    asked = {name: value for name, value in config["data"].items() if value is not None}
+    trained_on = dict(candidate.data or {})
+    if "source" not in asked and not trained_on:
+        raise UserError(f"{candidate.path} does not tell what it was trained on: add data=imagenet data.root=..., "
+                        f"or another data=.")
+    merged = asked if "source" in asked else {**trained_on, **asked}
+    everything = {**_NEUTRAL, **merged, "img_size": list(candidate.model.img_size)}
+    return read_group("data", everything)
+
+
+_NEUTRAL = {"root": None, "fraction": 1.0, "classes": None, "val_fraction": None}  # null means the same in every source
+
+
+def class_map(candidate: Candidate, splits: Splits) -> np.ndarray | None:
+    """Index among the model's classes for each class of the data; None where they are the same.
+
+    A model of ImageNet's 1000 classes is evaluated on any part of them, found by wnid.
+    """
+    count, ids = candidate.model.num_classes, splits.class_ids
+    known = candidate.classes
+    if known is None and count == 1000 and len(ids) != 1000:
+        known = ImageNetInfo().label_names()
+    if known is None or ids == known:
+        if len(ids) != count:
+            raise UserError(f"{candidate.path} has {count} classes, the data has {len(ids)}: evaluate it on data with "
+                            f"its classes.")
+        return None
+    if all(name.isdigit() and int(name) < count for name in ids):
+        return np.array([int(name) for name in ids])  # ImageNet-V2's folders are named by index
+    missing = [name for name in ids if name not in set(known)]
+    if missing:
+        raise UserError(f"The data has {len(missing)} classes that {candidate.path} does not know, such as "
+                        f"'{missing[0]}': evaluate it on data with its {count} classes.")
+    place = {name: index for index, name in enumerate(known)}
+    return np.array([place[name] for name in ids])
+
+
+def _run(candidate: Candidate, data: Data, splits: Splits, targets: np.ndarray | None, ranks: Ranks,
+         precision: PrecisionSettings) -> Evaluation:
+    images = splits.val
+    if targets is not None:
+        images = images.take(np.arange(len(images)))
+        images.targets = targets[images.targets]
+    model = candidate.model.to(ranks.device)
+    prepare = build.prepare(data, model.num_classes)
+    with Display(ranks.is_main) as display, ranks.together():
+        bar = display.bar(candidate.path.name, len(images))
+        return evaluate(model, build.eval_batches(data, images, ranks), prepare, ranks, precision, n=len(images),
+                        advance=bar.advance)
+
+
+def _result(candidate: Candidate, data: Data, splits: Splits, evaluation: Evaluation, config: Mapping[str, Any],
+            ranks: Ranks) -> dict[str, Any]:
+    real = {}
+    if config["labels"] == "real":
+        names = [splits.val.name(index) for index in evaluation.indices]
+        real = {"real_top1": real_top1(evaluation.predictions[:, 0], names)}
+    elif config["labels"] is not None:
+        raise UserError(f"labels={config['labels']} is not known: give labels=real or null.")
+    model = candidate.model
+    return {"checkpoint": str(candidate.path), "weights": candidate.weights, **evaluation.summary(), **real,
+            "data": data.source, "root": data.root, "img_size": list(model.img_size), "params": count_parameters(model),
+            "flops": count_flops(model), "depth": model.depth, "dialect": model.load_report.dialect,
+            "step": candidate.said.get("step"), "arch": candidate.said.get("arch"),
+            "device": device_name(ranks.device), "devices": ranks.world, **versions()}
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """The results as a markdown table, widths aligned."""
+    head = ["checkpoint", "weights", "data", "top-1 %", "95 % interval", "top-5 %", "loss", "pictures", "images/s"]
+    real = any("real_top1" in result for result in results)
+    rows = [[label(result["checkpoint"]), result["weights"], result["data"], f"{result['top1']:.2f}",
+             f"{result['top1_low']:.2f} to {result['top1_high']:.2f}", f"{result['top5']:.2f}", f"{result['loss']:.4f}",
+             f"{result['n']:,}", f"{result['eval_images_per_s']:.1f}",
+             *([f"{result.get('real_top1', float('nan')):.2f}"] if real else [])] for result in results]
+    rows.insert(0, head + (["ReaL top-1 %"] if real else []))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+             for row in rows]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
+
+
+def label(path: str | Path) -> str:
+    """A run's best checkpoint goes by the name of its folder."""
+    return str(path).removesuffix("/checkpoints/best.pt")
+
+
+def _compare(paths: list[Path], evaluations: list[Evaluation]) -> None:
+    """Each further checkpoint against the first, where both saw the same pictures."""
+    first = evaluations[0]
+    for path, other in list(zip(paths, evaluations, strict=True))[1:]:
+        if not np.array_equal(first.targets, other.targets):
+            continue
+        test = mcnemar(first.correct, other.correct)
+        log.info("%s against %s on the same %d pictures: only the first is right on %d, only the second on %d; exact "
+                 "McNemar p = %.3g.", label(paths[0]), label(path), first.n, test["only_first"], test["only_second"], test["p"])
+
+
+def _write(candidate: Candidate, data: Data, splits: Splits, evaluation: Evaluation, result: Mapping[str, Any],
+           out: str | None) -> None:
+    folder = _out(candidate, data, out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text_synced(folder / "metrics.json", json.dumps(result, indent=1) + "\n")
+        with (folder / "predictions.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["picture", "target", "prediction", "confidence"])
+            for row in zip(evaluation.indices, evaluation.targets, evaluation.predictions[:, 0],
+                           evaluation.confidences, strict=True):
+                writer.writerow([splits.val.name(int(row[0])), int(row[1]), int(row[2]), f"{row[3]:.6f}"])
+    except OSError as error:
+        raise UserError(f"The results cannot be written to {folder} ({error.strerror}): give out=FOLDER.") from error
+    log.info("Results and the prediction for every picture: %s", folder)
+
+
+def _out(candidate: Candidate, data: Data, out: str | None) -> Path:
+    name = f"{candidate.path.stem}-{candidate.weights}-{data.source}"
+    if out is not None:
+        return Path(out) / name
+    run = candidate.path.parent.parent
+    return (run / "eval" if (run / "config.yaml").exists() else Path("runs/eval")) / name
+
