@@ -29,7 +29,8 @@ def claimed_png(width: int, height: int) -> bytes:
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 64)) + chunk(b"IEND", b"")
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 64)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks
 
 
 def claimed_jpeg(width: int, height: int) -> bytes:
@@ -42,7 +43,8 @@ def claimed_jpeg(width: int, height: int) -> bytes:
 
 BAD = {
     "truncated.jpg": saved(GRAIN, "JPEG")[:900], "truncated.png": saved(GRAIN, "PNG")[:900], "empty.jpg": b"",
-    "text.jpg": b"not a picture at all\n" * 50, "header_only.jpg": b"\xff\xd8\xff\xe0", "bomb.png": claimed_png(60_000, 60_000),
+    "text.jpg": b"not a picture at all\n" * 50, "header_only.jpg": b"\xff\xd8\xff\xe0",
+    "bomb.png": claimed_png(60_000, 60_000),
     "big.png": claimed_png(12_000, 9_000), "bomb.jpg": claimed_jpeg(65_000, 65_000),
     "float.tif": saved(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"),
 }
@@ -156,12 +158,13 @@ def test_evaluation_never_replaces(folder, workers):
     assert batches[0].images[1].max() == 0 and batches[0].targets[1] == 0
 
 
-def test_what_the_fast_decoder_refuses_is_counted(tmp_path):
+@pytest.mark.parametrize("in_memory_mb", [0, 512])
+def test_what_the_fast_decoder_refuses_is_counted(tmp_path, in_memory_mb):
     for name in ("train/a", "train/b", "val/a", "val/b"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "0.jpg").write_bytes(strange()["cmyk.jpg"][0])
         (tmp_path / name / "1.jpg").write_bytes(saved(GRAIN, "JPEG"))
-    val = data.load("folder", root=str(tmp_path), in_memory_mb=0).val
+    val = data.load("folder", root=str(tmp_path), in_memory_mb=in_memory_mb).val
     assert [batch.refused for batch in data.eval_batches(val, data.eval_transform(4), batch_size=2)] == [1, 1]
 
 

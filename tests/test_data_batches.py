@@ -1,7 +1,9 @@
 """The sample stream and the batches: the same whatever the workers, ranks, accumulation and restarts."""
 
+import os
 import pickle
 import random
+import signal
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ import torch
 import deepvit.data as data
 from deepvit.data.imageset import ArraySet
 from deepvit.data.stream import Stream, draw, epoch_steps
-from deepvit.errors import UserError
+from deepvit.errors import Failure, UserError
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +126,22 @@ def test_everything_the_workers_get_can_be_pickled(pictures, recipe):
         pickle.loads(pickle.dumps(thing))
 
 
+class Deadly(ArraySet):
+    """Kills the process that asks for its last picture."""
+
+    def picture(self, index):
+        if index == len(self) - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().picture(index)
+
+
+def test_a_killed_worker_is_a_failure_in_one_sentence(pictures):
+    deadly = Deadly(pictures.pixels, pictures.targets, "deadly")
+    with pytest.raises(Failure, match="A process that loads pictures died"):
+        list(data.eval_batches(deadly, data.eval_transform(8), batch_size=5, workers=1))
+    assert len(list(data.eval_batches(pictures, data.eval_transform(8), batch_size=5, workers=1))) == 5
+
+
 @pytest.mark.parametrize("options,words", [
     ({"batch_size": 9, "world": 2}, "batch_size=9"), ({"batch_size": 8, "repeats": 3}, "repeats=3"),
     ({"batch_size": 8, "world": 2, "accumulation": 3}, "multiple of 6"),
@@ -131,3 +149,12 @@ def test_everything_the_workers_get_can_be_pickled(pictures, recipe):
 def test_sizes_that_do_not_divide(pictures, recipe, options, words):
     with pytest.raises(UserError, match=words):
         run(pictures, recipe, **options)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_sent_ahead_they_are_the_same(pictures, recipe, device):
+    plain = run(pictures, recipe, accumulation=2)
+    sent = list(data.ahead(iter(run(pictures, recipe, accumulation=2, pin=device == "cuda", workers=1)), device))
+    assert len(sent) == 7 and sent[0][0].images.device.type == device
+    assert all(same(one.to(torch.device("cpu")), other) for left, right in zip(sent, plain, strict=True)
+               for one, other in zip(left, right, strict=True))

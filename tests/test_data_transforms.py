@@ -51,7 +51,8 @@ def test_published_sizes():
     assert eval_transform(224)(ramp)[0][0, 0, [0, -1]].tolist() == [12, 235]
 
 
-@pytest.mark.parametrize("policy,interpolation", [(None, "bicubic"), ("rand-m9-mstd0.5-inc1", "random"), ("3a", "bicubic")])
+@pytest.mark.parametrize("policy,interpolation",
+                         [(None, "bicubic"), ("rand-m9-mstd0.5-inc1", "random"), ("3a", "bicubic")])
 def test_training_equals_timm_for_the_same_draws(photos, policy, interpolation):
     theirs = create_transform(64, is_training=True, auto_augment=policy, interpolation=interpolation,
                               use_prefetcher=True, **HALF)

@@ -1,5 +1,6 @@
 """Pictures: data sets, augmentation, and batches that are the same whatever loads them."""
 
+from deepvit.data.ahead import ahead
 from deepvit.data.decode import open_picture, resolve_decoder
 from deepvit.data.imageset import ImageSet, Splits
 from deepvit.data.loader import Bad, Batch, eval_batches, train_batches
@@ -9,6 +10,6 @@ from deepvit.data.sources import eval_folder, load
 from deepvit.data.stream import epoch_steps
 from deepvit.data.transforms import Transform, eval_transform, norm_values, train_transform
 
-__all__ = ["Bad", "Batch", "ImageSet", "Prepare", "Splits", "Transform", "epoch_steps", "eval_batches",
+__all__ = ["Bad", "Batch", "ImageSet", "Prepare", "Splits", "Transform", "ahead", "epoch_steps", "eval_batches",
            "eval_folder", "eval_transform", "load", "norm_values", "open_picture", "real_top1", "resolve_decoder",
            "train_batches", "train_transform"]

@@ -1,7 +1,7 @@
-"""What a data set is to the rest of the project: targets in an array, pictures on demand, memory flat across workers."""
+"""What a data set is to the rest: targets in an array, pictures on demand, memory flat across workers."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +10,7 @@ from PIL import Image
 
 from deepvit.data.decode import BadPicture, Picture, decode, read_bytes, to_tensor
 from deepvit.data.folders import readable_names
+from deepvit.data.stream import stable_hash
 from deepvit.errors import UserError
 
 IN_MEMORY_MB = 512  # a folder whose decoded pictures fit is decoded once and kept
@@ -81,6 +82,7 @@ class FileSet(ImageSet):
 
     def picture(self, index: int) -> Picture:
         if self.kept is not None:
+            self.refused += int(self.kept.refused[index])
             return self.kept.picture(index, self.decoder)
         picture, refused = decode(read_bytes(self.name(index)), self.decoder)
         self.refused += refused
@@ -117,14 +119,15 @@ class Kept:
     pixels: np.ndarray  # uint8 [sum of H * W * 3]
     starts: np.ndarray  # int64 [n]
     shapes: np.ndarray  # int32 [n, 2], height and width; 0, 0 for a bad picture
-    reasons: dict[int, str] = field(default_factory=dict)
+    refused: np.ndarray  # bool [n]: PIL read what the fast decoder refused
+    reasons: dict[int, str]  # of the bad ones
 
     @staticmethod
     def decode_all(images: FileSet) -> "Kept":
-        parts, shapes, reasons = [], np.zeros((len(images), 2), np.int32), {}
+        parts, shapes, refused, reasons = [], np.zeros((len(images), 2), np.int32), np.zeros(len(images), bool), {}
         for index in range(len(images)):
             try:
-                picture = images.picture(index)
+                picture, refused[index] = decode(read_bytes(images.name(index)), images.decoder)
             except BadPicture as bad:
                 reasons[index] = str(bad)
                 continue
@@ -133,7 +136,7 @@ class Kept:
             parts.append(pixels.reshape(-1))
         lengths = shapes.astype(np.int64).prod(axis=1) * 3
         pixels = np.concatenate(parts) if parts else np.zeros(0, np.uint8)
-        return Kept(pixels, np.cumsum(lengths) - lengths, shapes, reasons)
+        return Kept(pixels, np.cumsum(lengths) - lengths, shapes, refused, reasons)
 
     def picture(self, index: int, decoder: str) -> Picture:
         if index in self.reasons:
@@ -158,7 +161,7 @@ def balanced_part(targets: np.ndarray, fraction: float, seed: int) -> np.ndarray
     chosen = []
     for target in np.unique(targets):
         members = np.flatnonzero(targets == target)
-        order = np.random.Generator(np.random.PCG64([seed, int(target)])).permutation(len(members))
+        order = np.random.default_rng(stable_hash("part", seed, int(target))).permutation(len(members))
         chosen.append(members[order[:max(1, round(fraction * len(members)))]])
     return np.sort(np.concatenate(chosen))
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import torch
@@ -52,6 +52,12 @@ class Batch:
     def __len__(self) -> int:
         return len(self.targets)
 
+    def to(self, device: torch.device) -> "Batch":
+        """A copy with what the model needs on the device; the places of the erasures stay, Python reads them."""
+        erasures = Erasures(self.erasures.places, self.erasures.values.to(device, non_blocking=True))
+        return replace(self, images=self.images.to(device, non_blocking=True), erasures=erasures,
+                       targets=self.targets.to(device, non_blocking=True))
+
     def pin_memory(self) -> "Batch":
         """Called by the DataLoader's pinning thread."""
         for part in (self, self.erasures):
@@ -95,15 +101,15 @@ class _Batches(Dataset):
 
     def _picture(self, index: int, bad: list[Bad]):
         """(picture, index used). A bad one: the next that is good (training), black (report), or a UserError (stop)."""
-        used = index
+        used, first = index, ""
         for _ in range(LONGEST_SEARCH):
             try:
                 picture = self.images.picture(used)
             except BadPicture as reason:
-                first = str(reason) if used == index else first
+                first = first or str(reason)
                 if self.on_error == "stop":
-                    raise UserError(f"{self.images.name(used)} is not a usable picture: {reason}. Mend or remove it, or "
-                                    "give data.on_error=report to count such pictures as wrong.") from reason
+                    raise UserError(f"{self.images.name(used)} is not a usable picture: {reason}. Mend or remove it, "
+                                    "or give data.on_error=report to count such pictures as wrong.") from reason
                 if self.on_error == "report":
                     bad.append(Bad(index, self.images.name(index), first, None))
                     return None, index
@@ -112,7 +118,8 @@ class _Batches(Dataset):
             if used != index:
                 bad.append(Bad(index, self.images.name(index), first, used))
             return picture, used
-        raise UserError(f"{LONGEST_SEARCH} pictures in a row cannot be used, from {self.images.name(index)} on: {first}.")
+        raise UserError(f"{LONGEST_SEARCH} pictures in a row cannot be used, from {self.images.name(index)} on: "
+                        f"{first}.")
 
 
 def _pack(patches: Sequence[tuple[int, *Patch]]) -> Erasures:
@@ -130,16 +137,29 @@ def _run(dataset: _Batches, draws: Stream | Sequence[Draw], workers: int, pin: b
     dataset.images.prepare()
     loader = DataLoader(dataset, batch_size=None, sampler=draws, num_workers=workers, collate_fn=_as_it_is,
                         pin_memory=pin, generator=torch.Generator())  # own generator: iter() would draw from torch's
+    batches = iter(loader)
     try:
-        for batch in loader:
+        for batch in batches:
             if isinstance(batch, UserError):
                 raise batch
             yield batch
-    except RuntimeError as error:
+    except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:  # the last three: cut in a transfer
+        if not workers or isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+            raise
+        raise Failure(f"A process that loads pictures died ({str(error) or type(error).__name__}); with too little "
+                      "memory or shared memory (/dev/shm), lower data.workers.") from error
+    finally:
+        if workers:
+            _end_workers(batches)
+
+
+def _end_workers(batches: Iterator[Batch]) -> None:
+    """At once: a traceback may keep the iterator alive, and torch would raise for a dead worker at any later time."""
+    try:
+        batches._shutdown_workers()
+    except RuntimeError as error:  # torch's signal handler, about a worker that died; the shutdown itself is complete
         if "DataLoader worker" not in str(error):
             raise
-        raise Failure(f"A process that loads pictures died ({str(error).splitlines()[0]}); with too little memory or "
-                      "shared memory (/dev/shm), lower data.workers.") from error
 
 
 def train_batches(images: ImageSet, transform: Transform, *, seed: int, batch_size: int, steps: int,

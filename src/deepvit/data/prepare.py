@@ -65,7 +65,7 @@ class Prepare:
 
         The distribution is that of timm's Mixup: cutmix's lambda is corrected to the area cut.
         """
-        random = np.random.Generator(np.random.PCG64(stable_hash("mix", self.seed, step)))
+        random = np.random.default_rng(stable_hash("mix", self.seed, step))
         if random.random() >= self.mix_prob:
             return 1.0, None
         cut = self.cutmix > 0 and (self.mixup <= 0 or random.random() < self.switch_prob)

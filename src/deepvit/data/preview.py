@@ -72,7 +72,7 @@ def main(arguments: Sequence[str]) -> int:
     from deepvit.build import compose  # the program's entry stands above the library's floors
     try:
         if not arguments or not arguments[0].endswith(".png"):
-            raise UserError("Give the picture to write first: python -m deepvit.data.preview OUT.png data=... augment=...")
+            raise UserError("Give the picture to write first: python -m deepvit.data.preview OUT.png data=cifar10 ...")
         cfg = compose(list(arguments[1:]))
         draw_config(cfg["data"], cfg["augment"], cfg["seed"], arguments[0])
     except UserError as error:

@@ -28,7 +28,7 @@ def real_top1(predictions: np.ndarray, names: Sequence[str]) -> float:
     for prediction, name in zip(predictions, names, strict=True):
         labels = _labels().get(os.path.basename(name))
         if labels is None:
-            raise UserError(f"{name} has no ReaL label: these exist for ILSVRC2012_val_00000001.JPEG to _00050000.JPEG.")
+            raise UserError(f"{name} has no ReaL label: these exist for ILSVRC2012_val_00000001.JPEG to 00050000.")
         if labels:
             right.append(int(prediction) in labels)
     if not right:

@@ -7,7 +7,6 @@ and an epoch uses n // repeats pictures (DeiT's repeated augmentation).
 """
 
 import hashlib
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,7 +19,7 @@ from deepvit.errors import UserError
 
 def stable_hash(*words: int | str) -> int:
     """63 bits from the words; the same on every machine and in every process."""
-    text = b"".join(struct.pack("<q", word) if isinstance(word, int) else word.encode() for word in words)
+    text = ",".join(map(str, words)).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
 
 

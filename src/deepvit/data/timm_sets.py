@@ -115,8 +115,8 @@ def _create(name: str, root: str | None, split: str, decoder: str) -> tuple[Timm
     except ImportError as error:
         raise UserError(f"data.name={name} needs a package that is not installed ({error}).") from error
     except Exception as error:  # whatever the library behind the name raises: a wrong name, split, root or network
-        raise UserError(f"timm cannot open data.name={name}, split {split}, root {root}: {error or type(error).__name__}"
-                        ".") from error
+        raise UserError(f"timm cannot open data.name={name}, split {split}, root {root}: "
+                        f"{str(error) or type(error).__name__}.") from error
     targets, ids = _targets(dataset), _class_ids(dataset)
     if targets is None or not len(targets):
         raise UserError(f"data.name={name}, split {split}: no list of classes per picture could be found in it.")
