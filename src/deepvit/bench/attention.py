@@ -1,0 +1,166 @@
+"""The attention operation alone: ours against SDPA, the published form and vit-pytorch's, interleaved in one run."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deepvit import ops
+from deepvit.ops import HeadNorm, reference
+
+HEADS, HEAD_DIM = 12, 32  # deepvit32: width 384
+CPU_SHAPES, CUDA_SHAPES = ((8, 197), (2, 577)), ((256, 197), (64, 577))  # batch, tokens
+BASE = "self-attention (SDPA)"
+MIN_ROUNDS, MAX_ROUNDS = 5, 200
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A packed qkv `[B, N, 3, H, d]` as a projection leaves it, the gradient of the output, and the head's parameters."""
+
+    qkv: Tensor
+    grad: Tensor  # [B, H, N, d], laid out [B, N, H, d]
+    mix: Tensor
+    bias: Tensor
+    norm: HeadNorm
+
+    @classmethod
+    def draw(cls, batch: int, tokens: int, heads: int, head_dim: int, device: str, dtype: torch.dtype,
+             std: float = 1.0) -> "Problem":
+        """Parameters as the published modules begin: conv and bias uniform in +-1/sqrt(H), norm at identity."""
+        rng = torch.Generator().manual_seed(0)
+        qkv = torch.randn(batch, tokens, 3, heads, head_dim, generator=rng).mul(std).to(device, dtype)
+        grad = torch.randn(batch, tokens, heads, head_dim, generator=rng).to(device, dtype).transpose(1, 2)
+        theta = ((2 * torch.rand(heads + 1, heads, generator=rng) - 1) * heads**-0.5).to(device)
+        ones, zeros = (lambda: torch.ones(heads, device=device)), (lambda: torch.zeros(heads, device=device))
+        leaves = [x.requires_grad_() for x in (qkv, theta[:-1].clone(), theta[-1].clone(), ones(), zeros())]
+        return cls(leaves[0], grad, leaves[1], leaves[2], HeadNorm(leaves[3], leaves[4], zeros(), ones()))
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        return [self.qkv, self.mix, self.norm.gamma, self.norm.beta]
+
+
+def _self_attention(p: Problem, q: Tensor, k: Tensor, v: Tensor, training: bool) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def _ours(p: Problem, q: Tensor, k: Tensor, v: Tensor, training: bool) -> Tensor:
+    return ops.reattention(q, k, v, p.mix, p.bias, norm=p.norm, training=training)
+
+
+def _published(p: Problem, q: Tensor, k: Tensor, v: Tensor, training: bool) -> Tensor:
+    return reference.reattention(q, k, v, p.mix.to(q.dtype), p.bias.to(q.dtype), norm=p.norm, training=training)
+
+
+def _vit_pytorch(p: Problem, q: Tensor, k: Tensor, v: Tensor, training: bool) -> Tensor:
+    """Heads mixed by an einsum, then LayerNorm over them at each entry (vit-pytorch's deepvit.py, written again)."""
+    maps = torch.einsum("bhij,hg->bgij", reference.softmax_maps(q, k), p.mix.to(q.dtype))  # [B, H, N, N]
+    norm = F.layer_norm(maps.movedim(1, -1), maps.shape[1:2], p.norm.gamma.to(q.dtype), p.norm.beta.to(q.dtype))
+    return norm.movedim(-1, 1) @ v
+
+
+FORMS: dict[str, Callable[[Problem, Tensor, Tensor, Tensor, bool], Tensor]] = {
+    BASE: _self_attention, "re-attention, ours": _ours, "re-attention, published": _published,
+    "re-attention, vit-pytorch": _vit_pytorch}
+
+
+def _train(form: Callable, p: Problem) -> None:
+    out = form(p, *p.qkv.permute(2, 0, 3, 1, 4).unbind(0), True)
+    torch.autograd.grad(out, p.leaves, p.grad, allow_unused=True)  # SDPA has no parameters
+
+
+@torch.inference_mode()
+def _evaluate(form: Callable, p: Problem) -> None:
+    form(p, *p.qkv.permute(2, 0, 3, 1, 4).unbind(0), False)
+
+
+def measure(device: str = "cpu", *, seconds: float = 20.0, heads: int = HEADS, head_dim: int = HEAD_DIM,
+            shapes: tuple[tuple[int, int], ...] | None = None, dtype: torch.dtype | None = None) -> list[dict]:
+    """Rows with `case`, `name`, `ms` (median over interleaved rounds), `spread` (its quartiles, ms), `ratio` to SDPA
+    (median over rounds of the ratio within a round), `floor` (that ratio by counted multiplications) and, for training,
+    `kept_mb` for backward besides the packed qkv.
+
+    Args:
+        seconds: to spend on each case; shapes: (batch, tokens) of the cases; dtype: default float32, bfloat16 on CUDA.
+    """
+    dtype = dtype or (torch.bfloat16 if device == "cuda" else torch.float32)
+    rows = []
+    for batch, tokens in shapes or (CUDA_SHAPES if device == "cuda" else CPU_SHAPES):
+        problem = Problem.draw(batch, tokens, heads, head_dim, device, dtype)
+        for job, step in (("forward + backward", _train), ("evaluation", _evaluate)):
+            times = _interleaved({name: lambda f=form, s=step: s(f, problem) for name, form in FORMS.items()},
+                                 device, seconds)
+            for name, taken in times.items():
+                kept = {"kept_mb": kept_bytes(name, problem) / 1e6} if step is _train else {}
+                rows.append({"case": f"{job}, N={tokens}, batch {batch}", "name": name} | _summary(taken, times[BASE])
+                            | {"floor": _floor(name, heads, head_dim, step is _train)} | kept)
+    return rows
+
+
+def _interleaved(steps: dict[str, Callable[[], None]], device: str, seconds: float) -> dict[str, list[float]]:
+    """Seconds of every step in every round, after one round to warm up."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    end = time.perf_counter() + seconds
+    for turn in range(MAX_ROUNDS + 1):
+        for name, step in steps.items():
+            begin = _now(device)
+            step()
+            taken = _now(device) - begin
+            if turn:
+                times[name].append(taken)
+        if turn >= MIN_ROUNDS and time.perf_counter() > end:
+            break
+    return times
+
+
+def _now(device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _summary(taken: list[float], base: list[float]) -> dict:
+    low, middle, high = statistics.quantiles(taken, n=4)
+    return {"ms": 1e3 * middle, "spread": (1e3 * low, 1e3 * high),
+            "ratio": statistics.median(a / b for a, b in zip(taken, base, strict=True))}
+
+
+def _floor(name: str, heads: int, head_dim: int, training: bool) -> float:
+    """Multiplications per map entry and head over SDPA's: 2 products of width d forward, 5 more backward, and 1 mix of
+    width H forward, 3 backward (recomputed, of the maps' gradient, of Theta)."""
+    products, mixes = (7 * head_dim, 4 * heads) if training else (2 * head_dim, heads)
+    return 1.0 if name == BASE else (products + mixes) / products
+
+
+def kept_bytes(name: str, p: Problem) -> int:
+    """Bytes of the distinct storages that one training call keeps for backward, besides the packed qkv."""
+    kept: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        out = FORMS[name](p, *p.qkv.permute(2, 0, 3, 1, 4).unbind(0), True)
+    kept.pop(p.qkv.untyped_storage().data_ptr(), None)
+    del out
+    return sum(kept.values())
+
+
+def half_precision_error(std: float = 0.4, tokens: int = 197, device: str = "cpu") -> list[dict]:
+    """Rows with `name` and `error`: the relative l2 error of the output under bf16 autocast against float64, with the
+    parameters of initialisation and q, k, v of the deviation that the published 16-block model begins with."""
+    p = Problem.draw(2, tokens, HEADS, HEAD_DIM, device, torch.float32, std)
+    q, k, v = p.qkv.detach().bfloat16().float().permute(2, 0, 3, 1, 4).unbind(0)
+    wide = [x.detach().double() for x in (q, k, v, p.mix, p.bias)]
+    exact = reference.reattention(*wide, norm=HeadNorm(*[x.detach().double() for x in p.norm[:4]]), training=True)
+    rows = []
+    for name, op in (("re-attention, ours", ops.reattention), ("re-attention, published", reference.reattention)):
+        with torch.autocast(device, torch.bfloat16), torch.no_grad():
+            out = op(q, k, v, p.mix, p.bias, norm=p.norm, training=True)
+        rows.append({"name": name, "error": float((out.double() - exact).norm() / exact.norm())})
+    return rows
