@@ -214,7 +214,8 @@ def _compare(paths: list[Path], evaluations: list[Evaluation]) -> None:
             continue
         test = mcnemar(first.correct, other.correct)
         log.info("%s against %s on the same %d pictures: only the first is right on %d, only the second on %d; exact "
-                 "McNemar p = %.3g.", label(paths[0]), label(path), first.n, test["only_first"], test["only_second"], test["p"])
+                 "McNemar p = %.3g.", label(paths[0]), label(path), first.n, test["only_first"],
+                 test["only_second"], test["p"])
 
 
 def _write(candidate: Candidate, data: Data, splits: Splits, evaluation: Evaluation, result: Mapping[str, Any],
