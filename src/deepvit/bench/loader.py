@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_transform
+from torchvision.transforms import Compose
 
 from deepvit.data.decode import decode
 from deepvit.data.randomness import generators_kept, seed_sample
-from deepvit.data.transforms import eval_transform, train_transform
+from deepvit.data.transforms import eval_transform, mend_posterize, train_transform
 from deepvit.errors import UserError
 
 SIZE, MOST_FILES, ROUND = 224, 200, 20  # pixels, pictures, pictures timed in a row
@@ -119,7 +120,9 @@ def _rows(candidates: list[Contender], times: list[list[float]], differences: di
     return rows
 
 
-def _timm(transform: Callable) -> Callable[[bytearray], torch.Tensor]:
+def _timm(transform: Compose) -> Callable[[bytearray], torch.Tensor]:
+    for step in transform.transforms:
+        mend_posterize(step)  # or timm itself stops under Pillow 13
     return lambda data: transform(Image.open(io.BytesIO(data)).convert("RGB"))
 
 

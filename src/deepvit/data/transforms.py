@@ -207,11 +207,11 @@ def _colour(size: tuple[int, int], *, auto_augment: str | None, **options: objec
                         f"({error}).") from error
     steps = list(stages[1].transforms)
     for step in steps:
-        _mend_posterize(step)
+        mend_posterize(step)
     return steps
 
 
-def _mend_posterize(step: Callable) -> None:
+def mend_posterize(step: Callable) -> None:
     """timm's increasing magnitudes reach 0 bits, which was a black picture until PIL 13 made it an error."""
     policies = getattr(step, "policy", [])  # AutoAugment; RandAugment has ops
     for op in [*getattr(step, "ops", []), *(op for policy in policies for op in policy)]:
