@@ -115,7 +115,8 @@ def model(settings: Settings, num_classes: int) -> ViT:
     built.set_grad_checkpointing(settings.engine.grad_checkpointing)
     if settings.init is not None:
         from deepvit.importers import load_weights
-        log.info("Weights from %s: %s", settings.init, load_weights(built, settings.init, head=settings.head))
+        log.info("Weights from %s: %s", settings.init, load_weights(
+            built, settings.init, dialect=settings.dialect, head=settings.head))
     return built
 
 

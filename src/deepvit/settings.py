@@ -140,6 +140,7 @@ class Settings:
     probe: Probe
     seed: int
     init: str | None
+    dialect: str | None
     head: Literal["keep", "reset", "zero"]
     fresh: bool
     dry: bool

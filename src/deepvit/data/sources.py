@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ def load(source: str, *, root: str | None = None, fraction: float = 1.0, classes
     """A data set by its source.
 
     Args:
-        source: `digits`, `imagenet`, `folder`, `cifar10` or `timm`.
+        source: `digits`, `imagenet`, `folder`, `cifar10`, `cifar100` or `timm`.
         root: folder of the pictures; not for `digits`.
         fraction: a fixed, class-balanced part of the training pictures, in (0, 1].
         classes: only the first k classes.
@@ -142,23 +143,28 @@ def _held_out(folder: Path, val_fraction: float, seed: int, **options: object) -
     return hold_out(FileSet(folder, ids, *scan(folder, ids), **options), ids, val_fraction, seed, str(folder))
 
 
-def _cifar10(*, root: str | None, val_fraction: float | None, decoder: str, **options: object) -> Splits:
+def _cifar(classes_of_it: int, *, root: str | None, val_fraction: float | None, decoder: str,
+           **options: object) -> Splits:
+    name = f"cifar{classes_of_it}"
     if not root:
-        raise UserError("data=cifar10 needs data.root: the folder that holds it as JPEGs ({train,test}/<class>/) or "
+        raise UserError(f"data={name} needs data.root: the folder that holds it as JPEGs ({{train,test}}/<class>/) or "
                         "that torchvision shall download it to.")
     path = Path(root).expanduser()
     if split_folder(path, TRAIN) is not None:
         return _folder(root=root, val_fraction=val_fraction, decoder=decoder, **options)
-    from torchvision.datasets import CIFAR10
+    from torchvision.datasets import CIFAR10, CIFAR100
+    dataset = {10: CIFAR10, 100: CIFAR100}[classes_of_it]
     try:
-        parts = [CIFAR10(path, train=train, download=True) for train in (True, False)]
+        parts = [dataset(path, train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError) as error:
-        raise UserError(f"CIFAR-10 is not in data.root={root} and could not be downloaded there ({error}).") from error
-    sets = [ArraySet(part.data, np.array(part.targets), f"cifar10/{split}", decoder=decoder)
+        raise UserError(f"{dataset.__name__} is not in data.root={root} and could not be downloaded there "
+                        f"({error}).") from error
+    sets = [ArraySet(part.data, np.array(part.targets), f"{name}/{split}", decoder=decoder)
             for part, split in zip(parts, ("train", "test"), strict=True)]
     return Splits(*sets, parts[0].classes, parts[0].classes)
 
 
 SOURCES: dict[str, Callable[..., Splits]] = {
-    "digits": _digits, "imagenet": _imagenet, "folder": _folder, "cifar10": _cifar10, "timm": timm_splits,
+    "digits": _digits, "imagenet": _imagenet, "folder": _folder, "cifar10": partial(_cifar, 10),
+    "cifar100": partial(_cifar, 100), "timm": timm_splits,
 }
