@@ -1,0 +1,1 @@
+"""Tables and figures of runs, from their folders' JSON alone: `python -m deepvit.report RUNS...`."""

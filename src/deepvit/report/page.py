@@ -1,0 +1,52 @@
+"""One HTML page that needs nothing else: tables and pictures inside it, readable on a phone, no script."""
+
+import base64
+import html
+from collections.abc import Sequence
+
+from deepvit.report.figures import Picture
+
+STYLE = """
+:root { color-scheme: light; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #1b1f24; background: #fff; max-width: 76rem; margin: 0 auto;
+       padding: 1rem; }
+h1 { font-size: 1.5rem; line-height: 1.2; } h2 { font-size: 1.25rem; margin-top: 2.5rem; } h3 { font-size: 1rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid #d8dee4; white-space: nowrap; }
+th { vertical-align: bottom; white-space: normal; min-width: 3.2rem; background: #f6f8fa; font-weight: 600; }
+.left { text-align: left; } .open { color: #9a3412; font-weight: 600; }
+.notes { font-size: .875rem; color: #424a53; padding-left: 1.2rem; } figure { margin: 1.5rem 0; }
+figure img { width: 100%; height: auto; } figcaption { font-size: .875rem; color: #424a53; }
+details { margin: .5rem 0; font-size: .875rem; } code { overflow-wrap: anywhere; }
+"""
+
+
+def page(title: str, sections: Sequence[str]) -> str:
+    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
+            f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{html.escape(title)}</title>'
+            f"<style>{STYLE}</style></head><body><h1>{html.escape(title)}</h1>{''.join(sections)}</body></html>\n")
+
+
+def figure(picture: Picture) -> str:
+    """Side by side on a screen, one panel a row on a phone."""
+    caption = html.escape(picture.caption)
+    return (f'<figure><picture><source media="(max-width: 700px)" srcset="{_data(picture.svg(columns=1))}">'
+            f'<img src="{_data(picture.svg())}" alt="{caption}"></picture><figcaption>{caption}</figcaption></figure>')
+
+
+def _data(svg: bytes) -> str:
+    return f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
+
+
+def paragraph(text: str) -> str:
+    return f"<p>{html.escape(text)}</p>"
+
+
+def heading(text: str) -> str:
+    return f"<h2>{html.escape(text)}</h2>"
+
+
+def listing(summary: str, lines: Sequence[str]) -> str:
+    items = "".join(f"<li><code>{html.escape(line)}</code></li>" for line in lines)
+    return f"<details><summary>{html.escape(summary)}</summary><ul>{items}</ul></details>"

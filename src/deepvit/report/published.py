@@ -1,0 +1,46 @@
+"""The paper's numbers, each with its source, for the cells that it has too."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+FILE = Path(__file__).with_name("published.yaml")
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published cell. `top1` in percent; `source` a key of `sources()`."""
+
+    model: str
+    source: str
+    top1: float
+    match: Mapping[str, Any]
+    params: float | None = None
+    similar_blocks: int | None = None
+
+    def is_of(self, settings: Mapping[str, Any]) -> bool:
+        """Whether a run of these settings (flat) is the same cell; `any` stands for whatever is not null."""
+        return all(settings.get(name) is not None if wanted == "any" else settings.get(name) == wanted
+                   for name, wanted in self.match.items())
+
+
+@cache
+def _content() -> dict[str, Any]:
+    return yaml.safe_load(FILE.read_text())
+
+
+def entries() -> list[Published]:
+    return [Published(**entry) for entry in _content()["entries"]]
+
+
+def sources() -> dict[str, str]:
+    return _content()["sources"]
+
+
+def published_of(settings: Mapping[str, Any]) -> list[Published]:
+    """The published cells that a run of these settings (flat) is comparable to, the leading source first."""
+    return [entry for entry in entries() if entry.is_of(settings)]

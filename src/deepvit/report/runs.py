@@ -1,0 +1,184 @@
+"""Run folders as they are: finished, at work, stopped, or broken off. Reads only, imports nothing heavy."""
+
+import json
+import re
+import socket
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from deepvit.errors import UserError
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder's content.
+
+    Args:
+        config: the resolved config, nested; `settings` has it flat.
+        result: `metrics.json`, empty unless the run is finished.
+        lines: the whole lines of `metrics.jsonl`.
+        state: finished, running, stopped (on request) or unfinished (nobody works on it, or on another machine).
+    """
+
+    path: Path
+    config: Mapping[str, Any]
+    result: Mapping[str, Any]
+    lines: list[dict[str, Any]] = field(repr=False)
+    state: str
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        return dict(flat(self.config))
+
+    @cached_property
+    def recipe(self) -> str | None:
+        """The recipe's name, from `<recipe>/<model>/<name>`; None in a folder chosen by the user."""
+        name = self.path.resolve().parent.parent.name
+        return name if (CONF / "recipe" / f"{name}.yaml").exists() else None
+
+    @property
+    def finished(self) -> bool:
+        return self.state == "finished"
+
+    @property
+    def step(self) -> int:
+        return max((line["step"] for line in self.lines), default=0)
+
+    @cached_property
+    def total(self) -> int | None:
+        """Steps of the whole run; None where neither the config nor a logged epoch tells."""
+        schedule = self.config.get("schedule", {})
+        logged = [line for line in self.lines if line.get("epoch")]
+        per_epoch = logged[-1]["step"] / logged[-1]["epoch"] if logged else None
+        if schedule.get("steps") is None and per_epoch is None:
+            return None
+        steps = schedule.get("steps") or schedule["epochs"] * per_epoch
+        return round(steps + (schedule.get("cooldown_epochs") or 0) * (per_epoch or 0))
+
+    @property
+    def evaluations(self) -> list[dict[str, Any]]:
+        return [line for line in self.lines if "top1" in line]
+
+    @property
+    def progress(self) -> str:
+        """How far an unfinished run is: `running, step 120/337 (36 %), top-1 so far 45.28`."""
+        share = f"/{self.total} ({self.step / self.total:.0%})" if self.total else ""
+        so_far = f", top-1 so far {self.evaluations[-1]['top1']:.2f}" if self.evaluations else ""
+        return f"{self.state}, step {self.step}{share}{so_far}"
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """`{"model": {"depth": 8}}` -> `("model.depth", 8)`; an empty group is a value."""
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + str(name), value
+
+
+def read_runs(paths: Iterable[Path]) -> tuple[list[Run], list[str]]:
+    """All runs in and below `paths`, and a sentence for each thing that had to be left out.
+
+    Raises:
+        UserError: a path is missing, or there is no readable run in any.
+    """
+    folders, runs, problems = [], [], []
+    for path in map(Path, paths):
+        if not path.exists():
+            raise UserError(f"{path} does not exist: give run folders, or a folder above them such as runs/.")
+        folders += sorted(found.parent for found in path.rglob("config.yaml"))
+    for folder in dict.fromkeys(folder.resolve() for folder in folders):
+        try:
+            runs.append(read_run(folder))
+        except UserError as error:
+            problems.append(str(error))
+    if not runs:
+        why = " ".join(problems) or "No config.yaml was found there or below."
+        raise UserError(f"No runs to report in {', '.join(map(str, paths))}. {why}")
+    return runs, problems
+
+
+def read_run(folder: Path) -> Run:
+    """
+    Raises:
+        UserError: no config of a run, or an unreadable one.
+    """
+    folder = Path(folder)
+    config = _read_config(folder / "config.yaml")
+    result = _read_json(folder / "metrics.json")
+    events = [line.get("event") for line in _read_lines(folder / "events.jsonl")]
+    lines = [line for line in _read_lines(folder / "metrics.jsonl") if isinstance(line.get("step"), int)]
+    if result.get("finished") and "top1" in result:
+        return Run(folder, config, result, lines, "finished")
+    return Run(folder, config, {}, lines, _unfinished_state(folder, events))
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = yaml.load(path.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read ({type(error).__name__}); this run is left out.") from error
+    try:
+        if isinstance(config["model"]["depth"], int) and config["data"]["source"] and config["model"]["attention"]:
+            return config
+    except (KeyError, TypeError):
+        pass
+    raise UserError(f"{path} is not the config of a run (no model.depth, model.attention or data.source); "
+                    f"it is left out.")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A torn or missing file has nothing to say."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a `.jsonl` file. A torn one is passed over: the run may be writing it now."""
+    try:
+        texts = path.read_text(errors="replace").splitlines()
+    except OSError:
+        return []
+    lines = []
+    for text in texts:
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            continue
+    return [line for line in lines if isinstance(line, dict)]
+
+
+def _unfinished_state(folder: Path, events: list[str | None]) -> str:
+    if _is_locked(folder / "lock"):
+        return "running"
+    if events and events[-1] == "PREEMPTED":
+        return "stopped"
+    return f"unfinished{_elsewhere(folder / 'lock')}"
+
+
+def _is_locked(lock: Path, table: Path = Path("/proc/locks")) -> bool:
+    """Whether a process of this machine holds the lock, from the kernel's list: taking it would disturb the run."""
+    try:
+        inode, held = lock.stat().st_ino, table.read_text()
+    except OSError:
+        return False
+    return re.search(rf"FLOCK .*:{inode} ", held) is not None
+
+
+def _elsewhere(lock: Path) -> str:
+    """A lock of another machine cannot be seen from here: its run may be at work."""
+    try:
+        owner = re.search(r" on (\S+)", lock.read_text())
+    except (OSError, UnicodeDecodeError):
+        return ""
+    return f" (last worked on by {owner[1]})" if owner and owner[1] != socket.gethostname() else ""

@@ -1,0 +1,183 @@
+"""A grid as tables: what each column says, and the sentences below them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from deepvit.report.grid import Cell, Grid
+from deepvit.report.published import Published, published_of, sources
+from deepvit.report.runs import Run
+from deepvit.report.statistics import Summary, summarise
+
+MOMENTS = {"initial": "at init.", "final": "trained"}
+KINDS = {"final": "final", "softmax": "softmax", "final_centred": "final - 1/N", "softmax_centred": "softmax - 1/N"}
+NONE = "–"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Text in rows under headers; `notes` are sentences below."""
+
+    title: str
+    headers: Sequence[str]
+    rows: list[list[str]]
+    notes: list[str] = field(default_factory=list)
+
+
+def similarity(run: Run, moment: str, kind: str) -> list[float]:
+    """M of each pair of adjacent blocks (mean over pictures, heads and tokens), empty if it was not measured.
+
+    Args:
+        moment: initial (before the first step) or final (after the last).
+        kind: final or softmax, each also as `_centred` (maps minus 1/N).
+    """
+    found = (run.result.get(f"probe_{moment}") or {}).get("similarity", {}).get(kind) or {}
+    return [value for value in found.get("adjacent", []) if value is not None]
+
+
+def similar_blocks(run: Run, moment: str, kind: str, threshold: float) -> int | None:
+    """Adjacent pairs whose M is above `threshold` (the paper leaves open how it counts)."""
+    pairs = similarity(run, moment, kind)
+    return sum(value > threshold for value in pairs) if pairs else None
+
+
+def mean_similarity(run: Run, moment: str, kind: str) -> float | None:
+    pairs = similarity(run, moment, kind)
+    return sum(pairs) / len(pairs) if pairs else None
+
+
+def over_seeds(cell: Cell, measure: Callable[[Run], float | None]) -> Summary | None:
+    return summarise([measure(run) for run in cell.finished])
+
+
+def of_result(name: str) -> Callable[[Run], float | None]:
+    return lambda run: run.result.get(name)
+
+
+def published_for(cell: Cell) -> list[Published]:
+    return published_of(cell.runs[0].settings) if cell.runs else []
+
+
+def tables(grid: Grid, threshold: float) -> list[Table]:
+    """The grid's results, and the similarities behind them."""
+    return [_results(grid, threshold), _similarities(grid), _costs(grid)]
+
+
+def _results(grid: Grid, threshold: float) -> Table:
+    headers = [*_axes(grid), "top-1 %", "n", "95 %", *(f"similar {moment}, {kind}" for moment in MOMENTS.values()
+                                                     for kind in ("final", "softmax")),
+               "parameters", "published", "difference", "status"]
+    rows = [[*_place(cell), _top1(cell), str(len(cell.finished)), _interval(cell),
+             *(_text(over_seeds(cell, lambda run, m=moment, k=kind: similar_blocks(run, m, k, threshold)), 1)
+               for moment in MOMENTS for kind in ("final", "softmax")),
+             _millions(over_seeds(cell, of_result("params"))), *_published(cell, grid), cell.status]
+            for cell in grid.cells]
+    notes = [f"similar: pairs of adjacent blocks whose maps have a mean similarity M above {threshold:g}, of depth - 1 "
+             f"pairs; final: the maps that multiply the values, softmax: before heads are mixed and normalised. "
+             f"95 %: over seeds (t) for n > 1, else over the test pictures of the one run."]
+    return _without_empty(Table(f"Accuracy and similar blocks: {grid.name}", headers, rows,
+                                notes + _published_notes(grid)), ("status",))
+
+
+def _similarities(grid: Grid) -> Table:
+    headers = [*_axes(grid), *(f"{kind}, {moment}" for kind in KINDS.values() for moment in MOMENTS.values())]
+    rows = [[*_place(cell), *(_text(over_seeds(cell, lambda run, m=moment, k=kind: mean_similarity(run, m, k)), 2)
+                              for kind in KINDS for moment in MOMENTS)] for cell in grid.cells if cell.finished]
+    return Table(f"Mean similarity M of adjacent blocks: {grid.name}", headers, rows, [
+        "- 1/N: of maps minus their uniform part. At initialisation a norm over heads has no statistics yet and centres "
+        "nothing; once it has, it lowers M of the final maps by construction, whatever was learned."])
+
+
+def _costs(grid: Grid) -> Table:
+    headers = [*_axes(grid), "parameters", "GFLOP a picture", "images/s", "epochs", "device"]
+    rows = [[*_place(cell), *_counts(cell)] for cell in grid.cells if cell.finished]
+    return Table(f"Size and speed: {grid.name}", headers, rows, [
+        "GFLOP: forward, one picture. images/s: training, as these runs met their machines; not a benchmark."])
+
+
+def _counts(cell: Cell) -> list[str]:
+    flops = over_seeds(cell, lambda run: run.result.get("flops") and run.result["flops"] / 1e9)
+    devices = dict.fromkeys(f"{run.result.get('devices', 1)} x {run.result.get('device', NONE)}"
+                            for run in cell.finished)
+    params = over_seeds(cell, of_result("params"))
+    return [f"{params.mean:,.0f}" if params else NONE, f"{flops.mean:.3g}" if flops else NONE,
+            _text(over_seeds(cell, of_result("images_per_s")), 0), _text(over_seeds(cell, of_result("epochs")), 1),
+            "; ".join(devices)]
+
+
+def _axes(grid: Grid) -> list[str]:
+    return ["depth", "attention", *grid.extras]
+
+
+def _place(cell: Cell) -> list[str]:
+    return [str(cell.depth), cell.attention, *map(_plain, cell.extras)]
+
+
+def _plain(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _text(summary: Summary | None, digits: int) -> str:
+    if summary is None:
+        return NONE
+    if summary.std in (None, 0.0) and summary.mean == round(summary.mean) and digits <= 1:
+        return f"{summary.mean:.0f}"
+    return summary.text(digits)
+
+
+def _top1(cell: Cell) -> str:
+    return _text(over_seeds(cell, of_result("top1")), 2)
+
+
+def _interval(cell: Cell) -> str:
+    low, high = interval(cell)
+    return f"{low:.1f} to {high:.1f}" if low is not None else NONE
+
+
+def interval(cell: Cell) -> tuple[float | None, float | None]:
+    """95 % interval of the top-1: of the mean over seeds, or of the one run's share of right pictures."""
+    summary = over_seeds(cell, of_result("top1"))
+    if summary is None:
+        return None, None
+    if summary.n > 1:
+        return summary.low, summary.high
+    result = cell.finished[0].result
+    return result.get("top1_low"), result.get("top1_high")
+
+
+def _millions(summary: Summary | None) -> str:
+    if summary is None:
+        return NONE
+    return f"{summary.mean / 1e6:.2f}M"
+
+
+def _published(cell: Cell, grid: Grid) -> list[str]:
+    found = published_for(cell)
+    if not found:
+        return ["not in the paper" if grid.data == "imagenet" else f"not on {grid.data}", NONE]
+    top1 = over_seeds(cell, of_result("top1"))
+    return [f"{found[0].top1:.2f} [{found[0].source}]", f"{top1.mean - found[0].top1:+.2f}" if top1 else NONE]
+
+
+def _published_notes(grid: Grid) -> list[str]:
+    found = [published_for(cell) for cell in grid.cells]
+    named = dict.fromkeys(entry.source for entries in found for entry in entries)
+    notes = [f"[{name}] {sources()[name]}." for name in named]
+    notes += [f"Also published for {entries[0].model}: " + ", ".join(
+        f"{entry.top1:g} [{entry.source}]" for entry in entries[1:]) + "."
+        for entries in found if len(entries) > 1]
+    counts = [f"{entries[0].model} {entries[0].similar_blocks}" for entries in found
+              if entries and entries[0].similar_blocks is not None]
+    if counts:
+        notes.append(f"Similar blocks as published, by a rule that is left open: {', '.join(counts)}.")
+    if not named and grid.data != "imagenet":
+        notes.append(f"The paper's numbers are of ImageNet: there is none to stand beside {grid.data}.")
+    return notes
+
+
+def _without_empty(table: Table, names: Sequence[str]) -> Table:
+    """Without those of the named columns that say nothing."""
+    kept = [index for index, header in enumerate(table.headers)
+            if header not in names or any(row[index] for row in table.rows)]
+    return Table(table.title, [table.headers[index] for index in kept],
+                 [[row[index] for index in kept] for row in table.rows], table.notes)
