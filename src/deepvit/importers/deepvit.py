@@ -67,6 +67,13 @@ def _unnamed(file: WeightsFile, told: Mapping[str, Any], given: Mapping[str, Any
     return {}
 
 
+def is_named(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether `config` is the named model of conf/model, but for picture size and classes (dropout aside)."""
+    model = model_config(name)
+    return all(model[key] == config.get(key) for key in (
+        *SHAPED, "num_heads", "reattention_blocks", "residual_scale", "map_scale", "qk_scale", "mlp_ratio"))
+
+
 def _differences(name: str, told: Mapping[str, Any]) -> list[str]:
     model = model_config(name)
     return [key for key in SHAPED if model[key] != told.get(key)]

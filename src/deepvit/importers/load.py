@@ -15,7 +15,7 @@ from deepvit.importers.dialect import Dialect
 from deepvit.importers.files import WeightsFile, open_weights
 from deepvit.importers.settings import native_grid, settings_from_shapes
 from deepvit.importers.table import Translation, foreign_name, translate
-from deepvit.models import ViT, build_model
+from deepvit.models import ViT, build_model, model_config
 from deepvit.models.init import init_weights
 
 Head = Literal["keep", "reset", "zero"]
@@ -131,11 +131,11 @@ def _settings(file: WeightsFile, spoken: Dialect, translation: Translation, give
         if key in DECIDED and key in told and value not in (told[key], (told[key],) * 2, [told[key]] * 2):
             raise UserError(f"{key}={value!r} is asked for, but the tensors of {file.path} say {told[key]!r}: "
                             f"leave {key} out.")
-    config = told | rest.settings | dict(given)
-    if "num_heads" not in config:
+    config = model_config("vit") | {"num_heads": None, "img_size": None} | told | rest.settings | dict(given)
+    if config["num_heads"] is None:
         raise UserError(f"{file.path} does not tell its number of heads: give num_heads=... "
                         f"({config['embed_dim']} channels).")
-    if "img_size" not in config:
+    if config["img_size"] is None:
         raise UserError(f"{file.path} has {translation.shapes['pos_embed'][1] - 1} patch positions, no square: "
                         f"give img_size=(height, width) in pixels.")
     if head == "keep" and config["num_classes"] != told["num_classes"]:

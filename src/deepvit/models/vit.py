@@ -99,7 +99,7 @@ class ViT(nn.Module):
             raise UserError(f"The pictures are {x.shape[-2]}x{x.shape[-1]} pixels, the model is built for "
                             f"{self.img_size[0]}x{self.img_size[1]}: set model.img_size.")
         x = self.patch_embed(x)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
         x = self.pos_drop(x + self.pos_embed)
         for block in self.blocks:
             recompute = self.grad_checkpointing and torch.is_grad_enabled()

@@ -1,0 +1,206 @@
+"""Hands a model over: `python -m deepvit.export RUN_OR_CHECKPOINT --to safetensors|timm|onnx|deepvit [--out PATH]`.
+
+What was written is read back and must give the same logits; a model card lands beside it.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from deepvit.errors import Failure, UserError
+from deepvit.importers import deepvit as published
+from deepvit.importers import load_model, open_weights, ours
+from deepvit.importers import timm as timm_dialect
+from deepvit.importers.table import write
+from deepvit.model_card import write_card
+from deepvit.models import ViT
+
+ATOL = 1e-4  # logits of the exported thing against ours; ONNX runtimes reorder sums
+
+
+class Exported(NamedTuple):
+    """What `export` wrote: the file, its card, the largest difference of logits, how the check was done."""
+
+    path: Path
+    card: Path
+    difference: float
+    check: str
+
+
+def export(source: str | Path, to: str, out: str | Path | None = None, weights: str = "auto",
+           dialect: str | None = None, **keywords: Any) -> Exported:
+    """Writes the model of a run or checkpoint in another form, reads it back and compares logits.
+
+    Args:
+        source: a run folder (its best checkpoint) or a weights file of any dialect.
+        to: `safetensors` (our names, settings in the metadata), `timm` (a timm VisionTransformer's state dict),
+            `onnx` (dynamic batch), `deepvit` (the published layout).
+        out: the file to write; default: beside the source's.
+        weights: `ema`, `raw`, or `auto` (EMA if the file has it).
+        dialect, **keywords: as `load_model`.
+    Raises:
+        UserError: an unreadable source, or a model that the form cannot hold.
+        Failure: the exported file does not give the same logits.
+    """
+    if to not in WRITERS:
+        raise UserError(f"--to {to} is not known: choose from {', '.join(WRITERS)}.")
+    path, run = find_checkpoint(Path(source))
+    ema = _has_ema(path) if weights == "auto" else weights == "ema"
+    model = load_model(path, dialect=dialect, ema=ema, **keywords).eval()
+    out = Path(out) if out else path.with_name(f"{path.name.split('.')[0]}.{SUFFIX[to]}")
+    if out.resolve() == path.resolve():
+        raise UserError(f"--out {out} is the source itself: choose another file.")
+    pictures = _pictures(model)
+    with torch.no_grad():
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            read_back, check = WRITERS[to](model, out)
+        except OSError as error:
+            raise UserError(f"{out} cannot be written ({error.strerror}): choose another --out.") from None
+        difference = max((read_back(x) - model(x)).abs().max().item() for x in (pictures[:1], pictures))
+    if not difference <= ATOL:
+        raise Failure(f"{out} gives logits that differ by {difference:.2g} (more than {ATOL:g}): do not use it.")
+    done = Exported(out, out.with_name(out.name + ".md"), difference, check)
+    write_card(done.card, model, out, to, f"{check}: largest difference of logits {difference:.1e}", run,
+               "EMA" if ema else "raw")
+    return done
+
+
+def find_checkpoint(source: Path) -> tuple[Path, Path | None]:
+    """(weights file, its run folder if it lies in one) of a run folder or a file."""
+    if source.is_dir():
+        found = [source / "checkpoints" / name for name in ("best.pt", "last.pt")]
+        path = next((path for path in found if path.exists()), None)
+        if path is None:
+            raise UserError(f"The folder {source} holds no checkpoints/best.pt or last.pt: "
+                            f"give a run's folder or a weights file.")
+        return path, source
+    run = source.parent.parent
+    return source, run if source.parent.name == "checkpoints" and (run / "config.yaml").exists() else None
+
+
+def _has_ema(path: Path) -> bool:
+    try:
+        return open_weights(path).has_ema
+    except UserError as error:
+        if "ema=True" in str(error):  # it holds nothing else
+            return True
+        raise
+
+
+def _pictures(model: ViT) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(3, model.config["in_chans"], *model.img_size, generator=generator)
+
+
+# Writers: (model, path) -> (what reads the file back and computes logits, a word on how)
+
+Reader = Callable[[Tensor], Tensor]
+
+
+def _write_safetensors(model: ViT, path: Path) -> tuple[Reader, str]:
+    said = {key: value for key, value in model.load_report.said.items() if key in ("classes", "class_names", "run")}
+    header = {"format": ours.FORMAT, "version": ours.VERSION, "config": model.config, **said}
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(tensors, path, metadata={"format": "pt", "deepvit": json.dumps(header)})
+    return load_model(path).eval(), "read back by deepvit.load_model"
+
+
+def _write_deepvit(model: ViT, path: Path) -> tuple[Reader, str]:
+    config = model.config
+    _refuse(config, "the published DeepViT class", {
+        "pool": "cls", "gelu": "erf", "norm_eps": 1e-6, "final_norm": "before_pool", "patch_norm": False,
+        "head_dim": None, "block": "pre_norm", "feat_scale": False, "representation_size": None, "init_values": None})
+    attention = config["attention"]
+    if attention["class"] not in ("SelfAttention", "ReAttention") or not attention.get("mix", True):
+        raise UserError(f"The published DeepViT class has no attention '{attention.get('name', attention['class'])}': "
+                        f"export to safetensors or onnx.")
+    content = {"state_dict": write(published.ROWS, model.state_dict(), "deepvit"), "version": 2}
+    arch = next((arch for arch, name in published.ARCHS.items() if published.is_named(name, config)), None)
+    torch.save(content | ({"arch": arch} if arch else {}), path)
+    scalars = {key: config[key] for key in ("num_heads", "residual_scale", "map_scale", "qk_scale")}
+    return load_model(path, dialect="deepvit", img_size=config["img_size"], **scalars).eval(), (
+        f"read back in the published layout{f' as {arch}' if arch else ''}")
+
+
+def _write_timm(model: ViT, path: Path) -> tuple[Reader, str]:
+    from timm.models.vision_transformer import VisionTransformer
+    config = model.config
+    average = config["pool"] == "avg"
+    _refuse(config, "timm's VisionTransformer", {
+        "gelu": "erf", "patch_norm": False, "head_dim": None, "qk_scale": None, "stem": "patch",
+        "block": "pre_norm", "feat_scale": False, "representation_size": None, "residual_scale": 1.0,
+        "final_norm": "after_pool" if average else "before_pool"})
+    if config["pool"] == "mean" or config["attention"]["class"] != "SelfAttention":
+        what = "pooling over all tokens" if config["pool"] == "mean" else "re-attention or its like"
+        raise UserError(f"timm's VisionTransformer has no {what}: export to safetensors, which "
+                        f"timm.create_model takes for our registered names.")
+    rows = timm_dialect.AFTER_POOL + timm_dialect.ROWS if average else timm_dialect.ROWS
+    state = write(rows, model.state_dict(), "timm")
+    save_file(state, path, metadata={"format": "pt"})
+    theirs = VisionTransformer(
+        img_size=model.img_size, patch_size=model.patch_size, in_chans=config["in_chans"],
+        num_classes=model.num_classes, embed_dim=model.embed_dim, depth=model.depth, num_heads=config["num_heads"],
+        mlp_ratio=config["mlp_ratio"] + 1e-6, qkv_bias=config["qkv_bias"], init_values=config["init_values"],
+        global_pool="avg" if average else "token", norm_layer=_layer_norm(config["norm_eps"]))
+    theirs.load_state_dict(state)
+    return theirs.eval(), "loaded strictly into timm's VisionTransformer"
+
+
+def _layer_norm(eps: float) -> Callable[..., torch.nn.Module]:
+    return lambda width, **factory: torch.nn.LayerNorm(width, eps=eps, **factory)
+
+
+def _write_onnx(model: ViT, path: Path) -> tuple[Reader, str]:
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401  (the exporter needs it)
+    except ImportError as error:
+        raise UserError(f"Exporting to ONNX needs {error.name}: pip install 'deepvit[onnx]'.") from None
+    batch = torch.export.Dim("batch", min=1)
+    torch.onnx.export(model, (_pictures(model)[:2],), path, dynamo=True, input_names=["pictures"],
+                      output_names=["logits"], dynamic_shapes=({0: batch},), external_data=False, verbose=False)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return (lambda x: torch.from_numpy(session.run(None, {"pictures": x.numpy()})[0]),
+            "run by onnxruntime, batches of 1 and 3")
+
+
+def _refuse(config: Mapping[str, Any], target: str, asked: Mapping[str, Any]) -> None:
+    """Names the first setting that the target cannot hold."""
+    for key, value in asked.items():
+        if config.get(key, value) != value:
+            raise UserError(f"{target} has no {key}={config[key]!r} (only {value!r}): export to safetensors or onnx.")
+
+
+WRITERS: dict[str, Callable[[ViT, Path], tuple[Reader, str]]] = {
+    "safetensors": _write_safetensors, "timm": _write_timm, "onnx": _write_onnx, "deepvit": _write_deepvit}
+SUFFIX = {"safetensors": "safetensors", "timm": "timm.safetensors", "onnx": "onnx", "deepvit": "pth.tar"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m deepvit.export", description=__doc__)
+    parser.add_argument("source", type=Path, help="a run folder, or a checkpoint of any dialect")
+    parser.add_argument("--to", required=True, choices=list(WRITERS), help="the form to write")
+    parser.add_argument("--out", type=Path, help="the file to write (default: beside the checkpoint)")
+    parser.add_argument("--weights", choices=["auto", "ema", "raw"], default="auto", help="auto: EMA if there is one")
+    parser.add_argument("--dialect", help="the source's dialect (default: found out)")
+    given = parser.parse_args(arguments)
+    try:
+        done = export(given.source, given.to, given.out, given.weights, given.dialect)
+    except (UserError, Failure) as error:
+        print(error, file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+    print(f"{done.path} ({done.path.stat().st_size / 2**20:.1f} MiB)\n{done.check}: largest difference of logits "
+          f"{done.difference:.1e}\ncard: {done.card}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

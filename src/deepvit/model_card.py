@@ -1,0 +1,94 @@
+"""The markdown beside an exported model: what it is, how it was made and how well it does, by the run's files."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from deepvit.models import ViT
+
+LINES = 12  # of a curve in the card; the whole one is in the run's metrics.jsonl
+RECIPE = ("data", "augment", "optimizer", "schedule", "precision", "ema", "init", "head", "seed")
+
+
+def write_card(path: Path, model: ViT, exported: Path, form: str, parity: str, run: Path | None, weights: str) -> None:
+    """Writes the card.
+
+    Args:
+        parity: how the exported file was compared with the model.
+        run: the run folder with `config.yaml`, `metrics.jsonl`, `metrics.json`; None: a weights file alone.
+        weights: "EMA" or "raw".
+    """
+    report = model.load_report
+    result = _json(run / "metrics.json") if run else {}
+    config = yaml.safe_load((run / "config.yaml").read_text()) if run and (run / "config.yaml").exists() else {}
+    config = config or report.said.get("run") or {}
+    parts = [f"# {exported.name}", f"Form: {form}. {parity}.", f"{weights} weights of `{report.path}`.",
+             *(f"Note: {note}." for note in report.notes),
+             "## Model", _table({"parameters": f"{sum(p.numel() for p in model.parameters()):,}", **model.config}),
+             "## Recipe", _recipe(config), "## Evaluation", _evaluation(result), "## Curve", _curve(run),
+             "## Made with", _origin(result), "## Classes", _classes(model)]
+    path.write_text("\n\n".join(part for part in parts if part) + "\n")
+
+
+def _table(rows: Mapping[str, Any]) -> str:
+    lines = [f"| {key} | {_plain(value)} |" for key, value in rows.items() if value is not None]
+    return "\n".join(["| setting | value |", "|---|---|", *lines])
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_plain(inner)}" for key, inner in value.items() if inner is not None)
+    return str(value).replace("|", "\\|")
+
+
+def _recipe(config: Mapping[str, Any]) -> str:
+    rows = {key: config[key] for key in RECIPE if config.get(key) is not None}
+    return _table(rows) if rows else "Not known: the weights did not come from a run of this framework."
+
+
+def _evaluation(result: Mapping[str, Any]) -> str:
+    if "top1" not in result:
+        return "Not known here: evaluate with `python eval.py checkpoint=...`."
+    interval = f"{result['top1_low']:.2f} to {result['top1_high']:.2f}" if "top1_low" in result else ""
+    return (f"Of the run's last checkpoint, on the validation part of `{result.get('data', 'its data')}`.\n\n"
+            "| top-1 % | 95 % interval | top-5 % | loss | pictures |\n|---|---|---|---|---|\n"
+            f"| {result['top1']:.2f} | {interval} | {result['top5']:.2f} | {result['loss']:.4f} | {result['n']:,} |"
+            + (f"\n\nBest top-1 of the run: {result['best_top1']:.2f} % at step {result['best_step']:,}."
+               if "best_top1" in result else ""))
+
+
+def _curve(run: Path | None) -> str:
+    """Evaluations along the training, at most `LINES` of them, first and last included."""
+    path = run / "metrics.jsonl" if run else None
+    if path is None or not path.exists():
+        return "Not known."
+    lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    evaluations = [line for line in lines if "top1" in line]
+    if not evaluations:
+        return "The run has not been evaluated."
+    last = len(evaluations) - 1
+    picked = sorted({round(i * last / max(1, LINES - 1)) for i in range(LINES)})
+    rows = [f"| {line['step']:,} | {line['epoch']:.1f} | {line['top1']:.2f} | {line['loss']:.4f} |"
+            for line in (evaluations[i] for i in picked)]
+    return "\n".join(["| step | epoch | top-1 % | loss |", "|---|---|---|---|", *rows])
+
+
+def _origin(result: Mapping[str, Any]) -> str:
+    if not result:
+        return "Not known."
+    return _table({"git revision": result.get("git"), **(result.get("versions") or {}), "device": result.get("device"),
+                   "devices": result.get("devices")})
+
+
+def _classes(model: ViT) -> str:
+    said = model.load_report.said
+    names = said.get("class_names") or said.get("classes") or []
+    shown = ", ".join(map(str, names[:20])) + (", ..." if len(names) > 20 else "")
+    return f"{model.num_classes} classes" + (f": {shown}" if shown else "") + "."
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {}

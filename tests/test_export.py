@@ -1,0 +1,140 @@
+"""Exports read back by whoever will use them: ourselves, timm, onnxruntime, the published layout."""
+
+import importlib.util
+import json
+
+import pytest
+import timm
+import torch
+from oracles import DATA, oracle, part
+from torch.testing import assert_close
+
+import deepvit
+from deepvit.errors import UserError
+from deepvit.export import export, main
+
+SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 4, "num_classes": 3}
+needs_onnx = pytest.mark.skipif(not all(map(importlib.util.find_spec, ("onnx", "onnxscript", "onnxruntime"))),
+                                reason="needs pip install 'deepvit[onnx]'")
+
+
+def make_run(folder, ema: bool = False, **settings):
+    """A run folder as training leaves it, of a model that has taken a step (so no buffer is at its start)."""
+    torch.manual_seed(0)
+    model = deepvit.create_model("vit", **SMALL | settings)
+    model.train()(torch.randn(4, 3, *model.img_size))
+    averaged = {"ema": {name: tensor * 0.5 for name, tensor in model.state_dict().items()}} if ema else {}
+    (folder / "checkpoints").mkdir(parents=True)
+    torch.save({"format": "deepvit", "version": 1, "model": model.state_dict(), **averaged, "config": model.config,
+                "classes": ["ant", "bee", "cat"]}, folder / "checkpoints" / "best.pt")
+    (folder / "config.yaml").write_text("seed: 3\noptimizer:\n  name: adamw\n  lr: 0.001\nschedule:\n  epochs: 2\n")
+    lines = [{"step": 10, "epoch": 1.0, "loss": 1.0, "lr": 0.1}] + [
+        {"step": step, "epoch": step / 10, "top1": 30.0 + step, "top5": 99.0, "loss": 1 / step, "n": 90}
+        for step in range(1, 40)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "metrics.json").write_text(json.dumps({
+        "top1": 69.0, "top5": 99.0, "top1_low": 60.0, "top1_high": 77.0, "loss": 0.5, "n": 90, "data": "insects",
+        "git": "abc123", "versions": {"torch": "2.15.0"}, "best_top1": 69.5, "best_step": 38}))
+    return model.eval(), folder
+
+
+def test_safetensors_of_a_run_and_its_card(tmp_path):
+    model, run = make_run(tmp_path / "run", attention="reattention", reattention_blocks=[1], map_scale=0.5)
+    done = export(run, "safetensors")
+    assert done.path == run / "checkpoints" / "best.safetensors" and done.difference == 0
+    again = deepvit.load_model(done.path).eval()
+    x = torch.randn(2, 3, 16, 16)
+    assert torch.equal(again(x), model(x)) and again.config == model.config
+    assert again.load_report.said["classes"] == ["ant", "bee", "cat"]
+    card = done.card.read_text()
+    for told in ("69.00", "60.00 to 77.00", "insects", "abc123", "2.15.0", "adamw", "ant, bee, cat", "reattention",
+                 "| 1 | 0.1 | 31.00", "| 39 | 3.9 | 69.00", "difference of logits 0.0e+00"):
+        assert told in card, told
+    assert card.count("\n| ") < 80
+
+
+def test_averaged_weights_are_taken_unless_asked_otherwise(tmp_path):
+    model, run = make_run(tmp_path / "run", ema=True)
+    x = torch.randn(2, 3, 16, 16)
+    raw = export(run, "safetensors", tmp_path / "raw.safetensors", weights="raw").path
+    assert torch.equal(deepvit.load_model(raw).eval()(x), model(x))
+    ema = deepvit.load_model(export(run, "safetensors", tmp_path / "ema.safetensors").path)
+    assert torch.equal(ema.head.weight, model.head.weight * 0.5)
+
+
+@pytest.mark.parametrize("settings", [{}, {"attention": "reattention", "qk_scale": 0.3},
+                                      {"attention": "reattention", "stem": "conv", "residual_scale": 0.5,
+                                       "map_scale": 0.2, "reattention_blocks": "-1:"},
+                                      {"attention": "reattention_fc"}],
+                         ids=["plain", "reattention", "conv stem", "without norm"])
+def test_published_layout(tmp_path, settings):
+    model, run = make_run(tmp_path / "run", **settings)
+    done = export(run, "deepvit", tmp_path / "out.pth.tar")
+    assert done.difference == 0
+    state = torch.load(done.path, weights_only=True)["state_dict"]
+    assert ("blocks.1.attn.reatten_matrix.weight" in state) == ("attention" in settings)
+
+
+def test_published_checkpoint_there_and_back(tmp_path):
+    """From their file to ours and back: the very tensors, under the very names."""
+    path = DATA / "official/ckpt_full.pth.tar"
+    deepest = export(path, "safetensors", tmp_path / "ours.safetensors", weights="raw").path
+    back = export(deepest, "deepvit", tmp_path / "back.pth.tar").path
+    theirs, ours = torch.load(back, weights_only=True)["state_dict"], deepvit.importers.open_weights(path)
+    assert theirs.keys() == ours.shapes.keys()
+    for name, tensor in theirs.items():
+        assert torch.equal(tensor, ours.read(name)), name
+    tensors = oracle("official/ckpt_expected")[0]
+    with torch.no_grad():
+        assert_close(deepvit.load_model(back).eval()(tensors["input"]), tensors["logits"], atol=1e-5, rtol=0)
+    assert part(tensors, "state") == {}
+
+
+@pytest.mark.parametrize("settings", [{}, {"pool": "avg", "final_norm": "after_pool", "init_values": 0.1}],
+                         ids=["class token", "average"])
+def test_timm_takes_it(tmp_path, settings):
+    model, run = make_run(tmp_path / "run", **settings)
+    done = export(run, "timm", tmp_path / "vit.safetensors")
+    assert done.difference < 1e-5
+    theirs = timm.models.vision_transformer.VisionTransformer(
+        img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=4, num_classes=3, mlp_ratio=3,
+        global_pool="avg" if settings else "token", init_values=settings.get("init_values"))
+    timm.models.load_checkpoint(theirs, str(done.path))
+    x = torch.randn(2, 3, 16, 16)
+    assert_close(theirs.eval()(x), model(x), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("to, settings, named", [
+    ("timm", {"attention": "reattention"}, "re-attention"), ("timm", {"residual_scale": 0.5}, "residual_scale"),
+    ("timm", {"pool": "mean"}, "pooling"), ("timm", {"gelu": "tanh"}, "gelu"),
+    ("deepvit", {"attention": "norm_only"}, "norm_only"), ("deepvit", {"pool": "avg"}, "pool"),
+    ("deepvit", {"attention": "reattention_ln"}, "reattention_ln")])
+def test_what_a_form_cannot_hold_is_refused(tmp_path, to, settings, named):
+    _, run = make_run(tmp_path / "run", **settings)
+    with pytest.raises(UserError, match=named):
+        export(run, to, tmp_path / "out")
+
+
+@needs_onnx
+@pytest.mark.parametrize("settings", [pytest.param({}, marks=pytest.mark.slow, id="self"),
+                                      pytest.param({"attention": "reattention", "stem": "conv"}, id="reattention")])
+def test_onnx_runs_with_any_batch(tmp_path, settings):
+    import onnxruntime
+    model, run = make_run(tmp_path / "run", **settings)
+    done = export(run, "onnx", tmp_path / "model.onnx")
+    assert done.difference < 1e-4
+    session = onnxruntime.InferenceSession(done.path, providers=["CPUExecutionProvider"])
+    for batch in (1, 2, 5):
+        x = torch.randn(batch, 3, 16, 16)
+        (logits,) = session.run(None, {"pictures": x.numpy()})
+        assert_close(torch.from_numpy(logits), model(x).detach(), atol=1e-4, rtol=0)
+
+
+def test_command_line(tmp_path, capsys):
+    _, run = make_run(tmp_path / "run")
+    assert main([str(run), "--to", "safetensors", "--out", str(tmp_path / "m.safetensors")]) == 0
+    assert "largest difference of logits 0.0e+00" in capsys.readouterr().out
+    assert main([str(tmp_path / "none"), "--to", "timm"]) == 2
+    assert main([str(tmp_path), "--to", "timm"]) == 2
+    assert main([str(run), "--to", "safetensors", "--out", str(run / "config.yaml" / "x")]) == 2
+    assert capsys.readouterr().err.count("\n") == 3
