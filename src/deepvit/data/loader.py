@@ -1,5 +1,6 @@
 """Batches for training and evaluation: one DataLoader per run, whose item is a whole micro-batch."""
 
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
@@ -133,10 +134,18 @@ def _as_it_is(batch: Batch) -> Batch:
     return batch
 
 
+def _outlive_a_request_to_stop(worker: int) -> None:
+    """A signal to a whole process group (a job scheduler's, Ctrl-C) is for the training process, which then ends us."""
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))  # the second one ends
+
+
 def _run(dataset: _Batches, draws: Stream | Sequence[Draw], workers: int, pin: bool) -> Iterator[Batch]:
     dataset.images.prepare()
     loader = DataLoader(dataset, batch_size=None, sampler=draws, num_workers=workers, collate_fn=_as_it_is,
-                        pin_memory=pin, generator=torch.Generator())  # own generator: iter() would draw from torch's
+                        pin_memory=pin, worker_init_fn=_outlive_a_request_to_stop,
+                        generator=torch.Generator())  # own generator: iter() would draw from torch's
     batches = iter(loader)
     try:
         for batch in batches:

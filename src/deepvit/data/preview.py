@@ -36,8 +36,12 @@ def draw(batches: Sequence[Batch], prepare: Prepare, path: str | Path, class_nam
         axis.imshow(pixels.numpy(), interpolation="nearest")
         axis.set_title(_caption(target, class_names), fontsize=7)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    try:
+        figure.savefig(path, dpi=110)
+    except OSError as error:
+        raise UserError(f"The picture cannot be written to {path} ({error.strerror}).") from error
+    finally:
+        pyplot.close(figure)
 
 
 def _caption(target: torch.Tensor, names: Sequence[str], longest: int = 16) -> str:
@@ -67,20 +71,16 @@ def _taken(function: Callable, group: Mapping) -> dict[str, object]:
     return {key: group[key] for key in inspect.signature(function).parameters if key in group}
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Exit code of the program; 2 with a sentence for a mistake of the user's."""
-    from deepvit.build import compose  # the program's entry stands above the library's floors
-    try:
-        if not arguments or not arguments[0].endswith(".png"):
-            raise UserError("Give the picture to write first: python -m deepvit.data.preview OUT.png data=cifar10 ...")
-        cfg = compose(list(arguments[1:]))
-        draw_config(cfg["data"], cfg["augment"], cfg["seed"], arguments[0])
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+def main(arguments: Sequence[str]) -> None:
+    """The program: the picture to write, then overrides as for train.py."""
+    from deepvit.build import compose  # a program's entry stands above the library's floors
+    if not arguments or not arguments[0].endswith(".png"):
+        raise UserError("Give the picture to write first: python -m deepvit.data.preview OUT.png data=cifar10 ...")
+    config = compose(arguments[1:])
+    draw_config(config["data"], config["augment"], config["seed"], arguments[0])
     print(f"Wrote {arguments[0]}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    from deepvit import cli
+    sys.exit(cli.main(lambda: main(sys.argv[1:])))
