@@ -10,21 +10,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deepvit.engine.signals import heeded
 from deepvit.errors import Failure, UserError
 
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75  # exit codes
-STOP_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a job ended, in a form that crosses processes: an exit code, a sentence if it went wrong, what it found."""
+    """How a job ended, in a form that crosses processes: an exit code, a sentence if it went wrong, what it found, and
+    whether starting all ranks again may help."""
 
     code: int = DONE
     message: str = ""
     value: Any = None
+    retry: bool = False
 
 
 Job = Callable[[Mapping[str, Any], Path, Any, Any], Outcome]  # (config, folder, ranks, stop request)
@@ -51,9 +53,8 @@ def launch(job: Job, config: Mapping[str, Any], folder: Path) -> Outcome:
 
 
 def run_rank(job: Job, config: dict[str, Any], folder: str) -> Outcome:
-    """One rank, from joining the others to its outcome. What the user did wrong is returned, never raised: the
-    launcher would start such a job again."""
-    from deepvit.engine.ranks import join
+    """One rank, from joining the others to its outcome; what the user did wrong is returned, never raised."""
+    from deepvit.engine.ranks import LostRank, join
     from deepvit.engine.signals import stop_requests
     engine = config["engine"]
     set_up_logging(int(os.environ.get("RANK", 0)))
@@ -63,34 +64,55 @@ def run_rank(job: Job, config: dict[str, Any], folder: str) -> Outcome:
     except UserError as error:
         return Outcome(BAD_INPUT, str(error))
     except Failure as error:
-        if "RANK" in os.environ and "lost another rank" in str(error):
-            raise  # so that the launcher starts all ranks again
-        return Outcome(FAILED, str(error))
+        return Outcome(FAILED, str(error), retry=isinstance(error, LostRank))
+
+
+def run_child(job: Job, config: dict[str, Any], folder: str) -> Outcome:
+    """A rank below the elastic launcher, which starts all ranks again if this one *exits* badly."""
+    outcome = run_rank(job, config, folder)
+    if outcome.retry:
+        log.error("%s", outcome.message)
+        sys.exit(outcome.code)
+    if outcome.code == STOPPED:
+        _leave_soon()
+    return outcome
+
+
+def _leave_soon(seconds: float = 1.0) -> None:
+    """A launcher that is asked to stop awaits the end of its ranks, and its ranks await its word: one must go first."""
+    signal.signal(signal.SIGALRM, lambda number, frame: os._exit(DONE))
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    sys.stdout.flush()
 
 
 def _launch_elastic(job: Job, config: Mapping[str, Any], folder: Path, devices: int) -> Outcome:
     from torch.distributed.elastic.agent.server.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-    engine = config["engine"]
+    engine, signals = config["engine"], heeded()
     setup = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=devices, run_id=f"deepvit-{os.getpid()}", rdzv_backend="c10d",
         rdzv_endpoint="localhost:0", max_restarts=engine["max_restarts"], start_method="spawn", monitor_interval=0.1,
-        signals_to_handle=STOP_SIGNALS)
-    handlers = {number: signal.getsignal(number) for number in
-                (getattr(signal, name) for name in STOP_SIGNALS.split(","))}
+        signals_to_handle=",".join(number.name for number in signals))
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # tracebacks; our ranks say what happened
+    handlers = {number: signal.getsignal(number) for number in signals}
     try:
-        outcomes = elastic_launch(setup, run_rank)(job, dict(config), str(folder))
+        outcomes = elastic_launch(setup, run_child)(job, dict(config), str(folder))
         return outcomes[0]
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        return Outcome(FAILED, f"Rank {rank} died (exit code {failure.exitcode}) and {engine['max_restarts']} restarts "
-                               f"did not help; its last words are above and in {folder}/train.log.")
+        return Outcome(FAILED, f"Rank {rank} {_end(failure.exitcode)}, and {engine['max_restarts']} restarts did not "
+                               f"help (engine.max_restarts); its last words are above and in {folder}/train.log. The "
+                               f"same command continues from the last checkpoint.")
     except SignalException as error:
         return Outcome(STOPPED, f"Stopped on request ({error.sigval.name}).")
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def _end(exitcode: int) -> str:
+    return f"was killed by {signal.Signals(-exitcode).name}" if exitcode < 0 else f"died (exit code {exitcode})"
 
 
 def _devices(engine: Mapping[str, Any]) -> int:

@@ -20,9 +20,9 @@ from deepvit.engine import checkpoint
 from deepvit.engine.checkpoint import write_text_synced
 from deepvit.engine.evaluate import evaluate
 from deepvit.engine.fit import Fit
-from deepvit.engine.folder import RunFolder, read_json_lines
+from deepvit.engine.folder import LogFile, RunFolder, read_json_lines
 from deepvit.engine.progress import Display
-from deepvit.engine.ranks import Ranks, lost_ranks_named
+from deepvit.engine.ranks import Ranks
 from deepvit.engine.signals import StopRequest
 from deepvit.errors import UserError
 from deepvit.models.cost import count_flops, count_parameters
@@ -64,23 +64,31 @@ def _train(config: Mapping[str, Any], settings: Settings, folder: RunFolder, ran
             _refuse_change(found[1], config, splits.class_ids)
         network = build.model(settings, len(splits.class_ids))
         state = build.state(settings, network, ranks)
-        stepper = build.stepper(settings, network, schedule, len(splits.class_ids), ranks)
         if found:
             state.load_state_dict(found[1])
         draw = build.draw(settings, splits.train, ranks)
+    _refuse_different_folders(ranks.gather((state.step, state.batch)), folder)
+    stepper = build.stepper(settings, network, schedule, len(splits.class_ids), ranks)
     if ranks.is_main:
-        _open(folder, config, state.step if found else None, describe(settings, network, splits, plan, ranks))
+        _open(folder, config, state.step if found else None, describe(settings, network, splits, plan, ranks), ranks)
     identity = {"config": network.config, "classes": splits.class_ids, "class_names": splits.class_names,
                 "run": dict(config)}
     fit = Fit(state, stepper, plan, draw, _evaluator(settings, splits, ranks, stop), folder, ranks, stop,
               probe=_prober(settings, splits, ranks), identity=identity)
-    with lost_ranks_named(ranks, lambda: state.step):
-        finished = fit.run()
+    finished = fit.run()
     if finished and ranks.is_main:
-        folder.write_result(_result(settings, config, splits, fit, network, folder, ranks))
+        result = _result(settings, config, splits, fit, network, folder, ranks)
+        folder.write_result(result)
         folder.log_event("finished", step=state.step)
-        log.info("Finished: top-1 %.2f %%; results in %s", fit.latest.top1 if fit.latest else float("nan"), folder.path)
+        log.info("Finished: top-1 %.2f %%; results in %s", result["top1"], folder.path)
     return finished
+
+
+def _refuse_different_folders(positions: list[tuple[int, int]], folder: RunFolder) -> None:
+    if len(set(positions)) > 1:
+        found = ", ".join(f"rank {rank} step {step}" for rank, (step, _) in enumerate(positions))
+        raise UserError(f"The ranks found different checkpoints in {folder.path} ({found}): all machines must see the "
+                        f"same folder, on a file system that they share.")
 
 
 def prepare_device(settings: Settings, ranks: Ranks) -> None:
@@ -122,15 +130,14 @@ def _refuse_change(content: Mapping[str, Any], config: Mapping[str, Any], class_
         log.warning("Continuing with %s=%s (was %s).", name, new, old)
 
 
-def _open(folder: RunFolder, config: Mapping[str, Any], resumed_at: int | None, summary: str) -> None:
+def _open(folder: RunFolder, config: Mapping[str, Any], resumed_at: int | None, summary: str, ranks: Ranks) -> None:
     """Rank 0's first writes, once nothing can be refused any more."""
     write_text_synced(folder.config, yaml.safe_dump(dict(config), sort_keys=False))
-    handler = logging.FileHandler(folder.path / "train.log")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logging.getLogger("deepvit").addHandler(handler)
-    folder.drop_metrics_after(resumed_at or 0)
+    logging.getLogger("deepvit").addHandler(LogFile(folder.path / "train.log"))
+    folder.drop_metrics_after(resumed_at or -1)  # step 0 writes its own lines again
     event = "start" if resumed_at is None else "resume"
-    folder.log_event(event, step=resumed_at or 0, **versions())
+    folder.log_event(event, step=resumed_at or 0, process=os.getpid(), ranks=ranks.world,
+                     restarts=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), **versions())
     log.info("%s", summary)
     log.info("%s %s", "Starting in" if resumed_at is None else f"Continuing from step {resumed_at} in", folder.path)
 
@@ -141,9 +148,9 @@ def _evaluator(settings: Settings, splits, ranks: Ranks, stop: StopRequest):
 
     def run(state, display: Display):
         bar = display.bar("evaluate", len(splits.val))
-        with ranks.together():
-            result = evaluate(state.evaluated_model, build.eval_batches(settings.data, splits.val, ranks), prepare,
-                              ranks, precision, n=len(splits.val), should_stop=lambda: bool(stop), advance=bar.advance)
+        result = evaluate(state.evaluated_model, build.eval_batches(settings.data, splits.val, ranks), prepare, ranks,
+                          precision, n=len(splits.val), advance=bar.advance,
+                          should_stop=lambda: ranks.any_asked_to_stop(bool(stop)))
         bar.close()
         return result
 

@@ -4,6 +4,7 @@ import hashlib
 import logging
 import os
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,24 +24,28 @@ def save(path: Path, content: dict[str, Any], previous: Path | None = None) -> N
     Raises:
         Failure: the disk refused (full, read-only); the old file is intact and the partial one gone.
     """
-    partial = path.with_name(path.name + ".tmp")
+    partial, partial_digest = (_aside(one) for one in (path, digest_path(path)))
     try:
         digest = _write_synced(partial, {"format": FORMAT, "version": VERSION, **content})
+        _write_text(partial_digest, f"{digest}  {path.name}\n")
     except (OSError, RuntimeError) as error:  # torch wraps a full disk in a RuntimeError
-        needed = _bytes(content)
+        needed = size_of(content)
         partial.unlink(missing_ok=True)
-        status = os.statvfs(path.parent)
-        raise Failure(f"The checkpoint {path} could not be written ({_reason(error)}): about {needed / 2**20:.0f} MiB "
-                      f"are needed, {status.f_bavail * status.f_frsize / 2**20:.0f} MiB are free.") from error
+        partial_digest.unlink(missing_ok=True)
+        free = shutil.disk_usage(path.parent).free
+        raise Failure(f"The checkpoint {path} could not be written ({_reason(error)}): about {_size(needed)} are "
+                      f"needed, {_size(free)} are free.") from error
     # A kill between any two of these lines leaves a pair that verifies, or a file without digest that loads.
     if previous is not None and path.exists():
+        digest_path(previous).unlink(missing_ok=True)
+        os.replace(path, previous)
         if digest_path(path).exists():
             os.replace(digest_path(path), digest_path(previous))
-        os.replace(path, previous)
     else:
         digest_path(path).unlink(missing_ok=True)
     os.replace(partial, path)
-    write_text_synced(digest_path(path), f"{digest}  {path.name}\n")
+    os.replace(partial_digest, digest_path(path))
+    _sync_folder(path.parent)
 
 
 def load(path: Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:
@@ -87,17 +92,35 @@ def load_newest(*candidates: Path) -> tuple[Path, dict[str, Any]] | None:
 
 def write_text_synced(path: Path, text: str) -> None:
     """Replaces a small file atomically."""
-    partial = path.with_name(path.name + ".tmp")
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    _write_text(_aside(path), text)
+    os.replace(_aside(path), path)
     _sync_folder(path.parent)
+
+
+def size_of(content: Any) -> int:
+    """Bytes of the tensors in `content`; a file of it is little larger."""
+    if isinstance(content, torch.Tensor):
+        return content.nbytes
+    if isinstance(content, dict):
+        content = content.values()
+    elif not isinstance(content, (list, tuple)):
+        return 8
+    return sum(map(size_of, content))
 
 
 def digest_path(path: Path) -> Path:
     return path.with_name(path.name + ".sha256")
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(path.name + ".tmp")
+
+
+def _write_text(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _write_synced(path: Path, content: dict[str, Any]) -> str:
@@ -121,15 +144,15 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _bytes(content: Any) -> int:
-    if isinstance(content, torch.Tensor):
-        return content.nbytes
-    if isinstance(content, dict):
-        content = content.values()
-    elif not isinstance(content, (list, tuple)):
-        return 8
-    return sum(map(_bytes, content))
+def _size(count: int) -> str:
+    """12,345,678 -> "12,345,678 bytes (12 MiB)"."""
+    return f"{count:,} bytes ({count / 2**20:.0f} MiB)"
 
 
 def _reason(error: BaseException) -> str:
+    cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch's hides it
+    return cause.strerror if isinstance(cause, OSError) and cause.strerror else _first_line(cause)
+
+
+def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from deepvit.engine.ranks import Ranks
 from deepvit.engine.step import Precision, Prepare
-from deepvit.errors import Failure
+from deepvit.errors import Failure, UserError
 
 
 @dataclass
@@ -63,11 +63,11 @@ def evaluate(model: nn.Module, batches: Iterable[Any], prepare: Prepare, ranks: 
         should_stop: asked before each batch; if any rank says yes, all give up and None is returned.
         advance: told the number of pictures done, for a progress bar.
     Raises:
-        Failure: the pictures seen are not the whole set.
+        UserError, Failure: what any rank's `batches` raised, on all ranks; or the pictures seen are not the whole set.
     """
     training, start = model.training, time.perf_counter()
     model.eval()
-    parts, bad, stopped = [], [], False
+    parts, bad, stopped, error = [], [], False, None
     try:
         for batch in batches:
             if should_stop():
@@ -76,9 +76,11 @@ def evaluate(model: nn.Module, batches: Iterable[Any], prepare: Prepare, ranks: 
             parts.append(_score(model, batch, prepare, ranks, precision))
             bad += batch.bad
             advance(len(batch) * ranks.world)
+    except (UserError, Failure) as raised:
+        error = raised
     finally:
         model.train(training)
-    if ranks.any(stopped):
+    if ranks.agree(error, stopped):
         return None
     return _gather(parts, bad, ranks, n, time.perf_counter() - start)
 

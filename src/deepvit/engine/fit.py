@@ -1,16 +1,18 @@
 """The training loop: steps, and what is due after each of them."""
 
 import logging
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 from deepvit.engine import checkpoint
+from deepvit.engine.board import Board
 from deepvit.engine.evaluate import Evaluation
 from deepvit.engine.folder import RunFolder
 from deepvit.engine.progress import Display, Meter, clock
@@ -71,13 +73,16 @@ class Fit:
 
     def run(self) -> bool:
         """Trains to the end. True: finished; False: stopped on request, with a checkpoint of this very step."""
-        self._board = SummaryWriter(self.folder.path, purge_step=self.state.step + 1) if self.ranks.is_main else None
+        self._board = Board(self.folder.path, self.state.step) if self.ranks.is_main else None
         self._seen_bad: set[int] = set()
         with Display(self.ranks.is_main) as self._display:
             self._bar = self._display.bar("train", self.plan.total, self.state.step)
+            if self.state.batch == 0:
+                self._warn_of_small_disk()
+                self._save(must=True)  # what cannot be saved should not start
             if self.state.step == 0:
                 self._probe()
-            finished = self._train() and self._evaluate_if_due()
+            finished = self._train() and self._make_up_evaluation()
         if self._board is not None:
             self._board.close()
         return finished
@@ -108,29 +113,29 @@ class Fit:
     def _next(self, batches: Iterator[Sequence[Any]]) -> Sequence[Any] | None:
         """The next global batch; None at the end of `batches` or when any rank was asked to stop."""
         start, drawn, error = time.perf_counter(), None, None
+        self.ranks.beat(self.state.step)
         try:
             drawn = next(batches, None)
-        except UserError as raised:
+        except (UserError, Failure) as raised:
             error = raised
         flags = self.ranks.sum(torch.tensor([int(bool(self.stop)), int(error is not None)]))
         self._stopped = bool(flags[0])
-        if flags[1]:
-            with self.ranks.together():
-                raise error or UserError("Another rank stopped.")
-        if self._stopped:
+        if self._stopped:  # first: a signal to all processes may also have ended those that load pictures
             self._preempt()
             return None
+        if flags[1]:
+            self.ranks.agree(error)
         if drawn is not None:
             self.meter.add(self.plan.batch_size, time.perf_counter() - start)
             self._note_bad(drawn)
         return drawn
 
     def _preempt(self) -> None:
-        self._save()
+        saved = self._save("Stopping without it; the same command continues from the checkpoint before.")
         if self.ranks.is_main:
-            self.folder.log_event("PREEMPTED", step=self.state.step, signal=self.stop.name)
+            self.folder.log_event("PREEMPTED", step=self.state.step, signal=self.stop.name, saved=saved)
             log.info("Stopped at step %d on request (%s); the same command continues.", self.state.step,
-                     self.stop.name or "by another rank")
+                     self.stop.name or "to another rank")
 
     # What is due after a step
 
@@ -149,7 +154,7 @@ class Fit:
         if not self.ranks.is_main:
             return
         self.folder.log_metrics(line)
-        self._draw_scalars("train", line)
+        self._board.draw("train", line, self.state.step)
         left = (self.plan.total - self.state.step) * self.plan.batch_size / max(self.meter.images_per_s, 1e-9)
         text = (f"epoch {line['epoch']:.2f}  loss {loss:.4f}  {line['images_per_s']:.1f} img/s  "
                 f"data wait {line['data_wait']:.0%}")
@@ -178,15 +183,21 @@ class Fit:
             self._note_evaluation(summary, is_best)
         return True
 
+    def _make_up_evaluation(self) -> bool:
+        """The last evaluation, if a request to stop cut it off."""
+        if self.state.evaluated >= self.state.step:
+            return True
+        return self._evaluate_if_due() and self._save()
+
     def _note_evaluation(self, summary: dict[str, Any], is_best: bool) -> None:
         self.folder.log_metrics({"step": self.state.step, "epoch": self._epoch(), **summary})
-        self._draw_scalars("val", summary)
+        self._board.draw("val", summary, self.state.step)
         log.info("step %d  epoch %.2f  top-1 %.2f %%  top-5 %.2f %%  loss %.4f  (%d pictures)%s", self.state.step,
                  self._epoch(), summary["top1"], summary["top5"], summary["loss"], summary["n"],
                  "  best so far" if is_best else "")
         if is_best:
             self._write(self.folder.best, {**self.state.weights(), **self.identity, "step": self.state.step,
-                                           "metrics": summary})
+                                           "metrics": summary}, "The best weights so far are not kept.")
 
     def _save_if_due(self) -> None:
         state, plan = self.state, self.plan
@@ -194,23 +205,38 @@ class Fit:
             self._save()
         if plan.keep_every and state.step % plan.keep_every == 0 and self.ranks.is_main:
             self._write(self.folder.checkpoints / f"step-{state.step}.pt",
-                        {**state.weights(), **self.identity, "step": state.step})
+                        {**state.weights(), **self.identity, "step": state.step}, "This epoch's are not kept.")
 
-    def _save(self) -> None:
+    def _save(self, otherwise: str = "Training goes on and tries again at the next save.", must: bool = False) -> bool:
+        """Whether the checkpoint of this step was written; where it must be and was not, all ranks fail together."""
+        error = None
         if self.ranks.is_main:
-            self._write(self.folder.last, {**self.state.state_dict(), **self.identity}, previous=self.folder.previous)
+            content = {**self.state.state_dict(), **self.identity, "world": self.ranks.world}
+            error = self._write(self.folder.last, content, otherwise, previous=self.folder.previous)
+        if must or self.state.step >= self.plan.total:
+            self.ranks.agree(error)
+        return error is None
 
-    def _write(self, path, content: dict[str, Any], **options: Any) -> None:
+    def _write(self, path: Path, content: dict[str, Any], otherwise: str, **options: Any) -> Failure | None:
         """A checkpoint that cannot be written does not end a run that may write its next one."""
         self.meter.pause()
         try:
             checkpoint.save(path, content, **options)
         except Failure as error:
-            if self.state.step >= self.plan.total:
-                raise
-            log.error("%s Training goes on and tries again at the next save.", error)
+            log.error("%s %s", error, otherwise)
             self.folder.log_event("save_failed", step=self.state.step, reason=str(error))
-        self.meter.resume()
+            return error
+        finally:
+            self.meter.resume()
+
+    def _warn_of_small_disk(self) -> None:
+        """Three full checkpoints may lie there for a moment (two optimizer moments each), and the best weights."""
+        weights = checkpoint.size_of(self.state.weights())
+        moments = 2 * sum(weight.nbytes for weight in self.state.model.parameters())
+        needed, free = 3 * (weights + moments) + weights, shutil.disk_usage(self.folder.path).free
+        if self.ranks.is_main and needed > free:
+            log.warning("The checkpoints of this run may need %.0f MiB, and %.0f MiB are free at %s.", needed / 2**20,
+                        free / 2**20, self.folder.path)
 
     def _probe(self) -> None:
         if self.probe is None or not self.ranks.is_main:
@@ -221,16 +247,36 @@ class Fit:
         self.meter.resume()
 
     def _note_skip(self, drawn: Sequence[Any], result: dict[str, torch.Tensor]) -> None:
-        indices = sum(self.ranks.gather([int(i) for batch in drawn for i in batch.indices]), [])
+        state, number = self.state, self.state.batch - 1
+        mine = [int(i) for batch in drawn for i in batch.indices], float(result["loss"])
+        indices, losses = zip(*self.ranks.gather(mine), strict=True)
         if self.ranks.is_main:
-            self.folder.log_event("skipped", step=self.state.step, batch=self.state.batch - 1, indices=indices,
-                                  loss=float(result["loss"]), grad_norm=float(result["grad_norm"]))
-            log.warning("Batch %d skipped after step %d: loss %g, gradient norm %g.", self.state.batch - 1,
-                        self.state.step, float(result["loss"]), float(result["grad_norm"]))
-        if self.state.skipped_in_a_row >= self.plan.max_skipped:
-            raise Failure(f"{self.state.skipped_in_a_row} batches in a row gave a loss or gradient that is not finite "
-                          f"(last: batch {self.state.batch - 1}); weights are those of step {self.state.step}. "
-                          f"Lower optimizer.lr, set optimizer.clip_grad, or use precision=bf16 or fp32.")
+            norm = float(result["grad_norm"])
+            self.folder.log_event("skipped", step=state.step, batch=number, indices=sum(indices, []),
+                                  losses=list(losses), grad_norm=norm)
+            log.warning("Batch %d skipped after step %d: loss %s, gradient norm %g%s.", number, state.step,
+                        ", ".join(f"{loss:g}" for loss in losses), norm, self._scale())
+        if state.skipped_in_a_row >= self.plan.max_skipped:
+            self._give_up(drawn, number)
+
+    def _scale(self) -> str:
+        scaler = self.state.scaler
+        return f"; gradients are now scaled by {scaler.get_scale():g}" if scaler.is_enabled() else ""
+
+    def _give_up(self, drawn: Sequence[Any], number: int) -> None:
+        """Ends the run with what went wrong first and how to see it again."""
+        culprit = self.stepper.examine(self.state, drawn, number).first
+        culprits = [f"rank {rank}: {first}" for rank, first in enumerate(self.ranks.gather(culprit)) if first]
+        where = culprits[0] if culprits else "seen again it is finite, so the cause lies in the scaling or the machine"
+        if self.ranks.is_main:
+            self._write(self.folder.nonfinite, {**self.state.state_dict(), **self.identity, "world": self.ranks.world},
+                        "The weights cannot be looked at later.")
+            self.folder.log_event("gave_up", step=self.state.step, batch=number, first=where)
+        raise Failure(f"{self.state.skipped_in_a_row} batches in a row gave a loss or gradient that is not finite. "
+                      f"First to go wrong in batch {number}, {where}. To look at it again: "
+                      f"python -m deepvit.replay {self.folder.path} --batch {number}. To go on, lower optimizer.lr, set "
+                      f"optimizer.clip_grad, or use precision=bf16 or fp32: the same command with that continues from "
+                      f"the last checkpoint.")
 
     def _note_bad(self, drawn: Sequence[Any]) -> None:
         for one in (one for batch in drawn for one in batch.bad if one.index not in self._seen_bad):
@@ -239,11 +285,5 @@ class Fit:
                                   replaced_by=one.replaced_by)
             log.warning("The picture %s cannot be used (%s); another takes its place.", one.name, one.reason)
 
-    def _draw_scalars(self, group: str, values: dict[str, Any]) -> None:
-        for name, value in values.items():
-            self._board.add_scalar(f"{group}/{name}", value, self.state.step)
-
     def _epoch(self) -> float:
         return round(self.state.batch * self.plan.batch_size / self.plan.epoch_size, 4)
-
-

@@ -1,24 +1,33 @@
 """A run folder: one owner at a time, results as JSON lines that survive a kill, and a record of what happened."""
 
+import errno
 import fcntl
 import json
+import logging
+import math
 import os
 import socket
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, ClassVar
 
 from deepvit.engine.checkpoint import write_text_synced
 from deepvit.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 class RunFolder:
     """The paths of a run and its append-only files. Rank 0 owns it; the others only read.
 
-    The lock is the kernel's (`flock`): it ends with its process, however that dies, so no lock is ever stale.
+    The lock is the kernel's (`lockf`): it ends with its process, however that dies, so no lock is ever stale. (Not
+    `flock`, which the processes that load pictures would inherit and hold for seconds after a SIGKILL.)
     """
+
+    _claimed: ClassVar[set[Path]] = set()  # by this process, to which its own lockf gives way
 
     OWN = ("config.yaml", "metrics.jsonl", "metrics.json", "events.jsonl", "train.log")
 
@@ -26,10 +35,11 @@ class RunFolder:
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
         self.last, self.previous = self.checkpoints / "last.pt", self.checkpoints / "previous.pt"
-        self.best = self.checkpoints / "best.pt"
+        self.best, self.nonfinite = self.checkpoints / "best.pt", self.checkpoints / "nonfinite.pt"
         self.metrics, self.events = self.path / "metrics.jsonl", self.path / "events.jsonl"
         self.result, self.config = self.path / "metrics.json", self.path / "config.yaml"
         self._lock: IO[str] | None = None
+        self._waiting: dict[Path, list[str]] = {}
 
     def claim(self) -> None:
         """Creates the folder, proves that it can be written, and takes its lock.
@@ -37,14 +47,17 @@ class RunFolder:
         Raises:
             UserError: not writable, or another process works in it (which is named).
         """
+        if self.path.resolve() in self._claimed:
+            raise UserError(f"The run folder {self.path} is in use by this very process.")
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             lock = (self.path / "lock").open("a+")
+            self._prove_writable()
         except OSError as error:
             raise UserError(f"The run folder {self.path} cannot be written ({error.strerror}): "
                             f"choose another with hydra.run.dir=...") from error
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             lock.seek(0)
             owner = lock.read().strip() or "another process"
@@ -54,8 +67,15 @@ class RunFolder:
         lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         lock.flush()
         self._lock = lock
+        self._claimed.add(self.path.resolve())
         for partial in self.path.rglob("*.tmp"):
             partial.unlink()
+
+    def _prove_writable(self) -> None:
+        """A full or read-only disk shows itself now, not after the first epoch."""
+        for folder in (self.path, self.checkpoints):
+            with tempfile.TemporaryFile(dir=folder) as file:
+                file.write(bytes(4096))
 
     def release(self) -> None:
         """Gives the lock back; a folder in which nothing was begun is left as it was found."""
@@ -67,6 +87,7 @@ class RunFolder:
                 self.checkpoints.rmdir()
         self._lock.close()
         self._lock = None
+        self._claimed.discard(self.path.resolve())
 
     def clear(self) -> None:
         """Forgets an earlier run (`fresh=true`): only files that a run writes."""
@@ -85,18 +106,42 @@ class RunFolder:
             return {}
 
     def write_result(self, result: dict[str, Any]) -> None:
-        write_text_synced(self.result, json.dumps(result, indent=1) + "\n")
+        write_text_synced(self.result, json.dumps(plain(result), indent=1, allow_nan=False) + "\n")
 
     def log_metrics(self, line: dict[str, Any]) -> None:
-        _append(self.metrics, line)
+        self._append(self.metrics, line)
 
     def log_event(self, event: str, **details: Any) -> None:
-        _append(self.events, {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": event, **details})
+        self._append(self.events, {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": event, **details})
+
+    def _append(self, path: Path, line: dict[str, Any]) -> None:
+        """Adds a line now or, where the disk refuses, together with the next one: none is lost while we live."""
+        waiting = self._waiting.setdefault(path, [])
+        waiting.append(json.dumps(plain(line), allow_nan=False) + "\n")
+        try:
+            _append_whole(path, "".join(waiting).encode())
+        except OSError as error:
+            log.warning("%s cannot be written (%s); its lines are kept in memory and tried again.", path,
+                        error.strerror)
+            return
+        waiting.clear()
 
     def drop_metrics_after(self, step: int) -> None:
-        """Forgets lines that the continued run will write again, and a line that a kill tore."""
-        kept = [line for line in read_json_lines(self.metrics) if line["step"] <= step]
-        write_text_synced(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
+        """Forgets lines that the continued run will write again, and a line that a kill tore (also an event's)."""
+        for path in (self.metrics, self.events):
+            kept = [line for line in read_json_lines(path) if path == self.events or line["step"] <= step]
+            write_text_synced(path, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+class LogFile(logging.FileHandler):
+    """`train.log`; a disk that refuses a line costs that line alone."""
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Nothing: the default prints a traceback for every line."""
 
 
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -111,6 +156,22 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
                 continue
 
 
-def _append(path: Path, line: dict[str, Any]) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(line) + "\n")
+def plain(value: Any) -> Any:
+    """`value` with null for numbers that are not finite, which JSON does not know."""
+    if isinstance(value, dict):
+        return {name: plain(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _append_whole(path: Path, text: bytes) -> None:
+    """All of `text` or, when the disk refuses, nothing of it."""
+    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        size = os.fstat(handle).st_size
+        if (written := os.write(handle, text)) < len(text):
+            os.ftruncate(handle, size)
+            raise OSError(errno.ENOSPC, f"{written} of {len(text)} bytes were taken")
+    finally:
+        os.close(handle)

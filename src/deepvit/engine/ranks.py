@@ -1,8 +1,9 @@
 """The processes that train together: who they are, and the few things they must agree on."""
 
 import os
+import uuid
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -11,7 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from deepvit.engine.pulse import Pulse, connect
 from deepvit.errors import Failure, UserError
+
+
+class LostRank(Failure):
+    """Another rank died or hangs; starting all of them again may help."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,7 @@ class Ranks:
     world: int
     device: torch.device
     control: dist.ProcessGroup | None = None
+    pulse: Pulse | None = None
 
     @property
     def is_main(self) -> bool:
@@ -58,15 +65,39 @@ class Ranks:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """A user's error in the block on one rank becomes the same error on all of them, so that none waits."""
+        """A sentence that ends the block on one rank ends it on all of them, so that none waits for the others.
+
+        Nothing collective may stand in the block: the ranks would not meet there.
+        """
         error = None
         try:
             yield
-        except UserError as raised:
-            error = str(raised)
-        errors = [text for text in self.gather(error) if text is not None]
-        if errors:
-            raise UserError(errors[0])
+        except (UserError, Failure) as raised:
+            error = raised
+        self.agree(error)
+
+    def agree(self, error: UserError | Failure | None, flag: bool = False) -> bool:
+        """Whether any rank raises `flag`; an error of any rank is raised on all, with the rank's number if not ours."""
+        if self.control is None and error is not None:
+            raise error
+        answers = self.gather((type(error), str(error), flag))
+        for rank, (kind, text, _) in enumerate(answers):
+            if kind is not type(None):
+                raise kind(text) from error
+        return any(answer[2] for answer in answers)
+
+    def beat(self, step: int) -> None:
+        """Leaves a note of the step reached, for those who might miss this rank."""
+        if self.pulse is not None:
+            self.pulse.beat(step)
+
+    def any_asked_to_stop(self, asked: bool) -> bool:
+        """Whether this or any other rank was asked to stop; unlike `any` it may be called at any time by any rank."""
+        if self.pulse is None:
+            return asked
+        if asked:
+            self.pulse.ask_to_stop()
+        return asked or self.pulse.asked_to_stop()
 
     def average(self, buffers: list[Tensor]) -> None:
         """Sets each buffer to its mean over the ranks, in one exchange: running statistics stay equal everywhere."""
@@ -91,20 +122,58 @@ class Ranks:
 
 @contextmanager
 def join(accelerator: str, timeout_s: float) -> Iterator[Ranks]:
-    """This process's place: from torchrun's (or the elastic launcher's) environment if there is one, else alone."""
+    """This process's place: from torchrun's (or the elastic launcher's) environment if there is one, else alone.
+
+    Raises:
+        LostRank: another rank did not come, died, or kept the others waiting for more than `timeout_s`.
+    """
     device = pick_device(accelerator)
     if "RANK" not in os.environ:
         yield Ranks(0, 1, device)
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    timeout = timedelta(seconds=timeout_s)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    ranks = _meet(device, timedelta(seconds=timeout_s))
     try:
+        yield ranks
+    except LostRank:
+        raise
+    except RuntimeError as error:
+        if not _is_about_ranks(error):
+            raise
+        raise LostRank(_lost(ranks, error)) from error
+    else:
+        dist.destroy_process_group()  # after a loss it could wait for the one that is gone
+
+
+def _meet(device: torch.device, timeout: timedelta) -> Ranks:
+    try:
+        store, rank, world = connect(timeout)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout, rank=rank,
+                                world_size=world, store=dist.PrefixStore("default", store))
         control = dist.new_group(backend="gloo", timeout=timeout)
-        yield Ranks(dist.get_rank(), dist.get_world_size(), device, control)
-    finally:
-        dist.destroy_process_group()
+        alone = Ranks(rank, world, device, control)
+        round_name = alone.from_main(uuid.uuid4().hex)
+    except RuntimeError as error:
+        raise LostRank(f"Rank {os.environ['RANK']} of {os.environ.get('WORLD_SIZE')} did not meet the others: "
+                       f"{_first_line(error)}") from error
+    return Ranks(rank, world, device, control, Pulse(dist.PrefixStore(round_name, store), rank, world))
+
+
+def _is_about_ranks(error: RuntimeError) -> bool:
+    text = str(error).lower()
+    return isinstance(error, dist.DistError) or any(word in text for word in (
+        "gloo", "nccl", "connection", "timed out", "timeout", "socket", "broken pipe"))
+
+
+def _lost(ranks: Ranks, error: RuntimeError) -> str:
+    missing = ranks.pulse.missing()
+    who = f"lost {' and '.join(missing)}" if missing else "lost the connection to the others, though all are there,"
+    return f"Rank {ranks.rank} {who} at its own step {ranks.pulse.step + 1} ({_first_line(error)})."
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def pick_device(accelerator: str) -> torch.device:
@@ -119,15 +188,3 @@ def pick_device(accelerator: str) -> torch.device:
         raise UserError(f"{local + 1} processes were started on this machine, which has "
                         f"{torch.cuda.device_count()} CUDA devices: lower engine.devices or --nproc-per-node.")
     return torch.device("cuda", local)
-
-
-@contextmanager
-def lost_ranks_named(ranks: Ranks, step: Callable[[], int]) -> Iterator[None]:
-    """Turns the collectives' own errors into a sentence that names this rank and the step it reached."""
-    try:
-        yield
-    except (dist.DistError, RuntimeError) as error:
-        text = str(error)
-        if ranks.world > 1 and any(word in text for word in ("gloo", "NCCL", "Connection", "Timed out", "timeout")):
-            raise Failure(f"Rank {ranks.rank} lost another rank after step {step()}: {text.splitlines()[0]}") from error
-        raise

@@ -4,11 +4,13 @@ import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from deepvit.engine.nonfinite import Examination, examine
 from deepvit.engine.ranks import Ranks
 from deepvit.engine.schedule import Schedule
 from deepvit.engine.state import TrainState
@@ -77,6 +79,21 @@ class Stepper:
                 state.ema.update(state.model, state.step)
         state.scaler.update()
         return {"loss": loss, "grad_norm": norm, "skipped": torch.tensor(skipped)}
+
+    def examine(self, state: TrainState, batches: Sequence[Any], number: int) -> Examination:
+        """Repeats this rank's passes over global batch `number`, looked at module by module; nothing is updated."""
+        seed_randomness(self.seed, number, self.ranks.rank)
+        state.model.train()
+
+        def loss(x: Tensor, y: Tensor) -> Tensor:
+            with self.precision.autocast(self.ranks.device):
+                return state.scaler.scale(self.objective(state.model, x, y) / len(batches))
+
+        seen = []
+        for batch in batches:  # all of them: a norm over the ranks meets the others in each
+            x, y = self.prepare(batch, number, self.ranks.device, training=True)
+            seen.append(examine(state.model, partial(loss, x, y)))
+        return next((one for one in seen if one.first), seen[0])
 
     def _accumulate(self, state: TrainState, batches: Sequence[Any]) -> Tensor:
         """Gradients of the mean loss over `batches`; the ranks exchange them once, with the last."""

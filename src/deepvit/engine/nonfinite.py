@@ -1,0 +1,86 @@
+"""Where numbers went wrong: the first module of a model whose output or gradient is not finite."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class Examination:
+    """What one forward and backward pass showed.
+
+    Attributes:
+        loss: of this pass.
+        first: in words, what was the first to be not finite; None if everything was.
+        ranges: module name -> (smallest, largest, largest gradient) of its output, in the order of the forward pass.
+    """
+
+    loss: float = float("nan")
+    first: str | None = None
+    ranges: dict[str, list[float]] = field(default_factory=dict)
+
+
+def examine(model: nn.Module, loss: Callable[[], Tensor]) -> Examination:
+    """Runs `loss()`, which calls `model`, forward and backward, and looks at every module on the way.
+
+    Gradients are dropped and buffers (running statistics) put back.
+    """
+    found = Examination()
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        with _watched(model, found):
+            _note(found, "an input weight", dict(model.named_parameters()))
+            value = loss()
+            found.loss = float(value)
+            value.backward()
+            _note(found, "the gradient of", {name: weight.grad for name, weight in model.named_parameters()
+                                             if weight.grad is not None})
+    finally:
+        model.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+    if found.first is None and not torch.isfinite(torch.tensor(found.loss)):
+        found.first = "the loss, though every module's output is finite"
+    return found
+
+
+@contextmanager
+def _watched(model: nn.Module, found: Examination) -> Iterator[None]:
+    handles = [module.register_forward_hook(_look(name, found)) for name, module in model.named_modules() if name]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _look(name: str, found: Examination) -> Callable[..., None]:
+    def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if not isinstance(output, Tensor) or not output.is_floating_point():
+            return
+        values = output.detach()
+        found.ranges[name] = [float(values.min()), float(values.max()), 0.0]
+        _note(found, "the output of", {name: values})
+        if output.requires_grad:
+            output.register_hook(lambda gradient: look_back(gradient))
+
+    def look_back(gradient: Tensor) -> None:
+        found.ranges[name][2] = float(gradient.abs().max())
+        _note(found, "the gradient at the output of", {name: gradient})
+
+    return hook
+
+
+def _note(found: Examination, what: str, tensors: dict[str, Tensor]) -> None:
+    if found.first is not None:
+        return
+    for name, values in tensors.items():
+        wrong = int((~torch.isfinite(values)).sum())
+        if wrong:
+            found.first = f"{what} {name} ({wrong} of {values.numel()} values)"
+            return

@@ -1,0 +1,72 @@
+"""How ranks hear of each other outside the collectives: who is at which step, who is gone, who was asked to stop."""
+
+import os
+import socket
+import time
+from datetime import timedelta
+
+import torch.distributed as dist
+
+ROLL_CALL_S = 5.0  # how long the ranks that are left wait for each other before they name those that are not
+
+
+class Pulse:
+    """Notes in the launcher's key-value store, which outlives a rank.
+
+    Args:
+        store: this round's alone; a restarted group must not read the notes of the one before.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, world: int):
+        self._store, self._rank, self._world = store, rank, world
+        self.step = 0
+        store.set(f"who/{rank}", f"process {os.getpid()} on {socket.gethostname()}")
+
+    def beat(self, step: int) -> None:
+        """Says that this rank has done `step` updates and begins the next."""
+        self.step = step
+        self._store.set(f"step/{self._rank}", str(step))
+
+    def ask_to_stop(self) -> None:
+        self._store.set("stop", "1")
+
+    def asked_to_stop(self) -> bool:
+        """Whether any rank called `ask_to_stop`."""
+        return self._store.check(["stop"])
+
+    def missing(self) -> list[str]:
+        """The ranks that do not answer a roll call, in words: `rank 1 (process 71 on n3, begun after step 12)`.
+
+        Every rank that noticed a loss calls this; it takes `ROLL_CALL_S` if one does not.
+        """
+        try:
+            self._store.set(f"here/{self._rank}", "1")
+            absent = self._absent()
+            return [f"rank {rank} ({self._last_words(rank)})" for rank in absent]
+        except dist.DistError:  # the store lived in rank 0, without a launcher's
+            return ["rank 0 (which kept the ranks' common notes)"]
+
+    def _absent(self) -> list[int]:
+        deadline, absent = time.monotonic() + ROLL_CALL_S, list(range(self._world))
+        while absent and time.monotonic() < deadline:
+            absent = [rank for rank in absent if not self._store.check([f"here/{rank}"])]
+            time.sleep(0.05)
+        return absent
+
+    def _last_words(self, rank: int) -> str:
+        known = [self._store.get(key).decode() for key in (f"who/{rank}", f"step/{rank}") if self._store.check([key])]
+        if len(known) < 2:
+            return ", ".join([*known, "not yet training"])
+        return f"{known[0]}, last heard of after step {known[1]}"
+
+
+def connect(timeout: timedelta) -> tuple[dist.Store, int, int]:
+    """The launcher's store, this process's rank and the number of ranks, from the environment.
+
+    Raises:
+        dist.DistError: the others were not there in time.
+    """
+    from torch.distributed.rendezvous import rendezvous
+    store, rank, world = next(iter(rendezvous("env://", timeout=timeout)))
+    store.set_timeout(timeout)
+    return store, rank, world
