@@ -7,7 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from deepvit.ops import cpu
+from deepvit.ops import cpu, native
 from deepvit.ops.plain import tokens_first
 
 log = logging.getLogger("deepvit.ops")
@@ -31,13 +31,22 @@ def triton_refuses(q: Tensor) -> str:
     return _triton().serves(q) if HAS_TRITON else "triton is not installed"
 
 
+def _on_cpu(q: Tensor):
+    """The module that computes q's dtype on a CPU: compiled where it can be, else in tiles of plain PyTorch."""
+    library, why = native.load()
+    if library is None or q.dtype == torch.float64:
+        announce("cpu tiles", why or "the compiled form has no float64")
+        return cpu
+    announce("cpu native", "compiled once by this machine's g++")
+    return native
+
+
 @torch.library.custom_op("deepvit::centred_mix", mutates_args=(), device_types="cpu")
 def centred_mix(q: Tensor, k: Tensor, v: Tensor, mix: Tensor, scale: float,
                 statistics: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`plain.centred_mix` and, as a fourth, what its backward wants besides the inputs (empty on a CPU)."""
-    announce("cpu", "tiles of maps that fit the cache")
     with torch.autocast("cpu", enabled=False):
-        return *cpu.centred_mix(q, k, v, mix, scale, statistics), mix.new_empty(0)
+        return *_on_cpu(q).centred_mix(q, k, v, mix, scale, statistics), mix.new_empty(0)
 
 
 @torch.library.custom_op("deepvit::centred_mix_backward", mutates_args=(), device_types="cpu")
@@ -45,7 +54,7 @@ def centred_mix_backward(du: Tensor, dsumsq: Tensor, dtotal: Tensor, q: Tensor, 
                          kept: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and mix; the arguments as in `cpu.centred_mix_backward`."""
     with torch.autocast("cpu", enabled=False):
-        return cpu.centred_mix_backward(du, dsumsq, dtotal, q, k, v, mix, scale)
+        return _on_cpu(q).centred_mix_backward(du, dsumsq, dtotal, q, k, v, mix, scale)
 
 
 @centred_mix.register_kernel("cuda")

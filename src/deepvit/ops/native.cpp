@@ -1,0 +1,294 @@
+// The core of the affine form (see affine.py, plain.py) as one parallel region: each task is some query rows of one
+// sample, whose maps of all heads never leave the core's cache. Compiled at first use by native.py; float32.
+//
+// Every array a task works on is padded with zeros to whole vectors: tokens to Np, head width to Dp, rows to 8.
+// With C = softmax(scale q k^T) - 1/N and M = mix C, forward gives u = M v and sum M^2; backward recomputes both:
+//   dM = du v^T + 2 dsumsq M,  dmix = sum dM C^T,  dA = mix^T dM,  dS = (C + 1/N) (dA - sum_j (C + 1/N) dA).
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#ifdef __AVX512F__
+constexpr int W = 16;
+#else
+constexpr int W = 8;
+#endif
+typedef float Vec __attribute__((vector_size(4 * W), aligned(4)));
+typedef int32_t Ints __attribute__((vector_size(4 * W), aligned(4)));
+constexpr int ROWS = 8;  // rows of a register block; padded row counts are multiples of it
+
+static inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
+static inline void store(float* p, Vec x) { *reinterpret_cast<Vec*>(p) = x; }
+static inline long up(long n, long to) { return (n + to - 1) / to * to; }
+static inline float total(Vec x) {
+    float sum = 0;
+    for (int i = 0; i < W; i++) sum += x[i];
+    return sum;
+}
+
+// exp for x <= 0 to about 1 ulp (Cephes' polynomial); below -87 as at -87
+static inline Vec exponential(Vec x) {
+    const Vec least = Vec{} - 87.0f, magic = Vec{} + 12582912.0f;  // 1.5 2^23: adding it rounds to an integer
+    x = x < least ? least : x;
+    const Vec n = (x * 1.44269504088896341f + magic) - magic;
+    const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    Vec y = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    y = y * r + 8.3334519073e-3f;
+    y = y * r + 4.1665795894e-2f;
+    y = y * r + 1.6666665459e-1f;
+    y = y * r + 5.0000001201e-1f;
+    y = y * (r * r) + r + 1.0f;
+    const Ints power = (__builtin_convertvector(n, Ints) + 127) << 23;
+    return y * (Vec)power;
+}
+
+// A left factor: element (i, k) at p[i * row + k * col]
+struct Left { const float* p; long row, col; };
+
+template <int R, int V, bool ADD>
+static inline void block(Left a, const float* b, long b_row, float* c, long c_row, long depth) {
+    Vec sum[R][V];
+    for (int i = 0; i < R; i++)
+        for (int j = 0; j < V; j++) sum[i][j] = ADD ? load(c + i * c_row + j * W) : Vec{};
+    for (long k = 0; k < depth; k++) {
+        Vec right[V];
+        for (int j = 0; j < V; j++) right[j] = load(b + k * b_row + j * W);
+        for (int i = 0; i < R; i++)
+            for (int j = 0; j < V; j++) sum[i][j] += a.p[i * a.row + k * a.col] * right[j];
+    }
+    for (int i = 0; i < R; i++)
+        for (int j = 0; j < V; j++) store(c + i * c_row + j * W, sum[i][j]);
+}
+
+template <int R, bool ADD>
+static void strip(Left a, const float* b, long b_row, float* c, long c_row, long cols, long depth) {
+    constexpr int V = W == 16 && R == 8 ? 3 : 2;
+    long j = 0;
+    for (; j + V * W <= cols; j += V * W) block<R, V, ADD>(a, b + j, b_row, c + j, c_row, depth);
+    for (; j < cols; j += W) block<R, 1, ADD>(a, b + j, b_row, c + j, c_row, depth);
+}
+
+// c [rows, cols] (+)= a [rows, depth] b [depth, cols]; cols a multiple of W
+template <bool ADD>
+static void product(Left a, const float* b, long b_row, float* c, long c_row, long rows, long cols, long depth) {
+    long i = 0;
+    for (; i + ROWS <= rows; i += ROWS)
+        strip<ROWS, ADD>({a.p + i * a.row, a.row, a.col}, b, b_row, c + i * c_row, c_row, cols, depth);
+    for (; i + 4 <= rows; i += 4)
+        strip<4, ADD>({a.p + i * a.row, a.row, a.col}, b, b_row, c + i * c_row, c_row, cols, depth);
+    for (; i < rows; i++)
+        strip<1, ADD>({a.p + i * a.row, a.row, a.col}, b, b_row, c + i * c_row, c_row, cols, depth);
+}
+
+// out [H, H] += a [H, length] b [H, length]^T
+template <int R, int S>
+static inline void dots(const float* a, const float* b, long length, float* out, long out_row) {
+    Vec sum[R][S] = {};
+    for (long k = 0; k < length; k += W)
+        for (int i = 0; i < R; i++)
+            for (int j = 0; j < S; j++) sum[i][j] += load(a + i * length + k) * load(b + j * length + k);
+    for (int i = 0; i < R; i++)
+        for (int j = 0; j < S; j++) out[i * out_row + j] += total(sum[i][j]);
+}
+
+static void outer(const float* a, const float* b, long H, long length, float* out) {
+    for (long i = 0; i < H;) {
+        const bool wide = i + 4 <= H;
+        for (long j = 0; j < H;) {
+            const bool broad = j + 4 <= H;
+            const float *x = a + i * length, *y = b + j * length;
+            float* o = out + i * H + j;
+            if (wide && broad) dots<4, 4>(x, y, length, o, H);
+            else if (wide) dots<4, 1>(x, y, length, o, H);
+            else if (broad) dots<1, 4>(x, y, length, o, H);
+            else dots<1, 1>(x, y, length, o, H);
+            j += broad ? 4 : 1;
+        }
+        i += wide ? 4 : 1;
+    }
+}
+
+struct Sizes {
+    long B, H, N, D, sb, sh, sn;  // strides of q, k, v; width stride 1
+    long rows, chunk;             // query rows of a tile; tiles of a task cover `chunk` rows
+    float scale;
+    long Np() const { return up(N, W); }
+    long Dp() const { return up(D, W); }
+    long chunks() const { return (N + chunk - 1) / chunk; }
+};
+
+// Working memory, which each thread keeps from call to call: fresh megabytes cost page faults
+struct Scratch {
+    float* next;
+    explicit Scratch(long floats) {
+        struct Kept { float* p = nullptr; long size = 0; ~Kept() { free(p); } };
+        static thread_local Kept kept;
+        if (kept.size < floats) {
+            free(kept.p);
+            kept.size = 0;
+            kept.p = static_cast<float*>(aligned_alloc(64, up(4 * floats, 64)));
+            if (!kept.p) throw std::bad_alloc();
+            kept.size = floats;
+        }
+        next = kept.p;
+    }
+    float* take(long floats) { float* p = next; next += up(floats, 16); return p; }
+};
+
+// `[rows, Dp]` from rows of stride `row`; zero beyond `there` rows and D
+static void pack(const float* from, long row, long there, long rows, long D, long Dp, float factor, float* to) {
+    for (long i = 0; i < rows; i++)
+        for (long c = 0; c < Dp; c++) to[i * Dp + c] = i < there && c < D ? from[i * row + c] * factor : 0.0f;
+}
+
+// `[D, Np]`, transposed
+static void pack_columns(const float* from, long row, long N, long Np, long D, float* to) {
+    for (long c = 0; c < D; c++)
+        for (long j = N; j < Np; j++) to[c * Np + j] = 0.0f;
+    for (long j0 = 0; j0 < N; j0 += 16)
+        for (long c = 0; c < D; c++)
+            for (long j = j0; j < (j0 + 16 < N ? j0 + 16 : N); j++) to[c * Np + j] = from[j * row + c];
+}
+
+// Logits of one row, in place, to softmax - 1/N; 0 beyond N
+static void centred_softmax(float* x, long N, long Np) {
+    for (long j = N; j < Np; j++) x[j] = -INFINITY;
+    Vec most = load(x);
+    for (long j = W; j < Np; j += W) { const Vec y = load(x + j); most = y > most ? y : most; }
+    float peak = most[0];
+    for (int i = 1; i < W; i++) peak = most[i] > peak ? most[i] : peak;
+    Vec sum = {};
+    for (long j = 0; j < Np; j += W) {
+        const Vec e = exponential(load(x + j) - peak);
+        store(x + j, e);
+        if (j + W <= N) sum += e;
+    }
+    float weight = total(sum);
+    for (long j = N / W * W; j < N; j++) weight += x[j];
+    const float inverse = 1.0f / weight, centre = 1.0f / N;
+    for (long j = 0; j < Np; j += W) store(x + j, load(x + j) * inverse - centre);
+    for (long j = N; j < Np; j++) x[j] = 0.0f;
+}
+
+// Centred maps `[H, rows, Np]` of `there` real rows from queries `[H, rows, Dp]` and keys `[H, D, Np]`
+static void fill_maps(const Sizes& s, const float* queries, const float* keys, long there, float* maps) {
+    const long Np = s.Np(), Dp = s.Dp();
+    for (long h = 0; h < s.H; h++) {
+        float* map = maps + h * s.rows * Np;
+        product<false>({queries + h * s.rows * Dp, Dp, 1}, keys + h * s.D * Np, Np, map, Np, s.rows, Np, s.D);
+        for (long i = 0; i < there; i++) centred_softmax(map + i * Np, s.N, Np);
+        memset(map + there * Np, 0, 4 * (s.rows - there) * Np);
+    }
+}
+
+static void forward_task(const Sizes& s, long b, long begin, const float* q, const float* k, const float* v,
+                         const float* mix, float* u, double* sumsq, float* sums, Scratch scratch) {
+    const long H = s.H, N = s.N, D = s.D, Np = s.Np(), Dp = s.Dp(), area = s.rows * Np;
+    float *keys = scratch.take(H * D * Np), *values = scratch.take(H * Np * Dp), *queries = scratch.take(H * s.rows * Dp);
+    float *maps = scratch.take(H * area), *mixed = scratch.take(H * area), *part = scratch.take(s.rows * Dp);
+    for (long h = 0; h < H; h++) {
+        pack_columns(k + b * s.sb + h * s.sh, s.sn, N, Np, D, keys + h * D * Np);
+        pack(v + b * s.sb + h * s.sh, s.sn, N, Np, D, Dp, 1.0f, values + h * Np * Dp);
+        for (long c = 0; begin == 0 && c < Dp; c += W) {
+            Vec sum = {};
+            for (long j = 0; j < N; j++) sum += load(values + (h * Np + j) * Dp + c);
+            for (long i = 0; i < W && c + i < D; i++) sums[(b * H + h) * D + c + i] = sum[i];
+        }
+    }
+    const long end = begin + s.chunk < N ? begin + s.chunk : N;
+    for (long i = begin; i < end; i += s.rows) {
+        const long there = end - i < s.rows ? end - i : s.rows;
+        for (long h = 0; h < H; h++)
+            pack(q + b * s.sb + h * s.sh + i * s.sn, s.sn, there, s.rows, D, Dp, s.scale, queries + h * s.rows * Dp);
+        fill_maps(s, queries, keys, there, maps);
+        product<false>({mix, H, 1}, maps, area, mixed, area, H, area, H);
+        for (long h = 0; h < H; h++) {
+            const float* m = mixed + h * area;
+            Vec squares = {};
+            for (long j = 0; j < area; j += W) squares += load(m + j) * load(m + j);
+            sumsq[h] += total(squares);
+            product<false>({m, Np, 1}, values + h * Np * Dp, Dp, part, Dp, s.rows, Dp, N);
+            for (long r = 0; r < there; r++) memcpy(u + ((b * N + i + r) * H + h) * D, part + r * Dp, 4 * D);
+        }
+    }
+}
+
+// dmix `[H, H]`; dk, dv `[H, Np, Dp]`, all added to
+static void backward_task(const Sizes& s, long b, long begin, const float* q, const float* k, const float* v,
+                          const float* mix, const float* du, const float* dsumsq, float* dq, float* dk, float* dv,
+                          float* dmix, Scratch scratch) {
+    const long H = s.H, N = s.N, D = s.D, Np = s.Np(), Dp = s.Dp(), area = s.rows * Np;
+    float *keys = scratch.take(H * D * Np), *columns = scratch.take(H * D * Np), *key_rows = scratch.take(H * Np * Dp);
+    float *queries = scratch.take(H * s.rows * Dp), *grads = scratch.take(H * s.rows * Dp);
+    float *maps = scratch.take(H * area), *mixed = scratch.take(H * area), *back = scratch.take(H * area);
+    float* part = scratch.take(s.rows * Dp);
+    for (long h = 0; h < H; h++) {
+        const long at = b * s.sb + h * s.sh;
+        pack_columns(k + at, s.sn, N, Np, D, keys + h * D * Np);
+        pack_columns(v + at, s.sn, N, Np, D, columns + h * D * Np);
+        pack(k + at, s.sn, N, Np, D, Dp, 1.0f, key_rows + h * Np * Dp);
+    }
+    const float centre = 1.0f / N;
+    const long end = begin + s.chunk < N ? begin + s.chunk : N;
+    for (long i = begin; i < end; i += s.rows) {
+        const long there = end - i < s.rows ? end - i : s.rows;
+        for (long h = 0; h < H; h++) {
+            pack(q + b * s.sb + h * s.sh + i * s.sn, s.sn, there, s.rows, D, Dp, s.scale, queries + h * s.rows * Dp);
+            pack(du + ((b * N + i) * H + h) * D, H * D, there, s.rows, D, Dp, 1.0f, grads + h * s.rows * Dp);
+        }
+        fill_maps(s, queries, keys, there, maps);
+        product<false>({mix, H, 1}, maps, area, mixed, area, H, area, H);
+        for (long h = 0; h < H; h++) {
+            float *m = mixed + h * area, *g = grads + h * s.rows * Dp;
+            product<true>({m, 1, Np}, g, Dp, dv + h * Np * Dp, Dp, Np, Dp, s.rows);
+            for (long j = 0; j < area; j += W) store(m + j, load(m + j) * (2 * dsumsq[h]));
+            product<true>({g, Dp, 1}, columns + h * D * Np, Np, m, Np, s.rows, Np, D);  // mixed is now dM
+        }
+        outer(mixed, maps, H, area, dmix);
+        product<false>({mix, 1, H}, mixed, area, back, area, H, area, H);
+        for (long h = 0; h < H; h++) {
+            for (long r = 0; r < there; r++) {
+                float *da = back + h * area + r * Np, *c = maps + h * area + r * Np;
+                Vec sum = {};
+                for (long j = 0; j < Np; j += W) sum += (load(c + j) + centre) * load(da + j);
+                const float delta = total(sum);
+                for (long j = 0; j < Np; j += W) store(da + j, (load(c + j) + centre) * (load(da + j) - delta));
+            }
+            memset(back + h * area + there * Np, 0, 4 * (s.rows - there) * Np);
+            product<false>({back + h * area, Np, 1}, key_rows + h * Np * Dp, Dp, part, Dp, s.rows, Dp, N);
+            for (long r = 0; r < there; r++)
+                for (long c = 0; c < D; c++) dq[((b * N + i + r) * H + h) * D + c] = part[r * Dp + c] * s.scale;
+            product<true>({back + h * area, 1, Np}, queries + h * s.rows * Dp, Dp, dk + h * Np * Dp, Dp, Np, Dp, s.rows);
+        }
+    }
+}
+
+extern "C" {
+
+// u `[B, N, H, D]`; sumsq `[B chunks, H]`, a row per task, zero before; sums `[B, H, D]` of v over N
+void deepvit_forward(const float* q, const float* k, const float* v, const float* mix, float* u, double* sumsq,
+                     float* sums, const Sizes* sizes, int threads) {
+    const Sizes s = *sizes;
+    const long floats = 2 * s.H * s.Np() * s.Dp() + s.H * s.rows * (s.Dp() + 2 * s.Np()) + s.rows * s.Dp() + 96;
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (long task = 0; task < s.B * s.chunks(); task++)
+        forward_task(s, task / s.chunks(), task % s.chunks() * s.chunk, q, k, v, mix, u, sumsq + task * s.H,
+                     sums, Scratch(floats));
+}
+
+// du, dq `[B, N, H, D]`; dkv `[B chunks, 2, H, Np, Dp]` and dmix `[B chunks, H, H]`, a row per task, zero before
+void deepvit_backward(const float* q, const float* k, const float* v, const float* mix, const float* du,
+                      const float* dsumsq, float* dq, float* dkv, float* dmix, const Sizes* sizes, int threads) {
+    const Sizes s = *sizes;
+    const long side = s.H * s.Np() * s.Dp();
+    const long floats = 3 * side + s.H * s.rows * (2 * s.Dp() + 3 * s.Np()) + s.rows * s.Dp() + 160;
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (long task = 0; task < s.B * s.chunks(); task++)
+        backward_task(s, task / s.chunks(), task % s.chunks() * s.chunk, q, k, v, mix, du, dsumsq, dq,
+                      dkv + 2 * task * side, dkv + (2 * task + 1) * side, dmix + task * s.H * s.H, Scratch(floats));
+}
+
+int deepvit_width() { return W; }
+}

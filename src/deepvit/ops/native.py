@@ -1,0 +1,122 @@
+"""The core of the affine form on a CPU, compiled: `native.cpp`, built once by the machine's g++ and kept in a cache.
+
+Never required: without g++, or with DEEPVIT_NATIVE=0, `cpu.py` does the same in plain PyTorch. What the compiled form
+adds is one parallel region a call, where PyTorch has dozens: on a busy machine those wait for each other.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from math import ceil
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from deepvit.ops.plain import tokens_first
+
+SOURCE = Path(__file__).with_name("native.cpp")
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp")
+TILE_BYTES = 400_000  # of one maps buffer of one thread; three are alive in backward, beside keys and values (1 MiB L2)
+
+
+class Sizes(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_long) for name in "B H N D sb sh sn rows chunk".split()] + [("scale", ctypes.c_float)]
+
+    @property
+    def chunks(self) -> int:
+        return ceil(self.N / self.chunk)
+
+
+def _signature() -> str:
+    """What a compiled file depends on: the source, the flags and the processor."""
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = next((line for line in cpuinfo.read_text().splitlines() if line.startswith(("flags", "Features"))), "")
+    return hashlib.sha256(repr((SOURCE.read_text(), FLAGS, platform.machine(), flags)).encode()).hexdigest()[:16]
+
+
+def _build(library: Path, compiler: str) -> None:
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        objects, linked = Path(folder) / "native.o", Path(folder) / "native.so"
+        subprocess.run([compiler, *FLAGS, "-c", SOURCE, "-o", objects], check=True, capture_output=True)
+        # linked without -fopenmp: the OpenMP runtime is the one torch has loaded, so that both share its threads
+        subprocess.run([compiler, "-shared", objects, "-o", linked], check=True, capture_output=True)
+        linked.replace(library)  # whole or not at all, also if several processes build
+
+
+@cache
+def load() -> tuple[ctypes.CDLL | None, str]:
+    """The compiled library, or None and why there is none."""
+    if os.environ.get("DEEPVIT_NATIVE") == "0":
+        return None, "DEEPVIT_NATIVE=0"
+    compiler = shutil.which("g++")
+    if compiler is None or platform.system() != "Linux":
+        return None, "no g++ here"
+    cached = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deepvit"
+    try:
+        library = cached / f"native-{_signature()}.so"
+        if not library.exists():
+            _build(library, compiler)
+        return ctypes.CDLL(str(library)), ""
+    except subprocess.CalledProcessError as error:
+        return None, f"g++ failed: {error.stderr.decode(errors='replace').strip()[-200:]}"
+    except OSError as error:
+        return None, f"not built: {error}"
+
+
+def _sizes(q: Tensor, scale: float) -> Sizes:
+    B, H, N, D = q.shape
+    rows = max(8, min(TILE_BYTES // (4 * H * N) // 8 * 8, 64, ceil(N / 8) * 8))
+    threads = torch.get_num_threads()
+    parts = 1 if B % threads == 0 or B >= 2 * threads else ceil(2 * threads / B)  # tasks a sample is cut into
+    chunk = ceil(ceil(N / parts) / rows) * rows
+    return Sizes(B, H, N, D, *q.stride()[:3], rows, chunk, scale)
+
+
+def _float_inputs(*inputs: Tensor) -> tuple[Tensor, ...]:
+    """q, k, v in float32 of one stride; views of one packed tensor pass as they are."""
+    inputs = tuple(x.float() for x in inputs)
+    if len({x.stride() for x in inputs}) == 1 and inputs[0].stride(-1) == 1:
+        return inputs
+    return tuple(x.contiguous() for x in inputs)
+
+
+def _pointers(*tensors: Tensor) -> list[ctypes.c_void_p]:
+    return [ctypes.c_void_p(x.data_ptr()) for x in tensors]
+
+
+def centred_mix(q: Tensor, k: Tensor, v: Tensor, mix: Tensor, scale: float,
+                statistics: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """`plain.centred_mix` for float32 and bfloat16, computed in float32; no gradient of its own."""
+    dtype = q.dtype
+    q, k, v = _float_inputs(q, k, v)
+    mix, sizes = mix.contiguous(), _sizes(q, scale)
+    u = tokens_first(q.new_empty(1).expand(q.shape))  # [B, H, N, d]
+    sumsq = torch.zeros(sizes.B * sizes.chunks, sizes.H, dtype=torch.float64)
+    total = q.new_empty(sizes.B, sizes.H, sizes.D)
+    load()[0].deepvit_forward(*_pointers(q, k, v, mix, u, sumsq, total), ctypes.byref(sizes), torch.get_num_threads())
+    return u.to(dtype), sumsq.sum(dim=0).to(mix.dtype), total
+
+
+def centred_mix_backward(du: Tensor, dsumsq: Tensor, dtotal: Tensor, q: Tensor, k: Tensor, v: Tensor, mix: Tensor,
+                         scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and mix; the arguments as in `cpu.centred_mix_backward`."""
+    B, H, N, d = q.shape
+    dtype = q.dtype
+    q, k, v = _float_inputs(q, k, v)
+    du, mix, dsumsq = du.float().transpose(1, 2).contiguous(), mix.contiguous(), dsumsq.contiguous()
+    sizes, width = _sizes(q, scale), load()[0].deepvit_width()
+    Np, Dp = (ceil(n / width) * width for n in (N, d))
+    dq = tokens_first(q.new_empty(1).expand(q.shape))  # [B, H, N, d]
+    dkv = q.new_zeros(B, sizes.chunks, 2, H, Np, Dp)
+    dmix = q.new_zeros(B * sizes.chunks, H, H)
+    load()[0].deepvit_backward(*_pointers(q, k, v, mix, du, dsumsq, dq, dkv, dmix), ctypes.byref(sizes),
+                               torch.get_num_threads())
+    dk, dv = (dkv[:, 0] if sizes.chunks == 1 else dkv.sum(dim=1))[..., :N, :d].unbind(1)  # [B, H, N, d]
+    return dq.to(dtype), dk.to(dtype, copy=True), (dv + dtotal[:, :, None]).to(dtype), dmix.sum(dim=0)
