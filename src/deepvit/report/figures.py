@@ -1,7 +1,7 @@
 """The report's pictures: accuracy and similarity against depth, training curves, similarity in every block."""
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +26,7 @@ Panel = Callable[[Axes], None]
 
 @dataclass(frozen=True)
 class Picture:
-    """Panels that belong together; `caption` is a sentence or two."""
+    """Panels that belong together; those of one y label share its range. `caption` is a sentence or two."""
 
     name: str
     caption: str
@@ -43,6 +43,7 @@ class Picture:
                 panel(axes)
             for axes in grid[len(self.panels):]:
                 axes.set_axis_off()
+            _share_ranges(grid[:len(self.panels)])
         return figure
 
     def save(self, folder: Path) -> Path:
@@ -59,6 +60,17 @@ class Picture:
         with matplotlib.rc_context(STYLE):
             self.draw(columns).savefig(file, format="svg", metadata={"Date": None})
         return file.getvalue()
+
+
+def _share_ranges(all_axes: Iterable[Axes]) -> None:
+    """Panels with the same labels are read against each other."""
+    groups: dict[str, list[Axes]] = {}
+    for axes in all_axes:
+        groups.setdefault(axes.get_ylabel(), []).append(axes)
+    for group in groups.values():
+        limits = [axes.get_ylim() for axes in group]
+        for axes in group:
+            axes.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
 
 
 def pictures(grid: Grid, prefix: str = "") -> list[Picture]:
@@ -126,6 +138,11 @@ def _positions(cells: Sequence[Cell], grid: Grid, axis: str) -> list[float]:
     return [values.index(_position(cell, grid, axis)) for cell in cells]
 
 
+def _span(grid: Grid, axis: str) -> float:
+    positions = _positions(grid.cells, grid, axis)
+    return max(positions) - min(positions)
+
+
 def _label_axis(axes: Axes, grid: Grid, axis: str) -> None:
     values = list(dict.fromkeys(_position(cell, grid, axis) for cell in grid.cells))
     axes.set_xlabel("depth (blocks)" if axis == "depth" else axis)
@@ -139,7 +156,7 @@ def _label_axis(axes: Axes, grid: Grid, axis: str) -> None:
 
 def _accuracy(axes: Axes, grid: Grid, axis: str) -> None:
     lines = _series(grid, axis)
-    for label, cells in lines.items():
+    for index, (label, cells) in enumerate(lines.items()):
         cells = [cell for cell in cells if cell.finished]
         if not cells:
             continue
@@ -147,13 +164,14 @@ def _accuracy(axes: Axes, grid: Grid, axis: str) -> None:
         bounds = [interval(cell) for cell in cells]
         bars = [[mean - (low if low is not None else mean) for mean, (low, _) in zip(means, bounds)],
                 [(high if high is not None else mean) - mean for mean, (_, high) in zip(means, bounds)]]
-        axes.errorbar(_positions(cells, grid, axis), means, yerr=bars, capsize=3, label=label or None,
+        shift = (index - (len(lines) - 1) / 2) * 0.012 * _span(grid, axis)  # so that bars do not hide each other
+        axes.errorbar([x + shift for x in _positions(cells, grid, axis)], means, yerr=bars, capsize=3, label=label or None,
                       linestyle="" if axis == "attention" else "-", **_look(label, list(lines)))
     if axis == "depth":
         _paper_points(axes, {entry for cell in grid.cells for entry in map(_key, published_for(cell))})
     _label_axis(axes, grid, axis)
     axes.set_ylabel("top-1 (%)")
-    axes.set_title(f"Accuracy, {grid.name}", fontsize=10)
+    axes.set_title(f"Accuracy on {grid.data}", fontsize=10)
     axes.legend(fontsize=8)
 
 
@@ -175,7 +193,7 @@ def _paper(axes: Axes) -> None:
     _paper_points(axes, {_key(entry) for entry in entries() if entry.source == "figure"})
     axes.set_xticks([12, 16, 24, 32])
     axes.set_xlabel("depth (blocks)")
-    axes.set_ylabel("top-1 (%)")
+    axes.set_ylabel("top-1 on ImageNet (%)")
     axes.set_title("For comparison: the paper, on ImageNet", fontsize=10)
     axes.legend(fontsize=8)
 
@@ -206,10 +224,13 @@ def _unit_range(axes: Axes) -> None:
 
 # Curves
 
+CURVES = {"top1": "top-1 (%)", "loss": "training loss"}
+
+
 def curves_picture(grid: Grid, prefix: str) -> Picture:
-    panels = [lambda axes, d=depth: _curves(axes, grid, d, "top1", "top-1 (%)") for depth in grid.depths]
-    panels += [lambda axes, d=depth: _curves(axes, grid, d, "loss", "training loss") for depth in grid.depths]
-    return Picture(f"{prefix}curves", "Training, one line a run.", panels, columns=min(len(grid.depths), 4))
+    depths = sorted({cell.depth for cell in grid.cells if any(run.lines for run in cell.runs)})
+    panels = [lambda axes, d=depth, n=name: _curves(axes, grid, d, n) for name in CURVES for depth in depths]
+    return Picture(f"{prefix}curves", "Training, one line a run.", panels, columns=min(len(depths), 4))
 
 
 def curve(run: Run, name: str) -> tuple[list[float], list[float]]:
@@ -218,7 +239,7 @@ def curve(run: Run, name: str) -> tuple[list[float], list[float]]:
     return [line.get("epoch", 0.0) for line in lines], [line[name] for line in lines]
 
 
-def _curves(axes: Axes, grid: Grid, depth: int, name: str, label: str) -> None:
+def _curves(axes: Axes, grid: Grid, depth: int, name: str) -> None:
     lines = _series(grid, "depth")
     for series, cells in lines.items():
         look = {"color": _look(series, list(lines))["color"], "linewidth": 1.3}
@@ -226,7 +247,7 @@ def _curves(axes: Axes, grid: Grid, depth: int, name: str, label: str) -> None:
         for index, run in enumerate(runs):
             axes.plot(*curve(run, name), label=series if index == 0 else None, alpha=1.0 if index == 0 else 0.5, **look)
     axes.set_xlabel("epoch")
-    axes.set_ylabel(label)
+    axes.set_ylabel(CURVES[name])
     axes.set_title(f"{depth} blocks", fontsize=10)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=8)
@@ -235,10 +256,11 @@ def _curves(axes: Axes, grid: Grid, depth: int, name: str, label: str) -> None:
 # Similarity in every block
 
 def blocks_picture(grid: Grid, prefix: str) -> Picture:
-    panels = [lambda axes, d=depth, k=kind: _blocks(axes, grid, d, k) for kind in KINDS for depth in grid.depths]
+    depths = sorted({cell.depth for cell in grid.cells if any(similarity(run, "final", "final") for run in cell.runs)})
+    panels = [lambda axes, d=depth, k=kind: _blocks(axes, grid, d, k) for kind in KINDS for depth in depths]
     return Picture(f"{prefix}blocks", "Similarity M of each block's maps to the next block's, mean over pictures, "
                    "heads, tokens and seeds. Solid: trained; dotted: at initialisation.", panels,
-                   columns=min(len(grid.depths), 4))
+                   columns=min(len(depths), 4))
 
 
 def _blocks(axes: Axes, grid: Grid, depth: int, kind: str) -> None:
@@ -254,6 +276,7 @@ def _blocks(axes: Axes, grid: Grid, depth: int, kind: str) -> None:
                     axes.plot(range(1, len(mean) + 1), mean, color=look["color"],
                               marker=look["marker"] if moment == "final" else None, markersize=3, **style)
     axes.set_xlabel("block")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylabel("M to the next block")
     axes.set_title(f"{KINDS[kind]}, {depth} blocks", fontsize=10)
     _unit_range(axes)

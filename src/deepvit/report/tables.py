@@ -9,8 +9,8 @@ from deepvit.report.published import Published, published_of, sources
 from deepvit.report.runs import Run
 from deepvit.report.statistics import Summary, summarise
 
-MOMENTS = {"initial": "at init.", "final": "trained"}
-KINDS = {"final": "final", "softmax": "softmax", "final_centred": "final - 1/N", "softmax_centred": "softmax - 1/N"}
+MOMENTS = {"initial": "untrained", "final": "trained"}
+KINDS = {"final": "final", "softmax": "softmax", "final_centred": "final-1/N", "softmax_centred": "softmax-1/N"}
 NONE = "–"
 
 
@@ -64,7 +64,7 @@ def tables(grid: Grid, threshold: float) -> list[Table]:
 
 
 def _results(grid: Grid, threshold: float) -> Table:
-    headers = [*_axes(grid), "top-1 %", "n", "95 %", *(f"similar {moment}, {kind}" for moment in MOMENTS.values()
+    headers = [*_axes(grid), "top-1 %", "n", "95 %", *(f"similar {moment} {kind}" for moment in MOMENTS.values()
                                                      for kind in ("final", "softmax")),
                "parameters", "published", "difference", "status"]
     rows = [[*_place(cell), _top1(cell), str(len(cell.finished)), _interval(cell),
@@ -80,12 +80,12 @@ def _results(grid: Grid, threshold: float) -> Table:
 
 
 def _similarities(grid: Grid) -> Table:
-    headers = [*_axes(grid), *(f"{kind}, {moment}" for kind in KINDS.values() for moment in MOMENTS.values())]
+    headers = [*_axes(grid), *(f"{kind} {moment}" for kind in KINDS.values() for moment in MOMENTS.values())]
     rows = [[*_place(cell), *(_text(over_seeds(cell, lambda run, m=moment, k=kind: mean_similarity(run, m, k)), 2)
                               for kind in KINDS for moment in MOMENTS)] for cell in grid.cells if cell.finished]
     return Table(f"Mean similarity M of adjacent blocks: {grid.name}", headers, rows, [
-        "- 1/N: of maps minus their uniform part. At initialisation a norm over heads has no statistics yet and centres "
-        "nothing; once it has, it lowers M of the final maps by construction, whatever was learned."])
+        "-1/N: of maps minus their uniform part. An untrained norm over heads has no statistics yet and centres nothing; "
+        "once it has, it lowers M of the final maps by construction, whatever was learned."])
 
 
 def _costs(grid: Grid) -> Table:

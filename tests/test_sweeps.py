@@ -1,0 +1,119 @@
+"""Every cell of every sweep file composes to settings that hold, with the values that the file gives."""
+
+import inspect
+import random
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from deepvit import build
+from deepvit.models import build_model
+from deepvit.run_folder_name import run_name
+from deepvit.settings import read_settings
+
+FOLDER = Path(__file__).parents[1] / "conf" / "sweep"
+SWEEPS = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+PAPER_TABLES = ("depth_scaling", "embed_width", "variants", "temperature", "last_k", "augmentation", "data_fraction",
+                "beyond_32", "state_of_the_art")
+MOST_CELLS = 2  # composed of each file, drawn with its name as the seed
+
+
+def body(sweep: str) -> dict:
+    return yaml.safe_load((FOLDER / f"{sweep}.yaml").read_text())
+
+
+def cells(sweep: str) -> list[list[str]]:
+    """The command line of each cell, as Hydra's own sweeper writes them."""
+    given = [f"{key}={value}" for key, value in body(sweep)["hydra"]["sweeper"]["params"].items()]
+    overrides = OverridesParser.create().parse_overrides(given)
+    return [list(cell) for cell in BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]]
+
+
+def drawn(sweep: str) -> list[list[str]]:
+    """The last cell, whose every value is the last of its list, and others by chance."""
+    *others, last = cells(sweep)
+    return [*random.Random(sweep).sample(others, min(len(others), MOST_CELLS - 1)), last]
+
+
+@pytest.fixture(scope="module")
+def composed() -> dict[str, list[tuple[list[str], dict]]]:
+    return {sweep: [(cell, build.compose([*cell, f"sweep={sweep}"])) for cell in drawn(sweep)] for sweep in SWEEPS}
+
+
+def test_every_paper_table_has_a_sweep_and_a_small_one():
+    for table in PAPER_TABLES:
+        assert table in SWEEPS and f"{table}_cifar10" in SWEEPS
+
+
+@pytest.mark.parametrize("sweep", SWEEPS)
+def test_everything_stands_in_the_parameters(sweep):
+    """The name of a run folder is made of overrides: a value in the body would be in none."""
+    content = body(sweep)
+    assert list(content) == ["hydra"] and list(content["hydra"]) == ["mode", "sweeper"]
+    assert content["hydra"]["mode"] == "MULTIRUN" and list(content["hydra"]["sweeper"]) == ["params"]
+    assert {"model", "recipe"} <= set(content["hydra"]["sweeper"]["params"])
+
+
+@pytest.mark.parametrize("sweep", SWEEPS)
+def test_header_names_the_command_and_the_shared_recipe(sweep):
+    header = [line for line in (FOLDER / f"{sweep}.yaml").read_text().splitlines() if line.startswith("#")]
+    params = body(sweep)["hydra"]["sweeper"]["params"]
+    assert header[0] == "# @package _global_"
+    if sweep != "digits_depth":
+        assert any(f"python train.py -m sweep={sweep} " in line for line in header)
+        assert f"recipe={params['recipe']}" in " ".join(header)
+
+
+@pytest.mark.parametrize("sweep", SWEEPS)
+def test_cells_have_folders_of_their_own(sweep):
+    names = [run_name(cell) for cell in cells(sweep)]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("sweep", SWEEPS)
+def test_cells_hold_and_their_values_survive(sweep, composed):
+    for cell, config in composed[sweep]:
+        read_settings(config)
+        assert config["data"]["source"] == source(sweep)
+        for override in cell:
+            check_value(override, config)
+
+
+def source(sweep: str) -> str:
+    return "digits" if sweep == "digits_depth" else "cifar10" if sweep.endswith("_cifar10") else "imagenet"
+
+
+def check_value(override: str, config: dict) -> None:
+    parsed = OverridesParser.create().parse_override(override)
+    key, wanted = parsed.key_or_group, parsed.value()
+    if key == "model/attention":
+        assert config["model"]["attention"]["name"] == wanted
+    elif key == "augment":
+        assert config["augment"]["mixup"] == {"none": 0.0, "light": 0.0, "deepvit": 0.8}[wanted]
+    elif key not in ("model", "recipe"):
+        value = config
+        for part in key.split("."):
+            value = value[part]
+        assert value == wanted and type(value) is type(wanted), override
+
+
+@pytest.mark.parametrize("sweep", [sweep for sweep in SWEEPS if source(sweep) != "imagenet"])
+def test_small_models_can_be_built(sweep, composed):
+    """Heads divide widths, patches divide pictures, chosen blocks exist."""
+    config = composed[sweep][-1][1]
+    model = build_model({**config["model"], "num_classes": 10, "depth": config["model"]["depth"]})
+    assert model.depth == config["model"]["depth"] and model.embed_dim == config["model"]["embed_dim"]
+
+
+def test_a_table_of_the_paper_is_a_sweep_of_its_depths():
+    params = body("depth_scaling")["hydra"]["sweeper"]["params"]
+    assert params["model.depth"] == "12,16,24,32" and params["seed"] == "0,1,2"
+    assert "norm_only" in params["model/attention"].split(",")
+
+
+def test_split_is_the_sweepers_own():
+    """The cells above are what a multirun runs only as long as the sweeper's function keeps its form."""
+    assert list(inspect.signature(BasicSweeper.split_arguments).parameters) == ["overrides", "max_batch_size"]
