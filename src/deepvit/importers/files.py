@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -119,7 +120,8 @@ def _open_torch(path: Path, ema: bool) -> WeightsFile:
 def load_plain(path: Path) -> Any:
     """`torch.load` of tensors and plain values only; of classes, `argparse.Namespace` (published files hold one)."""
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch muses on pickle protocols and sparse tensors; what matters raises
             is_zip = path.open("rb").read(2) == b"PK"
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:  # a torn pickle may raise anything

@@ -68,6 +68,10 @@ def load_model(path: str | Path, *, dialect: str | None = None, ema: bool = Fals
     file, spoken, translation, report = _understand(path, dialect, ema, keywords)
     config = _settings(file, spoken, translation, keywords, head, report)
     model = _empty_model(config, file)
+    positions = translation.shapes["pos_embed"]
+    if "img_size" not in keywords and positions[1:2] != model.pos_embed.shape[1:2]:
+        raise UserError(f"{file.path} says img_size {config['img_size']}, which its positions {tuple(positions)} do "
+                        f"not fit: it is torn or forged.")
     _fill(model, file, spoken, translation, head, report)
     model.load_report = report
     log.info("%s", report)
@@ -168,7 +172,11 @@ def _fill(model: ViT, file: WeightsFile, spoken: Dialect, translation: Translati
     state = model.state_dict(keep_vars=True)
     fresh = [name for name in state if name not in steps]
     if any(tensor.is_meta for tensor in state.values()):
-        model.to_empty(device="cpu")
+        try:
+            model.to_empty(device="cpu")
+        except RuntimeError as error:
+            raise UserError(f"The model of {file.path} for pictures of {model.img_size} pixels does not fit into "
+                            f"memory ({str(error)[-80:]}): choose a smaller img_size.") from None
         state = model.state_dict(keep_vars=True)
     with torch.no_grad():
         for name, step in steps.items():

@@ -2,7 +2,8 @@
 
 import math
 import zipfile
-import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,6 @@ from torch import Tensor
 
 from deepvit.errors import UserError
 
-BROKEN = (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError, KeyError, NotImplementedError, RuntimeError,
-          SyntaxError, TypeError, UnicodeDecodeError, OverflowError, MemoryError, IndexError)
 FREE_BYTES, MAX_RATIO = 2**30, 20  # an archive may unpack to 1 GiB, or to 20 times its size: weights hardly compress
 
 
@@ -21,8 +20,8 @@ def is_npz(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith(".npy") for name in archive.namelist())
-    except BROKEN:
-        return path.suffix == ".npz"  # torn: the suffix decides which reader says so
+    except Exception:  # torn in one of many ways: the suffix decides which reader says so
+        return path.suffix == ".npz"
 
 
 class NpzFile:
@@ -30,24 +29,19 @@ class NpzFile:
 
     def __init__(self, path: Path):
         self.path = path
-        try:
+        with self._torn_is_said():
             self.archive = zipfile.ZipFile(path)
             entries = [info for info in self.archive.infolist() if info.filename.endswith(".npy")]
             unpacked = sum(info.file_size for info in entries)
             if unpacked > max(FREE_BYTES, MAX_RATIO * path.stat().st_size):
-                raise UserError(f"{path} would unpack to {unpacked / 2**30:.1f} GiB, far more than weights of its size "
-                                f"could: it is refused.")
+                raise UserError(f"{path} would unpack to {unpacked / 2**20:,.0f} MiB, far more than weights of its "
+                                f"size could: it is refused.")
             self.shapes = {info.filename.removesuffix(".npy"): self._shape(info) for info in entries}
-        except BROKEN as error:
-            raise self._torn(error) from None
 
     def read(self, name: str) -> Tensor:
-        try:
-            with self.archive.open(f"{name}.npy") as stream:
-                array = np.lib.format.read_array(stream, allow_pickle=False)
-        except BROKEN as error:
-            raise self._torn(error) from None
-        return torch.from_numpy(np.asarray(array, array.dtype.newbyteorder("=")))
+        with self._torn_is_said(), self.archive.open(f"{name}.npy") as stream:
+            array = np.lib.format.read_array(stream, allow_pickle=False)
+            return torch.from_numpy(np.asarray(array, array.dtype.newbyteorder("=")))
 
     def _shape(self, info: zipfile.ZipInfo) -> torch.Size:
         with self.archive.open(info) as stream:
@@ -62,6 +56,13 @@ class NpzFile:
                             f"bytes: it is torn or forged, get it again.")
         return torch.Size(shape)
 
-    def _torn(self, error: Exception) -> UserError:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:100].rstrip(": ")
-        return UserError(f"{self.path} is torn or no .npz file ({reason}): get it again.")
+    @contextmanager
+    def _torn_is_said(self) -> Iterator[None]:
+        """zipfile, zlib and numpy's header parser raise a dozen kinds of errors on torn files; all mean the same."""
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0][:100].rstrip(": ")
+            raise UserError(f"{self.path} is torn or no .npz file ({reason}): get it again.") from None

@@ -4,7 +4,7 @@ A checkpoint is `{"format": "deepvit", "version": 1, "model": ..., "ema": ..., "
 a safetensors export holds the same (without tensors) as JSON in its metadata under `deepvit`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 from torch import Size
@@ -36,6 +36,10 @@ CONV_STEM = [*same("patch_embed", ["conv1.weight", "conv2.weight"]),
 ROWS = [Row("{n}", "{n}")]
 
 
+def _speaks(names: Set[str]) -> bool:
+    return "cls_token" in names and any(".attn.mix." in name for name in names)
+
+
 def is_ours(file: WeightsFile) -> bool:
     return file.said.get("format") == FORMAT
 
@@ -43,8 +47,11 @@ def is_ours(file: WeightsFile) -> bool:
 def _tells(file: WeightsFile, told: Mapping[str, Any], shapes: Mapping[str, Size], given: Mapping[str, Any]) -> Told:
     """The stored settings, once they agree with the tensors."""
     config, version = file.said.get("config"), file.said.get("version")
+    if config is None and {"depth", "num_heads", "attention"} <= given.keys():
+        return Told({})  # a bare state dict, for a model whose settings the caller has
     if not isinstance(config, Mapping) or not all(isinstance(key, str) for key in config):
-        raise UserError(f"{file.path} holds no model settings ('config'): give a checkpoint of this framework.")
+        raise UserError(f"{file.path} holds our names without model settings ('config'): give a checkpoint of this "
+                        f"framework, or load it into a model you have with load_weights.")
     if version != VERSION:
         raise UserError(f"{file.path} is a checkpoint of version {version!r}, this is deepvit for version {VERSION}.")
     for key in ("embed_dim", "depth"):  # sizes that would be built before shapes are compared
@@ -54,4 +61,4 @@ def _tells(file: WeightsFile, told: Mapping[str, Any], shapes: Mapping[str, Size
     return Told({**config, "num_classes": told["num_classes"]})
 
 
-DIALECT = Dialect("ours", lambda names: False, lambda file, given: ROWS, _tells, bicubic)
+DIALECT = Dialect("ours", _speaks, lambda file, given: ROWS, _tells, bicubic)
