@@ -44,50 +44,80 @@ static inline Vec exponential(Vec x) {
     return y * (Vec)power;
 }
 
-// A left factor: element (i, k) at p[i * row + k * col]
-struct Left { const float* p; long row, col; };
+// A left factor: element (i, k) at p[i * lead + k], or, transposed, at p[k * lead + i]
+struct Rows {
+    const float* p; long lead;
+    float at(long i, long k) const { return p[i * lead + k]; }
+    Rows below(long i) const { return {p + i * lead, lead}; }
+};
+struct Columns {
+    const float* p; long lead;
+    float at(long i, long k) const { return p[k * lead + i]; }
+    Columns below(long i) const { return {p + i, lead}; }
+};
 
-template <int R, int V, bool ADD>
+template <int R, int V, bool ADD, class Left>
 static inline void block(Left a, const float* b, long b_row, float* c, long c_row, long depth) {
-    Vec sum[R][V];
+    Vec sum[R][V];  // in registers, if every loop over it is unrolled
+#pragma GCC unroll 8
     for (int i = 0; i < R; i++)
+#pragma GCC unroll 3
         for (int j = 0; j < V; j++) sum[i][j] = ADD ? load(c + i * c_row + j * W) : Vec{};
-    for (long k = 0; k < depth; k++) {
+#pragma GCC unroll 1
+    for (long k = 0; k < depth; k++, b += b_row) {
         Vec right[V];
-        for (int j = 0; j < V; j++) right[j] = load(b + k * b_row + j * W);
-        for (int i = 0; i < R; i++)
-            for (int j = 0; j < V; j++) sum[i][j] += a.p[i * a.row + k * a.col] * right[j];
+#pragma GCC unroll 3
+        for (int j = 0; j < V; j++) right[j] = load(b + j * W);
+#pragma GCC unroll 8
+        for (int i = 0; i < R; i++) {
+            const Vec left = Vec{} + a.at(i, k);
+#pragma GCC unroll 3
+            for (int j = 0; j < V; j++) sum[i][j] += left * right[j];
+        }
     }
+#pragma GCC unroll 8
     for (int i = 0; i < R; i++)
+#pragma GCC unroll 3
         for (int j = 0; j < V; j++) store(c + i * c_row + j * W, sum[i][j]);
 }
 
-template <int R, bool ADD>
+template <int R, bool ADD, class Left>
 static void strip(Left a, const float* b, long b_row, float* c, long c_row, long cols, long depth) {
-    constexpr int V = W == 16 && R == 8 ? 3 : 2;
-    long j = 0;
-    for (; j + V * W <= cols; j += V * W) block<R, V, ADD>(a, b + j, b_row, c + j, c_row, depth);
-    for (; j < cols; j += W) block<R, 1, ADD>(a, b + j, b_row, c + j, c_row, depth);
+    constexpr int MOST = W == 16 ? 3 : 2;  // 24 of 32 registers, or 16 of 16: wider blocks would spill
+    for (long left = cols / W; left > 0; b += W, c += W, left--) {
+        if (MOST == 3 && left >= 3 && left != 4) {
+            block<R, 3, ADD>(a, b, b_row, c, c_row, depth);
+            b += 2 * W, c += 2 * W, left -= 2;
+        } else if (left >= 2) {
+            block<R, 2, ADD>(a, b, b_row, c, c_row, depth);
+            b += W, c += W, left -= 1;
+        } else {
+            block<R, 1, ADD>(a, b, b_row, c, c_row, depth);
+        }
+    }
 }
 
 // c [rows, cols] (+)= a [rows, depth] b [depth, cols]; cols a multiple of W
-template <bool ADD>
+template <bool ADD, class Left>
 static void product(Left a, const float* b, long b_row, float* c, long c_row, long rows, long cols, long depth) {
     long i = 0;
     for (; i + ROWS <= rows; i += ROWS)
-        strip<ROWS, ADD>({a.p + i * a.row, a.row, a.col}, b, b_row, c + i * c_row, c_row, cols, depth);
+        strip<ROWS, ADD>(a.below(i), b, b_row, c + i * c_row, c_row, cols, depth);
     for (; i + 4 <= rows; i += 4)
-        strip<4, ADD>({a.p + i * a.row, a.row, a.col}, b, b_row, c + i * c_row, c_row, cols, depth);
+        strip<4, ADD>(a.below(i), b, b_row, c + i * c_row, c_row, cols, depth);
     for (; i < rows; i++)
-        strip<1, ADD>({a.p + i * a.row, a.row, a.col}, b, b_row, c + i * c_row, c_row, cols, depth);
+        strip<1, ADD>(a.below(i), b, b_row, c + i * c_row, c_row, cols, depth);
 }
 
 // out [H, H] += a [H, length] b [H, length]^T
 template <int R, int S>
 static inline void dots(const float* a, const float* b, long length, float* out, long out_row) {
     Vec sum[R][S] = {};
+#pragma GCC unroll 1
     for (long k = 0; k < length; k += W)
+#pragma GCC unroll 4
         for (int i = 0; i < R; i++)
+#pragma GCC unroll 4
             for (int j = 0; j < S; j++) sum[i][j] += load(a + i * length + k) * load(b + j * length + k);
     for (int i = 0; i < R; i++)
         for (int j = 0; j < S; j++) out[i * out_row + j] += total(sum[i][j]);
@@ -177,7 +207,7 @@ static void fill_maps(const Sizes& s, const float* queries, const float* keys, l
     const long Np = s.Np(), Dp = s.Dp();
     for (long h = 0; h < s.H; h++) {
         float* map = maps + h * s.rows * Np;
-        product<false>({queries + h * s.rows * Dp, Dp, 1}, keys + h * s.D * Np, Np, map, Np, s.rows, Np, s.D);
+        product<false>(Rows{queries + h * s.rows * Dp, Dp}, keys + h * s.D * Np, Np, map, Np, s.rows, Np, s.D);
         for (long i = 0; i < there; i++) centred_softmax(map + i * Np, s.N, Np);
         memset(map + there * Np, 0, 4 * (s.rows - there) * Np);
     }
@@ -203,13 +233,13 @@ static void forward_task(const Sizes& s, long b, long begin, const float* q, con
         for (long h = 0; h < H; h++)
             pack(q + b * s.sb + h * s.sh + i * s.sn, s.sn, there, s.rows, D, Dp, s.scale, queries + h * s.rows * Dp);
         fill_maps(s, queries, keys, there, maps);
-        product<false>({mix, H, 1}, maps, area, mixed, area, H, area, H);
+        product<false>(Rows{mix, H}, maps, area, mixed, area, H, area, H);
         for (long h = 0; h < H; h++) {
             const float* m = mixed + h * area;
             Vec squares = {};
             for (long j = 0; j < area; j += W) squares += load(m + j) * load(m + j);
             sumsq[h] += total(squares);
-            product<false>({m, Np, 1}, values + h * Np * Dp, Dp, part, Dp, s.rows, Dp, N);
+            product<false>(Rows{m, Np}, values + h * Np * Dp, Dp, part, Dp, s.rows, Dp, N);
             for (long r = 0; r < there; r++) memcpy(u + ((b * N + i + r) * H + h) * D, part + r * Dp, 4 * D);
         }
     }
@@ -239,15 +269,15 @@ static void backward_task(const Sizes& s, long b, long begin, const float* q, co
             pack(du + ((b * N + i) * H + h) * D, H * D, there, s.rows, D, Dp, 1.0f, grads + h * s.rows * Dp);
         }
         fill_maps(s, queries, keys, there, maps);
-        product<false>({mix, H, 1}, maps, area, mixed, area, H, area, H);
+        product<false>(Rows{mix, H}, maps, area, mixed, area, H, area, H);
         for (long h = 0; h < H; h++) {
             float *m = mixed + h * area, *g = grads + h * s.rows * Dp;
-            product<true>({m, 1, Np}, g, Dp, dv + h * Np * Dp, Dp, Np, Dp, s.rows);
+            product<true>(Columns{m, Np}, g, Dp, dv + h * Np * Dp, Dp, Np, Dp, s.rows);
             for (long j = 0; j < area; j += W) store(m + j, load(m + j) * (2 * dsumsq[h]));
-            product<true>({g, Dp, 1}, columns + h * D * Np, Np, m, Np, s.rows, Np, D);  // mixed is now dM
+            product<true>(Rows{g, Dp}, columns + h * D * Np, Np, m, Np, s.rows, Np, D);  // mixed is now dM
         }
         outer(mixed, maps, H, area, dmix);
-        product<false>({mix, 1, H}, mixed, area, back, area, H, area, H);
+        product<false>(Columns{mix, H}, mixed, area, back, area, H, area, H);
         for (long h = 0; h < H; h++) {
             for (long r = 0; r < there; r++) {
                 float *da = back + h * area + r * Np, *c = maps + h * area + r * Np;
@@ -257,10 +287,10 @@ static void backward_task(const Sizes& s, long b, long begin, const float* q, co
                 for (long j = 0; j < Np; j += W) store(da + j, (load(c + j) + centre) * (load(da + j) - delta));
             }
             memset(back + h * area + there * Np, 0, 4 * (s.rows - there) * Np);
-            product<false>({back + h * area, Np, 1}, key_rows + h * Np * Dp, Dp, part, Dp, s.rows, Dp, N);
+            product<false>(Rows{back + h * area, Np}, key_rows + h * Np * Dp, Dp, part, Dp, s.rows, Dp, N);
             for (long r = 0; r < there; r++)
                 for (long c = 0; c < D; c++) dq[((b * N + i + r) * H + h) * D + c] = part[r * Dp + c] * s.scale;
-            product<true>({back + h * area, 1, Np}, queries + h * s.rows * Dp, Dp, dk + h * Np * Dp, Dp, Np, Dp, s.rows);
+            product<true>(Columns{back + h * area, Np}, queries + h * s.rows * Dp, Dp, dk + h * Np * Dp, Dp, Np, Dp, s.rows);
         }
     }
 }
