@@ -89,10 +89,11 @@ def draw(settings: Settings, train: pictures.ImageSet, ranks: Ranks):
     parts = accumulation(settings, ranks.world)
 
     def batches(start: int, count: int) -> Iterator[list[pictures.Batch]]:
-        return pictures.train_batches(
+        steps = pictures.train_batches(
             train, transform, seed=settings.seed, batch_size=settings.data.batch_size, steps=start + count,
             start_step=start, rank=ranks.rank, world=ranks.world, accumulation=parts, workers=settings.data.workers,
             repeats=settings.augment.repeats, max_bad=settings.data.max_bad, pin=ranks.device.type == "cuda")
+        return pictures.ahead(steps, ranks.device)
 
     return batches
 

@@ -1,26 +1,25 @@
 """The attention operation alone: ours against SDPA, the published form and vit-pytorch's, interleaved in one run."""
 
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from deepvit import ops
+from deepvit.bench.timing import interleaved, summary
 from deepvit.ops import HeadNorm, reference
 
 HEADS, HEAD_DIM = 12, 32  # deepvit32: width 384
 CPU_SHAPES, CUDA_SHAPES = ((8, 197), (2, 577)), ((256, 197), (64, 577))  # batch, tokens
 BASE = "self-attention (SDPA)"
-MIN_ROUNDS, MAX_ROUNDS = 5, 200
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A packed qkv `[B, N, 3, H, d]` as a projection leaves it, the gradient of the output, and the head's parameters."""
+    """A packed qkv `[B, N, 3, H, d]` as a projection leaves it, the gradient of the output, the head's parameters."""
 
     qkv: Tensor
     grad: Tensor  # [B, H, N, d], laid out [B, N, H, d]
@@ -93,41 +92,13 @@ def measure(device: str = "cpu", *, seconds: float = 20.0, heads: int = HEADS, h
     for batch, tokens in shapes or (CUDA_SHAPES if device == "cuda" else CPU_SHAPES):
         problem = Problem.draw(batch, tokens, heads, head_dim, device, dtype)
         for job, step in (("forward + backward", _train), ("evaluation", _evaluate)):
-            times = _interleaved({name: lambda f=form, s=step: s(f, problem) for name, form in FORMS.items()},
+            times = interleaved({name: partial(step, form, problem) for name, form in FORMS.items()},
                                  device, seconds)
             for name, taken in times.items():
                 kept = {"kept_mb": kept_bytes(name, problem) / 1e6} if step is _train else {}
-                rows.append({"case": f"{job}, N={tokens}, batch {batch}", "name": name} | _summary(taken, times[BASE])
+                rows.append({"case": f"{job}, N={tokens}, batch {batch}", "name": name} | summary(taken, times[BASE])
                             | {"floor": _floor(name, heads, head_dim, step is _train)} | kept)
     return rows
-
-
-def _interleaved(steps: dict[str, Callable[[], None]], device: str, seconds: float) -> dict[str, list[float]]:
-    """Seconds of every step in every round, after one round to warm up."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    end = time.perf_counter() + seconds
-    for turn in range(MAX_ROUNDS + 1):
-        for name, step in steps.items():
-            begin = _now(device)
-            step()
-            taken = _now(device) - begin
-            if turn:
-                times[name].append(taken)
-        if turn >= MIN_ROUNDS and time.perf_counter() > end:
-            break
-    return times
-
-
-def _now(device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def _summary(taken: list[float], base: list[float]) -> dict:
-    low, middle, high = statistics.quantiles(taken, n=4)
-    return {"ms": 1e3 * middle, "spread": (1e3 * low, 1e3 * high),
-            "ratio": statistics.median(a / b for a, b in zip(taken, base, strict=True))}
 
 
 def _floor(name: str, heads: int, head_dim: int, training: bool) -> float:

@@ -1,0 +1,66 @@
+"""What a train step keeps and needs: bytes saved for backward, and the peak of a fresh process."""
+
+import multiprocessing
+import resource
+
+import torch
+
+from deepvit.bench.contestants import BASE, TrainStep, contestants
+
+STEPS = 2  # the first makes the optimizer's moments
+
+
+def measure(device: str = "cpu", *, depth: int = 32, batch: int | None = None, img_size: int = 224) -> list[dict]:
+    """Rows with `case`, `name`, `kept_mib`, `peak_mib` (over the idle process with its model), their ratios to timm's.
+
+    Each model is measured in a process of its own: an allocator's leftovers would hide a peak.
+    """
+    batch = batch or (256 if device == "cuda" else 8)
+    case = f"memory of a train step, {depth} blocks, {img_size} px, batch {batch}"
+    rows = []
+    for name in contestants(depth, img_size):
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            kept, peak = pool.apply(_one, (name, device, depth, batch, img_size))
+        rows.append({"case": case, "name": name, "kept_mib": kept / 2**20, "peak_mib": peak / 2**20})
+    base = next(row for row in rows if row["name"] == BASE)
+    return [row | {"kept_ratio": row["kept_mib"] / base["kept_mib"],
+                   "ratio": row["peak_mib"] / base["peak_mib"]} for row in rows]
+
+
+def _one(name: str, device: str, depth: int, batch: int, img_size: int) -> tuple[int, int]:
+    """(bytes kept for backward, peak bytes of train steps over the process with its model alone)."""
+    dtype = torch.bfloat16 if device == "cuda" else None
+    step = TrainStep(contestants(depth, img_size)[name], batch, img_size, device, dtype)
+    idle = _resident(device)
+    for _ in range(STEPS):
+        step()
+    return kept_bytes(step), _peak(device) - idle
+
+
+def kept_bytes(step: TrainStep) -> int:
+    """Bytes of the distinct storages saved for backward, parameters and the batch left out."""
+    own = {x.untyped_storage().data_ptr() for x in (*step.model.parameters(), *step.model.buffers(), step.x, step.y)}
+    kept: dict[int, int] = {}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        loss = step.loss()
+    del loss
+    return sum(size for address, size in kept.items() if address not in own)
+
+
+def _resident(device: str) -> int:
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
+def _peak(device: str) -> int:
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
