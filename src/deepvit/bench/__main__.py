@@ -25,7 +25,8 @@ BENCHES: dict[str, Callable[[argparse.Namespace], list[dict]]] = {
     "precision": lambda given: [{"case": "op under bf16 autocast at initialisation, against float64", **row}
                                 for row in attention.half_precision_error(device=given.device)],
     "memory": lambda given: memory.measure(given.device, **_sizes(given)),
-    "loader": lambda given: [{"case": row.pop("task"), **row} for row in loader.measure(_data(given), **_seconds(given))],
+    "loader": lambda given: [{"case": row.pop("task"), **row}
+                             for row in loader.measure(_data(given), **_seconds(given))],
     "startup": lambda given: startup.measure(given.device),
     "scaling": lambda given: scaling.measure(given.device, **_seconds(given)),
 }
