@@ -91,6 +91,21 @@ def test_what_a_conv_stem_does_not_tell_is_asked_for(tmp_path):
     assert arch.config["residual_scale"] == 0.5 and arch.config["map_scale"] == pytest.approx(12**-0.5)
 
 
+def test_a_plain_vit_of_that_code_is_known_by_its_arch(tmp_path):
+    """Without re-attention its names are timm's; the number of heads is the published model's."""
+    model = deepvit.create_model("vit16", depth=1, embed_dim=48)
+    path = save(tmp_path / "plain.pth", {"state_dict": model.state_dict(), "arch": "deepvit_patch16_224_re_attn_16b"})
+    again = deepvit.load_model(path)
+    assert again.load_report.dialect == "deepvit" and again.config["num_heads"] == 12
+
+
+def test_another_number_of_heads_is_refused(npz):
+    model = deepvit.create_model("vit", img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=6, num_classes=11,
+                                 mlp_ratio=2.0)
+    with pytest.raises(UserError, match="4 heads, the model 6"):
+        deepvit.load_weights(model, npz)
+
+
 # Heads
 
 def test_other_head_is_refused_with_both_counts(npz):
@@ -196,16 +211,19 @@ def test_a_timm_model_of_another_kind_is_named(tmp_path):
 
 # Our own
 
-@pytest.mark.parametrize("attention", deepvit.models.list_attentions())
-def test_our_checkpoints_and_their_safetensors(tmp_path, attention):
+@pytest.mark.parametrize("settings", [
+    *({"attention": name, "reattention_blocks": [1], "init_values": 0.1} for name in deepvit.models.list_attentions()),
+    {"block": "deepnorm"}, {"feat_scale": True}, {"patch_norm": True, "representation_size": 5},
+    {"stem": {"name": "hybrid", "layers": [1, 2], "width": 32}, "img_size": 32, "patch_size": 16}], ids=str)
+def test_our_checkpoints_and_their_safetensors(tmp_path, settings):
     torch.manual_seed(0)
-    model = deepvit.create_model("vit", **SMALL, attention=attention, reattention_blocks=[1], init_values=0.1)
-    model.train()(torch.randn(3, 3, 16, 16))
+    model = deepvit.create_model("vit", **SMALL | settings)
+    model.train()(torch.randn(3, 3, *model.img_size))
     said = {"format": "deepvit", "version": 1, "config": model.config, "classes": ["a", "b", "c"]}
     path = save(tmp_path / "best.pt", {**said, "model": model.state_dict(), "step": 5,
                                        "ema": {k: v * 2 for k, v in model.state_dict().items()}})
     save_file(model.state_dict(), tmp_path / "best.safetensors", metadata={"deepvit": json.dumps(said)})
-    x = torch.randn(2, 3, 16, 16)
+    x = torch.randn(2, 3, *model.img_size)
     with torch.no_grad():
         for file in (path, tmp_path / "best.safetensors"):
             again = deepvit.load_model(file).eval()

@@ -92,7 +92,12 @@ def load_weights(model: ViT, path: str | Path, dialect: str | None = None, ema: 
     config = getattr(model, "config", {})
     file, spoken, translation, report = _understand(path, dialect, ema, {"in_chans": config.get("in_chans")})
     told = settings_from_shapes(translation.shapes, str(file.path))
-    rest = spoken.tells(file, told, translation.shapes, {**config, "num_heads": model.blocks[0].attn.num_heads})
+    heads = model.blocks[0].attn.num_heads
+    rest = spoken.tells(file, told, translation.shapes,
+                        {"residual_scale": None, "map_scale": None, **config, "num_heads": heads})
+    if rest.settings.get("num_heads", heads) != heads:
+        raise UserError(f"{file.path} has {rest.settings['num_heads']} heads, the model {heads}: its logits would be "
+                        f"others; build the model with num_heads={rest.settings['num_heads']}.")
     report.notes += rest.notes
     for key in ("gelu", "norm_eps", "residual_scale", "map_scale", "pool", "final_norm"):
         if key in config and key in rest.settings and config[key] != rest.settings[key]:
@@ -117,6 +122,8 @@ def _understand(path: str | Path, dialect: str | None, ema: bool,
 def _find_dialect(file: WeightsFile) -> Dialect:
     if ours.is_ours(file):
         return DIALECTS["ours"]
+    if file.said.get("arch") in deepvit.ARCHS:  # a plain ViT of that code looks like timm's
+        return DIALECTS["deepvit"]
     names = file.shapes.keys()
     for spoken in DIALECTS.values():
         if spoken.speaks(names):
