@@ -245,15 +245,24 @@ static void forward_task(const Sizes& s, long b, long begin, const float* q, con
     }
 }
 
-// dmix `[H, H]`; dk, dv `[H, Np, Dp]`, all added to
+// `[rows, D]` of rows of stride `row` from `[rows, Dp]`, and a constant row if there is one
+static void unpack(const float* from, const float* constant, float factor, long rows, long D, long Dp, long row,
+                   float* to) {
+    for (long i = 0; i < rows; i++)
+        for (long c = 0; c < D; c++) to[i * row + c] = from[i * Dp + c] * factor + (constant ? constant[c] : 0.0f);
+}
+
+// dmix `[H, H]` is added to; dk and dv are this task's `[N, H, D]`
 static void backward_task(const Sizes& s, long b, long begin, const float* q, const float* k, const float* v,
-                          const float* mix, const float* du, const float* dsumsq, float* dq, float* dk, float* dv,
-                          float* dmix, Scratch scratch) {
+                          const float* mix, const float* du, const float* dsumsq, const float* dtotal, float* dq,
+                          float* dk, float* dv, float* dmix, Scratch scratch) {
     const long H = s.H, N = s.N, D = s.D, Np = s.Np(), Dp = s.Dp(), area = s.rows * Np;
     float *keys = scratch.take(H * D * Np), *columns = scratch.take(H * D * Np), *key_rows = scratch.take(H * Np * Dp);
     float *queries = scratch.take(H * s.rows * Dp), *grads = scratch.take(H * s.rows * Dp);
     float *maps = scratch.take(H * area), *mixed = scratch.take(H * area), *back = scratch.take(H * area);
-    float* part = scratch.take(s.rows * Dp);
+    float *part = scratch.take(s.rows * Dp), *sum_k = scratch.take(H * Np * Dp), *sum_v = scratch.take(H * Np * Dp);
+    memset(sum_k, 0, 4 * H * Np * Dp);
+    memset(sum_v, 0, 4 * H * Np * Dp);
     for (long h = 0; h < H; h++) {
         const long at = b * s.sb + h * s.sh;
         pack_columns(k + at, s.sn, N, Np, D, keys + h * D * Np);
@@ -272,7 +281,7 @@ static void backward_task(const Sizes& s, long b, long begin, const float* q, co
         product<false>(Rows{mix, H}, maps, area, mixed, area, H, area, H);
         for (long h = 0; h < H; h++) {
             float *m = mixed + h * area, *g = grads + h * s.rows * Dp;
-            product<true>(Columns{m, Np}, g, Dp, dv + h * Np * Dp, Dp, Np, Dp, s.rows);
+            product<true>(Columns{m, Np}, g, Dp, sum_v + h * Np * Dp, Dp, Np, Dp, s.rows);
             for (long j = 0; j < area; j += W) store(m + j, load(m + j) * (2 * dsumsq[h]));
             product<true>(Rows{g, Dp}, columns + h * D * Np, Np, m, Np, s.rows, Np, D);  // mixed is now dM
         }
@@ -288,10 +297,15 @@ static void backward_task(const Sizes& s, long b, long begin, const float* q, co
             }
             memset(back + h * area + there * Np, 0, 4 * (s.rows - there) * Np);
             product<false>(Rows{back + h * area, Np}, key_rows + h * Np * Dp, Dp, part, Dp, s.rows, Dp, N);
-            for (long r = 0; r < there; r++)
-                for (long c = 0; c < D; c++) dq[((b * N + i + r) * H + h) * D + c] = part[r * Dp + c] * s.scale;
-            product<true>(Columns{back + h * area, Np}, queries + h * s.rows * Dp, Dp, dk + h * Np * Dp, Dp, Np, Dp, s.rows);
+            unpack(part, nullptr, s.scale, there, D, Dp, H * D, dq + ((b * N + i) * H + h) * D);
+            product<true>(Columns{back + h * area, Np}, queries + h * s.rows * Dp, Dp, sum_k + h * Np * Dp, Dp, Np, Dp,
+                          s.rows);
         }
+    }
+    for (long h = 0; h < H; h++) {
+        const float* constant = begin == 0 ? dtotal + (b * H + h) * D : nullptr;
+        unpack(sum_k + h * Np * Dp, nullptr, 1.0f, N, D, Dp, H * D, dk + h * D);
+        unpack(sum_v + h * Np * Dp, constant, 1.0f, N, D, Dp, H * D, dv + h * D);
     }
 }
 
@@ -308,17 +322,16 @@ void deepvit_forward(const float* q, const float* k, const float* v, const float
                      sums, Scratch(floats));
 }
 
-// du, dq `[B, N, H, D]`; dkv `[B chunks, 2, H, Np, Dp]` and dmix `[B chunks, H, H]`, a row per task, zero before
+// du, dq `[B, N, H, D]`; dk, dv `[B chunks, N, H, D]`, of each task; dmix `[B chunks, H, H]`, likewise, zero before
 void deepvit_backward(const float* q, const float* k, const float* v, const float* mix, const float* du,
-                      const float* dsumsq, float* dq, float* dkv, float* dmix, const Sizes* sizes, int threads) {
+                      const float* dsumsq, const float* dtotal, float* dq, float* dk, float* dv, float* dmix,
+                      const Sizes* sizes, int threads) {
     const Sizes s = *sizes;
-    const long side = s.H * s.Np() * s.Dp();
-    const long floats = 3 * side + s.H * s.rows * (2 * s.Dp() + 3 * s.Np()) + s.rows * s.Dp() + 160;
+    const long side = s.N * s.H * s.D;
+    const long floats = 5 * s.H * s.Np() * s.Dp() + s.H * s.rows * (2 * s.Dp() + 3 * s.Np()) + s.rows * s.Dp() + 192;
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (long task = 0; task < s.B * s.chunks(); task++)
-        backward_task(s, task / s.chunks(), task % s.chunks() * s.chunk, q, k, v, mix, du, dsumsq, dq,
-                      dkv + 2 * task * side, dkv + (2 * task + 1) * side, dmix + task * s.H * s.H, Scratch(floats));
+        backward_task(s, task / s.chunks(), task % s.chunks() * s.chunk, q, k, v, mix, du, dsumsq, dtotal, dq,
+                      dk + task * side, dv + task * side, dmix + task * s.H * s.H, Scratch(floats));
 }
-
-int deepvit_width() { return W; }
 }

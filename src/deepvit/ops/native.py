@@ -88,6 +88,7 @@ def _float_inputs(*inputs: Tensor) -> tuple[Tensor, ...]:
 
 
 def _pointers(*tensors: Tensor) -> list[ctypes.c_void_p]:
+    """Addresses; the caller keeps the tensors alive by name, as a temporary would be freed before the call."""
     return [ctypes.c_void_p(x.data_ptr()) for x in tensors]
 
 
@@ -97,7 +98,7 @@ def centred_mix(q: Tensor, k: Tensor, v: Tensor, mix: Tensor, scale: float,
     dtype = q.dtype
     q, k, v = _float_inputs(q, k, v)
     mix, sizes = mix.contiguous(), _sizes(q, scale)
-    u = tokens_first(q.new_empty(1).expand(q.shape))  # [B, H, N, d]
+    u = tokens_first(q)  # [B, H, N, d]
     sumsq = torch.zeros(sizes.B * sizes.chunks, sizes.H, dtype=torch.float64)
     total = q.new_empty(sizes.B, sizes.H, sizes.D)
     load()[0].deepvit_forward(*_pointers(q, k, v, mix, u, sumsq, total), ctypes.byref(sizes), torch.get_num_threads())
@@ -110,13 +111,13 @@ def centred_mix_backward(du: Tensor, dsumsq: Tensor, dtotal: Tensor, q: Tensor, 
     B, H, N, d = q.shape
     dtype = q.dtype
     q, k, v = _float_inputs(q, k, v)
-    du, mix, dsumsq = du.float().transpose(1, 2).contiguous(), mix.contiguous(), dsumsq.contiguous()
-    sizes, width = _sizes(q, scale), load()[0].deepvit_width()
-    Np, Dp = (ceil(n / width) * width for n in (N, d))
-    dq = tokens_first(q.new_empty(1).expand(q.shape))  # [B, H, N, d]
-    dkv = q.new_zeros(B, sizes.chunks, 2, H, Np, Dp)
+    du = du.float().transpose(1, 2)  # [B, N, H, d]
+    du, mix, dsumsq, dtotal = (x.contiguous() for x in (du, mix, dsumsq, dtotal))
+    sizes = _sizes(q, scale)
+    dq = tokens_first(q)  # [B, H, N, d]
+    parts = [q.new_empty(B, sizes.chunks, N, H, d) for _ in (k, v)]  # dk and dv, of each task of a sample
     dmix = q.new_zeros(B * sizes.chunks, H, H)
-    load()[0].deepvit_backward(*_pointers(q, k, v, mix, du, dsumsq, dq, dkv, dmix), ctypes.byref(sizes),
+    load()[0].deepvit_backward(*_pointers(q, k, v, mix, du, dsumsq, dtotal, dq, *parts, dmix), ctypes.byref(sizes),
                                torch.get_num_threads())
-    dk, dv = (dkv[:, 0] if sizes.chunks == 1 else dkv.sum(dim=1))[..., :N, :d].unbind(1)  # [B, H, N, d]
-    return dq.to(dtype), dk.to(dtype, copy=True), (dv + dtotal[:, :, None]).to(dtype), dmix.sum(dim=0)
+    dk, dv = (x.squeeze(1) if sizes.chunks == 1 else x.sum(dim=1) for x in parts)  # [B, N, H, d]
+    return dq.to(dtype), dk.transpose(1, 2).to(dtype), dv.transpose(1, 2).to(dtype), dmix.sum(dim=0)
