@@ -69,7 +69,7 @@ def export(source: str | Path, to: str, out: str | Path | None = None, weights: 
         raise Failure(f"{out} gives logits that differ by {difference:.2g} (more than {ATOL:g}): do not use it.")
     done = Exported(out, out.with_name(out.name + ".md"), difference, check)
     write_card(done.card, model, out, to, f"{check}: largest difference of logits {difference:.1e}", run,
-               "EMA" if ema else "raw")
+               "EMA" if ema else "Raw")
     return done
 
 

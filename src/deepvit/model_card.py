@@ -19,7 +19,7 @@ def write_card(path: Path, model: ViT, exported: Path, form: str, parity: str, r
     Args:
         parity: how the exported file was compared with the model.
         run: the run folder with `config.yaml`, `metrics.jsonl`, `metrics.json`; None: a weights file alone.
-        weights: "EMA" or "raw".
+        weights: "EMA" or "Raw".
     """
     report = model.load_report
     result = _json(run / "metrics.json") if run else {}
