@@ -1,0 +1,117 @@
+"""Figures against depth: similarity, as a matrix and as curves, and the other measures. Studies in, figures out."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from deepvit.analysis.draw_maps import SIGNED, caption, side_by_side
+from deepvit.analysis.study import Study
+
+KINDS = {"final": "final maps", "softmax": "softmax maps", "final_centred": "final minus uniform",
+         "softmax_centred": "softmax minus 1/N"}
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7"]  # Okabe & Ito, distinct for every eye
+MARKERS = ["o", "s", "^", "D"]
+WIDTHS = {"final": 7, "softmax": 2.5, "final_centred": 4, "softmax_centred": 1.2}  # points: coinciding lines show
+
+
+def similarity_matrices(studies: Sequence[Study]) -> Figure:
+    """Mean M between all pairs of blocks, for the four kinds of maps, one row per model."""
+    figure = Figure(figsize=(3.3 * len(KINDS) + 1.4, 3.5 * len(studies) + 0.7), layout="constrained", dpi=130)
+    figure.suptitle("Similarity M of the attention maps of two blocks (mean over pictures, heads and tokens)",
+                    fontsize=12)
+    axes = figure.subplots(len(studies), len(KINDS), squeeze=False)
+    for row, one in zip(axes, studies, strict=True):
+        for ax, (kind, title) in zip(row, KINDS.items(), strict=True):
+            found = one.facts["probe"]["similarity"][kind]
+            L = len(found["matrix"])
+            image = ax.imshow(found["matrix"], cmap=SIGNED, vmin=-1, vmax=1, extent=(0.5, L + 0.5, L + 0.5, 0.5))
+            ax.set_title(f"{title}\n{found['similar_blocks']} of {L - 1} adjacent pairs above 0.9", fontsize=8)
+            ax.tick_params(labelsize=7)
+        row[0].set_ylabel(f"{caption(one)}\n\nblock", fontsize=8)
+    for ax in axes[-1]:
+        ax.set_xlabel("block", fontsize=8)
+    figure.colorbar(image, ax=list(axes.ravel()), shrink=0.6, pad=0.01, label="M (cosine)")
+    return figure
+
+
+def similarity_with_depth(studies: Sequence[Study]) -> Figure:
+    """Adjacent M against depth for the four kinds of maps, trained and at initialisation."""
+    figure, parts = side_by_side(studies, 6, 4.6, "Similarity M of each block and the next, against depth")
+    for part, one in zip(parts, studies, strict=True):
+        ax = part.subplots()
+        for (kind, title), colour, marker in zip(KINDS.items(), COLOURS, MARKERS, strict=True):
+            trained = one.facts["probe"]["similarity"][kind]["adjacent"]
+            ax.plot(_pairs(trained), trained, color=colour, marker=marker, label=title, linewidth=WIDTHS[kind],
+                    markersize=WIDTHS[kind] + 2.5, alpha=0.5 if kind == "final" else 1)
+            if one.facts["initial"]:
+                before = one.facts["initial"]["similarity"][kind]["adjacent"]
+                ax.plot(_pairs(before), before, color=colour, linestyle=":", linewidth=1.2)
+        ax.axhline(0.9, color="0.4", linewidth=0.8, linestyle="--")
+        ax.text(0.99, 0.9, "0.9", transform=ax.get_yaxis_transform(), fontsize=7, color="0.4", va="bottom", ha="right")
+        if one.facts["initial"]:
+            ax.plot([], [], color="0.3", linestyle=":", label="before training")
+        ax.set(xlabel="between block b and b + 1", ylabel="M (cosine, mean over pictures, heads, tokens)",
+               ylim=(min(-0.3, ax.get_ylim()[0]), 1.05))
+        ax.legend(fontsize=7, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+        _whole_blocks(ax)
+    return figure
+
+
+# title, unit, where the probe has it
+MEASURES: list[tuple[str, str, Callable[[dict[str, Any]], list[float | None]]]] = [
+    ("Entropy of the softmax maps", "nats", lambda p: p["entropy"]),
+    ("Attention distance", "patches", lambda p: p["distance"]),
+    ("Effective rank of the final maps", "directions", lambda p: p["rank"]["final"]),
+    ("Similarity of heads in a block, final maps", "cosine", lambda p: p["head_similarity"]["final"]),
+    ("Similarity of tokens in a picture", "cosine", lambda p: p["token_similarity"]),
+    ("Tokens against the first block's input", "linear CKA", lambda p: p.get("cka_first", [])),
+    ("Variance before the norm over heads / eps", "ratio", lambda p: [
+        None if variance is None or eps is None else variance / eps
+        for variance, eps in zip(p["norm_variance"], p["norm_eps"], strict=True)]),
+    ("Share of Theta's diagonal", "1: heads apart, 1/H: random", lambda p: p["theta_diagonal_share"]),
+]
+
+
+def measures_with_depth(studies: Sequence[Study]) -> Figure:
+    """The other measures against depth, all models in one panel each, before training dotted."""
+    shown = [entry for entry in MEASURES if any(_has(entry[2](one.facts["probe"])) for one in studies)]
+    rows = -(-len(shown) // 2)
+    figure = Figure(figsize=(10, 2.7 * rows + 0.8), layout="constrained", dpi=130)
+    figure.suptitle("What attention does, against depth (dotted: before training)", fontsize=12)
+    axes = figure.subplots(rows, 2, squeeze=False).ravel()
+    for ax, (title, unit, values) in zip(axes, shown, strict=False):
+        for one, colour, marker in zip(studies, COLOURS, MARKERS, strict=False):
+            _curve(ax, values(one.facts["probe"]), color=colour, marker=marker, markersize=4, label=one.facts["name"])
+            if one.facts["initial"]:
+                _curve(ax, values(one.facts["initial"]), color=colour, linestyle=":")
+        ax.set_title(title, fontsize=9)
+        ax.set_xlabel("block", fontsize=8)
+        ax.set_ylabel(unit, fontsize=8)
+        ax.set_yscale("log" if unit == "ratio" else "linear")
+        _whole_blocks(ax)
+    axes[0].legend(fontsize=8)
+    for ax in axes[len(shown):]:
+        ax.set_axis_off()
+    return figure
+
+
+def _pairs(values: Sequence[float]) -> np.ndarray:
+    return np.arange(1, len(values) + 1)
+
+
+def _has(values: Sequence[float | None]) -> bool:
+    return any(value is not None for value in values)
+
+
+def _curve(ax: Axes, values: Sequence[float | None], **style: Any) -> None:
+    if _has(values):
+        ax.plot(_pairs(values), [np.nan if value is None else value for value in values], **style)
+
+
+def _whole_blocks(ax: Axes) -> None:
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.tick_params(labelsize=7)
+    ax.grid(alpha=0.3)

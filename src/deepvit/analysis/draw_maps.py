@@ -1,0 +1,179 @@
+"""Figures of maps: per block, per head, rolled out over the pictures, and the mix of heads. Studies in, figures out."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch.nn.functional as F
+from matplotlib.axes import Axes
+from matplotlib.colorbar import Colorbar
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.image import AxesImage
+from torch import Tensor
+
+from deepvit.analysis.study import Study
+
+POSITIVE, SIGNED = "viridis", "RdBu_r"  # both readable without telling red from green
+QUANTILE = 0.995  # of the absolute weights, where the colours end: a few entries would leave the rest dark
+
+
+def side_by_side(studies: Sequence[Study], width: float, height: float, title: str) -> tuple[Figure, list[SubFigure]]:
+    """A figure with a titled part for each study; inches for one part."""
+    figure = Figure(figsize=(width * len(studies), height), layout="constrained", dpi=130)
+    figure.suptitle(title, fontsize=12)
+    parts = figure.subfigures(1, len(studies), squeeze=False)[0]
+    for part, one in zip(parts, studies, strict=True):
+        part.suptitle(caption(one), fontsize=10)
+    return figure, list(parts)
+
+
+def caption(one: Study) -> str:
+    blocks, count = one.facts["probe"]["blocks"], one.facts["probe"]["images"]
+    return f"{one.facts['name']}: {blocks} blocks, {one.facts['attention']} ({count} picture{'s' * (count > 1)})"
+
+
+def mean_maps(studies: Sequence[Study]) -> Figure:
+    """The final maps of every block, mean over pictures and heads, as the published figure."""
+    deepest = max(len(one.tensors["mean_maps"]) for one in studies)
+    columns = 4 if deepest <= 16 else 6
+    rows = math.ceil(deepest / columns)
+    figure, parts = side_by_side(studies, 1.7 * columns + 0.6, 1.85 * rows + 1,
+                                 "Attention maps by block, mean over heads and pictures (rows: queries, columns: keys)")
+    for part, one in zip(parts, studies, strict=True):
+        axes = part.subplots(rows, columns, squeeze=False).ravel()
+        maps = one.tensors["mean_maps"]
+        for i, (ax, block) in enumerate(zip(axes, maps, strict=False)):
+            image = _heatmap(ax, block, signed=bool((maps < 0).any()))
+            ax.set_title(f"block {i + 1} (max {image.norm.vmax:.2g})", fontsize=8)
+        _rest_off(axes[len(maps):])
+        _relative_scale(part.colorbar(image, ax=list(axes), shrink=0.5, pad=0.02))
+    return figure
+
+
+def head_maps(one: Study) -> Figure:
+    """The final maps of every block and head for the first picture, as one sheet: blocks down, heads across."""
+    maps = one.tensors["head_maps"].float()  # [L, H, N, N]
+    L, H = maps.shape[:2]
+    signed = bool((maps < 0).any())
+    size = min(maps.shape[-1], 160)
+    step = size + max(1, size // 12)  # with the gap
+    sheet = np.full((L * step, H * step), np.nan)
+    for i in range(L):
+        tiles = F.adaptive_avg_pool2d(maps[i], size)
+        for h in range(H):
+            sheet[i * step:i * step + size, h * step:h * step + size] = tiles[h] / _most(tiles[h])
+    figure = Figure(figsize=(0.85 * H + 1.6, 0.85 * L + 1.2), layout="constrained", dpi=150)
+    figure.suptitle(f"Attention maps by block and head\n{caption(one)}\n"
+                    f"first picture: {_short(Path(one.facts['pictures'][0]).name, 40)}", fontsize=8)
+    ax = figure.subplots()
+    image = ax.imshow(sheet, cmap=SIGNED if signed else POSITIVE, vmin=-1 if signed else 0, vmax=1,
+                      interpolation="nearest")
+    ax.set_yticks([i * step + size / 2 for i in range(L)], labels=[f"block {i + 1}" for i in range(L)], fontsize=7)
+    ax.set_xticks([h * step + size / 2 for h in range(H)], labels=[f"head {h + 1}" for h in range(H)], fontsize=7)
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    _relative_scale(figure.colorbar(image, ax=ax, shrink=min(1, 4 / L), pad=0.02))
+    return figure
+
+
+def rolled_out(studies: Sequence[Study]) -> Figure:
+    """Attention rollout over each picture with the most probable classes, one column per model."""
+    pixels, names = studies[0].tensors["pixels"], studies[0].facts["pictures"]
+    width = 1 + len(studies)  # of a picture's group of panels
+    groups = max(1, min(len(pixels), 6 // width))
+    rows = math.ceil(len(pixels) / groups)
+    figure = Figure(figsize=(2.3 * width * groups + 0.9, 3.0 * rows + 0.8), layout="constrained", dpi=130)
+    figure.suptitle("Attention rollout: what the class token holds of each patch (Abnar & Zuidema, 2020)", fontsize=11)
+    panels = figure.subplots(rows, width * groups, squeeze=False).reshape(rows * groups, width)
+    for i, (row, picture) in enumerate(zip(panels, pixels, strict=False)):
+        _picture(row[0], picture, Path(names[i]).name)
+        for ax, one in zip(row[1:], studies, strict=True):
+            image = _overlay(ax, one, i)
+    _rest_off(panels[len(pixels):].ravel())
+    figure.colorbar(image, ax=list(panels.ravel()), shrink=min(0.6, 2 / rows), pad=0.01,
+                    label="share of a patch, from each panel's lowest to highest").ax.set_yticks([])
+    return figure
+
+
+def theta(studies: Sequence[Study]) -> Figure | None:
+    """Theta, the mix of heads, of every block that has one; None if no model has."""
+    found = [(one, {name: value for name, value in one.tensors.items() if name.startswith("theta/")})
+             for one in studies]
+    found = [(one, thetas) for one, thetas in found if thetas]
+    if not found:
+        return None
+    columns = 4
+    rows = math.ceil(max(len(thetas) for _, thetas in found) / columns)
+    figure, parts = side_by_side([one for one, _ in found], 1.8 * columns + 0.6, 2.0 * rows + 1,
+                                 "Theta, the mix of heads (rows: new head, columns: source head)")
+    for part, (_, thetas) in zip(parts, found, strict=True):
+        axes = part.subplots(rows, columns, squeeze=False).ravel()
+        most = max(value.abs().max().item() for value in thetas.values())
+        for ax, (name, value) in zip(axes, thetas.items(), strict=False):
+            image = ax.imshow(value.numpy(), cmap=SIGNED, vmin=-most, vmax=most)
+            _label_heads(ax, len(value))
+            ax.set_title(f"block {int(name.partition('/')[2]) + 1}", fontsize=8)
+        _rest_off(axes[len(thetas):])
+        part.colorbar(image, ax=list(axes), shrink=0.5, pad=0.02, label="weight of the source head")
+    return figure
+
+
+def _most(values: Tensor) -> float:
+    """The absolute weight at which a panel's colours end."""
+    return float(np.quantile(values.abs().numpy(), QUANTILE)) or 1.0
+
+
+def _heatmap(ax: Axes, values: Tensor, signed: bool) -> AxesImage:
+    """A map on its own scale; large maps are averaged down first."""
+    if values.shape[-1] > 300:
+        values = F.adaptive_avg_pool2d(values[None], 300)[0]
+    ax.set_xticks([])
+    ax.set_yticks([])
+    return ax.imshow(values.numpy(), cmap=SIGNED if signed else POSITIVE, vmin=-_most(values) if signed else 0,
+                     vmax=_most(values), interpolation="nearest")
+
+
+def _relative_scale(bar: Colorbar) -> None:
+    """One bar for panels with their own scales: its ends are each panel's."""
+    low, high = bar.vmin, bar.vmax
+    ticks = [low, 0, high] if low < 0 else [0, high]
+    bar.set_ticks(ticks, labels=["-max", "0", "max"][-len(ticks):])
+    bar.set_label(f"weight; max: each panel's {QUANTILE:.1%} quantile", fontsize=8)
+
+
+def _rest_off(axes: Sequence[Axes]) -> None:
+    for ax in axes:
+        ax.set_axis_off()
+
+
+def _picture(ax: Axes, pixels: Tensor, name: str) -> None:
+    ax.imshow(pixels.permute(1, 2, 0).numpy())
+    ax.set_title(_short(name, 26), fontsize=7)
+    ax.set_axis_off()
+
+
+def _overlay(ax: Axes, one: Study, i: int) -> AxesImage:
+    """The picture in grey under the rollout, the class names below."""
+    pixels, mask = one.tensors["pixels"][i].float(), one.tensors["rollout"][i]
+    lowest, highest = mask.min().item(), mask.max().item()
+    mask = F.interpolate(mask[None, None], size=pixels.shape[-2:], mode="bilinear", align_corners=False)[0, 0]
+    ax.imshow(pixels.mean(0).numpy(), cmap="gray", vmin=0, vmax=255)
+    image = ax.imshow(mask.numpy(), cmap=POSITIVE, vmin=lowest, vmax=highest, alpha=0.6)
+    ax.set_xticks([])
+    ax.set_yticks([])
+    ax.set_title(f"{_short(one.facts['name'], 26)}\nlowest {lowest / highest:.2g} of highest", fontsize=7)
+    names = [f"{chance:6.1%} {_short(name, 24)}" for name, chance in one.facts["top"][i]] if one.facts["top"] else []
+    ax.set_xlabel("\n".join(names), fontsize=6, family="monospace", loc="left")
+    return image
+
+
+def _short(name: str, most: int) -> str:
+    return name if len(name) <= most else f"{name[:most // 2 - 1]}...{name[-(most // 2 - 2):]}"
+
+
+def _label_heads(ax: Axes, heads: int) -> None:
+    step = max(1, heads // 4)
+    places = range(0, heads, step)
+    for set_ticks in (ax.set_xticks, ax.set_yticks):
+        set_ticks(list(places), labels=[str(h + 1) for h in places], fontsize=6)

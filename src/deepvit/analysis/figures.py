@@ -1,0 +1,110 @@
+"""`python -m deepvit.analysis.figures CHECKPOINT [PICTURES...]`: what a model attends to, block by block."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from deepvit.analysis import draw_depth, draw_maps
+from deepvit.analysis.pictures import read_pictures
+from deepvit.analysis.study import Study, load_studies, save_studies, study
+from deepvit.errors import Failure, UserError
+from deepvit.importers import load_model
+
+
+def compute(checkpoints: Sequence[Path], paths: Sequence[Path], *, ema: bool = False, initial: bool = True
+            ) -> tuple[list[Study], list[str]]:
+    """Studies of checkpoints on the same pictures, and a sentence for each picture that could not be used.
+
+    Raises:
+        UserError: an unreadable checkpoint, one without attention, no usable picture.
+    """
+    studies, refused = [], []
+    for path, name in zip(checkpoints, _labels(checkpoints), strict=True):
+        model = load_model(path, ema=ema).eval()
+        pictures = read_pictures(model, paths)
+        studies.append(study(model, pictures, name, initial))
+        refused = pictures.refused
+    return studies, refused
+
+
+def draw(studies: Sequence[Study], folder: Path, suffix: str = "png") -> list[Path]:
+    """Writes every figure of the studies, side by side where there are two, and returns the files.
+
+    Raises:
+        Failure: the folder cannot be written.
+    """
+    figures: dict[str, Figure | None] = {
+        "maps_mean": draw_maps.mean_maps(studies),
+        **{f"maps_heads_{i + 1}" if len(studies) > 1 else "maps_heads": draw_maps.head_maps(one)
+           for i, one in enumerate(studies)},
+        "rollout": draw_maps.rolled_out(studies) if all("rollout" in one.tensors for one in studies) else None,
+        "similarity_matrix": draw_depth.similarity_matrices(studies),
+        "similarity_depth": draw_depth.similarity_with_depth(studies),
+        "measures_depth": draw_depth.measures_with_depth(studies),
+        "theta": draw_maps.theta(studies)}
+    written = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, figure in figures.items():
+            if figure is not None:
+                written.append(folder / f"{name}.{suffix}")
+                figure.savefig(written[-1])
+    except OSError as error:
+        raise Failure(f"The figures could not be written to {folder}: {error.strerror or error}.") from error
+    return written
+
+
+def _labels(checkpoints: Sequence[Path]) -> list[str]:
+    """The shortest names that tell the checkpoints apart: a run's folder for best.pt and last.pt, else the file's."""
+    names = [path.resolve().parent.parent.name if path.parent.name == "checkpoints" else path.name
+             for path in checkpoints]
+    names = [name if len(name) <= 40 else f"{name[:18]}...{name[-19:]}" for name in names]
+    return names if len(set(names)) == len(names) else [f"{name} ({i + 1})" for i, name in enumerate(names)]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m deepvit.analysis.figures", description=__doc__)
+    parser.add_argument("checkpoint", type=Path, nargs="?", help="a checkpoint of any dialect")
+    parser.add_argument("images", type=Path, nargs="*", help="pictures or folders of them; none: built-in examples")
+    parser.add_argument("--out", type=Path, default=Path("figures"), help="folder of the figures (default: figures)")
+    parser.add_argument("--compare", type=Path, help="a second checkpoint, drawn beside the first")
+    parser.add_argument("--format", choices=("png", "svg"), default="png")
+    parser.add_argument("--save-maps", type=Path, help="also write what was computed, as safetensors")
+    parser.add_argument("--maps", type=Path, help="draw what --save-maps wrote; no checkpoint is read")
+    parser.add_argument("--ema", action="store_true", help="take the averaged weights")
+    parser.add_argument("--no-initial", dest="initial", action="store_false",
+                        help="leave out the same model before training")
+    given = parser.parse_args(arguments)
+    try:
+        return _run(given)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except Failure as error:
+        print(error, file=sys.stderr)
+        return 1
+
+
+def _run(given: argparse.Namespace) -> int:
+    if (given.maps is None) == (given.checkpoint is None):
+        raise UserError("Give a checkpoint, or --maps FILE to draw what was computed before, and not both.")
+    refused: list[str] = []
+    if given.maps:
+        studies = load_studies(given.maps)
+    else:
+        both = [given.checkpoint] + ([given.compare] if given.compare else [])
+        studies, refused = compute(both, given.images, ema=given.ema, initial=given.initial)
+    if given.save_maps:
+        save_studies(given.save_maps, studies)
+    for path in draw(studies, given.out, given.format):
+        print(path)
+    for sentence in refused:
+        print(f"Left out: {sentence}", file=sys.stderr)
+    return 2 if refused else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""Pictures as a checkpoint's model wants them, and the names of its classes."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import ImageNetInfo
+from torch import Tensor
+
+from deepvit import data
+from deepvit.errors import UserError
+from deepvit.models import ViT
+
+SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+PUBLISHED = {"crop_pct": None, "interpolation": "bicubic", "norm": "half"}  # where a file does not tell
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Pictures:
+    """`x` `[B, 3, height, width]` normalised for the model; `pixels` the same as uint8; `names` of the files."""
+
+    x: Tensor
+    pixels: Tensor
+    names: list[str]
+    refused: list[str]  # one sentence for each picture that could not be used
+
+
+def read_pictures(model: ViT, paths: Sequence[Path]) -> Pictures:
+    """The pictures of files and folders, preprocessed as the model's run or the published code evaluates.
+
+    Args:
+        model: from `deepvit.load_model`, whose `load_report` may tell how it was trained.
+        paths: files, or folders of which all pictures are taken. None: examples that are built in, digits for a model
+            trained on them, else the two photographs that come with scikit-learn.
+    Raises:
+        UserError: no picture can be used.
+    """
+    files = [file for path in paths for file in (_inside(path) if path.is_dir() else [path])]
+    examples = _examples(model) if not files else [(str(path), path) for path in files]
+    transform = _transform(model)
+    pixels, names, refused = [], [], []
+    for name, source in examples:
+        try:
+            picture = data.open_picture(source) if isinstance(source, Path) else source
+        except UserError as error:
+            refused.append(str(error))
+            continue
+        pixels.append(transform(picture)[0])
+        names.append(name)
+    if not pixels:
+        raise UserError(refused[0] if refused else f"There are no pictures in {', '.join(map(str, paths))}.")
+    stack = torch.stack(pixels)  # uint8 [B, 3, height, width]
+    mean, std = (torch.tensor(values).view(3, 1, 1) * 255 for values in data.norm_values(_trained_on(model)["norm"]))
+    return Pictures((stack - mean) / std, stack, names, refused)
+
+
+def class_names(model: ViT) -> list[str]:
+    """The names stored with the weights; ImageNet's for 1000 classes; else numbers."""
+    said = model.load_report.said
+    stored = said.get("class_names") or said.get("classes")
+    if stored:
+        return list(stored)
+    if model.num_classes == 1000:
+        return ImageNetInfo().label_descriptions()
+    return [f"class {index}" for index in range(model.num_classes)]
+
+
+def top_classes(logits: Tensor, names: Sequence[str], count: int = 5) -> list[list[tuple[str, float]]]:
+    """Logits `[B, C]` -> for each picture the most probable (name, probability), best first."""
+    probabilities, classes = logits.float().softmax(-1).topk(min(count, logits.shape[-1]))
+    return [[(names[index], chance) for index, chance in zip(row, chances, strict=True)]
+            for row, chances in zip(classes.tolist(), probabilities.tolist(), strict=True)]
+
+
+def _inside(folder: Path) -> list[Path]:
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if not found:
+        raise UserError(f"There are no pictures in {folder}.")
+    return found
+
+
+def _trained_on(model: ViT) -> dict[str, Any]:
+    told = (model.load_report.said.get("run") or {}).get("data", {})
+    return {name: told.get(name, value) for name, value in {**PUBLISHED, "source": None}.items()}
+
+
+def _transform(model: ViT) -> data.Transform:
+    told = _trained_on(model)
+    return data.eval_transform(list(model.img_size), told["crop_pct"] or model.pretrained_cfg["crop_pct"],
+                               told["interpolation"])
+
+
+def _examples(model: ViT) -> list[tuple[str, Any]]:
+    if _trained_on(model)["source"] == "digits":
+        digits = data.load("digits").val
+        return [(digits.name(i), digits.picture(i)) for i in range(16)]
+    from sklearn.datasets import load_sample_images
+    photographs = load_sample_images()
+    return [(Path(name).name, torch.from_numpy(pixels.copy()).permute(2, 0, 1))
+            for name, pixels in zip(photographs.filenames, photographs.images, strict=True)]

@@ -1,0 +1,109 @@
+"""What the figures show, computed once: a model's maps and measures on some pictures, in one safetensors file."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from deepvit.analysis.initial import at_initialisation
+from deepvit.analysis.measures import patch_grid, thetas
+from deepvit.analysis.pictures import Pictures, class_names, top_classes
+from deepvit.analysis.probe import probe
+from deepvit.analysis.recording import attention_modules, recordings
+from deepvit.analysis.rollout import class_token_mask, rollout
+from deepvit.errors import Failure, UserError
+from deepvit.models import ViT
+
+FORMAT = "deepvit attention study 1"
+SHOWN = 8  # pictures in the figures; the measures are over all
+STATISTICS = 32  # pictures that set an untrained norm's statistics
+
+
+@dataclass
+class Study:
+    """One model on some pictures. `tensors`:
+
+    `mean_maps` `[L, N, N]` final maps, mean over pictures and heads; `head_maps` `[L, H, N, N]` of the first picture,
+    float16; `rollout` `[b, rows, columns]` from 0 to 1 and `pixels` uint8 `[b, 3, height, width]` of the first 8
+    pictures; `theta/<block>` `[H, H]` where there is one. `facts`: `name`, `attention`, `pictures` (names), `top` (the
+    most probable classes), `probe`, and `initial`, the probe of the model before training, or None.
+    """
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def study(model: ViT, pictures: Pictures, name: str, initial: bool = True) -> Study:
+    """Computes everything the figures need, block by block and a few pictures at a time.
+
+    Args:
+        model: from `deepvit.load_model`.
+        name: what the figures call it.
+        initial: probe a fresh model of the same settings too, its norms' statistics set to these pictures.
+    Raises:
+        UserError: the model has no attention.
+    """
+    device = next(model.parameters()).device
+    x = pictures.x.to(device)
+    tensors, tops = _over_pictures(model, x)
+    tensors["pixels"] = pictures.pixels[:SHOWN].contiguous()
+    tensors |= {f"theta/{i:02d}": theta for i, theta in enumerate(thetas(model)) if theta is not None}
+    kinds = list(dict.fromkeys(type(module).__name__ for module in attention_modules(model)))
+    before = probe(_untrained(model, x), x, matrix=True) if initial else None
+    return Study(tensors, {
+        "name": name, "attention": (getattr(model, "config", {}).get("attention") or {}).get("name", " + ".join(kinds)),
+        "pictures": pictures.names, "top": tops, "probe": probe(model, x, matrix=True), "initial": before})
+
+
+def _untrained(model: ViT, x: Tensor) -> ViT:
+    """The very model that its run started from, where the checkpoint tells the seed; else one like it."""
+    seed = (model.load_report.said.get("run") or {}).get("seed", 0)
+    return at_initialisation(model, seed=seed, pictures=x[:STATISTICS])
+
+
+def _over_pictures(model: ViT, x: Tensor) -> tuple[dict[str, Tensor], list]:
+    mean_maps, head_maps, masks, logits = 0, None, [], []
+    for recording in recordings(model, x):
+        maps = recording.maps()
+        mean_maps = mean_maps + torch.stack([block.mean(1).sum(0) for block in maps]) / len(x)
+        if head_maps is None:
+            head_maps = torch.stack([block[0].half() for block in maps])
+        logits.append(recording.logits)
+        if (room := SHOWN - sum(map(len, masks))) > 0 and (grid := patch_grid(model, mean_maps.shape[-1])):
+            masks.append(class_token_mask(rollout([block[:room] for block in maps]), grid))
+    tensors = {"mean_maps": mean_maps, "head_maps": head_maps, **({"rollout": torch.cat(masks)} if masks else {})}
+    tops = top_classes(torch.cat(logits)[:SHOWN], class_names(model)) if model.num_classes else []
+    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, tops
+
+
+def save_studies(path: Path, studies: Sequence[Study]) -> None:
+    """Writes studies to one safetensors file. Raises Failure if it cannot be written."""
+    tensors = {f"{i}/{name}": tensor for i, one in enumerate(studies) for name, tensor in one.tensors.items()}
+    try:
+        save_file(tensors, path, {"format": FORMAT, "facts": json.dumps([one.facts for one in studies])})
+    except (OSError, safetensors.SafetensorError) as error:
+        raise Failure(f"The maps could not be written to {path}: {error}.") from error
+
+
+def load_studies(path: Path) -> list[Study]:
+    """Reads what `save_studies` wrote. Raises UserError if it is anything else."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no mapping
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"The maps {path} cannot be read ({error}): give a file made with --save-maps.") from error
+    if metadata.get("format") != FORMAT:
+        raise UserError(f"{path} holds no maps of ours: give a file made with --save-maps.")
+    studies = [Study({}, facts) for facts in json.loads(metadata["facts"])]
+    for name, tensor in tensors.items():
+        number, _, own = name.partition("/")
+        studies[int(number)].tensors[own] = tensor
+    return studies

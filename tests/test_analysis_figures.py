@@ -1,0 +1,123 @@
+"""`python -m deepvit.analysis.figures`: every figure is drawn, computing and drawing come apart, mistakes are named."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import deepvit
+from deepvit import analysis
+from deepvit.analysis import figures
+from deepvit.analysis.pictures import read_pictures, top_classes
+from deepvit.analysis.study import load_studies
+
+TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 4, "num_classes": 5}
+NAMES = ["ant", "bee", "cat", "dog", "eel"]
+
+
+def checkpoint(folder, attention, **settings):
+    torch.manual_seed(0)
+    model = deepvit.create_model("vit", **{**TINY, "attention": attention, **settings})
+    path = folder / f"{attention}.pt"
+    run = {"seed": 0, "data": {"source": "folder", "norm": "half", "crop_pct": 1.0}}
+    torch.save({"format": "deepvit", "version": 1, "model": model.state_dict(), "config": model.config,
+                "classes": NAMES, "run": run}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with two checkpoints, two pictures, a broken one, and the figures of one run of the program."""
+    folder = tmp_path_factory.mktemp("figures")
+    (folder / "mixed").mkdir()
+    for attention in ("self", "reattention"):
+        checkpoint(folder, attention)
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 48, 40, 3), dtype=np.uint8)
+    for i, picture in enumerate(pixels):
+        Image.fromarray(picture).save(folder / f"{i}.png")
+    (folder / "broken.jpg").write_bytes(b"no picture")
+    for name in ("1.png", "0.png", "broken.jpg"):
+        (folder / "mixed" / name).write_bytes((folder / name).read_bytes())
+    code = figures.main([str(folder / "self.pt"), str(folder / "0.png"), str(folder / "1.png"), "--compare",
+                         str(folder / "reattention.pt"), "--out", str(folder / "out"), "--save-maps",
+                         str(folder / "maps.safetensors")])
+    assert code == 0
+    return folder
+
+
+def test_every_figure_is_drawn(place):
+    names = {path.name for path in (place / "out").iterdir()}
+    assert names == {f"{name}.png" for name in ("maps_mean", "maps_heads_1", "maps_heads_2", "rollout", "theta",
+                                                "similarity_matrix", "similarity_depth", "measures_depth")}
+    for path in (place / "out").iterdir():
+        with Image.open(path) as image:
+            assert len(np.unique(np.asarray(image.convert("L").resize((64, 64))))) > 20, path  # something is on it
+
+
+def test_what_is_kept_is_what_the_analysis_says(place):
+    plain, mixed = load_studies(place / "maps.safetensors")
+    model = deepvit.load_model(place / "reattention.pt").eval()
+    pictures = read_pictures(model, [place / "0.png", place / "1.png"])
+    maps = analysis.attention_maps(model, pictures.x)
+    kept = mixed.tensors
+    torch.testing.assert_close(kept["mean_maps"], torch.stack([block.mean((0, 1)) for block in maps]))
+    first = torch.stack([block[0] for block in maps])
+    torch.testing.assert_close(kept["head_maps"].float(), first, atol=1e-3, rtol=1e-2)
+    torch.testing.assert_close(kept["rollout"], analysis.class_token_mask(analysis.rollout(maps), (4, 4)))
+    assert torch.equal(kept["theta/01"], model.blocks[1].attn.mix.weight)
+    assert not any(name.startswith("theta") for name in plain.tensors)
+    assert mixed.facts["probe"] == analysis.probe(model, pictures.x, matrix=True)
+    order = model(pictures.x)[0].argsort(descending=True)
+    assert [name for name, _ in mixed.facts["top"][0]] == [NAMES[i] for i in order]
+    assert mixed.facts["initial"]["theta_diagonal_share"] == mixed.facts["probe"]["theta_diagonal_share"]  # same seed
+    assert (plain.facts["attention"], mixed.facts["attention"]) == ("self", "reattention")
+
+
+def test_drawing_from_kept_maps(place, tmp_path, capsys):
+    assert figures.main(["--maps", str(place / "maps.safetensors"), "--out", str(tmp_path), "--format", "svg"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        path.with_suffix(".svg").name for path in (place / "out").iterdir())
+    assert capsys.readouterr().out.count(".svg") == 8
+
+
+def test_broken_picture_is_named_and_the_rest_drawn(place, monkeypatch, capsys):
+    drawn = []
+    monkeypatch.setattr(figures, "draw", lambda studies, folder, suffix: drawn.extend(studies) or [folder / "a.png"])
+    pictures = [str(place / "broken.jpg"), str(place / "0.png")]
+    assert figures.main([str(place / "reattention.pt"), *pictures, "--no-initial"]) == 2
+    said = capsys.readouterr()
+    assert said.err.count("\n") == 1 and "broken.jpg" in said.err and "a.png" in said.out
+    assert [one.facts["pictures"] for one in drawn] == [[str(place / "0.png")]] and drawn[0].facts["initial"] is None
+
+
+@pytest.mark.parametrize("arguments, sentence", [
+    ([], "Give a checkpoint"),
+    (["missing.pt"], "missing.pt"),
+    (["self.pt", "broken.jpg"], "broken.jpg"),
+    (["self.pt", "missing.jpg"], "missing.jpg"),
+    (["self.pt", "empty"], "no pictures in"),
+    (["--maps", "self.pt"], "--save-maps"),
+    (["--maps", "other.safetensors"], "holds no maps"),
+    (["self.pt", "--maps", "maps.safetensors"], "not both"),
+])
+def test_mistakes_are_one_sentence(place, monkeypatch, capsys, arguments, sentence):
+    monkeypatch.chdir(place)
+    (place / "empty").mkdir(exist_ok=True)
+    from safetensors.torch import save_file
+    save_file({"a": torch.zeros(1)}, "other.safetensors")
+    assert figures.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and error.count("\n") == 1
+
+
+def test_pictures_as_the_model_wants_them(place):
+    model = deepvit.load_model(place / "self.pt")
+    pictures = read_pictures(model, [place / "mixed"])
+    assert [name.rsplit("/", 1)[1] for name in pictures.names] == ["0.png", "1.png"]
+    assert len(pictures.refused) == 1 and pictures.x.shape == (2, 3, 32, 32) and pictures.pixels.dtype == torch.uint8
+    torch.testing.assert_close(pictures.x, pictures.pixels / 127.5 - 1)
+    assert [name for name in read_pictures(model, []).names] == ["china.jpg", "flower.jpg"]
+    best = top_classes(torch.tensor([[0.0, math.log(3), 0.0]]), ["a", "b", "c"], count=2)
+    assert best[0][0] == ("b", pytest.approx(0.6)) and len(best[0]) == 2
