@@ -52,7 +52,7 @@ def test_every_paper_table_has_a_sweep_and_a_small_one():
 def test_everything_stands_in_the_parameters(sweep):
     """The name of a run folder is made of overrides: a value in the body would be in none."""
     content = body(sweep)
-    assert list(content) == ["hydra"] and list(content["hydra"]) == ["mode", "sweeper"]
+    assert list(content) == ["hydra"] and set(content["hydra"]) <= {"mode", "sweep", "sweeper"}
     assert content["hydra"]["mode"] == "MULTIRUN" and list(content["hydra"]["sweeper"]) == ["params"]
     assert {"model", "recipe"} <= set(content["hydra"]["sweeper"]["params"])
 
@@ -63,6 +63,7 @@ def test_header_names_the_command_and_the_shared_recipe(sweep):
     params = body(sweep)["hydra"]["sweeper"]["params"]
     assert header[0] == "# @package _global_"
     if sweep != "digits_depth":
+        assert body(sweep)["hydra"]["sweep"] == {"dir": f"runs/{sweep}"}  # so that a table's runs are by themselves
         assert any(f"python train.py -m sweep={sweep} " in line for line in header)
         assert f"recipe={params['recipe']}" in " ".join(header)
 

@@ -39,14 +39,15 @@ def _share(text: str) -> float:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from deepvit.report.runs import read_runs
+    from deepvit.report.runs import read_run, read_runs
     from deepvit.report.write import write_report
     paths = options.runs or list(options.compare or [])
     if not paths:
         raise UserError("Give run folders, or a folder above them, such as: python -m deepvit.report runs/")
+    pair = [read_run(folder) for folder in options.compare or ()]
     runs, problems = read_runs(paths)
     out = options.out or (paths[0] if paths[0].is_dir() else paths[0].parent) / "report"
-    for line in write_report(runs, problems, out, options.threshold, options.compare):
+    for line in write_report(runs, problems, out, options.threshold, pair):
         print(line)
     return 0
 

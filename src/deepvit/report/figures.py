@@ -3,6 +3,7 @@
 import io
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import matplotlib
@@ -44,22 +45,37 @@ class Picture:
             for axes in grid[len(self.panels):]:
                 axes.set_axis_off()
             _share_ranges(grid[:len(self.panels)])
+            figure.draw_without_rendering()
+            figure.set_layout_engine("none")  # arranged once, not again for each file
         return figure
 
     def save(self, folder: Path) -> Path:
         """Writes `<name>.png` and `<name>.svg`; returns the PNG's path."""
         with matplotlib.rc_context(STYLE):
-            figure = self.draw()
-            figure.savefig(folder / f"{self.name}.png", dpi=130)
-        (folder / f"{self.name}.svg").write_bytes(self.svg())
+            self._wide.savefig(folder / f"{self.name}.png", dpi=130)
+        (folder / f"{self.name}.svg").write_bytes(self.svg)
         return folder / f"{self.name}.png"
 
-    def svg(self, columns: int | None = None) -> bytes:
+    @cached_property
+    def svg(self) -> bytes:
         """The same bytes for the same data."""
-        file = io.BytesIO()
-        with matplotlib.rc_context(STYLE):
-            self.draw(columns).savefig(file, format="svg", metadata={"Date": None})
-        return file.getvalue()
+        return _svg(self._wide)
+
+    @cached_property
+    def narrow_svg(self) -> bytes:
+        """One panel in a row."""
+        return _svg(self.draw(columns=1)) if min(self.columns, len(self.panels)) > 1 else self.svg
+
+    @cached_property
+    def _wide(self) -> Figure:
+        return self.draw()
+
+
+def _svg(figure: Figure) -> bytes:
+    file = io.BytesIO()
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    return file.getvalue()
 
 
 def _share_ranges(all_axes: Iterable[Axes]) -> None:
@@ -146,12 +162,14 @@ def _span(grid: Grid, axis: str) -> float:
 def _label_axis(axes: Axes, grid: Grid, axis: str) -> None:
     values = list(dict.fromkeys(_position(cell, grid, axis) for cell in grid.cells))
     axes.set_xlabel("depth (blocks)" if axis == "depth" else axis)
+    positions, margin = _positions(grid.cells, grid, axis), 0.06 * _span(grid, axis) or 0.5
+    axes.set_xlim(min(positions) - margin, max(positions) + margin)  # room for cells that are not finished too
     if all(isinstance(value, int | float) for value in values):
         axes.set_xticks(values, [f"{value:g}" for value in values])
         return
     words = [str(value) for value in values]
-    axes.set_xticks(range(len(words)), words, rotation=20 if max(map(len, words)) > 6 else 0, ha="right")
-    axes.margins(x=0.15)
+    slanted = max(map(len, words)) * len(words) > 40
+    axes.set_xticks(range(len(words)), words, rotation=20 if slanted else 0, ha="right" if slanted else "center")
 
 
 def _accuracy(axes: Axes, grid: Grid, axis: str) -> None:
@@ -162,17 +180,17 @@ def _accuracy(axes: Axes, grid: Grid, axis: str) -> None:
             continue
         means = [over_seeds(cell, of_result("top1")).mean for cell in cells]
         bounds = [interval(cell) for cell in cells]
-        bars = [[mean - (low if low is not None else mean) for mean, (low, _) in zip(means, bounds)],
-                [(high if high is not None else mean) - mean for mean, (_, high) in zip(means, bounds)]]
+        bars = [[0 if low is None else max(mean - low, 0) for mean, (low, _) in zip(means, bounds)],
+                [0 if high is None else max(high - mean, 0) for mean, (_, high) in zip(means, bounds)]]
         shift = (index - (len(lines) - 1) / 2) * 0.012 * _span(grid, axis)  # so that bars do not hide each other
-        axes.errorbar([x + shift for x in _positions(cells, grid, axis)], means, yerr=bars, capsize=3, label=label or None,
-                      linestyle="" if axis == "attention" else "-", **_look(label, list(lines)))
+        axes.errorbar([x + shift for x in _positions(cells, grid, axis)], means, yerr=bars, capsize=3,
+                      label=label or None, linestyle="" if axis == "attention" else "-", **_look(label, list(lines)))
     if axis == "depth":
         _paper_points(axes, {entry for cell in grid.cells for entry in map(_key, published_for(cell))})
     _label_axis(axes, grid, axis)
     axes.set_ylabel("top-1 (%)")
     axes.set_title(f"Accuracy on {grid.data}", fontsize=10)
-    axes.legend(fontsize=8)
+    _legend(axes)
 
 
 def _key(entry: Published) -> tuple[str, int, float]:
@@ -195,7 +213,7 @@ def _paper(axes: Axes) -> None:
     axes.set_xlabel("depth (blocks)")
     axes.set_ylabel("top-1 on ImageNet (%)")
     axes.set_title("For comparison: the paper, on ImageNet", fontsize=10)
-    axes.legend(fontsize=8)
+    _legend(axes)
 
 
 def _similarity(axes: Axes, grid: Grid, axis: str, kind: str) -> None:
@@ -215,6 +233,11 @@ def _similarity(axes: Axes, grid: Grid, axis: str, kind: str) -> None:
     axes.set_title({"final": "Maps that multiply the values (final)",
                     "softmax": "Maps before mixing and norm (softmax)"}[kind], fontsize=10)
     _unit_range(axes)
+
+
+def _legend(axes: Axes) -> None:
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=8)
 
 
 def _unit_range(axes: Axes) -> None:
@@ -249,8 +272,7 @@ def _curves(axes: Axes, grid: Grid, depth: int, name: str) -> None:
     axes.set_xlabel("epoch")
     axes.set_ylabel(CURVES[name])
     axes.set_title(f"{depth} blocks", fontsize=10)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=8)
+    _legend(axes)
 
 
 # Similarity in every block
@@ -280,5 +302,4 @@ def _blocks(axes: Axes, grid: Grid, depth: int, kind: str) -> None:
     axes.set_ylabel("M to the next block")
     axes.set_title(f"{KINDS[kind]}, {depth} blocks", fontsize=10)
     _unit_range(axes)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=7)
+    _legend(axes)

@@ -205,22 +205,31 @@ def _cells(found: Mapping[tuple, list[Run]]) -> list[Cell]:
 
 
 def _missing(points: Iterable[tuple]) -> set[tuple]:
-    """Points that complete a rectangle whose three other corners are there: so a sweep's holes are found, and a list
-    of unrelated models has none."""
+    """The holes of a sweep: in a plane of two axes, points that complete a rectangle and whose row and column are at
+    least half there. So neither a list of unrelated models nor two sweeps that meet in one cell have any."""
     there = set(points)
-    lines: dict[tuple, set] = defaultdict(set)  # (axis, the other coordinates) -> the values found on that axis
-    for point in there:
-        for axis in range(len(point)):
-            lines[axis, point[:axis], point[axis + 1:]].add(point[axis])
     holes = set()
-    for point in there:
-        for first, second in itertools.permutations(range(len(point)), 2):
-            for value in lines[first, point[:first], point[first + 1:]] - {point[first]}:
-                for other in lines[second, point[:second], point[second + 1:]] - {point[second]}:
-                    hole = list(point)
-                    hole[first], hole[second] = value, other
-                    holes.add(tuple(hole))
-    return holes - there
+    for first, second in itertools.combinations(range(len(next(iter(there), ()))), 2):
+        planes: dict[tuple, set[tuple]] = defaultdict(set)
+        for point in there:
+            planes[point[:first] + point[first + 1:second] + point[second + 1:]].add((point[first], point[second]))
+        for rest, found in planes.items():
+            for x, y in _holes(found):
+                point = [*rest]
+                point.insert(first, x)
+                point.insert(second, y)
+                holes.add(tuple(point))
+    return holes
+
+
+def _holes(found: set[tuple]) -> list[tuple]:
+    columns, rows = defaultdict(set), defaultdict(set)
+    for x, y in found:
+        columns[x].add(y)
+        rows[y].add(x)
+    return [(x, y) for x in columns for y in rows
+            if (x, y) not in found and 2 * len(columns[x]) >= len(rows) and 2 * len(rows[y]) >= len(columns)
+            and any(columns[other] & columns[x] for other in rows[y])]
 
 
 def _order(key: tuple[int, str, tuple]) -> tuple:

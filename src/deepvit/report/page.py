@@ -15,7 +15,7 @@ h1 { font-size: 1.5rem; line-height: 1.2; } h2 { font-size: 1.25rem; margin-top:
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid #d8dee4; white-space: nowrap; }
 th { vertical-align: bottom; white-space: normal; min-width: 3.2rem; background: #f6f8fa; font-weight: 600; }
-.left { text-align: left; } .open { color: #9a3412; font-weight: 600; }
+.left { text-align: left; } td.open { color: #9a3412; font-weight: 600; white-space: normal; min-width: 9rem; }
 .notes { font-size: .875rem; color: #424a53; padding-left: 1.2rem; } figure { margin: 1.5rem 0; }
 figure img { width: 100%; height: auto; } figcaption { font-size: .875rem; color: #424a53; }
 details { margin: .5rem 0; font-size: .875rem; } code { overflow-wrap: anywhere; }
@@ -31,8 +31,8 @@ def page(title: str, sections: Sequence[str]) -> str:
 def figure(picture: Picture) -> str:
     """Side by side on a screen, one panel a row on a phone."""
     caption = html.escape(picture.caption)
-    return (f'<figure><picture><source media="(max-width: 700px)" srcset="{_data(picture.svg(columns=1))}">'
-            f'<img src="{_data(picture.svg())}" alt="{caption}"></picture><figcaption>{caption}</figcaption></figure>')
+    return (f'<figure><picture><source media="(max-width: 700px)" srcset="{_data(picture.narrow_svg)}">'
+            f'<img src="{_data(picture.svg)}" alt="{caption}"></picture><figcaption>{caption}</figcaption></figure>')
 
 
 def _data(svg: bytes) -> str:

@@ -19,7 +19,7 @@ from deepvit.report.tables import (
     similar_blocks,
 )
 
-LEFT_ALIGNED = ("attention", "published", "status", "device", "setting")
+LEFT_ALIGNED = ("attention", "published", "status", "device", "setting", "A", "B")
 
 
 def as_text(table: Table) -> str:
@@ -62,7 +62,7 @@ def as_html(table: Table) -> str:
 
 
 def _class(header: str, word: str) -> str:
-    names = [name for name, holds in (("left", header in LEFT_ALIGNED), ("open", header == "status" and word)) if holds]
+    names = [name for name, holds in (("left", header in LEFT_ALIGNED), ("open", header == "status" and word != header)) if holds]
     return f' class="{" ".join(names)}"' if names else ""
 
 

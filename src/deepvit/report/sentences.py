@@ -3,24 +3,30 @@
 from deepvit.report.grid import Grid
 from deepvit.report.runs import flat
 
-RECIPE = ("model.embed_dim", "model.num_heads", "model.mlp_ratio", "model.img_size", "model.patch_size", "model.stem",
-          "model.drop_path_rate", "data.fraction", "data.batch_size", "schedule.epochs", "schedule.steps",
-          "schedule.kind", "optimizer.opt", "optimizer.lr", "optimizer.weight_decay", "augment", "precision",
-          "ema.decay", "loss.cosine_blocks", "init")
+RECIPE = {  # what a reader asks for first, and how it is said
+    "model.embed_dim": "width {}", "model.num_heads": "{} heads", "model.mlp_ratio": "MLP x {:g}",
+    "model.img_size": "pictures of {} pixels", "model.patch_size": "patches of {}", "model.stem": "{} stem",
+    "model.reattention_blocks": "the attention in blocks {}", "model.drop_path_rate": "drop path {:g}",
+    "data.fraction": "{:.0%} of the training pictures", "data.batch_size": "batches of {}",
+    "schedule.epochs": "{:g} epochs", "schedule.steps": "{:,} steps", "schedule.kind": "{} schedule",
+    "optimizer.opt": "{}", "optimizer.lr": "learning rate {:g}", "optimizer.weight_decay": "weight decay {:g}",
+    "augment": "augmentation {}", "precision": "precision {}", "ema.decay": "weights averaged over {:g}",
+    "loss.cosine_blocks": "cosine regularisation of {} pairs of maps", "init": "started from {}"}
 
 
 def shared_recipe(grid: Grid) -> str:
-    """The settings that all cells have in common, those that a reader asks for first."""
+    """The settings that all cells have in common."""
     known = dict(flat(grid.shared))
-    listed = ", ".join(f"{name.split('.')[-1]} {known[name]}" for name in RECIPE if known.get(name) is not None)
-    return f"All cells share: {listed}."
+    said = [phrase.format(known[name]) for name, phrase in RECIPE.items() if known.get(name)]
+    return f"All cells share: {', '.join(said)}; seed{'s' * (len(grid.seeds) > 1)} {', '.join(map(str, grid.seeds))}."
 
 
 def reading(grid: Grid) -> list[str]:
     """Two lines: what the table shows, and what it does not."""
-    axes = ", ".join(["depth"] * (len(grid.depths) > 1) + ["attention"] + list(grid.extras))
-    shows = (f"It shows: how accuracy and the similarity of adjacent blocks' attention go with {axes}, under one "
-             f"recipe, each similarity beside its value at initialisation.")
+    axes = ["depth"] * (len(grid.depths) > 1) + ["attention"] * (len({c.attention for c in grid.cells}) > 1)
+    shows = (f"It shows: how accuracy and the similarity of adjacent blocks' attention go with "
+             f"{' and '.join([*axes, *grid.extras]) or 'nothing, as there is one cell'}, under one recipe, each "
+             f"similarity beside its value before training.")
     limits = ["similarity alone is no merit: the norm over heads lowers it by construction, as norm_only shows"]
     if len(grid.seeds) == 1:
         limits.insert(0, f"one seed, so differences within the 95 % bounds may be chance{_sample(grid)}")

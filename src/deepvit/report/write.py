@@ -1,35 +1,60 @@
 """The report: what is printed, and the files report.md, report.csv, report.html and figures/."""
 
+import itertools
+import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from deepvit.errors import UserError
 from deepvit.report import page, render, sentences
+from deepvit.report.compare import comparison, comparison_picture
 from deepvit.report.figures import Picture, pictures
 from deepvit.report.grid import Grid, grids
 from deepvit.report.runs import Run
 from deepvit.report.tables import tables
 
 
+@dataclass(frozen=True)
+class Report:
+    """What goes into every form of it. `pair`: two runs to compare, or none."""
+
+    grids: list[Grid]
+    pictures: list[list[Picture]]  # of each grid
+    problems: list[str]
+    threshold: float
+    pair: Sequence[Run]
+
+    @property
+    def remarks(self) -> list[str]:
+        """What a reader must know of the whole."""
+        if len(self.grids) == 1:
+            return self.problems
+        names = "; ".join(grid.name for grid in self.grids)
+        return [f"The runs are of {len(self.grids)} kinds of data or recipe ({names}): a table for each, since their "
+                f"numbers do not compare.", *self.problems]
+
+
 def write_report(runs: Sequence[Run], problems: Sequence[str], out: Path, threshold: float,
-                 compare: Sequence[Path] | None = None) -> Iterator[str]:
+                 pair: Sequence[Run] = ()) -> Iterator[str]:
     """Writes everything into `out` and gives the lines to print.
 
     Raises:
         UserError: `out` cannot be written.
     """
     found = grids(runs)
-    problems = [*problems, *(line for grid in found for line in grid.duplicates)]
-    drawn = {id(grid): pictures(grid, _prefix(grid, found)) for grid in found}
+    drawn = [pictures(grid, _prefix(grid, found)) for grid in found]
+    report = Report(found, drawn, [*problems, *(line for grid in found for line in grid.duplicates)], threshold, pair)
+    extra = [comparison_picture(pair)] if pair else []
     try:
         (out / "figures").mkdir(parents=True, exist_ok=True)
-        saved = [picture.save(out / "figures") for each in drawn.values() for picture in each]
+        saved = [picture.save(out / "figures") for picture in [*itertools.chain(*drawn), *extra]]
         (out / "report.csv").write_text(render.as_csv(found, threshold))
-        (out / "report.md").write_text(_markdown(found, drawn, problems, threshold))
-        (out / "report.html").write_text(_html(found, drawn, problems, threshold))
+        (out / "report.md").write_text(_markdown(report, extra))
+        (out / "report.html").write_text(_html(report, extra))
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror}): choose another folder with --out.") from error
-    yield from _terminal(found, threshold, problems)
+    yield from _terminal(report)
     yield from (f"Figure: {path}" for path in saved)
     yield f"Report: {out / 'report.html'} (and report.md, report.csv)"
 
@@ -38,22 +63,13 @@ def _prefix(grid: Grid, found: Sequence[Grid]) -> str:
     """Of the names of a grid's figures, where there are several grids."""
     if len(found) == 1:
         return ""
-    words = f"{grid.data}-{grid.recipe or found.index(grid)}"
-    return "".join(letter if letter.isalnum() else "-" for letter in words) + "-"
+    return re.sub(r"[^A-Za-z0-9]+", "-", f"{grid.data}-{grid.recipe or 'own'}") + "-"
 
 
-def _several(found: Sequence[Grid]) -> str | None:
-    if len(found) == 1:
-        return None
-    return (f"The runs are of {len(found)} kinds of data or recipe ({'; '.join(grid.name for grid in found)}): a table "
-            f"for each, since their numbers do not compare.")
-
-
-def _terminal(found: Sequence[Grid], threshold: float, problems: Sequence[str]) -> Iterator[str]:
-    if _several(found):
-        yield _several(found)
-    for grid in found:
-        results, similarities, _ = tables(grid, threshold)
+def _terminal(report: Report) -> Iterator[str]:
+    yield from report.remarks
+    for grid in report.grids:
+        results, similarities, _ = tables(grid, report.threshold)
         yield "\n" + render.as_text(results)
         yield from results.notes
         if similarities.rows:
@@ -61,26 +77,34 @@ def _terminal(found: Sequence[Grid], threshold: float, problems: Sequence[str]) 
             yield from similarities.notes
         yield "\n" + sentences.shared_recipe(grid)
         yield from sentences.reading(grid)
-    yield from problems
+    if report.pair:
+        compared = comparison(report.pair)
+        yield "\n" + render.as_text(compared)
+        yield from compared.notes
 
 
-def _markdown(found: Sequence[Grid], drawn: dict[int, list[Picture]], problems: Sequence[str],
-              threshold: float) -> str:
-    parts = ["# Report", *filter(None, [_several(found)]), *(f"- {problem}" for problem in problems)]
-    for grid in found:
+def _markdown(report: Report, extra: Sequence[Picture]) -> str:
+    parts = ["# Depth and attention: report", *(f"- {remark}" for remark in report.remarks)]
+    for grid, drawn in zip(report.grids, report.pictures):
         parts += [f"## {grid.name}", sentences.shared_recipe(grid), *sentences.reading(grid)]
-        parts += [render.as_markdown(table) for table in tables(grid, threshold) if table.rows]
-        parts += [f"![{picture.caption}](figures/{picture.name}.png)\n\n{picture.caption}"
-                  for picture in drawn[id(grid)]]
-    return "\n\n".join(parts) + "\n"
+        parts += [render.as_markdown(table) for table in tables(grid, report.threshold) if table.rows]
+        parts += map(_markdown_picture, drawn)
+    if report.pair:
+        parts += [render.as_markdown(comparison(report.pair)), *map(_markdown_picture, extra)]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
-def _html(found: Sequence[Grid], drawn: dict[int, list[Picture]], problems: Sequence[str], threshold: float) -> str:
-    parts = [page.paragraph(text) for text in (_several(found), *problems) if text]
-    for grid in found:
-        results, *others = [render.as_html(table) for table in tables(grid, threshold) if table.rows]
+def _markdown_picture(picture: Picture) -> str:
+    return f"![{picture.caption}](figures/{picture.name}.png)\n\n{picture.caption}"
+
+
+def _html(report: Report, extra: Sequence[Picture]) -> str:
+    parts = [page.paragraph(text) for text in report.remarks]
+    for grid, drawn in zip(report.grids, report.pictures):
+        results, *others = [render.as_html(table) for table in tables(grid, report.threshold) if table.rows]
         texts = [page.paragraph(text) for text in (sentences.shared_recipe(grid), *sentences.reading(grid))]
-        figures = [page.figure(picture) for picture in drawn[id(grid)]]
         folders = page.listing(f"The {len(grid.runs)} run folders", [str(run.path) for run in grid.runs])
-        parts += [page.heading(grid.name), results, *texts, *figures, *others, folders]
+        parts += [page.heading(grid.name), results, *texts, *map(page.figure, drawn), *others, folders]
+    if report.pair:
+        parts += [render.as_html(comparison(report.pair)), *map(page.figure, extra)]
     return page.page("Depth and attention: report", parts)

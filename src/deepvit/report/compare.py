@@ -1,0 +1,45 @@
+"""Two runs beside each other: which settings differ, what came out, both curves."""
+
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+
+from deepvit.report.figures import COLOURS, CURVES, Picture, curve
+from deepvit.report.runs import Run
+from deepvit.report.tables import NONE, Table, mean_similarity
+
+RESULTS = ("top1", "top5", "loss", "best_top1", "n", "params", "flops", "steps", "epochs", "images_per_s", "git")
+
+
+def comparison(runs: Sequence[Run]) -> Table:
+    """Differing settings first, then the results."""
+    first, second = (run.settings for run in runs)
+    names = [name for name in dict.fromkeys([*first, *second]) if first.get(name) != second.get(name)]
+    rows = [[name, _text(first.get(name)), _text(second.get(name))] for name in names]
+    rows += [["state", *(run.state if run.finished else run.progress for run in runs)]]
+    rows += [[name, *(_text(run.result.get(name)) for run in runs)] for name in RESULTS]
+    rows += [[f"mean M, {stage}, trained", *(_text(mean_similarity(run, "final", stage)) for run in runs)]
+             for stage in ("final", "softmax")]
+    notes = [f"{letter}: {run.path}" for letter, run in zip("AB", runs)]
+    if not names:
+        notes.append("All settings are the same.")
+    return Table("Two runs compared", ["setting", "A", "B"], rows, notes)
+
+
+def _text(value: object) -> str:
+    if value is None:
+        return NONE
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def comparison_picture(runs: Sequence[Run]) -> Picture:
+    return Picture("compare", "Run A (solid) and run B (dashed).",
+                   [lambda axes, n=name: _curves(axes, runs, n) for name in CURVES])
+
+
+def _curves(axes: Axes, runs: Sequence[Run], name: str) -> None:
+    for letter, run, colour, style in zip("AB", runs, COLOURS, ("-", "--")):
+        axes.plot(*curve(run, name), color=colour, linestyle=style, label=f"run {letter}")
+    axes.set_xlabel("epoch")
+    axes.set_ylabel(CURVES[name])
+    axes.legend(fontsize=8)

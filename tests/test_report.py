@@ -1,0 +1,344 @@
+"""The report against run folders of a real sweep (a copy of its JSON) and against folders broken on purpose."""
+
+import contextlib
+import csv
+import fcntl
+import io
+import json
+import math
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from deepvit.report import grid as grid_module
+from deepvit.report import published, render, runs, tables
+from deepvit.report.__main__ import main
+from deepvit.report.grid import grids
+from deepvit.report.statistics import summarise
+
+SWEEP = Path(__file__).parent / "data" / "report"
+
+
+@pytest.fixture(scope="module")
+def template() -> Path:
+    """A finished run of the sweep."""
+    return next(path.parent for path in sorted(SWEEP.rglob("metrics.json")))
+
+
+@pytest.fixture
+def make(template, tmp_path):
+    """Makes run folders from the finished one: settings by dotted key, results by name."""
+    def make_run(name: str, recipe: str = "digits", result: dict | None = None, finished: bool = True, **settings):
+        folder = tmp_path / "runs" / recipe / "vit" / name
+        folder.mkdir(parents=True)
+        config = yaml.safe_load((template / "config.yaml").read_text())
+        for key, value in settings.items():
+            *groups, last = key.split("__")
+            values = config
+            for group in groups:
+                values = values[group]
+            values[last] = value
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+        for name in ("metrics.jsonl", "events.jsonl"):
+            shutil.copy(template / name, folder)
+        if finished:
+            content = json.loads((template / "metrics.json").read_text())
+            (folder / "metrics.json").write_text(json.dumps({**content, **(result or {})}))
+        return folder
+    return make_run
+
+
+def attention(name: str) -> dict:
+    return {"name": name, "class": "ReAttention"}
+
+
+def the_grid(folder: Path) -> grid_module.Grid:
+    found = grids(runs.read_runs([folder])[0])
+    assert len(found) == 1
+    return found[0]
+
+
+# The real sweep
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory) -> tuple[Path, str]:
+    """The sweep's report: its folder and what was printed."""
+    out, printed = tmp_path_factory.mktemp("report"), io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert main([str(SWEEP), "--out", str(out)]) == 0
+    return out, printed.getvalue()
+
+
+def test_report_of_the_sweep(reported):
+    tmp_path, printed = reported
+    assert "It shows" in printed and "It does not show more" in printed and "by construction" in printed
+    assert str(tmp_path / "figures" / "depth.png") in printed
+    for name in ("depth", "curves", "blocks"):
+        assert (tmp_path / "figures" / f"{name}.png").stat().st_size > 10_000
+        assert (tmp_path / "figures" / f"{name}.svg").read_text().startswith("<?xml")
+    rows = list(csv.DictReader((tmp_path / "report.csv").open()))
+    for folder in (path.parent for path in SWEEP.rglob("metrics.json")):
+        result = json.loads((folder / "metrics.json").read_text())
+        row = next(row for row in rows if (row["depth"], row["attention"]) == (str(result["depth"]),
+                                                                               result["attention"]))
+        assert float(row["top1_mean"]) == result["top1"] and row["n"] == "1"
+        for moment in ("initial", "final"):
+            for kind, values in result[f"probe_{moment}"]["similarity"].items():
+                assert float(row[f"similarity_{moment}_{kind}_mean"]) == pytest.approx(values["mean"], abs=1e-6)
+                assert float(row[f"similar_blocks_{moment}_{kind}_mean"]) == values["similar_blocks"]
+        assert f"{result['top1']:.2f}" in printed
+
+
+def test_page_needs_nothing_else(reported):
+    page = (reported[0] / "report.html").read_text()
+    assert "<script" not in page and 'src="http' not in page and "@import" not in page
+    assert page.count("data:image/svg+xml;base64,") >= 6 and 'name="viewport"' in page
+
+
+def test_same_runs_same_bytes(template, tmp_path):
+    """Kept results regenerate without a difference."""
+    for name in ("first", "second"):
+        main([str(template), "--out", str(tmp_path / name)])
+    for path in ("report.html", "report.md", "report.csv", "figures/depth.svg"):
+        assert (tmp_path / "first" / path).read_bytes() == (tmp_path / "second" / path).read_bytes(), path
+
+
+def test_starts_without_torch():
+    code = ("import sys, deepvit.report.__main__, deepvit.report.write; "
+            "print([name for name in ('torch', 'timm', 'hydra', 'sklearn', 'scipy') if name in sys.modules])")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_threshold_counts_the_pairs_above_it(template):
+    run = runs.read_run(template)
+    pairs = tables.similarity(run, "initial", "softmax")
+    assert len(pairs) == run.config["model"]["depth"] - 1
+    for threshold in (-1, sorted(pairs)[3], 1):
+        assert tables.similar_blocks(run, "initial", "softmax", threshold) == sum(x > threshold for x in pairs)
+
+
+# Seeds, axes, holes
+
+def test_mean_and_deviation_over_seeds(make, tmp_path):
+    values = [80.0, 83.0, 85.5]
+    for seed, top1 in enumerate(values):
+        make(f"seed={seed}", seed=seed, result={"top1": top1, "seed": seed})
+    cell, = the_grid(tmp_path).cells
+    summary = tables.over_seeds(cell, tables.of_result("top1"))
+    assert summary.text(2) == f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+    half = 4.303 * statistics.stdev(values) / math.sqrt(3)
+    assert tables.interval(cell) == pytest.approx((summary.mean - half, summary.mean + half))
+
+
+def test_summaries_leave_out_what_is_not_there():
+    assert summarise([None, float("nan")]) is None
+    assert summarise([2.0, None]).text(1) == "2.0"
+    assert summarise([1.0] * 40).low == 1.0
+
+
+def test_holes_of_a_sweep_are_marked(make, tmp_path):
+    for depth, name in ((8, "self"), (8, "reattention"), (16, "self")):
+        make(f"{depth}-{name}", model__depth=depth, model__attention=attention(name))
+    grid = the_grid(tmp_path)
+    holes = [cell for cell in grid.cells if not cell.runs]
+    assert [(cell.depth, cell.attention, cell.status) for cell in holes] == [(16, "reattention", "missing")]
+    assert "missing" in tables.tables(grid, 0.9)[0].rows[-1]
+
+
+def test_a_missing_seed_is_named(make, tmp_path):
+    for depth, seed in ((8, 0), (8, 1), (16, 0)):
+        make(f"{depth}-{seed}", model__depth=depth, seed=seed)
+    assert [cell.status for cell in the_grid(tmp_path).cells] == ["", "seed 1 missing"]
+
+
+def test_a_list_of_models_has_no_holes(make, tmp_path):
+    make("s", model__depth=16, model__embed_dim=396)
+    make("l", model__depth=32, model__embed_dim=420)
+    assert all(cell.runs for cell in the_grid(tmp_path).cells)
+
+
+def test_two_sweeps_that_meet_in_a_cell_have_no_holes(make, tmp_path):
+    for depth in (8, 16, 32):
+        make(f"depth-{depth}", model__depth=depth)
+    for blocks in ("-2:", "-3:", "-4:"):
+        make(f"blocks-{blocks[1]}", model__reattention_blocks=blocks)
+    assert all(cell.runs for cell in the_grid(tmp_path).cells)
+
+
+def test_settings_that_differ_become_columns(make, tmp_path):
+    make("a", model__embed_dim=48, model__num_heads=3, engine__log_every=7)
+    make("b", model__embed_dim=96, model__num_heads=6)
+    grid = the_grid(tmp_path)
+    assert grid.extras == ("embed_dim / num_heads",)
+    assert [cell.extras for cell in grid.cells] == [("48 / 3",), ("96 / 6",)]
+
+
+def test_augmentation_goes_by_its_name(make, tmp_path):
+    make("none")
+    make("light", augment={**yaml.safe_load((runs.CONF / "augment" / "none.yaml").read_text()),
+                           "interpolation": "bicubic", "crop_scale": [0.6, 1.0], "hflip": 0.0})
+    grid = the_grid(tmp_path)
+    assert grid.extras == ("augment",) and {cell.extras for cell in grid.cells} == {("none",), ("light",)}
+
+
+def test_attentions_of_one_name_are_told_apart(make, tmp_path):
+    for rate in (0.1, 0.2):
+        make(str(rate), model__attention={"name": "attention_dropout", "class": "SelfAttention", "attn_drop": rate})
+    assert [cell.attention for cell in the_grid(tmp_path).cells] == [
+        "attention_dropout (attn_drop=0.1)", "attention_dropout (attn_drop=0.2)"]
+
+
+def test_a_repeated_run_counts_once(make, tmp_path):
+    make("a")
+    make("b")
+    grid = the_grid(tmp_path)
+    assert len(grid.cells[0].runs) == 1 and "repeats" in grid.duplicates[0]
+
+
+def test_different_data_and_recipes_get_tables_of_their_own(make, tmp_path, capsys):
+    make("a", data__source="cifar10", recipe="cifar10")
+    make("b", recipe="imagenet", data__source="imagenet")
+    make("c", recipe="imagenet_32b", data__source="imagenet")
+    assert [grid.name for grid in grids(runs.read_runs([tmp_path])[0])] == [
+        "cifar10, recipe cifar10", "imagenet, recipe imagenet", "imagenet, recipe imagenet_32b"]
+    shutil.rmtree(tmp_path / "runs" / "cifar10")
+    assert main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert "2 kinds of data or recipe" in printed and printed.count("Accuracy and similar blocks") == 2
+    assert (tmp_path / "out" / "figures" / "imagenet-imagenet-32b-depth.png").exists()
+
+
+# The paper's numbers
+
+IMAGENET = {"data__source": "imagenet", "model__embed_dim": 384, "model__num_heads": 12, "model__img_size": 224,
+            "model__patch_size": 16, "recipe": "imagenet"}
+
+
+def test_published_numbers_stand_beside_the_same_cells_only(make, tmp_path):
+    make("a", **IMAGENET, model__depth=32, model__attention=attention("reattention"), result={"top1": 80.0})
+    make("b", **IMAGENET, model__depth=32, model__attention=attention("reattention_fc"))
+    make("c", **{**IMAGENET, "model__embed_dim": 512}, model__depth=32, model__attention=attention("reattention"))
+    make("d", **IMAGENET, model__depth=32, model__attention=attention("reattention"), data__fraction=0.1)
+    table = tables.tables(the_grid(tmp_path), 0.9)[0]
+    column, difference = table.headers.index("published"), table.headers.index("difference")
+    begun = [row for row in table.rows if row[-1] != "missing"]
+    assert sorted(row[column] for row in begun) == ["80.90 [readme1]"] + 3 * ["not in the paper"]
+    assert [row[difference] for row in table.rows if "80.90" in row[column]] == ["-0.90"]
+    assert any("80.9 [figure]" in note for note in table.notes)
+    assert any("similar blocks as published" in note.lower() for note in table.notes)
+
+
+def test_other_data_say_that_the_paper_has_none(make, tmp_path):
+    make("a")
+    table = tables.tables(the_grid(tmp_path), 0.9)[0]
+    assert table.rows[0][table.headers.index("published")] == "not on digits"
+
+
+def test_every_published_number_has_a_source_and_a_place():
+    for entry in published.entries():
+        assert entry.source in published.sources() and 50 < entry.top1 < 100
+        assert {"data.source", "model.depth", "model.attention.name"} <= set(entry.match)
+    readme = {entry.model: (entry.top1, entry.similar_blocks) for entry in published.entries()
+              if entry.source == "readme1"}
+    assert readme == {"ViT-16": (78.88, 5), "DeepViT-16": (79.10, 0), "ViT-24": (79.35, 11), "DeepViT-24": (79.99, 0),
+                      "ViT-32": (79.27, 15), "DeepViT-32": (80.90, 0)}
+
+
+# Runs at work, stopped, broken
+
+def test_progress_of_an_unfinished_run(make, tmp_path):
+    folder = make("a", finished=False)
+    whole = (folder / "metrics.jsonl").read_text().splitlines()
+    half = len(whole) // 2
+    (folder / "metrics.jsonl").write_text("\n".join(whole[:half]) + "\n" + whole[half][:20])
+    (folder / "events.jsonl").write_text('{"event": "start"}\n')
+    run = runs.read_run(folder)
+    done = max(json.loads(line)["step"] for line in whole[:half])
+    total = json.loads(whole[-1])["step"]
+    assert (run.state, run.step, run.total) == ("unfinished", done, total)
+    assert f"step {done}/{total}" in the_grid(tmp_path).cells[0].status
+
+
+def test_states(make, template):
+    folder = make("a", finished=False)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert runs.read_run(folder).state == "running"
+    (folder / "events.jsonl").write_text('{"event": "start"}\n{"event": "PREEMPTED"}\n')
+    assert runs.read_run(folder).state == "stopped"
+    (folder / "events.jsonl").write_text('{"event": "start"}\n{"event": "PREEM')
+    (folder / "lock").write_text("process 1 on another-machine")
+    assert runs.read_run(folder).state == "unfinished (last worked on by another-machine)"
+    assert runs.read_run(template).state == "finished"
+
+
+def test_one_broken_run_does_not_stop_the_rest(make, tmp_path, capsys):
+    make("good")
+    (make("poisoned") / "config.yaml").write_bytes(b"\xff\xfe: [")
+    (make("foreign") / "config.yaml").write_text("hello: world\n")
+    torn = make("torn", seed=1)
+    (torn / "metrics.json").write_text('{"finished": true, "top1": 9')
+    assert main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert "poisoned/config.yaml cannot be read" in printed and "foreign/config.yaml is not the config" in printed
+    assert "seed 1: unfinished" in printed
+
+
+def test_a_run_without_a_probe_still_has_its_row(make, tmp_path):
+    make("a", result={"probe_initial": None, "probe_final": None})
+    assert main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
+    assert not (tmp_path / "out" / "figures" / "blocks.png").exists()
+
+
+def test_only_begun_runs_can_be_reported(make, tmp_path):
+    folder = make("a", finished=False)
+    (folder / "metrics.jsonl").unlink()
+    assert main([str(folder), "--out", str(tmp_path / "out")]) == 0
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ([], "Give run folders"),
+    (["{tmp}/nowhere"], "does not exist"),
+    (["{tmp}/empty"], "No config.yaml"),
+    (["{sweep}", "--compare", "{tmp}/empty", "{tmp}/empty"], "cannot be read"),
+    (["{sweep}", "--out", "{tmp}/file/out"], "cannot be written"),
+])
+def test_bad_input_is_one_sentence(arguments, words, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    assert main([word.format(tmp=tmp_path, sweep=SWEEP) for word in arguments]) == 2
+    error = capsys.readouterr().err.strip()
+    assert words in error and "\n" not in error
+
+
+def test_a_threshold_that_is_no_cosine_is_refused(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([str(SWEEP), "--threshold", "90"])
+    assert stopped.value.code == 2 and "not a cosine" in capsys.readouterr().err
+
+
+# Two runs
+
+def test_compare_names_what_differs(make, tmp_path, capsys):
+    first, second = make("a"), make("b", optimizer__lr=0.5, result={"top1": 12.5})
+    assert main(["--compare", str(first), str(second), "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    rows = [line.split() for line in printed.splitlines()]
+    assert ["optimizer.lr", "0.001", "0.5"] in rows
+    assert not any(row and row[0] == "optimizer.weight_decay" for row in rows)
+    assert (tmp_path / "out" / "figures" / "compare.svg").exists()
+
+
+# Forms of a table
+
+def test_table_forms_escape_what_they_hold():
+    table = tables.Table("a < b", ["attention", "x|y"], [["<self>", "1|2"]], ["5 & 6"])
+    assert "&lt;self&gt;" in render.as_html(table) and "5 &amp; 6" in render.as_html(table)
+    assert "1\\|2" in render.as_markdown(table)
+    assert len({len(line) for line in render.as_text(table).splitlines()[1:]}) == 1
