@@ -22,9 +22,12 @@ from deepvit.errors import UserError
 from deepvit.importers import load_model
 from deepvit.models import ViT
 from deepvit.models.cost import count_flops, count_parameters
+from deepvit.report.published import published_of, sources
+from deepvit.report.runs import flat
 from deepvit.settings import Data, PrecisionSettings, read_group
 from deepvit.training import device_name, versions
 
+IMAGENET_VAL = 50_000  # pictures of its validation set
 log = logging.getLogger(__name__)
 
 
@@ -64,6 +67,8 @@ def evaluate_all(config: Mapping[str, Any], ranks: Ranks) -> list[dict[str, Any]
             _write(candidate, data, splits, evaluation, result, config["out"])
     if ranks.is_main:
         log.info("\n%s", table(results))
+        for result in results:
+            _say_published(result)
         _compare(paths, evaluations)
     return results
 
@@ -182,7 +187,28 @@ def _result(candidate: Candidate, data: Data, splits: Splits, evaluation: Evalua
             "data": data.source, "root": data.root, "img_size": list(model.img_size), "params": count_parameters(model),
             "flops": count_flops(model), "depth": model.depth, "dialect": model.load_report.dialect,
             "step": candidate.said.get("step"), "arch": candidate.said.get("arch"),
-            "device": device_name(ranks.device), "devices": ranks.world, **versions()}
+            "published": _published(candidate, data), "device": device_name(ranks.device), "devices": ranks.world,
+            **versions()}
+
+
+def _published(candidate: Candidate, data: Data) -> dict[str, Any] | None:
+    """The published figure for this model on this data, where there is one; none for weights that were trained here."""
+    if candidate.model.load_report.dialect == "ours":
+        return None
+    settings = flat({"model": candidate.model.config, "data": vars(data)})
+    found = published_of({name: value[0] if name == "model.img_size" and isinstance(value, list) else value
+                          for name, value in settings})
+    return {"model": found[0].model, "top1": found[0].top1, "source": sources()[found[0].source]} if found else None
+
+
+def _say_published(result: Mapping[str, Any]) -> None:
+    known = result["published"]
+    if known is None:
+        return
+    whole = result["data"] == "imagenet" and result["n"] == IMAGENET_VAL
+    log.info("%s: %.2f %% is ours, measured here on %d pictures; %.2f %% is the authors' figure for %s (%s)%s.",
+             label(result["checkpoint"]), result["top1"], result["n"], known["top1"], known["model"], known["source"],
+             "" if whole else f", on all {IMAGENET_VAL:,} pictures: the two are not comparable")
 
 
 def table(results: list[dict[str, Any]]) -> str:
