@@ -82,7 +82,7 @@ def centred_mix_backward(du: Tensor, dsumsq: Tensor, dtotal: Tensor, q: Tensor, 
     options = _options(d, q.dtype, backward=True)
     du = du.transpose(1, 2).contiguous()  # [B, N, H, d]
     dq, dk, dv = (tokens_first(x) for x in (q, k, v))
-    mix, twice, delta = mix.contiguous(), 2 * dsumsq, torch.empty_like(lse)
+    mix, twice, delta = mix.contiguous(), (2 * dsumsq).contiguous(), torch.empty_like(lse)
     given = (q, k, v, du, mix, lse, twice)
     sizes = (*q.stride()[:3], H, N, d, scale, scale * log2(2.718281828459045))
     grid = (triton.cdiv(N, options["BM"]), B)
