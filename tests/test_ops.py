@@ -183,7 +183,7 @@ def test_bf16_autocast_at_initialisation(form, std):
         fast = ops.reattention(*[x.float() for x in rounded], mix, bias[0], norm=norm, training=True)
         published = reference.reattention(*[x.float() for x in rounded], mix, bias[0], norm=norm, training=True)
     wide = HeadNorm(*[x.double() for x in norm[:4]])
-    exact = reference.reattention(*[x.double() for x in rounded], mix.double(), bias[0].double(), norm=wide, training=True)
+    exact = reference.reattention(*[x.double() for x in (*rounded, mix, bias[0])], norm=wide, training=True)
     error = lambda x: float((x.double() - exact).norm() / exact.norm())  # noqa: E731
     assert fast.dtype == torch.bfloat16 and error(fast) <= 0.005
     assert std > 0.4 or error(published) > 0.2
@@ -327,3 +327,16 @@ def test_plain_core_equals_tiles():
     for a, b in zip(plain.centred_mix(q, k, v, leaves["mix"], 0.5, True),
                     core.centred_mix(q, k, v, leaves["mix"], 0.5, True)):
         assert torch.allclose(a, b, rtol=1e-12)
+
+
+@pytest.mark.slow
+def test_inductor_takes_a_whole_model():
+    """torch.compile as users call it, without a graph break; about half a minute of compiling."""
+    import deepvit
+    model = deepvit.create_model("deepvit16", img_size=32, patch_size=8, num_classes=10, depth=2)
+    compiled, x = torch.compile(model, fullgraph=True), torch.randn(2, 3, 32, 32)
+    for training in (True, False):
+        model.train(training)
+        got = compiled(x)
+        got.sum().backward()
+        assert torch.allclose(got, model(x), atol=1e-5)

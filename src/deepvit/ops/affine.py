@@ -123,7 +123,7 @@ def _recoverable(u: Tensor, gain: Tensor, total: Tensor, shift: Tensor) -> bool:
 
 
 def affine_out(u: Tensor, gain: Tensor | None, total: Tensor, shift: Tensor, out: Tensor | None = None) -> Tensor:
-    """`gain_h u_h + shift_h total_h` in u's dtype. u `[B, H, N, d]`, gain (None: 1) and shift `[H]`, total `[B, H, d]`."""
+    """`gain_h u_h + shift_h total_h` in u's dtype. u `[B, H, N, d]`, gain (None: 1), shift `[H]`, total `[B, H, d]`."""
     constant = (total * shift[:, None])[:, :, None]  # [B, H, 1, d]
     if gain is None:
         return torch.add(u, constant, out=out).to(u.dtype)

@@ -1,4 +1,4 @@
-"""The core of the affine form as a torch operator, so that autograd and torch.compile see one node, whatever runs it."""
+"""The core of the affine form as a torch operator: autograd and torch.compile see one node, whatever runs it."""
 
 import importlib.util
 import logging

@@ -81,5 +81,5 @@ def _by_affine(path, q, k, v, mix, bias, norm, scale, map_scale, training, group
     gain = affine.batch_gain(sumsq, B * N * N, mix, bias, N, norm, map_scale, group)
     shift = norm.beta.to(wide) * map_scale
     if bias is not None:
-        shift = shift + 0 * bias.to(wide)  # cancels exactly; a gradient of zeros, as the reference gives, keeps DDP content
+        shift = shift + 0 * bias.to(wide)  # it cancels; DDP wants the gradient of zeros that it has
     return affine.normalised(u, gain, total, shift)

@@ -216,7 +216,8 @@ static void fill_maps(const Sizes& s, const float* queries, const float* keys, l
 static void forward_task(const Sizes& s, long b, long begin, const float* q, const float* k, const float* v,
                          const float* mix, float* u, double* sumsq, float* sums, Scratch scratch) {
     const long H = s.H, N = s.N, D = s.D, Np = s.Np(), Dp = s.Dp(), area = s.rows * Np;
-    float *keys = scratch.take(H * D * Np), *values = scratch.take(H * Np * Dp), *queries = scratch.take(H * s.rows * Dp);
+    float *keys = scratch.take(H * D * Np), *values = scratch.take(H * Np * Dp);
+    float *queries = scratch.take(H * s.rows * Dp);
     float *maps = scratch.take(H * area), *mixed = scratch.take(H * area), *part = scratch.take(s.rows * Dp);
     for (long h = 0; h < H; h++) {
         pack_columns(k + b * s.sb + h * s.sh, s.sn, N, Np, D, keys + h * D * Np);

@@ -37,7 +37,7 @@ def serves(q: Tensor) -> str:
     if q.dtype not in (torch.float32, torch.bfloat16):
         return f"no Triton kernel for {q.dtype}"
     if H > 16 or d > 64 or (d > 48 and q.dtype == torch.float32):
-        return f"no Triton kernel for {H} heads of width {d} in {q.dtype}"  # tile of all heads: 227 KiB of shared memory
+        return f"no Triton kernel for {H} heads of width {d} in {q.dtype}"  # shared memory: 227 KiB
     if torch.version.hip is None and torch.cuda.get_device_capability(q.device) < (9, 0):
         return "the Triton kernels are sized for the shared memory of sm_90"
     return "" if torch.version.hip is None else "the Triton kernels have not been tried on AMD"

@@ -37,7 +37,8 @@ def _store(base, x, rows, cols, H, N, D):
 def _load_per_row(base, rows, H, N):
     """`[16, rows]` of one sample's `[H, N]`."""
     heads = tl.arange(0, HEADS)
-    return tl.load(base + heads[:, None] * N + rows[None, :], mask=(heads < H)[:, None] & (rows < N)[None, :], other=0.0)
+    there = (heads < H)[:, None] & (rows < N)[None, :]
+    return tl.load(base + heads[:, None] * N + rows[None, :], mask=there, other=0.0)
 
 
 @triton.jit

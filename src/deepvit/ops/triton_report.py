@@ -1,4 +1,4 @@
-"""What Triton's compiler makes of the kernels, for a GPU that need not be there: `python -m deepvit.ops.triton_report`."""
+"""What Triton's compiler makes of the kernels, without a GPU: `python -m deepvit.ops.triton_report`."""
 
 import re
 import subprocess
