@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm  # plain and synchronised
 
-from deepvit import ops
 from deepvit.analysis.recording import attention_modules, unwrap
 from deepvit.errors import UserError
 from deepvit.models.attention import HeadMix
@@ -98,7 +97,8 @@ def norm_variance(module: nn.Module, softmax: Tensor) -> Tensor | None:
     """
     if not isinstance(getattr(module, "norm", None), BatchNorm):
         return None
-    maps = softmax - 1 / softmax.shape[-1]
-    if getattr(module, "mix", None) is not None:
-        maps = ops.mix_heads(maps, module.mix.weight)
-    return maps.square().mean((0, 2, 3))
+    flat = (softmax - 1 / softmax.shape[-1]).transpose(0, 1).flatten(1)  # [H, B N N]
+    covariance = flat @ flat.mT / flat.shape[1]  # [H, H]
+    if getattr(module, "mix", None) is None:
+        return covariance.diagonal()
+    return (module.mix.weight @ covariance * module.mix.weight).sum(1)

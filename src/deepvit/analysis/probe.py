@@ -22,7 +22,7 @@ from deepvit.analysis.measures import (
 from deepvit.analysis.recording import Recording, attention_modules, recordings
 from deepvit.analysis.similarity import (
     centred,
-    head_similarity,
+    mean_head_product,
     mean_product,
     similar_blocks,
     similarity_matrix,
@@ -84,13 +84,12 @@ def _of_maps(model: nn.Module, recording: Recording) -> dict[str, list[float | N
     values, last = defaultdict(list), {}
     for module, softmax, final in zip(recording.modules, recording.maps("softmax"), recording.maps("final")):
         for kind, choose in KINDS.items():
-            maps = choose(softmax, final)
-            unit = unit_columns(maps)
+            unit = unit_columns(choose(softmax, final))
             pairs = values[f"similarity/{kind}"]
             if kind in last:
                 pairs.append(float(mean_product(last[kind], unit).mean()))
             last[kind] = unit
-            values[f"head_similarity/{kind}"].append(head_similarity(maps))
+            values[f"head_similarity/{kind}"].append(mean_head_product(unit) if unit.shape[1] > 1 else None)
         values["rank/softmax"].append(float(effective_rank(softmax).mean()))
         values["rank/final"].append(float(effective_rank(final).mean()))
         values["entropy"].append(float(attention_entropy(softmax).mean()))

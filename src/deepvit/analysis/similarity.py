@@ -151,10 +151,12 @@ def head_similarity(maps: Tensor) -> float | None:
 
     The same measure as M, between heads h != g instead of blocks; the paper finds it below 0.3 (section 3.2).
     """
-    heads = maps.shape[1]
-    if heads == 1:
-        return None
-    unit = unit_columns(maps)  # [B, H, N, N]
+    return None if maps.shape[1] == 1 else mean_head_product(unit_columns(maps))
+
+
+def mean_head_product(unit: Tensor) -> float:
+    """Mean product of unit columns `[B, H, N, N]` of different heads."""
+    heads = unit.shape[1]
     total = unit.sum(1).square().sum(-2)  # [B, N], |sum of the heads|^2 = each head's own square + all products
     own = unit.square().sum((1, 2))  # [B, N]
     return float((total - own).mean() / (heads * (heads - 1)))
