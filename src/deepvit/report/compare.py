@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 
-from deepvit.report.figures import COLOURS, CURVES, Picture, curve
+from deepvit.report.curves import CURVES, curve
+from deepvit.report.picture import COLOURS, Picture
 from deepvit.report.runs import Run
 from deepvit.report.tables import NONE, Table, mean_similarity
 
@@ -42,4 +43,4 @@ def _curves(axes: Axes, runs: Sequence[Run], name: str) -> None:
         axes.plot(*curve(run, name), color=colour, linestyle=style, label=f"run {letter}")
     axes.set_xlabel("epoch")
     axes.set_ylabel(CURVES[name])
-    axes.legend(fontsize=8)
+    axes.legend()

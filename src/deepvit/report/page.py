@@ -4,7 +4,7 @@ import base64
 import html
 from collections.abc import Sequence
 
-from deepvit.report.figures import Picture
+from deepvit.report.picture import Picture
 
 STYLE = """
 :root { color-scheme: light; }

@@ -62,7 +62,7 @@ def as_html(table: Table) -> str:
 
 
 def _class(header: str, word: str) -> str:
-    names = [name for name, holds in (("left", header in LEFT_ALIGNED), ("open", header == "status" and word != header)) if holds]
+    names = ["left"] * (header in LEFT_ALIGNED) + ["open"] * (header == "status" != word)
     return f' class="{" ".join(names)}"' if names else ""
 
 
@@ -92,7 +92,7 @@ def _csv_row(grid: Grid, cell: Cell, threshold: float) -> dict[str, object]:
     for name in ("params", "flops", "images_per_s", "epochs", "steps"):
         summary = over_seeds(cell, of_result(name))
         row[name] = summary.mean if summary else None
-    found = published_for(cell)
+    found = published_for(cell, grid)
     if found:
         row |= {"published_top1": found[0].top1, "published_source": found[0].source,
                 "published_similar_blocks": found[0].similar_blocks}

@@ -23,7 +23,7 @@ class Summary:
     def text(self, digits: int) -> str:
         """`81.94 ± 0.35`, or `81.94` for one value."""
         spread = f" ± {self.std:.{digits}f}" if self.std is not None else ""
-        return f"{self.mean:.{digits}f}{spread}"
+        return f"{round(self.mean, digits) + 0.0:.{digits}f}{spread}"  # + 0.0: no minus before a zero
 
 
 def summarise(values: Sequence[float | None]) -> Summary | None:

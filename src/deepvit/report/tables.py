@@ -54,8 +54,11 @@ def of_result(name: str) -> Callable[[Run], float | None]:
     return lambda run: run.result.get(name)
 
 
-def published_for(cell: Cell) -> list[Published]:
-    return published_of(cell.runs[0].settings) if cell.runs else []
+def published_for(cell: Cell, grid: Grid) -> list[Published]:
+    """The paper's numbers for a cell; a missing one is known by its neighbour of another depth."""
+    same = [run for other in grid.cells if (other.attention, other.extras) == (cell.attention, cell.extras)
+            for run in other.runs]
+    return published_of({**same[0].settings, "model.depth": cell.depth}) if same else []
 
 
 def tables(grid: Grid, threshold: float) -> list[Table]:
@@ -84,8 +87,8 @@ def _similarities(grid: Grid) -> Table:
     rows = [[*_place(cell), *(_text(over_seeds(cell, lambda run, m=moment, k=kind: mean_similarity(run, m, k)), 2)
                               for kind in KINDS for moment in MOMENTS)] for cell in grid.cells if cell.finished]
     return Table(f"Mean similarity M of adjacent blocks: {grid.name}", headers, rows, [
-        "-1/N: of maps minus their uniform part. An untrained norm over heads has no statistics yet and centres "
-        "nothing; once it has, it lowers M of the final maps by construction, whatever was learned."])
+        "final-1/N, softmax-1/N: of maps minus their uniform part. An untrained norm over heads has no statistics yet "
+        "and centres nothing; once it has, it lowers M of the final maps by construction, whatever was learned."])
 
 
 def _costs(grid: Grid) -> Table:
@@ -140,7 +143,7 @@ def interval(cell: Cell) -> tuple[float | None, float | None]:
     if summary is None:
         return None, None
     if summary.n > 1:
-        return summary.low, summary.high
+        return max(summary.low, 0.0), min(summary.high, 100.0)
     result = cell.finished[0].result
     return result.get("top1_low"), result.get("top1_high")
 
@@ -152,7 +155,7 @@ def _millions(summary: Summary | None) -> str:
 
 
 def _published(cell: Cell, grid: Grid) -> list[str]:
-    found = published_for(cell)
+    found = published_for(cell, grid)
     if not found:
         return ["not in the paper" if grid.data == "imagenet" else f"not on {grid.data}", NONE]
     top1 = over_seeds(cell, of_result("top1"))
@@ -160,7 +163,7 @@ def _published(cell: Cell, grid: Grid) -> list[str]:
 
 
 def _published_notes(grid: Grid) -> list[str]:
-    found = [published_for(cell) for cell in grid.cells]
+    found = [published_for(cell, grid) for cell in grid.cells]
     named = dict.fromkeys(entry.source for entries in found for entry in entries)
     notes = [f"[{name}] {sources()[name]}." for name in named]
     notes += [f"Also published for {entries[0].model}: " + ", ".join(

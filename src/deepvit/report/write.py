@@ -9,8 +9,9 @@ from pathlib import Path
 from deepvit.errors import UserError
 from deepvit.report import page, render, sentences
 from deepvit.report.compare import comparison, comparison_picture
-from deepvit.report.figures import Picture, pictures
+from deepvit.report.figures import pictures
 from deepvit.report.grid import Grid, grids
+from deepvit.report.picture import Picture
 from deepvit.report.runs import Run
 from deepvit.report.tables import tables
 
@@ -43,7 +44,7 @@ def write_report(runs: Sequence[Run], problems: Sequence[str], out: Path, thresh
         UserError: `out` cannot be written.
     """
     found = grids(runs)
-    drawn = [pictures(grid, _prefix(grid, found)) for grid in found]
+    drawn = [pictures(grid, threshold, _prefix(grid, found)) for grid in found]
     report = Report(found, drawn, [*problems, *(line for grid in found for line in grid.duplicates)], threshold, pair)
     extra = [comparison_picture(pair)] if pair else []
     try:

@@ -1,0 +1,104 @@
+"""Pictures of panels: drawn once, saved as PNG and SVG, side by side or in one column."""
+
+import io
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from deepvit.report.grid import ATTENTION_ORDER
+
+# Okabe and Ito's colours, told apart by colour-blind readers too; yellow is left out on white.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#999999")
+MARKERS = "osD^vP*X"
+STYLE = {"font.size": 10, "axes.titlesize": 10, "legend.fontsize": 8, "axes.grid": True, "grid.alpha": 0.25,
+         "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "deepvit", "svg.fonttype": "none",
+         "legend.frameon": False}
+PANEL = (4.6, 3.4)  # inches
+
+Panel = Callable[[Axes], None]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Panels that belong together; those of one y label share its range. `caption` is a sentence or two."""
+
+    name: str
+    caption: str
+    panels: Sequence[Panel]
+    columns: int = 2
+
+    def draw(self, columns: int | None = None) -> Figure:
+        columns = min(columns or self.columns, len(self.panels))
+        rows = -(-len(self.panels) // columns)
+        with matplotlib.rc_context(STYLE):
+            figure = Figure(figsize=(PANEL[0] * columns, PANEL[1] * rows), layout="constrained")
+            grid = figure.subplots(rows, columns, squeeze=False).ravel()
+            for axes, panel in zip(grid, self.panels):
+                panel(axes)
+            for axes in grid[len(self.panels):]:
+                axes.set_axis_off()
+            _share_ranges(grid[:len(self.panels)])
+            figure.draw_without_rendering()
+            figure.set_layout_engine("none")  # arranged once, not again for each file
+        return figure
+
+    def save(self, folder: Path) -> Path:
+        """Writes `<name>.png` and `<name>.svg`; returns the PNG's path."""
+        with matplotlib.rc_context(STYLE):
+            self._wide.savefig(folder / f"{self.name}.png", dpi=130)
+        (folder / f"{self.name}.svg").write_bytes(self.svg)
+        return folder / f"{self.name}.png"
+
+    @cached_property
+    def svg(self) -> bytes:
+        """The same bytes for the same data."""
+        return _svg(self._wide)
+
+    @cached_property
+    def narrow_svg(self) -> bytes:
+        """One panel in a row."""
+        return _svg(self.draw(columns=1)) if min(self.columns, len(self.panels)) > 1 else self.svg
+
+    @cached_property
+    def _wide(self) -> Figure:
+        return self.draw()
+
+
+def _svg(figure: Figure) -> bytes:
+    file = io.BytesIO()
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    return file.getvalue()
+
+
+def _share_ranges(all_axes: Iterable[Axes]) -> None:
+    """Panels with the same labels are read against each other."""
+    groups: dict[str, list[Axes]] = {}
+    for axes in all_axes:
+        groups.setdefault(axes.get_ylabel(), []).append(axes)
+    for group in groups.values():
+        limits = [axes.get_ylim() for axes in group]
+        for axes in group:
+            axes.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
+
+
+def look(label: str, labels: Sequence[str]) -> dict[str, str]:
+    """The well-known attentions keep their colour from figure to figure."""
+    known = [name for name in ATTENTION_ORDER[:4]]
+    index = known.index(label) if label in known else len(known) + [x for x in labels if x not in known].index(label)
+    return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
+
+
+def legend(axes: Axes) -> None:
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend()
+
+
+def unit_range(axes: Axes) -> None:
+    low, high = axes.get_ylim()
+    axes.set_ylim(min(low, -0.05), max(high, 1.05))
