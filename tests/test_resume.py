@@ -1,0 +1,129 @@
+"""A run that was cut continues as if it had not been: every logged number and every bit of the last checkpoint."""
+
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import soak
+
+
+@pytest.fixture(scope="module")
+def config():
+    return soak.compose("schedule.steps=45")
+
+
+@pytest.fixture(scope="module")
+def uncut(config, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("resume") / "uncut"
+    run = soak.train(config, folder)
+    assert run.wait(180) == 0, run.words()
+    return folder
+
+
+def test_killed_five_times(config, uncut, tmp_path):
+    """While starting, training, saving and evaluating, with 0, 1 and 2 loading processes in turn."""
+    tally = soak.Kills()
+    soak.run_cut(config, tmp_path / "cut", random.Random(0), 5, tally, longest=0.8, workers=(0, 1, 2))
+    assert tally.count >= 3
+    assert soak.record(tmp_path / "cut") == soak.record(uncut)
+    assert soak.fingerprint(tmp_path / "cut") == soak.fingerprint(uncut)
+    assert [line["step"] for line in soak.lines(uncut / "metrics.jsonl") if "lr" in line] == list(range(1, 46))
+
+
+@pytest.mark.slow
+def test_killed_twenty_times(config, uncut, tmp_path):
+    tally, number = soak.Kills(), 0
+    while tally.count < 20:
+        folder = tmp_path / f"cut{number}"
+        soak.run_cut(config, folder, random.Random(number), 10, tally, longest=0.8, workers=(2, 1, 0))
+        assert soak.differences(uncut, folder) == 0
+        number += 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda number: number.name)
+def test_asked_to_stop(config, uncut, tmp_path, number):
+    """Within one step of the request: a checkpoint of that step, PREEMPTED, 75; then it goes on to the same bits."""
+    folder = tmp_path / "run"
+    run = soak.train(config, folder)
+    run.wait_until(lambda: soak.step_reached(folder) >= 5)
+    run.send(number)
+    asked, before = time.monotonic(), soak.step_reached(folder)
+    assert run.wait() == 75
+    assert time.monotonic() - asked < 5
+    event, = soak.events(folder, "PREEMPTED")
+    assert event["signal"] == number.name and event["saved"]
+    assert before <= event["step"] == soak.step_reached(folder) <= before + 2  # the line of a step may just be missing
+    assert f"Stopped at step {event['step']} on request ({number.name})" in run.words()
+    assert soak.train(config, folder).wait() == 0
+    assert soak.differences(uncut, folder) == 0
+
+
+def test_asked_to_stop_while_evaluating(config, uncut, tmp_path):
+    folder = tmp_path / "run"
+    slow = soak.changed(config, data_eval_batch_size=1)
+    run = soak.train(slow, folder)
+    run.wait_until(lambda: soak.step_reached(folder) == 10)
+    run.send(signal.SIGTERM)
+    assert run.wait() == 75
+    assert soak.events(folder, "PREEMPTED")[0]["step"] in (10, 11)
+    assert soak.train(config, folder).wait() == 0
+    assert soak.differences(uncut, folder) == 0
+
+
+def test_signal_to_the_whole_group_spares_the_loading_processes(config, uncut, tmp_path):
+    """As a job scheduler sends it; torch's own handler would end the loading processes and so the run."""
+    folder = tmp_path / "run"
+    run = soak.train(soak.changed(config, data_workers=2), folder, own_group=True)
+    run.wait_until(lambda: soak.step_reached(folder) >= 5)
+    run.send(signal.SIGTERM, group=True)
+    assert run.wait() == 75, run.words()
+    assert soak.train(config, folder).wait() == 0
+    assert soak.differences(uncut, folder) == 0
+
+
+def test_the_lock_ends_with_its_process(config, tmp_path):
+    """Also where loading processes outlive it for seconds."""
+    folder = tmp_path / "run"
+    run = soak.train(soak.changed(config, data_workers=2), folder)
+    run.wait_until(lambda: soak.step_reached(folder) >= 3)
+    run.send()
+    run.wait()
+    again = soak.train(config, folder)
+    again.wait_until(lambda: soak.step_reached(folder) >= 8)
+    second = soak.train(config, folder, log=tmp_path / "second.log")
+    assert second.wait() == 2
+    assert second.words().strip() == (f"The run folder {folder} is in use by process {again.pid} on "
+                                      f"{soak.events(folder, 'start')[0]['host']}: wait for it or stop it.")
+    again.send(signal.SIGTERM)
+    assert again.wait() == 75
+    assert not soak.events(folder, "resume")[0]["restarts"]
+
+
+def test_the_program_itself_is_killed_and_continues(tmp_path):
+    """`python train.py`, not a function of ours: killed once, then run to its end; a third start has nothing to do."""
+    command = [sys.executable, "train.py", "model=vit", "model.depth=1", "model.embed_dim=16", "model.num_heads=2",
+               "schedule.epochs=2", "engine.save_every=2", "engine.log_every=1", "probe.images=0",
+               f"hydra.run.dir={tmp_path / 'run'}"]
+
+    def start() -> subprocess.Popen:
+        return subprocess.Popen(command, cwd=soak.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    first = start()
+    end = time.monotonic() + 120
+    while soak.step_reached(tmp_path / "run") < 4 and first.poll() is None:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    first.kill()
+    first.communicate()
+    words = start().communicate(timeout=120)[0]
+    step = int(re.search(r"Continuing from step (\d+) in", words)[1])
+    assert step >= 2 and "Finished: top-1" in words
+    assert [line["step"] for line in soak.lines(tmp_path / "run" / "metrics.jsonl") if "lr" in line] == [
+        *range(1, len(soak.losses(tmp_path / "run")) + 1)]
+    finished = soak.train(soak.compose(), tmp_path / "run")
+    assert finished.wait() == 0 and "is finished" in finished.words()
