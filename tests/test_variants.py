@@ -53,7 +53,9 @@ def test_the_law(name, head_dim, tokens):
     with torch.no_grad():
         weights = attention.weights(tokens)
         assert weights.shape == (2, 4, 17, 17)
-        assert_close(attention.merge(weights @ attention.split(tokens)[2]), attention(tokens), atol=1e-5, rtol=1e-4)
+        out = attention(tokens)
+        largest = out.abs().max().item()  # the norm enlarges rounding by 1 / sqrt(3e-4)
+        assert_close(attention.merge(weights @ attention.split(tokens)[2]), out, atol=1e-5 * largest, rtol=0)
         assert_close(attention.weights(tokens, "softmax").sum(-1), torch.ones(2, 4, 17), atol=1e-5, rtol=0)
 
 
