@@ -197,7 +197,7 @@ def schedule_and_plan(settings: Settings, epoch_size: int) -> tuple[Schedule, Pl
     if schedule.warmup_steps > schedule.steps:
         raise UserError(f"The warm-up ({schedule.warmup_steps} steps) is longer than the run ({schedule.steps}): lower "
                         f"schedule.warmup_epochs or schedule.warmup_steps.")
-    engine, epoch = settings.engine, max(1, round(per_epoch))
+    engine, epoch = settings.engine, math.ceil(per_epoch)
     plan = Plan(total=schedule.total, batch_size=batch, epoch_size=counted, log_every=engine.log_every,
                 save_every=engine.save_every or epoch,
                 eval_every=max(1, steps(chosen.eval_epochs, chosen.eval_steps)),

@@ -6,73 +6,47 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from timm.data import ImageNetInfo
 
-from deepvit.data import eval_transform, norm_values, open_picture
-from deepvit.data.decode import BadPicture
+from deepvit.analysis.pictures import class_names, read_pictures, top_classes
 from deepvit.errors import UserError
 from deepvit.evaluation import has_average
 from deepvit.importers import load_model
-from deepvit.models import ViT
-
-DATA = {"crop_pct": None, "interpolation": "bicubic", "norm": "half"}  # as published, where a file does not tell
 
 
-def predict(checkpoint: Path, images: Sequence[Path], top: int = 5) -> list[list[tuple[str, float]]]:
-    """For each picture the `top` classes as (name, probability), best first; the averaged weights if there are any.
+def predict(checkpoint: Path, images: Sequence[Path], top: int = 5
+            ) -> tuple[dict[str, list[tuple[str, float]]], list[str]]:
+    """The `top` classes of each picture, by the averaged weights if there are any.
 
+    Returns:
+        file -> [(name, probability), ...], best first; and a sentence for each picture that could not be read.
     Raises:
-        UserError: an unreadable checkpoint or picture.
+        UserError: an unreadable checkpoint, or no picture that can be used.
     """
     model = load_model(checkpoint, ema=has_average(checkpoint)).eval()
-    names = class_names(model)
-    pictures = torch.stack([_preprocess(model, path) for path in images])  # [B, 3, height, width]
+    pictures = read_pictures(model, images)
     with torch.no_grad():
-        probabilities, classes = model(pictures).softmax(-1).topk(min(top, model.num_classes))  # [B, top]
-    return [[(names[index], probability) for index, probability in zip(row, chances, strict=True)]
-            for row, chances in zip(classes.tolist(), probabilities.tolist(), strict=True)]
-
-
-def class_names(model: ViT) -> list[str]:
-    """The names stored with the weights; ImageNet's for 1000 classes; else numbers."""
-    said = model.load_report.said
-    stored = said.get("class_names") or said.get("classes")
-    if stored:
-        return list(stored)
-    if model.num_classes == 1000:
-        return ImageNetInfo().label_descriptions()
-    return [f"class {index}" for index in range(model.num_classes)]
-
-
-def _preprocess(model: ViT, path: Path) -> torch.Tensor:
-    trained_on = (model.load_report.said.get("run") or {}).get("data", {})
-    settings = {name: trained_on.get(name, value) for name, value in DATA.items()}
-    crop = settings["crop_pct"] or model.pretrained_cfg["crop_pct"]
-    transform = eval_transform(list(model.img_size), crop, settings["interpolation"])
-    try:
-        pixels, _ = transform(open_picture(path))  # uint8 [3, height, width]
-    except BadPicture as error:
-        raise UserError(f"The picture {path} cannot be read: {error}.") from error
-    mean, std = (torch.tensor(values).view(3, 1, 1) * 255 for values in norm_values(settings["norm"]))
-    return (pixels.float() - mean) / std
+        logits = model(pictures.x)  # [B, C]
+    return dict(zip(pictures.names, top_classes(logits, class_names(model), top), strict=True)), pictures.refused
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m deepvit.predict", description=__doc__)
     parser.add_argument("checkpoint", type=Path, help="a checkpoint of any dialect")
-    parser.add_argument("images", type=Path, nargs="+", help="pictures")
+    parser.add_argument("images", type=Path, nargs="+", help="pictures, or folders of them")
     parser.add_argument("--top", type=int, default=5, help="how many classes (default 5)")
     given = parser.parse_args(arguments)
     try:
-        results = predict(given.checkpoint, given.images, given.top)
+        results, refused = predict(given.checkpoint, given.images, given.top)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
-    for path, guesses in zip(given.images, results, strict=True):
+    for path, guesses in results.items():
         print(path)
         for name, probability in guesses:
             print(f"  {probability:7.2%}  {name}")
-    return 0
+    for sentence in refused:
+        print(sentence, file=sys.stderr)
+    return 2 if refused else 0
 
 
 if __name__ == "__main__":

@@ -16,7 +16,9 @@ import torch
 import yaml
 
 from deepvit import analysis, build
+from deepvit.analysis.board import draw_probe
 from deepvit.engine import checkpoint
+from deepvit.engine.board import Board
 from deepvit.engine.checkpoint import write_text_synced
 from deepvit.engine.evaluate import evaluate
 from deepvit.engine.fit import Fit
@@ -44,7 +46,7 @@ def train(config: Mapping[str, Any], path: Path, ranks: Ranks, stop: StopRequest
     with ranks.together():
         if ranks.is_main:
             folder.claim()
-            if settings.fresh:
+            if settings.fresh and not _restarts():
                 folder.clear()
     try:
         if ranks.from_main(folder.is_finished()):
@@ -69,8 +71,10 @@ def _train(config: Mapping[str, Any], settings: Settings, folder: RunFolder, ran
         draw = build.draw(settings, splits.train, ranks)
     _refuse_different_folders(ranks.gather((state.step, state.batch)), folder)
     stepper = build.stepper(settings, network, schedule, len(splits.class_ids), ranks)
+    processes = ranks.gather(os.getpid())
     if ranks.is_main:
-        _open(folder, config, state.step if found else None, describe(settings, network, splits, plan, ranks), ranks)
+        _open(folder, config, state.step if found else None, describe(settings, network, splits, plan, ranks),
+              processes)
     identity = {"config": network.config, "classes": splits.class_ids, "class_names": splits.class_names,
                 "run": dict(config)}
     fit = Fit(state, stepper, plan, draw, _evaluator(settings, splits, ranks, stop), folder, ranks, stop,
@@ -82,6 +86,11 @@ def _train(config: Mapping[str, Any], settings: Settings, folder: RunFolder, ran
         folder.log_event("finished", step=state.step)
         log.info("Finished: top-1 %.2f %%; results in %s", result["top1"], folder.path)
     return finished
+
+
+def _restarts() -> int:
+    """How often the launcher started all ranks again in this very run."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def _refuse_different_folders(positions: list[tuple[int, int]], folder: RunFolder) -> None:
@@ -130,14 +139,15 @@ def _refuse_change(content: Mapping[str, Any], config: Mapping[str, Any], class_
         log.warning("Continuing with %s=%s (was %s).", name, new, old)
 
 
-def _open(folder: RunFolder, config: Mapping[str, Any], resumed_at: int | None, summary: str, ranks: Ranks) -> None:
+def _open(folder: RunFolder, config: Mapping[str, Any], resumed_at: int | None, summary: str,
+          processes: list[int]) -> None:
     """Rank 0's first writes, once nothing can be refused any more."""
     write_text_synced(folder.config, yaml.safe_dump(dict(config), sort_keys=False))
     logging.getLogger("deepvit").addHandler(LogFile(folder.path / "train.log"))
     folder.drop_metrics_after(resumed_at or -1)  # step 0 writes its own lines again
     event = "start" if resumed_at is None else "resume"
-    folder.log_event(event, step=resumed_at or 0, process=os.getpid(), ranks=ranks.world,
-                     restarts=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), **versions())
+    folder.log_event(event, step=resumed_at or 0, processes=processes,
+                     restarts=_restarts(), **versions())
     log.info("%s", summary)
     log.info("%s %s", "Starting in" if resumed_at is None else f"Continuing from step {resumed_at} in", folder.path)
 
@@ -166,10 +176,10 @@ def _prober(settings: Settings, splits, ranks: Ranks):
     alone = Ranks(0, 1, ranks.device)
     prepare = build.prepare(settings.data, len(splits.class_ids))
 
-    def look(model: torch.nn.Module) -> dict[str, Any]:
+    def look(model: torch.nn.Module, board: Board, step: int) -> dict[str, Any]:
         x = torch.cat([prepare(batch, 0, ranks.device, training=False)[0]
                        for batch in build.eval_batches(settings.data, chosen, alone)])
-        return analysis.probe(model, x)
+        return draw_probe(board, analysis.probe(model, x, matrix=True), step)
 
     return look
 

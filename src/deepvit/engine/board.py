@@ -3,6 +3,7 @@
 import logging
 from pathlib import Path
 
+import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
 log = logging.getLogger(__name__)
@@ -21,6 +22,14 @@ class Board:
         try:
             for name, value in values.items():
                 self._writer.add_scalar(f"{group}/{name}", value, step)
+        except OSError as error:
+            self._give_up(error)
+
+    def picture(self, name: str, pixels: np.ndarray, step: int) -> None:
+        """uint8 `[height, width, 3]`, likewise."""
+        try:
+            if self._writer is not None:
+                self._writer.add_image(name, pixels, step, dataformats="HWC")
         except OSError as error:
             self._give_up(error)
 

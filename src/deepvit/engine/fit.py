@@ -54,7 +54,8 @@ class Fit:
     Args:
         draw: `(start, count) -> iterator` over the micro-batches of global batches start, start + 1, ...
         evaluate: `(state, display) -> Evaluation`, or None if it was told to stop.
-        probe: `(model) -> plain values` looked at before the first step and every `plan.probe_every`; None: never.
+        probe: `(model, board, step) -> plain values`, which it may draw too; before the first step, every
+            `plan.probe_every` and at the end. None: never.
         identity: what a checkpoint holds beside the state: the model's config, class names, the run's settings.
     """
 
@@ -66,7 +67,7 @@ class Fit:
     folder: RunFolder
     ranks: Ranks
     stop: StopRequest
-    probe: Callable[[torch.nn.Module], dict[str, Any]] | None = None
+    probe: Callable[[torch.nn.Module, Board, int], dict[str, Any]] | None = None
     identity: dict[str, Any] = field(default_factory=dict)
     meter: Meter = field(default_factory=Meter)
     latest: Evaluation | None = None
@@ -243,7 +244,7 @@ class Fit:
             return
         self.meter.pause()
         self.folder.log_metrics({"step": self.state.step, "epoch": self._epoch(),
-                                 "probe": self.probe(self.state.evaluated_model)})
+                                 "probe": self.probe(self.state.evaluated_model, self._board, self.state.step)})
         self.meter.resume()
 
     def _note_skip(self, drawn: Sequence[Any], result: dict[str, torch.Tensor]) -> None:
