@@ -31,9 +31,11 @@ def run_job(job: Job, config: DictConfig) -> None:
     if is_cell and "RANK" in os.environ:
         raise UserError("Start a sweep with `python train.py -m ...`, which starts the ranks of each cell itself, "
                         "not under torchrun.")
-    if any(outcome.code == STOPPED for _, outcome in _outcomes):
-        return
     name = ", ".join(hydra.overrides.task) or "default"
+    if any(outcome.code == STOPPED for _, outcome in _outcomes):
+        _remove_if_empty(folder)
+        _outcomes.append((name, Outcome(STOPPED, "Not started.")))
+        return
     if is_cell:
         print(f"\n[{len(_outcomes) + 1}] {name}", flush=True)
     try:
@@ -58,6 +60,9 @@ def main(hydra_main: Callable[[], Any]) -> int:
         return _say(BAD_INPUT, str(error))
     except Failure as error:
         return _say(FAILED, str(error))
+    except OSError as error:  # a job's own are caught above: this is the folder that Hydra makes for it
+        return _say(BAD_INPUT, f"The run folder {error.filename} cannot be made ({error.strerror}): choose another "
+                               f"with hydra.run.dir=...")
     except KeyboardInterrupt:
         return _say(STOPPED, "Stopped on request (SIGINT).")
     if len(_outcomes) > 1:

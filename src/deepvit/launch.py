@@ -14,6 +14,7 @@ from deepvit.engine.signals import heeded
 from deepvit.errors import Failure, UserError
 
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75  # exit codes
+START_METHOD = "spawn"  # of the ranks: CUDA does not survive a fork
 
 log = logging.getLogger(__name__)
 
@@ -92,9 +93,10 @@ def _launch_elastic(job: Job, config: Mapping[str, Any], folder: Path, devices: 
     engine, signals = config["engine"], heeded()
     setup = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=devices, run_id=f"deepvit-{os.getpid()}", rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0", max_restarts=engine["max_restarts"], start_method="spawn", monitor_interval=0.1,
-        signals_to_handle=",".join(number.name for number in signals))
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # tracebacks; our ranks say what happened
+        rdzv_endpoint="localhost:0", max_restarts=engine["max_restarts"], start_method=START_METHOD,
+        monitor_interval=0.1, signals_to_handle=",".join(number.name for number in signals))
+    for noisy in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)  # tracebacks; our ranks say what happened
     handlers = {number: signal.getsignal(number) for number in signals}
     try:
         outcomes = elastic_launch(setup, run_child)(job, dict(config), str(folder))

@@ -179,6 +179,7 @@ def _prober(settings: Settings, splits, ranks: Ranks):
     def look(model: torch.nn.Module, board: Board, step: int) -> dict[str, Any]:
         x = torch.cat([prepare(batch, 0, ranks.device, training=False)[0]
                        for batch in build.eval_batches(settings.data, chosen, alone)])
+        model = model if step else analysis.with_statistics_of(model, x)  # an untrained norm has none yet
         return draw_probe(board, analysis.probe(model, x, matrix=True), step)
 
     return look

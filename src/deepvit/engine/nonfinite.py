@@ -35,7 +35,7 @@ def examine(model: nn.Module, loss: Callable[[], Tensor]) -> Examination:
         with _watched(model, found):
             _note(found, "an input weight", dict(model.named_parameters()))
             value = loss()
-            found.loss = float(value)
+            found.loss = float(value.detach())
             value.backward()
             _note(found, "the gradient of", {name: weight.grad for name, weight in model.named_parameters()
                                              if weight.grad is not None})

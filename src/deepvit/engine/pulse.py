@@ -3,6 +3,7 @@
 import os
 import socket
 import time
+import uuid
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -61,7 +62,10 @@ class Pulse:
 
 
 def connect(timeout: timedelta) -> tuple[dist.Store, int, int]:
-    """The launcher's store, this process's rank and the number of ranks, from the environment.
+    """A store for this round of ranks, this process's rank and their number, from the launcher's environment.
+
+    torch's elastic launcher gives restarted ranks the store that their dead predecessors wrote to, and gloo then calls
+    at addresses where nobody is left (seen with torch 2.15); so the ranks first agree on a name that is new.
 
     Raises:
         dist.DistError: the others were not there in time.
@@ -69,4 +73,31 @@ def connect(timeout: timedelta) -> tuple[dist.Store, int, int]:
     from torch.distributed.rendezvous import rendezvous
     store, rank, world = next(iter(rendezvous("env://", timeout=timeout)))
     store.set_timeout(timeout)
-    return store, rank, world
+    name = _name_round(store, world, timeout) if rank == 0 else _learn_round(store, rank)
+    return dist.PrefixStore(name, store), rank, world
+
+
+def _name_round(store: dist.Store, world: int, timeout: timedelta) -> str:
+    """Rank 0 answers every greeting, also a dead rank's, until each rank has confirmed; only then the name holds."""
+    name, deadline = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
+    absent = list(range(1, world))
+    while absent:
+        for rank in absent:
+            if store.check([f"greeting/{rank}"]):
+                store.set(f"answer/{store.get(f'greeting/{rank}').decode()}", name)
+        absent = [rank for rank in absent if not store.check([f"{name}/confirmed/{rank}"])]
+        if absent and time.monotonic() > deadline:
+            raise dist.DistStoreError(f"no sign of rank {', '.join(map(str, absent))} in {timeout}")
+        time.sleep(0.01)
+    store.set(f"{name}/complete", "1")
+    return name
+
+
+def _learn_round(store: dist.Store, rank: int) -> str:
+    """A greeting that nobody used before gets an answer that nobody got before."""
+    greeting = uuid.uuid4().hex
+    store.set(f"greeting/{rank}", greeting)
+    name = store.get(f"answer/{greeting}").decode()
+    store.set(f"{name}/confirmed/{rank}", "1")
+    store.wait([f"{name}/complete"])
+    return name

@@ -1,7 +1,7 @@
 """The processes that train together: who they are, and the few things they must agree on."""
 
 import os
-import uuid
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from deepvit.engine.pulse import Pulse, connect
 from deepvit.errors import Failure, UserError
+
+CONNECT_S = 60  # for ranks that are all there to connect
 
 
 class LostRank(Failure):
@@ -147,17 +149,19 @@ def join(accelerator: str, timeout_s: float) -> Iterator[Ranks]:
 
 
 def _meet(device: torch.device, timeout: timedelta) -> Ranks:
+    soon = min(timeout, timedelta(seconds=CONNECT_S))
+    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # its name before 2.15
     try:
         store, rank, world = connect(timeout)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout, rank=rank,
-                                world_size=world, store=dist.PrefixStore("default", store))
-        control = dist.new_group(backend="gloo", timeout=timeout)
-        alone = Ranks(rank, world, device, control)
-        round_name = alone.from_main(uuid.uuid4().hex)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=soon, rank=rank, world_size=world,
+                                store=dist.PrefixStore("default", store))
+        control = dist.new_group(backend="gloo", timeout=soon)
+        for group in (None, control):
+            set_timeout(timeout, group)
     except RuntimeError as error:
         raise LostRank(f"Rank {os.environ['RANK']} of {os.environ.get('WORLD_SIZE')} did not meet the others: "
-                       f"{_first_line(error)}") from error
-    return Ranks(rank, world, device, control, Pulse(dist.PrefixStore(round_name, store), rank, world))
+                       f"{_reason(error)}.") from error
+    return Ranks(rank, world, device, control, Pulse(dist.PrefixStore("pulse", store), rank, world))
 
 
 def _is_about_ranks(error: RuntimeError) -> bool:
@@ -169,11 +173,13 @@ def _is_about_ranks(error: RuntimeError) -> bool:
 def _lost(ranks: Ranks, error: RuntimeError) -> str:
     missing = ranks.pulse.missing()
     who = f"lost {' and '.join(missing)}" if missing else "lost the connection to the others, though all are there,"
-    return f"Rank {ranks.rank} {who} at its own step {ranks.pulse.step + 1} ({_first_line(error)})."
+    return f"Rank {ranks.rank} {who} at its own step {ranks.pulse.step + 1} ({_reason(error)})."
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+def _reason(error: Exception) -> str:
+    """The library's words without its source line and advice."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return re.sub(r"^(\[[^]]*\] )+", "", line).split(". ")[0].rstrip(".")
 
 
 def pick_device(accelerator: str) -> torch.device:

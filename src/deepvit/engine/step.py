@@ -80,9 +80,10 @@ class Stepper:
         state.scaler.update()
         return {"loss": loss, "grad_norm": norm, "skipped": torch.tensor(skipped)}
 
-    def examine(self, state: TrainState, batches: Sequence[Any], number: int) -> Examination:
-        """Repeats this rank's passes over global batch `number`, looked at module by module; nothing is updated."""
-        seed_randomness(self.seed, number, self.ranks.rank)
+    def examine(self, state: TrainState, batches: Sequence[Any], number: int, rank: int | None = None) -> Examination:
+        """Repeats the passes of a rank (by default this one) over its micro-batches of global batch `number`, looked
+        at module by module; nothing is updated."""
+        seed_randomness(self.seed, number, self.ranks.rank if rank is None else rank)
         state.model.train()
 
         def loss(x: Tensor, y: Tensor) -> Tensor:
