@@ -21,6 +21,7 @@ from deepvit.errors import UserError, did_you_mean
 from deepvit.models import ViT, build_model
 from deepvit.settings import Augment, Data, Optimizer, PrecisionSettings, Settings
 
+FUSED = ("adam", "adamw", "momentum", "sgd")  # torch's own, which update all parameters in one kernel
 log = logging.getLogger(__name__)
 
 
@@ -130,6 +131,7 @@ def optimizer(network: nn.Module, chosen: Optimizer) -> torch.optim.Optimizer:
         raise UserError(f"optimizer.opt={chosen.opt} is not one of timm's."
                         f"{did_you_mean(chosen.opt, list_optimizers())}")
     given = {name: getattr(chosen, name) for name in ("betas", "eps") if getattr(chosen, name) is not None}
+    given |= {"fused": True} if chosen.opt in FUSED else {}
     try:
         return create_optimizer_v2(network, chosen.opt, lr=chosen.lr, weight_decay=chosen.weight_decay,
                                    momentum=chosen.momentum, layer_decay=chosen.layer_decay, **given)

@@ -1,5 +1,7 @@
 """The same model before training: what similarity is there by construction."""
 
+from copy import deepcopy
+
 import torch
 from torch import Tensor, nn
 
@@ -29,10 +31,20 @@ def at_initialisation(model: nn.Module, seed: int = 0, pictures: Tensor | None =
     devices = [parameter.device] if parameter.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
-        fresh = build_model(model.config).to(parameter.device)
-        if pictures is not None:
-            _set_statistics(fresh, pictures)
-    return fresh.eval()
+        fresh = build_model(model.config).to(parameter.device).eval()
+    return fresh if pictures is None else with_statistics_of(fresh, pictures)
+
+
+def with_statistics_of(model: nn.Module, pictures: Tensor) -> nn.Module:
+    """A copy of `model` in eval mode whose running statistics are those of `pictures`; random state is left alone.
+
+    What a norm computes in the first training steps, before its running statistics mean anything.
+    """
+    model = deepcopy(unwrap(model))
+    devices = [pictures.device] if pictures.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        _set_statistics(model, pictures)
+    return model.eval()
 
 
 def _set_statistics(model: nn.Module, pictures: Tensor) -> None:
@@ -42,5 +54,5 @@ def _set_statistics(model: nn.Module, pictures: Tensor) -> None:
         norm.momentum = 1.0  # the running statistics become this batch's
     with torch.no_grad():
         model.train()(pictures)
-    for norm, momentum in zip(norms, momenta):
+    for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum

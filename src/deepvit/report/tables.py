@@ -87,8 +87,8 @@ def _similarities(grid: Grid) -> Table:
     rows = [[*_place(cell), *(_text(over_seeds(cell, lambda run, m=moment, k=kind: mean_similarity(run, m, k)), 2)
                               for kind in KINDS for moment in MOMENTS)] for cell in grid.cells if cell.finished]
     return Table(f"Mean similarity M of adjacent blocks: {grid.name}", headers, rows, [
-        "final-1/N, softmax-1/N: of maps minus their uniform part. An untrained norm over heads has no statistics yet "
-        "and centres nothing; once it has, it lowers M of the final maps by construction, whatever was learned."])
+        "final-1/N, softmax-1/N: of maps minus their uniform part. A norm over heads lowers M of the final maps "
+        "by construction: it does so untrained, before anything was learned."])
 
 
 def _costs(grid: Grid) -> Table:
