@@ -69,7 +69,8 @@ class Stepper:
         skipped = self.ranks.any(not bool(torch.isfinite(loss + norm)))
         state.batch += 1
         if skipped:
-            torch._foreach_copy_(buffers, before)
+            for buffer, kept in zip(buffers, before, strict=True):
+                buffer.copy_(kept)
             state.skipped_in_a_row += 1
         else:
             state.scaler.step(state.optimizer)
