@@ -6,7 +6,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,9 @@ def launch(job: Job, config: Mapping[str, Any], folder: Path) -> Outcome:
         rank 0's outcome. Ranks that die are started again together, `engine.max_restarts` times.
     """
     if "RANK" in os.environ:  # torchrun started us: we are one rank, and it watches over the others
-        return run_rank(job, dict(config), str(folder))
+        outcome = run_rank(job, dict(config), str(folder))
+        # A request to stop ends well there, or torchrun would start all ranks again; events.jsonl has PREEMPTED.
+        return replace(outcome, code=DONE) if outcome.code == STOPPED and _below_torchrun() else outcome
     try:
         devices = _devices(config["engine"])
     except UserError as error:
@@ -51,6 +53,10 @@ def launch(job: Job, config: Mapping[str, Any], folder: Path) -> Outcome:
     if devices == 1:
         return run_rank(job, dict(config), str(folder))
     return _launch_elastic(job, config, folder, devices)
+
+
+def _below_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def run_rank(job: Job, config: dict[str, Any], folder: str) -> Outcome:

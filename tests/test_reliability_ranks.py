@@ -1,0 +1,239 @@
+"""Many processes and long runs: the same numbers on 1, 2 and 4 ranks, two hosts that lose one, flat memory."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import faults
+import numpy as np
+import pytest
+import soak
+import torch
+
+from deepvit.data.stream import Stream
+
+# Nothing local: no head norm, no drops, which each rank draws for itself; augmentation and mixing are on.
+NOTHING_LOCAL = ["model/attention=reattention_fc", "model.drop_path_rate=0", "model.drop_rate=0", "schedule.steps=12",
+                 "schedule.eval_steps=12", "probe.images=0", "engine.device_batch=8", "optimizer.lr=1.0e-3"]
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory) -> tuple[dict, Path]:
+    config, folder = soak.compose(*NOTHING_LOCAL), tmp_path_factory.mktemp("ranks") / "one"
+    run = soak.train(config, folder)
+    assert run.wait(180) == 0, run.words()
+    return config, folder
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_losses_do_not_depend_on_the_number_of_ranks(one_rank, tmp_path, world):
+    """The same global batch gives the same losses, gradient norms and evaluation within float error."""
+    config, folder = one_rank[0], tmp_path / "run"
+    ranks = faults.start_ranks(world, faults.train, config, folder)
+    assert [run.wait(180) for run in ranks] == [0] * world, ranks[0].words()
+    for left, right in zip(soak.lines(one_rank[1] / "metrics.jsonl"), soak.lines(folder / "metrics.jsonl"), strict=True):
+        assert left["step"] == right["step"]
+        for name in {"loss", "grad_norm", "lr"} & left.keys():
+            assert left[name] == pytest.approx(right[name], rel=2e-4), (left["step"], name)
+        assert left.get("top1") == pytest.approx(right.get("top1"), abs=0.6)  # two of 360 pictures near a border
+        assert left.get("n") == right.get("n")
+
+
+def test_the_order_of_imagenets_pictures_is_the_same_for_any_ranks():
+    """A run of ImageNet's size: the order of 1.28 million pictures, the same for any ranks, in milliseconds a step."""
+    n, batch = 1_281_167, 1024
+    begun = time.perf_counter()
+    whole = next(iter(Stream(n, 0, batch, 10**6, start_step=625_000)))
+    assert time.perf_counter() - begun < 20
+    for world in (2, 4):
+        shares = [next(iter(Stream(n, 0, batch, 10**6, start_step=625_000, rank=rank, world=world)))
+                  for rank in range(world)]
+        assert np.array_equal(np.concatenate([share.indices for share in shares]), whole.indices)
+        assert np.array_equal(np.concatenate([share.epochs for share in shares]), whole.epochs)
+
+
+def simulate_imagenet(folder: str) -> int:
+    """Three short epochs' ends over 1.28 million entries with two workers; prints seconds and MiB as JSON lines."""
+    import json
+
+    from PIL import Image
+
+    from deepvit import data
+    from deepvit.data.imageset import ImageSet
+
+    class Simulated(ImageSet):
+        """Names, classes and targets as of ImageNet's size; one picture stands for all."""
+
+        def __init__(self) -> None:
+            n = 1_281_167
+            self.targets = np.arange(n) % 1000
+            self.names = np.array([b"n00000000/n00000000_00000.JPEG"] * 1000)[self.targets]
+            self.shown = Image.new("RGB", (32, 32), (90, 120, 60))
+
+        def name(self, index: int) -> str:
+            return self.names[index].decode()
+
+        def picture(self, index: int) -> Image.Image:
+            return self.shown
+
+        def take(self, indices: np.ndarray) -> ImageSet:
+            raise NotImplementedError("not taken apart here")
+
+    begun, images = time.perf_counter(), Simulated()
+    transform, per_epoch = data.train_transform(8), 1_281_167 // 1024
+    for epoch in range(3):
+        start = epoch * per_epoch + per_epoch - 3
+        for number, _ in enumerate(data.train_batches(images, transform, seed=0, batch_size=1024, start_step=start,
+                                                      steps=start + 8, workers=2)):
+            if number == 0:
+                print(json.dumps({"first_batch_s": time.perf_counter() - begun}))
+            workers = [memory_mib(int(child)) for child in children(os.getpid())]
+        print(json.dumps({"epoch": epoch, "own_mib": memory_mib(os.getpid()), "worker_mib": max(workers)}), flush=True)
+        begun = time.perf_counter()
+    return 0
+
+
+def children(process: int) -> list[str]:
+    return Path(f"/proc/{process}/task/{process}/children").read_text().split()
+
+
+def memory_mib(process: int) -> float:
+    """Its own: pages shared with others are counted by their share."""
+    lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("Pss:")).split()[1]) / 1024
+
+
+@pytest.mark.slow
+def test_a_run_of_imagenets_size_starts_at_once_and_stays_flat(tmp_path):
+    run = soak.start(simulate_imagenet, str(tmp_path), folder=tmp_path / "run")
+    assert run.wait(300) == 0, run.words()
+    (tmp_path / "run.log").rename(tmp_path / "run.jsonl")
+    seen = soak.lines(tmp_path / "run.jsonl")
+    epochs = [line for line in seen if "epoch" in line]
+    assert max(line["first_batch_s"] for line in seen if "first_batch_s" in line) < 60
+    for name in ("own_mib", "worker_mib"):
+        assert epochs[2][name] < epochs[0][name] + 40, epochs
+    assert epochs[2]["worker_mib"] < 400
+
+
+def train_watched(config: dict, folder: str) -> int:
+    """Notes memory, open files and children after every epoch (45 steps of 32 pictures)."""
+    import json
+
+    from deepvit.engine.fit import Fit
+    original = Fit._evaluate_if_due
+
+    def watched(self: Fit) -> bool:
+        due = self.state.step % 45 == 0 and self.state.step > self.state.evaluated
+        going_on = original(self)
+        if due:
+            with Path(folder + ".usage.jsonl").open("a") as file:
+                file.write(json.dumps({"mib": memory_mib(os.getpid()), "files": len(os.listdir("/proc/self/fd")),
+                                       "children": len(children(os.getpid()))}) + "\n")
+        return going_on
+
+    Fit._evaluate_if_due = watched
+    return soak._train(config, folder)
+
+
+@pytest.mark.slow
+def test_memory_and_open_files_are_flat_over_fifty_epochs(tmp_path):
+    config = soak.compose("schedule.steps=2250", "schedule.eval_steps=45", "data.workers=1", "engine.save_every=45",
+                          "probe.every_epochs=1")
+    run = soak.start(train_watched, config, str(tmp_path / "run"), folder=tmp_path / "run")
+    assert run.wait(900) == 0, run.words()[-2000:]
+    usage = soak.lines(tmp_path / "run.usage.jsonl")
+    assert len(usage) == 50
+    first, last = usage[9], usage[-1]  # the first epochs fill caches
+    assert last["mib"] < first["mib"] + 40, (first, last)  # 40 epochs: under 1 MiB each
+    assert last["files"] <= first["files"] + 1 and last["children"] <= first["children"]
+    print(first, last)
+
+
+# Two hosts: two torchrun agents on this machine
+
+def agent(folder: Path, port: int, log: Path, steps: int) -> subprocess.Popen:
+    overrides = [*soak.EVERYTHING, f"schedule.steps={steps}", "probe.images=0", "engine.timeout_s=20",
+                 f"hydra.run.dir={folder}"]
+    with log.open("w") as file:
+        return subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=5",
+             "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", "--rdzv-id=deepvit",
+             "--rdzv-conf=last_call_timeout=5,join_timeout=60,is_host=" + str(int("first" in log.name)),
+             "train.py", *overrides], cwd=soak.ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+@pytest.mark.slow
+def test_two_hosts_train_lose_one_and_recover(tmp_path):
+    """The host that is left goes on alone from the last checkpoint: its global batch is the same."""
+    folder, port = tmp_path / "run", faults.free_port()
+    first, second = (agent(folder, port, tmp_path / f"{name}.log", 400) for name in ("first", "second"))
+    try:
+        end = time.monotonic() + 180
+        while soak.step_reached(folder) < 20:
+            assert time.monotonic() < end, (tmp_path / "first.log").read_text()[-3000:]
+            time.sleep(0.05)
+        assert len(faults.ranks_of(folder)) == 2
+        os.killpg(second.pid, signal.SIGKILL)
+        assert first.wait(300) == 0, (tmp_path / "first.log").read_text()[-3000:]
+    finally:
+        for process in (first, second):
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    assert soak.events(folder, "finished")
+    assert len(faults.ranks_of(folder)) == 1
+    steps = [line["step"] for line in soak.lines(folder / "metrics.jsonl") if "lr" in line]
+    assert steps == list(range(1, 401))
+
+
+@pytest.mark.slow
+def test_torchrun_does_not_restart_what_was_asked_to_stop(tmp_path):
+    """One rank of two gets SIGUSR1: a checkpoint, PREEMPTED, and torchrun ends instead of starting them again."""
+    folder = tmp_path / "run"
+    run = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=3",
+         "train.py", *soak.EVERYTHING, "schedule.steps=3000", "probe.images=0", f"hydra.run.dir={folder}"],
+        cwd=soak.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        end = time.monotonic() + 180
+        while soak.step_reached(folder) < 5:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        os.kill(faults.ranks_of(folder)[1], signal.SIGUSR1)
+        words = run.communicate(timeout=60)[0]
+    finally:
+        run.kill()
+    assert run.returncode == 0, words
+    assert len(soak.events(folder, "PREEMPTED")) == 1 and not soak.events(folder, "resume")
+
+
+# Job schedulers
+
+def test_the_configuration_for_slurm_is_composed():
+    """Documented in docs/multi-node.md; the launcher is an optional extra."""
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="pip install deepvit[slurm]")
+    from hydra import compose, initialize_config_dir
+    with initialize_config_dir(str(soak.ROOT / "conf"), version_base="1.3"):
+        composed = compose("train", ["hydra/launcher=submitit_slurm", "hydra.launcher.gpus_per_node=8",
+                                     "hydra.launcher.timeout_min=1440", "hydra.launcher.signal_delay_s=120"],
+                           return_hydra_config=True)
+    assert composed.hydra.launcher._target_.endswith("SlurmLauncher")
+    assert composed.hydra.launcher.gpus_per_node == 8
+
+
+def test_bfloat16_is_as_exact_across_a_stop(tmp_path):
+    """Autocast has no state of its own; a run in bfloat16 continues to the same bits."""
+    config = soak.compose("precision=bf16", "schedule.steps=12", "probe.images=0", "schedule.eval_steps=6")
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run = soak.train(config, whole)
+    first = soak.train(config, cut)
+    first.wait_until(lambda: soak.step_reached(cut) >= 4)
+    first.send(signal.SIGTERM)
+    assert (run.wait(), first.wait()) == (0, 75)
+    assert soak.train(config, cut).wait() == 0
+    assert soak.differences(whole, cut) == 0
+    assert torch.load(whole / "checkpoints" / "last.pt", weights_only=True)["step"] == 12
