@@ -12,19 +12,20 @@ import numpy as np
 from timm.data import ImageNetInfo
 
 from deepvit import build
-from deepvit.data import Splits
+from deepvit.data import ImageSet, eval_folder
 from deepvit.data.real_labels import real_top1
 from deepvit.engine.checkpoint import write_text_synced
 from deepvit.engine.evaluate import Evaluation, evaluate, mcnemar
 from deepvit.engine.progress import Display
 from deepvit.engine.ranks import Ranks
+from deepvit.engine.step import Precision
 from deepvit.errors import UserError
 from deepvit.importers import load_model
 from deepvit.models import ViT
 from deepvit.models.cost import count_flops, count_parameters
 from deepvit.report.published import published_of, sources
 from deepvit.report.runs import flat
-from deepvit.settings import Data, PrecisionSettings, read_group
+from deepvit.settings import Data, read_group
 from deepvit.training import device_name, versions
 
 IMAGENET_VAL = 50_000  # pictures of its validation set
@@ -57,14 +58,13 @@ def evaluate_all(config: Mapping[str, Any], ranks: Ranks) -> list[dict[str, Any]
         with ranks.together():
             candidate = load(path, config)
             data = data_settings(candidate, config)
-            splits = build.splits(data)
-            targets = class_map(candidate, splits)
-        evaluation = _run(candidate, data, splits, targets, ranks, precision)
-        result = _result(candidate, data, splits, evaluation, config, ranks)
+            images = val_images(candidate, data)
+        evaluation = _run(candidate, data, images, ranks, precision)
+        result = _result(candidate, data, images, evaluation, config, ranks)
         results.append(result)
         evaluations.append(evaluation)
         if ranks.is_main:
-            _write(candidate, data, splits, evaluation, result, config["out"])
+            _write(candidate, data, images, evaluation, result, config["out"])
     if ranks.is_main:
         log.info("\n%s", table(results))
         for result in results:
@@ -136,36 +136,36 @@ def data_settings(candidate: Candidate, config: Mapping[str, Any]) -> Data:
 _NEUTRAL = {"root": None, "fraction": 1.0, "classes": None, "val_fraction": None}  # null means the same in every source
 
 
-def class_map(candidate: Candidate, splits: Splits) -> np.ndarray | None:
-    """Index among the model's classes for each class of the data; None where they are the same.
+def val_images(candidate: Candidate, data: Data) -> ImageSet:
+    """The pictures to evaluate, their targets as indices of the model's logits.
 
-    A model of ImageNet's 1000 classes is evaluated on any part of them, found by wnid.
+    Folders of classes need no training set here and may lack classes (ImageNet's subsets, -V2, -A, -R): classes are
+    found by name among the model's, by wnid for a model of ImageNet's 1000.
+
+    Raises:
+        UserError: classes that the model does not know, or another number of them where it does not tell their names.
     """
-    count, ids = candidate.model.num_classes, splits.class_ids
-    known = candidate.classes
-    if known is None and count == 1000 and len(ids) != 1000:
+    count, known = candidate.model.num_classes, candidate.classes
+    if known is None and count == 1000:
         known = ImageNetInfo().label_names()
-    if known is None or ids == known:
-        if len(ids) != count:
-            raise UserError(f"{candidate.path} has {count} classes, the data has {len(ids)}: evaluate it on data with "
-                            f"its classes.")
-        return None
-    if all(name.isdigit() and int(name) < count for name in ids):
-        return np.array([int(name) for name in ids])  # ImageNet-V2's folders are named by index
-    missing = [name for name in ids if name not in set(known)]
+    if known and data.source in ("folder", "imagenet") and data.root and data.classes is data.val_fraction is None:
+        return eval_folder(data.root, known, decoder=data.decoder, in_memory_mb=data.in_memory_mb)
+    splits = build.splits(data)
+    if splits.class_ids == known or (known is None and len(splits.class_ids) == count):
+        return splits.val
+    if known is None:
+        raise UserError(f"{candidate.path} has {count} classes, the data has {len(splits.class_ids)}: evaluate it on "
+                        f"data with its classes.")
+    missing = [name for name in splits.class_ids if name not in set(known)]
     if missing:
         raise UserError(f"The data has {len(missing)} classes that {candidate.path} does not know, such as "
                         f"'{missing[0]}': evaluate it on data with its {count} classes.")
-    place = {name: index for index, name in enumerate(known)}
-    return np.array([place[name] for name in ids])
+    images = splits.val.take(np.arange(len(splits.val)))
+    images.targets = np.array([known.index(name) for name in splits.class_ids])[images.targets]
+    return images
 
 
-def _run(candidate: Candidate, data: Data, splits: Splits, targets: np.ndarray | None, ranks: Ranks,
-         precision: PrecisionSettings) -> Evaluation:
-    images = splits.val
-    if targets is not None:
-        images = images.take(np.arange(len(images)))
-        images.targets = targets[images.targets]
+def _run(candidate: Candidate, data: Data, images: ImageSet, ranks: Ranks, precision: Precision) -> Evaluation:
     model = candidate.model.to(ranks.device)
     prepare = build.prepare(data, model.num_classes)
     with Display(ranks.is_main) as display, ranks.together():
@@ -174,11 +174,11 @@ def _run(candidate: Candidate, data: Data, splits: Splits, targets: np.ndarray |
                         advance=bar.advance)
 
 
-def _result(candidate: Candidate, data: Data, splits: Splits, evaluation: Evaluation, config: Mapping[str, Any],
+def _result(candidate: Candidate, data: Data, images: ImageSet, evaluation: Evaluation, config: Mapping[str, Any],
             ranks: Ranks) -> dict[str, Any]:
     real = {}
     if config["labels"] == "real":
-        names = [splits.val.name(index) for index in evaluation.indices]
+        names = [images.name(index) for index in evaluation.indices]
         real = {"real_top1": real_top1(evaluation.predictions[:, 0], names)}
     elif config["labels"] is not None:
         raise UserError(f"labels={config['labels']} is not known: give labels=real or null.")
@@ -244,7 +244,7 @@ def _compare(paths: list[Path], evaluations: list[Evaluation]) -> None:
                  test["only_second"], test["p"])
 
 
-def _write(candidate: Candidate, data: Data, splits: Splits, evaluation: Evaluation, result: Mapping[str, Any],
+def _write(candidate: Candidate, data: Data, images: ImageSet, evaluation: Evaluation, result: Mapping[str, Any],
            out: str | None) -> None:
     folder = _out(candidate, data, out)
     try:
@@ -255,7 +255,7 @@ def _write(candidate: Candidate, data: Data, splits: Splits, evaluation: Evaluat
             writer.writerow(["picture", "target", "prediction", "confidence"])
             for row in zip(evaluation.indices, evaluation.targets, evaluation.predictions[:, 0],
                            evaluation.confidences, strict=True):
-                writer.writerow([splits.val.name(int(row[0])), int(row[1]), int(row[2]), f"{row[3]:.6f}"])
+                writer.writerow([images.name(int(row[0])), int(row[1]), int(row[2]), f"{row[3]:.6f}"])
     except OSError as error:
         raise UserError(f"The results cannot be written to {folder} ({error.strerror}): give out=FOLDER.") from error
     log.info("Results and the prediction for every picture: %s", folder)
