@@ -222,17 +222,23 @@ def run_cut(config: dict[str, Any], folder: Path, moments: random.Random, kills:
         aim = aims[number % 3]
         time.sleep(moments.uniform(0, longest))
         if aim is not None:
-            run.wait_until(lambda: aim(folder), 30)
+            run.wait_until(lambda: _has_begun(run) and aim(folder), 30)
         run.send()
         if run.wait() == -signal.SIGKILL:
             tally.count += 1
-            doing = _doing(folder)
+            doing = _doing(run)
             tally.where[doing] = tally.where.get(doing, 0) + 1
         else:
             break
     last = train(config, folder)
     tally.starts += 1
     assert last.wait(120) == 0, last.words()
+
+
+def _has_begun(run: Run) -> bool:
+    """It has swept and trimmed what the one before left, so that what lies there now is its own."""
+    begun = [event for event in lines(run.folder / "events.jsonl") if event["event"] in ("start", "resume")]
+    return bool(begun) and begun[-1]["processes"] == [run.pid]
 
 
 def _is_saving(folder: Path) -> bool:
@@ -245,12 +251,12 @@ def _is_evaluating(folder: Path) -> bool:
     return step > 0 and step % 10 == 0 and "top1" not in lines(folder / "metrics.jsonl")[-1]
 
 
-def _doing(folder: Path) -> str:
-    if _is_saving(folder):
-        return "saving"
-    if step_reached(folder) < 0:
+def _doing(run: Run) -> str:
+    if not _has_begun(run):
         return "starting"
-    return "evaluating" if _is_evaluating(folder) else "training or starting again"
+    if _is_saving(run.folder):
+        return "saving"
+    return "evaluating" if _is_evaluating(run.folder) else "training"
 
 
 def draw(uncut: list[float], cut: list[float], kills: int, path: Path) -> None:

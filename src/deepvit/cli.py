@@ -80,7 +80,8 @@ def _sum_up() -> int:
         print(f"\nAll {len(hours)} cells together: {sum(hours):.2f} device-hours.")
     print(f"\n{len(_outcomes) - len(troubled)} of {len(_outcomes)} cells are done.")
     for name, outcome in troubled:
-        print(f"  {'stopped' if outcome.code == STOPPED else 'failed'}: {name}: {outcome.message}")
+        print(f"  {'stopped' if outcome.code == STOPPED else 'failed'}: {name}: "
+              f"{outcome.message or 'The same command continues it.'}")
     codes = {outcome.code for _, outcome in troubled}
     return STOPPED if STOPPED in codes else min(codes, default=DONE)
 
@@ -117,7 +118,7 @@ def _all_keys() -> list[str]:
         return [key for name, value in values.items() for key in
                 ([prefix + name] + (walk(value, f"{prefix}{name}.") if isinstance(value, dict) else []))]
 
-    return walk(compose())
+    return sorted({*walk(compose()), *walk(compose(config_name="eval"))})
 
 
 def _remove_if_empty(folder: Path) -> None:

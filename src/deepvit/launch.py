@@ -101,8 +101,9 @@ def _launch_elastic(job: Job, config: Mapping[str, Any], folder: Path, devices: 
         min_nodes=1, max_nodes=1, nproc_per_node=devices, run_id=f"deepvit-{os.getpid()}", rdzv_backend="c10d",
         rdzv_endpoint="localhost:0", max_restarts=engine["max_restarts"], start_method=START_METHOD,
         monitor_interval=0.1, signals_to_handle=",".join(number.name for number in signals))
-    for noisy in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
-        logging.getLogger(noisy).setLevel(logging.CRITICAL)  # tracebacks; our ranks say what happened
+    for name in list(logging.root.manager.loggerDict):  # their tracebacks: our ranks say what happened
+        if name.startswith(("torch.distributed.elastic", "torch.multiprocessing.spawn")):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     handlers = {number: signal.getsignal(number) for number in signals}
     try:
         outcomes = elastic_launch(setup, run_child)(job, dict(config), str(folder))
