@@ -17,7 +17,7 @@ except ModuleNotFoundError:  # started outside .venv: go on in it
 from deepvit import cli
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="eval")
+@hydra.main(version_base="1.3", config_path=str(HERE / "conf"), config_name="eval")
 def main(config) -> None:
     from deepvit.jobs import eval_job
     cli.run_job(eval_job, config)

@@ -123,3 +123,13 @@ def test_epochs_become_steps():
     config = ["data.batch_size=100", "schedule.epochs=3", "schedule.warmup_epochs=0.5", "schedule.cooldown_epochs=1"]
     schedule, plan = build.schedule_and_plan(read_settings(build.compose(config)), epoch_size=1000)
     assert (schedule.steps, schedule.warmup_steps, plan.total, plan.eval_every) == (30, 5, 40, 10)
+
+
+@pytest.mark.parametrize(("word", "expected"), [
+    ("init=runs/seed=1/last.pt", "init='runs/seed=1/last.pt'"),
+    ("checkpoint=[runs/a=1/b.pt, c.pt]", "checkpoint=['runs/a=1/b.pt', c.pt]"),
+    ("init=runs/a=1/b.pt,runs/a=2/b.pt", "init='runs/a=1/b.pt','runs/a=2/b.pt'"),
+    ("seed=1,2", "seed=1,2"), ("model.depth=range(1,3)", "model.depth=range(1,3)"), ("-m", "-m"),
+    ("init='a=b'", "init='a=b'"), ("--config-dir=a=b", "--config-dir=a=b")])
+def test_paths_with_an_equals_sign_need_no_quotes(word, expected):
+    assert cli.quoted(word) == expected

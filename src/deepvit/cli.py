@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -52,6 +53,8 @@ def run_job(job: Job, config: DictConfig) -> None:
 def main(hydra_main: Callable[[], Any]) -> int:
     """Runs a `@hydra.main` function and returns the exit code: 0 done, 1 failed, 2 bad input, 75 stopped on request."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # lets Hydra's errors through to us
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin starve each other on a shared machine
+    sys.argv[1:] = map(quoted, sys.argv[1:])
     try:
         hydra_main()
     except (HydraException, OmegaConfBaseException) as error:
@@ -92,9 +95,36 @@ def _say(code: int, sentence: str) -> int:
     return code
 
 
+def quoted(word: str) -> str:
+    """`init=runs/seed=1/last.pt` as Hydra's grammar wants it, `init='runs/seed=1/last.pt'`: our folders have a =.
+
+    In a list or a sweep each part is quoted by itself; what is quoted already, and everything else, stays as it is.
+    """
+    key, _, value = word.partition("=")
+    inner = value[1:-1] if value.startswith("[") and value.endswith("]") else value
+    if word.startswith("-") or "=" not in value or any(sign in value for sign in "'\"(){}$"):
+        return word
+    parts = ",".join(f"'{part.strip()}'" if "=" in part else part for part in inner.split(","))
+    return f"{key}=[{parts}]" if inner != value else f"{key}={parts}"
+
+
+def _unreadable(words: list[str]) -> str:
+    """The word of a command line that Hydra cannot parse, in a sentence."""
+    parser = OverridesParser.create()
+    for word in words:
+        try:
+            parser.parse_override(word)
+        except HydraException:
+            return (f"'{word}' cannot be read as a setting: write key=value, and quote a value with special signs, "
+                    f"key='a, b'.")
+    return "The command line cannot be read: write settings as key=value."
+
+
 def hydra_error(error: Exception) -> str:
     """Hydra's or OmegaConf's complaint in one sentence that names the setting and what was probably meant."""
     text = str(error)
+    if isinstance(error, OverrideParseException):
+        return _unreadable([word for word in sys.argv[1:] if not word.startswith("-")])
     group = re.search(r"(?:In '.*?': )?Could not find '([^']+?)/([^'/]+)'", text)
     if group:
         return _unknown_choice(*group.groups(), text)

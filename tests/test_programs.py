@@ -1,0 +1,150 @@
+"""`train.py`, `eval.py` and friends as a user runs them, in this process: what they print, write and return."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hydra.core.global_hydra import GlobalHydra
+
+from deepvit import cli, predict
+from deepvit.launch import BAD_INPUT, DONE
+
+ROOT = Path(__file__).parent.parent
+TINY = ["model=vit", "model.depth=2", "model.embed_dim=16", "model.num_heads=2", "data.batch_size=256",
+        "schedule.epochs=2", "engine.log_every=4", "probe.images=4"]
+
+
+@pytest.fixture
+def run(monkeypatch, capfd, tmp_path):
+    """`run("train", "model=vit", ...)` -> (exit code, standard output, standard error), started in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT))
+
+    def start(program: str, *words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [f"{program}.py", *words])
+        cli._outcomes.clear()
+        GlobalHydra.instance().clear()
+        code = cli.main(__import__(program).main)
+        torch.set_num_threads(1)
+        return code, *capfd.readouterr()
+
+    return start
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_train_evaluate_predict_and_again(run, tmp_path):
+    code, said, _ = run("train", *TINY)
+    folder = next(tmp_path.glob("runs/digits/vit/*"))
+    assert code == DONE and "Starting in runs/digits/vit/" in said and "Finished" in said
+    result, metrics = json.loads((folder / "metrics.json").read_text()), lines(folder / "metrics.jsonl")
+    logged = [line for line in metrics if "lr" in line]
+    assert {"step", "epoch", "loss", "lr"} <= logged[0].keys() and logged[-1]["step"] == result["steps"] == 12
+    evaluated = [line for line in metrics if "top1" in line]
+    assert {"step", "top1", "top5", "loss", "n"} <= evaluated[-1].keys() and evaluated[-1]["n"] == 360
+    assert {"top1", "top5", "loss", "n", "params", "flops", "depth", "attention", "seed", "epochs", "steps",
+            "images_per_s", "git", "versions"} <= result.keys()
+    assert result["depth"] == 2 and result["attention"] == "self" and result["probe_initial"]["blocks"] == 2
+    assert yaml.safe_load((folder / "config.yaml").read_text())["model"]["depth"] == 2
+    assert [line["event"] for line in lines(folder / "events.jsonl")] == ["start", "finished"]
+    assert (folder / "checkpoints" / "last.pt").exists() and list(folder.glob("events.out.tfevents.*"))
+
+    code, said, _ = run("train", *reversed(TINY))  # the order of overrides is no other run
+    assert code == DONE and "is finished" in said and lines(folder / "metrics.jsonl") == metrics
+
+    code, said, _ = run("eval")  # every best checkpoint under runs/
+    assert code == DONE and f"{evaluated[-1]['top1']:.2f}" in said
+    found = json.loads((folder / "eval" / "best-raw-digits" / "metrics.json").read_text())
+    best = max(evaluated, key=lambda line: line["top1"])
+    assert (found["top1"], found["top5"], found["n"]) == (best["top1"], best["top5"], 360)
+    assert found["loss"] == pytest.approx(best["loss"], abs=1e-6)
+    rows = list(csv.DictReader((folder / "eval" / "best-raw-digits" / "predictions.csv").open()))
+    assert sum(row["target"] == row["prediction"] for row in rows) / 3.6 == pytest.approx(best["top1"])
+
+    code, said, _ = run("eval", f"checkpoint=[{folder}/checkpoints/last.pt,{folder}/checkpoints/best.pt]", "out=both")
+    assert code == DONE and "McNemar" in said
+
+    picture = ROOT / "tests" / "data" / "no-such.png"
+    assert predict.main([str(folder / "checkpoints" / "best.pt"), str(picture)]) == BAD_INPUT
+
+
+def test_a_sweep_goes_on_past_a_failed_cell_and_names_it(run, tmp_path):
+    sweep = ["-m", *TINY, "model.num_heads=2,3"]
+    code, said, _ = run("train", *sweep)
+    assert code == BAD_INPUT and "1 of 2 cells are done" in said
+    assert "failed: " in said and "model.num_heads=3" in said and "does not divide into 3 heads" in said
+    assert len(list(tmp_path.glob("runs/digits/vit/*/metrics.json"))) == 1
+    assert len(list(tmp_path.glob("runs/digits/vit/*"))) == 1  # the refused cell leaves no folder
+    code, said, _ = run("train", *sweep)
+    assert "is finished" in said  # only what is unfinished is done again
+
+
+def test_a_dry_sweep_forecasts_and_writes_nothing(run, tmp_path):
+    code, said, _ = run("train", "-m", *TINY, "dry=true", "model.depth=1,2")
+    assert code == DONE and said.count("Dry run:") == 2 and "device-hours" in said.splitlines()[-3]
+    assert not list(tmp_path.glob("runs/**/*.pt")) and not list(tmp_path.glob("runs/**/config.yaml"))
+
+
+def test_a_continued_run_keeps_its_model_and_data_and_names_a_changed_rate(run, tmp_path):
+    where = f"hydra.run.dir={tmp_path}/here"
+    assert run("train", *TINY, where)[0] == DONE
+    (tmp_path / "here" / "metrics.json").unlink()  # as if it had been cut before its last words
+    code, _, sentence = run("train", *TINY, where, "model.depth=3")
+    assert code == BAD_INPUT and "model.depth was 2 and is now 3" in sentence and "fresh=true" in sentence
+    code, _, sentence = run("train", *TINY, where, "data.classes=5")
+    assert code == BAD_INPUT and "data.classes" in sentence
+    code, said, _ = run("train", *TINY, where, "optimizer.lr=0.0001", "schedule.epochs=3")
+    assert code == DONE and "optimizer.lr=0.0001 (was 0.001)" in said and "Continuing from step 12" in said
+    code, said, _ = run("train", *TINY, where, "model.depth=3", "fresh=true")
+    assert code == DONE and "Starting in" in said
+
+
+def test_weights_of_other_classes_are_refused_unless_the_head_is_reset(run, tmp_path):
+    assert run("train", *TINY, f"hydra.run.dir={tmp_path}/ten")[0] == DONE
+    start = [*TINY, f"init={tmp_path}/ten/checkpoints/best.pt", "data.classes=5", "schedule.epochs=1"]
+    code, _, sentence = run("train", *start)
+    assert code == BAD_INPUT and "10" in sentence and "5" in sentence and "head=reset" in sentence
+    code, said, _ = run("train", *start, "head=zero")
+    assert code == DONE and "head=zero" in said
+
+
+@pytest.mark.parametrize(("words", "expected"), [
+    (["checkpoint=gone.pt"], "gone.pt"),
+    (["checkpoint={torn}"], "torn.pt"),
+    (["checkpoint={torn}", "weights=best"], "weights=best"),
+    ([], "no checkpoint under runs/"),
+    (["checkpoint=[a"], "'checkpoint=[a' cannot be read"),
+    (["chekpoint=x"], "Did you mean 'checkpoint'"),
+])
+def test_bad_input_to_eval_is_one_sentence(run, tmp_path, words, expected):
+    (tmp_path / "torn.pt").write_bytes(b"PK\x03\x04" + bytes(100))
+    code, _, sentence = run("eval", *(word.replace("{torn}", "torn.pt") for word in words))
+    assert code == BAD_INPUT and expected in sentence and len(sentence.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("words", "expected"), [
+    (["recipe=imagenet"], "data.root"),
+    (["recipe=imagenet", "data.root=gone"], "gone"),
+    (["data.root=somewhere"], "recipe=imagenet"),
+    (["data=as_trained"], "data.source"),
+    (["engine.accelerator=cuda"], "cuda"),
+    (["init=gone.pt"], "gone.pt"),
+    (["model.img_size=9"], "9x9"),
+    (["data.batch_size=63", "augment.mixup=0.5"], "data.batch_size=63"),
+    (["loss.cosine_blocks=2"], "loss.cosine_blocks=2"),
+    (["optimizer.opt=adamm"], "Did you mean 'adam"),
+    (["hydra.run.dir={file}/run"], "hydra.run.dir="),
+])
+def test_bad_input_to_train_is_one_sentence(run, tmp_path, words, expected):
+    (tmp_path / "file").write_text("in the way")
+    if "cuda" in words[0] and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    code, _, sentence = run("train", *TINY, *(word.replace("{file}", str(tmp_path / "file")) for word in words))
+    assert code == BAD_INPUT and expected in sentence and len(sentence.splitlines()) == 1
+    assert not (tmp_path / "runs").exists()
