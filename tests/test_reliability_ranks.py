@@ -171,14 +171,16 @@ def agent(folder: Path, port: int, log: Path, steps: int) -> subprocess.Popen:
 def test_two_hosts_train_lose_one_and_recover(tmp_path):
     """The host that is left goes on alone from the last checkpoint: its global batch is the same."""
     folder, port = tmp_path / "run", faults.free_port()
-    first, second = (agent(folder, port, tmp_path / f"{name}.log", 400) for name in ("first", "second"))
+    first, second = (agent(folder, port, tmp_path / f"{name}.log", 600) for name in ("first", "second"))
     try:
         end = time.monotonic() + 180
         while soak.step_reached(folder) < 20:
             assert time.monotonic() < end, (tmp_path / "first.log").read_text()[-3000:]
             time.sleep(0.05)
         assert len(faults.ranks_of(folder)) == 2
-        os.killpg(second.pid, signal.SIGKILL)
+        ranks = [int(child) for child in children(second.pid)]  # torchrun gives them sessions of their own
+        for process in (second.pid, *ranks):
+            os.kill(process, signal.SIGKILL)
         assert first.wait(300) == 0, (tmp_path / "first.log").read_text()[-3000:]
     finally:
         for process in (first, second):
@@ -187,7 +189,7 @@ def test_two_hosts_train_lose_one_and_recover(tmp_path):
     assert soak.events(folder, "finished")
     assert len(faults.ranks_of(folder)) == 1
     steps = [line["step"] for line in soak.lines(folder / "metrics.jsonl") if "lr" in line]
-    assert steps == list(range(1, 401))
+    assert steps == list(range(1, 601))
 
 
 @pytest.mark.slow
