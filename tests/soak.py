@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,8 @@ EVERYTHING = [
     "augment.mix_prob=1.0", "augment.auto_augment=rand-m9-mstd0.5-inc1", "augment.random_erasing=0.25",
     "augment.crop_scale=[0.5,1.0]", "augment.label_smoothing=0.1", "ema.decay=0.9", "optimizer.clip_grad=1.0",
     "optimizer.lr=0.003", "data.batch_size=32", "data.eval_batch_size=60", "data.workers=0", "engine.device_batch=16",
-    "engine.log_every=1", "engine.save_every=3", "schedule.epochs=null", "schedule.warmup_epochs=null", "schedule.eval_epochs=null",
+    "engine.log_every=1", "engine.save_every=3",
+    "schedule.epochs=null", "schedule.warmup_epochs=null", "schedule.eval_epochs=null",
     "schedule.steps=60", "schedule.warmup_steps=10", "schedule.eval_steps=10", "probe.images=4"]
 
 
@@ -222,7 +224,7 @@ def run_cut(config: dict[str, Any], folder: Path, moments: random.Random, kills:
         aim = aims[number % 3]
         time.sleep(moments.uniform(0, longest))
         if aim is not None:
-            run.wait_until(lambda: _has_begun(run) and aim(folder), 30)
+            run.wait_until(partial(_is_at, run, aim), 30)
         run.send()
         if run.wait() == -signal.SIGKILL:
             tally.count += 1
@@ -233,6 +235,10 @@ def run_cut(config: dict[str, Any], folder: Path, moments: random.Random, kills:
     last = train(config, folder)
     tally.starts += 1
     assert last.wait(120) == 0, last.words()
+
+
+def _is_at(run: Run, aim: Callable[[Path], bool]) -> bool:
+    return _has_begun(run) and aim(run.folder)
 
 
 def _has_begun(run: Run) -> bool:
@@ -264,7 +270,8 @@ def draw(uncut: list[float], cut: list[float], kills: int, path: Path) -> None:
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(7, 4.2), sharex=True, height_ratios=[3, 1], layout="constrained")
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(7, 4.2), sharex=True, height_ratios=[3, 1],
+                                         layout="constrained")
     steps = range(1, len(uncut) + 1)
     top.plot(steps, uncut, linewidth=5, color="#9ecae1", label="never cut")
     top.plot(steps, cut, linewidth=1.2, color="#08306b", label=f"killed {kills} times")

@@ -85,13 +85,12 @@ def test_no_whole_checkpoint_is_a_sentence(config, stopped):
 
 
 def test_full_disk(config, uncut, tmp_path):
-    """The old checkpoint stays, the partial one goes, training goes on and tries again, and ends well with more room."""
+    """The old checkpoint stays, the partial one goes, training goes on, tries again and ends well with more room."""
     folder = tmp_path / "run"
     beginning = (uncut / "checkpoints" / "best.pt").stat().st_size  # weights, without the optimizer's moments
     run = soak.train(config, folder, largest_file=beginning + 20_000)
     run.wait_until(lambda: len(soak.events(folder, "save_failed")) >= 2)
     assert checkpoint.load(folder / "checkpoints" / "last.pt")["step"] == 0
-    assert not list(folder.rglob("*.tmp")) or run.process.is_alive()
     resource.prlimit(run.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     assert run.wait() == 0, run.words()
     assert ("last.pt could not be written (File too large): about" in run.words() and "bytes" in run.words()
@@ -268,6 +267,7 @@ def test_the_launcher_starts_all_ranks_again_when_one_dies(config, two_ranks, tm
     assert not any(faults.is_alive(rank) for rank in {*ranks, *faults.ranks_of(folder)})
 
 
+@pytest.mark.slow
 def test_restarts_that_do_not_help_end_in_a_sentence(config, tmp_path):
     folder = tmp_path / "run"
     run = soak.start(faults.train_in_parent, soak.changed(config, engine_devices=2, engine_max_restarts=0),

@@ -8,7 +8,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-ROLL_CALL_S = 5.0  # how long the ranks that are left wait for each other before they name those that are not
+ROLL_CALL_S = 3.0  # how long the ranks that are left wait for each other before they name those that are not
 
 
 class Pulse:

@@ -79,11 +79,11 @@ class Ranks:
         self.agree(error)
 
     def agree(self, error: UserError | Failure | None, flag: bool = False) -> bool:
-        """Whether any rank raises `flag`; an error of any rank is raised on all, with the rank's number if not ours."""
+        """Whether any rank raises `flag`; the first rank's error is raised on all of them."""
         if self.control is None and error is not None:
             raise error
         answers = self.gather((type(error), str(error), flag))
-        for rank, (kind, text, _) in enumerate(answers):
+        for kind, text, _ in answers:
             if kind is not type(None):
                 raise kind(text) from error
         return any(answer[2] for answer in answers)
