@@ -215,14 +215,19 @@ def run_cut(config: dict[str, Any], folder: Path, moments: random.Random, kills:
             longest: float = 1.5, workers: tuple[int, ...] = (0,)) -> None:
     """A run to its end through `kills` SIGKILLs at random moments; `data.workers` changes with every start.
 
-    A third of the kills waits for a checkpoint to be half written, a third for an evaluation; the rest is blind.
+    A third of the kills waits for a checkpoint to be half written, a third for an evaluation; the rest is blind. A
+    moment comes `longest` seconds after the start at the latest, and before a share of the steps is done that leaves
+    some for the kills to come, however fast the machine is.
     """
     aims = [None, _is_saving, _is_evaluating]
+    shares = [config["schedule"]["steps"] * (number + 1) / (kills + 1) for number in range(kills)]
     for number in range(kills):
         run = train(changed(config, data_workers=workers[number % len(workers)]), folder)
         tally.starts += 1
         aim = aims[number % 3]
-        time.sleep(moments.uniform(0, longest))
+        moment = time.monotonic() + moments.uniform(0, longest)
+        run.wait_until(lambda end=moment, share=shares[number]:
+                       time.monotonic() > end or step_reached(folder) >= share)
         if aim is not None:
             run.wait_until(partial(_is_at, run, aim), 30)
         run.send()

@@ -53,7 +53,8 @@ def run_job(job: Job, config: DictConfig) -> None:
 def main(hydra_main: Callable[[], Any]) -> int:
     """Runs a `@hydra.main` function and returns the exit code: 0 done, 1 failed, 2 bad input, 75 stopped on request."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # lets Hydra's errors through to us
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin starve each other on a shared machine
+    if "OMP_WAIT_POLICY" not in os.environ:  # spin between two operations, not so long as to starve other programs
+        os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     sys.argv[1:] = map(quoted, sys.argv[1:])
     try:
         hydra_main()
