@@ -177,4 +177,7 @@ def _similarity(axes: Axes, grid: Grid, axis: str, kind: str) -> None:
     axes.set_ylabel("mean M of adjacent blocks")
     axes.set_title({"final": "Maps that multiply the values (final)",
                     "softmax": "Maps before mixing and norm (softmax)"}[kind])
+    moments = [axes.plot([], [], color="grey", marker="o", linestyle=style, markerfacecolor=face, label=label)[0]
+               for label, style, face in (("trained", "-", "grey"), ("untrained", ":", "none"))]
+    axes.legend(handles=moments, frameon=False, fontsize="small", loc="center right")
     unit_range(axes)
