@@ -1,4 +1,4 @@
-"""Hands a model over: `python -m deepvit.export RUN_OR_CHECKPOINT --to safetensors|timm|onnx|deepvit [--out PATH]`.
+"""Hands a model over: `python -m deepvit.export RUN_OR_CHECKPOINT --to safetensors|timm|onnx|deepvit [KEY=VALUE ...]`.
 
 What was written is read back and must give the same logits; a model card lands beside it.
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -184,6 +185,15 @@ WRITERS: dict[str, Callable[[ViT, Path], tuple[Reader, str]]] = {
 SUFFIX = {"safetensors": "safetensors", "timm": "timm.safetensors", "onnx": "onnx", "deepvit": "pth.tar"}
 
 
+def _keywords(settings: Sequence[str]) -> dict[str, Any]:
+    """`num_heads=12` -> {"num_heads": 12}; values as in YAML."""
+    for setting in settings:
+        if "=" not in setting:
+            raise UserError(f"{setting} is no setting of the form KEY=VALUE, such as num_heads=12.")
+    pairs = (setting.split("=", 1) for setting in settings)
+    return {name: yaml.safe_load(value) for name, value in pairs}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m deepvit.export", description=__doc__)
     parser.add_argument("source", type=Path, help="a run folder, or a checkpoint of any dialect")
@@ -191,9 +201,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="the file to write (default: beside the checkpoint)")
     parser.add_argument("--weights", choices=["auto", "ema", "raw"], default="auto", help="auto: EMA if there is one")
     parser.add_argument("--dialect", help="the source's dialect (default: found out)")
-    given = parser.parse_args(arguments)
+    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE",
+                        help="what the file does not tell of its model, e.g. num_heads=12")
+    given = parser.parse_intermixed_args(arguments)
     try:
-        done = export(given.source, given.to, given.out, given.weights, given.dialect)
+        done = export(given.source, given.to, given.out, given.weights, given.dialect, **_keywords(given.settings))
     except (UserError, Failure) as error:
         print(error, file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1

@@ -84,7 +84,7 @@ def _open_safetensors(path: Path, ema: bool) -> WeightsFile:
         shapes = {name: torch.Size(handle.get_slice(name).get_shape()) for name in handle.keys()}
         said = json.loads((handle.metadata() or {}).get("deepvit", "{}"))
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path} is torn or no safetensors file ({_first_line(error)}): get it again.") from None
+        raise UserError(f"{path} is torn or no safetensors file ({_first_sentence(error)}): get it again.") from None
     if not isinstance(said, dict):
         raise UserError(f"{path} has metadata that are no mapping: export it again.")
     return _unwrapped(path, "safetensors", {name: (shape, name) for name, shape in shapes.items()},
@@ -95,7 +95,7 @@ def _read_safetensor(handle, path: Path, name: str) -> Tensor:
     try:
         return handle.get_tensor(name)
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path} cannot give its tensor '{name}' ({_first_line(error)}): get it again.") from None
+        raise UserError(f"{path} cannot give its tensor '{name}' ({_first_sentence(error)}): get it again.") from None
 
 
 def _open_torch(path: Path, ema: bool) -> WeightsFile:
@@ -128,7 +128,7 @@ def load_plain(path: Path) -> Any:
         if "nsupported" in str(error) and "GLOBAL" in str(error):
             raise UserError(f"{path} holds Python objects besides tensors and plain values; nothing of it was run, "
                             f"and it is refused: save its state_dict alone.") from None
-        raise UserError(f"{path} is torn or no PyTorch file ({_first_line(error)}): get it again.") from None
+        raise UserError(f"{path} is torn or no PyTorch file ({_first_sentence(error)}): get it again.") from None
 
 
 def _check_tensor(path: Path, name: Any, tensor: Any, size: int) -> None:
@@ -165,7 +165,7 @@ def _unwrapped(path: Path, kind: str, entries: Mapping[str, tuple[torch.Size, st
                        lambda bare: read(original[bare]), said)
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error)}".splitlines()[0][:100].rstrip(": ")
+def _first_sentence(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error)}".splitlines()[0].split(". ")[0][:100].rstrip(": .")
 
 
