@@ -29,7 +29,8 @@ soak: install ## 200 kills of a training run; prints how many numbers differ fro
 bench: install ## speed and memory against peers
 	@$(RUN) deepvit.bench all
 
-lint: install
+lint: install ## ruff
+	@$(RUN) pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[lint]"
 	@$(RUN) ruff check src tests train.py eval.py
 
 clean: ## remove .venv and caches (runs/ stays)

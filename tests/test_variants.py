@@ -25,7 +25,7 @@ def stirred(module):
     """Nothing left at its initial value, where a variant may be plain attention."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for name, parameter in module.named_parameters():
+        for parameter in module.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
         for name, buffer in module.named_buffers():
             if "running_mean" in name:
