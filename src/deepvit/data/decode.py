@@ -9,6 +9,8 @@ import io
 import struct
 import warnings
 import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +18,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from deepvit.data import jpeg
+from deepvit.data.jpeg import Frame
 from deepvit.errors import UserError, did_you_mean
 
 Picture = Image.Image | Tensor  # PIL RGB, or uint8 [3, H, W] over memory of [H, W, 3]
 
 DECODERS = ("auto", "torchvision", "pil")
 MAX_PIXELS = 89_478_485  # PIL's own limit for one picture: a quarter of a gigabyte at 24 bits
-_START_OF_FRAME = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # JPEG markers that carry width and height
 _BROKEN = (OSError, SyntaxError, ValueError, TypeError, EOFError, IndexError, KeyError, OverflowError,
            struct.error, zlib.error)  # seen from PIL's format plug-ins on damaged files
 
@@ -50,7 +53,7 @@ def _torchvision_decodes() -> bool:
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8)).save(buffer, "JPEG")
     try:
-        return _torchvision_jpeg(bytearray(buffer.getvalue())).shape == (3, 8, 8)
+        return jpeg.pixels(bytearray(buffer.getvalue())).shape == (3, 8, 8)
     except (ImportError, RuntimeError, AttributeError):
         return False
 
@@ -75,13 +78,41 @@ def decode(data: bytearray, decoder: str) -> tuple[Picture, bool]:
     """
     if decoder == "pil":
         return decode_pil(data), False
-    is_jpeg = data[:2] == b"\xff\xd8"
-    if is_jpeg and _plain_jpeg(data):
+    if _plain(jpeg.frame_of(data)):
         try:
-            return _torchvision_jpeg(data), False
+            return jpeg.pixels(data), False
         except RuntimeError:  # torchvision's only exception for a JPEG it refuses; PIL decides whether it is readable
             pass
-    return to_tensor(decode_pil(data)), is_jpeg
+    return to_tensor(decode_pil(data)), data[:2] == b"\xff\xd8"
+
+
+@dataclass
+class Undecoded:
+    """A JPEG that becomes pixels once a crop tells which rows it wants."""
+
+    data: bytearray
+    frame: Frame
+    on_refused: Callable[[], None]  # called where the fast decoder refused it and PIL read it
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """As of the tensor: 3, H, W."""
+        return 3, self.frame.height, self.frame.width
+
+    def rows(self, end: int) -> Tensor:
+        """uint8 [3, n, W], n >= end: the first `end` rows are those of `decode`, and so is a BadPicture."""
+        try:
+            return jpeg.top_pixels(self.data, self.frame, end)
+        except RuntimeError:
+            picture = to_tensor(decode_pil(self.data))
+            self.on_refused()
+            return picture
+
+
+def undecoded(data: bytearray, decoder: str, on_refused: Callable[[], None]) -> Undecoded | None:
+    """The picture in a file of which only some rows may be wanted; None where it has to be decoded whole."""
+    frame = jpeg.frame_of(data) if decoder == "torchvision" else None
+    return Undecoded(data, frame, on_refused) if _plain(frame) else None
 
 
 def open_picture(path: str | Path, decoder: str = "pil") -> Picture:
@@ -129,21 +160,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _plain_jpeg(data: bytearray) -> bool:
-    """Whether a JPEG's header tells a size below the limit and one or three colour components (no CMYK)."""
-    at = 2
-    while at + 10 <= len(data) and data[at] == 0xFF:
-        marker = data[at + 1]
-        if marker == 0xFF:  # fill byte
-            at += 1
-        elif marker in _START_OF_FRAME:
-            height, width, components = struct.unpack_from(">HHB", data, at + 5)
-            return 0 < width * height <= MAX_PIXELS and components in (1, 3)
-        else:
-            at += 2 + struct.unpack_from(">H", data, at + 2)[0]
-    return False
-
-
-def _torchvision_jpeg(data: bytearray) -> Tensor:
-    from torchvision.io import ImageReadMode, decode_jpeg
-    return decode_jpeg(torch.frombuffer(data, dtype=torch.uint8), mode=ImageReadMode.RGB)
+def _plain(frame: Frame | None) -> bool:
+    """Whether a JPEG has a size below the limit and one or three colour components (no CMYK)."""
+    return frame is not None and 0 < frame.width * frame.height <= MAX_PIXELS and frame.components in (1, 3)

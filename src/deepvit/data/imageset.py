@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.data import get_worker_info
 
-from deepvit.data.decode import BadPicture, Picture, decode, read_bytes, to_tensor
+from deepvit.data.decode import BadPicture, Picture, Undecoded, decode, read_bytes, to_tensor, undecoded
 from deepvit.data.folders import readable_names
 from deepvit.data.stream import stable_hash
 from deepvit.errors import UserError
@@ -24,6 +25,7 @@ class ImageSet(ABC):
     """
 
     targets: np.ndarray
+    decoder: str  # `torchvision` or `pil`
     refused: int = 0  # pictures that the fast decoder refused and PIL read, in this process
 
     def __len__(self) -> int:
@@ -34,12 +36,28 @@ class ImageSet(ABC):
         """Path or identifier of a picture, for messages and per-image results."""
 
     @abstractmethod
-    def picture(self, index: int) -> Picture:
-        """RGB picture: PIL, or uint8 [3, H, W]. Raises BadPicture with the reason."""
+    def picture(self, index: int) -> Picture | Undecoded:
+        """RGB picture: PIL, or uint8 [3, H, W]; in a DataLoader's worker it may wait for its crop.
+
+        Raises BadPicture with the reason.
+        """
 
     @abstractmethod
     def take(self, indices: np.ndarray) -> "ImageSet":
         """The set of the given indices, in their order."""
+
+    def _opened(self, data: bytearray) -> Picture | Undecoded:
+        """The picture in the bytes of a file; what the fast decoder refuses is counted."""
+        if get_worker_info() is not None:  # only there may messages of C code be kept off the terminal
+            waiting = undecoded(data, self.decoder, self._count_refused)
+            if waiting is not None:
+                return waiting
+        picture, refused = decode(data, self.decoder)
+        self.refused += refused
+        return picture
+
+    def _count_refused(self) -> None:
+        self.refused += 1
 
     def prepare(self) -> None:  # noqa: B027  nothing to do for most
         """Called in the main process before pictures are asked for in others: load what is worth keeping."""
@@ -80,13 +98,11 @@ class FileSet(ImageSet):
         file = self.names[index].decode("utf-8", "surrogateescape")
         return f"{self.root}/{self.folders[self.places[index]]}/{file}"
 
-    def picture(self, index: int) -> Picture:
+    def picture(self, index: int) -> Picture | Undecoded:
         if self.kept is not None:
             self.refused += int(self.kept.refused[index])
             return self.kept.picture(index, self.decoder)
-        picture, refused = decode(read_bytes(self.name(index)), self.decoder)
-        self.refused += refused
-        return picture
+        return self._opened(read_bytes(self.name(index)))
 
     def take(self, indices: np.ndarray) -> "FileSet":
         return FileSet(self.root, self.folders, self.names[indices], self.places[indices], decoder=self.decoder,

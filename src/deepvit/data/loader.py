@@ -88,24 +88,25 @@ class _Batches(Dataset):
         targets = torch.empty(len(draw.indices), dtype=torch.int64)
         for row, (epoch, index, repeat) in enumerate(zip(draw.epochs.tolist(), draw.indices.tolist(),
                                                          draw.repeats.tolist(), strict=True)):
-            picture, used = self._picture(index, bad)
+            seeds = self.seed, epoch, index, repeat
+            (pixels[row], erased), used = self._sample(index, seeds, bad)
             targets[row] = int(self.images.targets[used])
-            if picture is None:
-                pixels[row] = 0
-                continue
-            if self.transform.random:
-                seed_sample(self.seed, epoch, index, repeat)
-            pixels[row], erased = self.transform(picture)
             patches += [(row, *patch) for patch in erased]
         return Batch(pixels, targets, torch.from_numpy(draw.indices), torch.from_numpy(draw.positions),
                      _pack(patches), bad, self.images.refused - refused)
 
-    def _picture(self, index: int, bad: list[Bad]):
-        """(picture, index used). A bad one: the next that is good (training), black (report), or a UserError (stop)."""
+    def _sample(self, index: int, seeds: tuple[int, ...], bad: list[Bad]):
+        """(what the transform makes, index used).
+
+        A bad one: the next that is good (training), black (report), or a UserError (stop).
+        """
         used, first = index, ""
         for _ in range(LONGEST_SEARCH):
             try:
                 picture = self.images.picture(used)
+                if self.transform.random:
+                    seed_sample(*seeds)
+                made = self.transform(picture)
             except BadPicture as reason:
                 first = first or str(reason)
                 if self.on_error == "stop":
@@ -113,12 +114,12 @@ class _Batches(Dataset):
                                     "or give data.on_error=report to count such pictures as wrong.") from reason
                 if self.on_error == "report":
                     bad.append(Bad(index, self.images.name(index), first, None))
-                    return None, index
+                    return (0, []), index
                 used = (used + 1) % len(self.images)
                 continue
             if used != index:
                 bad.append(Bad(index, self.images.name(index), first, used))
-            return picture, used
+            return made, used
         raise UserError(f"{LONGEST_SEARCH} pictures in a row cannot be used, from {self.images.name(index)} on: "
                         f"{first}.")
 

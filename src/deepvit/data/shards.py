@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from deepvit.data.decode import BadPicture, Picture, decode
+from deepvit.data.decode import BadPicture, Picture, Undecoded
 from deepvit.data.folders import EXTENSIONS
 from deepvit.data.imageset import ImageSet
 from deepvit.errors import UserError
@@ -38,7 +38,7 @@ class TarSet(ImageSet):
     def name(self, index: int) -> str:
         return f"{self.shards[self.places[index, 0]]}:{self.names[index].decode('utf-8', 'surrogateescape')}"
 
-    def picture(self, index: int) -> Picture:
+    def picture(self, index: int) -> Picture | Undecoded:
         shard, offset, size = self.places[index].tolist()
         try:
             data = read_at(self.shards[shard], offset, size)
@@ -46,9 +46,7 @@ class TarSet(ImageSet):
             raise BadPicture(f"the file cannot be read ({error.strerror})") from error
         if len(data) < size or not size:
             raise BadPicture("the file ends before the picture does" if size else "the file is empty")
-        picture, refused = decode(data, self.decoder)
-        self.refused += refused
-        return picture
+        return self._opened(data)
 
     def take(self, indices: np.ndarray) -> "TarSet":
         return TarSet(self.shards, self.places[indices], self.names[indices], self.targets[indices], self.decoder)

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from deepvit.data.decode import BadPicture, Picture, decode, to_tensor
+from deepvit.data.decode import BadPicture, Picture, Undecoded, to_tensor
 from deepvit.data.folders import existing, readable_names
 from deepvit.data.imageset import ImageSet, Splits, hold_out
 from deepvit.data.shards import read_class_tars, read_webdataset
@@ -30,7 +30,7 @@ class TimmSet(ImageSet):
         except AttributeError:  # torchvision's data sets have no names
             return f"{self.label}/{row}"
 
-    def picture(self, index: int) -> Picture:
+    def picture(self, index: int) -> Picture | Undecoded:
         row = int(self.rows[index])
         reader = getattr(self.dataset, "reader", None)
         try:
@@ -42,9 +42,7 @@ class TimmSet(ImageSet):
         data = bytearray(content if isinstance(content, bytes) else content.read())
         if not data:
             raise BadPicture("the file is empty")
-        picture, refused = decode(data, self.decoder)
-        self.refused += refused
-        return picture
+        return self._opened(data)
 
     def take(self, indices: np.ndarray) -> "TimmSet":
         return TimmSet(self.dataset, self.targets[indices], self.label, self.decoder, self.rows[indices])

@@ -19,7 +19,7 @@ from timm.data.transforms_factory import transforms_imagenet_train
 from torch import Tensor
 from torchvision.transforms import RandomHorizontalFlip, RandomVerticalFlip
 
-from deepvit.data.decode import Picture, to_pil, to_tensor
+from deepvit.data.decode import Picture, Undecoded, to_pil, to_tensor
 from deepvit.errors import UserError, did_you_mean
 
 INTERPOLATIONS = ("bilinear", "bicubic")
@@ -37,8 +37,10 @@ def norm_values(norm: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return NORMS[norm]
 
 
-def resize(picture: Picture, size: tuple[int, int], interpolation: str) -> Picture:
+def resize(picture: Picture | Undecoded, size: tuple[int, int], interpolation: str) -> Picture:
     """To (height, width) with antialiasing: PIL's filter, or ATen's on uint8 (the same weights, rounded alike)."""
+    if isinstance(picture, Undecoded):
+        picture = picture.rows(picture.shape[1])
     if isinstance(picture, Image.Image):
         return picture.resize(size[::-1], str_to_pil_interp(interpolation))
     if tuple(picture.shape[1:]) == tuple(size):
@@ -47,14 +49,16 @@ def resize(picture: Picture, size: tuple[int, int], interpolation: str) -> Pictu
     return F.interpolate(batch, size=size, mode=interpolation, antialias=True)[0]
 
 
-def crop(picture: Picture, top: int, left: int, height: int, width: int) -> Picture:
+def crop(picture: Picture | Undecoded, top: int, left: int, height: int, width: int) -> Picture:
     """The rectangle in pixels; it must lie inside."""
     if isinstance(picture, Image.Image):
         return picture.crop((left, top, left + width, top + height))
+    if isinstance(picture, Undecoded):
+        picture = picture.rows(top + height)
     return picture[:, top:top + height, left:left + width]
 
 
-def shape_of(picture: Picture) -> tuple[int, int]:
+def shape_of(picture: Picture | Undecoded) -> tuple[int, int]:
     """(height, width)."""
     return (picture.height, picture.width) if isinstance(picture, Image.Image) else tuple(picture.shape[1:])
 
@@ -67,7 +71,7 @@ class CentreCrop:
     crop_pct: float
     interpolation: str
 
-    def __call__(self, picture: Picture) -> Picture:
+    def __call__(self, picture: Picture | Undecoded) -> Picture:
         height, width = shape_of(picture)
         if max(height, width) > LONGEST * min(height, width):
             picture = self._middle(picture, LONGEST * min(height, width))
@@ -78,7 +82,7 @@ class CentreCrop:
         return crop(resize(picture, new, self.interpolation), top, left, *self.size)
 
     @staticmethod
-    def _middle(picture: Picture, longest: int) -> Picture:
+    def _middle(picture: Picture | Undecoded, longest: int) -> Picture:
         sides = shape_of(picture)
         height, width = (min(side, longest) for side in sides)
         return crop(picture, (sides[0] - height) // 2, (sides[1] - width) // 2, height, width)
@@ -99,9 +103,11 @@ class RandomCrop(RandomResizedCropAndInterpolation):
         super().__init__(size, scale, ratio, "bilinear" if interpolation == "random" else interpolation)
         self.names = INTERPOLATIONS if interpolation == "random" else (interpolation,)
 
-    def __call__(self, picture: Picture) -> Picture:
-        top, left, height, width = self.get_params(picture, self.scale, self.ratio)
-        whole = shape_of(picture)  # of a picture of few pixels timm draws crops that round to nothing
+    def __call__(self, picture: Picture | Undecoded) -> Picture:
+        whole = shape_of(picture)
+        blank = torch.empty(1).expand(1, *whole)  # get_params asks it for its size alone
+        top, left, height, width = self.get_params(blank, self.scale, self.ratio)
+        # Of a picture of few pixels timm draws crops that round to nothing.
         box = min(top, whole[0] - 1), min(left, whole[1] - 1), max(height, 1), max(width, 1)
         name = random.choice(self.names) if len(self.names) > 1 else self.names[0]
         return resize(crop(picture, *box), self.size, name)
@@ -129,7 +135,7 @@ class Transform:
     """crop -> flips -> colour (PIL), and the rectangles to erase afterwards. Draws from the global generators."""
 
     size: tuple[int, int]
-    crop: Callable[[Picture], Picture]
+    crop: Callable[[Picture | Undecoded], Picture]
     flips: list[Callable[[Picture], Picture]] = field(default_factory=list)
     colour: list[Callable[[Image.Image], Image.Image]] = field(default_factory=list)
     erasing: RandomErasing | None = None
@@ -139,7 +145,7 @@ class Transform:
         """Whether it draws any random number."""
         return isinstance(self.crop, RandomCrop) or bool(self.flips or self.colour or self.erasing)
 
-    def __call__(self, picture: Picture) -> tuple[Tensor, list[Patch]]:
+    def __call__(self, picture: Picture | Undecoded) -> tuple[Tensor, list[Patch]]:
         """-> (uint8 [3, S, S], rectangles to erase)."""
         picture = self.crop(picture)
         for step in self.flips:
