@@ -99,7 +99,8 @@ def test_damage_below_the_crop_counts_as_without_it(kind):
     for turn in range(60):
         content = KINDS[kind].copy()
         for _ in range(0 if turn % 3 == 0 else rng.integers(1, 6)):
-            content[rng.integers(len(content) // 4, len(content))] = rng.choice([0, 0xFF, 0xD9, 0xC4, rng.integers(256)])
+            value = rng.choice([0, 0xFF, 0xD9, 0xC4, rng.integers(256)])
+            content[rng.integers(len(content) // 4, len(content))] = value
         content = content[:rng.integers(len(content) // 2, len(content))] if turn % 2 else content
         if opened(content) is None:
             continue
