@@ -176,6 +176,7 @@ class Pictures:
     targets: torch.Tensor
     indices: torch.Tensor
     bad: list = field(default_factory=list)
+    refused: int = 0
 
     def __len__(self) -> int:
         return len(self.targets)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from hydra.core.global_hydra import GlobalHydra
+from PIL import Image
 
 from deepvit import cli, predict
 from deepvit.launch import BAD_INPUT, DONE
@@ -72,6 +73,21 @@ def test_train_evaluate_predict_and_again(run, tmp_path):
 
     picture = ROOT / "tests" / "data" / "no-such.png"
     assert predict.main([str(folder / "checkpoints" / "best.pt"), str(picture)]) == BAD_INPUT
+
+
+def test_a_result_tells_the_decoder_and_how_often_it_refused(run, tmp_path):
+    """One picture of eight is CMYK, which PIL reads: once in each of four epochs."""
+    for at in range(16):
+        file = tmp_path / "pictures" / ("train", "val")[at // 8] / "ab"[at % 2] / f"{at}.jpg"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("CMYK" if at == 3 else "RGB", (20, 20)).save(file)
+    code, *_ = run("train", *TINY, "recipe=folder", "data.root=pictures", "model.img_size=8", "model.patch_size=4",
+                   "schedule.epochs=4", "data.batch_size=4", "engine.log_every=3", "data.workers=1",
+                   "data.in_memory_mb=0", "schedule.warmup_epochs=0", "schedule.cooldown_epochs=0")
+    folder = next(tmp_path.glob("runs/folder/vit/*"))
+    result, events = json.loads((folder / "metrics.json").read_text()), lines(folder / "events.jsonl")
+    assert code == DONE and result["steps"] == 8
+    assert (result["decoder"], result["decoder_refused"], events[0]["decoder"]) == ("torchvision", 4, "torchvision")
 
 
 def test_a_sweep_goes_on_past_a_failed_cell_and_names_it(run, tmp_path):

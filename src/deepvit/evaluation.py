@@ -12,7 +12,7 @@ import numpy as np
 from timm.data import ImageNetInfo
 
 from deepvit import build
-from deepvit.data import ImageSet, eval_folder
+from deepvit.data import ImageSet, eval_folder, resolve_decoder
 from deepvit.data.real_labels import real_top1
 from deepvit.engine.checkpoint import write_text_synced
 from deepvit.engine.evaluate import Evaluation, evaluate, mcnemar
@@ -184,11 +184,11 @@ def _result(candidate: Candidate, data: Data, images: ImageSet, evaluation: Eval
         raise UserError(f"labels={config['labels']} is not known: give labels=real or null.")
     model = candidate.model
     return {"checkpoint": str(candidate.path), "weights": candidate.weights, **evaluation.summary(), **real,
-            "data": data.source, "root": data.root, "img_size": list(model.img_size), "params": count_parameters(model),
-            "flops": count_flops(model), "depth": model.depth, "dialect": model.load_report.dialect,
-            "step": candidate.said.get("step"), "arch": candidate.said.get("arch"),
-            "published": _published(candidate, data), "device": device_name(ranks.device), "devices": ranks.world,
-            **versions()}
+            "data": data.source, "root": data.root, "decoder": resolve_decoder(data.decoder),
+            "img_size": list(model.img_size), "params": count_parameters(model), "flops": count_flops(model),
+            "depth": model.depth, "dialect": model.load_report.dialect, "step": candidate.said.get("step"),
+            "arch": candidate.said.get("arch"), "published": _published(candidate, data),
+            "device": device_name(ranks.device), "devices": ranks.world, **versions()}
 
 
 def _published(candidate: Candidate, data: Data) -> dict[str, Any] | None:

@@ -17,6 +17,7 @@ import yaml
 
 from deepvit import analysis, build
 from deepvit.analysis.board import draw_probe
+from deepvit.data import resolve_decoder
 from deepvit.engine import checkpoint
 from deepvit.engine.board import Board
 from deepvit.engine.checkpoint import write_text_synced
@@ -147,7 +148,7 @@ def _open(folder: RunFolder, config: Mapping[str, Any], resumed_at: int | None, 
     folder.drop_metrics_after(resumed_at or -1)  # step 0 writes its own lines again
     event = "start" if resumed_at is None else "resume"
     folder.log_event(event, step=resumed_at or 0, processes=processes,
-                     restarts=_restarts(), **versions())
+                     restarts=_restarts(), decoder=resolve_decoder(config["data"]["decoder"]), **versions())
     log.info("%s", summary)
     log.info("%s %s", "Starting in" if resumed_at is None else f"Continuing from step {resumed_at} in", folder.path)
 
@@ -204,6 +205,8 @@ def _result(settings: Settings, config, splits, fit: Fit, network, folder: RunFo
         "params": count_parameters(network), "flops": count_flops(network),
         "depth": network.depth, "embed_dim": network.embed_dim, "attention": attention.get("name", attention["class"]),
         "seed": settings.seed, "data": settings.data.source, "train_pictures": len(splits.train),
+        "decoder": resolve_decoder(settings.data.decoder),
+        "decoder_refused": sum(line.get("decoder_refused", 0) for line in lines),  # times that PIL read a JPEG instead
         "classes": len(splits.class_ids), "epochs": fit.state.batch * fit.plan.batch_size / fit.plan.epoch_size,
         "steps": fit.state.step, "images_per_s": fit.meter.images_per_s, "ema": settings.ema.decay is not None,
         "probe_initial": probes[0] if probes else None, "probe_final": probes[-1] if probes else None,

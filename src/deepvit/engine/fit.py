@@ -76,6 +76,7 @@ class Fit:
         """Trains to the end. True: finished; False: stopped on request, with a checkpoint of this very step."""
         self._board = Board(self.folder.path, self.state.step) if self.ranks.is_main else None
         self._seen_bad: set[int] = set()
+        self._refused = 0  # since the last line of metrics
         with Display(self.ranks.is_main) as self._display:
             self._bar = self._display.bar("train", self.plan.total, self.state.step)
             if self.state.batch == 0:
@@ -129,6 +130,7 @@ class Fit:
         if drawn is not None:
             self.meter.add(self.plan.batch_size, time.perf_counter() - start)
             self._note_bad(drawn)
+            self._refused += sum(batch.refused for batch in drawn)
         return drawn
 
     def _preempt(self) -> None:
@@ -149,9 +151,10 @@ class Fit:
 
     def _log(self, result: dict[str, torch.Tensor]) -> None:
         loss = float(self.ranks.sum(result["loss"].detach().double().cpu()) / self.ranks.world)
+        refused, self._refused = int(self.ranks.sum(torch.tensor(self._refused))), 0
         line = {"step": self.state.step, "epoch": self._epoch(), "loss": loss,
                 "lr": self.stepper.schedule(self.state.step), "grad_norm": float(result["grad_norm"]),
-                **self.meter.read()}
+                **self.meter.read(), **({"decoder_refused": refused} if refused else {})}
         if not self.ranks.is_main:
             return
         self.folder.log_metrics(line)
