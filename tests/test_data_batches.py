@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import deepvit.data as data
+from deepvit.data.decode import BadPicture
 from deepvit.data.imageset import ArraySet
 from deepvit.data.stream import Stream, draw, epoch_steps
 from deepvit.errors import Failure, UserError
@@ -124,6 +125,32 @@ def test_everything_the_workers_get_can_be_pickled(pictures, recipe):
     """Spawned workers (macOS, Windows) get it that way."""
     for thing in (pictures, recipe, data.eval_transform(8), Stream(5, 0, 4, 2)):
         pickle.loads(pickle.dumps(thing))
+
+
+@pytest.mark.parametrize("in_memory_mb,kept", [(512, True), (0, False)])
+def test_a_small_set_is_prepared_for_all_evaluations_at_once(pictures, in_memory_mb, kept):
+    options = {"batch_size": 5, "rank": 1, "world": 2, "workers": 0}
+    batches = data.eval_batches_again(pictures, data.eval_transform(8), in_memory_mb=in_memory_mb, **options)
+    once = list(data.eval_batches(pictures, data.eval_transform(8), **options))
+    first, second = list(batches()), list(batches())
+    for made in (first, second):
+        assert len(made) == len(once) and all(same(one, other) for one, other in zip(once, made, strict=True))
+    assert (first[0] is second[0]) == kept
+
+
+def test_what_was_prepared_in_part_is_not_kept(pictures):
+    """A picture that cannot be used stops this evaluation and the next one alike."""
+    class Bad(ArraySet):
+        def picture(self, index):
+            if index == 7:
+                raise BadPicture("it is damaged")
+            return super().picture(index)
+
+    batches = data.eval_batches_again(Bad(pictures.pixels, pictures.targets, "bad"), data.eval_transform(8),
+                                      batch_size=5, in_memory_mb=512)
+    for _ in range(2):
+        with pytest.raises(UserError, match="bad/7 is not a usable picture"):
+            list(batches())
 
 
 class Deadly(ArraySet):

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,10 +99,11 @@ def draw(settings: Settings, train: pictures.ImageSet, ranks: Ranks):
     return batches
 
 
-def eval_batches(data: Data, images: pictures.ImageSet, ranks: Ranks) -> Iterator[pictures.Batch]:
-    return pictures.eval_batches(images, eval_transform(data), batch_size=data.eval_batch_size, rank=ranks.rank,
-                                 world=ranks.world, workers=data.workers, on_error=data.on_error,
-                                 pin=ranks.device.type == "cuda")
+def eval_batches(data: Data, images: pictures.ImageSet, ranks: Ranks) -> Callable[[], Iterator[pictures.Batch]]:
+    """Called for each evaluation: this rank's batches."""
+    return pictures.eval_batches_again(
+        images, eval_transform(data), batch_size=data.eval_batch_size, rank=ranks.rank, world=ranks.world,
+        workers=data.workers, on_error=data.on_error, pin=ranks.device.type == "cuda", in_memory_mb=data.in_memory_mb)
 
 
 # Model and optimizer

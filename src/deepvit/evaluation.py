@@ -170,7 +170,7 @@ def _run(candidate: Candidate, data: Data, images: ImageSet, ranks: Ranks, preci
     prepare = build.prepare(data, model.num_classes)
     with Display(ranks.is_main) as display, ranks.together():
         bar = display.bar(candidate.path.name, len(images))
-        return evaluate(model, build.eval_batches(data, images, ranks), prepare, ranks, precision, n=len(images),
+        return evaluate(model, build.eval_batches(data, images, ranks)(), prepare, ranks, precision, n=len(images),
                         advance=bar.advance)
 
 

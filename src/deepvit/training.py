@@ -155,13 +155,12 @@ def _open(folder: RunFolder, config: Mapping[str, Any], resumed_at: int | None, 
 
 def _evaluator(settings: Settings, splits, ranks: Ranks, stop: StopRequest):
     prepare = build.prepare(settings.data, len(splits.class_ids))
-    precision = build.precision(settings.precision)
+    precision, batches = build.precision(settings.precision), build.eval_batches(settings.data, splits.val, ranks)
 
     def run(state, display: Display):
         bar = display.bar("evaluate", len(splits.val))
-        result = evaluate(state.evaluated_model, build.eval_batches(settings.data, splits.val, ranks), prepare, ranks,
-                          precision, n=len(splits.val), advance=bar.advance,
-                          should_stop=lambda: ranks.any_asked_to_stop(bool(stop)))
+        result = evaluate(state.evaluated_model, batches(), prepare, ranks, precision, n=len(splits.val),
+                          advance=bar.advance, should_stop=lambda: ranks.any_asked_to_stop(bool(stop)))
         bar.close()
         return result
 
@@ -174,12 +173,11 @@ def _prober(settings: Settings, splits, ranks: Ranks):
     if not wanted or not ranks.is_main:
         return None
     chosen = splits.val.take(_spread(splits.val.targets, wanted))
-    alone = Ranks(0, 1, ranks.device)
+    batches = build.eval_batches(settings.data, chosen, Ranks(0, 1, ranks.device))
     prepare = build.prepare(settings.data, len(splits.class_ids))
 
     def look(model: torch.nn.Module, board: Board, step: int) -> dict[str, Any]:
-        x = torch.cat([prepare(batch, 0, ranks.device, training=False)[0]
-                       for batch in build.eval_batches(settings.data, chosen, alone)])
+        x = torch.cat([prepare(batch, 0, ranks.device, training=False)[0] for batch in batches()])
         model = model if step else analysis.with_statistics_of(model, x)  # an untrained norm has none yet
         return draw_probe(board, analysis.probe(model, x, matrix=True), step)
 

@@ -27,6 +27,7 @@ class ImageSet(ABC):
     targets: np.ndarray
     decoder: str  # `torchvision` or `pil`
     refused: int = 0  # pictures that the fast decoder refused and PIL read, in this process
+    in_memory: bool = False  # whether all pictures are there, decoded
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -66,6 +67,8 @@ class ImageSet(ABC):
 class ArraySet(ImageSet):
     """Pictures already decoded: uint8 [n, H, W, 3]."""
 
+    in_memory = True
+
     def __init__(self, pixels: np.ndarray, targets: np.ndarray, label: str, *, decoder: str = "torchvision",
                  ids: np.ndarray | None = None):
         self.pixels, self.targets, self.label, self.decoder = pixels, targets.astype(np.int64), label, decoder
@@ -93,6 +96,10 @@ class FileSet(ImageSet):
         self.targets = self.labels[places].astype(np.int64)
         self.decoder, self.in_memory_mb = decoder, in_memory_mb
         self.kept: Kept | None = None
+
+    @property
+    def in_memory(self) -> bool:
+        return self.kept is not None
 
     def name(self, index: int) -> str:
         file = self.names[index].decode("utf-8", "surrogateescape")

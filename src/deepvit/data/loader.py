@@ -1,7 +1,8 @@
 """Batches for training and evaluation: one DataLoader per run, whose item is a whole micro-batch."""
 
+import math
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 
@@ -219,3 +220,25 @@ def eval_batches(images: ImageSet, preprocess: Transform, *, batch_size: int, ra
         zeros = np.zeros_like(indices)
         draws.append(Draw(zeros, indices, zeros, indices))
     return _run(_Batches(images, preprocess, 0, on_error), draws, min(workers, len(draws)), pin)
+
+
+def eval_batches_again(images: ImageSet, preprocess: Transform, *, in_memory_mb: int, world: int = 1, workers: int = 0,
+                       **options: object) -> Callable[[], Iterator[Batch]]:
+    """`eval_batches` for one evaluation after another; each call of what is returned gives all of them.
+
+    They are made but once, in this process, where the set is in memory and a rank's share of what becomes of it fits
+    in in_memory_mb too.
+    """
+    kept: list[Batch] = []
+
+    def batches() -> Iterator[Batch]:
+        images.prepare()
+        share = 3 * math.prod(preprocess.size) * len(images) / world  # bytes
+        if not images.in_memory or share > in_memory_mb * 2**20:
+            yield from eval_batches(images, preprocess, world=world, workers=workers, **options)
+            return
+        if not kept:
+            kept[:] = list(eval_batches(images, preprocess, world=world, **options))
+        yield from kept
+
+    return batches
