@@ -60,10 +60,18 @@ def _same_strides(*inputs: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.contiguous() for x in inputs)
 
 
+def _centred(v: Tensor) -> Tensor:
+    """v less its mean over the tokens, with v's strides. Rows of M sum to 0 and softmax's backward forgets what is
+    constant in a row, so results are the same; but where tokens are alike bf16 would round M v to noise."""
+    lifted = v.new_empty_strided(v.shape, v.stride())
+    return torch.sub(v, v.mean(dim=2, keepdim=True, dtype=torch.float32), out=lifted)
+
+
 def centred_mix(q: Tensor, k: Tensor, v: Tensor, mix: Tensor, scale: float,
                 statistics: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`plain.centred_mix` for q, k, v of float32 or bfloat16, and the rows' log2-sum-exp2 `[B, H, N]`."""
     q, k, v = _same_strides(q, k, v)
+    total, v = v.sum(dim=2, dtype=mix.dtype), _centred(v)
     B, H, N, d = q.shape
     options = _options(d, q.dtype, backward=False)
     grid = (triton.cdiv(N, options["BM"]), B)
@@ -71,13 +79,14 @@ def centred_mix(q: Tensor, k: Tensor, v: Tensor, mix: Tensor, scale: float,
     sumsq = mix.new_empty(B * grid[0], 16)
     triton_kernels.forward[grid](q, k, v, mix.contiguous(), u, lse, sumsq, *q.stride()[:3], H, N, d,
                                  scale * log2(2.718281828459045), **options)
-    return u, sumsq[:, :H].sum(dim=0), v.sum(dim=2, dtype=mix.dtype), lse
+    return u, sumsq[:, :H].sum(dim=0), total, lse
 
 
 def centred_mix_backward(du: Tensor, dsumsq: Tensor, dtotal: Tensor, q: Tensor, k: Tensor, v: Tensor, mix: Tensor,
                          lse: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and mix; the arguments as in `cpu.centred_mix_backward`."""
     q, k, v = _same_strides(q, k, v)
+    v = _centred(v)
     B, H, N, d = q.shape
     options = _options(d, q.dtype, backward=True)
     du = du.transpose(1, 2).contiguous()  # [B, N, H, d]
