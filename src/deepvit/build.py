@@ -108,15 +108,16 @@ def eval_batches(data: Data, images: pictures.ImageSet, ranks: Ranks) -> Callabl
 
 # Model and optimizer
 
-def model(settings: Settings, num_classes: int) -> ViT:
-    """The model of `settings.model` for `num_classes`, initialised from `settings.seed` alone."""
+def model(settings: Settings, num_classes: int, continued: bool = False) -> ViT:
+    """The model of `settings.model` for `num_classes`, initialised from `settings.seed` and `settings.init` alone; of
+    a run that is `continued` the latter is not read again."""
     asked = settings.model.get("num_classes")
     if asked is not None and asked != num_classes:
         raise UserError(f"model.num_classes={asked}, but the data has {num_classes} classes: leave it null.")
     torch.manual_seed(settings.seed)
     built = build_model({**settings.model, "num_classes": num_classes})
     built.set_grad_checkpointing(settings.engine.grad_checkpointing)
-    if settings.init is not None:
+    if settings.init is not None and not continued:
         from deepvit.importers import load_weights
         log.info("Weights from %s: %s", settings.init, load_weights(
             built, settings.init, dialect=settings.dialect, head=settings.head))
@@ -143,7 +144,8 @@ def optimizer(network: nn.Module, chosen: Optimizer) -> torch.optim.Optimizer:
 def state(settings: Settings, network: ViT, ranks: Ranks) -> TrainState:
     network.to(ranks.device)
     ema = settings.ema
-    average = ModelEmaV3(network, ema.decay, use_warmup=ema.warmup) if ema.decay else None
+    # Buffers are copied: a head norm's variance starts at 1 and is truly near 1e-6, so its average would stay wrong.
+    average = ModelEmaV3(network, ema.decay, use_warmup=ema.warmup, exclude_buffers=True) if ema.decay else None
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=settings.precision.scale_gradients)
     return TrainState(network, optimizer(network, settings.optimizer), scaler, average)
 

@@ -61,6 +61,7 @@ class TrainState:
         self.optimizer.load_state_dict(content["optimizer"])
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate  # the schedule sets it anew; a changed peak must not be undone
-        self.scaler.load_state_dict(content["scaler"])
+        if content["scaler"]:  # empty after training without one
+            self.scaler.load_state_dict(content["scaler"])
         for name in self.COUNTERS:
             setattr(self, name, content[name])

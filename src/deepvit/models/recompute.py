@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -11,6 +12,8 @@ from deepvit.models.attention import ReAttention
 
 def checkpoint_block(block: nn.Module, x: Tensor) -> Tensor:
     """`block(x)` that keeps only `x` for the backward pass. x: `[B, N, D]`."""
+    if torch.compiler.is_compiling():  # it repeats no update of buffers by itself, and knows no contexts
+        return checkpoint(block, x, use_reentrant=False)
     return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _without_tracking(block)))
 
 

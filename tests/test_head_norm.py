@@ -1,0 +1,76 @@
+"""What re-attention's BatchNorm asks of the engine: synced statistics, a moving average, recomputed blocks."""
+
+import copy
+
+import faults
+import pytest
+import soak
+import torch
+from torch.testing import assert_close
+
+import deepvit
+from deepvit import build
+from deepvit.engine.ranks import Ranks
+from deepvit.settings import read_settings
+
+SYNCED = ["model/attention=reattention", "model.attention.sync_norm=true", "model.drop_path_rate=0",
+          "model.drop_rate=0", "schedule.steps=8", "schedule.warmup_steps=2", "schedule.eval_steps=8",
+          "engine.device_batch=null", "optimizer.lr=1.0e-3"]
+
+
+def test_a_synced_norm_trains_and_is_looked_at_on_two_ranks_as_on_one(tmp_path):
+    """The look at the attention before the first step is rank 0's alone: it must not wait for the others."""
+    config = soak.compose(*SYNCED)
+    alone = soak.train(config, tmp_path / "one")
+    pair = faults.start_ranks(2, faults.train, config, tmp_path / "two")
+    assert alone.wait(120) == 0, alone.words()
+    assert [run.wait(120) for run in pair] == [0, 0], pair[0].words()
+    for left, right in zip(soak.lines(tmp_path / "one" / "metrics.jsonl"),
+                           soak.lines(tmp_path / "two" / "metrics.jsonl"), strict=True):
+        assert left.keys() - {"data_wait"} == right.keys() - {"data_wait"}
+        if "loss" in left:
+            assert left["loss"] == pytest.approx(right["loss"], rel=2e-4), left["step"]
+
+
+def test_a_moving_average_takes_the_running_statistics_as_they_are():
+    """They begin at 1 and are near 1e-6 in truth: averaged, they would spoil evaluation for thousands of steps."""
+    settings = read_settings(soak.compose("ema.decay=0.99"))
+    network = build.model(settings, 10)
+    state = build.state(settings, network, Ranks(0, 1, torch.device("cpu")))
+    before = copy.deepcopy(state.ema.module)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(1.0)
+        for name, buffer in network.named_buffers():
+            if "running" in name:
+                buffer.fill_(1e-6)
+    state.ema.update(network, step=10)
+    for name, buffer in state.ema.module.named_buffers():
+        assert torch.equal(buffer, network.get_buffer(name)), name
+    for name, parameter in state.ema.module.named_parameters():
+        assert_close(parameter, before.get_parameter(name) + 0.01, msg=name)
+
+
+@pytest.mark.slow
+def test_compiled_recomputed_blocks_equal_eager_ones():
+    """Outputs, gradients and running statistics, updated once."""
+    torch.manual_seed(0)
+    model = deepvit.create_model("vit", img_size=16, patch_size=8, embed_dim=24, depth=2, num_heads=3, num_classes=5,
+                                 attention="reattention").train()
+    other = copy.deepcopy(model)
+    other.set_grad_checkpointing(True)
+    compiled = torch.compile(other, backend="aot_eager_decomp_partition")
+    x = torch.randn(4, 3, 16, 16)
+    for network in (model, compiled):
+        network(x).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert_close(other.get_parameter(name).grad, parameter.grad, msg=name)
+    for name, buffer in model.named_buffers():
+        assert_close(other.get_buffer(name), buffer, msg=name)
+
+
+def test_a_run_goes_on_with_scaled_gradients_after_it_had_none():
+    settings = [read_settings(soak.compose(f"precision={name}", "ema.decay=null")) for name in ("fp32", "fp16")]
+    first, second = (build.state(each, build.model(each, 10), Ranks(0, 1, torch.device("cpu"))) for each in settings)
+    second.load_state_dict(first.state_dict())
+    assert second.scaler.is_enabled() and second.scaler.get_scale() > 1
