@@ -2,7 +2,6 @@
 
 import contextlib
 import csv
-import fcntl
 import io
 import json
 import math
@@ -15,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from deepvit.engine.folder import RunFolder
 from deepvit.report import grid as grid_module
 from deepvit.report import published, render, runs, tables
 from deepvit.report.__main__ import main
@@ -222,10 +222,11 @@ IMAGENET = {"data__source": "imagenet", "model__embed_dim": 384, "model__num_hea
 
 
 def test_published_numbers_stand_beside_the_same_cells_only(make, tmp_path):
-    make("a", **IMAGENET, model__depth=32, model__attention=attention("reattention"), result={"top1": 80.0})
-    make("b", **IMAGENET, model__depth=32, model__attention=attention("reattention_fc"))
-    make("c", **{**IMAGENET, "model__embed_dim": 512}, model__depth=32, model__attention=attention("reattention"))
-    make("d", **IMAGENET, model__depth=32, model__attention=attention("reattention"), data__fraction=0.1)
+    whole, deepvit32 = {"top1": 80.0, "n": 50_000}, {"model__depth": 32, "model__attention": attention("reattention")}
+    make("a", **IMAGENET, **deepvit32, result=whole)
+    make("b", **IMAGENET, model__depth=32, model__attention=attention("reattention_fc"), result=whole)
+    make("c", **{**IMAGENET, "model__embed_dim": 512}, **deepvit32, result=whole)
+    make("d", **IMAGENET, **deepvit32, data__fraction=0.1, result=whole)
     table = tables.tables(the_grid(tmp_path), 0.9)[0]
     column, difference = table.headers.index("published"), table.headers.index("difference")
     begun = [row for row in table.rows if row[-1] != "missing"]
@@ -235,10 +236,12 @@ def test_published_numbers_stand_beside_the_same_cells_only(make, tmp_path):
     assert any("similar blocks as published" in note.lower() for note in table.notes)
 
 
-def test_other_data_say_that_the_paper_has_none(make, tmp_path):
-    make("a")
+@pytest.mark.parametrize(("changes", "words"), [
+    ({}, "not on digits"), ({**IMAGENET, "result": {"n": 200}}, "not in the paper")])  # any folder can be data=imagenet
+def test_other_data_say_that_the_paper_has_none(make, tmp_path, changes, words):
+    make("a", **changes)
     table = tables.tables(the_grid(tmp_path), 0.9)[0]
-    assert table.rows[0][table.headers.index("published")] == "not on digits"
+    assert table.rows[0][table.headers.index("published")] == words
 
 
 def test_every_published_number_has_a_source_and_a_place():
@@ -268,9 +271,10 @@ def test_progress_of_an_unfinished_run(make, tmp_path):
 
 def test_states(make, template):
     folder = make("a", finished=False)
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        assert runs.read_run(folder).state == "running"
+    run = RunFolder(folder)
+    run.claim()
+    assert runs.read_run(folder).state == "running"
+    run.release()
     (folder / "events.jsonl").write_text('{"event": "start"}\n{"event": "PREEMPTED"}\n')
     assert runs.read_run(folder).state == "stopped"
     (folder / "events.jsonl").write_text('{"event": "start"}\n{"event": "PREEM')

@@ -18,6 +18,7 @@ from deepvit.engine.checkpoint import write_text_synced
 from deepvit.engine.evaluate import Evaluation, evaluate, mcnemar
 from deepvit.engine.progress import Display
 from deepvit.engine.ranks import Ranks
+from deepvit.engine.signals import StopRequest
 from deepvit.engine.step import Precision
 from deepvit.errors import UserError
 from deepvit.importers import load_model
@@ -26,7 +27,7 @@ from deepvit.models.cost import count_flops, count_parameters
 from deepvit.report.published import published_of, sources
 from deepvit.report.runs import flat
 from deepvit.settings import Data, read_group
-from deepvit.training import device_name, versions
+from deepvit.training import device_name, prepare_device, versions
 
 IMAGENET_VAL = 50_000  # pictures of its validation set
 log = logging.getLogger(__name__)
@@ -44,22 +45,29 @@ class Candidate:
     said: Mapping[str, Any]
 
 
-def evaluate_all(config: Mapping[str, Any], ranks: Ranks) -> list[dict[str, Any]]:
+def evaluate_all(config: Mapping[str, Any], ranks: Ranks, stop: StopRequest) -> list[dict[str, Any]] | None:
     """Evaluates every checkpoint that `config` names; prints one table; writes metrics.json and predictions.csv each.
 
+    Returns:
+        the results; None if it was asked to stop before all were there.
     Raises:
         UserError: no checkpoint, an unreadable one, data that do not fit a model's classes.
     """
     with ranks.together():
         paths = checkpoints(config["checkpoint"])
         precision = build.precision(read_group("precision", config["precision"]))
+        if config["labels"] not in (None, "real"):
+            raise UserError(f"labels={config['labels']} is not known: give labels=real or null.")
+    prepare_device(precision, ranks)
     results, evaluations = [], []
     for path in paths:
         with ranks.together():
             candidate = load(path, config)
             data = data_settings(candidate, config)
             images = val_images(candidate, data)
-        evaluation = _run(candidate, data, images, ranks, precision)
+        evaluation = _run(candidate, data, images, ranks, precision, stop)
+        if evaluation is None:
+            return None
         result = _result(candidate, data, images, evaluation, config, ranks)
         results.append(result)
         evaluations.append(evaluation)
@@ -149,9 +157,19 @@ def val_images(candidate: Candidate, data: Data) -> ImageSet:
     if known is None and count == 1000:
         known = ImageNetInfo().label_names()
     if known and data.source in ("folder", "imagenet") and data.root and data.classes is data.val_fraction is None:
-        return eval_folder(data.root, known, decoder=data.decoder, in_memory_mb=data.in_memory_mb)
+        images = eval_folder(data.root, known, decoder=data.decoder, in_memory_mb=data.in_memory_mb)
+        present = len(np.unique(images.targets))
+        if present < count:
+            log.info("%s has pictures of %d of the %d classes; predictions are among all %d (published figures of "
+                     "ImageNet-A and -R choose among their 200).", data.root, present, count, count)
+        return images
     splits = build.splits(data)
-    if splits.class_ids == known or (known is None and len(splits.class_ids) == count):
+    if splits.class_ids == known:
+        return splits.val
+    if known is None and len(splits.class_ids) == count:
+        if splits.class_ids != sorted(splits.class_ids):
+            log.warning("%s does not name its classes; they are taken in the order %s, ... (torchvision's ImageFolder "
+                        "would sort these names as text).", candidate.path, ", ".join(splits.class_ids[:3]))
         return splits.val
     if known is None:
         raise UserError(f"{candidate.path} has {count} classes, the data has {len(splits.class_ids)}: evaluate it on "
@@ -165,13 +183,14 @@ def val_images(candidate: Candidate, data: Data) -> ImageSet:
     return images
 
 
-def _run(candidate: Candidate, data: Data, images: ImageSet, ranks: Ranks, precision: Precision) -> Evaluation:
+def _run(candidate: Candidate, data: Data, images: ImageSet, ranks: Ranks, precision: Precision,
+         stop: StopRequest) -> Evaluation | None:
     model = candidate.model.to(ranks.device)
     prepare = build.prepare(data, model.num_classes)
-    with Display(ranks.is_main) as display, ranks.together():
+    with Display(ranks.is_main) as display:
         bar = display.bar(candidate.path.name, len(images))
         return evaluate(model, build.eval_batches(data, images, ranks)(), prepare, ranks, precision, n=len(images),
-                        advance=bar.advance)
+                        advance=bar.advance, should_stop=lambda: ranks.any_asked_to_stop(bool(stop)))
 
 
 def _result(candidate: Candidate, data: Data, images: ImageSet, evaluation: Evaluation, config: Mapping[str, Any],
@@ -180,8 +199,6 @@ def _result(candidate: Candidate, data: Data, images: ImageSet, evaluation: Eval
     if config["labels"] == "real":
         names = [images.name(index) for index in evaluation.indices]
         real = {"real_top1": real_top1(evaluation.predictions[:, 0], names)}
-    elif config["labels"] is not None:
-        raise UserError(f"labels={config['labels']} is not known: give labels=real or null.")
     model = candidate.model
     return {"checkpoint": str(candidate.path), "weights": candidate.weights, **evaluation.summary(), **real,
             "data": data.source, "root": data.root, "decoder": resolve_decoder(data.decoder),

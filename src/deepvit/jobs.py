@@ -12,10 +12,12 @@ from deepvit.launch import DONE, STOPPED, Outcome
 def train_job(config: Mapping[str, Any], folder: Path, ranks: Ranks, stop: StopRequest) -> Outcome:
     from deepvit import training
     if config["dry"]:
-        return Outcome(DONE, value=training.dry_run(config, ranks))
+        forecast = training.dry_run(config, ranks, stop)
+        return Outcome(STOPPED if forecast is None else DONE, value=forecast)
     return Outcome(DONE if training.train(config, folder, ranks, stop) else STOPPED)
 
 
 def eval_job(config: Mapping[str, Any], folder: Path, ranks: Ranks, stop: StopRequest) -> Outcome:
     from deepvit import evaluation
-    return Outcome(DONE, value=evaluation.evaluate_all(config, ranks))
+    results = evaluation.evaluate_all(config, ranks, stop)
+    return Outcome(STOPPED if results is None else DONE, "" if results else "Stopped on request.", results)

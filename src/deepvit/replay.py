@@ -46,7 +46,7 @@ def replay(run: Path, batch: int, weights: Path | None = None) -> list[Examinati
 def _share(settings: Settings, content: dict[str, Any], number: int, rank: int) -> Examination:
     splits = build.splits(settings.data)
     alone = Ranks(0, 1, pick_device(settings.engine.accelerator))
-    network = build.model(settings, len(splits.class_ids))
+    network = build.model(settings, len(splits.class_ids), continued=True)
     state = build.state(settings, network, alone)
     state.load_state_dict(content)
     schedule, _ = build.schedule_and_plan(settings, len(splits.train))

@@ -1,4 +1,4 @@
-"""The types of all settings. Their values stand in `conf/`; nothing here has a default, so no value stands twice."""
+"""The types of all settings. Their values stand in `conf/`, so that none stands twice."""
 
 import dataclasses
 import typing
@@ -176,6 +176,7 @@ def _check_ranges(settings: Settings) -> None:
                 "engine.log_every": engine.log_every, "engine.devices": engine.devices,
                 "engine.device_batch": engine.device_batch, "engine.save_every": engine.save_every,
                 "engine.keep_epochs": engine.keep_epochs, "engine.max_skipped": engine.max_skipped,
+                "schedule.steps": schedule.steps, "schedule.epochs": schedule.epochs,
                 "schedule.eval_steps": schedule.eval_steps, "schedule.eval_epochs": schedule.eval_epochs,
                 "model.depth": settings.model["depth"], "model.num_heads": settings.model["num_heads"],
                 "model.embed_dim": settings.model["embed_dim"], "probe.every_epochs": settings.probe.every_epochs}

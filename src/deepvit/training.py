@@ -27,6 +27,7 @@ from deepvit.engine.folder import LogFile, RunFolder, read_json_lines
 from deepvit.engine.progress import Display
 from deepvit.engine.ranks import Ranks
 from deepvit.engine.signals import StopRequest
+from deepvit.engine.step import Precision
 from deepvit.errors import UserError
 from deepvit.models.cost import count_flops, count_parameters
 from deepvit.settings import Settings, read_settings
@@ -43,7 +44,7 @@ def train(config: Mapping[str, Any], path: Path, ranks: Ranks, stop: StopRequest
         UserError, Failure: on every rank alike where the cause is common.
     """
     settings, folder = read_settings(config), RunFolder(path)
-    prepare_device(settings, ranks)
+    prepare_device(build.precision(settings.precision), ranks)
     with ranks.together():
         if ranks.is_main:
             folder.claim()
@@ -65,7 +66,7 @@ def _train(config: Mapping[str, Any], settings: Settings, folder: RunFolder, ran
         found = checkpoint.load_newest(folder.last, folder.previous)
         if found:
             _refuse_change(found[1], config, splits.class_ids)
-        network = build.model(settings, len(splits.class_ids))
+        network = build.model(settings, len(splits.class_ids), continued=found is not None)
         state = build.state(settings, network, ranks)
         if found:
             state.load_state_dict(found[1])
@@ -101,11 +102,12 @@ def _refuse_different_folders(positions: list[tuple[int, int]], folder: RunFolde
                         f"same folder, on a file system that they share.")
 
 
-def prepare_device(settings: Settings, ranks: Ranks) -> None:
+def prepare_device(precision: Precision, ranks: Ranks) -> None:
     """Threads of this rank's share of the cores, and the precision of float32 products."""
-    if ranks.world > 1 and ranks.device.type == "cpu":
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.world))
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = settings.precision.tf32
+    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world))  # ranks on this machine
+    if neighbours > 1 and ranks.device.type == "cpu":
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // neighbours))
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision.tf32
 
 
 def describe(settings: Settings, network: torch.nn.Module, splits, plan, ranks: Ranks) -> str:
@@ -126,10 +128,11 @@ def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_change(content: Mapping[str, Any], config: Mapping[str, Any], class_ids: list[str]) -> None:
-    """A continued run keeps its model, data and randomness; another learning rate or schedule is only named."""
+    """A continued run keeps its model, data, optimizer and randomness; another rate or schedule is only named."""
     differences = build.changed(comparable(content["run"]), comparable(config))
-    refused = {name: pair for name, pair in differences.items()
-               if name.split(".")[0] in ("model", "data", "augment", "seed", "init", "head", "ema")}
+    named = ("optimizer.lr", "optimizer.clip_grad")
+    refused = {name: pair for name, pair in differences.items() if name not in named
+               and name.split(".")[0] in ("model", "data", "augment", "seed", "init", "head", "ema", "optimizer")}
     if content["classes"] != class_ids:
         refused["the classes of the data"] = (f"{len(content['classes'])} classes", f"{len(class_ids)} classes")
     if refused:
@@ -178,7 +181,8 @@ def _prober(settings: Settings, splits, ranks: Ranks):
 
     def look(model: torch.nn.Module, board: Board, step: int) -> dict[str, Any]:
         x = torch.cat([prepare(batch, 0, ranks.device, training=False)[0] for batch in batches()])
-        model = model if step else analysis.with_statistics_of(model, x)  # an untrained norm has none yet
+        if not step and not settings.init:
+            model = analysis.with_statistics_of(model, x)  # an untrained norm has none yet
         return draw_probe(board, analysis.probe(model, x, matrix=True), step)
 
     return look
@@ -194,7 +198,7 @@ def _spread(targets, wanted: int):
 def _result(settings: Settings, config, splits, fit: Fit, network, folder: RunFolder, ranks: Ranks) -> dict[str, Any]:
     """`metrics.json`: the last checkpoint's numbers and all that is needed to trust and to tabulate them."""
     lines = list(read_json_lines(folder.metrics))
-    probes = [line["probe"] for line in lines if "probe" in line]
+    probes = {line["step"]: line["probe"] for line in lines if "probe" in line}
     last = [line for line in lines if "top1" in line][-1]
     attention = settings.model["attention"]
     return {
@@ -206,8 +210,8 @@ def _result(settings: Settings, config, splits, fit: Fit, network, folder: RunFo
         "decoder": resolve_decoder(settings.data.decoder),
         "decoder_refused": sum(line.get("decoder_refused", 0) for line in lines),  # times that PIL read a JPEG instead
         "classes": len(splits.class_ids), "epochs": fit.state.batch * fit.plan.batch_size / fit.plan.epoch_size,
-        "steps": fit.state.step, "images_per_s": fit.meter.images_per_s, "ema": settings.ema.decay is not None,
-        "probe_initial": probes[0] if probes else None, "probe_final": probes[-1] if probes else None,
+        "steps": fit.state.step, "images_per_s": fit.meter.images_per_s, "ema": bool(settings.ema.decay),
+        "probe_initial": probes.get(0), "probe_final": probes.get(fit.state.step),
         "devices": ranks.world, "device": device_name(ranks.device), **versions()}
 
 
@@ -240,10 +244,11 @@ def _say_finished(folder: RunFolder) -> None:
              result["top1"], result["steps"])
 
 
-def dry_run(config: Mapping[str, Any], ranks: Ranks) -> dict[str, float]:
-    """Builds everything, makes three updates, writes nothing; prints and returns what the run would take."""
+def dry_run(config: Mapping[str, Any], ranks: Ranks, stop: StopRequest) -> dict[str, float] | None:
+    """Builds everything, makes three updates, writes nothing; prints and returns what the run would take (None: asked
+    to stop)."""
     settings = read_settings(config)
-    prepare_device(settings, ranks)
+    prepare_device(build.precision(settings.precision), ranks)
     with ranks.together():
         splits = build.splits(settings.data)
         schedule, plan = build.schedule_and_plan(settings, len(splits.train))
@@ -256,6 +261,8 @@ def dry_run(config: Mapping[str, Any], ranks: Ranks) -> dict[str, float]:
         start = time.perf_counter()
         float(stepper.update(state, batches)["loss"])  # waits for the device
         seconds.append(time.perf_counter() - start)
+        if ranks.any_asked_to_stop(bool(stop)):
+            return None
     step = min(seconds[1:])  # the first warms up
     forecast = {"params": count_parameters(network), "flops": count_flops(network),
                 "memory_mib": _peak_memory_mib(ranks.device), "steps": plan.total, "step_s": step,

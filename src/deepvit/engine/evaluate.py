@@ -90,12 +90,13 @@ def _score(model: nn.Module, batch: Any, prepare: Prepare, ranks: Ranks, precisi
     with precision.autocast(ranks.device):
         logits = model(x)  # [b, C]
     logits = logits.float()
-    confidences, best = logits.softmax(-1).topk(min(5, logits.shape[-1]))  # [b, 5]
+    best = logits.topk(min(5, logits.shape[-1])).indices  # [b, 5]; of probabilities, the small ones would be ties
+    confidences = logits.softmax(-1).gather(1, best[:, :1])[:, 0]  # [b]
     unusable = ~torch.isfinite(logits).all(-1)
     unusable |= torch.isin(batch.indices.to(y.device), torch.tensor([one.index for one in batch.bad]).to(y.device))
     best = best.masked_fill(unusable[:, None], -1)  # never right
     return {"indices": batch.indices, "targets": y.cpu(), "predictions": best.cpu(),
-            "confidences": confidences[:, 0].cpu(), "losses": F.cross_entropy(logits, y, reduction="none").cpu()}
+            "confidences": confidences.cpu(), "losses": F.cross_entropy(logits, y, reduction="none").cpu()}
 
 
 def _gather(parts: list[dict[str, Tensor]], bad: list[Any], ranks: Ranks, n: int, seconds: float) -> Evaluation:

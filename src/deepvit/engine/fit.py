@@ -70,7 +70,6 @@ class Fit:
     probe: Callable[[torch.nn.Module, Board, int], dict[str, Any]] | None = None
     identity: dict[str, Any] = field(default_factory=dict)
     meter: Meter = field(default_factory=Meter)
-    latest: Evaluation | None = None
 
     def run(self) -> bool:
         """Trains to the end. True: finished; False: stopped on request, with a checkpoint of this very step."""
@@ -178,7 +177,7 @@ class Fit:
         if evaluation is None:
             self._preempt()
             return False
-        state.evaluated, self.latest = state.step, evaluation
+        state.evaluated = state.step
         summary = evaluation.summary()
         is_best = summary["top1"] > state.best.get("top1", -1.0)
         if is_best:
@@ -279,8 +278,8 @@ class Fit:
         raise Failure(f"{self.state.skipped_in_a_row} batches in a row gave a loss or gradient that is not finite. "
                       f"First to go wrong in batch {number}, {where}. To look at it again: "
                       f"python -m deepvit.replay {self.folder.path} --batch {number}. To go on, lower optimizer.lr, "
-                      f"set optimizer.clip_grad, or use precision=bf16 or fp32: the same command with that continues "
-                      f"from the last checkpoint.")
+                      f"set optimizer.clip_grad, or use precision=bf16 or fp32: the same command with that and "
+                      f"hydra.run.dir={self.folder.path} continues from the last checkpoint.")
 
     def _note_bad(self, drawn: Sequence[Any]) -> None:
         for one in (one for batch in drawn for one in batch.bad if one.index not in self._seen_bad):

@@ -172,7 +172,7 @@ def _is_locked(lock: Path, table: Path = Path("/proc/locks")) -> bool:
         inode, held = lock.stat().st_ino, table.read_text()
     except OSError:
         return False
-    return re.search(rf"FLOCK .*:{inode} ", held) is not None
+    return re.search(rf"POSIX .*:{inode} ", held) is not None
 
 
 def _elsewhere(lock: Path) -> str:

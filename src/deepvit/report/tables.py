@@ -9,6 +9,7 @@ from deepvit.report.published import Published, published_of, sources
 from deepvit.report.runs import Run
 from deepvit.report.statistics import Summary, summarise
 
+IMAGENET_VAL = 50_000  # pictures of its validation set
 MOMENTS = {"initial": "untrained", "final": "trained"}
 KINDS = {"final": "final", "softmax": "softmax", "final_centred": "final-1/N", "softmax_centred": "softmax-1/N"}
 NONE = "–"
@@ -58,7 +59,14 @@ def published_for(cell: Cell, grid: Grid) -> list[Published]:
     """The paper's numbers for a cell; a missing one is known by its neighbour of another depth."""
     same = [run for other in grid.cells if (other.attention, other.extras) == (cell.attention, cell.extras)
             for run in other.runs]
-    return published_of({**same[0].settings, "model.depth": cell.depth}) if same else []
+    if not same or any(_is_part_of_imagenet(run) for run in same):
+        return []
+    return published_of({**same[0].settings, "model.depth": cell.depth})
+
+
+def _is_part_of_imagenet(run: Run) -> bool:
+    """Any folder can be given as data=imagenet."""
+    return run.settings.get("data.source") == "imagenet" and run.result.get("n", IMAGENET_VAL) != IMAGENET_VAL
 
 
 def tables(grid: Grid, threshold: float) -> list[Table]:
