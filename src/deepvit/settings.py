@@ -177,6 +177,7 @@ def _check_ranges(settings: Settings) -> None:
                 "engine.device_batch": engine.device_batch, "engine.save_every": engine.save_every,
                 "engine.keep_epochs": engine.keep_epochs, "engine.max_skipped": engine.max_skipped,
                 "schedule.steps": schedule.steps, "schedule.epochs": schedule.epochs,
+                "optimizer.clip_grad": settings.optimizer.clip_grad,
                 "schedule.eval_steps": schedule.eval_steps, "schedule.eval_epochs": schedule.eval_epochs,
                 "model.depth": settings.model["depth"], "model.num_heads": settings.model["num_heads"],
                 "model.embed_dim": settings.model["embed_dim"], "probe.every_epochs": settings.probe.every_epochs}

@@ -93,14 +93,16 @@ def _score(model: nn.Module, batch: Any, prepare: Prepare, ranks: Ranks, precisi
     best = logits.topk(min(5, logits.shape[-1])).indices  # [b, 5]; of probabilities, the small ones would be ties
     confidences = logits.softmax(-1).gather(1, best[:, :1])[:, 0]  # [b]
     unusable = ~torch.isfinite(logits).all(-1)
-    unusable |= torch.isin(batch.indices.to(y.device), torch.tensor([one.index for one in batch.bad]).to(y.device))
+    if batch.bad:
+        unusable |= torch.isin(batch.indices, torch.tensor([one.index for one in batch.bad])).to(y.device)
     best = best.masked_fill(unusable[:, None], -1)  # never right
-    return {"indices": batch.indices, "targets": y.cpu(), "predictions": best.cpu(),
-            "confidences": confidences.cpu(), "losses": F.cross_entropy(logits, y, reduction="none").cpu()}
+    # They stay on the device: fetching them here would have it wait for each batch.
+    return {"indices": batch.indices, "targets": y, "predictions": best, "confidences": confidences,
+            "losses": F.cross_entropy(logits, y, reduction="none")}
 
 
 def _gather(parts: list[dict[str, Tensor]], bad: list[Any], ranks: Ranks, n: int, seconds: float) -> Evaluation:
-    mine = {name: torch.cat([part[name] for part in parts]).numpy() for name in parts[0]} if parts else {}
+    mine = {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in parts[0]} if parts else {}
     shares = [share for share in ranks.gather((mine, bad)) if share[0]]
     whole = {name: np.concatenate([share[name] for share, _ in shares]) for name in shares[0][0]}
     order = np.argsort(whole["indices"], kind="stable")

@@ -65,7 +65,7 @@ class Stepper:
         loss = self._accumulate(state, batches)
         self.ranks.average([buffer for buffer in buffers if buffer.is_floating_point()])
         state.scaler.unscale_(state.optimizer)
-        norm = nn.utils.clip_grad_norm_(state.model.parameters(), self.clip_grad or float("inf"))
+        norm = self._clip(state.model)
         skipped = self.ranks.any(not bool(torch.isfinite(loss + norm)))
         state.batch += 1
         if skipped:
@@ -110,6 +110,12 @@ class Stepper:
                 state.scaler.scale(loss).backward()
             total += loss.detach()
         return total
+
+    def _clip(self, model: nn.Module) -> Tensor:
+        """The global norm of the gradients before they are clipped, if they are."""
+        if self.clip_grad is not None:
+            return nn.utils.clip_grad_norm_(model.parameters(), self.clip_grad)
+        return nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
 
     def _set_rate(self, state: TrainState) -> None:
         rate = self.schedule(state.step + 1)
