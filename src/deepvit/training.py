@@ -7,6 +7,7 @@ import resource
 import subprocess
 import time
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -221,8 +222,10 @@ def versions() -> dict[str, Any]:
                                                 "timm": timm.__version__}, "host": platform.node()}
 
 
+@cache
 def git_revision() -> str | None:
-    """Revision of the code, with a + if the work tree differs from it; None outside a checkout."""
+    """Revision of the code when it was first asked for, at the start of a run, with a + if the work tree differs from
+    it; None outside a checkout."""
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True,
                               check=True).stdout.strip()

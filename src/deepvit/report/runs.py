@@ -1,6 +1,7 @@
 """Run folders as they are: finished, at work, stopped, or broken off. Reads only, imports nothing heavy."""
 
 import json
+import math
 import re
 import socket
 from collections.abc import Iterable, Iterator, Mapping
@@ -60,7 +61,8 @@ class Run:
         if schedule.get("steps") is None and per_epoch is None:
             return None
         steps = schedule.get("steps") or schedule["epochs"] * per_epoch
-        return round(steps + (schedule.get("cooldown_epochs") or 0) * (per_epoch or 0))
+        steps += (schedule.get("cooldown_epochs") or 0) * (per_epoch or 0)
+        return max(math.ceil(steps - 0.2), self.step)  # logged epochs are rounded
 
     @property
     def evaluations(self) -> list[dict[str, Any]]:
