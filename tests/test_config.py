@@ -21,9 +21,14 @@ def choices(group: str) -> list[str]:
 @pytest.mark.parametrize("group", ["model", "model/attention", "augment", "optimizer", "schedule", "precision",
                                    "recipe"])
 def test_every_choice_makes_settings(group):
-    recipe = [] if group == "recipe" else ["recipe=imagenet"]  # digits counts in epochs, some in steps
+    recipe = ["init=weights.pt"] if group == "recipe" else ["recipe=imagenet"]  # digits counts in epochs, some in steps
     for name in choices(group):
         read_settings(build.compose([*recipe, f"{group}={name}"]))
+
+
+def test_fine_tuning_needs_weights():
+    with pytest.raises(UserError, match="head=zero is for weights that are loaded: give init=CHECKPOINT"):
+        read_settings(build.compose(["recipe=finetune_cifar10"]))
 
 
 @pytest.mark.parametrize("name", list_models())
@@ -60,6 +65,15 @@ def test_the_command_line_overrules_a_recipe_and_a_model():
     ("+model.attention.mx=true", ["model.attention.mx", "mix"]),
     ("head=gone", ["head", "gone", "keep"]),
     ("ema.decay=1.5", ["ema.decay", "below 1"]),
+    ("optimizer.lr=nan", ["optimizer.lr=nan", "finite"]),
+    ("optimizer.betas=[1,2]", ["optimizer.betas=1"]),
+    ("schedule.epochs=inf", ["schedule.epochs=inf", "finite"]),
+    ("schedule.epochs=-3", ["schedule.epochs=-3", "above 0"]),
+    ("schedule.min_lr=-1", ["schedule.min_lr=-1", "at least 0"]),
+    ("model.drop_path_rate=2", ["model.drop_path_rate=2", "from 0 to 1"]),
+    ("model.mlp_ratio=0", ["model.mlp_ratio=0", "above 0"]),
+    ("seed=123456789012345678901234567890", ["seed=", "from 0"]),
+    ("data.interpolation=foo", ["data.interpolation", "foo", "bicubic"]),
 ])
 def test_wrong_settings_are_named(override, words):
     with pytest.raises(UserError) as caught:

@@ -9,8 +9,8 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "deepvit"
 FLOORS = {"errors": 0, "signature": 0, "ops": 1, "models": 2, "importers": 3, "data": 3, "engine": 3, "analysis": 4,
-          "settings": 4, "build": 5, "training": 6, "evaluation": 8, "predict": 8, "model_card": 8, "export": 8,
-          "replay": 8, "report": 8, "bench": 8, "launch": 4, "jobs": 9, "cli": 9, "run_folder_name": 0,
+          "settings": 4, "build": 5, "training": 7, "evaluation": 8, "predict": 8, "model_card": 8, "export": 8,
+          "replay": 8, "report": 8, "bench": 8, "launch": 4, "continuing": 6, "jobs": 9, "cli": 9, "run_folder_name": 0,
           "_timm_plugin": 9, "__init__": 9}
 PEERS = {"engine", "data", "importers"}
 PROGRAMS = {"__main__.py", "preview.py", "figures.py"}  # run as `python -m ...`: they may compose configs

@@ -110,6 +110,8 @@ def test_a_dry_sweep_forecasts_and_writes_nothing(run, tmp_path):
 def test_a_continued_run_keeps_its_model_and_data_and_names_a_changed_rate(run, tmp_path):
     where = f"hydra.run.dir={tmp_path}/here"
     assert run("train", *TINY, where)[0] == DONE
+    code, _, sentence = run("train", *TINY, where, "schedule.epochs=9")
+    assert code == BAD_INPUT and "finished with other settings: schedule.epochs was 2 and is now 9" in sentence
     (tmp_path / "here" / "metrics.json").unlink()  # as if it had been cut before its last words
     code, _, sentence = run("train", *TINY, where, "model.depth=3")
     assert code == BAD_INPUT and "model.depth was 2 and is now 3" in sentence and "fresh=true" in sentence

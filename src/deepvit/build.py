@@ -119,8 +119,7 @@ def model(settings: Settings, num_classes: int, continued: bool = False) -> ViT:
     built.set_grad_checkpointing(settings.engine.grad_checkpointing)
     if settings.init is not None and not continued:
         from deepvit.importers import load_weights
-        log.info("Weights from %s: %s", settings.init, load_weights(
-            built, settings.init, dialect=settings.dialect, head=settings.head))
+        load_weights(built, settings.init, dialect=settings.dialect, head=settings.head)
     return built
 
 
@@ -137,7 +136,7 @@ def optimizer(network: nn.Module, chosen: Optimizer) -> torch.optim.Optimizer:
     try:
         return create_optimizer_v2(network, chosen.opt, lr=chosen.lr, weight_decay=chosen.weight_decay,
                                    momentum=chosen.momentum, layer_decay=chosen.layer_decay, **given)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise UserError(f"optimizer.opt={chosen.opt} does not take these settings: {error}.") from error
 
 
@@ -197,7 +196,8 @@ def schedule_and_plan(settings: Settings, epoch_size: int) -> tuple[Schedule, Pl
     schedule = Schedule(
         lr=settings.optimizer.lr, steps=steps(chosen.epochs, chosen.steps), kind=chosen.kind,
         warmup_steps=steps(chosen.warmup_epochs, chosen.warmup_steps),
-        cooldown_steps=math.ceil(chosen.cooldown_epochs * per_epoch), warmup_lr=chosen.warmup_lr,
+        cooldown_steps=math.ceil(chosen.cooldown_epochs * per_epoch) if chosen.steps is None else 0,
+        warmup_lr=chosen.warmup_lr,
         min_lr=chosen.min_lr, decay_from=chosen.decay_from)
     if schedule.warmup_steps > schedule.steps:
         raise UserError(f"The warm-up ({schedule.warmup_steps} steps) is longer than the run ({schedule.steps}): lower "

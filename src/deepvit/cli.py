@@ -60,6 +60,10 @@ def main(hydra_main: Callable[[], Any]) -> int:
         hydra_main()
     except (HydraException, OmegaConfBaseException) as error:
         return _say(BAD_INPUT, hydra_error(error))
+    except ValueError as error:  # Hydra's own, of a group set to null
+        if "Config group override" not in str(error):
+            raise
+        return _say(BAD_INPUT, "A group of settings cannot be null: choose one of `--help`'s, or leave it out.")
     except UserError as error:
         return _say(BAD_INPUT, str(error))
     except Failure as error:
@@ -81,7 +85,7 @@ def _sum_up() -> int:
     troubled = [(name, outcome) for name, outcome in _outcomes if outcome.code != DONE]
     hours = [outcome.value["device_hours"] for _, outcome in _outcomes if outcome.value]  # of dry runs
     if hours:
-        print(f"\nAll {len(hours)} cells together: {sum(hours):.2f} device-hours.")
+        print(f"\nAll {len(hours)} cells together: {sum(hours):.3g} device-hours.")
     print(f"\n{len(_outcomes) - len(troubled)} of {len(_outcomes)} cells are done.")
     for name, outcome in troubled:
         print(f"  {'stopped' if outcome.code == STOPPED else 'failed'}: {name}: "

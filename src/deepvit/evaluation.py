@@ -1,6 +1,7 @@
 """Checkpoints of any dialect on any data: exact numbers, one table, what was predicted for each picture."""
 
 import csv
+import hashlib
 import json
 import logging
 from collections.abc import Mapping
@@ -59,26 +60,50 @@ def evaluate_all(config: Mapping[str, Any], ranks: Ranks, stop: StopRequest) -> 
         if config["labels"] not in (None, "real"):
             raise UserError(f"labels={config['labels']} is not known: give labels=real or null.")
     prepare_device(precision, ranks)
-    results, evaluations = [], []
+    results, seen, refusals = [], [], []
     for path in paths:
-        with ranks.together():
-            candidate = load(path, config)
-            data = data_settings(candidate, config)
-            images = val_images(candidate, data)
+        try:
+            with ranks.together():
+                candidate = load(path, config)
+                data = data_settings(candidate, config)
+                images = val_images(candidate, data)
+                _check_wishes(candidate, data, images, config, ranks)
+        except UserError as error:  # the others are evaluated all the same
+            refusals.append(str(error))
+            continue
         evaluation = _run(candidate, data, images, ranks, precision, stop)
         if evaluation is None:
             return None
         result = _result(candidate, data, images, evaluation, config, ranks)
         results.append(result)
-        evaluations.append(evaluation)
+        seen.append((path, images.fingerprint(), candidate.classes, evaluation))
         if ranks.is_main:
             _write(candidate, data, images, evaluation, result, config["out"])
-    if ranks.is_main:
+    if ranks.is_main and results:
         log.info("\n%s", table(results))
         for result in results:
             _say_published(result)
-        _compare(paths, evaluations)
+        _compare(seen)
+    if refusals:
+        raise UserError("\n".join(refusals))
     return results
+
+
+def _check_wishes(candidate: Candidate, data: Data, images: ImageSet, config: Mapping[str, Any], ranks: Ranks) -> None:
+    """What would be refused after a long evaluation is refused before it."""
+    if config["labels"] == "real":
+        names = [images.name(index) for index in range(len(images))]
+        real_top1(np.zeros(len(names), int), names)
+    if ranks.is_main:
+        folder = _out(candidate, data, config["out"])
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _unwritable(folder, error) from error
+
+
+def _unwritable(folder: Path, error: OSError) -> UserError:
+    return UserError(f"The results cannot be written to {folder} ({error.strerror}): give out=FOLDER.")
 
 
 def checkpoints(given: str | list[str] | None) -> list[Path]:
@@ -249,15 +274,15 @@ def label(path: str | Path) -> str:
     return str(path).removesuffix("/checkpoints/best.pt")
 
 
-def _compare(paths: list[Path], evaluations: list[Evaluation]) -> None:
-    """Each further checkpoint against the first, where both saw the same pictures."""
-    first = evaluations[0]
-    for path, other in list(zip(paths, evaluations, strict=True))[1:]:
-        if not np.array_equal(first.targets, other.targets):
+def _compare(seen: list[tuple[Path, str, list[str] | None, Evaluation]]) -> None:
+    """Each checkpoint against the first of those that saw the same pictures of the same classes."""
+    for path, pictures, classes, other in seen:
+        first_path, _, _, first = next(one for one in seen if one[1:3] == (pictures, classes))
+        if first is other:
             continue
         test = mcnemar(first.correct, other.correct)
         log.info("%s against %s on the same %d pictures: only the first is right on %d, only the second on %d; exact "
-                 "McNemar p = %.3g.", label(paths[0]), label(path), first.n, test["only_first"],
+                 "McNemar p = %.3g.", label(first_path), label(path), first.n, test["only_first"],
                  test["only_second"], test["p"])
 
 
@@ -274,14 +299,15 @@ def _write(candidate: Candidate, data: Data, images: ImageSet, evaluation: Evalu
                            evaluation.confidences, strict=True):
                 writer.writerow([images.name(int(row[0])), int(row[1]), int(row[2]), f"{row[3]:.6f}"])
     except OSError as error:
-        raise UserError(f"The results cannot be written to {folder} ({error.strerror}): give out=FOLDER.") from error
+        raise _unwritable(folder, error) from error
     log.info("Results and the prediction for every picture: %s", folder)
 
 
 def _out(candidate: Candidate, data: Data, out: str | None) -> Path:
-    name = f"{candidate.path.stem}-{candidate.weights}-{data.source}"
-    if out is not None:
-        return Path(out) / name
-    run = candidate.path.parent.parent
-    return (run / "eval" if (run / "config.yaml").exists() else Path("runs/eval")) / name
+    name, run = f"{candidate.path.stem}-{candidate.weights}-{data.source}", candidate.path.parent.parent
+    in_run = (run / "config.yaml").exists()
+    if in_run and out is None:
+        return run / "eval" / name
+    mark = hashlib.blake2b(str(candidate.path.resolve()).encode(), digest_size=4).hexdigest()  # names may be the same
+    return Path(out or "runs/eval") / f"{f'{run.name}-' if in_run else ''}{name}-{mark}"
 

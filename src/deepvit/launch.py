@@ -127,6 +127,8 @@ def _end(exitcode: int) -> str:
 def _devices(engine: Mapping[str, Any]) -> int:
     import torch
     wanted, accelerator = engine["devices"], engine["accelerator"]
+    if wanted is not None and wanted < 1:
+        raise UserError(f"engine.devices={wanted} must be above 0 (null: every visible GPU).")
     if accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available()):
         return wanted or 1
     present = torch.cuda.device_count()

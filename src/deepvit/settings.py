@@ -1,6 +1,7 @@
 """The types of all settings. Their values stand in `conf/`, so that none stands twice."""
 
 import dataclasses
+import math
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from typing import Any, Literal
 
 from deepvit.errors import UserError
 from deepvit.models.registry import check_model
-from deepvit.signature import check_arguments
+from deepvit.signature import ABOVE_ZERO, check_arguments, check_range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +22,7 @@ class Data:
     workers: int  # processes for each device
     norm: str
     crop_pct: float
-    interpolation: str
+    interpolation: Literal["bilinear", "bicubic"]
     hflip: float
     fraction: float
     classes: int | None
@@ -170,31 +171,36 @@ def read_group(name: str, values: Mapping[str, Any]) -> Any:
 _GROUPS = {name: hint for name, hint in typing.get_type_hints(Settings).items() if dataclasses.is_dataclass(hint)}
 
 
+RANGES = {  # dotted name -> smallest, largest
+    **dict.fromkeys(("data.batch_size", "data.eval_batch_size", "engine.log_every", "engine.devices",
+                     "engine.device_batch", "engine.save_every", "engine.keep_epochs", "engine.max_skipped",
+                     "schedule.eval_steps", "probe.every_epochs", "schedule.steps", "augment.repeats"), (1, math.inf)),
+    **dict.fromkeys(("schedule.epochs", "schedule.eval_epochs", "optimizer.clip_grad", "engine.timeout_s",
+                     "optimizer.eps", "optimizer.layer_decay"), (ABOVE_ZERO, math.inf)),
+    **dict.fromkeys(("data.workers", "data.max_bad", "data.in_memory_mb", "optimizer.lr", "optimizer.weight_decay",
+                     "probe.images", "schedule.warmup_epochs", "schedule.warmup_steps", "schedule.cooldown_epochs",
+                     "schedule.warmup_lr", "schedule.min_lr", "engine.max_restarts", "augment.mixup",
+                     "augment.cutmix"), (0, math.inf)),
+    **dict.fromkeys(("augment.hflip", "augment.vflip", "augment.grayscale_prob", "augment.gaussian_blur_prob",
+                     "augment.random_erasing", "augment.mix_prob", "augment.switch_prob", "augment.label_smoothing",
+                     "optimizer.momentum"), (0, 1)),
+    "seed": (0, 2**62)}
+
+
 def _check_ranges(settings: Settings) -> None:
-    data, schedule, engine = settings.data, settings.schedule, settings.engine
-    positive = {"data.batch_size": data.batch_size, "data.eval_batch_size": data.eval_batch_size,
-                "engine.log_every": engine.log_every, "engine.devices": engine.devices,
-                "engine.device_batch": engine.device_batch, "engine.save_every": engine.save_every,
-                "engine.keep_epochs": engine.keep_epochs, "engine.max_skipped": engine.max_skipped,
-                "schedule.steps": schedule.steps, "schedule.epochs": schedule.epochs,
-                "optimizer.clip_grad": settings.optimizer.clip_grad,
-                "schedule.eval_steps": schedule.eval_steps, "schedule.eval_epochs": schedule.eval_epochs,
-                "model.depth": settings.model["depth"], "model.num_heads": settings.model["num_heads"],
-                "model.embed_dim": settings.model["embed_dim"], "probe.every_epochs": settings.probe.every_epochs}
-    for name, value in positive.items():
-        if value is not None and value <= 0:
-            raise UserError(f"{name}={value} must be above 0.")
-    for name, value in {"data.workers": data.workers, "optimizer.lr": settings.optimizer.lr,
-                        "optimizer.weight_decay": settings.optimizer.weight_decay,
-                        "probe.images": settings.probe.images,
-                        "schedule.warmup_epochs": schedule.warmup_epochs or 0,
-                        "schedule.warmup_steps": schedule.warmup_steps or 0}.items():
-        if value < 0:
-            raise UserError(f"{name}={value} must not be below 0.")
+    for name, (least, most) in RANGES.items():
+        group, _, key = name.rpartition(".")
+        check_range(name, getattr(getattr(settings, group) if group else settings, key), least, most)
+    if not 0 <= (settings.ema.decay or 0) < 1:
+        raise UserError(f"ema.decay={settings.ema.decay} must be at least 0 and below 1 (null: no average).")
+    for beta in settings.optimizer.betas or []:
+        check_range("optimizer.betas", beta, 0, 1 - 1e-9)
+    if settings.head != "keep" and settings.init is None:
+        raise UserError(f"head={settings.head} is for weights that are loaded: give init=CHECKPOINT, or head=keep to "
+                        f"train from random weights.")
+    schedule = settings.schedule
     for unit in ("", "warmup_", "eval_"):
         epochs, steps = (getattr(schedule, f"{unit}{kind}") for kind in ("epochs", "steps"))
         if (epochs is None) == (steps is None):
             raise UserError(f"Give schedule.{unit}epochs or schedule.{unit}steps and set the other to null; they are "
                             f"{epochs} and {steps}.")
-    if not 0 <= (settings.ema.decay or 0) < 1:
-        raise UserError(f"ema.decay={settings.ema.decay} must be at least 0 and below 1 (null: no average).")

@@ -1,12 +1,15 @@
 """Names and types of given values, checked against the signature that will receive them."""
 
 import inspect
+import math
 import types
 import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from deepvit.errors import UserError, did_you_mean
+
+ABOVE_ZERO = math.ulp(0.0)  # the smallest number that is
 
 
 def check_arguments(function: Callable, given: Mapping[str, Any], where: str = "",
@@ -29,6 +32,17 @@ def check_arguments(function: Callable, given: Mapping[str, Any], where: str = "
     for name, parameter in parameters.items():
         if parameter.default is parameter.empty and name not in given and name not in ignore_missing:
             raise UserError(f"{prefix}{name} is missing: give it {describe(hints.get(name, Any))}.")
+
+
+def check_range(name: str, value: float | None, least: float, most: float) -> None:
+    """Refuses a number outside [least, most], or one that is not finite; None is no number."""
+    if value is None or (least <= value <= most and math.isfinite(value)):
+        return
+    if most < math.inf:
+        words = f"from {least:g} to {most:g}"
+    else:
+        words = "above 0" if 0 < least <= 1 else f"at least {least:g}"
+    raise UserError(f"{name}={value} must be {words}{'' if math.isfinite(value) else ', and a finite number'}.")
 
 
 def _parameters(function: Callable) -> tuple[dict[str, inspect.Parameter], dict[str, Any]]:

@@ -18,6 +18,7 @@ import yaml
 
 from deepvit import analysis, build
 from deepvit.analysis.board import draw_probe
+from deepvit.continuing import pictures_of, refuse_change, refuse_finished
 from deepvit.data import resolve_decoder
 from deepvit.engine import checkpoint
 from deepvit.engine.board import Board
@@ -53,6 +54,8 @@ def train(config: Mapping[str, Any], path: Path, ranks: Ranks, stop: StopRequest
                 folder.clear()
     try:
         if ranks.from_main(folder.is_finished()):
+            with ranks.together():
+                refuse_finished(folder, config)
             _say_finished(folder)
             return True
         return _train(config, settings, folder, ranks, stop)
@@ -66,7 +69,7 @@ def _train(config: Mapping[str, Any], settings: Settings, folder: RunFolder, ran
         schedule, plan = build.schedule_and_plan(settings, len(splits.train))
         found = checkpoint.load_newest(folder.last, folder.previous)
         if found:
-            _refuse_change(found[1], config, splits.class_ids)
+            refuse_change(found[1], config, splits)
         network = build.model(settings, len(splits.class_ids), continued=found is not None)
         state = build.state(settings, network, ranks)
         if found:
@@ -79,7 +82,7 @@ def _train(config: Mapping[str, Any], settings: Settings, folder: RunFolder, ran
         _open(folder, config, state.step if found else None, describe(settings, network, splits, plan, ranks),
               processes)
     identity = {"config": network.config, "classes": splits.class_ids, "class_names": splits.class_names,
-                "run": dict(config)}
+                "pictures": pictures_of(splits), "run": dict(config)}
     fit = Fit(state, stepper, plan, draw, _evaluator(settings, splits, ranks, stop), folder, ranks, stop,
               probe=_prober(settings, splits, ranks), identity=identity)
     finished = fit.run()
@@ -114,34 +117,12 @@ def prepare_device(precision: Precision, ranks: Ranks) -> None:
 def describe(settings: Settings, network: torch.nn.Module, splits, plan, ranks: Ranks) -> str:
     """The run in a line, said before it starts."""
     parts = build.accumulation(settings, ranks.world)
+    source = settings.data.source
+    source = "the built-in digits (recipe= chooses others)" if source == "digits" else source
     return (f"{count_parameters(network):,} parameters, {network.depth} blocks; {len(splits.train):,} pictures in "
-            f"{len(splits.class_ids)} classes from {settings.data.source}, {len(splits.val):,} to evaluate; "
+            f"{len(splits.class_ids)} classes from {source}, {len(splits.val):,} to evaluate; "
             f"{plan.total:,} steps of {plan.batch_size} pictures ({ranks.world} x {ranks.device.type}"
             f"{f', {parts} micro-batches' if parts > 1 else ''})")
-
-
-def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a config that a continued run must share or be told about: no paths, no engine."""
-    kept = {name: value for name, value in config.items() if name not in ("engine", "fresh", "dry", "probe")}
-    kept["data"] = {name: value for name, value in config["data"].items()
-                    if name not in ("root", "workers", "eval_batch_size", "in_memory_mb")}
-    return kept
-
-
-def _refuse_change(content: Mapping[str, Any], config: Mapping[str, Any], class_ids: list[str]) -> None:
-    """A continued run keeps its model, data, optimizer and randomness; another rate or schedule is only named."""
-    differences = build.changed(comparable(content["run"]), comparable(config))
-    named = ("optimizer.lr", "optimizer.clip_grad")
-    refused = {name: pair for name, pair in differences.items() if name not in named
-               and name.split(".")[0] in ("model", "data", "augment", "seed", "init", "head", "ema", "optimizer")}
-    if content["classes"] != class_ids:
-        refused["the classes of the data"] = (f"{len(content['classes'])} classes", f"{len(class_ids)} classes")
-    if refused:
-        listed = "; ".join(f"{name} was {old} and is now {new}" for name, (old, new) in refused.items())
-        raise UserError(f"This run cannot be continued with other settings: {listed}. Give them as before, choose "
-                        f"another folder with hydra.run.dir=..., or start over with fresh=true.")
-    for name, (old, new) in differences.items():
-        log.warning("Continuing with %s=%s (was %s).", name, new, old)
 
 
 def _open(folder: RunFolder, config: Mapping[str, Any], resumed_at: int | None, summary: str,
@@ -272,8 +253,8 @@ def dry_run(config: Mapping[str, Any], ranks: Ranks, stop: StopRequest) -> dict[
                 "hours": step * plan.total / 3600, "device_hours": step * plan.total * ranks.world / 3600}
     if ranks.is_main:
         log.info("%s", describe(settings, network, splits, plan, ranks))
-        log.info("Dry run: %.2f GFLOP a picture forward, %.0f MiB at most so far, %.3f s a step, so %.2f h "
-                 "(%.2f device-hours), evaluation not counted.", forecast["flops"] / 1e9, forecast["memory_mib"], step,
+        log.info("Dry run: %.3g GFLOP a picture forward, %.0f MiB at most so far, %.3g s a step, so %.3g h "
+                 "(%.3g device-hours), evaluation not counted.", forecast["flops"] / 1e9, forecast["memory_mib"], step,
                  forecast["hours"], forecast["device_hours"])
     return forecast
 

@@ -1,5 +1,6 @@
 """What a data set is to the rest: targets in an array, pictures on demand, memory flat across workers."""
 
+import hashlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +61,13 @@ class ImageSet(ABC):
     def _count_refused(self) -> None:
         self.refused += 1
 
+    def fingerprint(self) -> str:
+        """16 hex digits that tell whether two sets hold the same pictures in the same order, wherever they lie."""
+        return hashlib.blake2b(self._identity(), digest_size=8).hexdigest()
+
+    def _identity(self) -> bytes:
+        return self.targets.tobytes()
+
     def prepare(self) -> None:  # noqa: B027  nothing to do for most
         """Called in the main process before pictures are asked for in others: load what is worth keeping."""
 
@@ -110,6 +118,10 @@ class FileSet(ImageSet):
             self.refused += int(self.kept.refused[index])
             return self.kept.picture(index, self.decoder)
         return self._opened(read_bytes(self.name(index)))
+
+    def _identity(self) -> bytes:
+        return b"".join([self.targets.tobytes(), self.places.tobytes(), self.names.tobytes(),
+                         "/".join(self.folders).encode("utf-8", "surrogateescape")])
 
     def take(self, indices: np.ndarray) -> "FileSet":
         return FileSet(self.root, self.folders, self.names[indices], self.places[indices], decoder=self.decoder,

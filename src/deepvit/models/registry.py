@@ -1,5 +1,6 @@
 """The named models: the YAML files of `conf/model` are their one truth, read here without hydra."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from deepvit.errors import UserError, did_you_mean
 from deepvit.models.attention import ATTENTIONS
 from deepvit.models.stem import stem_of
 from deepvit.models.vit import ViT
-from deepvit.signature import check_arguments
+from deepvit.signature import ABOVE_ZERO, check_arguments, check_range
 
 CONF = Path(__file__).resolve().parent.parent / "conf" / "model"
 
@@ -56,10 +57,19 @@ def build_model(config: Mapping[str, Any]) -> ViT:
     return model
 
 
+RANGES = {
+    **dict.fromkeys(("in_chans", "embed_dim", "depth", "num_heads", "head_dim", "representation_size"), (1, math.inf)),
+    **dict.fromkeys(("mlp_ratio", "norm_eps", "qk_scale"), (ABOVE_ZERO, math.inf)),
+    **dict.fromkeys(("drop_rate", "pos_drop_rate", "attn_drop_rate", "drop_path_rate"), (0, 1)),
+    "num_classes": (0, math.inf)}
+
+
 def check_model(config: Mapping[str, Any]) -> None:
     """Refuses settings that `ViT` or its attention would not take, naming what was meant."""
     known = {name: value for name, value in config.items() if (name, value) != ("num_classes", None)}  # the data's
     check_arguments(ViT, known, "model")
+    for name, (least, most) in RANGES.items():
+        check_range(f"model.{name}", known.get(name), least, most)
     stem, options = stem_of(known.get("stem", "patch"))
     check_arguments(stem, {"in_chans": 1, "embed_dim": 1, "patch_size": (1, 1), **options}, "model.stem")
     attention = dict(config.get("attention") or {"class": "SelfAttention"})

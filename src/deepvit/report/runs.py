@@ -61,7 +61,7 @@ class Run:
         if schedule.get("steps") is None and per_epoch is None:
             return None
         steps = schedule.get("steps") or schedule["epochs"] * per_epoch
-        steps += (schedule.get("cooldown_epochs") or 0) * (per_epoch or 0)
+        steps += (schedule.get("cooldown_epochs") or 0) * per_epoch if schedule.get("steps") is None else 0
         return max(math.ceil(steps - 0.2), self.step)  # logged epochs are rounded
 
     @property
