@@ -42,6 +42,7 @@ def test_safetensors_of_a_run_and_its_card(tmp_path):
     model, run = make_run(tmp_path / "run", attention="reattention", reattention_blocks=[1], map_scale=0.5)
     done = export(run, "safetensors")
     assert done.path == run / "checkpoints" / "best.safetensors" and done.difference == 0
+    assert torch.equal(deepvit.load_model(run).head.weight, model.head.weight)  # a run folder is its best.pt
     again = deepvit.load_model(done.path).eval()
     x = torch.randn(2, 3, 16, 16)
     assert torch.equal(again(x), model(x)) and again.config == model.config
@@ -138,3 +139,9 @@ def test_command_line(tmp_path, capsys):
     assert main([str(tmp_path), "--to", "timm"]) == 2
     assert main([str(run), "--to", "safetensors", "--out", str(run / "config.yaml" / "x")]) == 2
     assert capsys.readouterr().err.count("\n") == 3
+    for to in ("safetensors", "deepvit"):
+        assert main([str(run), "--to", to, "--out", "/proc/x"]) == 2
+        assert main([str(run), "--to", to, "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("--out") == 4
+    assert main([str(run), "--to", "safetensors", "--weights", "ema"]) == 2
+    assert "weights=raw" in capsys.readouterr().err

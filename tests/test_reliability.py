@@ -14,6 +14,7 @@ import faults
 import pytest
 import soak
 import torch
+import yaml
 
 from deepvit import replay
 from deepvit.engine import checkpoint
@@ -197,6 +198,20 @@ def test_nan_in_a_row_ends_the_run_and_names_the_first_layer(config, tmp_path, c
     shown = capsys.readouterr().out
     assert "First not finite: the output of blocks.1.mlp.fc1 (" in shown and "blocks.0.attn" in shown
     assert replay.main([str(tmp_path), "--batch", "4"]) == 2
+
+
+@pytest.mark.parametrize(("words", "expected"), [
+    (["--batch", "-3"], "--batch -3"),
+    (["--batch", "1", "--weights", "{here}/none.pt"], "none.pt does not exist"),
+    (["--batch", "1", "--weights", "{here}/text.pt"], "text.pt cannot be read"),
+    (["--batch", "1"], "config.yaml is torn"),
+], ids=["batch", "missing", "text", "torn config"])
+def test_what_cannot_be_replayed_is_one_sentence(config, tmp_path, capsys, words, expected):
+    (tmp_path / "text.pt").write_text("hello")
+    (tmp_path / "config.yaml").write_text("a: [" if "torn" in expected else yaml.safe_dump(config))
+    assert replay.main([str(tmp_path), *(word.replace("{here}", str(tmp_path)) for word in words)]) == 2
+    said = capsys.readouterr().err
+    assert expected in said and said.count("\n") == 1 and "fresh=true" not in said
 
 
 # Other ranks

@@ -6,12 +6,14 @@ What was written is read back and must give the same logits; a model card lands 
 import argparse
 import json
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -19,6 +21,7 @@ from deepvit.errors import Failure, UserError
 from deepvit.importers import deepvit as published
 from deepvit.importers import load_model, open_weights, ours
 from deepvit.importers import timm as timm_dialect
+from deepvit.importers.files import find_checkpoint
 from deepvit.importers.table import write
 from deepvit.model_card import write_card
 from deepvit.models import ViT
@@ -61,10 +64,11 @@ def export(source: str | Path, to: str, out: str | Path | None = None, weights: 
     pictures = _pictures(model)
     with torch.no_grad():
         try:
-            out.parent.mkdir(parents=True, exist_ok=True)
+            _prove_writable(out)
             read_back, check = WRITERS[to](model, out)
-        except OSError as error:
-            raise UserError(f"{out} cannot be written ({error.strerror}): choose another --out.") from None
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"{out} cannot be written ({reason}): choose another --out.") from None
         difference = max((read_back(x) - model(x)).abs().max().item() for x in (pictures[:1], pictures))
     if not difference <= ATOL:
         raise Failure(f"{out} gives logits that differ by {difference:.2g} (more than {ATOL:g}): do not use it.")
@@ -74,17 +78,13 @@ def export(source: str | Path, to: str, out: str | Path | None = None, weights: 
     return done
 
 
-def find_checkpoint(source: Path) -> tuple[Path, Path | None]:
-    """(weights file, its run folder if it lies in one) of a run folder or a file."""
-    if source.is_dir():
-        found = [source / "checkpoints" / name for name in ("best.pt", "last.pt")]
-        path = next((path for path in found if path.exists()), None)
-        if path is None:
-            raise UserError(f"The folder {source} holds no checkpoints/best.pt or last.pt: "
-                            f"give a run's folder or a weights file.")
-        return path, source
-    run = source.parent.parent
-    return source, run if source.parent.name == "checkpoints" and (run / "config.yaml").exists() else None
+def _prove_writable(out: Path) -> None:
+    """An --out that cannot be written is refused before anything is computed."""
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder: name the file to write in it.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=out.parent):
+        pass
 
 
 def _has_ema(path: Path) -> bool:
@@ -125,7 +125,8 @@ def _write_deepvit(model: ViT, path: Path) -> tuple[Reader, str]:
                         f"export to safetensors or onnx.")
     content = {"state_dict": write(published.ROWS, model.state_dict(), "deepvit"), "version": 2}
     arch = next((arch for arch, name in published.ARCHS.items() if published.is_named(name, config)), None)
-    torch.save(content | ({"arch": arch} if arch else {}), path)
+    with path.open("wb") as file:
+        torch.save(content | ({"arch": arch} if arch else {}), file)
     scalars = {key: config[key] for key in ("num_heads", "residual_scale", "map_scale", "qk_scale")}
     return load_model(path, dialect="deepvit", img_size=config["img_size"], **scalars).eval(), (
         f"read back in the published layout{f' as {arch}' if arch else ''}")

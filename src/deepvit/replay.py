@@ -21,7 +21,7 @@ from deepvit.errors import Failure, UserError
 from deepvit.launch import BAD_INPUT, DONE, FAILED, set_up_logging
 from deepvit.settings import Settings, read_settings
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("deepvit.replay")  # __name__ is __main__ under -m
 
 
 def replay(run: Path, batch: int, weights: Path | None = None) -> list[Examination]:
@@ -30,17 +30,48 @@ def replay(run: Path, batch: int, weights: Path | None = None) -> list[Examinati
     Args:
         weights: a checkpoint; by default the one of the run's giving up, else its last.
     Raises:
-        UserError: no run there, or no whole checkpoint of it.
+        UserError: no run there, no such batch, or no whole checkpoint of it.
     """
+    if batch < 0:
+        raise UserError(f"--batch {batch} is no batch: give its number, 0 or more, from events.jsonl.")
     folder = RunFolder(run)
+    settings = _settings(folder)
+    path, content = _given(weights) if weights else _newest(folder)
+    log.info("Batch %d of %s with the weights of step %d (%s).", batch, run, content["step"], path.name)
+    return [_share(settings, content, batch, rank) for rank in range(content["world"])]
+
+
+def _settings(folder: RunFolder) -> Settings:
     if not folder.config.exists():
-        raise UserError(f"There is no run in {run}: it has no config.yaml.")
-    settings = read_settings(yaml.safe_load(folder.config.read_text()))
-    found = checkpoint.load_newest(*([weights] if weights else [folder.nonfinite, folder.last, folder.previous]))
+        raise UserError(f"There is no run in {folder.path}: it has no config.yaml.")
+    try:
+        config = yaml.safe_load(folder.config.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        config = None
+    try:
+        return read_settings(config)
+    except (AttributeError, KeyError, TypeError):  # not a mapping, or one that lacks a group
+        raise UserError(f"{folder.config} is torn or not the config of a run: restore it to replay the run.") from None
+
+
+def _newest(folder: RunFolder) -> tuple[Path, dict[str, Any]]:
+    found = checkpoint.load_newest(folder.nonfinite, folder.last, folder.previous)
     if found is None:
-        raise UserError(f"The run in {run} has no checkpoint yet.")
-    log.info("Batch %d of %s with the weights of step %d (%s).", batch, run, found[1]["step"], found[0].name)
-    return [_share(settings, found[1], batch, rank) for rank in range(found[1]["world"])]
+        raise UserError(f"The run in {folder.path} has no checkpoint yet.")
+    return found
+
+
+def _given(weights: Path) -> tuple[Path, dict[str, Any]]:
+    advice = "give the run's last.pt, previous.pt or nonfinite.pt."
+    if not weights.is_file():
+        raise UserError(f"--weights {weights} does not exist or is no file: {advice}")
+    try:
+        content = checkpoint.load(weights)
+    except UserError:
+        raise UserError(f"--weights {weights} cannot be read as a checkpoint of a run: {advice}") from None
+    if "world" not in content:
+        raise UserError(f"--weights {weights} holds weights without the state of their training: {advice}")
+    return weights, content
 
 
 def _share(settings: Settings, content: dict[str, Any], number: int, rank: int) -> Examination:

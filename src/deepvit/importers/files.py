@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import pickle
+import pickletools
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -39,21 +41,35 @@ def open_weights(path: str | Path, ema: bool = False) -> WeightsFile:
     """Opens a weights file of any known format, told by its content.
 
     Args:
+        path: the file, or a run folder, which stands for its best checkpoint.
         ema: take the averaged weights instead of the raw ones.
     Raises:
         UserError: the file is missing, torn, foreign, holds anything but tensors and plain values, or has no EMA.
     """
-    path = Path(path)
+    path = find_checkpoint(Path(path))[0]
     try:
         start = path.open("rb").read(16)
     except OSError as error:
         raise UserError(f"The weights file {path} cannot be read ({error.strerror}): give a file's path.") from None
     opened = _reader(path, start)(path, ema)
     if ema and not opened.has_ema:
-        raise UserError(f"{path} holds no EMA weights: take the raw ones with ema=False.")
+        raise UserError(f"{path} holds no EMA weights: take the raw ones with weights=raw (in Python: ema=False).")
     if not opened.shapes:
         raise UserError(f"{path} holds no tensors: give a file of model weights.")
     return opened
+
+
+def find_checkpoint(source: Path) -> tuple[Path, Path | None]:
+    """(weights file, its run folder if it lies in one) of a run folder or a file."""
+    if source.is_dir():
+        found = [source / "checkpoints" / name for name in ("best.pt", "last.pt")]
+        path = next((path for path in found if path.exists()), None)
+        if path is None:
+            raise UserError(f"The folder {source} holds no checkpoints/best.pt or last.pt: "
+                            f"give a run's folder or a weights file.")
+        return path, source
+    run = source.parent.parent
+    return source, run if source.parent.name == "checkpoints" and (run / "config.yaml").exists() else None
 
 
 def _reader(path: Path, start: bytes) -> Callable[[Path, bool], WeightsFile]:
@@ -105,7 +121,7 @@ def _open_torch(path: Path, ema: bool) -> WeightsFile:
     averaged = next((key for key in EMA if isinstance(content.get(key), Mapping)), None)
     raw = next((key for key in RAW if isinstance(content.get(key), Mapping)), None)
     if averaged and not raw and not ema:
-        raise UserError(f"{path} holds EMA weights only: take them with ema=True.")
+        raise UserError(f"{path} holds EMA weights only: take them with weights=ema (in Python: ema=True).")
     holder = averaged if ema and averaged else raw
     tensors = content[holder] if holder else content
     size = path.stat().st_size
@@ -119,16 +135,29 @@ def _open_torch(path: Path, ema: bool) -> WeightsFile:
 
 def load_plain(path: Path) -> Any:
     """`torch.load` of tensors and plain values only; of classes, `argparse.Namespace` (published files hold one)."""
+    is_zip = path.open("rb").read(2) == b"PK"
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch muses on pickle protocols and sparse tensors; what matters raises
-            is_zip = path.open("rb").read(2) == b"PK"
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:  # a torn pickle may raise anything
         if "nsupported" in str(error) and "GLOBAL" in str(error):
             raise UserError(f"{path} holds Python objects besides tensors and plain values; nothing of it was run, "
                             f"and it is refused: save its state_dict alone.") from None
-        raise UserError(f"{path} is torn or no PyTorch file ({_first_sentence(error)}): get it again.") from None
+        if not is_zip and _pickles_objects(path):
+            raise UserError(f"{path} is a plain pickle that holds Python objects and cannot be loaded safely; nothing "
+                            f"of it was run, and it is refused: save its state_dict with torch.save.") from None
+        why = "" if isinstance(error, pickle.UnpicklingError) else f" ({_first_sentence(error)})"  # torch's essay
+        raise UserError(f"{path} is torn or no PyTorch file{why}: get it again.") from None
+
+
+def _pickles_objects(path: Path) -> bool:
+    """Whether the file's first pickle names a class or function: read opcode by opcode, nothing is run."""
+    try:
+        with path.open("rb") as file:
+            return any(opcode.name in ("GLOBAL", "STACK_GLOBAL", "INST") for opcode, *_ in pickletools.genops(file))
+    except Exception:  # a torn pickle may raise anything
+        return False
 
 
 def _check_tensor(path: Path, name: Any, tensor: Any, size: int) -> None:
