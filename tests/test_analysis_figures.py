@@ -101,6 +101,7 @@ def test_broken_picture_is_named_and_the_rest_drawn(place, monkeypatch, capsys):
     (["--maps", "self.pt"], "--save-maps"),
     (["--maps", "other.safetensors"], "holds no maps"),
     (["self.pt", "--maps", "maps.safetensors"], "not both"),
+    (["--maps", "maps.safetensors", "--out", "/proc/x"], "choose another folder with --out"),
 ])
 def test_mistakes_are_one_sentence(place, monkeypatch, capsys, arguments, sentence):
     monkeypatch.chdir(place)
@@ -110,6 +111,16 @@ def test_mistakes_are_one_sentence(place, monkeypatch, capsys, arguments, senten
     assert figures.main(arguments) == 2
     error = capsys.readouterr().err
     assert sentence in error and error.count("\n") == 1
+
+
+def test_each_model_has_its_own_folder_of_figures(place, monkeypatch):
+    folders = []
+    monkeypatch.setattr(figures, "draw", lambda studies, folder, suffix: folders.append(str(folder)) or [])
+    (place / "run.16" / "checkpoints").mkdir(parents=True)
+    (place / "run.16" / "checkpoints" / "best.pt").write_bytes((place / "self.pt").read_bytes())
+    for path in ("self.pt", "run.16", "run.16/checkpoints/best.pt"):
+        assert figures.main([str(place / path), str(place / "0.png"), "--no-initial"]) == 0
+    assert folders == ["figures/self", "figures/run.16", "figures/run.16"]
 
 
 def test_pictures_as_the_model_wants_them(place):

@@ -54,6 +54,14 @@ def test_safetensors_of_a_run_and_its_card(tmp_path):
     assert card.count("\n| ") < 80
 
 
+def test_the_card_of_a_best_checkpoint_has_its_own_evaluation(tmp_path):
+    _, run = make_run(tmp_path / "run")
+    best = run / "checkpoints" / "best.pt"
+    torch.save({**torch.load(best), "metrics": {"top1": 71.25, "top5": 99.0, "loss": 0.4, "n": 90}}, best)
+    card = export(run, "safetensors").card.read_text()
+    assert "Of `best.pt`" in card and "| 71.25 |" in card and "69.00 |  " not in card
+
+
 def test_averaged_weights_are_taken_unless_asked_otherwise(tmp_path):
     model, run = make_run(tmp_path / "run", ema=True)
     x = torch.randn(2, 3, 16, 16)

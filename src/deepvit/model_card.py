@@ -23,12 +23,17 @@ def write_card(path: Path, model: ViT, exported: Path, form: str, parity: str, r
     """
     report = model.load_report
     result = _json(run / "metrics.json") if run else {}
+    measured = report.said.get("metrics")  # a best checkpoint's own evaluation
+    if isinstance(measured, Mapping) and "top1" in measured:
+        shown, whose = {"data": result.get("data", "its data"), **measured}, f"`{report.path.name}`"
+    else:
+        shown, whose = result, "the run's last checkpoint"
     config = yaml.safe_load((run / "config.yaml").read_text()) if run and (run / "config.yaml").exists() else {}
     config = config or report.said.get("run") or {}
     parts = [f"# {exported.name}", f"Form: {form}. {parity}.", f"{weights} weights of `{report.path}`.",
              *(f"Note: {note}." for note in report.notes),
              "## Model", _table({"parameters": f"{sum(p.numel() for p in model.parameters()):,}", **model.config}),
-             "## Recipe", _recipe(config), "## Evaluation", _evaluation(result), "## Curve", _curve(run),
+             "## Recipe", _recipe(config), "## Evaluation", _evaluation(shown, whose), "## Curve", _curve(run),
              "## Made with", _origin(result), "## Classes", _classes(model)]
     path.write_text("\n\n".join(part for part in parts if part) + "\n")
 
@@ -49,11 +54,11 @@ def _recipe(config: Mapping[str, Any]) -> str:
     return _table(rows) if rows else "Not known: the weights did not come from a run of this framework."
 
 
-def _evaluation(result: Mapping[str, Any]) -> str:
+def _evaluation(result: Mapping[str, Any], whose: str) -> str:
     if "top1" not in result:
         return "Not known here: evaluate with `python eval.py checkpoint=...`."
     interval = f"{result['top1_low']:.2f} to {result['top1_high']:.2f}" if "top1_low" in result else ""
-    return (f"Of the run's last checkpoint, on the validation part of `{result.get('data', 'its data')}`.\n\n"
+    return (f"Of {whose}, on the validation part of `{result.get('data', 'its data')}`.\n\n"
             "| top-1 % | 95 % interval | top-5 % | loss | pictures |\n|---|---|---|---|---|\n"
             f"| {result['top1']:.2f} | {interval} | {result['top5']:.2f} | {result['loss']:.4f} | {result['n']:,} |"
             + (f"\n\nBest top-1 of the run: {result['best_top1']:.2f} % at step {result['best_step']:,}."

@@ -31,7 +31,7 @@ def predict(checkpoint: Path, images: Sequence[Path], top: int = 5
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m deepvit.predict", description=__doc__)
-    parser.add_argument("checkpoint", type=Path, help="a checkpoint of any dialect")
+    parser.add_argument("checkpoint", type=Path, help="a run folder, or a checkpoint of any dialect")
     parser.add_argument("images", type=Path, nargs="+", help="pictures, or folders of them")
     parser.add_argument("--top", type=int, default=5, help="how many classes (default 5)")
     given = parser.parse_args(arguments)

@@ -15,6 +15,7 @@ from torch import Tensor
 from deepvit.analysis.study import Study
 
 POSITIVE, SIGNED = "viridis", "RdBu_r"  # both readable without telling red from green
+LEAST_WIDTH = 6.5  # inches that a title takes
 QUANTILE = 0.995  # of the absolute weights, where the colours end: a few entries would leave the rest dark
 
 
@@ -63,7 +64,7 @@ def head_maps(one: Study) -> Figure:
         tiles = F.adaptive_avg_pool2d(maps[i], size)
         for h in range(H):
             sheet[i * step:i * step + size, h * step:h * step + size] = tiles[h] / _most(tiles[h])
-    figure = Figure(figsize=(0.85 * H + 1.6, 0.85 * L + 1.2), layout="constrained", dpi=150)
+    figure = Figure(figsize=(max(LEAST_WIDTH, 0.85 * H + 1.6), 0.85 * L + 1.2), layout="constrained", dpi=150)
     figure.suptitle(f"Attention maps by block and head\n{caption(one)}\n"
                     f"first picture: {_short(Path(one.facts['pictures'][0]).name, 40)}", fontsize=8)
     ax = figure.subplots()
@@ -83,7 +84,8 @@ def rolled_out(studies: Sequence[Study]) -> Figure:
     width = 1 + len(studies)  # of a picture's group of panels
     groups = max(1, min(len(pixels), 6 // width))
     rows = math.ceil(len(pixels) / groups)
-    figure = Figure(figsize=(2.3 * width * groups + 0.9, 3.0 * rows + 0.8), layout="constrained", dpi=130)
+    figure = Figure(figsize=(max(LEAST_WIDTH + 1, 2.3 * width * groups + 0.9), 3.0 * rows + 0.8), layout="constrained",
+                    dpi=130)
     figure.suptitle("Attention rollout: what the class token holds of each patch (Abnar & Zuidema, 2020)", fontsize=11)
     panels = figure.subplots(rows, width * groups, squeeze=False).reshape(rows * groups, width)
     for i, (row, picture) in enumerate(zip(panels, pixels, strict=False)):
@@ -92,7 +94,7 @@ def rolled_out(studies: Sequence[Study]) -> Figure:
             image = _overlay(ax, one, i)
     _rest_off(panels[len(pixels):].ravel())
     figure.colorbar(image, ax=list(panels.ravel()), shrink=min(0.6, 2 / rows), pad=0.01,
-                    label="share of a patch, from each panel's lowest to highest").ax.set_yticks([])
+                    ticks=[]).set_label("share of a patch, each panel's\nlowest to highest", fontsize=8)
     return figure
 
 

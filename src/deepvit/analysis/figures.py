@@ -34,7 +34,7 @@ def draw(studies: Sequence[Study], folder: Path, suffix: str = "png") -> list[Pa
     """Writes every figure of the studies, side by side where there are two, and returns the files.
 
     Raises:
-        Failure: the folder cannot be written.
+        UserError: the folder cannot be written.
     """
     figures: dict[str, Figure | None] = {
         "maps_mean": draw_maps.mean_maps(studies),
@@ -53,23 +53,36 @@ def draw(studies: Sequence[Study], folder: Path, suffix: str = "png") -> list[Pa
                 written.append(folder / f"{name}.{suffix}")
                 figure.savefig(written[-1])
     except OSError as error:
-        raise Failure(f"The figures could not be written to {folder}: {error.strerror or error}.") from error
+        raise UserError(f"The figures cannot be written to {folder} ({error.strerror or error}): "
+                        f"choose another folder with --out.") from error
     return written
 
 
+def _name(checkpoint: Path) -> str:
+    """A run's folder for best.pt and last.pt, else the file's."""
+    path = checkpoint.resolve()
+    return path.parent.parent.name if path.parent.name == "checkpoints" else path.name
+
+
+def _default_out(given: argparse.Namespace) -> Path:
+    """A folder for each model or pair, so that one's figures do not replace another's."""
+    paths = [path for path in (given.maps or given.checkpoint, given.compare) if path]
+    names = [path.stem if path.is_file() and path.parent.name != "checkpoints" else _name(path) for path in paths]
+    return Path("figures", "-and-".join(name[:120] for name in names))
+
+
 def _labels(checkpoints: Sequence[Path]) -> list[str]:
-    """The shortest names that tell the checkpoints apart: a run's folder for best.pt and last.pt, else the file's."""
-    names = [path.resolve().parent.parent.name if path.parent.name == "checkpoints" else path.name
-             for path in checkpoints]
+    """The shortest names that tell the checkpoints apart."""
+    names = [_name(path) for path in checkpoints]
     names = [name if len(name) <= 40 else f"{name[:18]}...{name[-19:]}" for name in names]
     return names if len(set(names)) == len(names) else [f"{name} ({i + 1})" for i, name in enumerate(names)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m deepvit.analysis.figures", description=__doc__)
-    parser.add_argument("checkpoint", type=Path, nargs="?", help="a checkpoint of any dialect")
+    parser.add_argument("checkpoint", type=Path, nargs="?", help="a run folder, or a checkpoint of any dialect")
     parser.add_argument("images", type=Path, nargs="*", help="pictures or folders of them; none: built-in examples")
-    parser.add_argument("--out", type=Path, default=Path("figures"), help="folder of the figures (default: figures)")
+    parser.add_argument("--out", type=Path, help="folder of the figures (default: figures/<run or file name>)")
     parser.add_argument("--compare", type=Path, help="a second checkpoint, drawn beside the first")
     parser.add_argument("--format", choices=("png", "svg"), default="png")
     parser.add_argument("--save-maps", type=Path, help="also write what was computed, as safetensors")
@@ -99,7 +112,7 @@ def _run(given: argparse.Namespace) -> int:
         studies, refused = compute(both, given.images, ema=given.ema, initial=given.initial)
     if given.save_maps:
         save_studies(given.save_maps, studies)
-    for path in draw(studies, given.out, given.format):
+    for path in draw(studies, given.out or _default_out(given), given.format):
         print(path)
     for sentence in refused:
         print(f"Left out: {sentence}", file=sys.stderr)

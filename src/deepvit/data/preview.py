@@ -14,6 +14,8 @@ from deepvit.data.transforms import norm_values, train_transform
 from deepvit.errors import UserError
 
 COLUMNS, MOST = 8, 32  # tiles
+HELP = (f"Writes up to {MOST} augmented training pictures, as the model sees them, to OUT.png.\n"
+        "Settings are those of train.py, such as data=cifar10 augment.mixup=0.8.")
 
 
 def draw(batches: Sequence[Batch], prepare: Prepare, path: str | Path, class_names: Sequence[str], step: int = 0
@@ -74,8 +76,13 @@ def _taken(function: Callable, group: Mapping) -> dict[str, object]:
 def main(arguments: Sequence[str]) -> None:
     """The program: the picture to write, then overrides as for train.py."""
     from deepvit.build import compose  # a program's entry stands above the library's floors
-    if not arguments or not arguments[0].endswith(".png"):
+    if {"-h", "--help"} & {*arguments}:
+        print(f"usage: python -m deepvit.data.preview OUT.png [SETTING=VALUE ...]\n\n{HELP}")
+        return
+    if not arguments or "=" in arguments[0]:
         raise UserError("Give the picture to write first: python -m deepvit.data.preview OUT.png data=cifar10 ...")
+    if not arguments[0].endswith(".png"):
+        raise UserError(f"{arguments[0]} is no .png file: give the picture to write a name that ends in .png.")
     config = compose(arguments[1:])
     draw_config(config["data"], config["augment"], config["seed"], arguments[0])
     print(f"Wrote {arguments[0]}")
