@@ -311,7 +311,7 @@ def test_only_begun_runs_can_be_reported(make, tmp_path):
     ([], "Give run folders"),
     (["{tmp}/nowhere"], "does not exist"),
     (["{tmp}/empty"], "No config.yaml"),
-    (["{sweep}", "--compare", "{tmp}/empty", "{tmp}/empty"], "cannot be read"),
+    (["{sweep}", "--compare", "{tmp}/empty", "{tmp}/empty", "--out", "{tmp}/r"], "cannot be read"),
     (["{sweep}", "--out", "{tmp}/file/out"], "cannot be written"),
 ])
 def test_bad_input_is_one_sentence(arguments, words, tmp_path, capsys):
@@ -320,6 +320,12 @@ def test_bad_input_is_one_sentence(arguments, words, tmp_path, capsys):
     assert main([word.format(tmp=tmp_path, sweep=SWEEP) for word in arguments]) == 2
     error = capsys.readouterr().err.strip()
     assert words in error and "\n" not in error
+
+
+def test_a_threshold_that_is_no_number_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        main(["--threshold", "abc", "."])
+    assert "abc is not a cosine" in capsys.readouterr().err
 
 
 def test_a_threshold_that_is_no_cosine_is_refused(capsys):
@@ -341,6 +347,21 @@ def test_compare_names_what_differs(make, tmp_path, capsys):
 
 
 # Forms of a table
+
+def test_a_missing_run_to_compare_costs_the_comparison_alone(make, tmp_path, capsys):
+    first = make("a")
+    assert main([str(tmp_path), "--compare", str(first), "/nope", "--out", str(tmp_path / "r")]) == 2
+    said = capsys.readouterr()
+    assert "/nope does not exist" in said.err and said.err.count("\n") == 1 and (tmp_path / "r/report.html").exists()
+
+
+def test_schedules_that_change_together_are_named_by_the_first(make, tmp_path, recwarn):
+    for at in range(10):
+        make(str(at), schedule__epochs=5 + at, schedule__warmup_epochs=at, optimizer__lr=0.1 * (at + 1))
+    drawn = depth_picture(the_grid(tmp_path), 0.9, "").draw()
+    assert drawn.axes[0].get_xlabel().endswith(" ...") and not recwarn.list
+    assert all(axes.get_position().width > 0.2 for axes in drawn.axes if axes.axison)
+
 
 def test_table_forms_escape_what_they_hold():
     table = tables.Table("a < b", ["attention", "x|y"], [["<self>", "1|2"]], ["5 & 6"])

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from matplotlib.axes import Axes
 
 from deepvit.report.grid import Cell, Grid
-from deepvit.report.picture import Picture, legend, look, unit_range
+from deepvit.report.picture import Picture, brief, legend, look, title, unit_range
 from deepvit.report.runs import Run
 from deepvit.report.tables import KINDS, similarity
 
@@ -31,8 +31,8 @@ def _facets(grid: Grid, wanted: Callable[[Run], bool]) -> dict[str, list[Cell]]:
     found: dict[str, list[Cell]] = {}
     for cell in grid.cells:
         if any(map(wanted, cell.runs)):
-            title = ", ".join([f"{cell.depth} blocks", *(f"{name} {x}" for name, x in zip(grid.extras, cell.extras))])
-            found.setdefault(title, []).append(cell)
+            place = ", ".join([f"{cell.depth} blocks", *(f"{brief(name)} {brief(name, x)}" for name, x in zip(grid.extras, cell.extras))])
+            found.setdefault(place, []).append(cell)
     return found
 
 
@@ -42,7 +42,7 @@ def curve(run: Run, name: str) -> tuple[list[float], list[float]]:
     return [line.get("epoch", 0.0) for line in lines], [line[name] for line in lines]
 
 
-def _curves(axes: Axes, cells: Sequence[Cell], title: str, name: str) -> None:
+def _curves(axes: Axes, cells: Sequence[Cell], place: str, name: str) -> None:
     labels = [cell.attention for cell in cells]
     for cell in cells:
         for index, run in enumerate(run for run in cell.runs if run.lines):
@@ -50,11 +50,11 @@ def _curves(axes: Axes, cells: Sequence[Cell], title: str, name: str) -> None:
                       color=look(cell.attention, labels)["color"], linewidth=1.3)
     axes.set_xlabel("epoch")
     axes.set_ylabel(CURVES[name])
-    axes.set_title(title)
+    title(axes, place)
     legend(axes)
 
 
-def _blocks(axes: Axes, cells: Sequence[Cell], title: str, kind: str) -> None:
+def _blocks(axes: Axes, cells: Sequence[Cell], place: str, kind: str) -> None:
     labels = [cell.attention for cell in cells]
     for cell in cells:
         shape = look(cell.attention, labels)
@@ -67,6 +67,6 @@ def _blocks(axes: Axes, cells: Sequence[Cell], title: str, kind: str) -> None:
     axes.set_xlabel("block")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylabel("M to the next block")
-    axes.set_title(f"{KINDS[kind]}: {title}")
+    title(axes, f"{KINDS[kind]}: {place}")
     unit_range(axes)
     legend(axes)

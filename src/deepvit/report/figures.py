@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 
 from deepvit.report.curves import blocks_picture, curves_picture
 from deepvit.report.grid import Cell, Grid
-from deepvit.report.picture import Picture, legend, look, unit_range
+from deepvit.report.picture import Picture, brief, legend, look, unit_range
 from deepvit.report.published import Published, entries
 from deepvit.report.tables import (
     interval,
@@ -41,7 +41,7 @@ def depth_picture(grid: Grid, threshold: float, prefix: str) -> Picture:
     if any(similarity(run, "final", "final") for run in grid.runs):
         panels += [lambda axes: _similarity(axes, grid, axis, "final"),
                    lambda axes: _similarity(axes, grid, axis, "softmax")]
-    return Picture(f"{prefix}depth", f"Accuracy and mean similarity M of adjacent blocks against {axis}. Filled: "
+    return Picture(f"{prefix}depth", f"Accuracy and mean similarity M of adjacent blocks against {brief(axis)}. Filled: "
                    f"trained; hollow, dotted: untrained. Bars: 95 %.", panels)
 
 
@@ -63,7 +63,7 @@ def _series(grid: Grid, axis: str) -> dict[str, list[Cell]]:
     lines: dict[str, list[Cell]] = {}
     for cell in grid.cells:
         parts = [cell.attention] if axis != "attention" else []
-        parts += [f"{name} {value}" for name, value in zip(grid.extras, cell.extras) if name != axis]
+        parts += [f"{brief(name)} {brief(name, value)}" for name, value in zip(grid.extras, cell.extras) if name != axis]
         parts += [f"{cell.depth} blocks"] if axis != "depth" and len(grid.depths) > 1 else []
         lines.setdefault(", ".join(parts), []).append(cell)
     return lines
@@ -84,13 +84,13 @@ def _span(grid: Grid, axis: str) -> float:
 
 def _label_axis(axes: Axes, grid: Grid, axis: str) -> None:
     values = list(dict.fromkeys(_position(cell, grid, axis) for cell in grid.cells))
-    axes.set_xlabel("depth (blocks)" if axis == "depth" else axis)
+    axes.set_xlabel("depth (blocks)" if axis == "depth" else brief(axis))
     positions, margin = _positions(grid.cells, grid, axis), 0.06 * _span(grid, axis) or 0.5
     axes.set_xlim(min(positions) - margin, max(positions) + margin)  # room for cells that are not finished too
     if all(isinstance(value, int | float) for value in values):
         axes.set_xticks(values, [f"{value:g}" for value in values])
         return
-    words = [str(value) for value in values]
+    words = [brief(axis, value) for value in values]
     slanted = max(map(len, words)) * len(words) > 40
     axes.set_xticks(range(len(words)), words, rotation=20 if slanted else 0, ha="right" if slanted else "center")
 

@@ -1,6 +1,8 @@
 """Pictures of panels: drawn once, saved as PNG and SVG, side by side or in one column."""
 
 import io
+import textwrap
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +21,7 @@ STYLE = {"font.size": 10, "axes.titlesize": 10, "legend.fontsize": 8, "axes.grid
          "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "deepvit", "svg.fonttype": "none",
          "legend.frameon": False}
 PANEL = (4.6, 3.4)  # inches
+MOST_LINES = 8  # in a legend
 
 Panel = Callable[[Axes], None]
 
@@ -43,7 +46,9 @@ class Picture:
             for axes in grid[len(self.panels):]:
                 axes.set_axis_off()
             _share_ranges(grid[:len(self.panels)])
-            figure.draw_without_rendering()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # long labels in small panels: not the reader's concern
+                figure.draw_without_rendering()
             figure.set_layout_engine("none")  # arranged once, not again for each file
         return figure
 
@@ -95,8 +100,34 @@ def look(label: str, labels: Sequence[str]) -> dict[str, str]:
 
 
 def legend(axes: Axes) -> None:
-    if axes.get_legend_handles_labels()[0]:
+    """Inside the axes where it is small, below where not; none beyond `MOST_LINES`, the tables tell them apart."""
+    handles, labels = axes.get_legend_handles_labels()
+    if not handles or len(labels) > MOST_LINES:
+        return
+    longest = max(map(len, labels))
+    if len(labels) <= 4 and longest <= 24:
         axes.legend()
+        return
+    labels = [label if len(label) <= 56 else f"{label[:53]}..." for label in labels]
+    axes.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2 if longest <= 24 else 1)
+
+
+def brief(name: str, value: object = None) -> str:
+    """Of settings that change together the first: `schedule.epochs / schedule.steps` -> `schedule.epochs ...`.
+
+    Args:
+        value: the column's, to be shortened as its name is; the first alone tells the cells apart.
+    """
+    if len(name) <= 24:
+        return str(name if value is None else value)
+    if value is not None:
+        return str(value).split(" / ")[0]
+    first, *others = name.split(" / ")
+    return f"{first} ..." if others else first
+
+
+def title(axes: Axes, text: str) -> None:
+    axes.set_title(textwrap.fill(text, 52))
 
 
 def unit_range(axes: Axes) -> None:
