@@ -348,21 +348,6 @@ def test_compare_names_what_differs(make, tmp_path, capsys):
 
 # Forms of a table
 
-def test_a_missing_run_to_compare_costs_the_comparison_alone(make, tmp_path, capsys):
-    first = make("a")
-    assert main([str(tmp_path), "--compare", str(first), "/nope", "--out", str(tmp_path / "r")]) == 2
-    said = capsys.readouterr()
-    assert "/nope does not exist" in said.err and said.err.count("\n") == 1 and (tmp_path / "r/report.html").exists()
-
-
-def test_schedules_that_change_together_are_named_by_the_first(make, tmp_path, recwarn):
-    for at in range(10):
-        make(str(at), schedule__epochs=5 + at, schedule__warmup_epochs=at, optimizer__lr=0.1 * (at + 1))
-    drawn = depth_picture(the_grid(tmp_path), 0.9, "").draw()
-    assert drawn.axes[0].get_xlabel().endswith(" ...") and not recwarn.list
-    assert all(axes.get_position().width > 0.2 for axes in drawn.axes if axes.axison)
-
-
 def test_table_forms_escape_what_they_hold():
     table = tables.Table("a < b", ["attention", "x|y"], [["<self>", "1|2"]], ["5 & 6"])
     assert "&lt;self&gt;" in render.as_html(table) and "5 &amp; 6" in render.as_html(table)

@@ -31,7 +31,8 @@ def _facets(grid: Grid, wanted: Callable[[Run], bool]) -> dict[str, list[Cell]]:
     found: dict[str, list[Cell]] = {}
     for cell in grid.cells:
         if any(map(wanted, cell.runs)):
-            place = ", ".join([f"{cell.depth} blocks", *(f"{brief(name)} {brief(name, x)}" for name, x in zip(grid.extras, cell.extras))])
+            place = ", ".join([f"{cell.depth} blocks",
+                               *(f"{brief(name)} {brief(name, x)}" for name, x in zip(grid.extras, cell.extras))])
             found.setdefault(place, []).append(cell)
     return found
 

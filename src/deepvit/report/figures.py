@@ -41,8 +41,8 @@ def depth_picture(grid: Grid, threshold: float, prefix: str) -> Picture:
     if any(similarity(run, "final", "final") for run in grid.runs):
         panels += [lambda axes: _similarity(axes, grid, axis, "final"),
                    lambda axes: _similarity(axes, grid, axis, "softmax")]
-    return Picture(f"{prefix}depth", f"Accuracy and mean similarity M of adjacent blocks against {brief(axis)}. Filled: "
-                   f"trained; hollow, dotted: untrained. Bars: 95 %.", panels)
+    return Picture(f"{prefix}depth", f"Accuracy and mean similarity M of adjacent blocks against {brief(axis)}. "
+                   f"Filled: trained; hollow, dotted: untrained. Bars: 95 %.", panels)
 
 
 def _axis(grid: Grid) -> str:
@@ -63,7 +63,8 @@ def _series(grid: Grid, axis: str) -> dict[str, list[Cell]]:
     lines: dict[str, list[Cell]] = {}
     for cell in grid.cells:
         parts = [cell.attention] if axis != "attention" else []
-        parts += [f"{brief(name)} {brief(name, value)}" for name, value in zip(grid.extras, cell.extras) if name != axis]
+        parts += [f"{brief(name)} {brief(name, value)}" for name, value in zip(grid.extras, cell.extras)
+                  if name != axis]
         parts += [f"{cell.depth} blocks"] if axis != "depth" and len(grid.depths) > 1 else []
         lines.setdefault(", ".join(parts), []).append(cell)
     return lines
