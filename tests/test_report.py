@@ -322,12 +322,6 @@ def test_bad_input_is_one_sentence(arguments, words, tmp_path, capsys):
     assert words in error and "\n" not in error
 
 
-def test_a_threshold_that_is_no_number_is_refused(capsys):
-    with pytest.raises(SystemExit):
-        main(["--threshold", "abc", "."])
-    assert "abc is not a cosine" in capsys.readouterr().err
-
-
 def test_a_threshold_that_is_no_cosine_is_refused(capsys):
     with pytest.raises(SystemExit) as stopped:
         main([str(SWEEP), "--threshold", "90"])

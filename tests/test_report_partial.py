@@ -1,0 +1,28 @@
+"""The report where a part of it is missing, or its settings are many."""
+
+import pytest
+from test_report import make, template, the_grid  # noqa: F401  fixtures
+
+from deepvit.report.__main__ import main
+from deepvit.report.figures import depth_picture
+
+
+def test_a_missing_run_to_compare_costs_the_comparison_alone(make, tmp_path, capsys):  # noqa: F811
+    first = make("a")
+    assert main([str(tmp_path), "--compare", str(first), "/nope", "--out", str(tmp_path / "r")]) == 2
+    said = capsys.readouterr()
+    assert "/nope does not exist" in said.err and said.err.count("\n") == 1 and (tmp_path / "r/report.html").exists()
+
+
+def test_schedules_that_change_together_are_named_by_the_first(make, tmp_path, recwarn):  # noqa: F811
+    for at in range(10):
+        make(str(at), schedule__epochs=5 + at, schedule__warmup_epochs=at, optimizer__lr=0.1 * (at + 1))
+    drawn = depth_picture(the_grid(tmp_path), 0.9, "").draw()
+    assert drawn.axes[0].get_xlabel().endswith(" ...") and not recwarn.list
+    assert all(axes.get_position().width > 0.2 for axes in drawn.axes if axes.axison)
+
+
+def test_a_threshold_that_is_no_number_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        main(["--threshold", "abc", "."])
+    assert "abc is not a cosine" in capsys.readouterr().err
