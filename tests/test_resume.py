@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import soak
+import yaml
 
 
 @pytest.fixture(scope="module")
@@ -125,5 +126,8 @@ def test_the_program_itself_is_killed_and_continues(tmp_path):
     assert step >= 2 and "Finished: top-1" in words
     assert [line["step"] for line in soak.lines(tmp_path / "run" / "metrics.jsonl") if "lr" in line] == [
         *range(1, len(soak.losses(tmp_path / "run")) + 1)]
-    finished = soak.train(soak.compose(), tmp_path / "run")
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    finished = soak.train(config, tmp_path / "run")
     assert finished.wait() == 0 and "is finished" in finished.words()
+    changed = soak.train(soak.changed(config, optimizer_lr=0.5), tmp_path / "run", log=tmp_path / "changed.log")
+    assert changed.wait() == 2 and "finished with other settings: optimizer.lr was 0.001" in changed.words()
