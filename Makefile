@@ -13,8 +13,9 @@ install: .venv/installed ## make .venv and install the tested versions (5.6 GB, 
 	@bash .ci/install
 	@touch $@
 
+# On one thread: models so small gain little from more, and suffer from other programs.
 demo: install ## depth x attention on the built-in digits: trains 9 small models, ends in a table and a picture
-	@OMP_NUM_THREADS=1 $(PYTHON) train.py -m sweep=digits_depth  # so small that threads gain little and suffer from load
+	@OMP_NUM_THREADS=1 $(PYTHON) train.py -m sweep=digits_depth
 	@$(RUN) deepvit.report runs/digits/vit --out runs/digits/report
 
 test: install ## the tests, in under 6 minutes on two cores
