@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,18 +50,31 @@ def train_with_nan(config: dict[str, Any], folder: str, batches: list[int], rank
     return soak._train(config, folder)
 
 
+def train_slowly(config: dict[str, Any], folder: str, seconds: float) -> int:
+    """Each micro-batch takes this long."""
+    from deepvit.data import Prepare
+    original = Prepare.__call__
+
+    def slow(self: Prepare, *arguments: Any, training: bool):
+        time.sleep(seconds if training else 0)
+        return original(self, *arguments, training=training)
+
+    Prepare.__call__ = slow
+    return soak._train(config, folder)
+
+
 def train_with_bad_weights(config: dict[str, Any], folder: str) -> int:
     """One layer's weights overflow in the forward pass from the third update on."""
     from deepvit.engine.step import Stepper
-    original = Stepper.update
+    original = Stepper.backward
 
-    def update(self: Stepper, state: Any, batches: Any):
+    def backward(self: Stepper, state: Any, batches: Any, give_up: Callable[[], bool]):
         if state.step == 2:
             with torch.no_grad():
                 state.model.blocks[1].mlp.fc1.weight.fill_(1e38)
-        return original(self, state, batches)
+        return original(self, state, batches, give_up)
 
-    Stepper.update = update
+    Stepper.backward = backward
     return soak._train(config, folder)
 
 

@@ -169,19 +169,25 @@ def strict_lines(path: Path) -> list[dict]:
 
 
 def test_nan_on_one_rank_skips_the_update_on_all(config, tmp_path):
-    """Batch 5 is skipped with its indices kept, the schedule does not move, both ranks go on alike to the end."""
-    folder = tmp_path / "run"
-    both = faults.start_ranks(2, faults.train_with_nan, soak.changed(config, engine_log_every=1), folder, [5], 1)
-    assert [run.wait(120) for run in both] == [0, 0], [run.words() for run in both]
-    event, = [event for event in strict_lines(folder / "events.jsonl") if event["event"] == "skipped"]
-    assert event["batch"] == event["step"] == 5 and len(event["indices"]) == 32
-    assert event["losses"][0] > 0 and event["losses"][1] is None and event["grad_norm"] is None
-    assert "Batch 5 skipped after step 5: loss" in both[0].words()
-    steps = [line["step"] for line in strict_lines(folder / "metrics.jsonl") if "lr" in line]
-    assert steps == list(range(1, 25))
-    content = checkpoint.load(folder / "checkpoints" / "last.pt")
-    assert (content["step"], content["batch"]) == (24, 25)
-    assert all(torch.isfinite(x).all() for part in ("model", "ema") for x in content[part].values())
+    """Batch 4 is skipped with its indices kept, the schedule does not move, both ranks go on alike to the end; also
+    where the host learns of it only with the next batch."""
+    weights = []
+    for log_every in (1, 8):
+        folder = tmp_path / f"every{log_every}"
+        both = faults.start_ranks(2, faults.train_with_nan, soak.changed(config, engine_log_every=log_every), folder,
+                                  [4], 1)
+        assert [run.wait(120) for run in both] == [0, 0], [run.words() for run in both]
+        event, = [event for event in strict_lines(folder / "events.jsonl") if event["event"] == "skipped"]
+        assert event["batch"] == event["step"] == 4 and len(event["indices"]) == 32
+        assert event["losses"][0] > 0 and event["losses"][1] is None and event["grad_norm"] is None
+        assert "Batch 4 skipped after step 4: loss" in both[0].words()
+        steps = [line["step"] for line in strict_lines(folder / "metrics.jsonl") if "lr" in line]
+        assert steps == list(range(log_every, 25, log_every))
+        content = checkpoint.load(folder / "checkpoints" / "last.pt")
+        assert (content["step"], content["batch"]) == (24, 25)
+        weights.append([x for part in ("model", "ema") for x in content[part].values()])
+        assert all(torch.isfinite(x).all() for x in weights[-1])
+    assert all(torch.equal(left, right) for left, right in zip(*weights, strict=True))
 
 
 def test_nan_in_a_row_ends_the_run_and_names_the_first_layer(config, tmp_path, capsys):
@@ -251,6 +257,23 @@ def test_one_of_two_ranks_is_asked_to_stop(config, two_ranks, tmp_path):
     again = faults.start_ranks(2, faults.train, config, folder)
     assert [run.wait() for run in again] == [0, 0]
     assert soak.differences(two_ranks, folder) == 0
+
+
+def test_a_request_to_stop_waits_for_a_micro_batch_not_for_the_step(config, tmp_path):
+    """A step of 16 seconds is given up between its micro-batches, on both ranks."""
+    folder = tmp_path / "run"
+    slow = soak.changed(config, engine_device_batch=2, data_batch_size=64)
+    both = faults.start_ranks(2, faults.train_slowly, slow, folder, 1.0)
+    both[0].wait_until(lambda: soak.events(folder, "start"))
+    time.sleep(1)
+    both[1].send(signal.SIGTERM)
+    begun = time.monotonic()
+    assert [run.wait() for run in both] == [75, 75], both[0].words()
+    assert time.monotonic() - begun < 5
+    event, = soak.events(folder, "PREEMPTED")
+    assert event["saved"] and event["step"] == 0
+    content = checkpoint.load(folder / "checkpoints" / "last.pt")
+    assert (content["step"], content["batch"]) == (0, 0)
 
 
 def test_the_launcher_passes_a_request_to_stop_on(config, two_ranks, tmp_path):

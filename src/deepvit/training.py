@@ -243,7 +243,7 @@ def dry_run(config: Mapping[str, Any], ranks: Ranks, stop: StopRequest) -> dict[
     seconds = []
     for batches in draw(0, 3):
         start = time.perf_counter()
-        float(stepper.update(state, batches)["loss"])  # waits for the device
+        float(stepper.update(state, batches).loss)  # waits for the device
         seconds.append(time.perf_counter() - start)
         if ranks.any_asked_to_stop(bool(stop)):
             return None

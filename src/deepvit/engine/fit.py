@@ -20,7 +20,7 @@ from deepvit.engine.ranks import Ranks
 from deepvit.engine.schedule import is_due
 from deepvit.engine.signals import StopRequest
 from deepvit.engine.state import TrainState
-from deepvit.engine.step import Stepper
+from deepvit.engine.step import Stepper, Update
 from deepvit.errors import Failure, UserError
 
 log = logging.getLogger(__name__)
@@ -76,6 +76,7 @@ class Fit:
         self._board = Board(self.folder.path, self.state.step) if self.ranks.is_main else None
         self._seen_bad: set[int] = set()
         self._refused = 0  # since the last line of metrics
+        self._under_way: tuple[Sequence[Any], Update] | None = None
         with Display(self.ranks.is_main) as self._display:
             self._bar = self._display.bar("train", self.plan.total, self.state.step)
             if self.state.batch == 0:
@@ -101,15 +102,41 @@ class Fit:
 
     def _train_on(self, batches: Iterator[Sequence[Any]]) -> bool:
         while (drawn := self._next(batches)) is not None:
-            result = self.stepper.update(self.state, drawn)
-            if result["skipped"]:
-                self._note_skip(drawn, result)
+            update = self.stepper.backward(self.state, drawn, self._any_asked_to_stop)
+            self._settle()  # the one before: what became of it was on the way while the device did this one
+            if update is None:
+                self._preempt()
+                return False
+            self.stepper.step(self.state, update)
+            self._under_way = drawn, update
+            if not self._must_know() or not self._settle():
                 continue
-            self._after_step(result)
+            self._after_step(update)
             if not self._evaluate_if_due():
                 return False
             self._save_if_due()
+        self._settle()
         return self.state.step >= self.plan.total or not self._stopped
+
+    def _must_know(self) -> bool:
+        """Whether the next batch may not begin before it is known what became of the update under way."""
+        step, plan = self.state.step + 1, self.plan
+        intervals = plan.log_every, plan.save_every, plan.eval_every, plan.keep_every, plan.probe_every
+        return (any(is_due(step, every, plan.total) for every in intervals)
+                or self.state.skipped_in_a_row > 0 or plan.max_skipped == 1)
+
+    def _settle(self) -> bool:
+        """Learns what became of the update under way. False: it was skipped, or there is none."""
+        if self._under_way is None:
+            return False
+        (drawn, update), self._under_way = self._under_way, None
+        made = self.stepper.settle(self.state, update)
+        if not made:
+            self._note_skip(drawn, update)
+        return made
+
+    def _any_asked_to_stop(self) -> bool:
+        return self.ranks.any(bool(self.stop))
 
     def _next(self, batches: Iterator[Sequence[Any]]) -> Sequence[Any] | None:
         """The next global batch; None at the end of `batches` or when any rank was asked to stop."""
@@ -133,6 +160,7 @@ class Fit:
         return drawn
 
     def _preempt(self) -> None:
+        self._settle()
         saved = self._save("Stopping without it; the same command continues from the checkpoint before.")
         if self.ranks.is_main:
             self.folder.log_event("PREEMPTED", step=self.state.step, signal=self.stop.name, saved=saved)
@@ -141,18 +169,18 @@ class Fit:
 
     # What is due after a step
 
-    def _after_step(self, result: dict[str, torch.Tensor]) -> None:
+    def _after_step(self, update: Update) -> None:
         state, plan = self.state, self.plan
         if is_due(state.step, plan.log_every, plan.total):
-            self._log(result)
+            self._log(update)
         if is_due(state.step, plan.probe_every, plan.total):
             self._probe()
 
-    def _log(self, result: dict[str, torch.Tensor]) -> None:
-        loss = float(self.ranks.sum(result["loss"].detach().double().cpu()) / self.ranks.world)
+    def _log(self, update: Update) -> None:
+        loss = float(self.ranks.sum(update.loss.double().cpu()) / self.ranks.world)
         refused, self._refused = int(self.ranks.sum(torch.tensor(self._refused))), 0
         line = {"step": self.state.step, "epoch": self._epoch(), "loss": loss,
-                "lr": self.stepper.schedule(self.state.step), "grad_norm": float(result["grad_norm"]),
+                "lr": self.stepper.schedule(self.state.step), "grad_norm": float(update.grad_norm),
                 **self.meter.read(), **({"decoder_refused": refused} if refused else {})}
         if not self.ranks.is_main:
             return
@@ -249,12 +277,12 @@ class Fit:
                                  "probe": self.probe(self.state.evaluated_model, self._board, self.state.step)})
         self.meter.resume()
 
-    def _note_skip(self, drawn: Sequence[Any], result: dict[str, torch.Tensor]) -> None:
-        state, number = self.state, self.state.batch - 1
-        mine = [int(i) for batch in drawn for i in batch.indices], float(result["loss"])
+    def _note_skip(self, drawn: Sequence[Any], update: Update) -> None:
+        state, number = self.state, update.number
+        mine = [int(i) for batch in drawn for i in batch.indices], float(update.loss)
         indices, losses = zip(*self.ranks.gather(mine), strict=True)
         if self.ranks.is_main:
-            norm = float(result["grad_norm"])
+            norm = float(update.grad_norm)
             self.folder.log_event("skipped", step=state.step, batch=number, indices=sum(indices, []),
                                   losses=list(losses), grad_norm=norm)
             log.warning("Batch %d skipped after step %d: loss %s, gradient norm %g%s.", number, state.step,

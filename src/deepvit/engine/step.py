@@ -31,6 +31,30 @@ class Precision:
         return torch.autocast(device.type, self.dtype, enabled=self.dtype is not None)
 
 
+class Update:
+    """A global batch on its way into the weights.
+
+    Attributes:
+        number: of the global batch.
+        loss: mean over this rank's pictures; `grad_norm`: of all ranks, before clipping. Scalar tensors.
+        wrong: bool scalar tensor, the same on all ranks: loss or gradient is not finite somewhere.
+    """
+
+    def __init__(self, number: int, loss: Tensor, grad_norm: Tensor, wrong: Tensor):
+        self.number, self.loss, self.grad_norm, self.wrong = number, loss, grad_norm, wrong
+        self._answer = wrong.to("cpu", non_blocking=True)  # to pinned memory, while the device goes on
+        self._answered = torch.cuda.Event() if wrong.is_cuda else None
+        if self._answered is not None:
+            self._answered.record()
+
+    @property
+    def skipped(self) -> bool:
+        """Waits until the device has come to the end of this update's backward pass, no further."""
+        if self._answered is not None:
+            self._answered.synchronize()
+        return bool(self._answer)
+
+
 @dataclass(frozen=True)
 class Stepper:
     """What every update has in common.
@@ -49,37 +73,68 @@ class Stepper:
     seed: int
     clip_grad: float | None = None
 
-    def update(self, state: TrainState, batches: Sequence[Any]) -> dict[str, Tensor]:
-        """One update from the micro-batches of one global batch.
+    def update(self, state: TrainState, batches: Sequence[Any]) -> Update:
+        """One update from the micro-batches of one global batch: `backward`, `step` and `settle` in a row.
 
         A loss or gradient that is not finite on any rank skips the update on all: parameters, moments, EMA and
         running statistics stay as they were, and the schedule does not move.
+        """
+        update = self.backward(state, batches)
+        self.step(state, update)
+        self.settle(state, update)
+        return update
 
-        Returns:
-            `loss` (this rank's mean), `grad_norm` (before clipping), `skipped` (bool), each a scalar tensor.
+    # The device decides whether an update is skipped. So the host may queue the passes of the next batch before it
+    # learns what became of this one, and the device never waits for it: backward(k), settle(k - 1), step(k), ...
+
+    def backward(self, state: TrainState, batches: Sequence[Any], give_up: Callable[[], bool] = lambda: False
+                 ) -> Update | None:
+        """Gradients of one global batch, and the verdict on them. Parameters stay; running statistics move.
+
+        Args:
+            give_up: asked between micro-batches; all ranks must answer alike. Then nothing has changed, and None is
+                returned.
         """
         seed_randomness(self.seed, state.batch, self.ranks.rank)
-        self._set_rate(state)
         buffers = list(state.model.buffers())
         before = [buffer.clone() for buffer in buffers]
-        loss = self._accumulate(state, batches)
-        self.ranks.average([buffer for buffer in buffers if buffer.is_floating_point()])
-        state.scaler.unscale_(state.optimizer)
-        norm = self._clip(state.model)
-        skipped = self.ranks.any(not bool(torch.isfinite(loss + norm)))
-        state.batch += 1
-        if skipped:
+        loss = self._accumulate(state, batches, give_up)
+        if loss is None:
+            state.optimizer.zero_grad(set_to_none=True)
             for buffer, kept in zip(buffers, before, strict=True):
                 buffer.copy_(kept)
-            state.skipped_in_a_row += 1
-        else:
-            state.scaler.step(state.optimizer)
-            state.step += 1
-            state.skipped_in_a_row = 0
-            if state.ema is not None:
-                state.ema.update(state.model, state.step)
+            return None
+        state.scaler.unscale_(state.optimizer)
+        norm = self._clip(state.model)
+        everywhere = (loss + norm).clone()
+        self.ranks.average([everywhere, *(buffer for buffer in buffers if buffer.is_floating_point())])
+        wrong = ~torch.isfinite(everywhere)
+        for buffer, kept in zip(buffers, before, strict=True):
+            torch.where(wrong, kept, buffer, out=buffer)
+        return Update(state.batch, loss, norm, wrong)
+
+    def step(self, state: TrainState, update: Update) -> None:
+        """Changes the parameters, unless the update is to be skipped. The one before must be settled."""
+        self._set_rate(state)
+        if _skips_on_the_device(state.optimizer):
+            state.optimizer.grad_scale, state.optimizer.found_inf = None, update.wrong.float()
+            state.optimizer.step()
+            del state.optimizer.grad_scale, state.optimizer.found_inf
+        elif not update.skipped:
+            state.optimizer.step()
         state.scaler.update()
-        return {"loss": loss, "grad_norm": norm, "skipped": torch.tensor(skipped)}
+        state.batch += 1
+
+    def settle(self, state: TrainState, update: Update) -> bool:
+        """Counts an update and takes it into the average; False if it was skipped. Waits for the device."""
+        if update.skipped:
+            state.skipped_in_a_row += 1
+            return False
+        state.step += 1
+        state.skipped_in_a_row = 0
+        if state.ema is not None:
+            state.ema.update(state.model, state.step)
+        return True
 
     def examine(self, state: TrainState, batches: Sequence[Any], number: int, rank: int | None = None) -> Examination:
         """Repeats the passes of a rank (by default this one) over its micro-batches of global batch `number`, looked
@@ -97,11 +152,13 @@ class Stepper:
             seen.append(examine(state.model, partial(loss, x, y)))
         return next((one for one in seen if one.first), seen[0])
 
-    def _accumulate(self, state: TrainState, batches: Sequence[Any]) -> Tensor:
+    def _accumulate(self, state: TrainState, batches: Sequence[Any], give_up: Callable[[], bool]) -> Tensor | None:
         """Gradients of the mean loss over `batches`; the ranks exchange them once, with the last."""
         state.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.ranks.device)
         for number, batch in enumerate(batches, start=1):
+            if number > 1 and give_up():
+                return None
             x, y = self.prepare(batch, state.batch, self.ranks.device, training=True)
             waits = self.ranks.world > 1 and number < len(batches)
             with self.network.no_sync() if waits else nullcontext():
@@ -121,6 +178,11 @@ class Stepper:
         rate = self.schedule(state.step + 1)
         for group in state.optimizer.param_groups:
             group["lr"] = rate * group.get("lr_scale", 1.0)
+
+
+def _skips_on_the_device(optimizer: torch.optim.Optimizer) -> bool:
+    """Torch's fused optimizers do, as GradScaler asks them to; but SGD's first momentum would then be garbage."""
+    return bool(optimizer.state) and getattr(optimizer, "_step_supports_amp_scaling", False)
 
 
 def seed_randomness(*words: int) -> None:
