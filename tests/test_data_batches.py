@@ -136,6 +136,9 @@ def test_a_small_set_is_prepared_for_all_evaluations_at_once(pictures, in_memory
     for made in (first, second):
         assert len(made) == len(once) and all(same(one, other) for one, other in zip(once, made, strict=True))
     assert (first[0] is second[0]) == kept
+    elsewhere = data.eval_batches_again(pictures, data.eval_transform(8), in_memory_mb=in_memory_mb, device="meta",
+                                        **options)
+    assert {batch.images.device.type for batch in elsewhere()} == {"meta" if kept else "cpu"}
 
 
 def test_what_was_prepared_in_part_is_not_kept(pictures):

@@ -103,7 +103,8 @@ def eval_batches(data: Data, images: pictures.ImageSet, ranks: Ranks) -> Callabl
     """Called for each evaluation: this rank's batches."""
     return pictures.eval_batches_again(
         images, eval_transform(data), batch_size=data.eval_batch_size, rank=ranks.rank, world=ranks.world,
-        workers=data.workers, on_error=data.on_error, pin=ranks.device.type == "cuda", in_memory_mb=data.in_memory_mb)
+        workers=data.workers, on_error=data.on_error, pin=ranks.device.type == "cuda", in_memory_mb=data.in_memory_mb,
+        device=ranks.device)
 
 
 # Model and optimizer

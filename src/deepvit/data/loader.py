@@ -222,12 +222,12 @@ def eval_batches(images: ImageSet, preprocess: Transform, *, batch_size: int, ra
     return _run(_Batches(images, preprocess, 0, on_error), draws, min(workers, len(draws)), pin)
 
 
-def eval_batches_again(images: ImageSet, preprocess: Transform, *, in_memory_mb: int, world: int = 1, workers: int = 0,
-                       **options: object) -> Callable[[], Iterator[Batch]]:
+def eval_batches_again(images: ImageSet, preprocess: Transform, *, in_memory_mb: int, device: torch.device | str = "cpu",
+                       world: int = 1, workers: int = 0, **options: object) -> Callable[[], Iterator[Batch]]:
     """`eval_batches` for one evaluation after another; each call of what is returned gives all of them.
 
-    They are made but once, in this process, where the set is in memory and a rank's share of what becomes of it fits
-    in in_memory_mb too.
+    They are made but once, in this process, and stay on `device`, where the set is in memory and a rank's share of
+    what becomes of it fits in in_memory_mb too.
     """
     kept: list[Batch] = []
 
@@ -238,7 +238,7 @@ def eval_batches_again(images: ImageSet, preprocess: Transform, *, in_memory_mb:
             yield from eval_batches(images, preprocess, world=world, workers=workers, **options)
             return
         if not kept:
-            kept[:] = list(eval_batches(images, preprocess, world=world, **options))
+            kept[:] = [batch.to(device) for batch in eval_batches(images, preprocess, world=world, **options)]
         yield from kept
 
     return batches
