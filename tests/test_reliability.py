@@ -82,7 +82,7 @@ def test_no_whole_checkpoint_is_a_sentence(config, stopped):
         zero(stopped / "checkpoints" / name)
     run = soak.train(config, stopped)
     assert run.wait() == 2
-    assert "No whole checkpoint is left: fresh=true starts over." in run.words() and "Traceback" not in run.words()
+    assert "No whole checkpoint is left. fresh=true starts over." in run.words() and "Traceback" not in run.words()
 
 
 def test_full_disk(config, uncut, tmp_path):

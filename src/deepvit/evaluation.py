@@ -23,14 +23,14 @@ from deepvit.engine.signals import StopRequest
 from deepvit.engine.step import Precision
 from deepvit.errors import UserError
 from deepvit.importers import load_model
+from deepvit.importers.files import find_checkpoint
 from deepvit.models import ViT
 from deepvit.models.cost import count_flops, count_parameters
-from deepvit.report.published import published_of, sources
+from deepvit.report.published import IMAGENET_VAL, published_of, sources
 from deepvit.report.runs import flat
 from deepvit.settings import Data, read_group
 from deepvit.training import device_name, prepare_device, versions
 
-IMAGENET_VAL = 50_000  # pictures of its validation set
 log = logging.getLogger(__name__)
 
 
@@ -63,11 +63,7 @@ def evaluate_all(config: Mapping[str, Any], ranks: Ranks, stop: StopRequest) -> 
     results, seen, refusals = [], [], []
     for path in paths:
         try:
-            with ranks.together():
-                candidate = load(path, config)
-                data = data_settings(candidate, config)
-                images = val_images(candidate, data)
-                _check_wishes(candidate, data, images, config, ranks)
+            candidate, data, images = _open(path, config, ranks)
         except UserError as error:  # the others are evaluated all the same
             refusals.append(str(error))
             continue
@@ -89,8 +85,17 @@ def evaluate_all(config: Mapping[str, Any], ranks: Ranks, stop: StopRequest) -> 
     return results
 
 
+def _open(path: Path, config: Mapping[str, Any], ranks: Ranks) -> tuple[Candidate, Data, ImageSet]:
+    """What would be refused after a long evaluation is refused before it, on all ranks alike."""
+    with ranks.together():
+        candidate = load(path, config)
+        data = data_settings(candidate, config)
+        images = val_images(candidate, data)
+        _check_wishes(candidate, data, images, config, ranks)
+        return candidate, data, images
+
+
 def _check_wishes(candidate: Candidate, data: Data, images: ImageSet, config: Mapping[str, Any], ranks: Ranks) -> None:
-    """What would be refused after a long evaluation is refused before it."""
     if config["labels"] == "real":
         names = [images.name(index) for index in range(len(images))]
         real_top1(np.zeros(len(names), int), names)
@@ -117,17 +122,7 @@ def checkpoints(given: str | list[str] | None) -> list[Path]:
     for path in paths:
         if not path.exists():
             raise UserError(f"There is no checkpoint at {path}.")
-    return [_in_run(path) for path in paths]
-
-
-def _in_run(path: Path) -> Path:
-    """A run folder stands for its best checkpoint."""
-    if not path.is_dir():
-        return path
-    best = path / "checkpoints" / "best.pt"
-    if not best.exists():
-        raise UserError(f"The folder {path} holds no checkpoints/best.pt: give a run's folder or a file.")
-    return best
+    return [find_checkpoint(path)[0] for path in paths]
 
 
 def load(path: Path, config: Mapping[str, Any]) -> Candidate:

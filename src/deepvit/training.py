@@ -67,7 +67,7 @@ def _train(config: Mapping[str, Any], settings: Settings, folder: RunFolder, ran
     with ranks.together():
         splits = build.splits(settings.data)
         schedule, plan = build.schedule_and_plan(settings, len(splits.train))
-        found = checkpoint.load_newest(folder.last, folder.previous)
+        found = checkpoint.load_newest(folder.last, folder.previous, advice="fresh=true starts over.")
         if found:
             refuse_change(found[1], config, splits)
         network = build.model(settings, len(splits.class_ids), continued=found is not None)

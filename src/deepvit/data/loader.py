@@ -222,8 +222,9 @@ def eval_batches(images: ImageSet, preprocess: Transform, *, batch_size: int, ra
     return _run(_Batches(images, preprocess, 0, on_error), draws, min(workers, len(draws)), pin)
 
 
-def eval_batches_again(images: ImageSet, preprocess: Transform, *, in_memory_mb: int, device: torch.device | str = "cpu",
-                       world: int = 1, workers: int = 0, **options: object) -> Callable[[], Iterator[Batch]]:
+def eval_batches_again(images: ImageSet, preprocess: Transform, *, in_memory_mb: int,
+                       device: torch.device | str = "cpu", world: int = 1, workers: int = 0, **options: object
+                       ) -> Callable[[], Iterator[Batch]]:
     """`eval_batches` for one evaluation after another; each call of what is returned gives all of them.
 
     They are made but once, in this process, and stay on `device`, where the set is in memory and a rank's share of

@@ -67,8 +67,11 @@ def load(path: Path, map_location: str | torch.device = "cpu") -> dict[str, Any]
     return content
 
 
-def load_newest(*candidates: Path) -> tuple[Path, dict[str, Any]] | None:
+def load_newest(*candidates: Path, advice: str = "") -> tuple[Path, dict[str, Any]] | None:
     """The first of `candidates` that is whole; each one that is not is named. None if none exists.
+
+    Args:
+        advice: said where none is whole.
 
     Raises:
         UserError: some exist and none is whole.
@@ -86,7 +89,7 @@ def load_newest(*candidates: Path) -> tuple[Path, dict[str, Any]] | None:
             log.warning("%s Continuing from %s instead.", " ".join(broken), path)
         return path, content
     if broken:
-        raise UserError(" ".join(broken) + " No whole checkpoint is left: fresh=true starts over.")
+        raise UserError(" ".join([*broken, "No whole checkpoint is left.", advice]).rstrip())
     return None
 
 

@@ -5,11 +5,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from deepvit.report.grid import Cell, Grid
-from deepvit.report.published import Published, published_of, sources
+from deepvit.report.published import IMAGENET_VAL, Published, published_of, sources
 from deepvit.report.runs import Run
 from deepvit.report.statistics import Summary, summarise
 
-IMAGENET_VAL = 50_000  # pictures of its validation set
 MOMENTS = {"initial": "untrained", "final": "trained"}
 KINDS = {"final": "final", "softmax": "softmax", "final_centred": "final-1/N", "softmax_centred": "softmax-1/N"}
 NONE = "–"
