@@ -276,6 +276,22 @@ def test_a_request_to_stop_waits_for_a_micro_batch_not_for_the_step(config, tmp_
     assert (content["step"], content["batch"]) == (0, 0)
 
 
+def test_a_request_to_stop_while_an_update_is_not_yet_settled(config, uncut, tmp_path):
+    """Nothing is due for 24 steps, so the host is one behind; cut in first and second micro-batches, it ends in the same bits."""
+    folder, rarely = tmp_path / "run", soak.changed(config, engine_log_every=99, engine_save_every=99)
+    stopped_at = []
+    for seconds in (0.65, 0.75, 0.85, 0.95):  # a step takes 0.2
+        run = soak.start(faults.train_slowly, rarely, str(folder), 0.1, folder=folder)
+        run.wait_until(lambda: len(soak.events(folder, "start") + soak.events(folder, "resume")) > len(stopped_at))
+        time.sleep(seconds)
+        run.send(signal.SIGTERM)
+        assert run.wait() == 75, run.words()
+        stopped_at.append(soak.events(folder, "PREEMPTED")[-1]["step"])
+    assert [0, *stopped_at, 24] == sorted({0, *stopped_at, 24})
+    assert soak.train(rarely, folder).wait() == 0
+    assert soak.fingerprint(folder) == soak.fingerprint(uncut)
+
+
 def test_the_launcher_passes_a_request_to_stop_on(config, two_ranks, tmp_path):
     """SIGTERM to the parent alone: its ranks save, it ends with 75 in seconds, and leaves nobody behind."""
     folder, devices = tmp_path / "run", soak.changed(config, engine_devices=2)
