@@ -159,13 +159,24 @@ def test_broken_imagenet_folders(imagenet, case):
     ({"source": "folder", "root": __file__}, "is a file"),
     ({"source": "folder", "root": str(PICTURES / "train")}, "data.val_fraction=0.1"),
     ({"source": "folder", "root": str(PICTURES / "train"), "val_fraction": 0.99}, "without training pictures"),
-    ({"source": "folder", "root": str(PICTURES / "train/cat"), "val_fraction": 0.5}, "one folder of pictures per"),
+    ({"source": "folder", "root": str(PICTURES / "train/cat"), "val_fraction": 0.5}, "no folder of a class in it"),
+    ({"source": "folder", "root": str(PICTURES / "train/cat")}, "no folder of a class in it"),
     ({"source": "timm", "name": "hfids/x"}, "front to back"), ({"source": "timm", "name": "torch/none"}, "cannot open"),
     ({"source": "timm", "root": str(PICTURES)}, "no tar files of the split train"),
 ])
 def test_wrong_arguments(arguments, sentence):
     with pytest.raises(UserError, match=sentence):
         data.load(**arguments)
+
+
+def test_a_download_that_fails_leaves_no_folder(tmp_path, monkeypatch):
+    def unreachable(*arguments, **options):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("urllib.request.urlopen", unreachable)
+    with pytest.raises(UserError, match=r"neither train/<class>/ .* nor torchvision's cifar-10-batches-py/.*no route"):
+        data.load("cifar10", root=str(tmp_path / "new"))
+    assert not (tmp_path / "new").exists()
 
 
 def tar_of(path: Path, files: dict[str, bytes]) -> Path:

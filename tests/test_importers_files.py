@@ -112,8 +112,8 @@ def test_mutated_files(contents, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_thousand_mutated_files(contents, tmp_path):
-    check_mutations(contents, tmp_path / "mutated", 2000, seed=1)
+def test_five_thousand_mutated_files(contents, tmp_path):
+    check_mutations(contents, tmp_path / "mutated", 5000, seed=1)
 
 
 # Poison

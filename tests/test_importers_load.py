@@ -9,6 +9,7 @@ import timm
 import torch
 from oracles import DATA, oracle, part
 from safetensors.torch import save_file
+from torch import nn
 from torch.testing import assert_close
 
 import deepvit
@@ -104,6 +105,11 @@ def test_another_number_of_heads_is_refused(npz):
                                  mlp_ratio=2.0)
     with pytest.raises(UserError, match="4 heads, the model 6"):
         deepvit.load_weights(model, npz)
+
+
+def test_a_model_of_others_is_refused(npz):
+    with pytest.raises(UserError, match="fills models of deepvit.create_model, not a Linear"):
+        deepvit.load_weights(nn.Linear(2, 2), npz)
 
 
 # Heads

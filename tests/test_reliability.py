@@ -277,7 +277,7 @@ def test_a_request_to_stop_waits_for_a_micro_batch_not_for_the_step(config, tmp_
 
 
 def test_a_request_to_stop_while_an_update_is_not_yet_settled(config, uncut, tmp_path):
-    """Nothing is due for 24 steps, so the host is one behind; cut in first and second micro-batches, it ends in the same bits."""
+    """Nothing is due for 24 steps, so the host is one behind; cut in first and second micro-batches: the same bits."""
     folder, rarely = tmp_path / "run", soak.changed(config, engine_log_every=99, engine_save_every=99)
     stopped_at = []
     for seconds in (0.65, 0.75, 0.85, 0.95):  # a step takes 0.2

@@ -26,3 +26,10 @@ def test_a_threshold_that_is_no_number_is_refused(capsys):
     with pytest.raises(SystemExit):
         main(["--threshold", "abc", "."])
     assert "abc is not a cosine" in capsys.readouterr().err
+
+
+def test_a_config_that_would_run_code_is_left_out(make, tmp_path, capsys):  # noqa: F811
+    folder, trap = make("a"), tmp_path / "executed"
+    (folder / "config.yaml").write_text(f"model: !!python/object/apply:os.mkdir ['{trap}']\n")
+    assert main([str(tmp_path), "--out", str(tmp_path / "r")]) == 2 and not trap.exists()
+    assert "config.yaml cannot be read" in capsys.readouterr().err

@@ -4,6 +4,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -87,9 +88,10 @@ def _sum_up() -> int:
     if hours:
         print(f"\nAll {len(hours)} cells together: {sum(hours):.3g} device-hours.")
     print(f"\n{len(_outcomes) - len(troubled)} of {len(_outcomes)} cells are done.")
-    for name, outcome in troubled:
-        print(f"  {'stopped' if outcome.code == STOPPED else 'failed'}: {name}: "
-              f"{outcome.message or 'The same command continues it.'}")
+    for sentence, alike in groupby(troubled, lambda one: one[1].message or "The same command continues it."):
+        for name, outcome in alike:
+            print(f"  {'stopped' if outcome.code == STOPPED else 'failed'}: {name}")
+        print(f"    {sentence}")
     codes = {outcome.code for _, outcome in troubled}
     return STOPPED if STOPPED in codes else min(codes, default=DONE)
 

@@ -122,7 +122,8 @@ def describe(settings: Settings, network: torch.nn.Module, splits, plan, ranks: 
     return (f"{count_parameters(network):,} parameters, {network.depth} blocks; {len(splits.train):,} pictures in "
             f"{len(splits.class_ids)} classes from {source}, {len(splits.val):,} to evaluate; "
             f"{plan.total:,} steps of {plan.batch_size} pictures ({ranks.world} x {ranks.device.type}"
-            f"{f', {parts} micro-batches' if parts > 1 else ''})")
+            f"{f', {parts} micro-batches' if parts > 1 else ''})"
+            f"{'; pictures repeat within a batch' if plan.batch_size > len(splits.train) else ''}")
 
 
 def _open(folder: RunFolder, config: Mapping[str, Any], resumed_at: int | None, summary: str,

@@ -78,7 +78,8 @@ def check_same_classes(train: list[str], val: list[str], train_folder: Path, val
     if only_train or only_val:
         parts = [f"{len(names)} only in {folder} ({_some(names)})"
                  for names, folder in ((only_train, train_folder), (only_val, val_folder)) if names]
-        raise UserError(f"Training and validation have different classes: {' and '.join(parts)}.")
+        raise UserError(f"Training and validation have different classes: {' and '.join(parts)}. Both need a folder "
+                        f"for each class.")
 
 
 def check_has_classes(folder: Path, classes: list[str]) -> None:
@@ -90,7 +91,8 @@ def check_has_classes(folder: Path, classes: list[str]) -> None:
         raise UserError(f"{folder} is flat (ILSVRC2012_val_*.JPEG without class folders): sort it into the 1000 wnid "
                         f"folders once, from inside it, with `wget -qO- {VALPREP} | bash`.")
     what = f"{len(files)} files but no folder of a class" if files else "nothing"
-    raise UserError(f"{folder} has {what} in it: it should hold one folder of pictures per class.")
+    raise UserError(f"{folder} has {what} in it: it should hold a folder for each class, with its pictures "
+                    f"inside.")
 
 
 def readable_names(class_ids: list[str]) -> list[str]:

@@ -1,5 +1,6 @@
 """`load(source, ...)`: the data sets by name, cut to a fraction or to the first classes where asked."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -123,6 +124,7 @@ def _folder(*, root: str | None, val_fraction: float | None, decoder: str, in_me
     if val is not None and train is None:
         raise UserError(f"data.root={root} has {val.name}/ but no train/ folder.")
     if not val_fraction:
+        check_has_classes(train or path, class_folders(train or path))
         raise UserError(f"{path} has no val/ folder: give data.val_fraction=0.1 to hold out a tenth of each class.")
     return _held_out(train or path, val_fraction, seed, decoder=decoder, in_memory_mb=in_memory_mb)
 
@@ -150,6 +152,7 @@ def _cifar(classes_of_it: int, *, root: str | None, val_fraction: float | None, 
         raise UserError(f"data={name} needs data.root: the folder that holds it as JPEGs ({{train,test}}/<class>/) or "
                         "that torchvision shall download it to.")
     path = Path(root).expanduser()
+    existed = path.exists()
     if split_folder(path, TRAIN) is not None:
         return _folder(root=root, val_fraction=val_fraction, decoder=decoder, **options)
     from torchvision.datasets import CIFAR10, CIFAR100
@@ -157,7 +160,10 @@ def _cifar(classes_of_it: int, *, root: str | None, val_fraction: float | None, 
     try:
         parts = [dataset(path, train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError) as error:
-        raise UserError(f"{dataset.__name__} is not in data.root={root} and could not be downloaded there "
+        if not existed:
+            shutil.rmtree(path, ignore_errors=True)
+        raise UserError(f"data.root={root} holds neither train/<class>/ and test/<class>/ with JPEGs nor torchvision's "
+                        f"{dataset.base_folder}/, and {dataset.__name__} could not be downloaded to it "
                         f"({error}).") from error
     sets = [ArraySet(part.data, np.array(part.targets), f"{name}/{split}", decoder=decoder)
             for part, split in zip(parts, ("train", "test"), strict=True)]

@@ -89,6 +89,8 @@ def load_weights(model: ViT, path: str | Path, dialect: str | None = None, ema: 
     Raises:
         UserError: as `load_model`; the model is unchanged if names or shapes do not fit.
     """
+    if not isinstance(model, ViT):
+        raise UserError(f"load_weights fills models of deepvit.create_model, not a {type(model).__name__}.")
     config = getattr(model, "config", {})
     file, spoken, translation, report = _understand(path, dialect, ema, {"in_chans": config.get("in_chans")})
     told = settings_from_shapes(translation.shapes, str(file.path))
