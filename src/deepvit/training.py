@@ -110,8 +110,13 @@ def prepare_device(precision: Precision, ranks: Ranks) -> None:
     """Threads of this rank's share of the cores, and the precision of float32 products."""
     neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world))  # ranks on this machine
     if neighbours > 1 and ranks.device.type == "cpu":
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // neighbours))
+        torch.set_num_threads(max(1, _cores() // neighbours))
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision.tf32
+
+
+def _cores() -> int:
+    """Those that this process may use, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def describe(settings: Settings, network: torch.nn.Module, splits, plan, ranks: Ranks) -> str:
@@ -119,11 +124,17 @@ def describe(settings: Settings, network: torch.nn.Module, splits, plan, ranks: 
     parts = build.accumulation(settings, ranks.world)
     source = settings.data.source
     source = "the built-in digits (recipe= chooses others)" if source == "digits" else source
-    return (f"{count_parameters(network):,} parameters, {network.depth} blocks; {len(splits.train):,} pictures in "
-            f"{len(splits.class_ids)} classes from {source}, {len(splits.val):,} to evaluate; "
-            f"{plan.total:,} steps of {plan.batch_size} pictures ({ranks.world} x {ranks.device.type}"
-            f"{f', {parts} micro-batches' if parts > 1 else ''})"
-            f"{'; pictures repeat within a batch' if plan.batch_size > len(splits.train) else ''}")
+    remarks = [
+        f"{count_parameters(network):,} parameters, {network.depth} blocks",
+        f"{len(splits.train):,} pictures in {len(splits.class_ids)} classes from {source}, {len(splits.val):,} to "
+        f"evaluate",
+        f"{plan.total:,} steps of {plan.batch_size} pictures ({ranks.world} x {ranks.device.type}"
+        f"{f', {parts} micro-batches' if parts > 1 else ''})"]
+    if plan.batch_size > len(splits.train):
+        remarks.append("pictures repeat within a batch")
+    if settings.data.workers > _cores():
+        remarks.append(f"data.workers={settings.data.workers} is more than the {_cores()} cores here")
+    return "; ".join(remarks)
 
 
 def _open(folder: RunFolder, config: Mapping[str, Any], resumed_at: int | None, summary: str,

@@ -1,7 +1,7 @@
 """All measures of a model on one batch of pictures, as plain numbers to log while it trains."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,13 +19,16 @@ from deepvit.analysis.measures import (
     thetas,
     token_similarity,
 )
-from deepvit.analysis.recording import Recording, attention_modules, recordings
+from deepvit.analysis.recording import attention_modules, recordings
 from deepvit.analysis.similarity import (
+    Transformed,
     centred,
+    cross_layer_similarity,
+    held,
+    images_for_pairs,
     mean_head_product,
     mean_product,
     similar_blocks,
-    similarity_matrix,
     unit_columns,
 )
 
@@ -41,12 +44,13 @@ def probe(model: nn.Module, x: Tensor, *, batch_size: int | None = None, thresho
           matrix: bool = False) -> dict[str, Any]:
     """What attention does in every block of `model` on pictures `[B, C, height, width]`, as plain JSON values.
 
-    The model is left as it was (training flags, statistics, random state), two blocks' maps are held at a time.
+    The model is left as it was (training flags, statistics, random state). Two blocks' maps are held at a time; for
+    `matrix` those of all blocks, of as many pictures as keep them within 256 MiB per kind.
 
     Args:
-        batch_size: pictures at a time; by default what keeps one block's maps within 32 MiB.
+        batch_size: pictures at a time; by default what keeps one block's maps within 32 MiB (with `matrix`: see above).
         threshold: mean M of a pair of adjacent blocks above which it counts as similar.
-        matrix: give the all-pairs similarities too (each block's maps are then computed a second time or more).
+        matrix: give the all-pairs similarities too.
     Returns:
         lists have one entry per block (None where a block has no such thing), or per adjacent pair where it says so:
         `images`, `tokens`, `heads`, `blocks`;
@@ -62,27 +66,37 @@ def probe(model: nn.Module, x: Tensor, *, batch_size: int | None = None, thresho
         UserError: no attention, no pictures.
     """
     sums: dict[str, list[float | None]] = {}
+    matrices: dict[str, Tensor] = {}
     sample = SampledRows(len(x))
-    for recording in recordings(model, x, batch_size):
+    for recording in recordings(model, x, batch_size or (images_for_pairs(model, x) if matrix else None)):
         weight = len(recording) / len(x)
-        for name, values in {**_of_maps(model, recording), **_of_tokens(recording.tokens)}.items():
+        maps = {stage: recording.maps(stage) for stage in ("softmax", "final")}
+        if matrix:
+            maps = {stage: held(blocks) for stage, blocks in maps.items()}
+            for kind, pairs in _of_pairs(maps).items():
+                matrices[kind] = matrices.get(kind, 0) + weight * pairs
+        for name, values in {**_of_maps(model, recording.modules, maps), **_of_tokens(recording.tokens)}.items():
             sums[name] = _add(sums.get(name), values, weight)
         sample.add(recording.tokens) if recording.tokens else None
-    maps = recording.maps()[0]
-    result = {"images": len(x), "tokens": maps.shape[-1], "heads": maps.shape[1], "blocks": len(recording.modules)}
+    tokens, heads = maps["final"][0].shape[-1], maps["final"][0].shape[1]
+    result = {"images": len(x), "tokens": tokens, "heads": heads, "blocks": len(recording.modules)}
     result |= _nested(sums, threshold) | _cka(sample.blocks()) | _parameters(model)
-    if matrix:
-        for kind in KINDS:
-            stage, _, minus_uniform = kind.partition("_")
-            sims = similarity_matrix(model, x, stage, minus_uniform=bool(minus_uniform), batch_size=batch_size)
-            result["similarity"][kind]["matrix"] = sims.tolist()
+    for kind, pairs in matrices.items():
+        result["similarity"][kind]["matrix"] = pairs.tolist()
     return result
 
 
-def _of_maps(model: nn.Module, recording: Recording) -> dict[str, list[float | None]]:
+def _of_pairs(maps: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
+    """`[L, L]` of all pairs of blocks for each kind of similarity."""
+    transformed = {f"{stage}_centred": Transformed(blocks, centred) for stage, blocks in maps.items()}
+    return {kind: cross_layer_similarity(blocks) for kind, blocks in {**maps, **transformed}.items()}
+
+
+def _of_maps(model: nn.Module, modules: Sequence[nn.Module],
+             maps: Mapping[str, Sequence[Tensor]]) -> dict[str, list[float | None]]:
     """Per block (adjacent similarities: per pair): means over the recorded pictures."""
     values, last = defaultdict(list), {}
-    for module, softmax, final in zip(recording.modules, recording.maps("softmax"), recording.maps("final")):
+    for module, softmax, final in zip(modules, maps["softmax"], maps["final"], strict=True):
         for kind, choose in KINDS.items():
             unit = unit_columns(choose(softmax, final))
             pairs = values[f"similarity/{kind}"]

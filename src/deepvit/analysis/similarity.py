@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepvit.analysis.recording import recordings
+from deepvit.analysis.recording import record, recordings
 from deepvit.errors import UserError
 from deepvit.models.attention import Stage
 
-HELD_BYTES = 256 * 2**20  # of maps kept at once while all pairs of blocks are compared
+HELD_BYTES = 256 * 2**20  # of float32 maps of all blocks, kept while they are compared
 Rule = Literal["adjacent", "earlier"]
 
 
@@ -69,23 +69,47 @@ def cross_layer_similarity(maps: Sequence[Tensor], per_head: bool = False) -> Te
     Returns:
         `[L, L]`, symmetric with ones on the diagonal, or `[H, L, L]`.
     """
-    sims, held, start = None, [], 0
-    for start, held in _groups(maps):
-        for j in range(start, len(maps)):
-            unit = held[j - start] if j - start < len(held) else unit_columns(maps[j])
-            for i, other in enumerate(held, start):
-                row = mean_product(other, unit)  # [H]
-                sims = row.new_empty(len(row), len(maps), len(maps)) if sims is None else sims
-                sims[:, i, j] = sims[:, j, i] = row
+    # A mean of products of unit columns is one product of long vectors, so all pairs are one matrix product per head.
+    first = maps[0]
+    total = bytes_of_all(first, len(maps))
+    size = len(maps) if total <= HELD_BYTES else max(1, HELD_BYTES * len(maps) // (2 * total))  # blocks at a time
+    groups = [range(start, min(start + size, len(maps))) for start in range(0, len(maps), size)]
+    sims = torch.empty(first.shape[1], len(maps), len(maps), device=first.device)
+    for at, rows in enumerate(groups):
+        mine = _unit_vectors(maps, rows, first)
+        for columns in groups[at:]:
+            others = mine if columns is rows else _unit_vectors(maps, columns, first)
+            products = mine @ others.mT / (first.shape[0] * first.shape[-1])
+            sims[:, rows.start:rows.stop, columns.start:columns.stop] = products
+            sims[:, columns.start:columns.stop, rows.start:rows.stop] = products.mT
     return sims if per_head else sims.mean(0)
 
 
-def _groups(maps: Sequence[Tensor]):
-    """(first index, unit columns of the blocks from there) for as many blocks at a time as may be held."""
-    first = maps[0]
-    size = max(1, HELD_BYTES // (first.numel() * 4))
-    for start in range(0, len(maps), size):
-        yield start, [unit_columns(maps[i]) for i in range(start, min(start + size, len(maps)))]
+def bytes_of_all(block: Tensor, blocks: int) -> int:
+    """What the float32 maps of as many blocks take."""
+    return 4 * block.numel() * blocks
+
+
+def _unit_vectors(maps: Sequence[Tensor], blocks: range, like: Tensor) -> Tensor:
+    """The unit columns of some blocks, those of a head as one long vector: `[H, blocks, B N N]`."""
+    B, H, N, _ = like.shape
+    vectors = torch.empty(H, len(blocks), B, N, N, device=like.device)
+    for row, block in enumerate(blocks):
+        columns = unit_columns(maps[block])
+        _check_alike(like, columns)
+        vectors[:, row] = columns.transpose(0, 1)
+    return vectors.flatten(2)
+
+
+def held(maps: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The same maps, computed once and for all where together they take at most 256 MiB."""
+    return list(maps) if bytes_of_all(maps[0], len(maps)) <= HELD_BYTES else maps
+
+
+def images_for_pairs(model: nn.Module, x: Tensor) -> int:
+    """How many pictures keep the maps of all blocks within 256 MiB."""
+    maps = record(model, x[:1]).maps()
+    return max(1, HELD_BYTES // bytes_of_all(maps[0], len(maps)))
 
 
 def mean_product(p: Tensor, q: Tensor) -> Tensor:
@@ -120,7 +144,7 @@ def similarity_matrix(model: nn.Module, x: Tensor, stage: Stage = "final", *, mi
     `minus_uniform`: of the `centred` maps. Returns `[L, L]`, or `[H, L, L]` per head.
     """
     total = 0
-    for recording in recordings(model, x, batch_size):
+    for recording in recordings(model, x, batch_size or images_for_pairs(model, x)):
         maps = recording.maps(stage)
         chosen = Transformed(maps, centred) if minus_uniform else maps
         total = total + cross_layer_similarity(chosen, per_head) * (len(recording) / len(x))

@@ -2,6 +2,7 @@
 
 import math
 import signal
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
@@ -145,10 +146,11 @@ def _outlive_a_request_to_stop(worker: int) -> None:
 
 def _run(dataset: _Batches, draws: Stream | Sequence[Draw], workers: int, pin: bool) -> Iterator[Batch]:
     dataset.images.prepare()
-    loader = DataLoader(dataset, batch_size=None, sampler=draws, num_workers=workers, collate_fn=_as_it_is,
-                        pin_memory=pin, worker_init_fn=_outlive_a_request_to_stop,
-                        generator=torch.Generator())  # own generator: iter() would draw from torch's
-    batches = iter(loader)
+    with warnings.catch_warnings():  # of more processes than cores: said once, at the start of a run
+        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+        batches = iter(DataLoader(dataset, batch_size=None, sampler=draws, num_workers=workers, collate_fn=_as_it_is,
+                                  pin_memory=pin, worker_init_fn=_outlive_a_request_to_stop,
+                                  generator=torch.Generator()))  # own generator: iter() would draw from torch's
     try:
         for batch in batches:
             if isinstance(batch, UserError):
