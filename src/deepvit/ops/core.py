@@ -31,6 +31,12 @@ def triton_refuses(q: Tensor) -> str:
     return _triton().serves(q) if HAS_TRITON else "triton is not installed"
 
 
+def fused_affine(u: Tensor, gain: Tensor, total: Tensor, shift: Tensor) -> Tensor:
+    """`affine.affine_out` by Triton's kernels, one pass each way; torch.compile fuses the plain form by itself."""
+    from deepvit.ops.triton_affine import Affine
+    return Affine.apply(u, gain, total, shift)
+
+
 def _on_cpu(q: Tensor):
     """The module that computes q's dtype on a CPU: compiled where it can be, else in tiles of plain PyTorch."""
     library, why = native.load()

@@ -78,11 +78,14 @@ def _by_affine(path, q, k, v, mix, bias, norm, scale, map_scale, training, group
     if not by_batch:
         mix, shift = affine.fold(mix, bias, norm, map_scale)
     compute = plain.centred_mix if path == "plain" else core.centred_mix
+    fused = path == "triton" and not torch.compiler.is_compiling()
     u, sumsq, total = compute(q, k, v, mix, scale, by_batch)[:3]
     if not by_batch:
-        return affine.affine_out(u, None, total, shift + mix.sum(dim=1) / N)
+        shift = shift + mix.sum(dim=1) / N
+        return core.fused_affine(u, torch.ones_like(shift), total, shift) if fused else affine.affine_out(
+            u, None, total, shift)
     gain = affine.batch_gain(sumsq, B * N * N, mix, bias, N, norm, map_scale, group)
     shift = norm.beta.to(wide) * map_scale
     if bias is not None:
         shift = shift + 0 * bias.to(wide)  # it cancels; DDP wants the gradient of zeros that it has
-    return affine.normalised(u, gain, total, shift)
+    return (core.fused_affine if fused else affine.normalised)(u, gain, total, shift)
