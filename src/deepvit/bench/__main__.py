@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from deepvit.bench import attention, loader, memory, models, scaling, startup
+from deepvit.bench.targets import against_targets
 from deepvit.errors import UserError
 from deepvit.training import device_name, versions
 
@@ -102,6 +103,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
+    judged = against_targets(results, given.device)
+    if judged:
+        print(f"\nagainst the targets\n{table(judged)}")
     if given.json is not None:
         given.json.write_text(json.dumps(results, indent=1) + "\n")
     return 0
