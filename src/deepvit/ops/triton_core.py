@@ -12,6 +12,7 @@ from deepvit.ops import triton_backward, triton_kernels
 from deepvit.ops.plain import tokens_first
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as until 3.9, which warns that this will change
 
 
 class Tiling(NamedTuple):
