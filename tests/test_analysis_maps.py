@@ -1,5 +1,7 @@
 """Maps are read from models that know nothing of it, and nothing in the models moves."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import timm
@@ -124,8 +126,9 @@ def test_user_mistakes(pictures):
         analysis.attention_maps(tiny(), pictures, stage="mixed")
     with pytest.raises(UserError, match="32x32"):
         analysis.attention_maps(tiny(), pictures[..., :24])
-    with pytest.raises(UserError, match="no pictures"):
-        analysis.attention_maps(tiny(), pictures[:0])
+    for looking in (analysis.attention_maps, analysis.similarity_matrix, partial(analysis.probe, matrix=True)):
+        with pytest.raises(UserError, match="no pictures"):
+            looking(tiny(), pictures[:0])
 
 
 # Similarity: against loops, on made examples, by its invariances.
@@ -162,6 +165,12 @@ def test_all_pairs_and_adjacent_agree_with_loops(maps, held, monkeypatch):
     np.testing.assert_allclose(analysis.cross_layer_similarity(maps), expected.mean(-1), atol=1e-6)
     adjacent = [expected[i, i + 1] for i in range(4)]
     np.testing.assert_allclose(analysis.adjacent_similarity(maps, per_head=True), adjacent, atol=1e-6)
+
+
+def test_all_pairs_are_exact_for_many_pictures():
+    """Millions of products of one sign: summed one after the other in float32 they would lose percents."""
+    block = torch.rand(128, 1, 197, 197).softmax(-1)
+    torch.testing.assert_close(analysis.cross_layer_similarity([block, block]), torch.ones(2, 2), atol=1e-6, rtol=0)
 
 
 def test_similarity_invariances(maps):

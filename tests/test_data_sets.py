@@ -177,6 +177,12 @@ def test_a_download_that_fails_leaves_no_folder(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"neither train/<class>/ .* nor torchvision's cifar-10-batches-py/.*no route"):
         data.load("cifar10", root=str(tmp_path / "new"))
     assert not (tmp_path / "new").exists()
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "notes.txt").write_text("keep")
+    with pytest.raises(UserError, match="no route"):
+        data.load("cifar10", root=str(tmp_path / "nowhere/../mine"))
+    assert (mine / "notes.txt").read_text() == "keep"
 
 
 def tar_of(path: Path, files: dict[str, bytes]) -> Path:

@@ -19,7 +19,7 @@ import yaml
 from deepvit import analysis, build
 from deepvit.analysis.board import draw_probe
 from deepvit.continuing import pictures_of, refuse_change, refuse_finished
-from deepvit.data import resolve_decoder
+from deepvit.data import DOWNLOADING, Splits, resolve_decoder
 from deepvit.engine import checkpoint
 from deepvit.engine.board import Board
 from deepvit.engine.checkpoint import write_text_synced
@@ -64,8 +64,8 @@ def train(config: Mapping[str, Any], path: Path, ranks: Ranks, stop: StopRequest
 
 
 def _train(config: Mapping[str, Any], settings: Settings, folder: RunFolder, ranks: Ranks, stop: StopRequest) -> bool:
+    splits = _splits(settings, ranks)
     with ranks.together():
-        splits = build.splits(settings.data)
         schedule, plan = build.schedule_and_plan(settings, len(splits.train))
         found = checkpoint.load_newest(folder.last, folder.previous, advice="fresh=true starts over.")
         if found:
@@ -94,6 +94,16 @@ def _train(config: Mapping[str, Any], settings: Settings, folder: RunFolder, ran
     return finished
 
 
+def _splits(settings: Settings, ranks: Ranks) -> Splits:
+    """The pictures; where they may have to be downloaded, the first rank of each machine goes before the others."""
+    is_first = settings.data.source not in DOWNLOADING or int(os.environ.get("LOCAL_RANK", 0)) == 0
+    for mine in (is_first, not is_first):
+        with ranks.together():
+            if mine:
+                splits = build.splits(settings.data)
+    return splits
+
+
 def _restarts() -> int:
     """How often the launcher started all ranks again in this very run."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
@@ -108,10 +118,14 @@ def _refuse_different_folders(positions: list[tuple[int, int]], folder: RunFolde
 
 def prepare_device(precision: Precision, ranks: Ranks) -> None:
     """Threads of this rank's share of the cores, and the precision of float32 products."""
-    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world))  # ranks on this machine
-    if neighbours > 1 and ranks.device.type == "cpu":
-        torch.set_num_threads(max(1, _cores() // neighbours))
+    if _neighbours(ranks) > 1 and ranks.device.type == "cpu":
+        torch.set_num_threads(max(1, _cores() // _neighbours(ranks)))
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision.tf32
+
+
+def _neighbours(ranks: Ranks) -> int:
+    """Ranks on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world))
 
 
 def _cores() -> int:
@@ -132,8 +146,9 @@ def describe(settings: Settings, network: torch.nn.Module, splits, plan, ranks: 
         f"{f', {parts} micro-batches' if parts > 1 else ''})"]
     if plan.batch_size > len(splits.train):
         remarks.append("pictures repeat within a batch")
-    if settings.data.workers > _cores():
-        remarks.append(f"data.workers={settings.data.workers} is more than the {_cores()} cores here")
+    if settings.data.workers * _neighbours(ranks) > _cores():
+        remarks.append(f"data.workers={settings.data.workers} (each device's) is more than the {_cores()} cores here "
+                       f"can serve")
     return "; ".join(remarks)
 
 
@@ -245,8 +260,8 @@ def dry_run(config: Mapping[str, Any], ranks: Ranks, stop: StopRequest) -> dict[
     to stop)."""
     settings = read_settings(config)
     prepare_device(build.precision(settings.precision), ranks)
+    splits = _splits(settings, ranks)
     with ranks.together():
-        splits = build.splits(settings.data)
         schedule, plan = build.schedule_and_plan(settings, len(splits.train))
         network = build.model(settings, len(splits.class_ids))
         state = build.state(settings, network, ranks)

@@ -45,7 +45,7 @@ def probe(model: nn.Module, x: Tensor, *, batch_size: int | None = None, thresho
     """What attention does in every block of `model` on pictures `[B, C, height, width]`, as plain JSON values.
 
     The model is left as it was (training flags, statistics, random state). Two blocks' maps are held at a time; for
-    `matrix` those of all blocks, of as many pictures as keep them within 256 MiB per kind.
+    `matrix` those of all blocks, of as many pictures as keep them within 256 MiB (but one at least), three times over.
 
     Args:
         batch_size: pictures at a time; by default what keeps one block's maps within 32 MiB (with `matrix`: see above).

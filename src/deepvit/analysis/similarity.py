@@ -6,7 +6,8 @@ maps near uniform are alike whatever the model learned. So look at M beside M of
 and at initialisation.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -69,20 +70,34 @@ def cross_layer_similarity(maps: Sequence[Tensor], per_head: bool = False) -> Te
     Returns:
         `[L, L]`, symmetric with ones on the diagonal, or `[H, L, L]`.
     """
-    # A mean of products of unit columns is one product of long vectors, so all pairs are one matrix product per head.
+    # Products of all pairs of blocks are one small matrix product for each row; a single one of all rows would sum too
+    # many numbers of one sign in float32.
     first = maps[0]
     total = bytes_of_all(first, len(maps))
     size = len(maps) if total <= HELD_BYTES else max(1, HELD_BYTES * len(maps) // (2 * total))  # blocks at a time
     groups = [range(start, min(start + size, len(maps))) for start in range(0, len(maps), size)]
     sims = torch.empty(first.shape[1], len(maps), len(maps), device=first.device)
-    for at, rows in enumerate(groups):
-        mine = _unit_vectors(maps, rows, first)
-        for columns in groups[at:]:
-            others = mine if columns is rows else _unit_vectors(maps, columns, first)
-            products = mine @ others.mT / (first.shape[0] * first.shape[-1])
-            sims[:, rows.start:rows.stop, columns.start:columns.stop] = products
-            sims[:, columns.start:columns.stop, rows.start:rows.stop] = products.mT
+    with _exact_products(first.device):
+        for at, rows in enumerate(groups):
+            mine = _unit_columns_of(maps, rows, first)
+            for columns in groups[at:]:
+                others = mine if columns is rows else _unit_columns_of(maps, columns, first)
+                products = (mine @ others.mT).sum((1, 2)) / (first.shape[0] * first.shape[-1])  # [H, rows, columns]
+                sims[:, rows.start:rows.stop, columns.start:columns.stop] = products
+                sims[:, columns.start:columns.stop, rows.start:rows.stop] = products.mT
     return sims if per_head else sims.mean(0)
+
+
+@contextmanager
+def _exact_products(device: torch.device) -> Iterator[None]:
+    """float32 products in float32: no autocast, no TF32."""
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
 def bytes_of_all(block: Tensor, blocks: int) -> int:
@@ -90,15 +105,15 @@ def bytes_of_all(block: Tensor, blocks: int) -> int:
     return 4 * block.numel() * blocks
 
 
-def _unit_vectors(maps: Sequence[Tensor], blocks: range, like: Tensor) -> Tensor:
-    """The unit columns of some blocks, those of a head as one long vector: `[H, blocks, B N N]`."""
+def _unit_columns_of(maps: Sequence[Tensor], blocks: range, like: Tensor) -> Tensor:
+    """The unit columns of some blocks, `[H, B, N, blocks, N]`."""
     B, H, N, _ = like.shape
-    vectors = torch.empty(H, len(blocks), B, N, N, device=like.device)
-    for row, block in enumerate(blocks):
+    gathered = torch.empty(H, B, N, len(blocks), N, device=like.device)
+    for place, block in enumerate(blocks):
         columns = unit_columns(maps[block])
         _check_alike(like, columns)
-        vectors[:, row] = columns.transpose(0, 1)
-    return vectors.flatten(2)
+        gathered[:, :, :, place] = columns.transpose(0, 1)
+    return gathered
 
 
 def held(maps: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -108,6 +123,8 @@ def held(maps: Sequence[Tensor]) -> Sequence[Tensor]:
 
 def images_for_pairs(model: nn.Module, x: Tensor) -> int:
     """How many pictures keep the maps of all blocks within 256 MiB."""
+    if not len(x):
+        return 1
     maps = record(model, x[:1]).maps()
     return max(1, HELD_BYTES // bytes_of_all(maps[0], len(maps)))
 

@@ -1,7 +1,7 @@
 """`load(source, ...)`: the data sets by name, cut to a fraction or to the first classes where asked."""
 
-import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from deepvit.data.imageset import IN_MEMORY_MB, ArraySet, FileSet, ImageSet, Spl
 from deepvit.data.timm_sets import timm_splits
 from deepvit.errors import UserError, did_you_mean
 
+DOWNLOADING = ("cifar10", "cifar100", "timm")  # sources that may have to fetch their pictures
 TRAIN, VAL = ("train", "training"), ("val", "valid", "validation", "test", "eval")
 
 
@@ -152,7 +153,6 @@ def _cifar(classes_of_it: int, *, root: str | None, val_fraction: float | None, 
         raise UserError(f"data={name} needs data.root: the folder that holds it as JPEGs ({{train,test}}/<class>/) or "
                         "that torchvision shall download it to.")
     path = Path(root).expanduser()
-    existed = path.exists()
     if split_folder(path, TRAIN) is not None:
         return _folder(root=root, val_fraction=val_fraction, decoder=decoder, **options)
     from torchvision.datasets import CIFAR10, CIFAR100
@@ -160,8 +160,8 @@ def _cifar(classes_of_it: int, *, root: str | None, val_fraction: float | None, 
     try:
         parts = [dataset(path, train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError) as error:
-        if not existed:
-            shutil.rmtree(path, ignore_errors=True)
+        with suppress(OSError):
+            path.rmdir()  # only where it is empty
         raise UserError(f"data.root={root} holds neither train/<class>/ and test/<class>/ with JPEGs nor torchvision's "
                         f"{dataset.base_folder}/, and {dataset.__name__} could not be downloaded to it "
                         f"({error}).") from error

@@ -111,8 +111,9 @@ def _create(name: str, root: str | None, split: str, decoder: str) -> tuple[Timm
     try:
         dataset = create_dataset(name, root=root, split=split, download=True)
     except ImportError as error:
-        advice = f"pip install {error.name}" if error.name else str(error)
-        raise UserError(f"data.name={name} needs a package that is not installed: {advice}.") from error
+        missing = isinstance(error, ModuleNotFoundError) and error.name
+        advice = f": pip install {error.name.partition('.')[0]}" if missing else ""
+        raise UserError(f"data.name={name} needs a package that is not installed ({error}){advice}.") from error
     except Exception as error:  # whatever the library behind the name raises: a wrong name, split, root or network
         raise UserError(f"timm cannot open data.name={name}, split {split}, root {root}: "
                         f"{str(error) or type(error).__name__}.") from error

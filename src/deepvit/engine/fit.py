@@ -77,6 +77,7 @@ class Fit:
         self._seen_bad: set[int] = set()
         self._refused = 0  # since the last line of metrics
         self._under_way: tuple[Sequence[Any], Update] | None = None
+        self._newest: Update | None = None
         with Display(self.ranks.is_main) as self._display:
             self._bar = self._display.bar("train", self.plan.total, self.state.step)
             if self.state.batch == 0:
@@ -108,7 +109,7 @@ class Fit:
                 self._preempt()
                 return False
             self.stepper.step(self.state, update)
-            self._under_way = drawn, update
+            self._newest, self._under_way = update, (drawn, update)
             if not self._must_know() or not self._settle():
                 continue
             self._after_step(update)
@@ -141,7 +142,7 @@ class Fit:
     def _next(self, batches: Iterator[Sequence[Any]]) -> Sequence[Any] | None:
         """The next global batch; None at the end of `batches` or when any rank was asked to stop."""
         start, drawn, error = time.perf_counter(), None, None
-        self.ranks.beat(self.state.step)
+        self.ranks.beat(self.state.step + (self._under_way is not None))
         try:
             drawn = next(batches, None)
         except (UserError, Failure) as raised:
@@ -154,7 +155,8 @@ class Fit:
         if flags[1]:
             self.ranks.agree(error)
         if drawn is not None:
-            self.meter.add(self.plan.batch_size, time.perf_counter() - start)
+            waited = time.perf_counter() - start  # while the device may still have been at work
+            self.meter.add(self.plan.batch_size, min(waited, self._newest.idle_s()) if self._newest else waited)
             self._note_bad(drawn)
             self._refused += sum(batch.refused for batch in drawn)
         return drawn

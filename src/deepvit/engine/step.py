@@ -43,9 +43,8 @@ class Update:
     def __init__(self, number: int, loss: Tensor, grad_norm: Tensor, wrong: Tensor):
         self.number, self.loss, self.grad_norm, self.wrong = number, loss, grad_norm, wrong
         self._answer = wrong.to("cpu", non_blocking=True)  # to pinned memory, while the device goes on
-        self._answered = torch.cuda.Event() if wrong.is_cuda else None
-        if self._answered is not None:
-            self._answered.record()
+        self._answered = _event() if wrong.is_cuda else None
+        self._made: torch.cuda.Event | None = None
 
     @property
     def skipped(self) -> bool:
@@ -53,6 +52,20 @@ class Update:
         if self._answered is not None:
             self._answered.synchronize()
         return bool(self._answer)
+
+    def queued(self) -> None:
+        """Called when all that belongs to this update was given to the device."""
+        self._made = _event() if self.wrong.is_cuda else None
+
+    def idle_s(self) -> float:
+        """How long the device has had nothing to do since this update; a CPU idles whenever the host waits: inf."""
+        if self._made is None:
+            return float("inf")
+        if not self._made.query():
+            return 0.0
+        now = _event()
+        now.synchronize()
+        return self._made.elapsed_time(now) / 1000
 
 
 @dataclass(frozen=True)
@@ -124,6 +137,7 @@ class Stepper:
             state.optimizer.step()
         state.scaler.update()
         state.batch += 1
+        update.queued()
 
     def settle(self, state: TrainState, update: Update) -> bool:
         """Counts an update and takes it into the average; False if it was skipped. Waits for the device."""
@@ -178,6 +192,13 @@ class Stepper:
         rate = self.schedule(state.step + 1)
         for group in state.optimizer.param_groups:
             group["lr"] = rate * group.get("lr_scale", 1.0)
+
+
+def _event() -> torch.cuda.Event:
+    """A mark in the device's queue; who waits for it leaves the core to others."""
+    event = torch.cuda.Event(enable_timing=True, blocking=True)
+    event.record()
+    return event
 
 
 def _skips_on_the_device(optimizer: torch.optim.Optimizer) -> bool:

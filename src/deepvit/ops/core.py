@@ -31,12 +31,6 @@ def triton_refuses(q: Tensor) -> str:
     return _triton().serves(q) if HAS_TRITON else "triton is not installed"
 
 
-def fused_affine(u: Tensor, gain: Tensor, total: Tensor, shift: Tensor) -> Tensor:
-    """`affine.affine_out` by Triton's kernels, one pass each way; torch.compile fuses the plain form by itself."""
-    from deepvit.ops.triton_affine import Affine
-    return Affine.apply(u, gain, total, shift)
-
-
 def _on_cpu(q: Tensor):
     """The module that computes q's dtype on a CPU: compiled where it can be, else in tiles of plain PyTorch."""
     library, why = native.load()
@@ -66,13 +60,13 @@ def centred_mix_backward(du: Tensor, dsumsq: Tensor, dtotal: Tensor, q: Tensor, 
 @centred_mix.register_kernel("cuda")
 def _(q, k, v, mix, scale, statistics):
     announce("triton", "kernels that keep the maps on the chip")
-    with torch.autocast("cuda", enabled=False):
+    with torch.autocast("cuda", enabled=False), torch.cuda.device_of(q):
         return _triton().centred_mix(q, k, v, mix, scale, statistics)
 
 
 @centred_mix_backward.register_kernel("cuda")
 def _(du, dsumsq, dtotal, q, k, v, mix, kept, scale):
-    with torch.autocast("cuda", enabled=False):
+    with torch.autocast("cuda", enabled=False), torch.cuda.device_of(q):
         return _triton().centred_mix_backward(du, dsumsq, dtotal, q, k, v, mix, kept, scale)
 
 
@@ -100,3 +94,36 @@ def _backward(ctx, du, dsumsq, dtotal, _):
 
 
 centred_mix.register_autograd(_backward, setup_context=_setup)
+
+
+# The affine after the core in one pass each way. torch.compile fuses the plain form by itself.
+
+@torch.library.custom_op("deepvit::affine", mutates_args=())
+def fused_affine(u: Tensor, gain: Tensor, total: Tensor, shift: Tensor) -> Tensor:
+    """`affine.affine_out` by a Triton kernel: u `[B, H, N, d]`, gain and shift `[H]`, total `[B, H, d]`."""
+    from deepvit.ops import triton_affine
+    with torch.cuda.device_of(u):
+        return triton_affine.affine_out(u, gain, total, shift)
+
+
+@torch.library.custom_op("deepvit::affine_backward", mutates_args=())
+def fused_affine_backward(grad: Tensor, u: Tensor, gain: Tensor, total: Tensor,
+                          shift: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of u, gain, total and shift."""
+    from deepvit.ops import triton_affine
+    with torch.cuda.device_of(u):
+        return triton_affine.affine_out_backward(grad, u, gain, total, shift)
+
+
+@fused_affine.register_fake
+def _(u, gain, total, shift):
+    return tokens_first(u)
+
+
+@fused_affine_backward.register_fake
+def _(grad, u, gain, total, shift):
+    return tokens_first(u), torch.empty_like(gain), torch.empty_like(total), torch.empty_like(shift)
+
+
+fused_affine.register_autograd(lambda ctx, grad: fused_affine_backward(grad, *ctx.saved_tensors),
+                               setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from deepvit.ops.plain import tokens_first
+
 TILES = {"BN": 32, "BC": 128, "num_warps": 4}
 
 
@@ -45,39 +47,33 @@ def affine_backward(grad, u, gain, du, rows_of_grad, rows_of_product, N, C, BN: 
     tl.store(rows_of_product + b * C + cols, product, mask=cols < C)
 
 
-class Affine(torch.autograd.Function):
-    """`gain_h u_h + shift_h total_h` in u's dtype: u `[B, H, N, d]`, gain and shift `[H]`, total `[B, H, d]`."""
-
-    @staticmethod
-    def forward(ctx, u: Tensor, gain: Tensor, total: Tensor, shift: Tensor) -> Tensor:
-        ctx.save_for_backward(u, gain, total, shift)
-        B, H, N, d = u.shape
-        flat = _tokens_first(u)
-        out = torch.empty_like(flat)
-        constant = (total * shift[:, None]).float().reshape(B, H * d)
-        grid = (triton.cdiv(N, TILES["BN"]), triton.cdiv(H * d, TILES["BC"]), B)
-        affine[grid](flat, _per_channel(gain, d), constant, out, N, H * d, **TILES)
-        return out.view(B, N, H, d).transpose(1, 2)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        u, gain, total, shift = ctx.saved_tensors
-        B, H, N, d = u.shape
-        flat, grad = _tokens_first(u), _tokens_first(grad)
-        du = torch.empty_like(flat)
-        sums = torch.empty(2, B, H * d, device=u.device)
-        grid = (triton.cdiv(H * d, TILES["BC"]), B)
-        affine_backward[grid](grad, flat, _per_channel(gain, d), du, *sums, N, H * d, **TILES)
-        rows, products = sums.view(2, B, H, d)
-        return (du.view(B, N, H, d).transpose(1, 2), products.sum(dim=(0, 2)).to(gain.dtype),
-                (rows * shift[:, None]).to(total.dtype), (rows * total).sum(dim=(0, 2)).to(shift.dtype))
+def affine_out(u: Tensor, gain: Tensor, total: Tensor, shift: Tensor) -> Tensor:
+    """`affine.affine_out`, laid out tokens first."""
+    B, H, N, d = u.shape
+    out = tokens_first(u)
+    constant = (total * shift[:, None]).float().reshape(B, H * d)
+    grid = (triton.cdiv(N, TILES["BN"]), triton.cdiv(H * d, TILES["BC"]), B)
+    affine[grid](_flat(u), _per_channel(gain, d), constant, out, N, H * d, **TILES)
+    return out
 
 
-def _tokens_first(x: Tensor) -> Tensor:
-    """`[B, H, N, d]` as contiguous `[B, N, H d]`; the core and the projection lay it out so."""
-    return x.transpose(1, 2).contiguous().flatten(2)
+def affine_out_backward(grad: Tensor, u: Tensor, gain: Tensor, total: Tensor,
+                        shift: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of u, gain, total and shift."""
+    B, H, N, d = u.shape
+    du = tokens_first(u)
+    sums = torch.empty(2, B, H * d, device=u.device)
+    grid = (triton.cdiv(H * d, TILES["BC"]), B)
+    affine_backward[grid](_flat(grad), _flat(u), _per_channel(gain, d), du, *sums, N, H * d, **TILES)
+    rows, products = sums.view(2, B, H, d)
+    return (du, products.sum(dim=(0, 2)).to(gain.dtype), (rows * shift[:, None]).to(total.dtype),
+            (rows * total).sum(dim=(0, 2)).to(shift.dtype))
+
+
+def _flat(x: Tensor) -> Tensor:
+    """`[B, H, N, d]` in memory as `[B, N, H, d]`; the core and the projection lay it out so."""
+    return x.transpose(1, 2).contiguous()
 
 
 def _per_channel(gain: Tensor, d: int) -> Tensor:
-    return gain.float()[:, None].expand(-1, d).contiguous().flatten()
+    return gain.float()[:, None].expand(-1, d).contiguous()
