@@ -168,8 +168,8 @@ def test_all_pairs_and_adjacent_agree_with_loops(maps, held, monkeypatch):
 
 
 def test_all_pairs_are_exact_for_many_pictures():
-    """Millions of products of one sign: summed one after the other in float32 they would lose percents."""
-    block = torch.rand(128, 1, 197, 197).softmax(-1)
+    """Millions of nearly equal products: summed one after the other in float32 they are off by a percent."""
+    block = (1e-3 * torch.rand(64, 1, 197, 197)).softmax(-1)
     torch.testing.assert_close(analysis.cross_layer_similarity([block, block]), torch.ones(2, 2), atol=1e-6, rtol=0)
 
 
