@@ -2,50 +2,20 @@
 
 import argparse
 import json
-import logging
 import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from deepvit.bench import attention, loader, memory, models, scaling, startup
+from deepvit.bench.benches import BENCHES, measure, measure_apart
 from deepvit.bench.targets import against_targets
 from deepvit.errors import UserError
 from deepvit.training import device_name, versions
-
-BENCHES: dict[str, Callable[[argparse.Namespace], list[dict]]] = {
-    "train-step": lambda given: models.train_step(given.device, **_sizes(given), **_seconds(given),
-                                                  compiled=given.compile),
-    "eval": lambda given: models.evaluation(given.device, **_sizes(given), **_seconds(given), compiled=given.compile),
-    "attention": lambda given: attention.measure(given.device, **_seconds(given)),
-    "precision": lambda given: [{"case": "op under bf16 autocast at initialisation, against float64", **row}
-                                for row in attention.half_precision_error(device=given.device)],
-    "memory": lambda given: memory.measure(given.device, **_sizes(given)),
-    "loader": lambda given: [{"case": row.pop("task"), **row}
-                             for row in loader.measure(_data(given), **_seconds(given))],
-    "startup": lambda given: startup.measure(given.device),
-    "scaling": lambda given: scaling.measure(given.device, **_seconds(given)),
-}
-
-
-def _sizes(given: argparse.Namespace) -> dict[str, int]:
-    return {name: getattr(given, name) for name in ("depth", "batch") if getattr(given, name) is not None}
-
-
-def _seconds(given: argparse.Namespace) -> dict[str, float]:
-    return {} if given.seconds is None else {"seconds": given.seconds}
-
-
-def _data(given: argparse.Namespace) -> str:
-    if given.data is None:
-        raise UserError("The loader is measured on your JPEGs: give --data FOLDER.")
-    return given.data
-
 
 def provenance(device: str) -> dict[str, Any]:
     """Where and when: without it a time says nothing."""
@@ -92,12 +62,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the rows there too")
     given = parser.parse_args(arguments)
     chosen = [name for name in BENCHES if name != "loader" or given.data] if "all" in given.benches else given.benches
-    logging.basicConfig(level=logging.WARNING)
     results: dict[str, Any] = {"provenance": provenance(given.device)}
     print(json.dumps(results["provenance"]), flush=True)
+    run = measure if len(chosen) == 1 else measure_apart
     try:
         for name in chosen:
-            results[name] = BENCHES[name](given)
+            results[name] = run(name, given)
             for case in dict.fromkeys(row["case"] for row in results[name]):
                 print(f"\n{case}\n{table([row for row in results[name] if row['case'] == case])}", flush=True)
     except UserError as error:

@@ -1,7 +1,7 @@
 """What a train step keeps and needs: bytes saved for backward, and the peak of a fresh process."""
 
 import multiprocessing
-import resource
+from pathlib import Path
 
 import torch
 
@@ -56,11 +56,14 @@ def _resident(device: str) -> int:
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
+    return _status("VmRSS")
 
 
 def _peak(device: str) -> int:
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return torch.cuda.max_memory_allocated() if device == "cuda" else _status("VmHWM")
+
+
+def _status(field: str) -> int:
+    """Bytes, from Linux: of this program alone; getrusage's peak would be that of the process that started it."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field + ":"))
+    return int(line.split()[1]) * 1024
