@@ -179,6 +179,9 @@ def test_a_download_that_fails_leaves_no_folder(tmp_path, monkeypatch):
     assert not (tmp_path / "new").exists()
     mine = tmp_path / "mine"
     mine.mkdir()
+    with pytest.raises(UserError, match="no route"):
+        data.load("cifar10", root=str(mine))
+    assert mine.exists()
     (mine / "notes.txt").write_text("keep")
     with pytest.raises(UserError, match="no route"):
         data.load("cifar10", root=str(tmp_path / "nowhere/../mine"))

@@ -23,7 +23,7 @@ from deepvit.engine.signals import StopRequest
 from deepvit.engine.step import Precision
 from deepvit.errors import UserError
 from deepvit.importers import load_model
-from deepvit.importers.files import find_checkpoint
+from deepvit.importers.files import find_checkpoint, has_average
 from deepvit.models import ViT
 from deepvit.models.cost import count_flops, count_parameters
 from deepvit.report.published import IMAGENET_VAL, published_of, sources
@@ -137,16 +137,6 @@ def load(path: Path, config: Mapping[str, Any]) -> Candidate:
     said = model.load_report.said
     run = said.get("run")
     return Candidate(path, model, weights, said.get("classes"), run and run["data"], said)
-
-
-def has_average(path: Path) -> bool:
-    """Whether the file holds averaged weights beside the raw ones."""
-    from deepvit.importers.files import open_weights
-    try:
-        open_weights(path, True)
-    except UserError:
-        return False
-    return True
 
 
 def data_settings(candidate: Candidate, config: Mapping[str, Any]) -> Data:

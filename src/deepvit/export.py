@@ -19,9 +19,9 @@ from torch import Tensor
 
 from deepvit.errors import Failure, UserError
 from deepvit.importers import deepvit as published
-from deepvit.importers import load_model, open_weights, ours
+from deepvit.importers import load_model, ours
 from deepvit.importers import timm as timm_dialect
-from deepvit.importers.files import find_checkpoint
+from deepvit.importers.files import find_checkpoint, has_average
 from deepvit.importers.table import write
 from deepvit.model_card import write_card
 from deepvit.models import ViT
@@ -56,7 +56,7 @@ def export(source: str | Path, to: str, out: str | Path | None = None, weights: 
     if to not in WRITERS:
         raise UserError(f"--to {to} is not known: choose from {', '.join(WRITERS)}.")
     path, run = find_checkpoint(Path(source))
-    ema = _has_ema(path) if weights == "auto" else weights == "ema"
+    ema = has_average(path) if weights == "auto" else weights == "ema"
     model = load_model(path, dialect=dialect, ema=ema, **keywords).eval()
     out = Path(out) if out else path.with_name(f"{path.name.split('.')[0]}.{SUFFIX[to]}")
     if out.resolve() == path.resolve():
@@ -85,15 +85,6 @@ def _prove_writable(out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=out.parent):
         pass
-
-
-def _has_ema(path: Path) -> bool:
-    try:
-        return open_weights(path).has_ema
-    except UserError as error:
-        if "ema=True" in str(error):  # it holds nothing else
-            return True
-        raise
 
 
 def _pictures(model: ViT) -> Tensor:

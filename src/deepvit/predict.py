@@ -9,8 +9,8 @@ import torch
 
 from deepvit.analysis.pictures import class_names, read_pictures, top_classes
 from deepvit.errors import UserError
-from deepvit.evaluation import has_average
 from deepvit.importers import load_model
+from deepvit.importers.files import has_average
 
 
 def predict(checkpoint: Path, images: Sequence[Path], top: int = 5

@@ -119,7 +119,7 @@ def _refuse_different_folders(positions: list[tuple[int, int]], folder: RunFolde
 def prepare_device(precision: Precision, ranks: Ranks) -> None:
     """Threads of this rank's share of the cores, and the precision of float32 products."""
     if _neighbours(ranks) > 1 and ranks.device.type == "cpu":
-        torch.set_num_threads(max(1, _cores() // _neighbours(ranks)))
+        torch.set_num_threads(max(1, usable_cores() // _neighbours(ranks)))
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision.tf32
 
 
@@ -128,7 +128,7 @@ def _neighbours(ranks: Ranks) -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world))
 
 
-def _cores() -> int:
+def usable_cores() -> int:
     """Those that this process may use, where the system tells."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -146,9 +146,9 @@ def describe(settings: Settings, network: torch.nn.Module, splits, plan, ranks: 
         f"{f', {parts} micro-batches' if parts > 1 else ''})"]
     if plan.batch_size > len(splits.train):
         remarks.append("pictures repeat within a batch")
-    if settings.data.workers * _neighbours(ranks) > _cores():
-        remarks.append(f"data.workers={settings.data.workers} (each device's) is more than the {_cores()} cores here "
-                       f"can serve")
+    if settings.data.workers * _neighbours(ranks) > usable_cores():
+        remarks.append(f"data.workers={settings.data.workers} (each device's) is more than the {usable_cores()} cores "
+                       f"here can serve")
     return "; ".join(remarks)
 
 

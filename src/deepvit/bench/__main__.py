@@ -15,12 +15,13 @@ import torch
 from deepvit.bench.benches import BENCHES, measure, measure_apart
 from deepvit.bench.targets import against_targets
 from deepvit.errors import UserError
-from deepvit.training import device_name, versions
+from deepvit.training import device_name, usable_cores, versions
+
 
 def provenance(device: str) -> dict[str, Any]:
     """Where and when: without it a time says nothing."""
     return {"date": time.strftime("%Y-%m-%d %H:%M"), "machine": platform.machine(), "processor": _processor(),
-            "cores": len(os.sched_getaffinity(0)), "load": os.getloadavg()[0],
+            "cores": usable_cores(), "load": os.getloadavg()[0],
             "device": device_name(torch.device(device)), **versions()}
 
 

@@ -156,12 +156,14 @@ def _cifar(classes_of_it: int, *, root: str | None, val_fraction: float | None, 
     if split_folder(path, TRAIN) is not None:
         return _folder(root=root, val_fraction=val_fraction, decoder=decoder, **options)
     from torchvision.datasets import CIFAR10, CIFAR100
+    existed = path.exists()
     dataset = {10: CIFAR10, 100: CIFAR100}[classes_of_it]
     try:
         parts = [dataset(path, train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError) as error:
-        with suppress(OSError):
-            path.rmdir()  # only where it is empty
+        if not existed:
+            with suppress(OSError):
+                path.rmdir()  # only where it is empty
         raise UserError(f"data.root={root} holds neither train/<class>/ and test/<class>/ with JPEGs nor torchvision's "
                         f"{dataset.base_folder}/, and {dataset.__name__} could not be downloaded to it "
                         f"({error}).") from error

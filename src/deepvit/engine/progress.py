@@ -4,6 +4,7 @@ import logging
 import sys
 import time
 from types import TracebackType
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import (BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn,
@@ -19,7 +20,8 @@ class Display:
         shown: False on every rank but the first.
     """
 
-    def __init__(self, shown: bool = True, stream=sys.stderr):
+    def __init__(self, shown: bool = True, stream: TextIO | None = None):
+        stream = stream or sys.stderr  # as it is now, not as it was when this was imported
         self.terminal = shown and stream.isatty()
         self._bars = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"),

@@ -59,6 +59,15 @@ def open_weights(path: str | Path, ema: bool = False) -> WeightsFile:
     return opened
 
 
+def has_average(path: Path) -> bool:
+    """Whether the file holds averaged weights, be it beside raw ones; False for one that cannot be opened at all."""
+    try:
+        open_weights(path, ema=True)
+    except UserError:
+        return False
+    return True
+
+
 def find_checkpoint(source: Path) -> tuple[Path, Path | None]:
     """(weights file, its run folder if it lies in one) of a run folder or a file."""
     if source.is_dir():
