@@ -7,21 +7,14 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 try:
-    import hydra
+    import hydra  # noqa: F401
 except ModuleNotFoundError:  # started outside .venv: go on in it
     python = HERE / ".venv" / "bin" / "python"
     if not python.exists() or Path(sys.executable) == python:
         sys.exit("hydra is not installed in this python: run `make install` first.")
     os.execv(python, [str(python), *sys.argv])
 
-from deepvit import cli
-
-
-@hydra.main(version_base="1.3", config_path=str(HERE / "conf"), config_name="train")
-def main(config) -> None:
-    from deepvit.jobs import train_job
-    cli.run_job(train_job, config)
-
+from deepvit.commands.main import main
 
 if __name__ == "__main__":
-    sys.exit(cli.main(main))
+    sys.exit(main(["train", *sys.argv[1:]]))

@@ -33,7 +33,7 @@ def train(config: dict[str, Any], folder: str) -> int:
 
 def train_with_nan(config: dict[str, Any], folder: str, batches: list[int], rank: int) -> int:
     """The pictures of these global batches are NaN on one rank."""
-    from deepvit import build
+    from deepvit.run import build
     original = build.prepare
 
     def prepare(*arguments: Any, **options: Any):
@@ -80,8 +80,8 @@ def train_with_bad_weights(config: dict[str, Any], folder: str) -> int:
 
 def train_in_parent(config: dict[str, Any], folder: str) -> int:
     """As `train.py` with several devices: this process launches the ranks and watches over them."""
-    from deepvit import launch
-    from deepvit.jobs import train_job
+    from deepvit.run import launch
+    from deepvit.run.launch import train_job
     launch.START_METHOD = "forkserver"  # spares each rank the import of torch
     import multiprocessing
     multiprocessing.set_start_method("forkserver", force=True)

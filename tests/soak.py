@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PRELOADED = ["deepvit.training", "deepvit.jobs", "torch._dynamo", "torch.utils.tensorboard", "sklearn.datasets",
+PRELOADED = ["deepvit.run.train", "deepvit.run.launch", "torch._dynamo", "torch.utils.tensorboard", "sklearn.datasets",
              "timm.optim", "timm.data"]
 
 # Everything that has randomness or state of its own: augmentation, mixing, drop path, dropout, head BatchNorm, EMA,
@@ -79,7 +79,7 @@ class Run:
 
 
 def compose(*overrides: str) -> dict[str, Any]:
-    from deepvit.build import compose as composed
+    from deepvit.config.compose import compose as composed
     return composed([*EVERYTHING, *overrides])
 
 
@@ -128,8 +128,7 @@ def _begin(target: Callable[..., Any], arguments: tuple[Any, ...], log: str, env
 
 
 def _train(config: dict[str, Any], folder: str) -> int:
-    from deepvit.jobs import train_job
-    from deepvit.launch import run_rank
+    from deepvit.run.launch import run_rank, train_job
     outcome = run_rank(train_job, config, folder)
     if outcome.message:
         print(outcome.message, flush=True)

@@ -1,4 +1,4 @@
-"""`python -m deepvit.analysis.figures`: every figure is drawn, computing and drawing come apart, mistakes are named."""
+"""`deepvit figures`: every figure is drawn, computing and drawing come apart, mistakes are named."""
 
 import math
 

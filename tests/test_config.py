@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from deepvit import build, cli
+from deepvit.commands import cli
+from deepvit.config.compose import compose
+from deepvit.config.run_name import LONGEST, run_folder, run_name
 from deepvit.errors import UserError
 from deepvit.models import list_models, model_config
-from deepvit.run_folder_name import LONGEST, run_folder, run_name
-from deepvit.settings import read_settings
+from deepvit.run import build
+from deepvit.run.build import read_settings
 
 CONF = Path(build.__file__).parent / "conf"
 
@@ -23,31 +25,31 @@ def choices(group: str) -> list[str]:
 def test_every_choice_makes_settings(group):
     recipe = ["init=weights.pt"] if group == "recipe" else ["recipe=imagenet"]  # digits counts in epochs, some in steps
     for name in choices(group):
-        read_settings(build.compose([*recipe, f"{group}={name}"]))
+        read_settings(compose([*recipe, f"{group}={name}"]))
 
 
 def test_fine_tuning_needs_weights():
     with pytest.raises(UserError, match="head=zero is for weights that are loaded: give init=CHECKPOINT"):
-        read_settings(build.compose(["recipe=finetune_cifar10"]))
+        read_settings(compose(["recipe=finetune_cifar10"]))
 
 
 @pytest.mark.parametrize("name", list_models())
 def test_hydra_and_the_plain_reader_agree(name):
     """`create_model` reads the YAML files without hydra: both must see the same model."""
-    hydra = build.compose([f"model={name}", "recipe=imagenet"])["model"]
+    hydra = compose([f"model={name}", "recipe=imagenet"])["model"]
     assert {**hydra, "drop_path_rate": 0.0} == model_config(name)  # the recipe's stochastic depth apart
 
 
 def test_a_recipe_is_not_overruled_by_the_defaults():
     """`_self_` above recipe, or this is silently lost."""
-    config = build.compose(["recipe=imagenet_32b", "model=deepvit32"])
+    config = compose(["recipe=imagenet_32b", "model=deepvit32"])
     assert (config["augment"]["mixup"], config["augment"]["cutmix"]) == (0.1, 0.0)
     assert config["loss"]["cosine_blocks"] == 12 and config["ema"]["decay"] == 0.99996
     assert config["model"]["drop_path_rate"] == 0.2 and config["data"]["source"] == "imagenet"
 
 
 def test_the_command_line_overrules_a_recipe_and_a_model():
-    config = build.compose(["model=deepvit32", "model/attention=self", "recipe=imagenet", "augment=none", "seed=7"])
+    config = compose(["model=deepvit32", "model/attention=self", "recipe=imagenet", "augment=none", "seed=7"])
     assert config["model"]["attention"]["name"] == "self" and config["model"]["depth"] == 32
     assert config["augment"]["mixup"] == 0.0 and config["seed"] == 7
 
@@ -77,7 +79,7 @@ def test_the_command_line_overrules_a_recipe_and_a_model():
 ])
 def test_wrong_settings_are_named(override, words):
     with pytest.raises(UserError) as caught:
-        read_settings(build.compose([override]))
+        read_settings(compose([override]))
     for word in words:
         assert word in str(caught.value)
 
@@ -90,14 +92,14 @@ def test_wrong_settings_are_named(override, words):
 ])
 def test_hydras_refusals_in_a_users_words(overrides, words):
     with pytest.raises((cli.HydraException, cli.OmegaConfBaseException)) as caught:
-        build.compose(overrides)
+        compose(overrides)
     sentence = cli.hydra_error(caught.value)
     assert all(word in sentence for word in words) and "\n" not in sentence
 
 
 def test_data_that_a_recipe_does_not_use_is_refused():
     with pytest.raises(UserError, match="recipe=imagenet"):
-        build.splits(read_settings(build.compose(["data.root=/pictures"])).data)
+        build.splits(read_settings(compose(["data.root=/pictures"])).data)
 
 
 def test_a_run_folder_is_a_function_of_what_changes_results():
@@ -121,21 +123,21 @@ def test_run_names_are_safe_short_and_distinct():
     (64, 1, None, 0.0, 1), (64, 2, None, 0.0, 1), (64, 1, 16, 0.0, 4), (64, 2, 16, 0.8, 2), (60, 1, 16, 0.0, 4),
     (12, 1, 5, 0.8, 3)])
 def test_accumulation_follows_from_the_devices(batch, world, most, mixup, parts):
-    config = build.compose([f"data.batch_size={batch}", f"engine.device_batch={most or 'null'}",
+    config = compose([f"data.batch_size={batch}", f"engine.device_batch={most or 'null'}",
                             f"augment.mixup={mixup}"])
     assert build.accumulation(read_settings(config), world) == parts
 
 
 @pytest.mark.parametrize(("batch", "world", "mixup"), [(63, 2, 0.0), (3, 3, 0.8), (10, 2, 0.8)])
 def test_a_batch_that_does_not_divide_is_refused(batch, world, mixup):
-    settings = read_settings(build.compose([f"data.batch_size={batch}", f"augment.mixup={mixup}"]))
+    settings = read_settings(compose([f"data.batch_size={batch}", f"augment.mixup={mixup}"]))
     with pytest.raises(UserError, match=f"data.batch_size={batch}"):
         build.accumulation(settings, world)
 
 
 def test_epochs_become_steps():
     config = ["data.batch_size=100", "schedule.epochs=3", "schedule.warmup_epochs=0.5", "schedule.cooldown_epochs=1"]
-    schedule, plan = build.schedule_and_plan(read_settings(build.compose(config)), epoch_size=1000)
+    schedule, plan = build.schedule_and_plan(read_settings(compose(config)), epoch_size=1000)
     assert (schedule.steps, schedule.warmup_steps, plan.total, plan.eval_every) == (30, 5, 40, 10)
 
 

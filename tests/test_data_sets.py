@@ -12,8 +12,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import deepvit.data as data
+from deepvit.commands.preview import draw_config
 from deepvit.data.decode import decode_pil, to_tensor
-from deepvit.data.preview import draw_config
 from deepvit.errors import UserError
 
 PICTURES = Path(__file__).parent / "data" / "pictures"  # CIFAR-10: 3 classes, 4 pictures to train, 2 to test

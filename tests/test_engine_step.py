@@ -18,7 +18,6 @@ from deepvit.engine.state import TrainState
 from deepvit.engine.step import Precision, Stepper
 from deepvit.errors import UserError
 
-
 GPU = Ranks(0, 1, torch.device("cuda", 0))
 
 

@@ -10,8 +10,8 @@ from oracles import DATA, oracle, part
 from torch.testing import assert_close
 
 import deepvit
+from deepvit.commands.export import export, main
 from deepvit.errors import UserError
-from deepvit.export import export, main
 
 SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 4, "num_classes": 3}
 needs_onnx = pytest.mark.skipif(not all(map(importlib.util.find_spec, ("onnx", "onnxscript", "onnxruntime"))),

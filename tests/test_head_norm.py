@@ -9,9 +9,9 @@ import torch
 from torch.testing import assert_close
 
 import deepvit
-from deepvit import build
 from deepvit.engine.ranks import Ranks
-from deepvit.settings import read_settings
+from deepvit.run import build
+from deepvit.run.build import read_settings
 
 SYNCED = ["model/attention=reattention", "model.attention.sync_norm=true", "model.drop_path_rate=0",
           "model.drop_rate=0", "schedule.steps=8", "schedule.warmup_steps=2", "schedule.eval_steps=8",

@@ -11,8 +11,8 @@ import yaml
 from hydra.core.global_hydra import GlobalHydra
 from PIL import Image
 
-from deepvit import cli, predict
-from deepvit.launch import BAD_INPUT, DONE
+from deepvit.commands import cli, predict
+from deepvit.run.launch import BAD_INPUT, DONE
 
 ROOT = Path(__file__).parent.parent
 TINY = ["model=vit", "model.depth=2", "model.embed_dim=16", "model.num_heads=2", "data.batch_size=256",

@@ -16,7 +16,7 @@ import soak
 import torch
 import yaml
 
-from deepvit import replay
+from deepvit.commands import replay
 from deepvit.engine import checkpoint
 
 
@@ -198,7 +198,7 @@ def test_nan_in_a_row_ends_the_run_and_names_the_first_layer(config, tmp_path, c
     assert run.wait() == 1
     assert "3 batches in a row gave a loss or gradient that is not finite." in run.words()
     assert "First to go wrong in batch 4, rank 0: the output of blocks.1.mlp.fc1 (" in run.words()
-    assert f"python -m deepvit.replay {folder} --batch 4." in run.words() and "Traceback" not in run.words()
+    assert f"deepvit replay {folder} --batch 4." in run.words() and "Traceback" not in run.words()
     assert [event["batch"] for event in soak.events(folder, "skipped")] == [2, 3, 4]
     assert replay.main([str(folder), "--batch", "4"]) == 0
     shown = capsys.readouterr().out

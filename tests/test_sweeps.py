@@ -9,10 +9,10 @@ import yaml
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from deepvit import build
+from deepvit.config.compose import compose
+from deepvit.config.run_name import run_name
 from deepvit.models import build_model
-from deepvit.run_folder_name import run_name
-from deepvit.settings import read_settings
+from deepvit.run.build import read_settings
 
 FOLDER = Path(__file__).parents[1] / "conf" / "sweep"
 SWEEPS = sorted(path.stem for path in FOLDER.glob("*.yaml"))
@@ -41,7 +41,7 @@ def drawn(sweep: str) -> list[list[str]]:
 
 @pytest.fixture(scope="module")
 def composed() -> dict[str, list[tuple[list[str], dict]]]:
-    return {sweep: [(cell, build.compose([*cell, f"sweep={sweep}"])) for cell in drawn(sweep)] for sweep in SWEEPS}
+    return {sweep: [(cell, compose([*cell, f"sweep={sweep}"])) for cell in drawn(sweep)] for sweep in SWEEPS}
 
 
 def test_every_paper_table_has_a_sweep_and_a_small_one():

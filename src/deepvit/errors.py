@@ -1,7 +1,9 @@
-"""The two ways a program of this project ends badly, and the hint that goes with a misspelt word."""
+"""How a program of this project ends, and the hint that goes with a misspelt word."""
 
 import difflib
 from collections.abc import Iterable
+
+DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75  # exit codes of every program
 
 
 class UserError(Exception):

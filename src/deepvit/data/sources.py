@@ -9,8 +9,15 @@ from pathlib import Path
 import numpy as np
 
 from deepvit.data.decode import resolve_decoder
-from deepvit.data.folders import (check_has_classes, check_same_classes, class_folders, existing, readable_names, scan,
-                                  split_folder)
+from deepvit.data.folders import (
+    check_has_classes,
+    check_same_classes,
+    class_folders,
+    existing,
+    readable_names,
+    scan,
+    split_folder,
+)
 from deepvit.data.imageset import IN_MEMORY_MB, ArraySet, FileSet, ImageSet, Splits, balanced_part, hold_out
 from deepvit.data.timm_sets import timm_splits
 from deepvit.errors import UserError, did_you_mean

@@ -307,7 +307,7 @@ class Fit:
             self.folder.log_event("gave_up", step=self.state.step, batch=number, first=where)
         raise Failure(f"{self.state.skipped_in_a_row} batches in a row gave a loss or gradient that is not finite. "
                       f"First to go wrong in batch {number}, {where}. To look at it again: "
-                      f"python -m deepvit.replay {self.folder.path} --batch {number}. To go on, lower optimizer.lr, "
+                      f"deepvit replay {self.folder.path} --batch {number}. To go on, lower optimizer.lr, "
                       f"set optimizer.clip_grad, or use precision=bf16 or fp32: the same command with that and "
                       f"hydra.run.dir={self.folder.path} continues from the last checkpoint.")
 

@@ -2,28 +2,28 @@
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import yaml
 
+from deepvit.config import CONF
+from deepvit.config.signature import ABOVE_ZERO, check_arguments, check_range
 from deepvit.errors import UserError, did_you_mean
 from deepvit.models.attention import ATTENTIONS
 from deepvit.models.stem import stem_of
 from deepvit.models.vit import ViT
-from deepvit.signature import ABOVE_ZERO, check_arguments, check_range
 
-CONF = Path(__file__).resolve().parent.parent / "conf" / "model"
+MODELS = CONF / "model"
 
 
 def list_models() -> list[str]:
     """Names that `create_model` and `model=` take."""
-    return sorted(path.stem for path in CONF.glob("*.yaml"))
+    return sorted(path.stem for path in MODELS.glob("*.yaml"))
 
 
 def list_attentions() -> list[str]:
     """Names that `attention=` and `model/attention=` take."""
-    return sorted(path.stem for path in (CONF / "attention").glob("*.yaml"))
+    return sorted(path.stem for path in (MODELS / "attention").glob("*.yaml"))
 
 
 def create_model(name: str, **overrides: Any) -> ViT:
@@ -85,7 +85,7 @@ def model_config(name: str) -> dict[str, Any]:
     if name not in list_models():
         raise UserError(f"There is no model '{name}'.{did_you_mean(name, list_models())} "
                         f"The models are: {', '.join(list_models())}.")
-    own = yaml.safe_load((CONF / f"{name}.yaml").read_text())
+    own = yaml.safe_load((MODELS / f"{name}.yaml").read_text())
     config: dict[str, Any] = {}
     for entry in own.pop("defaults", []):
         if isinstance(entry, Mapping):  # {attention: self} or {override attention: reattention}
@@ -100,7 +100,7 @@ def attention_config(name: str) -> dict[str, Any]:
     if name not in list_attentions():
         raise UserError(f"There is no attention '{name}'.{did_you_mean(name, list_attentions())} "
                         f"The attentions are: {', '.join(list_attentions())}.")
-    return yaml.safe_load((CONF / "attention" / f"{name}.yaml").read_text())
+    return yaml.safe_load((MODELS / "attention" / f"{name}.yaml").read_text())
 
 
 def register_with_timm() -> None:

@@ -7,8 +7,17 @@ The first sweep needs no delta beforehand: `dq = scale (X1 - delta X2)`, `X1 = s
 import triton
 import triton.language as tl
 
-from deepvit.ops.triton_kernels import (HEADS, _centred, _exchange, _load, _load_mix, _load_per_row, _rows_by_rows,
-                                        _store, _store_per_row)
+from deepvit.ops.triton_kernels import (
+    HEADS,
+    _centred,
+    _exchange,
+    _load,
+    _load_mix,
+    _load_per_row,
+    _rows_by_rows,
+    _store,
+    _store_per_row,
+)
 
 
 @triton.jit

@@ -1,1 +1,1 @@
-"""Tables and figures of runs, from their folders' JSON alone: `python -m deepvit.report RUNS...`."""
+"""Tables and figures of runs, from their folders' JSON alone: `deepvit report RUNS...`."""

@@ -1,78 +1,8 @@
-"""`python -m deepvit.report RUNS...`: tables and figures of run folders, finished or not, the paper's numbers beside.
+"""`python -m deepvit.report`: `deepvit report`."""
 
-Imports neither torch nor the engine, so it starts at once and runs anywhere.
-"""
-
-import argparse
 import sys
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-from deepvit.errors import Failure, UserError
-
-if TYPE_CHECKING:
-    from deepvit.report.runs import Run
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 0 done, 1 failed, 2 bad input."""
-    options = _parser().parse_args(arguments)
-    try:
-        return _report(options)
-    except (UserError, Failure) as error:
-        print(error, file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m deepvit.report", description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="*", type=Path, metavar="RUNS", help="run folders, or folders above them")
-    parser.add_argument("--out", type=Path, help="where to write (default: report/ in the first of RUNS)")
-    parser.add_argument("--threshold", type=_share, default=0.9,
-                        help="mean M above which adjacent blocks count as similar (default: %(default)s)")
-    parser.add_argument("--compare", nargs=2, type=Path, metavar=("RUN_A", "RUN_B"),
-                        help="what differs between two runs, and both curves")
-    return parser
-
-
-def _share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = float("nan")
-    if not -1 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a cosine: give a number from -1 to 1")
-    return value
-
-
-def _report(options: argparse.Namespace) -> int:
-    from deepvit.report.runs import read_runs
-    from deepvit.report.write import write_report
-    paths = options.runs or list(options.compare or [])
-    if not paths:
-        raise UserError("Give run folders, or a folder above them, such as: python -m deepvit.report runs/")
-    runs, problems = read_runs(paths)
-    pair, missing = _pair(options.compare or ())
-    out = options.out or (paths[0] if paths[0].is_dir() else paths[0].parent) / "report"
-    for line in write_report(runs, problems, out, options.threshold, pair):
-        print(line)
-    for sentence in dict.fromkeys(missing):
-        print(f"--compare is left out: {sentence}", file=sys.stderr)
-    return 2 if missing else 0
-
-
-def _pair(folders: Sequence[Path]) -> "tuple[list[Run], list[str]]":
-    """The two runs to compare, or none and a sentence for each that cannot be read."""
-    from deepvit.report.runs import read_run
-    pair, missing = [], []
-    for folder in folders:
-        try:
-            pair.append(read_run(folder))
-        except UserError as error:
-            missing.append(str(error) if folder.exists() else f"{folder} does not exist, give a run folder.")
-    return ([], missing) if missing else (pair, [])
-
+from deepvit.commands.main import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["report", *sys.argv[1:]]))

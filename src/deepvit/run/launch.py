@@ -1,4 +1,4 @@
-"""Where the ranks of a run come from: this process, torch's elastic launcher, or torchrun."""
+"""Where the ranks of a run come from: this process, torch's elastic launcher, or torchrun; and what they are asked to do."""
 
 import logging
 import os
@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from deepvit.engine.signals import heeded
-from deepvit.errors import Failure, UserError
+from deepvit.errors import BAD_INPUT, DONE, FAILED, STOPPED, Failure, UserError
+from deepvit.run.console import set_up_logging
 
-DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75  # exit codes
 START_METHOD = "spawn"  # of the ranks: CUDA does not survive a fork
 
 log = logging.getLogger(__name__)
@@ -140,21 +140,23 @@ def _devices(engine: Mapping[str, Any]) -> int:
     return wanted or present
 
 
-def set_up_logging(rank: int = 0) -> None:
-    """Lines to standard output from rank 0; from the others only what is wrong, with their number."""
-    logger = logging.getLogger("deepvit")
-    for handler in list(logger.handlers):
-        logger.removeHandler(handler)
-        handler.close()
-    console = logging.StreamHandler(sys.stdout)
-    console.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"))
-    console.setLevel(logging.INFO if rank == 0 else logging.ERROR)
-    logger.addHandler(console)
-    logger.setLevel(logging.DEBUG if rank == 0 else logging.INFO)
-    logger.propagate = False
-
-
 def unexpected(error: BaseException) -> Outcome:
     """A defect of ours: its traceback is printed, the code is that of a failure."""
     traceback.print_exception(error)
     return Outcome(FAILED, f"{type(error).__name__}: {error}")
+
+
+# Jobs: module-level functions, so that they can be started in other processes; torch is loaded there
+
+def train_job(config: Mapping[str, Any], folder: Path, ranks: Any, stop: Any) -> Outcome:
+    from deepvit.run import train
+    if config["dry"]:
+        forecast = train.dry_run(config, ranks, stop)
+        return Outcome(STOPPED if forecast is None else DONE, value=forecast)
+    return Outcome(DONE if train.train(config, folder, ranks, stop) else STOPPED)
+
+
+def eval_job(config: Mapping[str, Any], folder: Path, ranks: Any, stop: Any) -> Outcome:
+    from deepvit.run import evaluate
+    results = evaluate.evaluate_all(config, ranks, stop)
+    return Outcome(STOPPED if results is None else DONE, "" if results else "Stopped on request.", results)

@@ -1,9 +1,8 @@
-"""From settings to objects. With `cli`, the only library code that knows hydra and omegaconf."""
+"""From settings to objects."""
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +11,8 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from deepvit import data as pictures
+from deepvit.config import settings as asked
+from deepvit.config.settings import Augment, Data, Optimizer, PrecisionSettings, Settings
 from deepvit.engine.fit import Plan
 from deepvit.engine.ranks import Ranks
 from deepvit.engine.schedule import Schedule
@@ -19,21 +20,17 @@ from deepvit.engine.state import TrainState
 from deepvit.engine.step import Objective, Precision, Stepper
 from deepvit.errors import UserError, did_you_mean
 from deepvit.models import ViT, build_model
-from deepvit.settings import Augment, Data, Optimizer, PrecisionSettings, Settings
+from deepvit.models.registry import check_model
 
 FUSED = ("adam", "adamw", "momentum", "sgd")  # torch's own, which update all parameters in one kernel
 log = logging.getLogger(__name__)
 
 
-def compose(overrides: Sequence[str] = (), config_name: str = "train") -> dict[str, Any]:
-    """The resolved config of a command line, as plain values: `compose(["model=deepvit32", "data=cifar10"])`."""
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
-    from omegaconf import OmegaConf
-    conf = Path(__file__).resolve().parent / "conf"
-    with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
-        config = OmegaConf.to_container(hydra_compose(config_name, overrides=list(overrides)), resolve=True)
-    return config
+def read_settings(config: Mapping[str, Any]) -> Settings:
+    """`config.settings.read_settings`, with the model's own settings checked as well."""
+    settings = asked.read_settings(config)
+    check_model(settings.model)
+    return settings
 
 
 # Data

@@ -1,13 +1,15 @@
-"""What `train.py` and `eval.py` share: Hydra's outermost layer, its errors in a user's words, exit codes."""
+"""`deepvit train` and `deepvit eval`: Hydra's outermost layer, and its errors in a user's words."""
 
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, OverrideParseException
@@ -15,9 +17,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from deepvit.errors import Failure, UserError, did_you_mean
-from deepvit.launch import BAD_INPUT, DONE, FAILED, STOPPED, Job, Outcome, launch, unexpected
-from deepvit.run_folder_name import run_folder
+from deepvit.config import CONF
+from deepvit.config.run_name import run_folder
+from deepvit.errors import DONE, STOPPED, UserError, did_you_mean
+from deepvit.run.console import say
+from deepvit.run.launch import Job, Outcome, eval_job, launch, train_job, unexpected
 
 OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)
 
@@ -26,20 +30,20 @@ _outcomes: list[tuple[str, Outcome]] = []  # of the jobs of this process, a swee
 
 def run_job(job: Job, config: DictConfig) -> None:
     """One job of Hydra's: the only one, or a cell of a sweep, which goes on whatever becomes of it."""
-    hydra = HydraConfig.get()
-    folder = Path(hydra.runtime.output_dir)
+    job_config = HydraConfig.get()
+    folder = Path(job_config.runtime.output_dir)
     folder = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
-    is_cell = hydra.mode is RunMode.MULTIRUN
+    is_cell = job_config.mode is RunMode.MULTIRUN
     if is_cell and "RANK" in os.environ:
         raise UserError("Start a sweep with `python train.py -m ...`, which starts the ranks of each cell itself, "
                         "not under torchrun.")
-    name = ", ".join(hydra.overrides.task) or "default"
+    name = ", ".join(job_config.overrides.task) or "default"
     if any(outcome.code == STOPPED for _, outcome in _outcomes):
         _remove_if_empty(folder)
         _outcomes.append((name, Outcome(STOPPED, "Not started.")))
         return
     if is_cell:
-        print(f"\n[{len(_outcomes) + 1}] {name}", flush=True)
+        say(f"\n[{len(_outcomes) + 1}] {name}")
     try:
         outcome = launch(job, OmegaConf.to_container(config, resolve=True), folder)
     except Exception as error:  # a defect in one cell must not end the others; its traceback is printed
@@ -47,38 +51,71 @@ def run_job(job: Job, config: DictConfig) -> None:
     if outcome.code != DONE:
         _remove_if_empty(folder)
     if is_cell and outcome.message:
-        print(outcome.message, flush=True)
+        say(outcome.message)
     _outcomes.append((name, outcome))
 
 
-def main(hydra_main: Callable[[], Any]) -> int:
-    """Runs a `@hydra.main` function and returns the exit code: 0 done, 1 failed, 2 bad input, 75 stopped on request."""
+@hydra.main(version_base="1.3", config_path=str(CONF.resolve()), config_name="train")
+def _train(config: DictConfig) -> None:
+    run_job(train_job, config)
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF.resolve()), config_name="eval")
+def _evaluate(config: DictConfig) -> None:
+    run_job(eval_job, config)
+
+
+def train(arguments: Sequence[str]) -> int:
+    """`deepvit train SETTING=VALUE ...`; returns the exit code."""
+    return _start(_train, arguments)
+
+
+def evaluate(arguments: Sequence[str]) -> int:
+    """`deepvit eval SETTING=VALUE ...`; returns the exit code."""
+    return _start(_evaluate, arguments)
+
+
+def _start(program: Callable[[], Any], arguments: Sequence[str]) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # lets Hydra's errors through to us
     if "OMP_WAIT_POLICY" not in os.environ:  # spin between two operations, not so long as to starve other programs
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-    sys.argv[1:] = map(quoted, sys.argv[1:])
+    sys.argv[1:] = flags_first(map(quoted, arguments))
+    _outcomes.clear()
     try:
-        hydra_main()
-    except (HydraException, OmegaConfBaseException) as error:
-        return _say(BAD_INPUT, hydra_error(error))
-    except ValueError as error:  # Hydra's own, of a group set to null
-        if "Config group override" not in str(error):
+        with sentences():
+            program()
+    except OSError as error:  # a job's own are caught in `launch`: this is the folder that Hydra makes for it
+        if error.filename is None:
             raise
-        return _say(BAD_INPUT, "A group of settings cannot be null: choose one of `--help`'s, or leave it out.")
-    except UserError as error:
-        return _say(BAD_INPUT, str(error))
-    except Failure as error:
-        return _say(FAILED, str(error))
-    except OSError as error:  # a job's own are caught above: this is the folder that Hydra makes for it
-        return _say(BAD_INPUT, f"The run folder {error.filename} cannot be made ({error.strerror}): choose another "
-                               f"with hydra.run.dir=...")
-    except KeyboardInterrupt:
-        return _say(STOPPED, "Stopped on request (SIGINT).")
+        raise UserError(f"The run folder {error.filename} cannot be made ({error.strerror}): choose another with "
+                        f"hydra.run.dir=...") from None
     if len(_outcomes) > 1:
         return _sum_up()
     for _, outcome in _outcomes:
-        return _say(outcome.code, outcome.message)
+        if outcome.message:
+            say(outcome.message, sys.stderr if outcome.code else sys.stdout)
+        return outcome.code
     return DONE
+
+
+@contextmanager
+def sentences() -> Iterator[None]:
+    """Hydra's and OmegaConf's errors as a `UserError` in a user's words."""
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(hydra_error(error)) from None
+    except ValueError as error:  # Hydra's own, of a group set to null
+        if "Config group override" not in str(error):
+            raise
+        raise UserError("A group of settings cannot be null: choose one of `--help`'s, or leave it out.") from None
+
+
+def flags_first(words: Iterable[str]) -> list[str]:
+    """Hydra takes its flags (`-m`, `--cfg job`) only in front of the settings."""
+    words = list(words)
+    settings = [word for word in words if re.match(r"~|\+{0,2}[\w/.@:]+=", word)]
+    return [word for word in words if word not in settings] + settings
 
 
 def _sum_up() -> int:
@@ -86,20 +123,14 @@ def _sum_up() -> int:
     troubled = [(name, outcome) for name, outcome in _outcomes if outcome.code != DONE]
     hours = [outcome.value["device_hours"] for _, outcome in _outcomes if outcome.value]  # of dry runs
     if hours:
-        print(f"\nAll {len(hours)} cells together: {sum(hours):.3g} device-hours.")
-    print(f"\n{len(_outcomes) - len(troubled)} of {len(_outcomes)} cells are done.")
+        say(f"\nAll {len(hours)} cells together: {sum(hours):.3g} device-hours.")
+    say(f"\n{len(_outcomes) - len(troubled)} of {len(_outcomes)} cells are done.")
     for sentence, alike in groupby(troubled, lambda one: one[1].message or "The same command continues it."):
         for name, outcome in alike:
-            print(f"  {'stopped' if outcome.code == STOPPED else 'failed'}: {name}")
-        print(f"    {sentence}")
+            say(f"  {'stopped' if outcome.code == STOPPED else 'failed'}: {name}")
+        say(f"    {sentence}")
     codes = {outcome.code for _, outcome in troubled}
     return STOPPED if STOPPED in codes else min(codes, default=DONE)
-
-
-def _say(code: int, sentence: str) -> int:
-    if sentence:
-        print(sentence, file=sys.stderr if code else sys.stdout, flush=True)
-    return code
 
 
 def quoted(word: str) -> str:
@@ -149,7 +180,7 @@ def _unknown_choice(group: str, name: str, text: str) -> str:
 
 
 def _all_keys() -> list[str]:
-    from deepvit.build import compose
+    from deepvit.config.compose import compose
 
     def walk(values: dict[str, Any], prefix: str = "") -> list[str]:
         return [key for name, value in values.items() for key in

@@ -6,9 +6,9 @@ from typing import Any
 
 import yaml
 
-from deepvit import build
 from deepvit.engine.folder import RunFolder
 from deepvit.errors import UserError
+from deepvit.run import build
 
 KEPT = ("model", "data", "augment", "seed", "init", "head", "ema", "optimizer")  # as they were, but for:
 NAMED = ("optimizer.lr", "optimizer.clip_grad")

@@ -1,11 +1,10 @@
-"""Hands a model over: `python -m deepvit.export RUN_OR_CHECKPOINT --to safetensors|timm|onnx|deepvit [KEY=VALUE ...]`.
+"""Hands a model over: `deepvit export RUN_OR_CHECKPOINT --to safetensors|timm|onnx|deepvit [KEY=VALUE ...]`.
 
 What was written is read back and must give the same logits; a model card lands beside it.
 """
 
 import argparse
 import json
-import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,13 +16,13 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from deepvit.errors import Failure, UserError
+from deepvit.commands.model_card import write_card
+from deepvit.errors import DONE, Failure, UserError
 from deepvit.importers import deepvit as published
 from deepvit.importers import load_model, ours
 from deepvit.importers import timm as timm_dialect
 from deepvit.importers.files import find_checkpoint, has_average
 from deepvit.importers.table import write
-from deepvit.model_card import write_card
 from deepvit.models import ViT
 
 ATOL = 1e-4  # logits of the exported thing against ours; ONNX runtimes reorder sums
@@ -187,7 +186,7 @@ def _keywords(settings: Sequence[str]) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m deepvit.export", description=__doc__)
+    parser = argparse.ArgumentParser(prog="deepvit export", description=__doc__)
     parser.add_argument("source", type=Path, help="a run folder, or a checkpoint of any dialect")
     parser.add_argument("--to", required=True, choices=list(WRITERS), help="the form to write")
     parser.add_argument("--out", type=Path, help="the file to write (default: beside the checkpoint)")
@@ -196,15 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE",
                         help="what the file does not tell of its model, e.g. num_heads=12")
     given = parser.parse_intermixed_args(arguments)
-    try:
-        done = export(given.source, given.to, given.out, given.weights, given.dialect, **_keywords(given.settings))
-    except (UserError, Failure) as error:
-        print(error, file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
+    done = export(given.source, given.to, given.out, given.weights, given.dialect, **_keywords(given.settings))
     print(f"{done.path} ({done.path.stat().st_size / 2**20:.1f} MiB)\n{done.check}: largest difference of logits "
           f"{done.difference:.1e}\ncard: {done.card}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return DONE

@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 from timm.data import ImageNetInfo
 
-from deepvit import build
+from deepvit.config.provenance import versions
+from deepvit.config.settings import Data, read_group
 from deepvit.data import ImageSet, eval_folder, resolve_decoder
 from deepvit.data.real_labels import real_top1
 from deepvit.engine.checkpoint import write_text_synced
+from deepvit.engine.device import device_name, prepare_device
 from deepvit.engine.evaluate import Evaluation, evaluate, mcnemar
 from deepvit.engine.progress import Display
 from deepvit.engine.ranks import Ranks
@@ -28,8 +30,7 @@ from deepvit.models import ViT
 from deepvit.models.cost import count_flops, count_parameters
 from deepvit.report.published import IMAGENET_VAL, published_of, sources
 from deepvit.report.runs import flat
-from deepvit.settings import Data, read_group
-from deepvit.training import device_name, prepare_device, versions
+from deepvit.run import build
 
 log = logging.getLogger(__name__)
 

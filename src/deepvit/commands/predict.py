@@ -1,4 +1,4 @@
-"""`python -m deepvit.predict CHECKPOINT IMAGE...`: the five most probable classes of each picture."""
+"""`deepvit predict CHECKPOINT IMAGE...`: the five most probable classes of each picture."""
 
 import argparse
 import sys
@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from deepvit.analysis.pictures import class_names, read_pictures, top_classes
-from deepvit.errors import UserError
+from deepvit.errors import BAD_INPUT, DONE
 from deepvit.importers import load_model
 from deepvit.importers.files import has_average
 
@@ -30,24 +30,16 @@ def predict(checkpoint: Path, images: Sequence[Path], top: int = 5
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m deepvit.predict", description=__doc__)
+    parser = argparse.ArgumentParser(prog="deepvit predict", description=__doc__)
     parser.add_argument("checkpoint", type=Path, help="a run folder, or a checkpoint of any dialect")
     parser.add_argument("images", type=Path, nargs="+", help="pictures, or folders of them")
     parser.add_argument("--top", type=int, default=5, help="how many classes (default 5)")
     given = parser.parse_args(arguments)
-    try:
-        results, refused = predict(given.checkpoint, given.images, given.top)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+    results, refused = predict(given.checkpoint, given.images, given.top)
     for path, guesses in results.items():
         print(path)
         for name, probability in guesses:
             print(f"  {probability:7.2%}  {name}")
     for sentence in refused:
         print(sentence, file=sys.stderr)
-    return 2 if refused else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return BAD_INPUT if refused else DONE

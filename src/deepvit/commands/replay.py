@@ -1,4 +1,4 @@
-"""Looks at one batch of a run again, module by module: `python -m deepvit.replay RUN --batch 57`.
+"""Looks at one batch of a run again, module by module: `deepvit replay RUN --batch 57`.
 
 The run is rebuilt from its folder alone, with the weights that it gave up with or those of its last checkpoint, and
 the batch is drawn, augmented and mixed as it was, with the dropout that it had. Nothing is written.
@@ -6,22 +6,21 @@ the batch is drawn, augmented and mixed as it was, with the dropout that it had.
 
 import argparse
 import logging
-import sys
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from deepvit import build
+from deepvit.config.settings import Settings
 from deepvit.engine import checkpoint
 from deepvit.engine.folder import RunFolder
 from deepvit.engine.nonfinite import Examination
 from deepvit.engine.ranks import Ranks, pick_device
-from deepvit.errors import Failure, UserError
-from deepvit.launch import BAD_INPUT, DONE, FAILED, set_up_logging
-from deepvit.settings import Settings, read_settings
+from deepvit.errors import DONE, UserError
+from deepvit.run import build
+from deepvit.run.console import set_up_logging
 
-log = logging.getLogger("deepvit.replay")  # __name__ is __main__ under -m
+log = logging.getLogger(__name__)
 
 
 def replay(run: Path, batch: int, weights: Path | None = None) -> list[Examination]:
@@ -49,7 +48,7 @@ def _settings(folder: RunFolder) -> Settings:
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         config = None
     try:
-        return read_settings(config)
+        return build.read_settings(config)
     except (AttributeError, KeyError, TypeError):  # not a mapping, or one that lacks a group
         raise UserError(f"{folder.config} is torn or not the config of a run: restore it to replay the run.") from None
 
@@ -96,23 +95,12 @@ def show(found: Examination, rank: int) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m deepvit.replay", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="deepvit replay", description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="its folder")
     parser.add_argument("--batch", type=int, required=True, help="number of the global batch, from events.jsonl")
     parser.add_argument("--weights", type=Path, help="another checkpoint of the run")
     options = parser.parse_args(arguments)
     set_up_logging()
-    try:
-        for rank, found in enumerate(replay(options.run, options.batch, options.weights)):
-            show(found, rank)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return BAD_INPUT
-    except Failure as error:
-        print(error, file=sys.stderr)
-        return FAILED
+    for rank, found in enumerate(replay(options.run, options.batch, options.weights)):
+        show(found, rank)
     return DONE
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""`python -m deepvit.analysis.figures CHECKPOINT [PICTURES...]`: what a model attends to, block by block."""
+"""`deepvit figures CHECKPOINT [PICTURES...]`: what a model attends to, block by block."""
 
 import argparse
 import sys
@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from deepvit.analysis import draw_depth, draw_maps
 from deepvit.analysis.pictures import read_pictures
 from deepvit.analysis.study import Study, load_studies, save_studies, study
-from deepvit.errors import Failure, UserError
+from deepvit.errors import BAD_INPUT, DONE, UserError
 from deepvit.importers import load_model
 
 
@@ -79,7 +79,7 @@ def _labels(checkpoints: Sequence[Path]) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m deepvit.analysis.figures", description=__doc__)
+    parser = argparse.ArgumentParser(prog="deepvit figures", description=__doc__)
     parser.add_argument("checkpoint", type=Path, nargs="?", help="a run folder, or a checkpoint of any dialect")
     parser.add_argument("images", type=Path, nargs="*", help="pictures or folders of them; none: built-in examples")
     parser.add_argument("--out", type=Path, help="folder of the figures (default: figures/<run or file name>)")
@@ -90,15 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--ema", action="store_true", help="take the averaged weights")
     parser.add_argument("--no-initial", dest="initial", action="store_false",
                         help="leave out the same model before training")
-    given = parser.parse_args(arguments)
-    try:
-        return _run(given)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except Failure as error:
-        print(error, file=sys.stderr)
-        return 1
+    return _run(parser.parse_args(arguments))
 
 
 def _run(given: argparse.Namespace) -> int:
@@ -116,8 +108,4 @@ def _run(given: argparse.Namespace) -> int:
         print(path)
     for sentence in refused:
         print(f"Left out: {sentence}", file=sys.stderr)
-    return 2 if refused else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return BAD_INPUT if refused else DONE

@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from deepvit.config.signature import ABOVE_ZERO, check_arguments, check_range
 from deepvit.errors import UserError
-from deepvit.models.registry import check_model
-from deepvit.signature import ABOVE_ZERO, check_arguments, check_range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +126,7 @@ class Probe:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """A whole run's. `model` holds `ViT`'s keywords, checked against its signature."""
+    """A whole run's. `model` holds `ViT`'s keywords, which the models check against their signatures."""
 
     model: Mapping[str, Any]
     data: Data
@@ -156,7 +155,6 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
     check_arguments(Settings, {name: value for name, value in config.items() if name not in _GROUPS}, "",
                     ignore_missing=_GROUPS)
     groups = {name: read_group(name, config[name]) for name in _GROUPS}
-    check_model(config["model"])
     settings = Settings(**{**config, **groups})
     _check_ranges(settings)
     return settings

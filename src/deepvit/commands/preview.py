@@ -1,17 +1,18 @@
-"""A picture of an augmented batch as the model sees it: `python -m deepvit.data.preview OUT.png [overrides]`."""
+"""A picture of an augmented batch as the model sees it: `deepvit preview OUT.png [overrides]`."""
 
 import inspect
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
+from deepvit.commands.cli import sentences
+from deepvit.config.compose import compose
 from deepvit.data.loader import Batch, train_batches
 from deepvit.data.prepare import Prepare
 from deepvit.data.sources import load
 from deepvit.data.transforms import norm_values, train_transform
-from deepvit.errors import UserError
+from deepvit.errors import DONE, UserError
 
 COLUMNS, MOST = 8, 32  # tiles
 HELP = (f"Writes up to {MOST} augmented training pictures, as the model sees them, to OUT.png.\n"
@@ -73,21 +74,17 @@ def _taken(function: Callable, group: Mapping) -> dict[str, object]:
     return {key: group[key] for key in inspect.signature(function).parameters if key in group}
 
 
-def main(arguments: Sequence[str]) -> None:
+def main(arguments: Sequence[str]) -> int:
     """The program: the picture to write, then overrides as for train.py."""
-    from deepvit.build import compose  # a program's entry stands above the library's floors
     if {"-h", "--help"} & {*arguments}:
-        print(f"usage: python -m deepvit.data.preview OUT.png [SETTING=VALUE ...]\n\n{HELP}")
-        return
+        print(f"usage: deepvit preview OUT.png [SETTING=VALUE ...]\n\n{HELP}")
+        return DONE
     if not arguments or "=" in arguments[0]:
-        raise UserError("Give the picture to write first: python -m deepvit.data.preview OUT.png data=cifar10 ...")
+        raise UserError("Give the picture to write first: deepvit preview OUT.png data=cifar10 ...")
     if not arguments[0].endswith(".png"):
         raise UserError(f"{arguments[0]} is no .png file: give the picture to write a name that ends in .png.")
-    config = compose(arguments[1:])
+    with sentences():
+        config = compose(arguments[1:])
     draw_config(config["data"], config["augment"], config["seed"], arguments[0])
     print(f"Wrote {arguments[0]}")
-
-
-if __name__ == "__main__":
-    from deepvit import cli
-    sys.exit(cli.main(lambda: main(sys.argv[1:])))
+    return DONE

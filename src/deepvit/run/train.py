@@ -2,37 +2,35 @@
 
 import logging
 import os
-import platform
 import resource
-import subprocess
 import time
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 import yaml
 
-from deepvit import analysis, build
+from deepvit import analysis
 from deepvit.analysis.board import draw_probe
-from deepvit.continuing import pictures_of, refuse_change, refuse_finished
+from deepvit.config.provenance import versions
+from deepvit.config.settings import Settings
 from deepvit.data import DOWNLOADING, Splits, resolve_decoder
 from deepvit.engine import checkpoint
 from deepvit.engine.board import Board
 from deepvit.engine.checkpoint import write_text_synced
+from deepvit.engine.device import device_name, local_world, prepare_device, usable_cores
 from deepvit.engine.evaluate import evaluate
 from deepvit.engine.fit import Fit
 from deepvit.engine.folder import LogFile, RunFolder, read_json_lines
 from deepvit.engine.progress import Display
 from deepvit.engine.ranks import Ranks
 from deepvit.engine.signals import StopRequest
-from deepvit.engine.step import Precision
 from deepvit.errors import UserError
 from deepvit.models.cost import count_flops, count_parameters
-from deepvit.settings import Settings, read_settings
+from deepvit.run import build
+from deepvit.run.resume import pictures_of, refuse_change, refuse_finished
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +43,7 @@ def train(config: Mapping[str, Any], path: Path, ranks: Ranks, stop: StopRequest
     Raises:
         UserError, Failure: on every rank alike where the cause is common.
     """
-    settings, folder = read_settings(config), RunFolder(path)
+    settings, folder = build.read_settings(config), RunFolder(path)
     prepare_device(build.precision(settings.precision), ranks)
     with ranks.together():
         if ranks.is_main:
@@ -116,23 +114,6 @@ def _refuse_different_folders(positions: list[tuple[int, int]], folder: RunFolde
                         f"same folder, on a file system that they share.")
 
 
-def prepare_device(precision: Precision, ranks: Ranks) -> None:
-    """Threads of this rank's share of the cores, and the precision of float32 products."""
-    if _neighbours(ranks) > 1 and ranks.device.type == "cpu":
-        torch.set_num_threads(max(1, usable_cores() // _neighbours(ranks)))
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision.tf32
-
-
-def _neighbours(ranks: Ranks) -> int:
-    """Ranks on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world))
-
-
-def usable_cores() -> int:
-    """Those that this process may use, where the system tells."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def describe(settings: Settings, network: torch.nn.Module, splits, plan, ranks: Ranks) -> str:
     """The run in a line, said before it starts."""
     parts = build.accumulation(settings, ranks.world)
@@ -146,7 +127,7 @@ def describe(settings: Settings, network: torch.nn.Module, splits, plan, ranks: 
         f"{f', {parts} micro-batches' if parts > 1 else ''})"]
     if plan.batch_size > len(splits.train):
         remarks.append("pictures repeat within a batch")
-    if settings.data.workers * _neighbours(ranks) > usable_cores():
+    if settings.data.workers * local_world(ranks) > usable_cores():
         remarks.append(f"data.workers={settings.data.workers} (each device's) is more than the {usable_cores()} cores "
                        f"here can serve")
     return "; ".join(remarks)
@@ -224,31 +205,6 @@ def _result(settings: Settings, config, splits, fit: Fit, network, folder: RunFo
         "devices": ranks.world, "device": device_name(ranks.device), **versions()}
 
 
-def versions() -> dict[str, Any]:
-    """Where a number comes from: code, libraries, machine."""
-    return {"git": git_revision(), "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                                                "timm": timm.__version__}, "host": platform.node()}
-
-
-@cache
-def git_revision() -> str | None:
-    """Revision of the code when it was first asked for, at the start of a run, with a + if the work tree differs from
-    it; None outside a checkout."""
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True,
-                              check=True).stdout.strip()
-    try:
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
-
-
 def _say_finished(folder: RunFolder) -> None:
     result = folder.read_result()
     log.info("The run in %s is finished (top-1 %.2f %% after %d steps); fresh=true starts over.", folder.path,
@@ -258,7 +214,7 @@ def _say_finished(folder: RunFolder) -> None:
 def dry_run(config: Mapping[str, Any], ranks: Ranks, stop: StopRequest) -> dict[str, float] | None:
     """Builds everything, makes three updates, writes nothing; prints and returns what the run would take (None: asked
     to stop)."""
-    settings = read_settings(config)
+    settings = build.read_settings(config)
     prepare_device(build.precision(settings.precision), ranks)
     splits = _splits(settings, ranks)
     with ranks.together():

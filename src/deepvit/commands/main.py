@@ -1,0 +1,53 @@
+"""The `deepvit` command: one door to all programs, and the one place where an error becomes a sentence and a code."""
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+
+from deepvit.errors import BAD_INPUT, DONE, FAILED, STOPPED, Failure, UserError, did_you_mean
+from deepvit.run.console import say
+
+COMMANDS = {  # name -> (module:function, what it does)
+    "train": ("cli:train", "train a model; the same command continues a run that was cut"),
+    "eval": ("cli:evaluate", "evaluate checkpoints of any format"),
+    "report": ("report:main", "tables and figures of run folders, the paper's numbers beside them"),
+    "figures": ("figures:main", "attention maps, rollout, similarity and Theta of a checkpoint"),
+    "predict": ("predict:main", "the most probable classes of images"),
+    "export": ("export:main", "write a model as safetensors, timm, ONNX or in the published layout"),
+    "preview": ("preview:main", "an augmented batch as the model sees it"),
+    "replay": ("replay:main", "repeat one batch of a run, module by module"),
+    "bench": ("bench:main", "speed and memory against peers")}
+USAGE = "usage: deepvit COMMAND ...\n\n" + "\n".join(
+    f"  {name:8} {purpose}" for name, (_, purpose) in COMMANDS.items()) + "\n\n`deepvit COMMAND --help` tells more."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs `deepvit COMMAND ...` and returns the exit code: 0 done, 1 failed, 2 bad input, 75 stopped on request."""
+    name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if name in ("-h", "--help"):
+        say(USAGE)
+        return DONE
+    try:
+        return _program(name)(rest)
+    except UserError as error:
+        return _end(BAD_INPUT, str(error))
+    except Failure as error:
+        return _end(FAILED, str(error))
+    except KeyboardInterrupt:
+        return _end(STOPPED, "Stopped on request (SIGINT).")
+    except BrokenPipeError:  # the reader of a table has seen enough
+        say("")
+        return DONE
+
+
+def _program(name: str) -> Callable[[list[str]], int]:
+    if name not in COMMANDS:
+        raise UserError(f"There is no command '{name}'.{did_you_mean(name, COMMANDS)} "
+                        f"The commands are: {', '.join(COMMANDS)}.")
+    module, _, function = COMMANDS[name][0].partition(":")
+    return getattr(importlib.import_module(f"deepvit.commands.{module}"), function)
+
+
+def _end(code: int, sentence: str) -> int:
+    say(sentence, sys.stderr)
+    return code

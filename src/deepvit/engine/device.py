@@ -1,0 +1,31 @@
+"""The device of this process, and its share of the machine."""
+
+import os
+
+import torch
+
+from deepvit.engine.ranks import Ranks
+from deepvit.engine.step import Precision
+
+
+def prepare_device(precision: Precision, ranks: Ranks) -> None:
+    """Threads of this rank's share of the cores, and the precision of float32 products."""
+    if local_world(ranks) > 1 and ranks.device.type == "cpu":
+        torch.set_num_threads(max(1, usable_cores() // local_world(ranks)))
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision.tf32
+
+
+def local_world(ranks: Ranks) -> int:
+    """Ranks on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world))
+
+
+def usable_cores() -> int:
+    """Those that this process may use, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"

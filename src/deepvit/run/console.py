@@ -1,0 +1,43 @@
+"""What a run prints. Its reader may leave (`| head`): then nobody reads on, and the run goes on."""
+
+import logging
+import os
+import sys
+from typing import TextIO
+
+
+def say(sentence: str, stream: TextIO | None = None) -> None:
+    """Prints a line at once."""
+    stream = stream or sys.stdout
+    try:
+        print(sentence, file=stream, flush=True)
+    except BrokenPipeError:
+        _drop(stream)
+
+
+def _drop(stream: TextIO) -> None:
+    """What else is written to `stream` goes nowhere."""
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), stream.fileno())
+
+
+class _Console(logging.StreamHandler):
+    def handleError(self, record: logging.LogRecord) -> None:
+        if isinstance(sys.exc_info()[1], BrokenPipeError):
+            _drop(self.stream)
+        else:
+            super().handleError(record)
+
+
+def set_up_logging(rank: int = 0) -> None:
+    """Lines to standard output from rank 0; from the others only what is wrong, with their number."""
+    logger = logging.getLogger("deepvit")
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
+    console = _Console(sys.stdout)
+    console.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"))
+    console.setLevel(logging.INFO if rank == 0 else logging.ERROR)
+    logger.addHandler(console)
+    logger.setLevel(logging.DEBUG if rank == 0 else logging.INFO)
+    logger.propagate = False
