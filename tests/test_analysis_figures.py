@@ -9,9 +9,10 @@ from PIL import Image
 
 import deepvit
 from deepvit import analysis
-from deepvit.analysis import figures
 from deepvit.analysis.pictures import read_pictures, top_classes
 from deepvit.analysis.study import load_studies
+from deepvit.commands import figures
+from deepvit.commands.main import main
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 4, "num_classes": 5}
 NAMES = ["ant", "bee", "cat", "dog", "eel"]
@@ -40,7 +41,7 @@ def place(tmp_path_factory):
     (folder / "broken.jpg").write_bytes(b"no picture")
     for name in ("1.png", "0.png", "broken.jpg"):
         (folder / "mixed" / name).write_bytes((folder / name).read_bytes())
-    code = figures.main([str(folder / "self.pt"), str(folder / "0.png"), str(folder / "1.png"), "--compare",
+    code = main(["figures", str(folder / "self.pt"), str(folder / "0.png"), str(folder / "1.png"), "--compare",
                          str(folder / "reattention.pt"), "--out", str(folder / "out"), "--save-maps",
                          str(folder / "maps.safetensors")])
     assert code == 0
@@ -76,7 +77,7 @@ def test_what_is_kept_is_what_the_analysis_says(place):
 
 
 def test_drawing_from_kept_maps(place, tmp_path, capsys):
-    assert figures.main(["--maps", str(place / "maps.safetensors"), "--out", str(tmp_path), "--format", "svg"]) == 0
+    assert main(["figures", "--maps", str(place / "maps.safetensors"), "--out", str(tmp_path), "--format", "svg"]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
         path.with_suffix(".svg").name for path in (place / "out").iterdir())
     assert capsys.readouterr().out.count(".svg") == 8
@@ -86,7 +87,7 @@ def test_broken_picture_is_named_and_the_rest_drawn(place, monkeypatch, capsys):
     drawn = []
     monkeypatch.setattr(figures, "draw", lambda studies, folder, suffix: drawn.extend(studies) or [folder / "a.png"])
     pictures = [str(place / "broken.jpg"), str(place / "0.png")]
-    assert figures.main([str(place / "reattention.pt"), *pictures, "--no-initial"]) == 2
+    assert main(["figures", str(place / "reattention.pt"), *pictures, "--no-initial"]) == 2
     said = capsys.readouterr()
     assert said.err.count("\n") == 1 and "broken.jpg" in said.err and "a.png" in said.out
     assert [one.facts["pictures"] for one in drawn] == [[str(place / "0.png")]] and drawn[0].facts["initial"] is None
@@ -108,7 +109,7 @@ def test_mistakes_are_one_sentence(place, monkeypatch, capsys, arguments, senten
     (place / "empty").mkdir(exist_ok=True)
     from safetensors.torch import save_file
     save_file({"a": torch.zeros(1)}, "other.safetensors")
-    assert figures.main(arguments) == 2
+    assert main(["figures", *arguments]) == 2
     error = capsys.readouterr().err
     assert sentence in error and error.count("\n") == 1
 
@@ -119,7 +120,7 @@ def test_each_model_has_its_own_folder_of_figures(place, monkeypatch):
     (place / "run.16" / "checkpoints").mkdir(parents=True)
     (place / "run.16" / "checkpoints" / "best.pt").write_bytes((place / "self.pt").read_bytes())
     for path in ("self.pt", "run.16", "run.16/checkpoints/best.pt"):
-        assert figures.main([str(place / path), str(place / "0.png"), "--no-initial"]) == 0
+        assert main(["figures", str(place / path), str(place / "0.png"), "--no-initial"]) == 0
     assert folders == ["figures/self", "figures/run.16", "figures/run.16"]
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from test_data_sets import PICTURES
 
-from deepvit.bench.__main__ import main
 from deepvit.bench.targets import TARGETS, against_targets
+from deepvit.commands.main import main
 
 KEPT = Path(__file__).parent.parent / "docs" / "results" / "bench-cpu.json"
 PEERS = ["timm ViT, fused attention", "deepvit, self-attention", "deepvit, re-attention",
@@ -17,7 +17,7 @@ PEERS = ["timm ViT, fused attention", "deepvit, self-attention", "deepvit, re-at
 @pytest.fixture
 def bench(tmp_path, capsys):
     def run(*words: str):
-        code = main([*words, "--device", "cpu", "--json", str(tmp_path / "b.json")])
+        code = main(["bench", *words, "--device", "cpu", "--json", str(tmp_path / "b.json")])
         said = capsys.readouterr()
         return code, said, json.loads((tmp_path / "b.json").read_text()) if code == 0 else None
 

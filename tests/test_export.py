@@ -10,7 +10,8 @@ from oracles import DATA, oracle, part
 from torch.testing import assert_close
 
 import deepvit
-from deepvit.commands.export import export, main
+from deepvit.commands.export import export
+from deepvit.commands.main import main
 from deepvit.errors import UserError
 
 SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 4, "num_classes": 3}
@@ -141,15 +142,15 @@ def test_onnx_runs_with_any_batch(tmp_path, settings):
 
 def test_command_line(tmp_path, capsys):
     _, run = make_run(tmp_path / "run")
-    assert main([str(run), "--to", "safetensors", "--out", str(tmp_path / "m.safetensors")]) == 0
+    assert main(["export", str(run), "--to", "safetensors", "--out", str(tmp_path / "m.safetensors")]) == 0
     assert "largest difference of logits 0.0e+00" in capsys.readouterr().out
-    assert main([str(tmp_path / "none"), "--to", "timm"]) == 2
-    assert main([str(tmp_path), "--to", "timm"]) == 2
-    assert main([str(run), "--to", "safetensors", "--out", str(run / "config.yaml" / "x")]) == 2
+    assert main(["export", str(tmp_path / "none"), "--to", "timm"]) == 2
+    assert main(["export", str(tmp_path), "--to", "timm"]) == 2
+    assert main(["export", str(run), "--to", "safetensors", "--out", str(run / "config.yaml" / "x")]) == 2
     assert capsys.readouterr().err.count("\n") == 3
     for to in ("safetensors", "deepvit"):
-        assert main([str(run), "--to", to, "--out", "/proc/x"]) == 2
-        assert main([str(run), "--to", to, "--out", str(tmp_path)]) == 2
+        assert main(["export", str(run), "--to", to, "--out", "/proc/x"]) == 2
+        assert main(["export", str(run), "--to", to, "--out", str(tmp_path)]) == 2
     assert capsys.readouterr().err.count("--out") == 4
-    assert main([str(run), "--to", "safetensors", "--weights", "ema"]) == 2
+    assert main(["export", str(run), "--to", "safetensors", "--weights", "ema"]) == 2
     assert "weights=raw" in capsys.readouterr().err

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ import yaml
 from hydra.core.global_hydra import GlobalHydra
 from PIL import Image
 
-from deepvit.commands import cli, predict
+from deepvit.commands.main import main
 from deepvit.run.launch import BAD_INPUT, DONE
 
 ROOT = Path(__file__).parent.parent
@@ -23,13 +22,10 @@ TINY = ["model=vit", "model.depth=2", "model.embed_dim=16", "model.num_heads=2",
 def run(monkeypatch, capfd, tmp_path):
     """`run("train", "model=vit", ...)` -> (exit code, standard output, standard error), started in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(ROOT))
 
     def start(program: str, *words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [f"{program}.py", *words])
-        cli._outcomes.clear()
         GlobalHydra.instance().clear()
-        code = cli.main(__import__(program).main)
+        code = main([program, *words])
         torch.set_num_threads(1)
         return code, *capfd.readouterr()
 
@@ -72,7 +68,7 @@ def test_train_evaluate_predict_and_again(run, tmp_path):
     assert code == DONE and "McNemar" in said
 
     picture = ROOT / "tests" / "data" / "no-such.png"
-    assert predict.main([str(folder / "checkpoints" / "best.pt"), str(picture)]) == BAD_INPUT
+    assert main(["predict", str(folder / "checkpoints" / "best.pt"), str(picture)]) == BAD_INPUT
 
 
 def test_a_result_tells_the_decoder_and_how_often_it_refused(run, tmp_path):

@@ -16,7 +16,7 @@ import soak
 import torch
 import yaml
 
-from deepvit.commands import replay
+from deepvit.commands.main import main
 from deepvit.engine import checkpoint
 
 
@@ -200,10 +200,10 @@ def test_nan_in_a_row_ends_the_run_and_names_the_first_layer(config, tmp_path, c
     assert "First to go wrong in batch 4, rank 0: the output of blocks.1.mlp.fc1 (" in run.words()
     assert f"deepvit replay {folder} --batch 4." in run.words() and "Traceback" not in run.words()
     assert [event["batch"] for event in soak.events(folder, "skipped")] == [2, 3, 4]
-    assert replay.main([str(folder), "--batch", "4"]) == 0
+    assert main(["replay", str(folder), "--batch", "4"]) == 0
     shown = capsys.readouterr().out
     assert "First not finite: the output of blocks.1.mlp.fc1 (" in shown and "blocks.0.attn" in shown
-    assert replay.main([str(tmp_path), "--batch", "4"]) == 2
+    assert main(["replay", str(tmp_path), "--batch", "4"]) == 2
 
 
 @pytest.mark.parametrize(("words", "expected"), [
@@ -215,7 +215,7 @@ def test_nan_in_a_row_ends_the_run_and_names_the_first_layer(config, tmp_path, c
 def test_what_cannot_be_replayed_is_one_sentence(config, tmp_path, capsys, words, expected):
     (tmp_path / "text.pt").write_text("hello")
     (tmp_path / "config.yaml").write_text("a: [" if "torn" in expected else yaml.safe_dump(config))
-    assert replay.main([str(tmp_path), *(word.replace("{here}", str(tmp_path)) for word in words)]) == 2
+    assert main(["replay", str(tmp_path), *(word.replace("{here}", str(tmp_path)) for word in words)]) == 2
     said = capsys.readouterr().err
     assert expected in said and said.count("\n") == 1 and "fresh=true" not in said
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from deepvit.commands.main import main
 from deepvit.engine.folder import RunFolder
 from deepvit.report import grid as grid_module
 from deepvit.report import published, render, runs, tables
-from deepvit.report.__main__ import main
 from deepvit.report.figures import depth_picture
 from deepvit.report.grid import grids
 from deepvit.report.statistics import summarise
@@ -71,7 +71,7 @@ def reported(tmp_path_factory) -> tuple[Path, str]:
     """The sweep's report: its folder and what was printed."""
     out, printed = tmp_path_factory.mktemp("report"), io.StringIO()
     with contextlib.redirect_stdout(printed):
-        assert main([str(SWEEP), "--out", str(out)]) == 0
+        assert main(["report", str(SWEEP), "--out", str(out)]) == 0
     return out, printed.getvalue()
 
 
@@ -110,7 +110,7 @@ def test_same_runs_same_bytes(template):
 
 
 def test_starts_without_torch():
-    code = ("import sys, deepvit.report.__main__, deepvit.report.write; "
+    code = ("import sys, deepvit.commands.report, deepvit.report.write; "
             "print([name for name in ('torch', 'timm', 'hydra', 'sklearn', 'scipy') if name in sys.modules])")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -209,7 +209,7 @@ def test_different_data_and_recipes_get_tables_of_their_own(make, tmp_path, caps
     assert [grid.name for grid in grids(runs.read_runs([tmp_path])[0])] == [
         "cifar10, recipe cifar10", "imagenet, recipe imagenet", "imagenet, recipe imagenet_32b"]
     shutil.rmtree(tmp_path / "runs" / "cifar10")
-    assert main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
+    assert main(["report", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
     assert "2 kinds of data or recipe" in printed and printed.count("Accuracy and similar blocks") == 2
     assert (tmp_path / "out" / "figures" / "imagenet-imagenet-32b-depth.png").exists()
@@ -289,7 +289,7 @@ def test_one_broken_run_does_not_stop_the_rest(make, tmp_path, capsys):
     (make("foreign") / "config.yaml").write_text("hello: world\n")
     torn = make("torn", seed=1)
     (torn / "metrics.json").write_text('{"finished": true, "top1": 9')
-    assert main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
+    assert main(["report", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
     assert "poisoned/config.yaml cannot be read" in printed and "foreign/config.yaml is not the config" in printed
     assert "seed 1: unfinished" in printed
@@ -297,14 +297,14 @@ def test_one_broken_run_does_not_stop_the_rest(make, tmp_path, capsys):
 
 def test_a_run_without_a_probe_still_has_its_row(make, tmp_path):
     make("a", result={"probe_initial": None, "probe_final": None})
-    assert main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
+    assert main(["report", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
     assert not (tmp_path / "out" / "figures" / "blocks.png").exists()
 
 
 def test_only_begun_runs_can_be_reported(make, tmp_path):
     folder = make("a", finished=False)
     (folder / "metrics.jsonl").unlink()
-    assert main([str(folder), "--out", str(tmp_path / "out")]) == 0
+    assert main(["report", str(folder), "--out", str(tmp_path / "out")]) == 0
 
 
 @pytest.mark.parametrize("arguments, words", [
@@ -317,14 +317,14 @@ def test_only_begun_runs_can_be_reported(make, tmp_path):
 def test_bad_input_is_one_sentence(arguments, words, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
-    assert main([word.format(tmp=tmp_path, sweep=SWEEP) for word in arguments]) == 2
+    assert main(["report", *[word.format(tmp=tmp_path, sweep=SWEEP) for word in arguments]]) == 2
     error = capsys.readouterr().err.strip()
     assert words in error and "\n" not in error
 
 
 def test_a_threshold_that_is_no_cosine_is_refused(capsys):
     with pytest.raises(SystemExit) as stopped:
-        main([str(SWEEP), "--threshold", "90"])
+        main(["report", str(SWEEP), "--threshold", "90"])
     assert stopped.value.code == 2 and "not a cosine" in capsys.readouterr().err
 
 
@@ -332,7 +332,7 @@ def test_a_threshold_that_is_no_cosine_is_refused(capsys):
 
 def test_compare_names_what_differs(make, tmp_path, capsys):
     first, second = make("a"), make("b", optimizer__lr=0.5, result={"top1": 12.5})
-    assert main(["--compare", str(first), str(second), "--out", str(tmp_path / "out")]) == 0
+    assert main(["report", "--compare", str(first), str(second), "--out", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
     rows = [line.split() for line in printed.splitlines()]
     assert ["optimizer.lr", "0.001", "0.5"] in rows

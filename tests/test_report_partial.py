@@ -3,13 +3,13 @@
 import pytest
 from test_report import make, template, the_grid  # noqa: F401  fixtures
 
-from deepvit.report.__main__ import main
+from deepvit.commands.main import main
 from deepvit.report.figures import depth_picture
 
 
 def test_a_missing_run_to_compare_costs_the_comparison_alone(make, tmp_path, capsys):  # noqa: F811
     first = make("a")
-    assert main([str(tmp_path), "--compare", str(first), "/nope", "--out", str(tmp_path / "r")]) == 2
+    assert main(["report", str(tmp_path), "--compare", str(first), "/nope", "--out", str(tmp_path / "r")]) == 2
     said = capsys.readouterr()
     assert "/nope does not exist" in said.err and said.err.count("\n") == 1 and (tmp_path / "r/report.html").exists()
 
@@ -24,12 +24,12 @@ def test_schedules_that_change_together_are_named_by_the_first(make, tmp_path, r
 
 def test_a_threshold_that_is_no_number_is_refused(capsys):
     with pytest.raises(SystemExit):
-        main(["--threshold", "abc", "."])
+        main(["report", "--threshold", "abc", "."])
     assert "abc is not a cosine" in capsys.readouterr().err
 
 
 def test_a_config_that_would_run_code_is_left_out(make, tmp_path, capsys):  # noqa: F811
     folder, trap = make("a"), tmp_path / "executed"
     (folder / "config.yaml").write_text(f"model: !!python/object/apply:os.mkdir ['{trap}']\n")
-    assert main([str(tmp_path), "--out", str(tmp_path / "r")]) == 2 and not trap.exists()
+    assert main(["report", str(tmp_path), "--out", str(tmp_path / "r")]) == 2 and not trap.exists()
     assert "config.yaml cannot be read" in capsys.readouterr().err
