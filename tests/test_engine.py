@@ -167,7 +167,7 @@ def test_meter_leaves_pauses_out():
 # Evaluation
 
 @dataclass
-class Pictures:
+class Images:
     images: torch.Tensor
     targets: torch.Tensor
     indices: torch.Tensor
@@ -176,6 +176,10 @@ class Pictures:
 
     def __len__(self) -> int:
         return len(self.targets)
+
+    def split(self, size: int) -> "list[Images]":
+        return [Images(*parts) for parts in zip(self.images.split(size), self.targets.split(size),
+                                                self.indices.split(size), strict=True)]
 
 
 @dataclass(frozen=True)
@@ -204,7 +208,7 @@ def test_evaluation_counts_every_picture_once(n, world):
     shared, model = [], nn.Identity()
     for rank in range(world):
         first, end = n * rank // world, n * (rank + 1) // world
-        batches = [Pictures(logits[at:min(at + 4, end)], targets[at:min(at + 4, end)],
+        batches = [Images(logits[at:min(at + 4, end)], targets[at:min(at + 4, end)],
                             torch.arange(at, min(at + 4, end))) for at in range(first, end, 4)]
         ranks = Shares(rank, world, torch.device("cpu"), given=shared)
         try:
@@ -220,7 +224,7 @@ def test_evaluation_counts_every_picture_once(n, world):
 
 def test_evaluation_refuses_a_picture_too_many_and_scores_nan_as_wrong():
     logits, targets = torch.eye(10)[:4], torch.arange(4)
-    batch = Pictures(logits.clone(), targets, torch.arange(4))
+    batch = Images(logits.clone(), targets, torch.arange(4))
     with pytest.raises(Failure, match="saw 8 pictures"):
         evaluate(nn.Identity(), [batch, batch], take, ALONE, Precision(), n=4)
     batch.images[0] = float("nan")

@@ -81,8 +81,9 @@ def _share(settings: Settings, content: dict[str, Any], number: int, rank: int) 
     state.load_state_dict(content)
     schedule, _ = build.schedule_and_plan(settings, len(splits.train))
     as_it_was = Ranks(rank, content["world"], alone.device)
-    stepper = build.stepper(settings, network, schedule, len(splits.class_ids), alone)
-    drawn = next(build.draw(settings, splits.train, as_it_was)(number, 1))
+    stepper = build.stepper(settings, network, schedule, len(splits.class_ids), alone,
+                            masks=content.get("masks") == "image")
+    drawn = next(build.batch_maker(settings, splits.train, as_it_was)(number, 1))
     return stepper.examine(state, drawn, number, rank)
 
 

@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 
 import torch
-from timm.layers import DropPath, LayerScale, Mlp
+from timm.layers import LayerScale, Mlp
 from torch import Tensor, nn
 
 from deepvit.errors import UserError
 from deepvit.models.attention import Attention
+from deepvit.models.stochastic_depth import DropPath
 
 GELUS = {"erf": nn.GELU, "tanh": lambda: nn.GELU(approximate="tanh")}
 

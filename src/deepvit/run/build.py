@@ -2,7 +2,9 @@
 
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,14 +15,14 @@ from torch import nn
 from deepvit import data as pictures
 from deepvit.config import settings as asked
 from deepvit.config.settings import Augment, Data, Optimizer, PrecisionSettings, Settings
-from deepvit.engine.fit import Plan
 from deepvit.engine.ranks import Ranks
-from deepvit.engine.schedule import Schedule
+from deepvit.engine.schedule import Plan, Schedule
 from deepvit.engine.state import TrainState
-from deepvit.engine.step import Objective, Precision, Stepper
+from deepvit.engine.step import Objective, Precision, Stepper, allocate_moments, cross_entropy
 from deepvit.errors import UserError, did_you_mean
 from deepvit.models import ViT, build_model
 from deepvit.models.registry import check_model
+from deepvit.models.stochastic_depth import BranchMasks
 
 FUSED = ("adam", "adamw", "momentum", "sgd")  # torch's own, which update all parameters in one kernel
 log = logging.getLogger(__name__)
@@ -33,7 +35,53 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
     return settings
 
 
+@dataclass(frozen=True)
+class Built:
+    """What a run is made of, on one rank."""
+
+    settings: Settings
+    ranks: Ranks
+    splits: pictures.Splits
+    schedule: Schedule
+    plan: Plan
+    model: ViT
+    state: TrainState
+    stepper: Stepper
+    make_batches: Callable[[int, int], Iterator[list[pictures.Batch]]]
+
+
+def build(settings: Settings, ranks: Ranks, begun: Mapping[str, Any] | None = None) -> Built:
+    """Everything that a run needs.
+
+    Args:
+        begun: content of the checkpoint that is continued, if any; `settings.init` is not read then.
+    Raises:
+        UserError: on every rank alike.
+    """
+    found = shared_splits(settings.data, ranks)
+    with ranks.together():
+        made_schedule, plan = schedule_and_plan(settings, len(found.train))
+        network = model(settings, len(found.class_ids), continued=begun is not None)
+        # A run begun before masks belonged to images draws them on each rank, as it began.
+        masks = begun is None or begun.get("masks") == "image"
+        built = Built(settings, ranks, found, made_schedule, plan, network, state(settings, network, ranks),
+                      stepper(settings, network, made_schedule, len(found.class_ids), ranks, masks),
+                      batch_maker(settings, found.train, ranks))
+    ranks.broadcast([weight.detach() for weight in built.state.all_weights()])
+    return built
+
+
 # Data
+
+def shared_splits(data: Data, ranks: Ranks) -> pictures.Splits:
+    """The images; where they may have to be downloaded, the first rank of each machine goes before the others."""
+    is_first = data.source not in pictures.DOWNLOADING or int(os.environ.get("LOCAL_RANK", 0)) == 0
+    for mine in (is_first, not is_first):
+        with ranks.together():
+            if mine:
+                found = splits(data)
+    return found
+
 
 def splits(data: Data) -> pictures.Splits:
     """The data set that `data` names."""
@@ -64,24 +112,33 @@ def prepare(data: Data, num_classes: int, augment: Augment | None = None, seed: 
 
 
 def accumulation(settings: Settings, world: int) -> int:
-    """Micro-batches of an update: the fewest that fit `engine.device_batch` and divide the global batch.
+    """Micro-batches of an update: the fewest that fit `engine.device_batch` and part no `unit` of the images.
 
     Raises:
-        UserError: the global batch does not divide over the devices, or mixing finds no pairs in a micro-batch.
+        UserError: the global batch does not divide over the devices, or a device's share not into whole units.
     """
-    batch, most = settings.data.batch_size, settings.engine.device_batch
+    batch, most, whole = settings.data.batch_size, settings.engine.device_batch, unit(settings)
     if batch % world:
         raise UserError(f"data.batch_size={batch} (of all devices together) does not divide over {world} devices.")
     share = batch // world
-    mixes = settings.augment.mix_prob > 0 and (settings.augment.mixup > 0 or settings.augment.cutmix > 0)
-    for parts in range(math.ceil(share / (most or share)), share + 1):
-        if share % parts == 0 and not (mixes and share // parts % 2):
+    if share % whole:
+        raise UserError(f"data.batch_size={batch} leaves each of {world} devices {share} images, which is no multiple "
+                        f"of {whole}: {_why_whole(settings)}. Choose a data.batch_size that is a multiple of {world * whole}.")
+    for parts in range(math.ceil(share / (most or share)), share // whole + 1):
+        if share % (parts * whole) == 0:
             return parts
-    raise UserError(f"mixup and cutmix pair neighbours in a micro-batch: data.batch_size={batch} on {world} devices "
-                    f"must leave each an even number of pictures.")
+    raise UserError(f"engine.device_batch={most} is too small: {whole} images cannot be parted, since "
+                    f"{_why_whole(settings)}.")
 
 
-def draw(settings: Settings, train: pictures.ImageSet, ranks: Ranks):
+def _why_whole(settings: Settings) -> str:
+    group = settings.model["attention"].get("norm_batch")
+    reasons = [f"model.attention.norm_batch={group} takes its statistics over so many"] if group else []
+    return " and ".join(reasons + (["mixup and cutmix pair neighbours"] if mixes(settings.augment) else []))
+
+
+def batch_maker(settings: Settings, train: pictures.ImageSet, ranks: Ranks
+                ) -> Callable[[int, int], Iterator[list[pictures.Batch]]]:
     """`(start, count) -> iterator` over the micro-batches of `count` global batches from number `start`."""
     transform = train_transform(settings.data, settings.augment)
     parts = accumulation(settings, ranks.world)
@@ -144,14 +201,28 @@ def state(settings: Settings, network: ViT, ranks: Ranks) -> TrainState:
     # Buffers are copied: a head norm's variance starts at 1 and is truly near 1e-6, so its average would stay wrong.
     average = ModelEmaV3(network, ema.decay, use_warmup=ema.warmup, exclude_buffers=True) if ema.decay else None
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=settings.precision.scale_gradients)
-    return TrainState(network, optimizer(network, settings.optimizer), scaler, average)
+    chosen = optimizer(network, settings.optimizer)
+    allocate_moments(chosen)
+    return TrainState(network, chosen, scaler, average)
 
 
-def stepper(settings: Settings, network: ViT, schedule: Schedule, num_classes: int, ranks: Ranks) -> Stepper:
+def stepper(settings: Settings, network: ViT, schedule: Schedule, num_classes: int, ranks: Ranks,
+            masks: bool = True) -> Stepper:
     called = torch.compile(network) if settings.engine.compile else network
-    return Stepper(ranks.wrap(called), prepare(settings.data, num_classes, settings.augment, settings.seed),
-                   objective(settings), schedule, precision(settings.precision), ranks, settings.seed,
-                   settings.optimizer.clip_grad)
+    return Stepper(called, prepare(settings.data, num_classes, settings.augment, settings.seed), schedule,
+                   precision(settings.precision), ranks, settings.seed, objective(settings),
+                   settings.optimizer.clip_grad, BranchMasks(network, settings.seed, ranks.device) if masks else None,
+                   unit(settings))
+
+
+def unit(settings: Settings) -> int:
+    """Images that no micro-batch may part: a group of the head norm, a pair of mixup or cutmix."""
+    group = settings.model["attention"].get("norm_batch") or 1
+    return math.lcm(min(group, settings.data.batch_size), 2 if mixes(settings.augment) else 1)
+
+
+def mixes(augment: Augment) -> bool:
+    return augment.mix_prob > 0 and (augment.mixup > 0 or augment.cutmix > 0)
 
 
 def precision(chosen: PrecisionSettings) -> Precision:
@@ -165,9 +236,6 @@ def objective(settings: Settings) -> Objective:
     if blocks < 0 or blocks >= settings.model["depth"]:
         raise UserError(f"loss.cosine_blocks={blocks} compares pairs of adjacent blocks: give 0 (off) to "
                         f"{settings.model['depth'] - 1} for a model of {settings.model['depth']} blocks.")
-
-    def cross_entropy(network: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return nn.functional.cross_entropy(network(x).float(), y)
 
     if not blocks:
         return cross_entropy
