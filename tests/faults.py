@@ -66,15 +66,15 @@ def train_slowly(config: dict[str, Any], folder: str, seconds: float) -> int:
 def train_with_bad_weights(config: dict[str, Any], folder: str) -> int:
     """One layer's weights overflow in the forward pass from the third update on."""
     from deepvit.engine.step import Stepper
-    original = Stepper.backward
+    original = Stepper.update
 
-    def backward(self: Stepper, state: Any, batches: Any, give_up: Callable[[], bool]):
+    def update(self: Stepper, state: Any, batches: Any, stop: object):
         if state.step == 2:
             with torch.no_grad():
                 state.model.blocks[1].mlp.fc1.weight.fill_(1e38)
-        return original(self, state, batches, give_up)
+        return original(self, state, batches, stop)
 
-    Stepper.backward = backward
+    Stepper.update = update
     return soak._train(config, folder)
 
 

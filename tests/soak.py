@@ -194,7 +194,7 @@ def fingerprint(folder: Path) -> str:
             digest.update(repr(value).encode())
 
     content = torch.load(folder / "checkpoints" / "last.pt", weights_only=True)
-    for part in ("model", "ema", "optimizer", "scaler", "step", "batch", "evaluated", "best"):
+    for part in ("model", "ema", "optimizer", "scaler", "step", "evaluated", "best"):
         add(part, content.get(part))
     return digest.hexdigest()
 
@@ -307,7 +307,7 @@ def main() -> int:
     parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "img" / "soak.png")
     options = parser.parse_args()
     shutil.rmtree(options.folder, ignore_errors=True)
-    # Every second run has a step with nothing due after it: there the host learns late what became of an update.
+    # Every second run has steps with nothing due after them.
     configs = [compose(f"schedule.steps={options.steps}", *words) for words in (
         [], ["engine.log_every=4", "engine.save_every=7"])]
     begun = time.monotonic()
