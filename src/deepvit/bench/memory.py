@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from deepvit.bench.contestants import BASE, TrainStep, contestants
+from deepvit.engine import memory
 
 STEPS = 2  # the first makes the optimizer's moments
 
@@ -39,17 +40,7 @@ def _one(name: str, device: str, depth: int, batch: int, img_size: int) -> tuple
 
 def kept_bytes(step: TrainStep) -> int:
     """Bytes of the distinct storages saved for backward, parameters and the batch left out."""
-    own = {x.untyped_storage().data_ptr() for x in (*step.model.parameters(), *step.model.buffers(), step.x, step.y)}
-    kept: dict[int, int] = {}
-
-    def pack(x: torch.Tensor) -> torch.Tensor:
-        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        loss = step.loss()
-    del loss
-    return sum(size for address, size in kept.items() if address not in own)
+    return memory.kept_bytes(step.loss, (*step.model.parameters(), *step.model.buffers(), step.x, step.y))
 
 
 def _resident(device: str) -> int:

@@ -34,9 +34,9 @@ def check_arguments(function: Callable, given: Mapping[str, Any], where: str = "
             raise UserError(f"{prefix}{name} is missing: give it {describe(hints.get(name, Any))}.")
 
 
-def check_range(name: str, value: float | None, least: float, most: float) -> None:
-    """Refuses a number outside [least, most], or one that is not finite; None is no number."""
-    if value is None or (least <= value <= most and math.isfinite(value)):
+def check_range(name: str, value: float | str | None, least: float, most: float) -> None:
+    """Refuses a number outside [least, most], or one that is not finite; None and words (`auto`) are no numbers."""
+    if value is None or isinstance(value, str) or (least <= value <= most and math.isfinite(value)):
         return
     if most < math.inf:
         words = f"from {least:g} to {most:g}"

@@ -142,7 +142,7 @@ class Stepper:
             try:
                 status, loss = self._passes(state, batches, statistics, stop)
             except RuntimeError as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
             status = Status(self.ranks.max(status))  # outside `except`, whose frames hold the activations
             if status <= Status.STOP:
@@ -282,7 +282,7 @@ def allocate_moments(optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad(set_to_none=True)
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: RuntimeError) -> bool:
     """A GPU's allocator has a class of its own; a CPU's only these words."""
     return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
 

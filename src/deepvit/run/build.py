@@ -23,6 +23,8 @@ from deepvit.errors import UserError, did_you_mean
 from deepvit.models import ViT, build_model
 from deepvit.models.registry import check_model
 from deepvit.models.stochastic_depth import BranchMasks
+from deepvit.run.micro_batches import choose as choose_micro_batch
+from deepvit.run.micro_batches import unit
 
 FUSED = ("adam", "adamw", "momentum", "sgd")  # torch's own, which update all parameters in one kernel
 log = logging.getLogger(__name__)
@@ -48,6 +50,8 @@ class Built:
     state: TrainState
     stepper: Stepper
     make_batches: Callable[[int, int], Iterator[list[pictures.Batch]]]
+    micro_batch: int  # images that a device takes at once
+    memory: str  # what they take of it, in words, where that was measured
 
 
 def build(settings: Settings, ranks: Ranks, begun: Mapping[str, Any] | None = None) -> Built:
@@ -64,11 +68,12 @@ def build(settings: Settings, ranks: Ranks, begun: Mapping[str, Any] | None = No
         network = model(settings, len(found.class_ids), continued=begun is not None)
         # A run begun before masks belonged to images draws them on each rank, as it began.
         masks = begun is None or begun.get("masks") == "image"
-        built = Built(settings, ranks, found, made_schedule, plan, network, state(settings, network, ranks),
-                      stepper(settings, network, made_schedule, len(found.class_ids), ranks, masks),
-                      batch_maker(settings, found.train, ranks))
-    ranks.broadcast([weight.detach() for weight in built.state.all_weights()])
-    return built
+        made = state(settings, network, ranks)
+        called = stepper(settings, network, made_schedule, len(found.class_ids), ranks, masks)
+    ranks.broadcast([weight.detach() for weight in made.all_weights()])
+    micro_batch, memory = choose_micro_batch(settings, network.config["in_chans"], made, called, begun)
+    return Built(settings, ranks, found, made_schedule, plan, network, made, called,
+                 batch_maker(settings, found.train, ranks, micro_batch), micro_batch, memory)
 
 
 # Data
@@ -111,37 +116,11 @@ def prepare(data: Data, num_classes: int, augment: Augment | None = None, seed: 
     return pictures.Prepare(*pictures.norm_values(data.norm), num_classes, seed=seed, **mixing)
 
 
-def accumulation(settings: Settings, world: int) -> int:
-    """Micro-batches of an update: the fewest that fit `engine.device_batch` and part no `unit` of the images.
-
-    Raises:
-        UserError: the global batch does not divide over the devices, or a device's share not into whole units.
-    """
-    batch, most, whole = settings.data.batch_size, settings.engine.device_batch, unit(settings)
-    if batch % world:
-        raise UserError(f"data.batch_size={batch} (of all devices together) does not divide over {world} devices.")
-    share = batch // world
-    if share % whole:
-        raise UserError(f"data.batch_size={batch} leaves each of {world} devices {share} images, which is no multiple "
-                        f"of {whole}: {_why_whole(settings)}. Choose a data.batch_size that is a multiple of {world * whole}.")
-    for parts in range(math.ceil(share / (most or share)), share // whole + 1):
-        if share % (parts * whole) == 0:
-            return parts
-    raise UserError(f"engine.device_batch={most} is too small: {whole} images cannot be parted, since "
-                    f"{_why_whole(settings)}.")
-
-
-def _why_whole(settings: Settings) -> str:
-    group = settings.model["attention"].get("norm_batch")
-    reasons = [f"model.attention.norm_batch={group} takes its statistics over so many"] if group else []
-    return " and ".join(reasons + (["mixup and cutmix pair neighbours"] if mixes(settings.augment) else []))
-
-
-def batch_maker(settings: Settings, train: pictures.ImageSet, ranks: Ranks
+def batch_maker(settings: Settings, train: pictures.ImageSet, ranks: Ranks, micro_batch: int
                 ) -> Callable[[int, int], Iterator[list[pictures.Batch]]]:
     """`(start, count) -> iterator` over the micro-batches of `count` global batches from number `start`."""
     transform = train_transform(settings.data, settings.augment)
-    parts = accumulation(settings, ranks.world)
+    parts = settings.data.batch_size // ranks.world // micro_batch
 
     def batches(start: int, count: int) -> Iterator[list[pictures.Batch]]:
         steps = pictures.train_batches(
@@ -213,16 +192,6 @@ def stepper(settings: Settings, network: ViT, schedule: Schedule, num_classes: i
                    precision(settings.precision), ranks, settings.seed, objective(settings),
                    settings.optimizer.clip_grad, BranchMasks(network, settings.seed, ranks.device) if masks else None,
                    unit(settings))
-
-
-def unit(settings: Settings) -> int:
-    """Images that no micro-batch may part: a group of the head norm, a pair of mixup or cutmix."""
-    group = settings.model["attention"].get("norm_batch") or 1
-    return math.lcm(min(group, settings.data.batch_size), 2 if mixes(settings.augment) else 1)
-
-
-def mixes(augment: Augment) -> bool:
-    return augment.mix_prob > 0 and (augment.mixup > 0 or augment.cutmix > 0)
 
 
 def precision(chosen: PrecisionSettings) -> Precision:

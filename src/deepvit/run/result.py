@@ -8,14 +8,13 @@ from deepvit.engine.device import device_name, local_world, usable_cores
 from deepvit.engine.folder import RunFolder, read_json_lines
 from deepvit.engine.progress import Meter
 from deepvit.models.cost import count_flops, count_parameters
-from deepvit.run import build
 from deepvit.run.build import Built
 
 
 def summary_of(built: Built) -> str:
     """The run in a line."""
     settings, splits, plan, ranks = built.settings, built.splits, built.plan, built.ranks
-    parts = build.accumulation(settings, ranks.world)
+    parts = plan.batch_size // ranks.world // built.micro_batch
     source = settings.data.source
     source = "the built-in digits (recipe= chooses others)" if source == "digits" else source
     remarks = [
@@ -23,7 +22,8 @@ def summary_of(built: Built) -> str:
         f"{len(splits.train):,} images in {len(splits.class_ids)} classes from {source}, {len(splits.val):,} to "
         f"evaluate",
         f"{plan.total:,} steps of {plan.batch_size} images ({ranks.world} x {ranks.device.type}"
-        f"{f', {parts} micro-batches' if parts > 1 else ''})"]
+        f"{f', {parts} micro-batches' if parts > 1 else ''}"
+        f"{f', {built.micro_batch} images at once in {built.memory}' if built.memory else ''})"]
     group = settings.model["attention"].get("norm_batch")
     if group and group > plan.batch_size:
         remarks.append(f"the head norm takes its statistics over the whole batch, which has fewer than "

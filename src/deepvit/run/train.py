@@ -12,7 +12,7 @@ from deepvit.config.provenance import versions
 from deepvit.data import resolve_decoder
 from deepvit.engine import checkpoint
 from deepvit.engine.checkpoint import write_text_synced
-from deepvit.engine.device import prepare_device
+from deepvit.engine.device import device_name, prepare_device
 from deepvit.engine.fit import Fit
 from deepvit.engine.folder import LogFile, RunFolder
 from deepvit.engine.loggers import JsonLines, Loggers, TensorBoard
@@ -79,7 +79,7 @@ def _open(folder: RunFolder, config: Mapping[str, Any], built: Built, resumed: b
     logging.getLogger("deepvit").addHandler(LogFile(folder.path / "train.log"))
     folder.drop_metrics_after(step if resumed and step else -1)  # step 0 writes its own lines again
     folder.log_event("resume" if resumed else "start", step=step, processes=processes, restarts=_restarts(),
-                     decoder=resolve_decoder(config["data"]["decoder"]), **versions())
+                     decoder=resolve_decoder(config["data"]["decoder"]), micro_batch=built.micro_batch, **versions())
     log.info("%s", summary_of(built))
     log.info("%s %s", f"Continuing from step {step} in" if resumed else "Starting in", folder.path)
     return Loggers([JsonLines(folder), TensorBoard(folder.path, step)])
@@ -89,7 +89,8 @@ def _identity(config: Mapping[str, Any], built: Built) -> dict[str, Any]:
     """What a checkpoint tells of its run."""
     splits = built.splits
     return {"config": built.model.config, "classes": splits.class_ids, "class_names": splits.class_names,
-            "pictures": images_of(splits), "masks": "image", "run": dict(config)}
+            "pictures": images_of(splits), "masks": "image", "run": dict(config),
+            "micro_batch": built.micro_batch, "device": device_name(built.ranks.device)}
 
 
 def _restarts() -> int:
