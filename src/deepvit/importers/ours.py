@@ -58,6 +58,8 @@ def _tells(file: WeightsFile, told: Mapping[str, Any], shapes: Mapping[str, Size
         if config.get(key) != told[key]:
             raise UserError(f"{file.path} says {key} {config.get(key)!r}, its tensors have {told[key]}: "
                             f"it is torn or forged.")
+    if isinstance(attention := config.get("attention"), Mapping):  # older files have sync_norm, which was for training
+        config = {**config, "attention": {key: value for key, value in attention.items() if key != "sync_norm"}}
     return Told({**config, "num_classes": told["num_classes"]})
 
 

@@ -77,7 +77,12 @@ def check_model(config: Mapping[str, Any]) -> None:
     cls = ATTENTIONS.get(attention.pop("class", None))
     if cls is None:
         raise UserError(f"model.attention.class must be one of {', '.join(ATTENTIONS)}.")
+    if "sync_norm" in attention:
+        raise UserError("model.attention.sync_norm is gone: model.attention.norm_batch says over how many images the "
+                        "norm takes its statistics, on whatever devices they are.")
     check_arguments(cls, {"dim": 1, **attention}, "model.attention")
+    for where, given in (("stem", options), ("attention", attention)):
+        check_range(f"model.{where}.norm_batch", given.get("norm_batch"), 1, math.inf)
 
 
 def model_config(name: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deepvit import ops
 from deepvit.errors import UserError, did_you_mean
 from deepvit.models.hybrid import HybridStem
 
@@ -33,10 +34,31 @@ class PatchStem(nn.Module):
         return self.norm_out(F.linear(self.norm_in(patches), self.proj.weight.flatten(1), self.proj.bias))
 
 
-class ConvStem(nn.Module):
-    """Three convolutions, the DeepViT-S and -L stem: 7x7/2, 3x3, then patch/2 with stride patch/2 (after T2T-ViT)."""
+class GroupedBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm with batch statistics over groups of `norm_batch` consecutive images (None: the batch it sees).
 
-    def __init__(self, in_chans: int, embed_dim: int, patch_size: Size, norm: bool = False, norm_eps: float = 1e-5):
+    Each training forward moves the running statistics once, as `ops.batch_norm` says.
+    """
+
+    def __init__(self, channels: int, norm_batch: int | None):
+        super().__init__(channels)
+        self.norm_batch = norm_batch
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.num_batches_tracked.add_(1)
+        norm = ops.HeadNorm(self.weight, self.bias, self.running_mean, self.running_var, self.eps, self.momentum)
+        return ops.batch_norm(x, norm, self.training, self.norm_batch)
+
+
+class ConvStem(nn.Module):
+    """Three convolutions, the DeepViT-S and -L stem: 7x7/2, 3x3, then patch/2 with stride patch/2 (after T2T-ViT).
+
+    `norm_batch`: see `GroupedBatchNorm2d`. `ViT` gives the attention's, so that both norms are of the same images.
+    """
+
+    def __init__(self, in_chans: int, embed_dim: int, patch_size: Size, norm: bool = False, norm_eps: float = 1e-5,
+                 norm_batch: int | None = None):
         super().__init__()
         if norm:
             raise UserError("model.patch_norm goes with stem=patch only: leave it off with stem=conv.")
@@ -44,9 +66,9 @@ class ConvStem(nn.Module):
             raise UserError(f"stem=conv halves the picture first: patch_size {patch_size} must be even.")
         half = (patch_size[0] // 2, patch_size[1] // 2)
         self.conv1 = nn.Conv2d(in_chans, 64, 7, stride=2, padding=3, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
+        self.bn1 = GroupedBatchNorm2d(64, norm_batch)
         self.conv2 = nn.Conv2d(64, 64, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(64)
+        self.bn2 = GroupedBatchNorm2d(64, norm_batch)
         self.proj = nn.Conv2d(64, embed_dim, half, half)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -66,6 +66,8 @@ class ViT(nn.Module):
         self.grad_checkpointing = False
 
         (make_stem, options), make_block = stem_of(stem), _choose("block", block, BLOCKS)
+        rule = {"map_scale": map_scale, **(attention or {"class": "SelfAttention"})}
+        options = {**_wanted(make_stem, norm_batch=rule.get("norm_batch")), **options}
         self.patch_embed = make_stem(in_chans, embed_dim, self.patch_size, norm=patch_norm, norm_eps=norm_eps,
                                      **options)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
@@ -75,7 +77,6 @@ class ViT(nn.Module):
         chosen = _block_indices(reattention_blocks, depth)
         shared = dict(num_heads=num_heads, head_dim=head_dim, qkv_bias=qkv_bias, qk_scale=qk_scale,
                       attn_drop=attn_drop_rate, proj_drop=drop_rate)
-        rule = {"map_scale": map_scale, **(attention or {"class": "SelfAttention"})}
         self.blocks = nn.Sequential(*(
             make_block(embed_dim, _attention(rule if i in chosen else {"class": "SelfAttention"}, embed_dim, shared,
                                              block_index=i, depth=depth),
@@ -165,8 +166,12 @@ def _attention(rule: Mapping[str, Any], dim: int, shared: Mapping[str, Any], **p
     if cls is None:
         raise UserError(f"model.attention.class={rule.get('class')} is not known: choose from "
                         f"{', '.join(ATTENTIONS)}.{did_you_mean(rule.get('class', ''), ATTENTIONS)}")
-    place = {name: value for name, value in place.items() if name in inspect.signature(cls).parameters}
-    return cls(dim, **{**shared, **options, **place})
+    return cls(dim, **{**shared, **options, **_wanted(cls, **place)})
+
+
+def _wanted(cls: type, **offered: Any) -> dict[str, Any]:
+    """What of `offered` the constructor has parameters for."""
+    return {name: value for name, value in offered.items() if name in inspect.signature(cls).parameters}
 
 
 def _block_indices(chosen: Sequence[int] | str | None, depth: int) -> set[int]:

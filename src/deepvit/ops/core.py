@@ -74,7 +74,7 @@ def _(du, dsumsq, dtotal, q, k, v, mix, kept, scale):
 def _(q, k, v, mix, scale, statistics):
     B, H, N, d = q.shape
     kept = mix.new_empty(0) if q.device.type == "cpu" else mix.new_empty(B, H, N)
-    return tokens_first(q), mix.new_empty(H), mix.new_empty(B, H, d), kept
+    return tokens_first(q), mix.new_empty(B, H), mix.new_empty(B, H, d), kept
 
 
 @centred_mix_backward.register_fake
@@ -95,35 +95,3 @@ def _backward(ctx, du, dsumsq, dtotal, _):
 
 centred_mix.register_autograd(_backward, setup_context=_setup)
 
-
-# The affine after the core in one pass each way. torch.compile fuses the plain form by itself.
-
-@torch.library.custom_op("deepvit::affine", mutates_args=())
-def fused_affine(u: Tensor, gain: Tensor, total: Tensor, shift: Tensor) -> Tensor:
-    """`affine.affine_out` by a Triton kernel: u `[B, H, N, d]`, gain and shift `[H]`, total `[B, H, d]`."""
-    from deepvit.ops import triton_affine
-    with torch.cuda.device_of(u):
-        return triton_affine.affine_out(u, gain, total, shift)
-
-
-@torch.library.custom_op("deepvit::affine_backward", mutates_args=())
-def fused_affine_backward(grad: Tensor, u: Tensor, gain: Tensor, total: Tensor,
-                          shift: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of u, gain, total and shift."""
-    from deepvit.ops import triton_affine
-    with torch.cuda.device_of(u):
-        return triton_affine.affine_out_backward(grad, u, gain, total, shift)
-
-
-@fused_affine.register_fake
-def _(u, gain, total, shift):
-    return tokens_first(u)
-
-
-@fused_affine_backward.register_fake
-def _(grad, u, gain, total, shift):
-    return tokens_first(u), torch.empty_like(gain), torch.empty_like(total), torch.empty_like(shift)
-
-
-fused_affine.register_autograd(lambda ctx, grad: fused_affine_backward(grad, *ctx.saved_tensors),
-                               setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))

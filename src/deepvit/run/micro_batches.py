@@ -77,12 +77,17 @@ def choose(settings: Settings, in_chans: int, state: TrainState, stepper: Steppe
 
 
 def _group(settings: Settings) -> int | None:
-    return settings.model["attention"].get("norm_batch")
+    """Images that the model's batch statistics are taken over: the head norm's, or the convolution stem's own."""
+    stem = settings.model.get("stem")
+    groups = (settings.model["attention"].get("norm_batch"), stem.get("norm_batch") if isinstance(stem, Mapping) else None)
+    return math.lcm(*filter(None, groups)) if any(groups) else None
 
 
 def _depends_on_size(settings: Settings) -> bool:
     """Whether batch statistics are those of whatever a device takes at once, so that its size is no free choice."""
-    return bool(settings.model["attention"].get("norm")) and _group(settings) is None
+    stem = settings.model.get("stem")
+    has_norm = settings.model["attention"].get("norm") or "conv" in (stem, isinstance(stem, Mapping) and stem["name"])
+    return bool(has_norm) and _group(settings) is None
 
 
 def _why(settings: Settings) -> str:
