@@ -144,7 +144,7 @@ class ReAttention(Attention):
         super().__init__(dim, num_heads, **kwargs)
         factory = {name: kwargs[name] for name in ("device", "dtype") if name in kwargs}
         if sync_norm and self.attn_drop:
-            raise UserError("model.attention.sync_norm does not go with attention dropout: set attn_drop_rate to 0.")
+            raise UserError("sync_norm does not go with attention dropout: set attn_drop_rate to 0.")
         self.sync_norm = sync_norm
         self.mix = HeadMix(num_heads, init=theta_init, **factory) if mix else None
         self.norm = nn.BatchNorm2d(num_heads, eps=norm_eps, **factory) if norm else None

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 def read_settings(config: Mapping[str, Any]) -> Settings:
     """`config.settings.read_settings`, with the model's own settings checked as well."""
     settings = asked.read_settings(config)
-    check_model(settings.model)
+    check_model(settings.model, "model")
     return settings
 
 
