@@ -134,10 +134,13 @@ def register_with_timm() -> None:
 def _entrypoint(name: str):
     def create(pretrained: bool = False, pretrained_cfg_overlay=None, **kwargs) -> nn.Module:
         first_conv = {"first_conv": _first_conv(kwargs["stem"])} if "stem" in kwargs else {}
-        return build_model_with_cfg(partial(create_model, name), name, pretrained, **kwargs,
-                                    pretrained_cfg_overlay=first_conv | (pretrained_cfg_overlay or {}),
-                                    pretrained_filter_fn=_fit_positions,
-                                    feature_cfg={"out_indices": 3, "feature_cls": "getter"})
+        model = build_model_with_cfg(partial(create_model, name), name, pretrained, **kwargs,
+                                     pretrained_cfg_overlay=first_conv | (pretrained_cfg_overlay or {}),
+                                     pretrained_filter_fn=_fit_positions,
+                                     feature_cfg={"out_indices": 3, "feature_cls": "getter"})
+        vit = getattr(model, "model", model)  # the one inside a feature extractor
+        model.pretrained_cfg["input_size"] = vit.input_size  # timm leaves the published one
+        return model
 
     create.__name__ = create.__qualname__ = name
     create.__doc__ = f"`{name}` of deepvit; keywords as `deepvit.create_model`."

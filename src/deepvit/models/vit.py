@@ -185,6 +185,7 @@ class ViT(nn.Module):
     img_size = property(lambda self: self.patch_embed.img_size)
     patch_size = property(lambda self: self.patch_embed.patch_size)
     grid_size = property(lambda self: self.patch_embed.grid_size)  # (rows, columns) of patches
+    input_size = property(lambda self: (self.in_chans, *self.img_size))
     num_prefix_tokens = 1
 
     @property
@@ -208,6 +209,8 @@ class ViT(nn.Module):
             feature["reduction"] = self.patch_embed.feat_ratio()
         self.config |= {"img_size": plain(self.img_size), "patch_size": plain(self.patch_size)}
         self._traits = {**getattr(self, "_traits", {}), "img_size": self.img_size}  # what timm takes for current
+        if hasattr(self, "pretrained_cfg"):
+            self.pretrained_cfg["input_size"] = self.input_size
 
     @property
     def _model_args(self) -> dict[str, Any]:
