@@ -215,6 +215,7 @@ def test_second_derivatives():
     (lambda: ours(name="vit", patch_norm=True).set_input_size(patch_size=4), "patch_norm"),
     (lambda: ours("conv", patch_norm=True), "patch_norm"), (lambda: ours()(X.mT), "img_size"),
     (lambda: ours().forward_features(X[..., :8]), "img_size"),
+    (lambda: ours()(X[:, :1]), "1, 16, 32.*3, 16, 32.*in_chans"),
     (lambda: ours().forward_intermediates(X, output_fmt="NHWC"), "output_fmt"),
     (lambda: deepvit.create_model("vit", stem={"name": "conv", "in_chans": 3}), r"^stem\.in_chans"),
     (lambda: deepvit.create_model("vit", attention={"class": "SelfAttention", "dim": 3}), r"^attention\.dim"),

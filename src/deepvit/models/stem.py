@@ -27,19 +27,25 @@ class Stem(nn.Module):
 
     first_conv: ClassVar[str]  # the convolution that sees the image
 
-    def __init__(self, img_size: Size, patch_size: Size, stride: int = 1):
+    def __init__(self, img_size: Size, patch_size: Size, in_chans: int, stride: int = 1):
         super().__init__()
-        self.stride = stride
+        self.in_chans, self.stride = in_chans, stride
         self._set_sizes(img_size, patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        if tuple(x.shape[-2:]) != self.img_size:
-            raise UserError(f"The images are {x.shape[-2]}x{x.shape[-1]} pixels, the model is built for "
-                            f"{self.img_size[0]}x{self.img_size[1]}: set img_size.")
+        if tuple(x.shape[1:]) != self.input_size:
+            wanted = ", ".join(map(str, self.input_size))
+            raise UserError(f"The images have shape {tuple(x.shape)}, the model is built for (batch, {wanted}): "
+                            f"set in_chans or img_size.")
         return self.embed(x)
 
     def embed(self, x: Tensor) -> Tensor:
         raise TypeError(f"{type(self).__name__} must define embed(x)")
+
+    @property
+    def input_size(self) -> tuple[int, int, int]:
+        """(channels, height, width)."""
+        return self.in_chans, *self.img_size
 
     @property
     def grid_size(self) -> Size:
@@ -91,7 +97,7 @@ class PatchStem(Stem):
 
     def __init__(self, img_size: Size, patch_size: Size, in_chans: int, embed_dim: int,
                  norm_eps: float | None = None):
-        super().__init__(img_size, patch_size)
+        super().__init__(img_size, patch_size, in_chans)
         self.proj = nn.Conv2d(in_chans, embed_dim, self.cell, self.cell)
         self.norm_in = nn.LayerNorm(in_chans * patch_size[0] * patch_size[1], norm_eps) if norm_eps else None
         self.norm_out = nn.LayerNorm(embed_dim, norm_eps) if norm_eps else None
@@ -115,7 +121,7 @@ class ConvStem(Stem):
     first_conv = "conv1"
 
     def __init__(self, img_size: Size, patch_size: Size, in_chans: int, embed_dim: int):
-        super().__init__(img_size, patch_size, stride=2)
+        super().__init__(img_size, patch_size, in_chans, stride=2)
         self.conv1 = nn.Conv2d(in_chans, 64, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         self.conv2 = nn.Conv2d(64, 64, 3, padding=1, bias=False)
@@ -146,7 +152,7 @@ class HybridStem(Stem):
         if not layers or min(layers) < 1 or width < 1 or width % GROUPS:
             raise UserError(f"stem=hybrid takes stages of one unit or more and a width that is a multiple of {GROUPS}: "
                             f"not layers {list(layers)} and width {width}.")
-        super().__init__(img_size, patch_size, stride=4 * 2 ** (len(layers) - 1))
+        super().__init__(img_size, patch_size, in_chans, stride=4 * 2 ** (len(layers) - 1))
         rule = ARITHMETICS[arithmetic]
         self.root = Root(in_chans, width, rule)
         self.body, channels = make_body(layers, width, rule)

@@ -185,7 +185,7 @@ class ViT(nn.Module):
     img_size = property(lambda self: self.patch_embed.img_size)
     patch_size = property(lambda self: self.patch_embed.patch_size)
     grid_size = property(lambda self: self.patch_embed.grid_size)  # (rows, columns) of patches
-    input_size = property(lambda self: (self.in_chans, *self.img_size))
+    input_size = property(lambda self: self.patch_embed.input_size)  # (channels, height, width)
     num_prefix_tokens = 1
 
     @property
