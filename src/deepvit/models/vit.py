@@ -51,6 +51,17 @@ class ViT(nn.Module):
         feat_scale: see `blocks.FeatScale`.
     """
 
+    img_size = property(lambda self: self.patch_embed.img_size)
+    patch_size = property(lambda self: self.patch_embed.patch_size)
+    grid_size = property(lambda self: self.patch_embed.grid_size)  # (rows, columns) of patches
+    input_size = property(lambda self: self.patch_embed.input_size)  # (channels, height, width)
+    num_prefix_tokens = 1
+
+    @property
+    def global_pool(self) -> str:
+        """`pool` in timm's words."""
+        return {"cls": "token"}.get(self.pool, self.pool)
+
     def __init__(self, img_size: int | list[int] = 224, patch_size: int | list[int] = 16, in_chans: int = 3,
                  num_classes: int = 1000, embed_dim: int = 384, depth: int = 12, num_heads: int = 12,
                  head_dim: int | None = None, mlp_ratio: float = 3.0, qkv_bias: bool = True,
@@ -181,17 +192,6 @@ class ViT(nn.Module):
 
     def _norm_of_tokens(self, x: Tensor) -> Tensor:
         return self.norm(x) if self.final_norm == "before_pool" else x
-
-    img_size = property(lambda self: self.patch_embed.img_size)
-    patch_size = property(lambda self: self.patch_embed.patch_size)
-    grid_size = property(lambda self: self.patch_embed.grid_size)  # (rows, columns) of patches
-    input_size = property(lambda self: self.patch_embed.input_size)  # (channels, height, width)
-    num_prefix_tokens = 1
-
-    @property
-    def global_pool(self) -> str:
-        """`pool` in timm's words."""
-        return {"cls": "token"}.get(self.pool, self.pool)
 
     def set_input_size(self, img_size: int | Sequence[int] | None = None,
                        patch_size: int | Sequence[int] | None = None) -> None:
