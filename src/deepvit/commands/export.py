@@ -141,7 +141,7 @@ def _write_timm(model: ViT, path: Path) -> tuple[Reader, str]:
         img_size=model.img_size, patch_size=model.patch_size, in_chans=config["in_chans"],
         num_classes=model.num_classes, embed_dim=model.embed_dim, depth=model.depth, num_heads=config["num_heads"],
         mlp_ratio=config["mlp_ratio"] + 1e-6, qkv_bias=config["qkv_bias"], init_values=config["init_values"],
-        global_pool="avg" if average else "token", norm_layer=_layer_norm(config["norm_eps"]))
+        global_pool=model.global_pool, norm_layer=_layer_norm(config["norm_eps"]))
     theirs.load_state_dict(state)
     return theirs.eval(), "loaded strictly into timm's VisionTransformer"
 

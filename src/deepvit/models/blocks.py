@@ -80,7 +80,7 @@ class DeepNormBlock(Block):
 
     def __init__(self, *args, residual_scale: float, depth: int, **kwargs):
         if residual_scale != 1.0:
-            raise UserError(f"model.block=deepnorm has its own residual factor: leave model.residual_scale at 1 "
+            raise UserError(f"block=deepnorm has its own residual factor: leave residual_scale at 1 "
                             f"(it is {residual_scale}).")
         super().__init__(*args, residual_scale=residual_scale, depth=depth, **kwargs)
         self.alpha, self.beta = (2 * depth) ** 0.25, (8 * depth) ** -0.25

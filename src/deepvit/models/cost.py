@@ -8,7 +8,7 @@ from deepvit.models.vit import ViT
 
 
 def count_flops(model: ViT) -> int:
-    """Floating-point operations of one picture's forward pass in eval mode: matrix products and convolutions only.
+    """Floating-point operations of one image's forward pass in eval mode: matrix products and convolutions only.
 
     A multiply-add is two operations (the published tables count it as one "MAC"). Counted on a copy on the meta
     device, so it costs neither time nor memory.
@@ -16,9 +16,9 @@ def count_flops(model: ViT) -> int:
     from deepvit.models.registry import build_model
     with torch.device("meta"):
         copy = build_model(model.config).eval()
-        picture = torch.empty(1, model.config.get("in_chans", 3), *model.img_size)
+        image = torch.empty(1, *model.input_size)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            copy(picture)
+            copy(image)
     return counter.get_total_flops()
 
 

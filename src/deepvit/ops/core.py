@@ -6,7 +6,9 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
+from deepvit.errors import UserError
 from deepvit.ops import cpu, native
 from deepvit.ops.plain import tokens_first
 
@@ -95,3 +97,26 @@ def _backward(ctx, du, dsumsq, dtotal, _):
 
 centred_mix.register_autograd(_backward, setup_context=_setup)
 
+
+def _second_backward(ctx, *grads):
+    raise UserError("The gradient of re-attention's fast operators can be taken once: for a second derivative use "
+                    "torch.func (grad of grad, hessian), which runs plain operations, or deepvit.ops.reference.")
+
+
+centred_mix_backward.register_autograd(_second_backward)
+
+
+# Matrix products only, as torch counts; a backward that computes the maps anew counts those too, as torch's attention.
+
+@register_flop_formula(torch.ops.deepvit.centred_mix)
+def _flops(q, k, v, mix, *_, **__) -> int:
+    """Operations for these shapes: `q k^T`, the mix over heads, maps times v."""
+    B, H, N, d = q
+    return 2 * B * H * N * N * (2 * d + H)
+
+
+@register_flop_formula(torch.ops.deepvit.centred_mix_backward)
+def _flops_backward(du, dsumsq, dtotal, q, *_, **__) -> int:
+    """`q k^T` and the mix anew; then two products each for q k^T, the mix and maps times v."""
+    B, H, N, d = q
+    return 2 * B * H * N * N * (5 * d + 3 * H)

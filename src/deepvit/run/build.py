@@ -33,7 +33,9 @@ log = logging.getLogger(__name__)
 def read_settings(config: Mapping[str, Any]) -> Settings:
     """`config.settings.read_settings`, with the model's own settings checked as well."""
     settings = asked.read_settings(config)
-    check_model(settings.model)
+    check_model(settings.model, "model")
+    if settings.model.get("pool") == "":
+        raise UserError("model.pool='' gives logits of every token, which no loss here takes: choose cls, mean or avg.")
     return settings
 
 

@@ -164,6 +164,9 @@ def val_images(candidate: Candidate, data: Data) -> ImageSet:
     Raises:
         UserError: classes that the model does not know, or another number of them where it does not tell their names.
     """
+    if candidate.model.pool == "":
+        raise UserError(f"{candidate.path} has no pooling (pool=''), so its logits are of tokens, not of images: "
+                        f"give +model.pool=cls, mean or avg.")
     count, known = candidate.model.num_classes, candidate.classes
     if known is None and count == 1000:
         known = ImageNetInfo().label_names()

@@ -79,8 +79,8 @@ def choose(settings: Settings, in_chans: int, state: TrainState, stepper: Steppe
 def _group(settings: Settings) -> int | None:
     """Images that the model's batch statistics are taken over: the head norm's, or the convolution stem's own."""
     stem = settings.model.get("stem")
-    groups = (settings.model["attention"].get("norm_batch"), stem.get("norm_batch") if isinstance(stem, Mapping) else None)
-    return math.lcm(*filter(None, groups)) if any(groups) else None
+    given = [part.get("norm_batch") for part in (settings.model["attention"], stem) if isinstance(part, Mapping)]
+    return math.lcm(*filter(None, given)) if any(given) else None
 
 
 def _depends_on_size(settings: Settings) -> bool:
