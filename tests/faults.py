@@ -78,6 +78,39 @@ def train_with_bad_weights(config: dict[str, Any], folder: str) -> int:
     return soak._train(config, folder)
 
 
+def train_with_masks_of_each_rank(config: dict[str, Any], folder: str) -> int:
+    """Stochastic depth is drawn where the images are, as outside our engine."""
+    from deepvit.engine.step import Stepper
+    Stepper._place = lambda *_: None
+    return soak._train(config, folder)
+
+
+def train_short_of_memory(config: dict[str, Any], folder: str, where: str, step: int) -> int:
+    """Rank 1 runs out of memory once, in its last micro-batch of this step."""
+    from deepvit.engine.step import Stepper
+    seen = []
+
+    def once() -> None:
+        if not seen and os.environ["RANK"] == "1":
+            seen.append(where)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    original = Stepper._passes
+
+    def passes(self: Stepper, state: Any, *arguments: Any):
+        if state.step == step - 1 and where == "forward":
+            once()
+        result = original(self, state, *arguments)
+        if state.step == step - 1 and where == "backward":
+            once()
+        return result
+
+    Stepper._passes = passes
+    if where == "optimizer":
+        torch.optim.AdamW.step = lambda *_: once()
+    return soak._train(config, folder)
+
+
 def train_in_parent(config: dict[str, Any], folder: str) -> int:
     """As `train.py` with several devices: this process launches the ranks and watches over them."""
     from deepvit.run import launch

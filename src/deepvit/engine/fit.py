@@ -50,6 +50,7 @@ class Fit:
         self._bar = self._display.bar("train", plan.total, state.step)
         self._skips = SkipWatch(state, folder, self._ranks, plan.max_skipped, self._give_up)
         self._newest: Update | None = None
+        self._limit = stepper.limit
         self._error: UserError | Failure | None = None  # of making the next batch
         self._seen_bad: set[int] = set()
         self._refused = 0  # images that the fast decoder refused, since the last log line
@@ -118,6 +119,8 @@ class Fit:
         state, plan = self.state, self.plan
         self._newest = update
         self._skips.add(update, batches)
+        if self.stepper.limit != self._limit:
+            self._note_out_of_memory(update)
         if is_due(state.step, plan.log_every, plan.total):
             self._log(update)
         if is_due(state.step, plan.probe_every, plan.total):
@@ -200,6 +203,13 @@ class Fit:
         self._saver.save_nonfinite(self.state)
         with closing(self._make_batches(batch_index, 1)) as stream:
             give_up(self.state, self.stepper, next(stream), batch_index, self._folder)
+
+    def _note_out_of_memory(self, update: Update) -> None:
+        self._limit = self.stepper.limit
+        if self._ranks.is_main:
+            self._folder.log_event("out_of_memory", step=update.batch_index, device_batch=self._limit)
+            log.warning("Out of memory in step %d, which was repeated: from now on %d images at once.",
+                        update.batch_index + 1, self._limit)
 
     def _note_bad(self, batches: Batches) -> None:
         for one in (one for batch in batches for one in batch.bad if one.index not in self._seen_bad):

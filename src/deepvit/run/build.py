@@ -18,7 +18,7 @@ from deepvit.config.settings import Augment, Data, Optimizer, PrecisionSettings,
 from deepvit.engine.ranks import Ranks
 from deepvit.engine.schedule import Plan, Schedule
 from deepvit.engine.state import TrainState
-from deepvit.engine.step import Objective, Precision, Stepper, allocate_moments, cross_entropy
+from deepvit.engine.step import Objective, Precision, Stepper, allocate_moments, cross_entropy, is_out_of_memory
 from deepvit.errors import UserError, did_you_mean
 from deepvit.models import ViT, build_model
 from deepvit.models.registry import check_model
@@ -183,7 +183,13 @@ def state(settings: Settings, network: ViT, ranks: Ranks) -> TrainState:
     average = ModelEmaV3(network, ema.decay, use_warmup=ema.warmup, exclude_buffers=True) if ema.decay else None
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=settings.precision.scale_gradients)
     chosen = optimizer(network, settings.optimizer)
-    allocate_moments(chosen)
+    try:
+        allocate_moments(chosen)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(f"The weights of this model and the moments of optimizer.opt={settings.optimizer.opt} do not "
+                        f"fit into the memory of this device: take a smaller model or another optimizer.") from error
     return TrainState(network, chosen, scaler, average)
 
 
