@@ -127,6 +127,8 @@ class ViT(nn.Module):
         self.num_classes = num_classes
         self.head = _head(self.num_features, num_classes).to(self.cls_token.device, self.cls_token.dtype)
         init_weights(self.head)
+        if hasattr(self, "config"):  # of `build_model`
+            self.config |= {"num_classes": num_classes, "pool": self.pool}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.grad_checkpointing = enable
