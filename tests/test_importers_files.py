@@ -1,5 +1,6 @@
 """Files that are torn, forged, poisoned or foreign: success or one sentence, never code run, never a traceback."""
 
+import argparse
 import io
 import os
 import pickle
@@ -17,7 +18,7 @@ import deepvit
 from deepvit.errors import UserError
 from deepvit.importers import npz
 
-FORMS = ["pth", "legacy pth", "ours", "npz", "deflated npz", "msgpack", "safetensors"]
+FORMS = ["pth", "legacy pth", "ours", "by name", "npz", "deflated npz", "msgpack", "safetensors"]
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +36,8 @@ def contents() -> dict[str, bytes]:
         "pth": torch_bytes({"state_dict": published, "arch": "deepvit_patch16_224_re_attn_32b", "epoch": 1}),
         "legacy pth": torch_bytes(published, _use_new_zipfile_serialization=False),
         "ours": torch_bytes({"format": "deepvit", "version": 1, "config": model.config, "model": model.state_dict()}),
+        "by name": torch_bytes({"arch": "deepvit16", "state_dict": model.state_dict(),
+                                "args": argparse.Namespace(model_kwargs={"depth": 1, "num_heads": 2}, gp="avg")}),
         "npz": npz_bytes(np.savez, arrays), "deflated npz": npz_bytes(np.savez_compressed, arrays),
         "msgpack": flax.read_bytes(), "safetensors": save_safetensors(model.state_dict())}
 

@@ -112,7 +112,7 @@ def _understand(path: str | Path, dialect: str | None, ema: bool, arch: str | No
 
 def _known_arch(arch: str) -> str:
     known = [*list_models(), *deepvit.ARCHS]
-    if arch not in known and not timm.heads_of(arch):
+    if arch not in known and not timm.heads_of(str(arch)):
         raise UserError(f"arch={arch} is no model known here: choose from {', '.join(known)}, or one of timm's "
                         f"vit_<size>_patch... names.{did_you_mean(arch, known)}")
     return arch
@@ -153,7 +153,7 @@ def _settings(source: Source, rest: Told, given: Mapping[str, Any],
         raise UserError(f"{source} does not tell its number of heads: give num_heads=... "
                         f"({config['embed_dim']} channels).")
     if "head_dim" not in {**rest.settings, **given}:
-        config["head_dim"] = head_width(source.translation.shapes, config["num_heads"])
+        config["head_dim"] = head_width(source.translation.shapes, config["num_heads"], str(source))
     own = rest.settings.get("img_size")
     asked = grid_of(given["img_size"], told["patch_size"]) if "img_size" in given else None
     grid = _grid(source, own, asked, grid_size)

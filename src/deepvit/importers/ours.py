@@ -60,7 +60,7 @@ def _tells(file: WeightsFile, told: Mapping[str, Any], shapes: Mapping[str, Size
         raise UserError(f"{file.path} holds model settings ('config') that are no mapping: it is torn or forged.")
     if version != VERSION:
         raise UserError(f"{file.path} is a checkpoint of version {version!r}, this is deepvit for version {VERSION}.")
-    if math.prod(grid_of(config.get("img_size"), told["patch_size"])) != shapes["pos_embed"][1] - 1:
+    if not _fits(config.get("img_size"), told["patch_size"], shapes["pos_embed"][1] - 1):
         raise UserError(f"{file.path} says img_size {config.get('img_size')}, which its positions "
                         f"{tuple(shapes['pos_embed'])} do not fit: it is torn or forged.")
     for key in ("embed_dim", "depth"):  # sizes that would be built before shapes are compared
@@ -70,6 +70,13 @@ def _tells(file: WeightsFile, told: Mapping[str, Any], shapes: Mapping[str, Size
     if isinstance(attention := config.get("attention"), Mapping):  # older files have sync_norm, which was for training
         config = {**config, "attention": {key: value for key, value in attention.items() if key != "sync_norm"}}
     return Told({**config, "num_classes": told["num_classes"]})
+
+
+def _fits(img_size: Any, patch_size: Any, count: int) -> bool:
+    try:
+        return math.prod(grid_of(img_size, patch_size)) == count
+    except UserError:
+        return False
 
 
 def _without_config(file: WeightsFile, told: Mapping[str, Any], given: Mapping[str, Any]) -> Told:

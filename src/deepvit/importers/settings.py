@@ -1,5 +1,6 @@
 """What the shapes of a model's parameters tell about its settings: everything but a few scalars."""
 
+import inspect
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,10 +9,11 @@ import torch
 import yaml
 from torch import Size
 
-from deepvit.errors import UserError
+from deepvit.errors import UserError, did_you_mean
 from deepvit.models import ViT, attention_config, build_model
 
 Shapes = Mapping[str, Size]
+OF_A_FILE = ("arch", "grid_size", "head")  # what `load_model` takes besides the keywords of `ViT`
 
 
 def settings_from_shapes(shapes: Shapes, source: str) -> dict[str, Any]:
@@ -53,7 +55,7 @@ def settings_from_config(config: Mapping[str, Any], source: str) -> dict[str, An
 
 
 def as_keywords(words: Sequence[str]) -> dict[str, Any]:
-    """`num_heads=12` -> {"num_heads": 12}; values as in YAML."""
+    """`num_heads=12` -> {"num_heads": 12}, for `load_model`; values as in YAML."""
     keywords = {}
     for word in words:
         name, equals, value = word.partition("=")
@@ -61,9 +63,19 @@ def as_keywords(words: Sequence[str]) -> dict[str, Any]:
             keywords[name] = yaml.safe_load(value)
         except yaml.YAMLError:
             equals = ""
-        if not equals or not name.isidentifier():
+        if not equals:
             raise UserError(f"{word} is no setting of the form KEY=VALUE, such as num_heads=12.")
-    return keywords
+    return checked(keywords)
+
+
+def checked(keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings, all of them such as `load_model` takes for its model."""
+    known = [*inspect.signature(ViT).parameters, *OF_A_FILE]
+    for name in keywords:
+        if name not in known:
+            raise UserError(f"{name} is not a setting of a model.{did_you_mean(name, known)} "
+                            f"The settings are: {', '.join(sorted(known))}.")
+    return dict(keywords)
 
 
 def empty_model(config: Mapping[str, Any], source: str) -> ViT:
@@ -104,11 +116,11 @@ def _attention(shapes: Shapes, depth: int) -> dict[str, Any]:
             "reattention_blocks": None if len(special) == depth else special}
 
 
-def head_width(shapes: Shapes, heads: int) -> int | None:
+def head_width(shapes: Shapes, heads: int, source: str) -> int | None:
     """`head_dim`, None where it is the usual D / H."""
     inner, width = shapes["blocks.0.attn.qkv.weight"][0] // 3, shapes["cls_token"][-1]
     if heads < 1 or inner % heads:
-        raise UserError(f"The attention has {inner} channels, which do not divide into {heads} heads: "
+        raise UserError(f"The attention of {source} has {inner} channels, which do not divide into {heads} heads: "
                         f"give another num_heads, or get the file again.")
     return None if inner == width and width % heads == 0 else inner // heads
 
@@ -125,6 +137,8 @@ def _stem(shapes: Shapes) -> dict[str, Any]:
         first, factor = shapes["patch_embed.root.conv.weight"], 4 * 2 ** (len(units) - 1)
         stem = {"name": "hybrid", "layers": units, "width": first[0]}
     patch = [kernel[2] * factor, kernel[3] * factor]
+    if not all(patch):
+        raise ValueError(f"a patch embedding of {tuple(kernel)}")
     return {"stem": stem, "in_chans": first[1], "patch_size": patch[0] if patch[0] == patch[1] else patch}
 
 

@@ -26,6 +26,7 @@ from deepvit.engine.step import Precision
 from deepvit.errors import UserError
 from deepvit.importers import load_model
 from deepvit.importers.files import find_checkpoint, takes_average
+from deepvit.importers.settings import checked
 from deepvit.models import ViT
 from deepvit.models.cost import count_flops, count_parameters
 from deepvit.report.published import IMAGENET_VAL, published_of, sources
@@ -127,7 +128,7 @@ def checkpoints(given: str | list[str] | None) -> list[Path]:
 
 
 def load(path: Path, config: Mapping[str, Any]) -> Candidate:
-    keywords = {name: value for name, value in config["model"].items() if value is not None}
+    keywords = checked({name: value for name, value in config["model"].items() if value is not None})
     model = load_model(path, dialect=config["dialect"], ema=takes_average(path, config["weights"]), **keywords)
     said = model.load_report.said
     run = said.get("run")
