@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,12 +11,15 @@ import timm
 import torch
 from oracles import oracle, part
 from safetensors.torch import save_file
+from sklearn.datasets import load_sample_images
 from torch.testing import assert_close
 
 import deepvit
+from deepvit.commands.main import main
 from deepvit.errors import UserError
 from deepvit.importers import takes_average
 from deepvit.importers.settings import as_keywords
+from deepvit.run import evaluate
 
 SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 4, "num_classes": 3}
 WIDE = SMALL | {"img_size": [8, 32]}  # 2x8 patches
@@ -253,7 +257,8 @@ def test_channels_are_what_is_given(tmp_path, channels, side, how):
     model = deepvit.load_model(flattened(tmp_path, channels, side), **{how: given})
     assert (model.config["in_chans"], model.patch_size) == (channels, (side, side))
     x = torch.randn(1, channels, 4 * side, 4 * side)
-    patches = x.unfold(2, side, side).unfold(3, side, side).permute(0, 2, 3, 4, 5, 1).reshape(1, 16, -1)  # (row, column, channel)
+    patches = x.unfold(2, side, side).unfold(3, side, side)  # [1, C, 4, 4, rows, columns]
+    patches = patches.permute(0, 2, 3, 4, 5, 1).reshape(1, 16, -1)  # each as (row, column, channel)
     state = torch.load(tmp_path / "vit_pytorch.pt", weights_only=True)
     expected = patches @ state["to_patch_embedding.1.weight"].t() + state["to_patch_embedding.1.bias"]
     assert_close(model.patch_embed(x), expected, atol=1e-4, rtol=1e-4)
@@ -343,3 +348,20 @@ def test_settings_typed_wrong(tmp_path, words, message):
     torch.save({"state_dict": trained().state_dict()}, tmp_path / "w.pth")
     with pytest.raises(UserError, match=message):
         deepvit.load_model(tmp_path / "w.pth", **{"attention": "reattention", **as_keywords(words)})
+
+
+def test_commands_take_the_same_settings(tmp_path, capsys):
+    """Weights that tell nothing: export, predict and evaluation build the model from what is typed."""
+    model, path = trained(), tmp_path / "bare.pth"
+    torch.save(model.state_dict(), path)
+    assert main(["export", str(path), "--to", "safetensors", "arch=deepvit16"]) == 0
+    assert_same(deepvit.load_model(tmp_path / "bare.safetensors"), model)
+    image = Path(load_sample_images().filenames[0])
+    assert main(["predict", str(path), str(image), "arch=deepvit16", "--top", "2"]) == 0
+    assert "%  class " in capsys.readouterr().out
+    assert main(["predict", str(path), str(image)]) == 2
+    assert "arch=" in capsys.readouterr().err
+    config = {"model": {"arch": "deepvit16", "img_size": None}, "weights": "auto", "dialect": None}
+    assert_same(evaluate.load(path, config).model, model)
+    with pytest.raises(UserError, match="ema is not a setting"):
+        evaluate.load(path, config | {"model": {"ema": True}})

@@ -107,10 +107,11 @@ def assumptions(told: Mapping[str, Any], shapes: Mapping[str, Size], given: Mapp
                                         "pool='mean' takes the mean of all tokens"]
     channels, side = told["in_chans"], told["patch_size"]
     if not given.keys() & {"in_chans", "patch_size"}:
-        others = [] if side % 2 or _fits(given.get("img_size"), shapes["pos_embed"], side) else [(4 * channels, side // 2)]
-        others += [] if channels % 4 else [(channels // 4, 2 * side)]
-        notes += [f"taken as {channels} channels and patches of {side} pixels; in_chans={more} makes patches of {pixels} "
-                  f"of them" for more, pixels in others]
+        whole = _fits(given.get("img_size"), shapes["pos_embed"], side)
+        others = [(4 * channels, side // 2)] if side % 2 == 0 and not whole else []
+        others += [(channels // 4, 2 * side)] if channels % 4 == 0 else []
+        notes += [f"taken as {channels} channels and patches of {side} pixels; in_chans={count} makes patches of "
+                  f"{pixels} of them" for count, pixels in others]
     return notes
 
 

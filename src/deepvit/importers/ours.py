@@ -46,9 +46,9 @@ def _speaks(names: Set[str]) -> bool:
 def is_ours(file: WeightsFile) -> bool:
     """Whether the file says so: by its format, its settings, or one of our models' names."""
     config = file.said.get("config")
-    return (file.said.get("format") == FORMAT or isinstance(config, Mapping) and {"embed_dim", "attention"} <= set(config)
-            or file.said.get("arch") in list_models() and "blocks.0.attn.qkv.weight" in file.shapes
-            and not any(".reatten_matrix." in name for name in file.shapes))
+    named = file.said.get("arch") in list_models() and "blocks.0.attn.qkv.weight" in file.shapes
+    return (file.said.get("format") == FORMAT or isinstance(config, Mapping) and {"embed_dim", "attention"} <= {*config}
+            or named and not any(".reatten_matrix." in name for name in file.shapes))
 
 
 def _tells(file: WeightsFile, told: Mapping[str, Any], shapes: Mapping[str, Size], given: Mapping[str, Any]) -> Told:

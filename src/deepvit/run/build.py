@@ -3,7 +3,7 @@
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,7 +65,7 @@ def build(settings: Settings, ranks: Ranks, begun: Mapping[str, Any] | None = No
     found = shared_splits(settings.data, ranks)
     with ranks.together():
         made_schedule, plan = schedule_and_plan(settings, len(found.train))
-        network = model(settings, len(found.class_ids), continued=begun is not None)
+        network = model(settings, len(found.class_ids), continued=begun is not None, classes=found.class_ids)
         # A run begun before masks belonged to images draws them on each rank, as it began.
         masks = begun is None or begun.get("masks") == "image"
         made = state(settings, network, ranks)
