@@ -60,6 +60,7 @@ def open_weights(path: str | Path, ema: bool = False) -> WeightsFile:
     if not opened.shapes:
         raise UserError(f"{path} holds no tensors: give a file of model weights.")
     opened.said = _hub_config(path) | opened.said
+    opened.said["arch"] = arch if isinstance(arch := opened.said.get("arch"), str) else None
     return opened
 
 
@@ -209,8 +210,7 @@ def _said(content: Mapping) -> dict[str, Any]:
     """Everything of a checkpoint but its weights; the model's name and keywords also from timm's saved arguments."""
     said = {key: value for key, value in content.items() if key not in (*RAW, *EMA, "optimizer")}
     arguments = said.get("args")
-    arch = said.get("arch") or getattr(arguments, "model", None)
-    said["arch"] = arch if isinstance(arch, str) else None
+    said["arch"] = said.get("arch") or getattr(arguments, "model", None)
     if isinstance(keywords := getattr(arguments, "model_kwargs", None), dict):
         pool = {"global_pool": arguments.gp} if getattr(arguments, "gp", None) else {}
         said["model_args"] = pool | keywords

@@ -105,6 +105,7 @@ def _order_of_classes(source: Source, classes: Sequence[str] | None) -> list[int
     held = source.report.said.get("classes")
     if classes is None or not isinstance(held, list) or len(held) != len(classes) or held == list(classes):
         return None
+    held = list(map(str, held))
     places = {name: index for index, name in enumerate(held)}
     if absent := [name for name in classes if name not in places]:
         theirs = next(name for name in held if name not in set(classes))

@@ -109,7 +109,7 @@ def _keywords_of_timm(file: WeightsFile) -> dict[str, Any]:
     """Keywords of `ViT` that were given to `timm.create_model`, in our words."""
     keywords = dict(file.said.get("model_args") or {})
     pool = keywords.pop("global_pool", None)
-    return keywords | ({"pool": {"token": "cls"}.get(pool, pool)} if pool else {})
+    return keywords | ({"pool": "cls" if pool == "token" else pool} if pool else {})
 
 
 DIALECT = Dialect("ours", _speaks, lambda file, given: ROWS, _tells, bicubic)
