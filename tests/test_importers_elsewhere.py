@@ -1,8 +1,12 @@
 """Models trained elsewhere come back, and nothing is guessed where the file or the caller tells."""
 
 import argparse
+import http.server
 import json
 import os
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -365,3 +369,70 @@ def test_commands_take_the_same_settings(tmp_path, capsys):
     assert_same(evaluate.load(path, config).model, model)
     with pytest.raises(UserError, match="ema is not a setting"):
         evaluate.load(path, config | {"model": {"ema": True}})
+
+
+# Names that stand where a path does
+
+def tiny_of_timm(folder: Path):
+    """A folder as timm writes it for the hub."""
+    theirs = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=5).eval()
+    timm.models.save_for_hf(theirs, folder, safe_serialization=True)
+    return theirs
+
+
+def test_a_folder_of_the_hub(tmp_path):
+    theirs = tiny_of_timm(tmp_path)
+    model = deepvit.load_model(f"local-dir:{tmp_path}").eval()
+    assert model.config["num_heads"] == 3
+    x = torch.randn(1, 3, 32, 32)
+    assert_close(model(x), theirs(x), atol=1e-5, rtol=0)
+    assert evaluate.checkpoints([f"local-dir:{tmp_path}"]) == [tmp_path / "model.safetensors"]
+
+
+@pytest.mark.parametrize("name, message", [
+    ("timm:vit_tyni_patch16_224", "Did you mean"), ("timm:vit_small_patch16_224.mine", "no weights on"),
+    ("hf-hub:a/b/c", "cannot be fetched"), ("hf-hub:owner/name", "cannot be fetched.*give the path"),
+    ("local-dir:/nowhere", "/nowhere")])
+def test_names_that_lead_nowhere(monkeypatch, name, message):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=message) as refusal:
+        deepvit.load_model(name)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.slow
+def test_names_are_fetched_from_the_hub(tmp_path):
+    """From a local server that speaks as much of the hub's protocol as a download takes."""
+    x = torch.randn(1, 3, 32, 32)
+    expected = tiny_of_timm(tmp_path)(x)
+    torch.save((x, expected), tmp_path / "expected")
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            owner, name, _, _, file = self.path.strip("/").split("/")
+            found = owner in ("me", "timm") and (tmp_path / file).is_file()
+            self.send_response(200 if found else 404)
+            content = (tmp_path / file).read_bytes() if found else b""
+            for key, value in {"ETag": f'"{file}"', "X-Repo-Commit": "0" * 40, "Content-Length": len(content)}.items():
+                self.send_header(key, str(value))
+            self.end_headers()
+            return content
+
+        def do_GET(self):
+            self.wfile.write(self.do_HEAD())
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    program = ("import sys, torch, deepvit; x, expected = torch.load(sys.argv[1])\n"
+               "for name in sys.argv[2:]:\n"
+               "    assert torch.allclose(deepvit.load_model(name).eval()(x), expected, atol=1e-5), name")
+    try:
+        subprocess.run([sys.executable, "-c", program, tmp_path / "expected", "hf-hub:me/mine", "hf-hub:me/mine@main",
+                        "timm:vit_tiny_patch16_224.augreg_in21k"], check=True, timeout=120,
+                       env=os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+                                         "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "127.0.0.1"})
+    finally:
+        server.shutdown()

@@ -183,8 +183,8 @@ def test_npz_that_unpacks_to_far_more_than_it_is(tmp_path, monkeypatch):
     b"\x81\xa1a\xc7\x0e\x01\x93\x91\x02\xa7float32\xc4\x01\x00", b"\x81\xa1a\xc7\x06\x01\x93\x90\x90\xc4\x00",
     b"\x81\xa1a\xd6\xff\x00\x00\x00\x00"],
     ids=["4 GiB of bytes", "a map of 4 billion", "a list of 4 billion", "nested", "nested deep",
-         "lists reserved in lists", "no array", "a key that is a number", "torn", "a key twice", "bytes behind", "a side below 0", "no value",
-         "another extension", "bytes missing", "a type that is a list", "a time"])
+         "lists reserved in lists", "no array", "a key that is a number", "torn", "a key twice", "bytes behind",
+         "a side below 0", "no value", "another extension", "bytes missing", "a type that is a list", "a time"])
 def test_malformed_msgpack(tmp_path, content):
     """What it announces is neither believed nor reserved."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -55,7 +55,7 @@ def export(source: str | Path, to: str, out: str | Path | None = None, weights: 
     """
     if to not in WRITERS:
         raise UserError(f"--to {to} is not known: choose from {', '.join(WRITERS)}.")
-    path, run = find_checkpoint(Path(source))
+    path, run = find_checkpoint(source)
     model = load_model(path, dialect=dialect, ema=takes_average(path, weights), **keywords).eval()
     out = Path(out) if out else path.with_name(f"{path.name.split('.')[0]}.{SUFFIX[to]}")
     if out.resolve() == path.resolve():

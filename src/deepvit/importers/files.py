@@ -17,6 +17,7 @@ from torch import Tensor
 
 from deepvit.errors import UserError
 from deepvit.importers import msgpack, npz
+from deepvit.importers.hub import located
 
 # Where trainers keep the weights in a checkpoint, and where in a folder
 RAW, EMA = ("state_dict", "model", "model_state_dict", "net"), ("state_dict_ema", "ema", "model_ema")
@@ -44,12 +45,13 @@ def open_weights(path: str | Path, ema: bool = False) -> WeightsFile:
     """Opens a weights file of any known format, told by its content.
 
     Args:
-        path: the file; or a folder: of a run (its best checkpoint), of accelerate or of the Hugging Face hub.
+        path: the file; or a folder: of a run (its best checkpoint), of accelerate or of the Hugging Face hub; or a
+            name: `timm:NAME`, `hf-hub:OWNER/NAME`, `local-dir:FOLDER`.
         ema: take the averaged weights instead of the raw ones.
     Raises:
         UserError: the file is missing, torn, foreign, holds anything but tensors and plain values, or has no EMA.
     """
-    path = find_checkpoint(Path(path))[0]
+    path = find_checkpoint(path)[0]
     try:
         start = path.open("rb").read(16)
     except OSError as error:
@@ -71,6 +73,7 @@ def takes_average(path: str | Path, weights: str = "auto") -> bool:
         raise UserError(f"weights={weights} is not known: choose from auto, ema, raw.")
     if weights != "auto":
         return weights == "ema"
+    path = find_checkpoint(path)[0]
     try:
         open_weights(path, ema=True)
     except UserError:
@@ -78,8 +81,9 @@ def takes_average(path: str | Path, weights: str = "auto") -> bool:
     return True
 
 
-def find_checkpoint(source: Path) -> tuple[Path, Path | None]:
-    """(weights file, its run folder if it lies in one) of a folder or a file."""
+def find_checkpoint(source: str | Path) -> tuple[Path, Path | None]:
+    """(weights file, its run folder if it lies in one) of a folder, a file, or a name such as `timm:NAME`."""
+    source = located(source)
     if source.is_dir():
         paths = [source / "checkpoints" / name for name in RUN_FILES] + [source / name for name in FOLDER_FILES]
         path = next((path for path in paths if path.exists()), None)

@@ -120,11 +120,11 @@ def checkpoints(given: str | list[str] | None) -> list[Path]:
         if not found:
             raise UserError("There is no checkpoint under runs/ here: train first, or give checkpoint=PATH.")
         return found
-    paths = [Path(one) for one in ([given] if isinstance(given, str) else given)]
+    paths = [find_checkpoint(one)[0] for one in ([given] if isinstance(given, str) else given)]
     for path in paths:
         if not path.exists():
             raise UserError(f"There is no checkpoint at {path}.")
-    return [find_checkpoint(path)[0] for path in paths]
+    return paths
 
 
 def load(path: Path, config: Mapping[str, Any]) -> Candidate:
