@@ -20,10 +20,11 @@ from torch.testing import assert_close
 
 import deepvit
 from deepvit.commands.main import main
+from deepvit.config.compose import compose
 from deepvit.errors import UserError
 from deepvit.importers import takes_average
 from deepvit.importers.settings import as_keywords
-from deepvit.run import evaluate
+from deepvit.run import build, evaluate
 
 SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 4, "num_classes": 3}
 WIDE = SMALL | {"img_size": [8, 32]}  # 2x8 patches
@@ -329,6 +330,29 @@ def test_a_kept_head_goes_by_the_names_of_its_classes(tmp_path):
         deepvit.load_weights(other, tmp_path / "m.pt", classes=["bee", "cat", "cow"])
     assert torch.equal(other.norm.weight, before)
     deepvit.load_weights(other, tmp_path / "m.pt", classes=["bee", "cat", "cow"], head="reset")
+
+
+def test_a_run_starts_from_the_average_and_from_its_own_classes(tmp_path):
+    """As evaluation, which chose the checkpoint; a kept head of other classes is refused before training."""
+    model = trained("vit")
+    torch.save({"format": "deepvit", "version": 1, "model": model.state_dict(), "config": model.config,
+                "ema": {name: tensor * 0.5 for name, tensor in model.state_dict().items()},
+                "classes": ["ant", "bee", "cat"]}, tmp_path / "best.pt")
+    sizes = [f"model.{key}={value}" for key, value in SMALL.items() if key != "num_classes"]
+    settings = build.read_settings(compose(["model=vit", *sizes, f"init={tmp_path}/best.pt"]))
+    assert torch.equal(build.model(settings, 3).head.weight, model.head.weight * 0.5)
+    with pytest.raises(UserError, match="head=reset"):
+        build.model(settings, 3, classes=["ant", "bee", "cow"])
+
+
+@pytest.mark.parametrize("keywords", [{"depth": 10**9}, {"embed_dim": "wide"}, {"surprise": 1}, {"attention": [1]},
+                                      {"global_pool": [1]}, {3: 4}])
+def test_forged_keywords_of_timm(tmp_path, keywords):
+    arguments = argparse.Namespace(model_kwargs=SMALL | keywords)
+    torch.save({"state_dict": trained().state_dict(), "arch": "deepvit16", "args": arguments}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="w.pth") as refusal:
+        deepvit.load_model(tmp_path / "w.pth")
+    assert "\n" not in str(refusal.value)
 
 
 def test_every_setting_that_disagrees_is_named_at_once(tmp_path):

@@ -63,13 +63,18 @@ def _tells(file: WeightsFile, told: Mapping[str, Any], shapes: Mapping[str, Size
     if not _fits(config.get("img_size"), told["patch_size"], shapes["pos_embed"][1] - 1):
         raise UserError(f"{file.path} says img_size {config.get('img_size')}, which its positions "
                         f"{tuple(shapes['pos_embed'])} do not fit: it is torn or forged.")
-    for key in ("embed_dim", "depth"):  # sizes that would be built before shapes are compared
-        if config.get(key) != told[key]:
-            raise UserError(f"{file.path} says {key} {config.get(key)!r}, its tensors have {told[key]}: "
-                            f"it is torn or forged.")
+    _check_sizes(file, config, told)
     if isinstance(attention := config.get("attention"), Mapping):  # older files have sync_norm, which was for training
         config = {**config, "attention": {key: value for key, value in attention.items() if key != "sync_norm"}}
     return Told({**config, "num_classes": told["num_classes"]})
+
+
+def _check_sizes(file: WeightsFile, config: Mapping[str, Any], told: Mapping[str, Any]) -> None:
+    """Sizes that would be built before shapes are compared."""
+    for key in ("embed_dim", "depth"):
+        if config.get(key) != told[key]:
+            raise UserError(f"{file.path} says {key} {config.get(key)!r}, its tensors have {told[key]}: "
+                            f"it is torn or forged.")
 
 
 def _fits(img_size: Any, patch_size: Any, count: int) -> bool:
@@ -85,7 +90,9 @@ def _without_config(file: WeightsFile, told: Mapping[str, Any], given: Mapping[s
     arch = file.said.get("arch")
     if arch not in list_models():
         return _given(file, told, given)
-    base = model_config(arch) | _keywords_of_timm(file)
+    keywords = _keywords_of_timm(file)
+    _check_sizes(file, told | keywords, told)
+    base = model_config(arch) | keywords
     named = settings_from_config(base, str(file.path))
     other = [key for key in told if named.get(key) != told[key] and key != "num_classes"]
     settings = {key: value for key, value in base.items() if key not in other and key != "num_classes"}
