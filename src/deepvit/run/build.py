@@ -3,7 +3,7 @@
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,7 +67,7 @@ def build(settings: Settings, ranks: Ranks, begun: Mapping[str, Any] | None = No
     found = shared_splits(settings.data, ranks)
     with ranks.together():
         made_schedule, plan = schedule_and_plan(settings, len(found.train))
-        network = model(settings, len(found.class_ids), continued=begun is not None)
+        network = model(settings, len(found.class_ids), continued=begun is not None, classes=found.class_ids)
         # A run begun before masks belonged to images draws them on each rank, as it began.
         masks = begun is None or begun.get("masks") == "image"
         made = state(settings, network, ranks)
@@ -144,9 +144,12 @@ def eval_batches(data: Data, images: pictures.ImageSet, ranks: Ranks) -> Callabl
 
 # Model and optimizer
 
-def model(settings: Settings, num_classes: int, continued: bool = False) -> ViT:
+def model(settings: Settings, num_classes: int, continued: bool = False, classes: Sequence[str] | None = None) -> ViT:
     """The model of `settings.model` for `num_classes`, initialised from `settings.seed` and `settings.init` alone; of
-    a run that is `continued` the latter is not read again."""
+    a run that is `continued` the latter is not read again. Averaged weights are taken where the file has them.
+
+    classes: their names in order, with which a kept head must agree.
+    """
     asked = settings.model.get("num_classes")
     if asked is not None and asked != num_classes:
         raise UserError(f"model.num_classes={asked}, but the data has {num_classes} classes: leave it null.")
@@ -154,8 +157,9 @@ def model(settings: Settings, num_classes: int, continued: bool = False) -> ViT:
     built = build_model({**settings.model, "num_classes": num_classes})
     built.set_grad_checkpointing(settings.engine.grad_checkpointing)
     if settings.init is not None and not continued:
-        from deepvit.importers import load_weights
-        load_weights(built, settings.init, dialect=settings.dialect, head=settings.head)
+        from deepvit.importers import load_weights, takes_average
+        load_weights(built, settings.init, dialect=settings.dialect, ema=takes_average(settings.init),
+                     head=settings.head, classes=classes)
     return built
 
 
