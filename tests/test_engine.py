@@ -232,6 +232,28 @@ def test_evaluation_refuses_a_picture_too_many_and_scores_nan_as_wrong():
     assert (result.correct1, result.n) == (3, 4)
 
 
+class Small(nn.Module):
+    """Has memory for three images."""
+
+    def forward(self, x):
+        if len(x) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return x
+
+
+def test_evaluation_halves_what_does_not_fit():
+    """Also a bad image in the second half is counted as wrong."""
+    logits, targets = torch.eye(10), torch.arange(10)
+    batch = Images(logits, targets, torch.arange(10), bad=[Wrong(9)])
+    result = evaluate(Small(), [batch], take, ALONE, Precision(), n=10)
+    assert (result.correct1, result.n) == (9, 10) and len(result.bad) == 1
+
+
+@dataclass
+class Wrong:
+    index: int
+
+
 @pytest.mark.parametrize(("correct", "n"), [(0, 10), (7, 10), (10, 10), (38123, 50000)])
 def test_wilson_interval(correct, n):
     expected = stats.binomtest(correct, n).proportion_ci(0.95, method="wilson")

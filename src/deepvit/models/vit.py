@@ -233,8 +233,6 @@ class ViT(nn.Module):
         self.config |= {"num_classes": num_classes, "pool": self.pool}
         self.head = _head(self.head_hidden_size, num_classes).to(self.cls_token.device, self.cls_token.dtype)
         init_weights(self.head)
-        if hasattr(self, "config"):  # of `build_model`
-            self.config |= {"num_classes": num_classes, "pool": self.pool}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.grad_checkpointing = enable
