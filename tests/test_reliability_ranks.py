@@ -31,8 +31,9 @@ def compared(config: dict, folder: Path, world: int, target=faults.train) -> lis
 
 def spread(one: list[float], other: list[float]) -> float:
     """The largest relative difference."""
-    assert len(one) == len(other) == 25
-    return float(np.max(np.abs(np.array(one) / np.array(other) - 1)))
+    one, other = (np.array(values, dtype=float) for values in (one, other))  # null (an overflow in fp16): nan
+    assert len(one) == len(other) == 25 and np.array_equal(np.isnan(one), np.isnan(other))
+    return float(np.nanmax(np.abs(one / other - 1)))
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +87,8 @@ def test_one_of_two_ranks_runs_out_of_memory(reference, tmp_path, precision, whe
     assert (event["step"], event["device_batch"]) == (step - 1, 8)
     losses = [line[name] for line in soak.lines(folder / "metrics.jsonl") for name in ("loss", "grad_norm")
               if name in line]
-    assert spread(losses, reference["patch"]) < (1e-5 if precision == "fp32" else 0.2)
+    expected = reference["patch"] if precision == "fp32" else compared(config, tmp_path / "uncut", 2)
+    assert spread(losses, expected) < (1e-5 if precision == "fp32" else 5e-3)
 
 
 def test_moments_that_do_not_fit_on_one_rank_are_refused_on_both(tmp_path):
