@@ -66,9 +66,9 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """A copy with what the model needs on the device; the places of the erasures stay, Python reads them."""
-        erasures = Erasures(self.erasures.places, self.erasures.values.to(device, non_blocking=True))
-        return replace(self, images=self.images.to(device, non_blocking=True), erasures=erasures,
-                       targets=self.targets.to(device, non_blocking=True))
+        queued = {"device": device, "non_blocking": torch.device(device).type != "cpu"}  # to the host one must wait
+        return replace(self, images=self.images.to(**queued), targets=self.targets.to(**queued),
+                       erasures=replace(self.erasures, values=self.erasures.values.to(**queued)))
 
     def split(self, size: int) -> "list[Batch]":
         """Parts of at most `size` images, as views; what is said of bad images stays with the first."""
