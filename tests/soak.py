@@ -115,7 +115,7 @@ def train(config: dict[str, Any], folder: Path, **options: Any) -> Run:
 def _begin(target: Callable[..., Any], arguments: tuple[Any, ...], log: str, environment: dict[str, str] | None = None,
            largest_file: int | None = None, own_group: bool = False) -> None:
     """`largest_file`: bytes, the kernel's limit; `own_group`: so that a signal can be sent to it and its children."""
-    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     if own_group:
@@ -195,7 +195,7 @@ def fingerprint(folder: Path) -> str:
         else:
             digest.update(repr(value).encode())
 
-    content = torch.load(folder / "checkpoints" / "last.pt", weights_only=True)
+    content = torch.load(folder / "checkpoints" / "last.pt", map_location="cpu", weights_only=True)
     for part in ("model", "ema", "optimizer", "scaler", "step", "evaluated", "best"):
         add(part, content.get(part))
     return digest.hexdigest()
