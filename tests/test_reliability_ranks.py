@@ -12,7 +12,6 @@ import faults
 import numpy as np
 import pytest
 import soak
-import torch
 
 from deepvit.data.stream import Stream
 
@@ -282,17 +281,3 @@ def test_the_configuration_for_slurm_is_composed():
                            return_hydra_config=True)
     assert composed.hydra.launcher._target_.endswith("SlurmLauncher")
     assert composed.hydra.launcher.gpus_per_node == 8
-
-
-def test_bfloat16_is_as_exact_across_a_stop(tmp_path):
-    """Autocast has no state of its own; a run in bfloat16 continues to the same bits."""
-    config = soak.compose("precision=bf16", "schedule.steps=12", "probe.images=0", "schedule.eval_steps=6")
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    run = soak.train(config, whole)
-    first = soak.train(config, cut)
-    first.wait_until(lambda: soak.step_reached(cut) >= 4)
-    first.send(signal.SIGTERM)
-    assert (run.wait(), first.wait()) == (0, 75)
-    assert soak.train(config, cut).wait() == 0
-    assert soak.differences(whole, cut) == 0
-    assert torch.load(whole / "checkpoints" / "last.pt", weights_only=True)["step"] == 12
