@@ -72,12 +72,11 @@ class TestRows:
 
 
 def run_tests(path: Path, *words: str) -> int:
-    """With pytest's own plugins alone, and in four processes where xdist is there: kernels take long to compile."""
+    """With no plugins but pytest's own and those that `words` name."""
     import pytest
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     os.chdir(ROOT)
-    at_once = ["-p", "xdist.plugin", "-n", "4"] if importlib.util.find_spec("xdist") else []
-    return int(pytest.main([*at_once, "-p", "no:cacheprovider", "--continue-on-collection-errors", "--tb=short",
+    return int(pytest.main(["-p", "no:cacheprovider", "--continue-on-collection-errors", "--tb=short",
                             "--durations=20", *words], plugins=[TestRows(path)]))
 
 
@@ -127,12 +126,13 @@ TINY = {"model.depth": 1, "model.embed_dim": 24, "model.num_heads": 3, "data.bat
 
 
 def on_a_gpu(path: Path, runs: Path, cifar10: Path | None) -> list[Step]:
-    """What matters most comes first."""
+    """What matters most comes first. The tests run in four processes where xdist is there: kernels compile long."""
+    at_once = ["-p", "xdist.plugin", "-n", "4"] if importlib.util.find_spec("xdist") else []
     small = ["--cifar10", str(cifar10)] if cifar10 else []
     data = {"data.root": cifar10} if cifar10 else {"data": "digits"}
     benches = {name: bench(path, name, *(small if "small" in name else [])) for name in BENCHES}
     return [benches["ceilings"],
-            Step("tests", "tests", 150, run_tests, (path, "-m", "gpu", "tests")),
+            Step("tests", "tests", 150, run_tests, (path, *at_once, "-m", "gpu", "tests")),
             benches["the op"], benches["train step"],
             *a_run_killed_and_continued(path, runs, TRAINING | data, bound=0.05),
             *(benches[name] for name in LAST)]

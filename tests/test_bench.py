@@ -62,6 +62,16 @@ def test_a_contestant_that_fails_is_a_row_and_one_that_does_not_fit_gets_half_th
         assert row["images_per_s"] == pytest.approx(2e3 / row["ms"]) and "at batch 2, 8 does not fit" in row["note"]
 
 
+def test_a_contestant_without_memory_beside_the_others_is_left_out():
+    def hungry():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    steps = {"small": lambda: None, "hungry": hungry}
+    times = timing.interleaved(steps, "cpu", 0)
+    assert times.keys() == {"small"} and len(times["small"]) == timing.MIN_ROUNDS
+    assert timing.left_out(steps, times) == [{"name": "hungry", "failed": "out of memory beside the others"}]
+
+
 def test_a_bench_that_ends_early_leaves_its_rows(bench, monkeypatch):
     def rows_until(given):
         yield {"case": "a case", "name": "known"}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from deepvit import ops
 from deepvit.bench.ceilings import ceilings
-from deepvit.bench.timing import interleaved, reason, summary
+from deepvit.bench.timing import interleaved, left_out, reason, summary
 from deepvit.ops import HeadNorm, reference
 
 HEADS, HEAD_DIM = 12, 32  # deepvit32: width 384
@@ -104,6 +104,7 @@ def _rows(problem: Problem, step: Callable[[Callable, Problem], None], device: s
         except Exception as error:  # one contestant's failure is a row, and the others go on
             yield {"name": name, "failed": reason(error)}
     times = interleaved(steps, device, seconds)
+    yield from left_out(steps, times)
     for name, taken in times.items():
         training = step is _train
         kept = {"kept_mb": kept_bytes(name, problem) / 1e6} if training else {}

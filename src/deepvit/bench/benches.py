@@ -31,6 +31,12 @@ BENCHES: dict[str, Callable[[argparse.Namespace], Iterable[dict]]] = {
 }
 
 
+def all_of(given: argparse.Namespace) -> list[str]:
+    """The benches that `all` means: no hours of ImageNet on a CPU, and the loader where there are files for it."""
+    without = {*([] if given.data else ["loader"]), *([] if given.device == "cuda" else ["imagenet"])}
+    return [name for name in BENCHES if name not in without]
+
+
 def _given(given: argparse.Namespace, *names: str) -> dict[str, Any]:
     return {name: getattr(given, name) for name in names if getattr(given, name) is not None}
 

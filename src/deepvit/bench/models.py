@@ -5,7 +5,7 @@ from functools import partial
 
 from deepvit.bench.ceilings import ceilings
 from deepvit.bench.contestants import BASE, OURS, Forward, TrainStep, contestants
-from deepvit.bench.timing import fitting, interleaved, reason, summary
+from deepvit.bench.timing import fitting, interleaved, left_out, reason, summary
 
 EPOCHS, IMAGENET = 300, 1_281_167  # of recipe=imagenet; training images
 DEPTHS = 16, 24, 32
@@ -37,6 +37,7 @@ def measure(job: type[TrainStep], device: str = "cpu", *, depth: int = 32, batch
         except Exception as error:  # one contestant's failure is a row, and the others go on
             yield {"case": case, "name": name, "failed": reason(error)}
     times = interleaved(steps, device, seconds)
+    yield from ({"case": case, **row} for row in left_out(steps, times))
     for name, taken in times.items():
         base = [seconds * batches[name] / batches[BASE] for seconds in times.get(BASE, [])]
         row = {"case": case, "name": name, **summary(taken, base), "floor_ms": floors[name]}

@@ -14,14 +14,22 @@ Step = TypeVar("Step", bound=Callable[[], object])
 
 
 def interleaved(steps: dict[str, Callable[[], object]], device: str, seconds: float) -> dict[str, list[float]]:
-    """Seconds a call of every step in every round, after one round to warm up."""
-    warm = {name: call_seconds(step, device) for name, step in steps.items()}
-    calls = {name: min(MOST_QUEUED, max(1, int(QUEUED_S / once))) for name, once in warm.items()}
+    """Seconds a call of every step in every round, after one round to warm up. One that finds no memory beside the
+    others is left out."""
     times: dict[str, list[float]] = {name: [] for name in steps}
+    calls = dict.fromkeys(steps, 1)
     end = time.perf_counter() + seconds
-    for turn in range(MAX_ROUNDS):
-        for name, step in steps.items():
-            times[name].append(call_seconds(step, device, calls[name]))
+    for turn in range(-1, MAX_ROUNDS):
+        for name in list(times):
+            try:
+                taken = call_seconds(steps[name], device, calls[name])
+            except torch.OutOfMemoryError:
+                del times[name]
+                continue
+            if turn < 0:
+                calls[name] = min(MOST_QUEUED, max(1, int(QUEUED_S / taken)))
+            else:
+                times[name].append(taken)
         if turn + 1 >= MIN_ROUNDS and time.perf_counter() > end:
             break
     return times
@@ -63,6 +71,11 @@ def reason(error: Exception) -> str:
     """Why a contestant has no figures, in a line."""
     text = str(error).strip().splitlines() or [""]
     return "out of memory" if isinstance(error, torch.OutOfMemoryError) else f"{type(error).__name__}: {text[0]}"[:200]
+
+
+def left_out(steps: dict[str, object], times: dict[str, list[float]]) -> list[dict]:
+    """Rows of those whose times `interleaved` left out."""
+    return [{"name": name, "failed": "out of memory beside the others"} for name in steps if name not in times]
 
 
 def summary(taken: list[float], base: list[float] | None) -> dict:

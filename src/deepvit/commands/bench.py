@@ -16,7 +16,7 @@ import torch
 
 from deepvit.bench import rows
 from deepvit.bench.apart import apart
-from deepvit.bench.benches import BENCHES, measure
+from deepvit.bench.benches import BENCHES, all_of, measure
 from deepvit.bench.targets import against_targets
 from deepvit.config.provenance import versions
 from deepvit.engine.device import device_name, usable_cores
@@ -57,7 +57,7 @@ def _processor() -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="deepvit bench", description=__doc__)
     parser.add_argument("benches", nargs="+", choices=[*BENCHES, "all"], metavar="BENCH",
-                        help=f"{', '.join(BENCHES)}, or all (loader only with --data)")
+                        help=f"{', '.join(BENCHES)}, or all (loader with --data, imagenet on a GPU)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, help="to spend on each bench (attention, scaling: on each case)")
     parser.add_argument("--depth", type=int, help="blocks of the models (default 32)")
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--compile", action="store_true", help="torch.compile the models")
     parser.add_argument("--json", type=Path, help="add the rows to this file too, a line for each once it is known")
     given = parser.parse_args(arguments)
-    chosen = [name for name in BENCHES if name != "loader" or given.data] if "all" in given.benches else given.benches
+    chosen = all_of(given) if "all" in given.benches else given.benches
     where = provenance(given.device)
     rows.append(given.json, "provenance", where)
     print(json.dumps(where), flush=True)
