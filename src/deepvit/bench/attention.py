@@ -11,6 +11,7 @@ from torch import Tensor
 from deepvit import ops
 from deepvit.bench.ceilings import ceilings
 from deepvit.bench.timing import interleaved, left_out, reason, summary
+from deepvit.engine.memory import kept_storages
 from deepvit.ops import HeadNorm, reference
 
 HEADS, HEAD_DIM = 12, 32  # deepvit32: width 384
@@ -127,17 +128,8 @@ def _floor(name: str, heads: int, head_dim: int, training: bool) -> float:
 
 
 def kept_bytes(name: str, p: Problem) -> int:
-    """Bytes of the distinct storages that one training call keeps for backward, besides the packed qkv."""
-    kept: dict[int, int] = {}
-
-    def pack(x: Tensor) -> Tensor:
-        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        out = FORMS[name](p, *p.qkv.permute(2, 0, 3, 1, 4).unbind(0), True)
-    kept.pop(p.qkv.untyped_storage().data_ptr(), None)
-    del out
-    return sum(kept.values())
+    """Bytes that one training call keeps for backward, besides the packed qkv."""
+    return sum(kept_storages(lambda: FORMS[name](p, *p.qkv.permute(2, 0, 3, 1, 4).unbind(0), True), [p.qkv]))
 
 
 def half_precision_error(std: float = 0.4, tokens: int = 197, device: str = "cpu") -> list[dict]:

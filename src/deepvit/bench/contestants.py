@@ -7,6 +7,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from deepvit.engine.memory import kept_storages
 from deepvit.models import ReAttention, create_model
 from deepvit.models.cost import forward_flops
 from deepvit.ops import reference
@@ -64,13 +65,18 @@ class TrainStep:
         self.loss(self.called).backward()
         self.optimizer.step()
 
+    def kept(self) -> list[int]:
+        """Bytes of each storage saved for backward, parameters and the batch left out; not compiled."""
+        own = *self.model.parameters(), *self.model.buffers(), self.x, self.y
+        return kept_storages(lambda: self.loss(self.model), own)
+
     def flops(self) -> float:
         """Of matrix products: forward, and twice that backward. What is computed again is not counted."""
         return 3 * len(self.x) * forward_flops(self.make, self.x.shape[1:])
 
     def moved(self) -> float:
         """Bytes at least: what is kept written and read, 7 accesses of each weight and its moments by AdamW."""
-        return 2 * sum(kept_storages(self).values()) + 7 * sum(x.nbytes for x in self.model.parameters())
+        return 2 * sum(self.kept()) + 7 * sum(x.nbytes for x in self.model.parameters())
 
 
 class Forward(TrainStep):
@@ -90,18 +96,3 @@ class Forward(TrainStep):
 
     def moved(self) -> float:
         return self.x.nbytes + sum(x.nbytes for x in self.model.parameters())
-
-
-def kept_storages(step: TrainStep) -> dict[int, int]:
-    """Address -> bytes of the distinct storages saved for backward, parameters and the batch left out; not compiled."""
-    own = {x.untyped_storage().data_ptr() for x in (*step.model.parameters(), *step.model.buffers(), step.x, step.y)}
-    kept: dict[int, int] = {}
-
-    def pack(x: Tensor) -> Tensor:
-        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        loss = step.loss(step.model)
-    del loss
-    return {address: size for address, size in kept.items() if address not in own}

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from deepvit.bench.apart import apart
-from deepvit.bench.contestants import BASE, TrainStep, contestants, kept_storages
+from deepvit.bench.contestants import BASE, TrainStep, contestants
 from deepvit.bench.timing import fitting, reason
 
 
@@ -44,7 +44,7 @@ def _one(name: str, device: str, depth: int, batch: int, img_size: int) -> tuple
 
     step, batch = fitting(make, batch)
     step()
-    peak, kept = _peak(device) - idle, kept_storages(step).values()
+    peak, kept = _peak(device) - idle, step.kept()
     heads, tokens = 12, (img_size // 16) ** 2 + 1
     maps = batch * heads * tokens**2 * (2 if device == "cuda" else 4)  # bytes; nothing else a block keeps is so large
     return {"kept_mib": sum(kept) / 2**20, "maps_mib": sum(size for size in kept if size >= maps) / 2**20,

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from deepvit.bench.contestants import BASE, OURS, TrainStep, contestants, kept_storages
+from deepvit.bench.contestants import BASE, OURS, TrainStep, contestants
 from deepvit.bench.timing import interleaved, summary
 
 PIXELS = {50: 112, 65: 128, 197: 224, 577: 384, 1025: 512}  # tokens -> pixels, in patches of 16
@@ -24,4 +24,4 @@ def measure(device: str = "cpu", *, depth: int = 64, batch: int | None = None, s
         times = interleaved(steps, device, seconds)
         for name, taken in times.items():
             yield {"case": case, "name": name, **summary(taken, times[BASE]),
-                   "kept_mib": sum(kept_storages(steps[name]).values()) / 2**20}
+                   "kept_mib": sum(steps[name].kept()) / 2**20}
