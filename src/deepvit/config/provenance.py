@@ -1,17 +1,42 @@
-"""Where a number comes from: code, libraries, machine."""
+"""Where a number comes from: the command, the code, its libraries, the machine."""
 
 import platform
+import shlex
 import subprocess
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import timm
-import torch
+from deepvit.config.run_name import IN_THE_PATH, run_name
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+
+def origin(config: "DictConfig", hydra: "DictConfig", folder: Path) -> dict[str, Any]:
+    """What was chosen and typed for a run, and the command that repeats it (alone, if it was a cell of a sweep).
+
+    Args:
+        config: the run's settings, not yet resolved.
+        hydra: its `hydra` node.
+        folder: the run's folder.
+    """
+    choices = {group: name for group, name in hydra.runtime.choices.items() if not group.startswith("hydra/")}
+    overrides = list(hydra.overrides.task)
+    words = [word for word in overrides if not word.startswith(("sweep=", "fresh=", "dry="))]
+    usual = Path("runs", *(str(choices.get(group)) for group in IN_THE_PATH), run_name(config, hydra))
+    if folder != usual:
+        words.append(f"hydra.run.dir={folder}")
+    searched = [word for source in hydra.runtime.config_sources if source.provider == "command-line"
+                for word in ("--config-dir", source.path)]
+    return {"recipe": choices.get("recipe"), "sweep": choices.get("sweep"), "choices": choices, "overrides": overrides,
+            "command": shlex.join(["deepvit", "train", *searched, *words])}
 
 
 def versions() -> dict[str, Any]:
     """Git revision, versions of the libraries, name of the machine."""
+    import timm
+    import torch
     return {"git": git_revision(), "versions": {"python": platform.python_version(), "torch": torch.__version__,
                                                 "timm": timm.__version__}, "host": platform.node()}
 

@@ -4,7 +4,7 @@ import json
 import math
 import re
 import socket
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from deepvit.config.compare import flat
 from deepvit.errors import UserError
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -74,15 +75,6 @@ class Run:
         share = f"/{self.total} ({self.step / self.total:.0%})" if self.total else ""
         so_far = f", top-1 so far {self.evaluations[-1]['top1']:.2f}" if self.evaluations else ""
         return f"{self.state}, step {self.step}{share}{so_far}"
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """`{"model": {"depth": 8}}` -> `("model.depth", 8)`; an empty group is a value."""
-    for name, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + str(name), value
 
 
 def read_runs(paths: Iterable[Path]) -> tuple[list[Run], list[str]]:
