@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from deepvit.commands.sweep import Recorder, Refused, record_of, sum_up
 from deepvit.config import CONF
 from deepvit.config.provenance import origin
-from deepvit.config.run_name import run_folder
+from deepvit.config.run_name import as_typed, run_folder
 from deepvit.errors import DONE, STOPPED, UserError, did_you_mean
 from deepvit.run.console import say
 from deepvit.run.launch import Job, Outcome, eval_job, launch, train_job, unexpected
@@ -40,7 +40,7 @@ def run_job(job: Job, config: DictConfig) -> Any:
         raise UserError("hydra.run.dir is empty: name a folder, or leave it out.")
     folder = Path(settings.runtime.output_dir)
     folder = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
-    record, overrides = record_of(settings), list(settings.overrides.task)
+    record, overrides = record_of(settings), as_typed(settings.overrides.task)
     outcome = Outcome(STOPPED, "Not started.")
     if record is None or not any(one["code"] == STOPPED for one in record.outcomes()):
         if record:

@@ -19,6 +19,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from deepvit.config.compare import flat
+from deepvit.config.run_name import as_typed
 from deepvit.config.sweep_record import FOLDER, SweepRecord
 from deepvit.errors import DONE, FAILED, STOPPED, UserError
 from deepvit.run.console import say
@@ -68,8 +69,8 @@ def _open(config: DictConfig) -> OpenSweep:
                         "under torchrun.")
     hydra, folder = config.hydra, Path(config.hydra.sweep.dir)
     _refuse_strange(folder)
-    params = hydra.sweeper.get("params") or {}
-    typed = [*(f"{key}={value}" for key, value in params.items()), *hydra.overrides.task]
+    params = OmegaConf.to_container(hydra.sweeper).get("params") or {}
+    typed = [*(f"{key}={value}" for key, value in params.items()), *as_typed(hydra.overrides.task)]
     sweep = hydra.runtime.choices.get("sweep")
     digest = hashlib.sha256("\n".join(sorted(word for word in typed if not word.startswith(UNHASHED))).encode())
     record = SweepRecord(folder / FOLDER / f"{sweep or 'cells'}-{digest.hexdigest()[:8]}.jsonl", uuid4().hex[:8])

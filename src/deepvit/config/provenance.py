@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deepvit.config.run_name import IN_THE_PATH, run_name
+from deepvit.config.run_name import IN_THE_PATH, as_typed, run_name
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -22,7 +22,7 @@ def origin(config: "DictConfig", hydra: "DictConfig", folder: Path) -> dict[str,
         folder: the run's folder.
     """
     choices = {group: name for group, name in hydra.runtime.choices.items() if not group.startswith("hydra/")}
-    overrides = list(hydra.overrides.task)
+    overrides = as_typed(hydra.overrides.task)
     words = [word for word in overrides if not word.startswith(("sweep=", "fresh=", "dry="))]
     usual = Path("runs", *(str(choices.get(group)) for group in IN_THE_PATH), run_name(config, hydra))
     if folder != usual:

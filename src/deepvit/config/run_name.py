@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from deepvit.config.compare import flat, has_no_effect
 
 if TYPE_CHECKING:
-    from omegaconf import DictConfig
+    from omegaconf import DictConfig, ListConfig
 
 LONGEST = 120  # characters of a folder's name
 IN_THE_PATH = ("recipe", "model")  # groups that are folders above it
@@ -34,7 +34,7 @@ def run_folder(root: str, by_root: bool = False, *, _root_: "DictConfig") -> str
         return "/".join([*above, "..."])
     name = run_name(_root_, hydra, by_root)
     place = Path("" if root else hydra.sweep.dir, *above)
-    typed = typed_name(hydra.overrides.task)
+    typed = typed_name(as_typed(hydra.overrides.task))
     if not by_root and not (place / name / "config.yaml").exists() and (place / typed / "config.yaml").exists():
         name = typed
     return "/".join([*above, name])
@@ -51,7 +51,7 @@ def run_name(config: "DictConfig", hydra: "DictConfig", by_root: bool = False) -
     """
     choices = {group: name for group, name in hydra.runtime.choices.items() if not group.startswith("hydra/")}
     # A setting of Hydra's that decides what there is to compose:
-    search = tuple(word for word in hydra.overrides.hydra if word.lstrip("+").startswith("hydra.searchpath="))
+    search = tuple(word for word in as_typed(hydra.overrides.hydra) if word.lstrip("+").startswith("hydra.searchpath="))
     chosen = tuple(f"{group}={choices[group]}" for group in IN_THE_PATH if choices.get(group))
     usual = _default(hydra.job.config_name, search + chosen)
     usual_choices = usual.hydra.runtime.choices
@@ -140,6 +140,12 @@ def _joined(words: Iterable[tuple[str, str]]) -> str:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def as_typed(words: "ListConfig") -> list[str]:
+    """Overrides as they were given, with the interpolations in them."""
+    from omegaconf import OmegaConf
+    return OmegaConf.to_container(words, resolve=False)
 
 
 def typed_name(overrides: Sequence[str]) -> str:
