@@ -19,6 +19,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from deepvit.config.compare import flat
+from deepvit.config.provenance import choices_of
 from deepvit.config.run_name import as_typed
 from deepvit.config.sweep_record import FOLDER, SweepRecord
 from deepvit.errors import DONE, FAILED, STOPPED, UserError
@@ -120,15 +121,15 @@ def _described(config: DictConfig, cells: Sequence[Sequence[str]]) -> tuple[dict
                 cell.hydra.job.id = cell.hydra.job.num = number
                 state.set_config(cell)
                 folders.append(str(OmegaConf.select(cell, "hydra.sweep.subdir")))
-                del cell["hydra"]
-            settings.append(dict(flat(OmegaConf.to_container(cell, resolve=True))))
+                origin = choices_of(cell.pop("hydra"))
+            settings.append(dict(flat({**OmegaConf.to_container(cell, resolve=True), "origin": origin})))
     finally:
         state.cfg = before
     shared = {name: value for name, value in (settings or [{}])[0].items()
               if all(other.get(name, ...) == value for other in settings)}
-    return shared, [{"overrides": list(overrides), "folder": folder,
+    return shared, [{"overrides": own.pop("origin.overrides"), "folder": folder,
                      "settings": {name: value for name, value in own.items() if name not in shared}}
-                    for overrides, folder, own in zip(cells, folders, settings)]
+                    for folder, own in zip(folders, settings)]
 
 
 def _is_swept(key: str, typed: Sequence[str]) -> bool:

@@ -21,16 +21,21 @@ def origin(config: "DictConfig", hydra: "DictConfig", folder: Path) -> dict[str,
         hydra: its `hydra` node.
         folder: the run's folder.
     """
-    choices = {group: name for group, name in hydra.runtime.choices.items() if not group.startswith("hydra/")}
-    overrides = as_typed(hydra.overrides.task)
-    words = [word for word in overrides if not word.startswith(("sweep=", "fresh=", "dry="))]
-    usual = Path("runs", *(str(choices.get(group)) for group in IN_THE_PATH), run_name(config, hydra))
+    chosen = choices_of(hydra)
+    words = [word for word in chosen["overrides"] if not word.startswith(("sweep=", "fresh=", "dry="))]
+    usual = Path("runs", *(str(chosen["choices"].get(group)) for group in IN_THE_PATH), run_name(config, hydra))
     if folder != usual:
         words.append(f"hydra.run.dir={folder}")
     searched = [word for source in hydra.runtime.config_sources if source.provider == "command-line"
                 for word in ("--config-dir", source.path)]
-    return {"recipe": choices.get("recipe"), "sweep": choices.get("sweep"), "choices": choices, "overrides": overrides,
-            "command": shlex.join(["deepvit", "train", *searched, *words])}
+    return {**chosen, "command": shlex.join(["deepvit", "train", *searched, *words])}
+
+
+def choices_of(hydra: "DictConfig") -> dict[str, Any]:
+    """Recipe, sweep, the choice of every group of ours, and the overrides as typed."""
+    choices = {group: name for group, name in hydra.runtime.choices.items() if not group.startswith("hydra/")}
+    return {"recipe": choices.get("recipe"), "sweep": choices.get("sweep"), "choices": choices,
+            "overrides": as_typed(hydra.overrides.task)}
 
 
 def versions() -> dict[str, Any]:

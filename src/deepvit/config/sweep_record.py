@@ -78,7 +78,7 @@ def missing_cells(record: Path) -> Iterator[MissingCell]:
         outcome = outcomes.get(tuple(cell["overrides"]), {})
         places = [top / folder for folder in (cell.get("folder"), outcome.get("folder")) if folder]
         if places and not any((place / "config.yaml").exists() for place in places):
-            config = nested({**started[-1]["shared"], **cell["settings"]})
+            config = nested({**started[-1]["shared"], **cell["settings"], "origin.overrides": cell["overrides"]})
             yield MissingCell(places[0], config, outcome.get("sentence", ""))
 
 
