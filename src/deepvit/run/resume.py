@@ -16,12 +16,26 @@ from deepvit.engine import checkpoint
 from deepvit.engine.folder import RunFolder
 from deepvit.errors import UserError
 from deepvit.importers.files import find_checkpoint
+from deepvit.run import build
 
 KEPT = ("model", "data", "augment", "seed", "init", "head", "ema", "optimizer")  # as they were, but for:
 NAMED = ("optimizer.lr", "optimizer.clip_grad")
 ADVICE = "choose another folder with hydra.run.dir=..., or start over with fresh=true."
 
 log = logging.getLogger(__name__)
+
+
+def settings_of(folder: RunFolder) -> Settings:
+    """
+    Raises:
+        UserError: no run there, or one whose config is torn.
+    """
+    if not folder.config.exists():
+        raise UserError(f"There is no run in {folder.path}: it has no config.yaml.")
+    try:
+        return build.read_settings(yaml.safe_load(folder.config.read_text()))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, KeyError, TypeError):
+        raise UserError(f"{folder.config} is torn or not the config of a run: restore it from a copy.") from None
 
 
 def identity(settings: Settings, splits: Splits, folder: RunFolder) -> dict[str, Any]:
