@@ -20,7 +20,7 @@ from deepvit.commands.sweep import Recorder, Refused, record_of, sum_up
 from deepvit.config import CONF
 from deepvit.config.provenance import origin
 from deepvit.config.run_name import as_typed, run_folder
-from deepvit.errors import DONE, STOPPED, UserError, did_you_mean
+from deepvit.errors import DONE, FAILED, STOPPED, UserError, did_you_mean
 from deepvit.run.console import say
 from deepvit.run.launch import Job, Outcome, eval_job, launch, train_job, unexpected
 
@@ -103,6 +103,11 @@ def _start(program: Callable[[], Any], arguments: Sequence[str]) -> int:
             raise
         raise UserError(f"The run folder {error.filename} cannot be made ({error.strerror}): choose another with "
                         f"hydra.run.dir=...") from None
+    except Exception as error:
+        if not Recorder.opened or isinstance(error, UserError):
+            raise
+        unexpected(error)  # of the sweeper or the launcher: what its cells did stands in the record
+        return sum_up(Recorder.opened) or FAILED
     if Recorder.opened:
         return sum_up(Recorder.opened)
     for outcome in _alone:

@@ -72,9 +72,10 @@ def _open(config: DictConfig) -> OpenSweep:
     _refuse_strange(folder)
     params = OmegaConf.to_container(hydra.sweeper).get("params") or {}
     typed = [*(f"{key}={value}" for key, value in params.items()), *as_typed(hydra.overrides.task)]
-    sweep = hydra.runtime.choices.get("sweep")
+    sweep, session, is_kept = hydra.runtime.choices.get("sweep"), uuid4().hex[:8], config.get("dry") is False
     digest = hashlib.sha256("\n".join(sorted(word for word in typed if not word.startswith(UNHASHED))).encode())
-    record = SweepRecord(folder / FOLDER / f"{sweep or 'cells'}-{digest.hexdigest()[:8]}.jsonl", uuid4().hex[:8])
+    name = f"{sweep or 'cells'}-{digest.hexdigest()[:8] if is_kept else session}.jsonl"
+    record = SweepRecord(folder / FOLDER / name, session)
     with open_dict(config):
         hydra.overrides.hydra.append(f"hydra.callbacks.sweep.record=[{_quoted(str(record.path.absolute()))},"
                                      f"'{record.session}']")
@@ -82,7 +83,6 @@ def _open(config: DictConfig) -> OpenSweep:
                 "${run_folder:"):
             hydra.overrides.hydra.append("hydra.sweep.subdir=${run_folder:'',true}")
     cells = _cells(typed) if hydra.sweeper._target_ == BASIC else []
-    is_kept = config.get("dry") is False
     shared, described = _described(config, cells) if is_kept else ({}, [])
     record.open(shlex.join(["deepvit", hydra.job.config_name, *sys.argv[1:]]), sweep, described, shared)
     return OpenSweep(record, len(cells), is_kept)
