@@ -20,13 +20,14 @@ from deepvit.commands.sweep import Recorder, Refused, record_of, sum_up
 from deepvit.config import CONF
 from deepvit.config.provenance import origin
 from deepvit.config.run_name import as_typed, run_folder
+from deepvit.config.sweep_record import SweepRecord
 from deepvit.errors import DONE, FAILED, STOPPED, UserError, did_you_mean
 from deepvit.run.console import say
 from deepvit.run.launch import Job, Outcome, eval_job, launch, train_job, unexpected
 
 OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)
 
-_alone: list[Outcome] = []  # of this process's job where it is no cell of a sweep
+_outcomes: list[Outcome] = []  # of the jobs that this process ran
 
 
 def run_job(job: Job, config: DictConfig) -> Any:
@@ -42,20 +43,26 @@ def run_job(job: Job, config: DictConfig) -> Any:
     folder = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
     record, overrides = record_of(settings), as_typed(settings.overrides.task)
     outcome = Outcome(STOPPED, "Not started.")
-    if record is None or not any(one["code"] == STOPPED for one in record.outcomes()):
+    if all(before.code != STOPPED for before in _outcomes):  # who stops a cell means the cells after it, too
         if record:
             say(f"\n[{settings.job.num + 1}] {', '.join(overrides) or 'default'}")
         outcome = _run(job, config, settings, folder)
+    _outcomes.append(outcome)
     if outcome.code != DONE:
         _remove_if_empty(folder)
     found = outcome.value if isinstance(outcome.value, dict) else {}
-    if record is None:
-        _alone.append(outcome)
-        return found.get("top1")
-    record.add(settings.job.num, overrides, outcome.code, outcome.message, folder, found)
-    if outcome.code != STOPPED and outcome.message:
-        say(outcome.message)
+    if record:
+        if outcome.code != STOPPED and outcome.message:
+            say(outcome.message)
+        _note(record, settings.job.num, overrides, outcome, folder, found)
     return found.get("top1")
+
+
+def _note(record: SweepRecord, number: int, overrides: list[str], outcome: Outcome, folder: Path, found: dict) -> None:
+    try:
+        record.add(number, overrides, outcome.code, outcome.message, folder, found)
+    except OSError as error:
+        say(f"{record.path} cannot be written ({error.strerror}): the summary will lack this cell.", sys.stderr)
 
 
 def _run(job: Job, config: DictConfig, settings: DictConfig, folder: Path) -> Outcome:
@@ -93,7 +100,7 @@ def _start(program: Callable[[], Any], arguments: Sequence[str]) -> int:
     if "OMP_WAIT_POLICY" not in os.environ:  # spin between two operations, not so long as to starve other programs
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     sys.argv[1:] = flags_first(map(quoted, map(expanded, arguments)))
-    _alone.clear()
+    _outcomes.clear()
     Recorder.opened = None
     try:
         with sentences():
@@ -110,7 +117,7 @@ def _start(program: Callable[[], Any], arguments: Sequence[str]) -> int:
         return sum_up(Recorder.opened) or FAILED
     if Recorder.opened:
         return sum_up(Recorder.opened)
-    for outcome in _alone:
+    for outcome in _outcomes:
         if outcome.message:
             say(outcome.message, sys.stderr if outcome.code else sys.stdout)
         return outcome.code

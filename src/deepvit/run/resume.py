@@ -102,7 +102,7 @@ def _same_init(differences: dict[str, tuple[Any, Any]], before: Mapping[str, Any
     if old is None or new is None:
         return differences
     others = {name: pair for name, pair in differences.items() if name != "init"}
-    return others if old == new else {**others, "the content of init": (old, new)}
+    return others if old == new else {**others, "init": (f"a file with digest {old}", f"one with {new}")}
 
 
 def _other_classes(before: list[str], now: list[str]) -> dict[str, tuple[Any, Any]]:
