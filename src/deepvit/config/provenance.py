@@ -22,7 +22,8 @@ def origin(config: "DictConfig", hydra: "DictConfig", folder: Path) -> dict[str,
         folder: the run's folder.
     """
     chosen = choices_of(hydra)
-    words = [word for word in chosen["overrides"] if not word.startswith(("sweep=", "fresh=", "dry="))]
+    words = [word for word in chosen["overrides"] if not word.startswith(("fresh=", "dry="))]
+    words += ["hydra.mode=RUN"] if chosen["sweep"] else []  # a sweep's file says MULTIRUN
     usual = Path("runs", *(str(chosen["choices"].get(group)) for group in IN_THE_PATH), run_name(config, hydra))
     if folder != usual:
         words.append(f"hydra.run.dir={folder}")
