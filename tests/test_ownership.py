@@ -33,7 +33,8 @@ NAMES = ["config.yaml", "metrics.json", "metrics.jsonl", "events.jsonl", "train.
          "checkpoints/mine.tmp", "events.out.tfevents.1.mine", "multirun.yaml", "sweeps/mine.txt", "report/report.csv",
          "report/report.md", "digits/vit/default/notes.tmp", "runs/notes.tmp", "eval/notes.txt", "deep/er/note.tmp",
          ".replaced/checkpoints/last.pt", "config.yaml.tmp"]
-TEXTS = ["mine: true\n", "", '{"event": "start"}\n', "model: {}\ndata: {}\n", "\x00\x01", '{"finished": true}\n']
+TEXTS = [b"mine: true\n", b"", b'{"event": "start"}\n', b"model: {}\ndata: {}\n", b"\x00\xff", b'{"finished": true}\n',
+         b"[1]\n", b"2020-13-99\n", b"model: {}\ndata: {}\naugment: {}\noptimizer: {}\nschedule: {}\nengine: {}\n"]
 PLACES = [".", "mine", "mine/new", "run", "run/mine", "elsewhere"]
 WISHES = [[], [], ["fresh=true"], ["dry=true"], ["seed=1"], ["seed=1", "fresh=true"]]
 MISTAKES = [[], [], ["data.root=typo"], ["model.img_size=33"], ["model.depth=abc"], ["model.dpeth=2"],
@@ -69,7 +70,7 @@ def fill(top: Path, chance: random.Random, finished: Path) -> None:
                     "lock", "checkpoints/last.pt.tmp", "checkpoints/step-3.pt", ".replaced/checkpoints/last.pt")):
                 continue  # names of ours in a folder of ours
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(chance.choice(TEXTS))
+            path.write_bytes(chance.choice(TEXTS))
 
 
 @pytest.mark.parametrize(("first", "count"), [(0, 30), pytest.param(30, 2000, marks=pytest.mark.slow)])
@@ -98,7 +99,7 @@ def test_no_command_changes_what_is_not_of_its_run(first, count, finished, tmp_p
 
 @pytest.mark.parametrize(("name", "text"), [
     ("config.yaml", "mine: true\n"), ("notes.txt", ""), ("checkpoints/last.pt", "weights"),
-    ("events.jsonl", '{"event": "start"}\n'), ("lock", "process 1 on here")])
+    ("events.jsonl", '{"event": "start"}\n'), ("lock", "process 1 on here"), ("config.yaml", "2020-13-99")])
 def test_a_folder_of_somebody_else_is_refused(tmp_path, name, text):
     path = tmp_path / "mine" / name
     path.parent.mkdir(parents=True)

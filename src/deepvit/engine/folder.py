@@ -105,10 +105,10 @@ class RunFolder:
         if self.mark.exists() or not any(self.path.iterdir()):
             return True
         try:
-            config = yaml.safe_load(self.config.read_text())
-        except (OSError, UnicodeDecodeError, yaml.YAMLError):
+            config, events = yaml.safe_load(self.config.read_text()), list(read_json_lines(self.events))
+        except (OSError, ValueError, yaml.YAMLError):  # somebody else's file may hold anything
             return False
-        begun = any(event.get("event") in ("start", "resume") for event in read_json_lines(self.events))
+        begun = any(isinstance(event, dict) and event.get("event") in ("start", "resume") for event in events)
         return begun and isinstance(config, dict) and config.keys() >= SETTINGS
 
     @contextmanager
