@@ -8,13 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from sklearn.datasets import load_digits
 
 import deepvit.data as data
-from deepvit.commands.preview import draw_config
+from deepvit.commands import preview
+from deepvit.commands.main import main
+from deepvit.config.compose import compose
 from deepvit.data.decode import decode_pil, to_tensor
+from deepvit.engine.ranks import Ranks
 from deepvit.errors import UserError
+from deepvit.run import build
 
 PICTURES = Path(__file__).parent / "data" / "pictures"  # CIFAR-10: 3 classes, 4 pictures to train, 2 to test
 
@@ -287,13 +292,20 @@ def _folder_of_torchvision(root, **_):
     return ImageFolder(root)
 
 
-def test_a_preview_is_drawn(tmp_path):
-    import yaml
-    group = Path(__file__).parents[1] / "conf"
-    augment = {**yaml.safe_load((group / "augment/none.yaml").read_text()),
-               **yaml.safe_load((group / "augment/deepvit.yaml").read_text())}
-    settings = {**yaml.safe_load((group / "data/cifar10.yaml").read_text()), "root": str(PICTURES), "img_size": 32}
-    augment["hflip"] = settings["hflip"]
-    draw_config(settings, augment, 0, tmp_path / "preview.png")
-    drawn = np.asarray(Image.open(tmp_path / "preview.png").convert("RGB"))
-    assert drawn.shape[0] > 500 and drawn.std() > 30
+def test_a_preview_shows_the_images_of_the_run(tmp_path, monkeypatch, capsys):
+    """Of a run folder and of its settings alike: those that its first step trains on, whatever the seed."""
+    words = ["recipe=cifar10", f"data.root={PICTURES}", "augment=deepvit", "seed=1", "data.fraction=0.5",
+             "data.batch_size=4"]
+    config, shown = compose(words), []
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    settings = build.read_settings(config)
+    first = next(build.batch_maker(settings, build.splits(settings.data).train, Ranks(0, 1, torch.device("cpu")))(0, 1))
+    monkeypatch.setattr(preview, "draw", lambda batches, *_: shown.append(batches))
+    assert main(["preview", "out.png", str(tmp_path)]) == main(["preview", "out.png", *words]) == 0
+    for batches in shown:
+        assert [batch.indices.tolist() for batch in batches] == [batch.indices.tolist() for batch in first]
+    monkeypatch.undo()
+    assert main(["preview", str(tmp_path / "out.png"), str(tmp_path)]) == 0
+    drawn = np.asarray(Image.open(tmp_path / "out.png").convert("RGB"))
+    assert drawn.shape[0] > 100 and drawn.std() > 30
+    assert main(["preview", "out.png", "no/such/folder"]) == 2 and "no/such/folder" in capsys.readouterr().err

@@ -34,7 +34,7 @@ def write_card(path: Path, model: ViT, exported: Path, form: str, parity: str, r
              *(f"Note: {note}." for note in report.notes),
              "## Model", _table({"parameters": f"{sum(p.numel() for p in model.parameters()):,}", **model.config}),
              "## Recipe", _recipe(config), "## Evaluation", _evaluation(shown, whose), "## Curve", _curve(run),
-             "## Made with", _origin(result), "## Classes", _classes(model)]
+             "## Made with", _origin(config, result), "## Classes", _classes(model)]
     path.write_text("\n\n".join(part for part in parts if part) + "\n")
 
 
@@ -81,11 +81,11 @@ def _curve(run: Path | None) -> str:
     return "\n".join(["| step | epoch | top-1 % | loss |", "|---|---|---|---|", *rows])
 
 
-def _origin(result: Mapping[str, Any]) -> str:
+def _origin(config: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     if not result:
         return "Not known."
-    return _table({"git revision": result.get("git"), **(result.get("versions") or {}), "device": result.get("device"),
-                   "devices": result.get("devices")})
+    return _table({"command": (config.get("origin") or {}).get("command"), "git revision": result.get("git"),
+                   **(result.get("versions") or {}), "device": result.get("device"), "devices": result.get("devices")})
 
 
 def _classes(model: ViT) -> str:

@@ -9,8 +9,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from deepvit.config.settings import Settings
 from deepvit.engine import checkpoint
 from deepvit.engine.folder import RunFolder
@@ -19,6 +17,7 @@ from deepvit.engine.ranks import Ranks, pick_device
 from deepvit.errors import DONE, UserError
 from deepvit.run import build, micro_batches
 from deepvit.run.console import set_up_logging
+from deepvit.run.resume import settings_of
 
 log = logging.getLogger(__name__)
 
@@ -34,23 +33,10 @@ def replay(run: Path, batch: int, weights: Path | None = None) -> list[Examinati
     if batch < 0:
         raise UserError(f"--batch {batch} is no batch: give its number, 0 or more, from events.jsonl.")
     folder = RunFolder(run)
-    settings = _settings(folder)
+    settings = settings_of(folder)
     path, content = _given(weights) if weights else _newest(folder)
     log.info("Batch %d of %s with the weights of step %d (%s).", batch, run, content["step"], path.name)
     return [_share(settings, content, batch, rank) for rank in range(content["world"])]
-
-
-def _settings(folder: RunFolder) -> Settings:
-    if not folder.config.exists():
-        raise UserError(f"There is no run in {folder.path}: it has no config.yaml.")
-    try:
-        config = yaml.safe_load(folder.config.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        config = None
-    try:
-        return build.read_settings(config)
-    except (AttributeError, KeyError, TypeError):  # not a mapping, or one that lacks a group
-        raise UserError(f"{folder.config} is torn or not the config of a run: restore it to replay the run.") from None
 
 
 def _newest(folder: RunFolder) -> tuple[Path, dict[str, Any]]:

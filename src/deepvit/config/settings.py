@@ -144,6 +144,7 @@ class Settings:
     head: Literal["keep", "reset", "zero"]
     fresh: bool
     dry: bool
+    origin: Mapping[str, Any] | None = None  # what was chosen and typed: see `config.provenance.origin`
 
 
 def read_settings(config: Mapping[str, Any]) -> Settings:

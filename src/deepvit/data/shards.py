@@ -38,6 +38,9 @@ class TarSet(ImageSet):
     def name(self, index: int) -> str:
         return f"{self.shards[self.places[index, 0]]}:{self.names[index].decode('utf-8', 'surrogateescape')}"
 
+    def size(self, index: int) -> int:
+        return int(self.places[index, 2])
+
     def picture(self, index: int) -> Picture | Undecoded:
         shard, offset, size = self.places[index].tolist()
         try:

@@ -257,15 +257,3 @@ def schedule_and_plan(settings: Settings, epoch_size: int) -> tuple[Schedule, Pl
                 probe_every=settings.probe.every_epochs and settings.probe.every_epochs * epoch,
                 max_skipped=engine.max_skipped)
     return schedule, plan
-
-
-def changed(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """The settings that differ: dotted key -> (before, now)."""
-    differences: dict[str, tuple[Any, Any]] = {}
-    for name in sorted({*before, *now}):
-        old, new = before.get(name), now.get(name)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            differences |= changed(old, new, f"{prefix}{name}.")
-        elif old != new:
-            differences[prefix + name] = (old, new)
-    return differences

@@ -19,6 +19,7 @@ from deepvit.data.real_labels import real_top1
 from deepvit.engine.checkpoint import write_text_synced
 from deepvit.engine.device import device_name, prepare_device
 from deepvit.engine.evaluate import Evaluation, evaluate, mcnemar
+from deepvit.engine.folder import RunFolder
 from deepvit.engine.progress import Display
 from deepvit.engine.ranks import Ranks
 from deepvit.engine.signals import StopRequest
@@ -289,7 +290,7 @@ def _write(candidate: Candidate, data: Data, images: ImageSet, evaluation: Evalu
 
 def _out(candidate: Candidate, data: Data, out: str | None) -> Path:
     name, run = f"{candidate.path.stem}-{candidate.weights}-{data.source}", candidate.path.parent.parent
-    in_run = (run / "config.yaml").exists()
+    in_run = (run / "config.yaml").exists() and RunFolder(run).is_ours()
     if in_run and out is None:
         return run / "eval" / name
     mark = hashlib.blake2b(str(candidate.path.resolve()).encode(), digest_size=4).hexdigest()  # names may be the same

@@ -24,7 +24,7 @@ from deepvit.run import build
 from deepvit.run.build import Built
 from deepvit.run.measures import attention_metrics, evaluator
 from deepvit.run.result import metrics_of, summary_of
-from deepvit.run.resume import images_of, refuse_change, refuse_finished
+from deepvit.run.resume import identity, refuse_change, refuse_finished
 
 log = logging.getLogger(__name__)
 
@@ -39,30 +39,35 @@ def train(config: Mapping[str, Any], path: Path, ranks: Ranks, stop: StopRequest
     """
     settings, folder = build.read_settings(config), RunFolder(path)
     prepare_device(build.precision(settings.precision), ranks)
-    with folder.claimed(ranks, clear=settings.fresh and not _restarts()):
-        if ranks.from_main(folder.is_finished()):
+    with folder.claimed(ranks, settings.fresh, restarted=_restarts() > 0) as starts_over:
+        if not starts_over and ranks.from_main(folder.is_finished()):
+            splits = build.shared_splits(settings.data, ranks)
             with ranks.together():
-                refuse_finished(folder, config)
+                refuse_finished(folder, config, identity(settings, splits, folder))
             _say_finished(folder)
             return True
 
         # Where a run's weights come from: its own checkpoint; in a new run `init`; else random ones, from the seed.
         with ranks.together():
-            found = checkpoint.load_newest(folder.last, folder.previous, advice="fresh=true starts over.")
+            found = None if starts_over else checkpoint.load_newest(folder.last, folder.previous,
+                                                                    advice="fresh=true starts over.")
         built = build.build(settings, ranks, begun=found and found[1])
         with ranks.together():
+            made_of = identity(settings, built.splits, folder)
             if found:
-                refuse_change(found[1], config, built.splits)
+                refuse_change(found[1], config, built.splits, made_of)
                 built.state.load_state_dict(found[1])
         _refuse_different_folders(ranks.gather(built.state.step), folder)
 
+        if starts_over and ranks.is_main:
+            folder.set_aside()  # until the first checkpoint stands
         loggers = _open(folder, config, built, resumed=found is not None)
-        saver = Saver(folder, ranks, _identity(config, built))
+        saver = Saver(folder, ranks, {**_description(config, built), **made_of})
         fit = Fit(built.state, built.stepper, built.plan, built.make_batches, evaluator(built, stop), folder, saver,
                   loggers, stop, attention_metrics(built))
         finished = fit.run()
         if finished and ranks.is_main:
-            metrics = metrics_of(built, fit.meter, folder)
+            metrics = {**metrics_of(built, fit.meter, folder), "origin": config.get("origin"), "made_of": made_of}
             folder.write_result(metrics)
             folder.log_event("finished", step=built.state.step)
             log.info("Finished: top-1 %.2f %%; results in %s", metrics["top1"], folder.path)
@@ -85,12 +90,12 @@ def _open(folder: RunFolder, config: Mapping[str, Any], built: Built, resumed: b
     return Loggers([JsonLines(folder), TensorBoard(folder.path, step)])
 
 
-def _identity(config: Mapping[str, Any], built: Built) -> dict[str, Any]:
+def _description(config: Mapping[str, Any], built: Built) -> dict[str, Any]:
     """What a checkpoint tells of its run."""
     splits = built.splits
     return {"config": built.model.config, "classes": splits.class_ids, "class_names": splits.class_names,
-            "pictures": images_of(splits), "masks": "image", "run": dict(config),
-            "micro_batch": built.micro_batch, "device": device_name(built.ranks.device)}
+            "masks": "image", "run": dict(config), "micro_batch": built.micro_batch,
+            "device": device_name(built.ranks.device)}
 
 
 def _restarts() -> int:
