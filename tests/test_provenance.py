@@ -263,3 +263,18 @@ def test_a_launchers_variables_are_whole_or_refused(monkeypatch, variables, word
 def test_the_home_folder_is_meant_by_its_sign(monkeypatch, word, expected):
     monkeypatch.setenv("HOME", "/home/me")
     assert expanded(word) == expected
+
+
+def test_an_old_run_of_reattention_goes_on_with_its_own_statistics_and_masks(run, tmp_path):
+    """Revision d1218dd took the norm's statistics over the whole micro-batch and drew the masks of stochastic depth on
+    each rank: its run, cut at step 20, goes on along the curve that the same revision logged without a cut."""
+    old = OLD.with_name("run_d1218dd_reattention")
+    shutil.copytree(old, tmp_path / "run")
+    code, said, _ = run("train", "model=vit", "model/attention=reattention", "model.depth=2", "model.embed_dim=16",
+                        "model.num_heads=2", "model.drop_path_rate=0.2", "data.batch_size=64", "schedule.epochs=2",
+                        "engine.log_every=1", "engine.save_every=20", "probe.images=0", "hydra.run.dir=run")
+    assert code == 0 and "Continuing from step 20" in said
+    logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    expected = json.loads((old / "uncut_losses.json").read_text())
+    assert [line["loss"] for line in logged if "lr" in line] == pytest.approx(expected, rel=1e-5)
+    assert config_of(tmp_path / "run")["model"]["attention"]["norm_batch"] is None

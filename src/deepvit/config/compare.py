@@ -31,7 +31,8 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
     """The flat settings that can change a result."""
-    return {name: value for name, value in flat(config) if not has_no_effect(name)}
+    return {name: value for name, value in flat(config)
+            if not has_no_effect(name) and (name, value) != ("model.attention.sync_norm", False)}  # gone, and off
 
 
 def has_no_effect(name: str) -> bool:

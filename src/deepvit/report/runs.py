@@ -16,6 +16,7 @@ from deepvit.config.compare import flat
 from deepvit.config.sweep_record import FOLDER, missing_cells, read_lines
 from deepvit.errors import UserError
 
+
 @dataclass(frozen=True)
 class Run:
     """A run folder's content.

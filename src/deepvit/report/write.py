@@ -15,7 +15,6 @@ from deepvit.report.picture import Picture
 from deepvit.report.runs import Run
 from deepvit.report.tables import tables
 
-
 TITLE = "# Depth and attention: report"
 
 

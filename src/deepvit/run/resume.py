@@ -38,6 +38,20 @@ def settings_of(folder: RunFolder) -> Settings:
         raise UserError(f"{folder.config} is torn or not the config of a run: restore it from a copy.") from None
 
 
+def as_begun(config: Mapping[str, Any], folder: RunFolder) -> Mapping[str, Any]:
+    """`config`, but for a run begun before `norm_batch` existed: it keeps the batch statistics that it had, those of
+    all images that a device takes at once."""
+    try:
+        before = yaml.safe_load(folder.config.read_text())["model"]["attention"]
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError):
+        return config
+    model = config["model"]
+    if "norm_batch" in before or "norm_batch" not in model["attention"]:
+        return config
+    log.info("This run was begun before model.attention.norm_batch existed, and goes on without it (null).")
+    return {**config, "model": {**model, "attention": {**model["attention"], "norm_batch": None}}}
+
+
 def identity(settings: Settings, splits: Splits, folder: RunFolder) -> dict[str, Any]:
     """What a run is made of beside its settings: the images of both splits, and the content of `init`.
 

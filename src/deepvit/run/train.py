@@ -24,7 +24,7 @@ from deepvit.run import build
 from deepvit.run.build import Built
 from deepvit.run.measures import attention_metrics, evaluator
 from deepvit.run.result import metrics_of, summary_of
-from deepvit.run.resume import identity, refuse_change, refuse_finished
+from deepvit.run.resume import as_begun, identity, refuse_change, refuse_finished
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,9 @@ def train(config: Mapping[str, Any], path: Path, ranks: Ranks, stop: StopRequest
     Raises:
         UserError, Failure: on every rank alike where the cause is common.
     """
-    settings, folder = build.read_settings(config), RunFolder(path)
+    folder = RunFolder(path)
+    config = config if config["fresh"] else as_begun(config, folder)
+    settings = build.read_settings(config)
     prepare_device(build.precision(settings.precision), ranks)
     with folder.claimed(ranks, settings.fresh, restarted=_restarts() > 0) as starts_over:
         if not starts_over and ranks.from_main(folder.is_finished()):
