@@ -110,6 +110,8 @@ def _write_deepvit(model: ViT, path: Path) -> tuple[Reader, str]:
         "pool": "cls", "gelu": "erf", "norm_eps": 1e-6, "final_norm": "before_pool", "patch_norm": False,
         "head_dim": None, "block": "pre_norm", "feat_scale": False, "representation_size": None, "init_values": None})
     attention = config["attention"]
+    if attention["class"] == "SelfAttention":
+        _refuse(config, "the published plain attention", {"map_scale": 1.0})
     if attention["class"] not in ("SelfAttention", "ReAttention") or not attention.get("mix", True):
         raise UserError(f"The published DeepViT class has no attention '{attention.get('name', attention['class'])}': "
                         f"export to safetensors or onnx.")
@@ -128,7 +130,7 @@ def _write_timm(model: ViT, path: Path) -> tuple[Reader, str]:
     average = config["pool"] == "avg"
     _refuse(config, "timm's VisionTransformer", {
         "gelu": "erf", "patch_norm": False, "head_dim": None, "qk_scale": None, "stem": "patch",
-        "block": "pre_norm", "feat_scale": False, "representation_size": None, "residual_scale": 1.0,
+        "block": "pre_norm", "feat_scale": False, "representation_size": None, "residual_scale": 1.0, "map_scale": 1.0,
         "final_norm": "after_pool" if average else "before_pool"})
     if config["pool"] == "mean" or config["attention"]["class"] != "SelfAttention":
         what = "pooling over all tokens" if config["pool"] == "mean" else "re-attention or its like"
@@ -140,7 +142,8 @@ def _write_timm(model: ViT, path: Path) -> tuple[Reader, str]:
     theirs = VisionTransformer(
         img_size=model.img_size, patch_size=model.patch_size, in_chans=config["in_chans"],
         num_classes=model.num_classes, embed_dim=model.embed_dim, depth=model.depth, num_heads=config["num_heads"],
-        mlp_ratio=config["mlp_ratio"] + 1e-6, qkv_bias=config["qkv_bias"], init_values=config["init_values"],
+        mlp_ratio=config["mlp_ratio"] + 1e-6, qkv_bias=config["qkv_bias"],
+        init_values=None if config["init_values"] is None else 1.0,  # its values are in `state`; timm takes 0 for none
         global_pool="avg" if average else "token", norm_layer=_layer_norm(config["norm_eps"]))
     theirs.load_state_dict(state)
     return theirs.eval(), "loaded strictly into timm's VisionTransformer"

@@ -3,6 +3,7 @@
 Same contract as in `attention`: `maps(q, k)` says what it is, `attend(q, k, v)` may be faster, one YAML file each.
 """
 
+import math
 from typing import Literal
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from deepvit import ops
 from deepvit.models.attention import HeadMix, SelfAttention
+from deepvit.signature import ABOVE_ZERO, check_range
 
 
 class LearnedTemperature(SelfAttention):
@@ -50,6 +52,8 @@ class DecayedTemperature(SelfAttention):
     def __init__(self, dim: int, num_heads: int = 8, first: float = 1.0, last: float = 0.5, block_index: int = 0,
                  depth: int = 1, **kwargs):
         super().__init__(dim, num_heads, **kwargs)
+        for name, value in (("first", first), ("last", last)):
+            check_range(f"model.attention.{name}", value, ABOVE_ZERO, math.inf)
         self.temperature = first * (last / first) ** (block_index / max(1, depth - 1))
         self.scale = self.scale / self.temperature
 
@@ -72,7 +76,7 @@ class TalkingHeads(SelfAttention):
         return ops.mix_heads(q * self.scale @ k.mT, self.mix_logits.weight).softmax(-1)  # [B, H, N, N], rows sum to 1
 
     def maps(self, q: Tensor, k: Tensor) -> Tensor:
-        return ops.mix_heads(self.softmax(q, k), self.mix.weight)
+        return self.scaled(ops.mix_heads(self.softmax(q, k), self.mix.weight))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.dropout(self.maps(q, k), self.attn_drop, self.training) @ v
@@ -93,10 +97,10 @@ class AttnScale(SelfAttention):
 
     def maps(self, q: Tensor, k: Tensor) -> Tensor:
         uniform = 1 / k.shape[-2]
-        return uniform + (1 + self.contrast[:, None, None]) * (self.softmax(q, k) - uniform)
+        return self.scaled(uniform + (1 + self.contrast[:, None, None]) * (self.softmax(q, k) - uniform))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.training and self.attn_drop:
             return F.dropout(self.maps(q, k), self.attn_drop) @ v
         w = self.contrast[:, None, None].to(v.dtype)
-        return (1 + w) * super().attend(q, k, v) - w * v.mean(-2, keepdim=True)
+        return (1 + w) * super().attend(q, k, v) - w * self.scaled(v.mean(-2, keepdim=True))
