@@ -9,7 +9,9 @@ from typing import Any
 
 from deepvit.errors import UserError, did_you_mean
 
-ABOVE_ZERO = math.ulp(0.0)  # the smallest number that is
+ABOVE_ZERO, BELOW_ONE = math.ulp(0.0), math.nextafter(1.0, 0.0)  # the nearest numbers that are
+MOST = 2**31 - 1  # of whole numbers: what counters of libraries hold
+Ranges = Mapping[str, tuple[float, float]]  # name -> smallest, largest; of a list's members each
 
 
 def check_arguments(function: Callable, given: Mapping[str, Any], where: str = "",
@@ -34,15 +36,23 @@ def check_arguments(function: Callable, given: Mapping[str, Any], where: str = "
             raise UserError(f"{prefix}{name} is missing: give it {describe(hints.get(name, Any))}.")
 
 
-def check_range(name: str, value: float | None, least: float, most: float) -> None:
-    """Refuses a number outside [least, most], or one that is not finite; None is no number."""
-    if value is None or (least <= value <= most and math.isfinite(value)):
+def check_ranges(values: Mapping[str, Any], ranges: Ranges, where: str = "") -> None:
+    """Refuses numbers outside their ranges, also in lists; every number must be finite."""
+    for name, value in values.items():
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(number, int | float):
+                check_range(f"{where}.{name}" if where else name, number, *ranges.get(name, (-math.inf, math.inf)))
+
+
+def check_range(name: str, value: float, least: float, most: float) -> None:
+    """Refuses a number outside [least, most], or one that is not finite."""
+    most = min(most, MOST) if isinstance(value, int) else most
+    if least <= value <= most and (isinstance(value, int) or math.isfinite(value)):
         return
-    if most < math.inf:
-        words = f"from {least:g} to {most:g}"
-    else:
-        words = "above 0" if 0 < least <= 1 else f"at least {least:g}"
-    raise UserError(f"{name}={value} must be {words}{'' if math.isfinite(value) else ', and a finite number'}.")
+    words = [] if least == -math.inf else ["above 0" if 0 < least <= 1 else f"at least {least:g}"]
+    words += [] if most == math.inf else ["below 1" if most == BELOW_ONE else f"at most {most:g}"]
+    words += ["a finite number"] if isinstance(value, float) and not math.isfinite(value) else []
+    raise UserError(f"{name}={value} must be {' and '.join(words)}.")
 
 
 def _parameters(function: Callable) -> tuple[dict[str, inspect.Parameter], dict[str, Any]]:

@@ -209,8 +209,8 @@ def _colour(size: tuple[int, int], *, auto_augment: str | None, **options: objec
     try:
         stages = transforms_imagenet_train(size, separate=True, auto_augment=auto_augment, **options)
     except (AssertionError, KeyError, ValueError) as error:
-        raise UserError(f"augment.auto_augment={auto_augment} is not a policy of timm's such as rand-m9-mstd0.5-inc1 "
-                        f"({error}).") from error
+        raise UserError(f"augment.auto_augment={auto_augment} (such as rand-m9-mstd0.5-inc1) and augment.color_jitter="
+                        f"{options['color_jitter']} are not both what timm takes ({error}).") from error
     steps = list(stages[1].transforms)
     for step in steps:
         mend_posterize(step)

@@ -1,13 +1,13 @@
 """The named models: the YAML files of `conf/model` are their one truth, read here without hydra."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import yaml
 
 from deepvit.config import CONF
-from deepvit.config.signature import ABOVE_ZERO, check_arguments, check_range
+from deepvit.config.signature import ABOVE_ZERO, check_arguments, check_ranges
 from deepvit.errors import UserError, did_you_mean
 from deepvit.models.attention import ATTENTIONS
 from deepvit.models.stem import stem_of
@@ -58,26 +58,36 @@ def build_model(config: Mapping[str, Any]) -> ViT:
 
 
 RANGES = {
-    **dict.fromkeys(("in_chans", "embed_dim", "depth", "num_heads", "head_dim", "representation_size"), (1, math.inf)),
-    **dict.fromkeys(("mlp_ratio", "norm_eps", "qk_scale"), (ABOVE_ZERO, math.inf)),
-    **dict.fromkeys(("drop_rate", "pos_drop_rate", "attn_drop_rate", "drop_path_rate"), (0, 1)),
-    "num_classes": (0, math.inf)}
+    **dict.fromkeys(("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "head_dim",
+                     "representation_size"), (1, math.inf)),
+    **dict.fromkeys(("mlp_ratio", "norm_eps", "qk_scale", "residual_scale"), (ABOVE_ZERO, math.inf)),
+    **dict.fromkeys(("drop_rate", "pos_drop_rate", "attn_drop_rate", "drop_path_rate", "attn_drop", "proj_drop"),
+                    (0, 1)),
+    **dict.fromkeys(("num_classes", "init_values"), (0, math.inf))}
 
 
 def check_model(config: Mapping[str, Any]) -> None:
     """Refuses settings that `ViT` or its attention would not take, naming what was meant."""
     known = {name: value for name, value in config.items() if (name, value) != ("num_classes", None)}  # the data's
     check_arguments(ViT, known, "model")
-    for name, (least, most) in RANGES.items():
-        check_range(f"model.{name}", known.get(name), least, most)
+    check_ranges(known, RANGES, "model")
     stem, options = stem_of(known.get("stem", "patch"))
+    _refuse_own(("in_chans", "embed_dim", "patch_size", "norm", "norm_eps"), options, "model.stem")
     check_arguments(stem, {"in_chans": 1, "embed_dim": 1, "patch_size": (1, 1), **options}, "model.stem")
     attention = dict(config.get("attention") or {"class": "SelfAttention"})
     attention.pop("name", None)
     cls = ATTENTIONS.get(attention.pop("class", None))
     if cls is None:
         raise UserError(f"model.attention.class must be one of {', '.join(ATTENTIONS)}.")
+    _refuse_own(("dim", "block_index", "depth", "norm_layer", "device", "dtype"), attention, "model.attention")
     check_arguments(cls, {"dim": 1, **attention}, "model.attention")
+    check_ranges(attention, RANGES, "model.attention")
+
+
+def _refuse_own(own: Collection[str], options: Mapping[str, Any], where: str) -> None:
+    """Refuses options of a part that the model itself gives it."""
+    if taken := [name for name in own if name in options]:
+        raise UserError(f"{where}.{taken[0]} is not a setting: the model decides it.")
 
 
 def model_config(name: str) -> dict[str, Any]:

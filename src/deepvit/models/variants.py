@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepvit import ops
+from deepvit.config.signature import ABOVE_ZERO, check_range
 from deepvit.models.attention import HeadMix, SelfAttention
-from deepvit.signature import ABOVE_ZERO, check_range
 
 
 class LearnedTemperature(SelfAttention):

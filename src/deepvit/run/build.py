@@ -2,17 +2,18 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2, get_optimizer_class, get_optimizer_info, list_optimizers
 from timm.utils import ModelEmaV3
 from torch import nn
 
 from deepvit import data as pictures
 from deepvit.config import settings as asked
 from deepvit.config.settings import Augment, Data, Optimizer, PrecisionSettings, Settings
+from deepvit.config.signature import check_arguments
 from deepvit.engine.fit import Plan
 from deepvit.engine.ranks import Ranks
 from deepvit.engine.schedule import Schedule
@@ -31,6 +32,41 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
     settings = asked.read_settings(config)
     check_model(settings.model)
     return settings
+
+
+def check(settings: Settings, ranks: Ranks) -> None:
+    """Builds all that needs no data: what can be refused is refused before anything is read or written.
+
+    Raises:
+        UserError: settings that build nothing.
+    """
+    _check_images(settings.data.img_size, settings.model["img_size"], settings.model["in_chans"])
+    train_transform(settings.data, settings.augment)
+    eval_transform(settings.data)
+    prepare(settings.data, 2, settings.augment)
+    accumulation(settings, ranks.world)
+    objective(settings)
+    with torch.device("meta"):
+        build_model({**settings.model, "num_classes": 2})
+    _try_out(optimizer(nn.Linear(1, 1, device=ranks.device), settings.optimizer), settings.optimizer)
+
+
+def _check_images(read: Any, wanted: Any, channels: int) -> None:
+    if channels != 3:
+        raise UserError(f"model.in_chans={channels}, but images are read with 3 channels: leave it at 3.")
+    if len({tuple(size) if isinstance(size, Sequence) else (size, size) for size in (read, wanted)}) > 1:
+        raise UserError(f"data.img_size={read} is not model.img_size={wanted}: set the latter, which the former follows.")
+
+
+def _try_out(made: torch.optim.Optimizer, chosen: Optimizer) -> None:
+    """Some optimizers refuse their settings, or gradients without a graph, only at the first step."""
+    for group in made.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    try:
+        made.step()
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        raise _refused(chosen, error) from error
 
 
 # Data
@@ -125,17 +161,42 @@ def optimizer(network: nn.Module, chosen: Optimizer) -> torch.optim.Optimizer:
     """By timm's factory: no decay on biases, norms and the embeddings that the model names.
 
     A layer-wise decay gives each group its `lr_scale`.
+
+    Raises:
+        UserError: timm has no such optimizer, or that one does not take these settings.
     """
     if chosen.opt not in list_optimizers():
         raise UserError(f"optimizer.opt={chosen.opt} is not one of timm's."
                         f"{did_you_mean(chosen.opt, list_optimizers())}")
-    given = {name: getattr(chosen, name) for name in ("betas", "eps") if getattr(chosen, name) is not None}
-    given |= {"fused": True} if chosen.opt in FUSED else {}
     try:
         return create_optimizer_v2(network, chosen.opt, lr=chosen.lr, weight_decay=chosen.weight_decay,
-                                   momentum=chosen.momentum, layer_decay=chosen.layer_decay, **given)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"optimizer.opt={chosen.opt} does not take these settings: {error}.") from error
+                                   layer_decay=chosen.layer_decay, **_optimizer_keywords(chosen))
+    except (AssertionError, ImportError, RuntimeError, TypeError, ValueError) as error:  # as the optimizer has it
+        raise _refused(chosen, error) from error
+
+
+def _refused(chosen: Optimizer, error: Exception) -> UserError:
+    return UserError(f"optimizer.opt={chosen.opt} does not work here with optimizer.kwargs={dict(chosen.kwargs)}: "
+                     f"{error}.")
+
+
+OWN = {"lr", "weight_decay", "momentum", "betas", "eps"}  # an optimizer's keywords that are settings by themselves
+
+
+def _optimizer_keywords(chosen: Optimizer) -> dict[str, Any]:
+    """The keywords that are given, each of which the optimizer must take: timm drops some that it does not."""
+    info, cls = get_optimizer_info(chosen.opt), get_optimizer_class(chosen.opt, bind_defaults=False)
+    given = {name: value for name in ("momentum", "betas", "eps") if (value := getattr(chosen, name)) is not None}
+    for name in given:
+        if not getattr(info, f"has_{name}"):
+            raise UserError(f"optimizer.{name}={given[name]} has no effect with optimizer.opt={chosen.opt}: set it to "
+                            f"null.")
+    if "betas" in given and len(chosen.betas) != info.num_betas:
+        raise UserError(f"optimizer.betas={chosen.betas} must be a list of {info.num_betas}.")
+    for name in OWN & chosen.kwargs.keys():
+        raise UserError(f"optimizer.kwargs.{name} is a setting of its own: give optimizer.{name}.")
+    check_arguments(cls, chosen.kwargs, "optimizer.kwargs", ignore_missing={"params", *OWN})
+    return given | ({"fused": True} if chosen.opt in FUSED else {}) | chosen.kwargs
 
 
 def state(settings: Settings, network: ViT, ranks: Ranks) -> TrainState:
@@ -187,6 +248,8 @@ def schedule_and_plan(settings: Settings, epoch_size: int) -> tuple[Schedule, Pl
     chosen, batch = settings.schedule, settings.data.batch_size
     per_epoch = pictures.epoch_steps(epoch_size, batch, settings.augment.repeats)
     counted = epoch_size // settings.augment.repeats * settings.augment.repeats
+    if not counted:
+        raise UserError(f"augment.repeats={settings.augment.repeats} is more than the {epoch_size} training images.")
 
     def steps(epochs: float | None, given: int | None) -> int:
         return given if epochs is None else math.ceil(epochs * per_epoch)
@@ -194,8 +257,7 @@ def schedule_and_plan(settings: Settings, epoch_size: int) -> tuple[Schedule, Pl
     schedule = Schedule(
         lr=settings.optimizer.lr, steps=steps(chosen.epochs, chosen.steps), kind=chosen.kind,
         warmup_steps=steps(chosen.warmup_epochs, chosen.warmup_steps),
-        cooldown_steps=math.ceil(chosen.cooldown_epochs * per_epoch) if chosen.steps is None else 0,
-        warmup_lr=chosen.warmup_lr,
+        cooldown_steps=math.ceil(chosen.cooldown_epochs * per_epoch), warmup_lr=chosen.warmup_lr,
         min_lr=chosen.min_lr, decay_from=chosen.decay_from)
     if schedule.warmup_steps > schedule.steps:
         raise UserError(f"The warm-up ({schedule.warmup_steps} steps) is longer than the run ({schedule.steps}): lower "
@@ -210,13 +272,22 @@ def schedule_and_plan(settings: Settings, epoch_size: int) -> tuple[Schedule, Pl
     return schedule, plan
 
 
+def upgraded(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's config in today's settings: what had no effect, and was accepted then, is left out."""
+    optimizer, schedule = config["optimizer"], config["schedule"]
+    info = get_optimizer_info(optimizer["opt"])
+    idle = {name: None for name in ("momentum", "betas", "eps") if not getattr(info, f"has_{name}")}
+    rest = {"cooldown_epochs": 0} if schedule["steps"] is not None else {}
+    return {**config, "optimizer": {"kwargs": {}, **optimizer, **idle}, "schedule": {**schedule, **rest}}
+
+
 def changed(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
     """The settings that differ: dotted key -> (before, now)."""
     differences: dict[str, tuple[Any, Any]] = {}
     for name in sorted({*before, *now}):
         old, new = before.get(name), now.get(name)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            differences |= changed(old, new, f"{prefix}{name}.")
+        if all(one is None or isinstance(one, Mapping) for one in (old, new)):
+            differences |= changed(old or {}, new or {}, f"{prefix}{name}.")
         elif old != new:
             differences[prefix + name] = (old, new)
     return differences

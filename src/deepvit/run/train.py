@@ -46,6 +46,8 @@ def train(config: Mapping[str, Any], path: Path, ranks: Ranks, stop: StopRequest
     settings, folder = build.read_settings(config), RunFolder(path)
     prepare_device(build.precision(settings.precision), ranks)
     with ranks.together():
+        build.check(settings, ranks)
+    with ranks.together():
         if ranks.is_main:
             folder.claim()
             if settings.fresh and not _restarts():
@@ -216,6 +218,8 @@ def dry_run(config: Mapping[str, Any], ranks: Ranks, stop: StopRequest) -> dict[
     to stop)."""
     settings = build.read_settings(config)
     prepare_device(build.precision(settings.precision), ranks)
+    with ranks.together():
+        build.check(settings, ranks)
     splits = _splits(settings, ranks)
     with ranks.together():
         schedule, plan = build.schedule_and_plan(settings, len(splits.train))
