@@ -65,7 +65,7 @@ class Optimizer:
     momentum: float | None
     betas: list[float] | None
     eps: float | None
-    kwargs: Mapping[str, Any]
+    kwargs: Mapping[str, Any] | None
     layer_decay: float | None
     clip_grad: float | None
 

@@ -176,8 +176,8 @@ def optimizer(network: nn.Module, chosen: Optimizer) -> torch.optim.Optimizer:
 
 
 def _refused(chosen: Optimizer, error: Exception) -> UserError:
-    return UserError(f"optimizer.opt={chosen.opt} does not work here with optimizer.kwargs={dict(chosen.kwargs)}: "
-                     f"{error}.")
+    further = f" with optimizer.kwargs={dict(chosen.kwargs)}" if chosen.kwargs else ""
+    return UserError(f"optimizer.opt={chosen.opt} does not work here{further}: {error}.")
 
 
 OWN = {"lr", "weight_decay", "momentum", "betas", "eps"}  # an optimizer's keywords that are settings by themselves
@@ -193,10 +193,11 @@ def _optimizer_keywords(chosen: Optimizer) -> dict[str, Any]:
                             f"null.")
     if "betas" in given and len(chosen.betas) != info.num_betas:
         raise UserError(f"optimizer.betas={chosen.betas} must be a list of {info.num_betas}.")
-    for name in OWN & chosen.kwargs.keys():
+    further = dict(chosen.kwargs or {})
+    for name in OWN & further.keys():
         raise UserError(f"optimizer.kwargs.{name} is a setting of its own: give optimizer.{name}.")
-    check_arguments(cls, chosen.kwargs, "optimizer.kwargs", ignore_missing={"params", *OWN})
-    return given | ({"fused": True} if chosen.opt in FUSED else {}) | chosen.kwargs
+    check_arguments(cls, further, "optimizer.kwargs", ignore_missing={"params", *OWN})
+    return given | ({"fused": True} if chosen.opt in FUSED else {}) | further
 
 
 def state(settings: Settings, network: ViT, ranks: Ranks) -> TrainState:
@@ -278,7 +279,7 @@ def upgraded(config: Mapping[str, Any]) -> dict[str, Any]:
     info = get_optimizer_info(optimizer["opt"])
     idle = {name: None for name in ("momentum", "betas", "eps") if not getattr(info, f"has_{name}")}
     rest = {"cooldown_epochs": 0} if schedule["steps"] is not None else {}
-    return {**config, "optimizer": {"kwargs": {}, **optimizer, **idle}, "schedule": {**schedule, **rest}}
+    return {**config, "optimizer": {"kwargs": None, **optimizer, **idle}, "schedule": {**schedule, **rest}}
 
 
 def changed(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
@@ -286,8 +287,8 @@ def changed(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "")
     differences: dict[str, tuple[Any, Any]] = {}
     for name in sorted({*before, *now}):
         old, new = before.get(name), now.get(name)
-        if all(one is None or isinstance(one, Mapping) for one in (old, new)):
-            differences |= changed(old or {}, new or {}, f"{prefix}{name}.")
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            differences |= changed(old, new, f"{prefix}{name}.")
         elif old != new:
             differences[prefix + name] = (old, new)
     return differences
