@@ -56,7 +56,7 @@ def load(source: str, *, root: str | None = None, fraction: float = 1.0, classes
     splits = _first_classes(SOURCES[source](**arguments), classes)
     if len(splits.class_ids) < 2:
         raise UserError(f"data.root={root} has one class only, '{splits.class_ids[0]}', so nothing can be learned: is "
-                        f"it one level too high? Each class needs a folder directly below it, or below train/ and val/.")
+                        f"it one level too high? Each class needs a folder below it, or below train/ and val/.")
     if fraction < 1:
         splits = replace(splits, train=splits.train.take(balanced_part(splits.train.targets, fraction, seed)))
     return splits
