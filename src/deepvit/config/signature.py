@@ -24,7 +24,7 @@ def check_arguments(function: Callable, given: Mapping[str, Any], where: str = "
         ignore_missing: names that are given elsewhere.
     """
     prefix = f"{where}." if where else ""
-    parameters, hints = _parameters(function)
+    parameters, hints = parameters_of(function)
     for name, value in given.items():
         if name not in parameters:
             raise UserError(f"{prefix}{name} is not a setting.{did_you_mean(name, parameters)}"
@@ -55,7 +55,7 @@ def check_range(name: str, value: float, least: float, most: float) -> None:
     raise UserError(f"{name}={value} must be {' and '.join(words)}.")
 
 
-def _parameters(function: Callable) -> tuple[dict[str, inspect.Parameter], dict[str, Any]]:
+def parameters_of(function: Callable) -> tuple[dict[str, inspect.Parameter], dict[str, Any]]:
     """Named parameters and their types; `**kwargs` of a constructor are its base class's parameters."""
     parameters: dict[str, inspect.Parameter] = {}
     hints: dict[str, Any] = {}
