@@ -10,13 +10,13 @@ from unittest import mock
 
 import torch
 
-from deepvit import build, launch, training
+from deepvit.engine.device import prepare_device
 from deepvit.engine.folder import read_json_lines
 from deepvit.engine.progress import Display
 from deepvit.engine.ranks import Ranks
 from deepvit.engine.signals import StopRequest
-from deepvit.jobs import train_job
-from deepvit.settings import read_settings
+from deepvit.run import build, launch, train
+from deepvit.run.launch import train_job
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 DATA: dict[str, Path] = {}  # what stands for a path in an override -> the path; TMP: where runs may go
@@ -27,7 +27,7 @@ class Run:
 
     def __init__(self, config: dict[str, Any]):
         self.config = config
-        self.settings = read_settings(self.config)
+        self.settings = build.read_settings(config)
         build.check(self.settings, ALONE)
 
     @cached_property
@@ -112,7 +112,7 @@ def trained(run):
 
 
 def evaluated(run):
-    evaluate = training._evaluator(run.settings, run.splits, ALONE, StopRequest())
+    evaluate = train._evaluator(run.settings, run.splits, ALONE, StopRequest())
     return evaluate(run.state, Display(False)).confidences.tolist()
 
 
@@ -136,7 +136,7 @@ def workers(run):
 
 
 def tf32(run):
-    training.prepare_device(build.precision(run.settings.precision), ALONE)
+    prepare_device(build.precision(run.settings.precision), ALONE)
     return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
 
 

@@ -17,9 +17,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from setting_data import make_data
 from setting_outcomes import DATA, Run
 
-from deepvit import build
+from deepvit.config.compose import compose
+from deepvit.config.settings import Settings
 from deepvit.errors import UserError
-from deepvit.settings import Settings
 
 BASE = ["model=vit", "recipe=folder", "augment=none", "data.root=PHOTOS", "data.workers=0", "data.batch_size=6",
         "data.crop_pct=1", "model.depth=2", "model.embed_dim=16", "model.num_heads=2", "model.img_size=16",
@@ -155,7 +155,7 @@ def placed(word: str) -> str:
 
 @cache
 def composed(*overrides: str) -> dict[str, Any]:
-    return build.compose([placed(word) for word in (*BASE, *overrides)])
+    return compose([placed(word) for word in (*BASE, *overrides)])
 
 
 def config_of(given: tuple[str, ...], change: str | None, followed: bool) -> dict[str, Any]:

@@ -3,19 +3,19 @@
 Three kinds of effect: SHAPES of the parameters; where they START; the OUTPUT of the same parameters in training mode.
 """
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 import deepvit
 from deepvit import ops
+from deepvit.config.signature import parameters_of
 from deepvit.errors import UserError
-from deepvit.models import ATTENTIONS, ViT
+from deepvit.models import ATTENTIONS, ViT, attention
 from deepvit.models.stem import STEMS
-from deepvit.signature import parameters_of
 
 SHAPES, START, OUTPUT = "shapes", "start", "output"
 SMALL = {"img_size": 16, "patch_size": 4, "in_chans": 3, "num_classes": 5, "embed_dim": 24, "depth": 3, "num_heads": 4}
@@ -131,8 +131,8 @@ def test_what_is_timms_alone_is_refused(cls, name):
 @pytest.mark.parametrize("synced", [False, True])
 def test_a_synced_norm_has_the_group_of_all_ranks(synced, monkeypatch):
     groups = []
-    monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(dist.GroupMember, "WORLD", "all ranks")
+    ranks = SimpleNamespace(is_initialized=lambda: True, group=SimpleNamespace(WORLD="all ranks"))
+    monkeypatch.setattr(attention, "dist", ranks)
     monkeypatch.setattr(ops, "reattention", lambda q, *_, group, **__: groups.append(group) or q)
     deepvit.ReAttention(24, num_heads=4, sync_norm=synced)(torch.randn(2, 9, 24))
     assert groups == (["all ranks"] if synced else [None])

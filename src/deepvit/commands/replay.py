@@ -49,7 +49,7 @@ def _settings(folder: RunFolder) -> Settings:
         config = None
     try:
         return build.read_settings(build.upgraded(config))
-    except (AttributeError, KeyError, TypeError):  # not a mapping, or one that lacks a group
+    except (AttributeError, KeyError, TypeError, ValueError):  # not a mapping, or one that lacks a group
         raise UserError(f"{folder.config} is torn or not the config of a run: restore it to replay the run.") from None
 
 

@@ -205,8 +205,9 @@ RANGES: dict[str, Ranges] = {
 def _check_pairs(settings: Settings) -> None:
     """Settings that contradict each other, or have no effect beside each other."""
     _check_durations(settings.schedule)
-    if settings.data.batch_size % settings.augment.repeats:
-        raise UserError(f"augment.repeats={settings.augment.repeats} must divide data.batch_size={settings.data.batch_size}.")
+    batch, repeats = settings.data.batch_size, settings.augment.repeats
+    if batch % repeats:
+        raise UserError(f"augment.repeats={repeats} must divide data.batch_size={batch}.")
     if settings.ema.warmup and settings.ema.decay is None:
         raise UserError("ema.warmup=true has no effect without ema.decay: set ema.decay too.")
     for name, neutral in (("head", "keep"), ("dialect", None)):

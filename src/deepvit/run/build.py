@@ -55,7 +55,7 @@ def _check_images(read: Any, wanted: Any, channels: int) -> None:
     if channels != 3:
         raise UserError(f"model.in_chans={channels}, but images are read with 3 channels: leave it at 3.")
     if len({tuple(size) if isinstance(size, Sequence) else (size, size) for size in (read, wanted)}) > 1:
-        raise UserError(f"data.img_size={read} is not model.img_size={wanted}: set the latter, which the former follows.")
+        raise UserError(f"data.img_size={read} is not model.img_size={wanted}: set the latter alone.")
 
 
 def _try_out(made: torch.optim.Optimizer, chosen: Optimizer) -> None:

@@ -1,4 +1,4 @@
-"""Where the ranks of a run come from: this process, torch's elastic launcher, or torchrun; and what they are asked to do."""
+"""Where the ranks of a run come from (this process, torch's elastic launcher, torchrun) and what they are asked to do."""
 
 import logging
 import os
@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from deepvit.config.settings import read_group
 from deepvit.engine.signals import heeded
 from deepvit.errors import BAD_INPUT, DONE, FAILED, STOPPED, Failure, UserError
 from deepvit.run.console import set_up_logging
@@ -42,14 +43,15 @@ def launch(job: Job, config: Mapping[str, Any], folder: Path) -> Outcome:
     Returns:
         rank 0's outcome. Ranks that die are started again together, `engine.max_restarts` times.
     """
+    try:
+        read_group("engine", config["engine"])
+        devices = 1 if "RANK" in os.environ else _devices(config["engine"])
+    except UserError as error:
+        return Outcome(BAD_INPUT, str(error))
     if "RANK" in os.environ:  # torchrun started us: we are one rank, and it watches over the others
         outcome = run_rank(job, dict(config), str(folder))
         # A request to stop ends well there, or torchrun would start all ranks again; events.jsonl has PREEMPTED.
         return replace(outcome, code=DONE) if outcome.code == STOPPED and _below_torchrun() else outcome
-    try:
-        devices = _devices(config["engine"])
-    except UserError as error:
-        return Outcome(BAD_INPUT, str(error))
     if devices == 1:
         return run_rank(job, dict(config), str(folder))
     return _launch_elastic(job, config, folder, devices)
@@ -127,8 +129,6 @@ def _end(exitcode: int) -> str:
 def _devices(engine: Mapping[str, Any]) -> int:
     import torch
     wanted, accelerator = engine["devices"], engine["accelerator"]
-    if wanted is not None and wanted < 1:
-        raise UserError(f"engine.devices={wanted} must be above 0 (null: every visible GPU).")
     if accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available()):
         return wanted or 1
     present = torch.cuda.device_count()
