@@ -110,7 +110,7 @@ CASES: dict[str, Case | list[Case]] = {
     "schedule.eval_steps": [Case(see.plan("eval_every"), "3", STEPS, 3),
                             Case(see.whole, "5", STEPS, {"evaluated": [5, 10]})],
     "precision.dtype": [Case(see.trained, "bfloat16"), Case(see.evaluated, "bfloat16")],
-    "precision.tf32": Case(see.tf32, "true", wanted=(True, True)),
+    "precision.tf32": Case(see.tf32, "true", SHORT, (True, True)),
     "precision.scale_gradients": Case(lambda run: run.state.scaler.is_enabled(), "true", wanted=True),
     "engine.devices": Case(see.launched, "2", wanted=(2, 3)),
     "engine.accelerator": Case(see.joined, "auto", wanted=("auto", 1800)),

@@ -1,4 +1,4 @@
-"""Where the ranks of a run come from (this process, torch's elastic launcher, torchrun) and what they are asked to do."""
+"""Where the ranks of a run come from (this process, torch's elastic launcher, torchrun) and what each of them does."""
 
 import logging
 import os
