@@ -180,7 +180,7 @@ def whole(run):
     """The files of a run's folder and the steps of its metrics."""
     folder = finished(run)
     lines = list(read_json_lines(folder / "metrics.jsonl"))
-    return {"files": sorted(path.name for path in folder.glob("*")),
+    return {"files": sorted(path.name.partition(".out.")[0] for path in folder.glob("*")),  # without the clock
             "kept": sorted(path.name for path in folder.glob("checkpoints/step-*.pt")),
             "logged": [line["step"] for line in lines if "lr" in line],
             "probed": [line["step"] for line in lines if "probe" in line],

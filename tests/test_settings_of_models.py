@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.testing import assert_close
 
 import deepvit
 from deepvit import ops
@@ -104,6 +105,21 @@ def test_a_keyword_of_the_model(name):
     if name == "block":  # its weights start otherwise too
         after.load_state_dict(before.state_dict())
     assert effect(before, after, torch.randn(4, 3, 16, 16)) == wanted
+    images = torch.zeros(2, after.config["in_chans"], *after.img_size)
+    assert after(images).shape == (2, after.num_classes)
+
+
+def test_one_keyword_for_several_layers():
+    settings = {"norm_eps": 0.1, "drop_rate": 0.2, "patch_norm": True, "attention": "reattention_ln"}
+    model = deepvit.create_model("vit", **SMALL, **settings)
+    of_heads = {block.attn.norm for block in model.blocks}
+    norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm) and module not in of_heads]
+    assert [norm.eps for norm in norms] == [0.1] * (2 + 2 * 3 + 1)
+    drops = {name.split(".", 2)[2]: module.p for name, module in model.named_modules()
+             if isinstance(module, nn.Dropout) and name.startswith("blocks.")}
+    assert drops == {"attn.proj_drop": 0.2, "mlp.drop1": 0.2, "mlp.drop2": 0.2}
+    heads = deepvit.models.TalkingHeads(24, num_heads=4, theta_init="normal")
+    assert all(mix.weight.count_nonzero() == 16 for mix in (heads.mix, heads.mix_logits))  # the identity has 4
 
 
 @pytest.mark.parametrize("name", STEM)
@@ -119,6 +135,19 @@ def test_a_keyword_of_an_attention(cls, name):
     wanted, value, given = (*(EVERY | OWN[cls])[name], {})[:3]
     before, after = (made(OURS[cls], **{"dim": 24, "num_heads": 4} | given | change) for change in ({}, {name: value}))
     assert effect(before, after, torch.randn(2, 9, 24)) == wanted
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cls", OURS)
+def test_map_scale_is_a_factor_on_the_final_maps(cls):
+    plain, scaled = (made(OURS[cls], 24, num_heads=4, map_scale=scale) for scale in (1.0, 0.5))
+    x = torch.randn(2, 9, 24)
+    for attention in (plain, scaled):
+        output(attention, x)  # and nothing is where it started
+        attention.eval()
+    assert_close(scaled.weights(x), 0.5 * plain.weights(x))
+    assert_close(scaled.weights(x, "softmax"), plain.weights(x, "softmax"))
+    assert_close(scaled(x), scaled.merge(0.5 * plain.weights(x) @ plain.split(x)[2]), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("cls", OURS)

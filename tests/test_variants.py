@@ -160,14 +160,6 @@ def test_feat_scale():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", list_attentions())
-def test_map_scale_is_a_factor_on_the_final_maps(name, tokens):
-    plain, scaled = (stirred(tiny(name, map_scale=scale).blocks[1].attn).eval() for scale in (1.0, 0.3))
-    assert_close(scaled.weights(tokens), 0.3 * plain.weights(tokens))
-    assert torch.equal(scaled.weights(tokens, "softmax"), plain.weights(tokens, "softmax"))
-
-
-@torch.no_grad()
 def test_layer_scale_of_zero_starts_as_the_identity(tokens):
     """ReZero: `init_values=0` is a LayerScale that starts at 0; None is none."""
     block = tiny(init_values=0.0).blocks[0]

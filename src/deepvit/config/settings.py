@@ -165,6 +165,9 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
 
 def read_group(name: str, values: Mapping[str, Any]) -> Any:
     """One group of settings, such as `data`, as its typed form."""
+    if not isinstance(values, Mapping):
+        raise UserError(f"{name}={values} is a group of settings: set one of them, such as "
+                        f"{name}.{dataclasses.fields(_GROUPS[name])[0].name}.")
     check_arguments(_GROUPS[name], values, name)
     check_ranges(values, RANGES.get(name, {}), name)
     return _GROUPS[name](**values)

@@ -10,7 +10,7 @@ from typing import Any
 from deepvit.errors import UserError, did_you_mean
 
 ABOVE_ZERO, BELOW_ONE = math.ulp(0.0), math.nextafter(1.0, 0.0)  # the nearest numbers that are
-MOST = 2**31 - 1  # of whole numbers: what counters of libraries hold
+MOST_INT, MOST_FLOAT = 2**31 - 1, 3.4e38  # what libraries count with, and what float32 holds
 Ranges = Mapping[str, tuple[float, float]]  # name -> smallest, largest; of a list's members each
 
 
@@ -46,12 +46,12 @@ def check_ranges(values: Mapping[str, Any], ranges: Ranges, where: str = "") -> 
 
 def check_range(name: str, value: float, least: float, most: float) -> None:
     """Refuses a number outside [least, most], or one that is not finite."""
-    most = min(most, MOST) if isinstance(value, int) else most
-    if least <= value <= most and (isinstance(value, int) or math.isfinite(value)):
+    held = MOST_INT if isinstance(value, int) else MOST_FLOAT
+    if max(least, -held) <= value <= min(most, held):
         return
     words = [] if least == -math.inf else ["above 0" if 0 < least <= 1 else f"at least {least:g}"]
     words += [] if most == math.inf else ["below 1" if most == BELOW_ONE else f"at most {most:g}"]
-    words += ["a finite number"] if isinstance(value, float) and not math.isfinite(value) else []
+    words += [] if -held <= value <= held else ["a finite number that a computer counts with"]
     raise UserError(f"{name}={value} must be {' and '.join(words)}.")
 
 

@@ -195,6 +195,9 @@ def train_transform(img_size: int | Sequence[int], *, crop_pct: float = 0.9,
     """
     size = _pair(img_size)
     _check_interpolation(interpolation, (*INTERPOLATIONS, "random"), "augment.interpolation")
+    if gaussian_blur_prob and min(size) < 12:
+        raise UserError(f"augment.gaussian_blur_prob={gaussian_blur_prob} needs images of 12 pixels or more, as timm's "
+                        f"blur is 23 wide: set it to 0, or raise model.img_size.")
     if crop_scale is None:
         cut = eval_transform(size, crop_pct, "bicubic" if interpolation == "random" else interpolation).crop
     else:

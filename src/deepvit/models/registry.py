@@ -58,9 +58,10 @@ def build_model(config: Mapping[str, Any]) -> ViT:
 
 
 RANGES = {
-    **dict.fromkeys(("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "head_dim",
-                     "representation_size"), (1, math.inf)),
-    **dict.fromkeys(("mlp_ratio", "norm_eps", "qk_scale", "residual_scale"), (ABOVE_ZERO, math.inf)),
+    **dict.fromkeys(("img_size", "patch_size", "in_chans", "embed_dim", "num_heads", "head_dim",
+                     "representation_size"), (1, 2**16)),
+    **dict.fromkeys(("norm_eps", "qk_scale", "residual_scale"), (ABOVE_ZERO, math.inf)),
+    "mlp_ratio": (ABOVE_ZERO, 1000), "depth": (1, 10_000),
     **dict.fromkeys(("drop_rate", "pos_drop_rate", "attn_drop_rate", "drop_path_rate", "attn_drop", "proj_drop"),
                     (0, 1)),
     **dict.fromkeys(("num_classes", "init_values"), (0, math.inf))}
@@ -76,7 +77,7 @@ def check_model(config: Mapping[str, Any]) -> None:
     check_arguments(stem, {"in_chans": 1, "embed_dim": 1, "patch_size": (1, 1), **options}, "model.stem")
     attention = dict(config.get("attention") or {"class": "SelfAttention"})
     attention.pop("name", None)
-    cls = ATTENTIONS.get(attention.pop("class", None))
+    cls = ATTENTIONS.get(str(attention.pop("class", None)))
     if cls is None:
         raise UserError(f"model.attention.class must be one of {', '.join(ATTENTIONS)}.")
     _refuse_own(("dim", "block_index", "depth", "norm_layer", "device", "dtype"), attention, "model.attention")

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -47,7 +48,7 @@ def check(settings: Settings, ranks: Ranks) -> None:
     accumulation(settings, ranks.world)
     objective(settings)
     with torch.device("meta"):
-        build_model({**settings.model, "num_classes": 2})
+        _check_memory(build_model({**settings.model, "num_classes": 2}))
     _try_out(optimizer(nn.Linear(1, 1, device=ranks.device), settings.optimizer), settings.optimizer)
 
 
@@ -56,6 +57,13 @@ def _check_images(read: Any, wanted: Any, channels: int) -> None:
         raise UserError(f"model.in_chans={channels}, but images are read with 3 channels: leave it at 3.")
     if len({tuple(size) if isinstance(size, Sequence) else (size, size) for size in (read, wanted)}) > 1:
         raise UserError(f"data.img_size={read} is not model.img_size={wanted}: set the latter alone.")
+
+
+def _check_memory(network: ViT) -> None:
+    needed = sum(parameter.nbytes for parameter in network.parameters())
+    if needed > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+        raise UserError(f"The weights of this model take {needed / 2**30:.0f} GiB, more than this machine has: lower "
+                        f"model.embed_dim, model.depth or model.mlp_ratio.")
 
 
 def _try_out(made: torch.optim.Optimizer, chosen: Optimizer) -> None:
