@@ -142,9 +142,9 @@ def test_a_keyword_of_an_attention(cls, name):
 def test_map_scale_is_a_factor_on_the_final_maps(cls):
     plain, scaled = (made(OURS[cls], 24, num_heads=4, map_scale=scale) for scale in (1.0, 0.5))
     x = torch.randn(2, 9, 24)
-    for attention in (plain, scaled):
-        output(attention, x)  # and nothing is where it started
-        attention.eval()
+    for module in (plain, scaled):
+        output(module, x)  # and nothing is where it started
+        module.eval()
     assert_close(scaled.weights(x), 0.5 * plain.weights(x))
     assert_close(scaled.weights(x, "softmax"), plain.weights(x, "softmax"))
     assert_close(scaled(x), scaled.merge(0.5 * plain.weights(x) @ plain.split(x)[2]), atol=1e-4, rtol=1e-4)
