@@ -66,15 +66,48 @@ def train_slowly(config: dict[str, Any], folder: str, seconds: float) -> int:
 def train_with_bad_weights(config: dict[str, Any], folder: str) -> int:
     """One layer's weights overflow in the forward pass from the third update on."""
     from deepvit.engine.step import Stepper
-    original = Stepper.backward
+    original = Stepper.update
 
-    def backward(self: Stepper, state: Any, batches: Any, give_up: Callable[[], bool]):
+    def update(self: Stepper, state: Any, batches: Any, stop: object):
         if state.step == 2:
             with torch.no_grad():
                 state.model.blocks[1].mlp.fc1.weight.fill_(1e38)
-        return original(self, state, batches, give_up)
+        return original(self, state, batches, stop)
 
-    Stepper.backward = backward
+    Stepper.update = update
+    return soak._train(config, folder)
+
+
+def train_with_masks_of_each_rank(config: dict[str, Any], folder: str) -> int:
+    """Stochastic depth is drawn where the images are, as outside our engine."""
+    from deepvit.engine.step import Stepper
+    Stepper._place = lambda *_: None
+    return soak._train(config, folder)
+
+
+def train_short_of_memory(config: dict[str, Any], folder: str, where: str, step: int) -> int:
+    """Rank 1 runs out of memory once, in its last micro-batch of this step."""
+    from deepvit.engine.step import Stepper
+    seen = []
+
+    def once() -> None:
+        if not seen and os.environ["RANK"] == "1":
+            seen.append(where)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    original = Stepper._passes
+
+    def passes(self: Stepper, state: Any, *arguments: Any):
+        if state.step == step - 1 and where == "forward":
+            once()
+        result = original(self, state, *arguments)
+        if state.step == step - 1 and where == "backward":
+            once()
+        return result
+
+    Stepper._passes = passes
+    if where == "optimizer":
+        torch.optim.AdamW.step = lambda *_: once()
     return soak._train(config, folder)
 
 

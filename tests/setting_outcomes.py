@@ -14,7 +14,7 @@ from deepvit.engine.folder import read_json_lines
 from deepvit.engine.progress import Display
 from deepvit.engine.ranks import Ranks
 from deepvit.engine.signals import StopRequest
-from deepvit.run import build, launch, train
+from deepvit.run import build, launch, measures
 from deepvit.run.launch import train_job
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -34,29 +34,17 @@ class Run:
         return build.splits(self.settings.data)
 
     @cached_property
-    def schedule_and_plan(self):
-        return build.schedule_and_plan(self.settings, len(self.splits.train))
-
-    @cached_property
-    def model(self):
-        return build.model(self.settings, len(self.splits.class_ids))
-
-    @cached_property
-    def state(self):
-        return build.state(self.settings, self.model, ALONE)
-
-    @cached_property
-    def stepper(self):
-        return build.stepper(self.settings, self.model, self.schedule_and_plan[0], len(self.splits.class_ids), ALONE)
+    def built(self):
+        return build.build(self.settings, ALONE)
 
     def batches(self, steps: int = 2):
-        return build.draw(self.settings, self.splits.train, ALONE)(0, steps)
+        return self.built.make_batches(0, steps)
 
 
 # What is to change with a setting.
 
 def initial(run):
-    return torch.cat([parameter.detach().flatten() for parameter in run.model.parameters()]).tolist()
+    return torch.cat([parameter.detach().flatten() for parameter in run.built.model.parameters()]).tolist()
 
 
 def classes(run):
@@ -72,12 +60,12 @@ def decoders(run):
 
 
 def rates(run):
-    schedule = run.schedule_and_plan[0]
+    schedule = run.built.schedule
     return [schedule(step) for step in range(1, schedule.total + 1)]
 
 
 def plan(name: str) -> Callable:
-    return lambda run: getattr(run.schedule_and_plan[1], name)
+    return lambda run: getattr(run.built.plan, name)
 
 
 def images(run):
@@ -96,23 +84,24 @@ def shapes(run):
 
 def inputs(run):
     """Training images and targets as the model and the loss get them."""
-    return [[value.tolist() for value in run.stepper.prepare(micro, step, "cpu", training=True)]
+    return [[value.tolist() for value in run.built.stepper.prepare(micro, step, "cpu", training=True)]
             for step, batch in enumerate(run.batches(4)) for micro in batch]
 
 
 def mixing(run):
-    return run.stepper.prepare.mixing(0, (16, 16))
+    return run.built.stepper.prepare.mixing(0, (16, 16))
 
 
 def trained(run):
     """Losses of three updates, and the weights after them that count."""
-    losses = [run.stepper.update(run.state, batch).loss.item() for batch in run.batches(3)]
-    return losses, [parameter.tolist() for parameter in run.state.evaluated_model.parameters()]
+    state, stepper = run.built.state, run.built.stepper
+    losses = [stepper.update(state, batch)[1].loss.item() for batch in run.batches(3)]
+    return losses, [parameter.tolist() for parameter in state.evaluated_model.parameters()]
 
 
 def evaluated(run):
-    evaluate = train._evaluator(run.settings, run.splits, ALONE, StopRequest())
-    return evaluate(run.state, Display(False)).confidences.tolist()
+    evaluate = measures.evaluator(run.built, StopRequest())
+    return evaluate(run.built.model, Display(False)).confidences.tolist()
 
 
 def kept_batches(run):
@@ -142,8 +131,8 @@ def tf32(run):
 def blocks_passed(run):
     """Forward passes of a block in one update: checkpointing repeats them."""
     calls = []
-    run.model.blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
-    run.stepper.update(run.state, next(run.batches()))
+    run.built.model.blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    run.built.stepper.update(run.built.state, next(run.batches()))
     return len(calls)
 
 

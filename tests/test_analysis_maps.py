@@ -124,7 +124,7 @@ def test_user_mistakes(pictures):
         analysis.attention_maps(nn.Linear(3, 3), pictures)
     with pytest.raises(UserError, match="stage='mixed'"):
         analysis.attention_maps(tiny(), pictures, stage="mixed")
-    with pytest.raises(UserError, match="32x32"):
+    with pytest.raises(UserError, match="img_size"):
         analysis.attention_maps(tiny(), pictures[..., :24])
     for looking in (analysis.attention_maps, analysis.similarity_matrix, partial(analysis.probe, matrix=True)):
         with pytest.raises(UserError, match="no pictures"):

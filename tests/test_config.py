@@ -10,7 +10,7 @@ from deepvit.config.compose import compose
 from deepvit.config.run_name import LONGEST, run_folder, run_name
 from deepvit.errors import UserError
 from deepvit.models import list_models, model_config
-from deepvit.run import build
+from deepvit.run import build, micro_batches
 from deepvit.run.build import read_settings
 
 CONF = Path(build.__file__).parent / "conf"
@@ -120,20 +120,21 @@ def test_run_names_are_safe_short_and_distinct():
     assert all(re.fullmatch(r"[A-Za-z0-9._=-]+", name) and len(name) <= LONGEST for name in names)
 
 
-@pytest.mark.parametrize(("batch", "world", "most", "mixup", "parts"), [
-    (64, 1, None, 0.0, 1), (64, 2, None, 0.0, 1), (64, 1, 16, 0.0, 4), (64, 2, 16, 0.8, 2), (60, 1, 16, 0.0, 4),
-    (12, 1, 5, 0.8, 3)])
-def test_accumulation_follows_from_the_devices(batch, world, most, mixup, parts):
+@pytest.mark.parametrize(("batch", "world", "most", "mixup", "sizes"), [
+    (64, 1, None, 0.0, [64]), (64, 2, None, 0.0, [32]), (64, 1, 16, 0.0, [16, 8, 4, 2, 1]),
+    (64, 2, 16, 0.8, [16, 8, 4, 2]),
+    (60, 1, 16, 0.0, [15, 12, 10, 6, 5, 4, 3, 2, 1]), (12, 1, 5, 0.8, [4, 2]), (12, 1, "auto", 0.8, [12, 6, 4, 2])])
+def test_a_share_is_cut_into_whole_units(batch, world, most, mixup, sizes):
     config = compose([f"data.batch_size={batch}", f"engine.device_batch={most or 'null'}",
-                            f"augment.mixup={mixup}"])
-    assert build.accumulation(read_settings(config), world) == parts
+                      f"augment.mixup={mixup}", "model/attention=self"])
+    assert micro_batches.allowed(read_settings(config), world) == sizes
 
 
 @pytest.mark.parametrize(("batch", "world", "mixup"), [(63, 2, 0.0), (3, 3, 0.8), (10, 2, 0.8)])
 def test_a_batch_that_does_not_divide_is_refused(batch, world, mixup):
-    settings = read_settings(compose([f"data.batch_size={batch}", f"augment.mixup={mixup}"]))
+    settings = read_settings(compose([f"data.batch_size={batch}", f"augment.mixup={mixup}", "model/attention=self"]))
     with pytest.raises(UserError, match=f"data.batch_size={batch}"):
-        build.accumulation(settings, world)
+        micro_batches.allowed(settings, world)
 
 
 def test_epochs_become_steps():

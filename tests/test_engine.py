@@ -170,7 +170,7 @@ def test_meter_leaves_pauses_out():
 # Evaluation
 
 @dataclass
-class Pictures:
+class Images:
     images: torch.Tensor
     targets: torch.Tensor
     indices: torch.Tensor
@@ -179,6 +179,10 @@ class Pictures:
 
     def __len__(self) -> int:
         return len(self.targets)
+
+    def split(self, size: int) -> "list[Images]":
+        return [Images(*parts) for parts in zip(self.images.split(size), self.targets.split(size),
+                                                self.indices.split(size), strict=True)]
 
 
 @dataclass(frozen=True)
@@ -207,7 +211,7 @@ def test_evaluation_counts_every_picture_once(n, world):
     shared, model = [], nn.Identity()
     for rank in range(world):
         first, end = n * rank // world, n * (rank + 1) // world
-        batches = [Pictures(logits[at:min(at + 4, end)], targets[at:min(at + 4, end)],
+        batches = [Images(logits[at:min(at + 4, end)], targets[at:min(at + 4, end)],
                             torch.arange(at, min(at + 4, end))) for at in range(first, end, 4)]
         ranks = Shares(rank, world, torch.device("cpu"), given=shared)
         try:
@@ -223,12 +227,34 @@ def test_evaluation_counts_every_picture_once(n, world):
 
 def test_evaluation_refuses_a_picture_too_many_and_scores_nan_as_wrong():
     logits, targets = torch.eye(10)[:4], torch.arange(4)
-    batch = Pictures(logits.clone(), targets, torch.arange(4))
+    batch = Images(logits.clone(), targets, torch.arange(4))
     with pytest.raises(Failure, match="saw 8 pictures"):
         evaluate(nn.Identity(), [batch, batch], take, ALONE, Precision(), n=4)
     batch.images[0] = float("nan")
     result = evaluate(nn.Identity(), [batch], take, ALONE, Precision(), n=4)
     assert (result.correct1, result.n) == (3, 4)
+
+
+class Small(nn.Module):
+    """Has memory for three images."""
+
+    def forward(self, x):
+        if len(x) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return x
+
+
+def test_evaluation_halves_what_does_not_fit():
+    """Also a bad image in the second half is counted as wrong."""
+    logits, targets = torch.eye(10), torch.arange(10)
+    batch = Images(logits, targets, torch.arange(10), bad=[Wrong(9)])
+    result = evaluate(Small(), [batch], take, ALONE, Precision(), n=10)
+    assert (result.correct1, result.n) == (9, 10) and len(result.bad) == 1
+
+
+@dataclass
+class Wrong:
+    index: int
 
 
 @pytest.mark.parametrize(("correct", "n"), [(0, 10), (7, 10), (10, 10), (38123, 50000)])

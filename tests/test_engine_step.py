@@ -1,12 +1,12 @@
 """One update, and the state that it changes, against closed forms and other people's numbers."""
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import oracles
 import pytest
 import torch
-from test_engine import ALONE, Pictures, take
+from test_engine import ALONE, Images, take
 from timm.utils import ModelEmaV3
 from torch import nn
 
@@ -15,7 +15,7 @@ from deepvit.engine.nonfinite import examine
 from deepvit.engine.ranks import Ranks
 from deepvit.engine.schedule import Schedule
 from deepvit.engine.state import TrainState
-from deepvit.engine.step import Precision, Stepper
+from deepvit.engine.step import Precision, Status, Stepper, Update, allocate_moments
 from deepvit.errors import UserError
 
 GPU = Ranks(0, 1, torch.device("cuda", 0))
@@ -39,19 +39,23 @@ def state_of(model: nn.Module, ema: bool = False, lr: float = 0.1) -> TrainState
 
 
 def stepper_of(model: nn.Module, schedule: Schedule, clip: float | None = None) -> Stepper:
-    def cross_entropy(network, x, y):
-        return nn.functional.cross_entropy(network(x), y)
-
-    return Stepper(model, take, cross_entropy, schedule, Precision(), ALONE, seed=0, clip_grad=clip)
+    return Stepper(model, take, schedule, Precision(), ALONE, seed=0, clip_grad=clip)
 
 
-def a_batch(n: int = 32) -> Pictures:
+def made(stepper: Stepper, state: TrainState, batches: list[Images], **options) -> Update:
+    """The update of these micro-batches, which must come about."""
+    status, update = stepper.update(state, batches, **options)
+    assert status is Status.DONE
+    return update
+
+
+def a_batch(n: int = 32) -> Images:
     torch.manual_seed(3)
-    return Pictures(torch.randn(n, 6), torch.randint(3, (n,)), torch.arange(n))
+    return Images(torch.randn(n, 6), torch.randint(3, (n,)), torch.arange(n))
 
 
-def parts_of(batch: Pictures, size: int) -> list[Pictures]:
-    return [Pictures(*parts) for parts in zip(batch.images.split(size), batch.targets.split(size),
+def parts_of(batch: Images, size: int) -> list[Images]:
+    return [Images(*parts) for parts in zip(batch.images.split(size), batch.targets.split(size),
                                               batch.indices.split(size), strict=True)]
 
 
@@ -59,8 +63,8 @@ def test_accumulation_of_four_times_eight_is_a_batch_of_thirty_two():
     whole, cut = (Net() for _ in range(2))
     cut.load_state_dict(whole.state_dict())
     schedule = Schedule(0.1, 10, kind="constant")
-    one = stepper_of(whole, schedule).update(state_of(whole), [a_batch()])
-    four = stepper_of(cut, schedule).update(state_of(cut), parts_of(a_batch(), 8))
+    one = made(stepper_of(whole, schedule), state_of(whole), [a_batch()])
+    four = made(stepper_of(cut, schedule), state_of(cut), parts_of(a_batch(), 8))
     assert float(one.loss) == pytest.approx(float(four.loss), abs=1e-6)
     for (name, left), right in zip(whole.named_parameters(), cut.parameters(), strict=True):
         torch.testing.assert_close(left.grad, right.grad, atol=1e-6, rtol=0, msg=name)
@@ -70,7 +74,7 @@ def test_accumulation_of_four_times_eight_is_a_batch_of_thirty_two():
 def test_clipping_scales_to_the_norm_and_reports_the_one_before():
     model = Net()
     before = [weight.detach().clone() for weight in model.parameters()]
-    result = stepper_of(model, Schedule(1.0, 10, kind="constant"), clip=1e-3).update(state_of(model), [a_batch()])
+    result = made(stepper_of(model, Schedule(1.0, 10, kind="constant"), clip=1e-3), state_of(model), [a_batch()])
     moved = torch.cat([(old - new).flatten() for old, new in zip(before, model.parameters(), strict=True)])
     assert float(result.grad_norm) > 1e-2
     assert float(moved.detach().norm()) == pytest.approx(1e-3, rel=1e-2)
@@ -96,7 +100,7 @@ def assert_same_bits(left: dict[str, torch.Tensor], right: dict[str, torch.Tenso
     assert [name for name in left if not torch.equal(left[name], right[name])] == []
 
 
-def bad_batch(poison: float = float("nan")) -> Pictures:
+def bad_batch(poison: float = float("nan")) -> Images:
     bad = a_batch()
     bad.images[5, 2] = poison
     return bad
@@ -106,63 +110,123 @@ def bad_batch(poison: float = float("nan")) -> Pictures:
 @pytest.mark.parametrize("made_before", [0, 1])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_skipped_update_leaves_every_bit(optimizer, made_before, poison):
-    """Weights, BatchNorm's running statistics and its counter, moments, the average, the schedule's clock."""
+    """Weights, BatchNorm's running statistics and its counter, moments, the average."""
     model = Net(nn.BatchNorm1d)
     state = state_of(model, ema=True)
     state.optimizer = OPTIMIZERS[optimizer](model.parameters())
     stepper = stepper_of(model, Schedule(0.1, 10, kind="constant"))
     for _ in range(made_before):
-        assert not stepper.update(state, [a_batch()]).skipped
+        assert not made(stepper, state, [a_batch()]).skipped
     before = bits(state)
-    assert stepper.update(state, [bad_batch(poison)]).skipped
-    assert (state.step, state.batch, state.skipped_in_a_row) == (made_before, made_before + 1, 1)
+    assert made(stepper, state, [bad_batch(poison)]).skipped
+    assert state.step == made_before + 1  # the schedule counts it
     assert_same_bits(bits(state), before)
-    assert not stepper.update(state, [a_batch()]).skipped
-    assert (state.step, state.batch, state.skipped_in_a_row) == (made_before + 1, made_before + 2, 0)
+    assert not made(stepper, state, [a_batch()]).skipped
+    assert state.step == made_before + 2
     assert all(torch.isfinite(value).all() for value in bits(state).values())
-
-
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_an_update_may_be_settled_during_the_next(optimizer):
-    """As the loop does it: the passes of batch k before it is known what became of k - 1; no bit is another."""
-    torch.manual_seed(0)
-    batches = [bad_batch() if number in (0, 3, 4, 7) else Pictures(torch.randn(32, 6), torch.randint(3, (32,)), None)
-               for number in range(10)]
-    first = Net(nn.BatchNorm1d)
-    seen = []
-    for overlapping in (False, True):
-        model = Net(nn.BatchNorm1d)
-        model.load_state_dict(first.state_dict())
-        state = state_of(model, ema=True)
-        state.optimizer = OPTIMIZERS[optimizer](model.parameters())
-        stepper = stepper_of(model, Schedule(0.1, 10, 3))
-        under_way = None
-        for batch in batches:
-            update = stepper.backward(state, [batch])
-            if under_way:
-                stepper.settle(state, under_way)
-            stepper.step(state, update)
-            under_way = update
-            if not overlapping:
-                stepper.settle(state, update)
-                under_way = None
-        if under_way:
-            stepper.settle(state, under_way)
-        assert (state.step, state.batch, state.skipped_in_a_row) == (6, 10, 0)
-        seen.append(bits(state))
-    assert_same_bits(*seen)
 
 
 def test_an_update_given_up_between_micro_batches_leaves_every_bit():
     model = Net(nn.BatchNorm1d)
     state = state_of(model, ema=True)
-    stepper = stepper_of(model, Schedule(0.1, 10, kind="constant"))
-    stepper.update(state, [a_batch()])
-    before, asked = bits(state), []
-    assert stepper.backward(state, parts_of(a_batch(), 8), lambda: bool(asked.append(1) or len(asked) == 2)) is None
-    assert len(asked) == 2 and (state.step, state.batch) == (1, 1)
+    asked = AsksAfter(2)
+    stepper = replace(stepper_of(model, Schedule(0.1, 10, kind="constant")), ranks=asked)
+    made(replace(stepper, ranks=ALONE), state, [a_batch()])
+    before = bits(state)
+    assert stepper.update(state, parts_of(a_batch(), 8)) == (Status.GIVEN_UP, None)
+    assert state.step == 1
     assert_same_bits(bits(state), before)
     assert all(weight.grad is None for weight in model.parameters())
+
+
+@dataclass(frozen=True)
+class AsksAfter(Ranks):
+    """Another rank asks to stop before this rank's micro-batch number `count`."""
+
+    count: int = 0
+    seen: list = field(default_factory=list)
+
+    def __init__(self, count):
+        super().__init__(0, 1, torch.device("cpu"))
+        object.__setattr__(self, "count", count)
+        object.__setattr__(self, "seen", [])
+
+    def any_asked_to_stop(self, asked):
+        self.seen.append(asked)
+        return len(self.seen) == self.count
+
+
+def test_statistics_move_once_an_update_by_the_mean_of_the_micro_batches():
+    """BatchNorm of four times eight images moves by a tenth of the way to the mean of the four batches' own."""
+    model = Net(nn.BatchNorm1d)
+    seen = []
+    model.norm.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].detach()))
+    state = state_of(model)
+    made(stepper_of(model, Schedule(0.1, 10)), state, parts_of(a_batch(), 8))
+    mean = torch.stack([one.mean(0) for one in seen]).mean(0)
+    var = torch.stack([one.var(0) for one in seen]).mean(0)
+    torch.testing.assert_close(model.norm.running_mean, 0.1 * mean)
+    torch.testing.assert_close(model.norm.running_var, 0.9 + 0.1 * var)
+    assert int(model.norm.num_batches_tracked) == 1
+
+
+# Out of memory
+
+class Hungry(Net):
+    """Runs out of memory in the passes of these numbers, counted from 0."""
+
+    def __init__(self, *passes: int, backward: bool = False, error: type[Exception] = torch.OutOfMemoryError):
+        super().__init__(nn.BatchNorm1d)
+        self.passes, self.backward, self.error, self.count = passes, backward, error, 0
+
+    def forward(self, x):
+        number, self.count = self.count, self.count + 1
+        y = super().forward(x)
+        if number in self.passes and not self.backward:
+            raise self.error("DefaultCPUAllocator: can't allocate memory")
+        if number in self.passes:
+            y.register_hook(self._raise)
+        return y
+
+    def _raise(self, gradient):
+        raise self.error("CUDA out of memory")
+
+
+@pytest.mark.parametrize("options", [{}, {"backward": True}, {"error": RuntimeError}], ids=str)
+@pytest.mark.parametrize(("passes", "size", "limit"), [((0,), 16, 8), ((1,), 16, 8), ((3, 7), 8, 2)], ids=str)
+def test_out_of_memory_halves_the_micro_batches_and_leaves_no_trace(passes, size, limit, options):
+    """The update is what a run with the smaller micro-batches from the start would have made, to the bit."""
+    schedule = Schedule(0.1, 10, kind="constant")
+    model, cut = Hungry(*passes, **options), Net(nn.BatchNorm1d)
+    cut.load_state_dict(model.state_dict())
+    state, expected = state_of(model, ema=True), state_of(cut, ema=True)
+    stepper = replace(stepper_of(model, schedule), unit=2)
+    update = made(stepper, state, parts_of(a_batch(), size))
+    other = made(stepper_of(cut, schedule), expected, parts_of(a_batch(), limit))
+    assert stepper.limit == limit
+    assert float(update.loss).hex() == float(other.loss).hex()
+    assert_same_bits(bits(state), bits(expected))
+
+
+def test_what_cannot_be_halved_is_refused_with_what_helps():
+    model = Hungry(*range(9))
+    with pytest.raises(UserError, match="engine.grad_checkpointing=true.*precision=bf16.*norm_batch"):
+        replace(stepper_of(model, Schedule(0.1, 10)), unit=8).update(state_of(model), [a_batch()])
+
+
+def test_moments_are_there_before_the_first_update():
+    """AdamW's, with no step counted: the first update is that of an optimizer which allocates late."""
+    early, late = Net(), Net()
+    late.load_state_dict(early.state_dict())
+    states = [state_of(model) for model in (early, late)]
+    for state in states:
+        state.optimizer = OPTIMIZERS["fused adamw"](state.model.parameters())
+    allocate_moments(states[0].optimizer)
+    assert all(float(moments["step"]) == 0 and not moments["exp_avg"].any()
+               for moments in states[0].optimizer.state.values())
+    for state in states:
+        made(stepper_of(state.model, Schedule(0.1, 10)), state, [a_batch()])
+    assert all(torch.equal(one, other) for one, other in zip(early.parameters(), late.parameters(), strict=True))
 
 
 @pytest.mark.gpu
@@ -175,24 +239,19 @@ def test_the_host_never_waits_for_the_gpu_within_an_update(scaled):
     stepper = replace(stepper_of(model, Schedule(0.1, 10, kind="constant"), clip=1.0), ranks=GPU,
                       precision=Precision(torch.float16 if scaled else torch.bfloat16, scaled))
     batch = a_batch()
-    batch = Pictures(batch.images.cuda(), batch.targets.cuda(), batch.indices)
+    batch = Images(batch.images.cuda(), batch.targets.cuda(), batch.indices)
     for _ in range(3):
-        stepper.update(state, [batch])  # makes moments and the scale
-    under_way = stepper.backward(state, [batch])
-    stepper.step(state, under_way)
+        made(stepper, state, [batch])  # makes moments and the scale
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(3):
-            update = stepper.backward(state, [batch])
-            stepper.settle(state, under_way)
-            stepper.step(state, update)
-            under_way = update
+            made(stepper, state, [batch])
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
 def test_an_overflow_of_the_gradient_scaler_is_no_step():
-    """The scale halves, the schedule's clock stands still (R11)."""
+    """The scale halves, the weights stay (R11)."""
     model = Net()
     state = state_of(model)
     state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
@@ -200,8 +259,8 @@ def test_an_overflow_of_the_gradient_scaler_is_no_step():
     weights = [weight.detach().clone() for weight in model.parameters()]
     bad = a_batch()
     bad.images *= 1e4
-    assert stepper.update(state, [bad]).skipped
-    assert state.scaler.get_scale() == 2.0**126 and (state.step, state.batch) == (0, 1)
+    assert made(stepper, state, [bad]).skipped
+    assert state.scaler.get_scale() == 2.0**126
     assert all(torch.equal(old, new) for old, new in zip(weights, model.parameters(), strict=True))
 
 
@@ -210,12 +269,12 @@ def test_state_goes_through_a_checkpoint_bit_by_bit(tmp_path):
     state, again = state_of(model, ema=True), state_of(other, ema=True, lr=0.05)
     schedule = Schedule(0.1, 10, 2)
     for _ in range(3):
-        stepper_of(model, schedule).update(state, [a_batch()])
+        made(stepper_of(model, schedule), state, [a_batch()])
     checkpoint.save(tmp_path / "c.pt", state.state_dict())
     again.load_state_dict(checkpoint.load(tmp_path / "c.pt"))
     for _ in range(3):
-        left = stepper_of(model, schedule).update(state, [a_batch()])
-        right = stepper_of(other, schedule).update(again, [a_batch()])
+        left = made(stepper_of(model, schedule), state, [a_batch()])
+        right = made(stepper_of(other, schedule), again, [a_batch()])
         assert float(left.loss).hex() == float(right.loss).hex()
     assert all(torch.equal(one, two) for one, two in zip(
         [*model.state_dict().values(), *state.ema.module.state_dict().values()],
@@ -265,9 +324,9 @@ def test_fine_tuning_follows_the_rule_of_vit_pytorch(tmp_path):
     parts = rule["accumulation"]
     model.train()
     for update in range(rule["updates"]):
-        batches = [Pictures(io["x_nchw"][i], io["y"][i].long(), torch.arange(4))
+        batches = [Images(io["x_nchw"][i], io["y"][i].long(), torch.arange(4))
                    for i in range(update * parts, (update + 1) * parts)]
-        result = stepper.update(state, batches)
+        result = made(stepper, state, batches)
         expected = io["micro_loss"][update * parts:(update + 1) * parts].mean()
         assert float(result.loss) == pytest.approx(float(expected), abs=1e-5)
         assert float(result.grad_norm) == pytest.approx(float(io["grad_norm_before_clip"][update]), abs=1e-5)

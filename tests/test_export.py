@@ -2,17 +2,20 @@
 
 import importlib.util
 import json
+import os
 
 import pytest
 import timm
 import torch
-from oracles import DATA, oracle, part
+from oracles import DATA, keys, oracle, part
 from torch.testing import assert_close
 
 import deepvit
 from deepvit.commands.export import export
 from deepvit.commands.main import main
 from deepvit.errors import UserError
+from deepvit.importers import deepvit as published
+from deepvit.importers.table import write
 
 SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 4, "num_classes": 3}
 needs_onnx = pytest.mark.skipif(not all(map(importlib.util.find_spec, ("onnx", "onnxscript", "onnxruntime"))),
@@ -74,15 +77,47 @@ def test_averaged_weights_are_taken_unless_asked_otherwise(tmp_path):
 
 @pytest.mark.parametrize("settings", [{}, {"attention": "reattention", "qk_scale": 0.3},
                                       {"attention": "reattention", "stem": "conv", "residual_scale": 0.5,
-                                       "map_scale": 0.2, "reattention_blocks": "-1:"},
-                                      {"attention": "reattention_fc"}],
-                         ids=["plain", "reattention", "conv stem", "without norm"])
+                                       "map_scale": 6**-0.5, "reattention_blocks": "-1:"},
+                                      {"attention": "reattention", "img_size": [8, 32]}],
+                         ids=["plain", "reattention", "conv stem", "2x8 patches"])
 def test_published_layout(tmp_path, settings):
     model, run = make_run(tmp_path / "run", **settings)
     done = export(run, "deepvit", tmp_path / "out.pth.tar")
     assert done.difference == 0
     state = torch.load(done.path, weights_only=True)["state_dict"]
     assert ("blocks.1.attn.reatten_matrix.weight" in state) == ("attention" in settings)
+
+
+@pytest.mark.parametrize("name, changes, arch", [
+    *((name, {}, arch) for arch, name in published.ARCHS.items() if arch != "deepvit_L_384"),
+    ("deepvit_l_384", {}, "deepvit_L_384"), ("deepvit16", {"num_classes": 7}, "deepvit_patch16_224_re_attn_16b"),
+    ("deepvit16", {"drop_path_rate": 0.2, "attention": "reattention_identity", "img_size": [224, 224]},
+     "deepvit_patch16_224_re_attn_16b"),
+    *((name, {}, None) for name in ("vit16", "vit24", "vit32")),
+    *(("deepvit16", change, None) for change in (
+        {"attention": "reattention_fc"}, {"qkv_bias": False}, {"in_chans": 1}, {"img_size": 384},
+        {"img_size": [112, 448]}, {"mlp_ratio": 4.0}, {"qk_scale": 0.1}, {"residual_scale": 0.5},
+        {"reattention_blocks": "-3:"}, {"num_heads": 6}, {"map_scale": 0.5}, {"stem": "conv"}))])
+def test_a_published_name_is_for_what_its_function_loads(name, changes, arch):
+    """The published functions' names and shapes are in `keys`, for those whose lists we have."""
+    with torch.device("meta"):
+        model = deepvit.create_model(name, **changes)
+    found = [arch for arch, ours in published.ARCHS.items() if published.is_named(ours, model)]
+    assert found == ([arch] if arch else [])
+    if arch and not changes:
+        theirs = write(published.ROWS, model.state_dict(), "deepvit")
+        assert {key: list(tensor.shape) for key, tensor in theirs.items()} == keys(arch)
+
+
+def test_files_have_the_mode_of_the_umask(tmp_path):
+    _, run = make_run(tmp_path / "run")
+    before = os.umask(0o027)
+    try:
+        for to in ("safetensors", "timm", "deepvit"):
+            done = export(run, to)
+            assert {path.stat().st_mode & 0o777 for path in (done.path, done.card)} == {0o640}, to
+    finally:
+        os.umask(before)
 
 
 def test_published_checkpoint_there_and_back(tmp_path):
@@ -118,7 +153,9 @@ def test_timm_takes_it(tmp_path, settings):
     ("timm", {"attention": "reattention"}, "re-attention"), ("timm", {"residual_scale": 0.5}, "residual_scale"),
     ("timm", {"pool": "mean"}, "pooling"), ("timm", {"gelu": "tanh"}, "gelu"),
     ("deepvit", {"attention": "norm_only"}, "norm_only"), ("deepvit", {"pool": "avg"}, "pool"),
-    ("deepvit", {"attention": "reattention_ln"}, "reattention_ln")])
+    ("deepvit", {"attention": "reattention_ln"}, "reattention_ln"),
+    ("deepvit", {"attention": "reattention_fc"}, "reattention_fc"),
+    ("deepvit", {"attention": "reattention", "map_scale": 0.2}, "map_scale")])
 def test_what_a_form_cannot_hold_is_refused(tmp_path, to, settings, named):
     _, run = make_run(tmp_path / "run", **settings)
     with pytest.raises(UserError, match=named):

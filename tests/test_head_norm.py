@@ -1,4 +1,4 @@
-"""What re-attention's BatchNorm asks of the engine: synced statistics, a moving average, recomputed blocks."""
+"""What re-attention's BatchNorm asks of the model and the engine: groups, a moving average, recomputed blocks."""
 
 import copy
 
@@ -10,17 +10,18 @@ from torch.testing import assert_close
 
 import deepvit
 from deepvit.engine.ranks import Ranks
+from deepvit.errors import UserError
 from deepvit.run import build
 from deepvit.run.build import read_settings
 
-SYNCED = ["model/attention=reattention", "model.attention.sync_norm=true", "model.drop_path_rate=0",
+GROUPED = ["model/attention=reattention", "model.attention.norm_batch=4", "model.stem=conv", "model.drop_path_rate=0",
           "model.drop_rate=0", "schedule.steps=8", "schedule.warmup_steps=2", "schedule.eval_steps=8",
           "engine.device_batch=null", "optimizer.lr=1.0e-3"]
 
 
-def test_a_synced_norm_trains_and_is_looked_at_on_two_ranks_as_on_one(tmp_path):
-    """The look at the attention before the first step is rank 0's alone: it must not wait for the others."""
-    config = soak.compose(*SYNCED)
+def test_grouped_norms_train_on_two_ranks_as_on_one(tmp_path):
+    """Re-attention's and the stem's: the groups are the same, on whatever rank they are."""
+    config = soak.compose(*GROUPED)
     alone = soak.train(config, tmp_path / "one")
     pair = faults.start_ranks(2, faults.train, config, tmp_path / "two")
     assert alone.wait(120) == 0, alone.words()
@@ -51,12 +52,53 @@ def test_a_moving_average_takes_the_running_statistics_as_they_are():
         assert_close(parameter, before.get_parameter(name) + 0.01, msg=name)
 
 
+SMALL = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
+
+
+def test_all_norms_of_a_model_take_the_same_groups():
+    """A batch of two groups is two batches of one: outputs, gradients, and statistics by their mean."""
+    torch.manual_seed(0)
+    attention = {**deepvit.models.attention_config("reattention"), "norm_batch": 3}
+    whole = deepvit.create_model("vit", **SMALL, attention=attention, stem="conv").train()
+    halves = [copy.deepcopy(whole) for _ in range(2)]
+    x = torch.randn(6, 3, 16, 16)
+    whole(x).square().sum().backward()
+    for half, part in zip(halves, x.split(3)):
+        half(part).square().sum().backward()
+    for name, parameter in whole.named_parameters():
+        assert_close(sum(half.get_parameter(name).grad for half in halves), parameter.grad, rtol=1e-3, atol=1e-4)
+    for name, buffer in whole.named_buffers():
+        assert_close(sum(half.get_buffer(name) for half in halves) / 2, buffer, check_dtype=False, msg=name)
+
+
+def test_norm_batch_of_a_model():
+    """32 by the YAML, the stem's from the attention's or its own, null in what was built before it existed."""
+    batches = lambda model: {norm.norm_batch for norm in model.modules() if hasattr(norm, "norm_batch")}  # noqa: E731
+    published = deepvit.models.attention_config("reattention")
+    old = {name: value for name, value in published.items() if name != "norm_batch"}
+    for attention, stem, want in (("reattention", "conv", {32}), (old, "conv", {None}), ("norm_only", "patch", {32}),
+                                  ("self", "conv", {None}), ("self", {"name": "conv", "norm_batch": 8}, {8})):
+        assert batches(deepvit.create_model("vit", **SMALL, attention=attention, stem=stem)) == want
+    for wrong in ({"norm_batch": 0}, {"norm_batch": 2.5}, {"sync_norm": False}):
+        with pytest.raises(UserError, match="norm_batch"):
+            deepvit.create_model("vit", **SMALL, attention={**published, **wrong})
+
+
+def test_a_checkpoint_from_before_groups_loads_as_it_was(tmp_path):
+    old = {**deepvit.models.attention_config("reattention"), "norm_batch": None}
+    model = deepvit.create_model("vit", **SMALL, attention=old).eval()
+    del old["norm_batch"]
+    torch.save({"format": "deepvit", "version": 1, "model": model.state_dict(),
+                "config": {**model.config, "attention": {**old, "sync_norm": True}}}, tmp_path / "old.pt")
+    again, x = deepvit.load_model(tmp_path / "old.pt").eval(), torch.randn(2, 3, 16, 16)
+    assert torch.equal(again(x), model(x)) and again.config["attention"] == old
+
+
 @pytest.mark.slow
 def test_compiled_recomputed_blocks_equal_eager_ones():
     """Outputs, gradients and running statistics, updated once."""
     torch.manual_seed(0)
-    model = deepvit.create_model("vit", img_size=16, patch_size=8, embed_dim=24, depth=2, num_heads=3, num_classes=5,
-                                 attention="reattention").train()
+    model = deepvit.create_model("vit", **SMALL, attention="reattention").train()
     other = copy.deepcopy(model)
     other.set_grad_checkpointing(True)
     compiled = torch.compile(other, backend="aot_eager_decomp_partition")

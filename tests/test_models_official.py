@@ -81,9 +81,13 @@ def test_attention_maps_while_training(case, model):
             assert torch.equal(buffer, running[name]), name
 
 
-def test_training_step(case, model):
+@pytest.mark.parametrize("norm_batch", [None, "all", 32])
+def test_training_step(case, model, norm_batch):
+    """Statistics of the whole batch, of a group that is the batch, and of one that it does not fill are the same."""
     tensors = case[1]
-    model.train()
+    for module in model.train().modules():
+        if hasattr(module, "norm_batch"):
+            module.norm_batch = len(tensors["input"]) if norm_batch == "all" else norm_batch
     logits = model(tensors["input"])
     assert_close(logits, tensors["logits_train"], atol=5e-5, rtol=0)
     loss = logits.square().mean()

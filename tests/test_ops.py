@@ -5,51 +5,11 @@ import logging
 
 import pytest
 import torch
-import torch.nn.functional as F
+from attention_problems import EPS, Attention, assert_same, outcome, problem
 
 from deepvit import ops
 from deepvit.errors import UserError
 from deepvit.ops import HeadNorm, core, cpu, dispatch, native, plain, reference
-
-EPS = {torch.float64: 1e-10, torch.float32: 2e-5}
-
-
-def problem(B, H, N, d, dtype=torch.float64, *, seed=0, mixing=True, norm=True, packed=True, std=1.0):
-    """Random arguments of an attention, as leaves: a packed `[B, N, 3, H, d]` or three strided tensors."""
-    rng = torch.Generator().manual_seed(seed)
-    draw = lambda *shape: torch.randn(*shape, generator=rng, dtype=torch.float64)  # noqa: E731
-    qkv = (draw(B, N, 3, H, d) * std).to(dtype).requires_grad_()
-    leaves = {"qkv": qkv}
-    views = qkv.permute(2, 0, 3, 1, 4).unbind(0) if packed else [x.transpose(1, 2)[..., :d] for x in F.pad(
-        qkv, (0, 3)).unbind(2)]
-    if mixing:
-        leaves |= {"mix": (torch.eye(H, dtype=torch.float64) + 0.3 * draw(H, H)).to(dtype).requires_grad_(),
-                   "bias": draw(H).to(dtype).requires_grad_()}
-    stats = {}
-    if norm:
-        leaves |= {"gamma": draw(H).to(dtype).requires_grad_(), "beta": draw(H).to(dtype).requires_grad_()}
-        stats = {"running_mean": 0.1 * draw(H).to(dtype), "running_var": draw(H).abs().to(dtype) + 0.5}
-    return views, leaves, stats
-
-
-def outcome(op, arguments, **keywords):
-    """Output, gradient of every leaf, and statistics after one call."""
-    (q, k, v), leaves, stats = arguments
-    norm = HeadNorm(leaves["gamma"], leaves["beta"], **stats) if stats else None
-    out = op(q, k, v, leaves.get("mix"), leaves.get("bias"), norm=norm, **keywords)
-    seed = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
-    out.backward(seed.to(out.dtype))
-    return {"out": out.detach(), **{n: leaf.grad for n, leaf in leaves.items()}, **stats}
-
-
-def assert_same(fast, slow, rtol):
-    for name, want in slow.items():
-        if want is None:
-            assert fast[name] is None or not fast[name].any(), name
-            continue
-        error = (fast[name].double() - want.double()).norm()
-        assert error <= rtol * (want.double().norm() + 0.1), f"{name}: {error / want.double().norm():.1e}"
-
 
 SHAPES = [(2, 3, 7, 5), (3, 12, 70, 33), (2, 12, 33, 35), (1, 1, 5, 8), (5, 16, 17, 8), (2, 4, 1, 8), (3, 2, 64, 32)]
 SWITCHES = list(itertools.product((True, False), repeat=3))
@@ -116,7 +76,7 @@ def test_native_tasks_cover_every_row(batch, threads):
     torch.set_num_threads(threads)
     try:
         out = native.centred_mix(*arguments, True)
-        seeds = torch.ones_like(q), torch.ones(3), torch.ones(batch, 3, 8)
+        seeds = torch.ones_like(q), torch.ones(batch, 3), torch.ones(batch, 3, 8)
         grads = native.centred_mix_backward(*seeds, *arguments)
         again = native.centred_mix_backward(*seeds, *arguments)
     finally:
@@ -223,9 +183,11 @@ def test_no_statistics_no_update():
 
 
 def test_one_entry_has_no_statistics():
-    (q, k, v), leaves, stats = problem(1, 3, 1, 4)
-    with pytest.raises(UserError, match="more than one token"):
-        ops.reattention(q, k, v, leaves["mix"], norm=HeadNorm(leaves["gamma"], leaves["beta"], **stats), training=True)
+    for batch, norm_batch in ((1, None), (1, 4), (3, 2), (2, 1)):
+        (q, k, v), leaves, stats = problem(batch, 3, 1, 4)
+        with pytest.raises(UserError, match="more than one token"):
+            ops.reattention(q, k, v, leaves["mix"], norm=HeadNorm(leaves["gamma"], leaves["beta"], **stats),
+                            training=True, norm_batch=norm_batch)
 
 
 def test_fold_is_exact():
@@ -287,16 +249,6 @@ def test_function_transforms_take_plain_operations():
     (q, k, v), leaves, _ = problem(2, 3, 9, 4)
     per_sample = torch.func.vmap(lambda q, k, v: ops.reattention(q[None], k[None], v[None], leaves["mix"])[0])(q, k, v)
     assert torch.allclose(per_sample, reference.reattention(q, k, v, leaves["mix"]))
-
-
-class Attention(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.mix, self.bn = torch.nn.Parameter(torch.randn(3, 3)), torch.nn.BatchNorm2d(3)
-
-    def forward(self, qkv):
-        norm = HeadNorm(self.bn.weight, self.bn.bias, self.bn.running_mean, self.bn.running_var)
-        return ops.reattention(*qkv.unbind(0), self.mix, norm=norm, training=self.training)
 
 
 def test_export_holds_plain_operations_only():

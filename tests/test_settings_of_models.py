@@ -3,7 +3,6 @@
 Three kinds of effect: SHAPES of the parameters; where they START; the OUTPUT of the same parameters in training mode.
 """
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,10 +11,9 @@ from torch import nn
 from torch.testing import assert_close
 
 import deepvit
-from deepvit import ops
 from deepvit.config.signature import parameters_of
 from deepvit.errors import UserError
-from deepvit.models import ATTENTIONS, ViT, attention
+from deepvit.models import ATTENTIONS, ViT
 from deepvit.models.stem import STEMS
 
 SHAPES, START, OUTPUT = "shapes", "start", "output"
@@ -36,10 +34,9 @@ MODEL: dict[str, Effect] = {
     "representation_size": (SHAPES, 9), "block": (OUTPUT, "deepnorm"), "feat_scale": (SHAPES, True)}
 
 STEM: dict[str, Effect] = {
-    "layers": (SHAPES, [1, 2], {"stem": HYBRID, "patch_size": 8}), "width": (SHAPES, 64, {"stem": HYBRID,
-                                                                                       "patch_size": 8}),
-    "arithmetic": (OUTPUT, "vit_pytorch", {"stem": HYBRID, "patch_size": 8})}
-OF_THE_MODEL = {"in_chans", "embed_dim", "patch_size", "norm", "norm_eps"}  # what `ViT` gives every stem
+    "layers": (SHAPES, [1, 2], HYBRID), "width": (SHAPES, 64, HYBRID), "arithmetic": (OUTPUT, "vit_pytorch", HYBRID),
+    "norm_batch": (OUTPUT, 2, {"name": "conv"})}
+OF_THE_MODEL = {"img_size", "patch_size", "in_chans", "embed_dim", "norm_eps"}  # what `ViT` gives a stem
 
 EVERY: dict[str, Effect] = {  # attention
     "dim": (SHAPES, 32), "num_heads": (OUTPUT, 2), "head_dim": (SHAPES, 5), "qkv_bias": (SHAPES, False),
@@ -50,7 +47,8 @@ THETA: dict[str, Effect] = {"theta_init": (START, "normal")}
 OWN: dict[str, dict[str, Effect]] = {
     "SelfAttention": {},
     "ReAttention": PER_HEAD | {
-        "mix": (SHAPES, False), "norm": (SHAPES, False), "norm_eps": (OUTPUT, 1e-2), "theta_init": (START, "identity")},
+        "mix": (SHAPES, False), "norm": (SHAPES, False), "norm_eps": (OUTPUT, 1e-2), "norm_batch": (OUTPUT, 1),
+        "theta_init": (START, "identity")},
     "ReAttentionLN": PER_HEAD | {"norm_eps": (OUTPUT, 1e-2), "theta_init": (START, "identity")},
     "LearnedTemperature": PER_HEAD,
     "DecayedTemperature": {"first": (OUTPUT, 3.0), "last": (OUTPUT, 0.1, {"block_index": 1, "depth": 2}),
@@ -58,7 +56,6 @@ OWN: dict[str, dict[str, Effect]] = {
     "TalkingHeads": PER_HEAD | THETA,
     "AttnScale": PER_HEAD}
 REFUSED = {"qk_norm": True, "scale_norm": True}  # of timm's `attn_layer`, whose norm_layer goes with them
-ELSEWHERE = {"norm_layer", "sync_norm"}  # the latter below: one process shows nothing of it
 OURS = {name: cls for name, cls in ATTENTIONS.items() if cls.__module__.startswith("deepvit.models")}
 
 
@@ -67,7 +64,7 @@ def test_every_keyword_has_an_entry():
     assert set(STEM) == {name for stem in STEMS.values() for name in parameters_of(stem)[0]} - OF_THE_MODEL
     assert set(OWN) == set(OURS)
     for name, cls in OURS.items():
-        assert set(EVERY) | set(OWN[name]) == set(parameters_of(cls)[0]) - {*REFUSED, *ELSEWHERE}, name
+        assert set(EVERY) | set(OWN[name]) == set(parameters_of(cls)[0]) - {*REFUSED, "norm_layer"}, name
 
 
 def made(build, *arguments, **settings) -> nn.Module:
@@ -124,8 +121,8 @@ def test_one_keyword_for_several_layers():
 
 @pytest.mark.parametrize("name", STEM)
 def test_a_keyword_of_a_stem(name):
-    wanted, value, given = STEM[name]
-    before, after = (made(deepvit.create_model, "vit", **SMALL | given | {"stem": HYBRID | change})
+    wanted, value, stem = STEM[name]
+    before, after = (made(deepvit.create_model, "vit", **SMALL | {"patch_size": 8, "stem": stem | change})
                      for change in ({}, {name: value}))
     assert effect(before, after, torch.randn(4, 3, 16, 16)) == wanted
 
@@ -155,13 +152,3 @@ def test_map_scale_is_a_factor_on_the_final_maps(cls):
 def test_what_is_timms_alone_is_refused(cls, name):
     with pytest.raises(UserError, match=name):
         OURS[cls](24, num_heads=4, **{name: True})
-
-
-@pytest.mark.parametrize("synced", [False, True])
-def test_a_synced_norm_has_the_group_of_all_ranks(synced, monkeypatch):
-    groups = []
-    ranks = SimpleNamespace(is_initialized=lambda: True, group=SimpleNamespace(WORLD="all ranks"))
-    monkeypatch.setattr(attention, "dist", ranks)
-    monkeypatch.setattr(ops, "reattention", lambda q, *_, group, **__: groups.append(group) or q)
-    deepvit.ReAttention(24, num_heads=4, sync_norm=synced)(torch.randn(2, 9, 24))
-    assert groups == (["all ranks"] if synced else [None])

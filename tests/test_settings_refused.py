@@ -10,9 +10,11 @@ from deepvit.data import load
 from deepvit.engine.ranks import Ranks
 from deepvit.engine.signals import StopRequest
 from deepvit.errors import BAD_INPUT, UserError
-from deepvit.run import build, train
+from deepvit.run import build
+from deepvit.run.forecast import forecast
 from deepvit.run.launch import launch, train_job
 from deepvit.run.resume import comparable
+from deepvit.run.train import train
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 STEPS = ["schedule.epochs=null", "schedule.steps=9", "schedule.warmup_epochs=null", "schedule.warmup_steps=2"]
@@ -55,7 +57,7 @@ def check(*overrides: str) -> None:
     (["+model.attention.depth=3", "model/attention=temperature_decay"], ["model.attention.depth", "the model"]),
     (["model/attention=temperature_decay", "model.attention.first=0"], ["model.attention.first=0", "above 0"]),
     (["+model.attention.attn_drop=2"], ["model.attention.attn_drop=2", "at most 1"]),
-    (["model.stem={name: conv, norm: true}"], ["model.stem.norm", "the model"]),
+    (["model.stem={name: conv, norm: true}"], ["model.stem.norm"]),
 ], ids=lambda value: value[-1] if isinstance(value, list) else "")
 def test_a_sentence_names_it(overrides, words):
     with pytest.raises(UserError) as refused:
@@ -80,7 +82,7 @@ def test_the_engine_is_checked_before_a_rank_is_started():
         assert outcome.code == BAD_INPUT and "engine.devices" in outcome.message
 
 
-@pytest.mark.parametrize("job", [train.dry_run, lambda *arguments: train.train(arguments[0], "run", *arguments[1:])])
+@pytest.mark.parametrize("job", [forecast, lambda config, *rest: train(config, "run", *rest)])
 def test_nothing_is_made_by_what_is_refused(job, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="model.in_chans=1"):
@@ -119,5 +121,5 @@ def test_a_run_that_began_before_optimizer_kwargs_goes_on(tmp_path):
 
 
 def test_a_scale_of_queries_and_keys_is_never_taken_for_none():
-    with pytest.raises(UserError, match="model.qk_scale=0"):
+    with pytest.raises(UserError, match="qk_scale=0"):
         create_model("vit", qk_scale=0.0)

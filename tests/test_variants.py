@@ -188,7 +188,7 @@ def test_deepnorm(tokens):
     assert model.head.weight.std().item() == pytest.approx(0.02, rel=0.1)  # the rest as always
     with pytest.raises(UserError, match="residual_scale"):
         tiny(block="deepnorm", residual_scale=0.5)
-    with pytest.raises(UserError, match="model.block"):
+    with pytest.raises(UserError, match="block"):
         tiny(block="deepnorn")
 
 

@@ -8,7 +8,7 @@ import itertools  # noqa: E402
 
 import torch  # noqa: E402
 
-from deepvit.ops import affine, core, cpu, triton_core  # noqa: E402
+from deepvit.ops import cpu, triton_core  # noqa: E402
 
 SHAPES = [(2, 3, 7, 5), (1, 12, 33, 33), (2, 16, 17, 35), (1, 1, 1, 64), (1, 2, 50, 16), (1, 6, 40, 48)]
 
@@ -29,7 +29,7 @@ def check(B, H, N, d, dtype, packed, alike=0.0):
     mix, scale = draw(H, H), d ** -0.5
     u, sumsq, total, lse = triton_core.centred_mix(q, k, v, mix, scale, True)
     exact = [x.double() for x in (q, k, v, mix)]
-    du, dsumsq, dtotal = draw(B, H, N, d).to(dtype), 0.3 * draw(H), draw(B, H, d)
+    du, dsumsq, dtotal = draw(B, H, N, d).to(dtype), 0.3 * draw(B, H), draw(B, H, d)
     grads = triton_core.centred_mix_backward(du, dsumsq, dtotal, q, k, v, mix, lse, scale)
     want = (*cpu.centred_mix(*exact, scale, True),
             *cpu.centred_mix_backward(du.double(), dsumsq.double(), dtotal.double(), *exact, scale))
@@ -38,27 +38,10 @@ def check(B, H, N, d, dtype, packed, alike=0.0):
         assert relative(got, right) < bound, (name, (B, H, N, d), dtype, relative(got, right))
 
 
-def check_affine(B, H, N, d, dtype):
-    """The affine after the core and its gradients against plain float64, in the layouts that they come in."""
-    rng = torch.Generator().manual_seed(N + d)
-    draw = lambda *shape: torch.randn(*shape, generator=rng)  # noqa: E731
-    u, seed = draw(B, N, H, d).to(dtype).transpose(1, 2), draw(B, H, N, d).to(dtype)
-    small = draw(H), draw(B, H, d), draw(H)  # gain, total, shift
-    results = []
-    for function, wide in ((core.fused_affine, False), (affine.affine_out, True)):
-        given = [x.double() if wide else x.clone() for x in (u, *small)]
-        out = function(*(x.requires_grad_() for x in given))
-        assert wide or out.dtype == dtype and out.transpose(1, 2).is_contiguous()
-        results.append((out.detach(), *torch.autograd.grad(out, given, seed.to(out.dtype))))
-    for name, got, right in zip("out du dgain dtotal dshift".split(), *results, strict=True):
-        assert relative(got, right) < (2e-6 if got.dtype == torch.float32 else 4e-3), (name, (B, H, N, d), dtype)
-
-
 if __name__ == "__main__":
     torch.set_num_threads(1)
     assert triton_core.INTERPRETED
     for shape, dtype in itertools.product(SHAPES, (torch.float32, torch.bfloat16)):
         check(*shape, dtype, packed=shape[1] != 16)
-        check_affine(*shape, dtype)
     check(2, 6, 40, 32, torch.float32, packed=True, alike=30.0)
-    print(f"{4 * len(SHAPES) + 1} cases agree")
+    print(f"{2 * len(SHAPES) + 1} cases agree")

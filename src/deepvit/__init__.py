@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "create_model": "deepvit.models", "list_models": "deepvit.models", "ViT": "deepvit.models",
     "ReAttention": "deepvit.models", "load_model": "deepvit.importers", "load_weights": "deepvit.importers",
+    "save_model": "deepvit.importers",
 }
 _SUBMODULES = {"analysis", "data", "engine", "importers", "models", "ops"}
 __all__ = sorted({*_LAZY, *_SUBMODULES})

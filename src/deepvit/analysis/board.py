@@ -1,40 +1,26 @@
-"""A probe's values on TensorBoard: a scalar per block and measure, the similarity matrices as pictures."""
+"""The similarity matrices of a probe as images."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
 
-from deepvit.engine.board import Board
-
-PIXELS = 8  # side of one pair of blocks in the matrix picture
+PIXELS = 8  # side of one pair of blocks
 
 
-def draw_probe(board: Board, values: dict[str, Any], step: int) -> dict[str, Any]:
-    """Draws what `analysis.probe(..., matrix=True)` gives; returns it without the matrices, to be logged as JSON."""
-    kept = values | {"similarity": {}}
+def matrix_images(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """What `analysis.probe(..., matrix=True)` gives, without its matrices; and these as images by name."""
+    kept, images = {**values, "similarity": {}}, {}
     for kind, similarity in values["similarity"].items():
         matrix = np.array(similarity.get("matrix", []))
         if matrix.size:
-            board.picture(f"similarity/{kind}", _picture(matrix), step)
+            images[f"similarity/{kind}"] = _image(matrix)
         kept["similarity"][kind] = {name: value for name, value in similarity.items() if name != "matrix"}
-    board.draw("attention", dict(_scalars(kept)), step)
-    return kept
+    return kept, images
 
 
-def _picture(matrix: np.ndarray) -> np.ndarray:
+def _image(matrix: np.ndarray) -> np.ndarray:
     """[L, L] of -1..1 -> uint8 [L * PIXELS, L * PIXELS, 3], dark where blocks are unlike."""
     colours = colormaps["viridis"](np.clip(matrix, 0, 1))[..., :3]  # [L, L, 3]
     return (255 * np.kron(colours, np.ones((PIXELS, PIXELS, 1)))).astype(np.uint8)
-
-
-def _scalars(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """Numbers by their path; lists block by block, `entropy/block_03`."""
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _scalars(value, f"{prefix}{name}/")
-        elif isinstance(value, list):
-            yield from ((f"{prefix}{name}/block_{i:02d}", one) for i, one in enumerate(value) if one is not None)
-        elif value is not None:
-            yield f"{prefix}{name}", value

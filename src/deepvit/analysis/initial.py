@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from deepvit.analysis.recording import unwrap
 from deepvit.errors import UserError
-from deepvit.models.attention import ReAttention
 from deepvit.models.registry import build_model
 
 
@@ -53,9 +52,6 @@ def _set_statistics(model: nn.Module, pictures: Tensor) -> None:
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.momentum = 1.0  # the running statistics become this batch's
-    for module in model.modules():
-        if isinstance(module, ReAttention):
-            module.sync_norm = False  # the other ranks are elsewhere
     with torch.no_grad():
         model.train()(pictures)
     for norm, momentum in zip(norms, momenta, strict=True):

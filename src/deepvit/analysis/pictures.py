@@ -39,6 +39,9 @@ def read_pictures(model: ViT, paths: Sequence[Path]) -> Pictures:
     Raises:
         UserError: no picture can be used.
     """
+    if model.config["in_chans"] != 3:
+        raise UserError(f"{model.load_report.path} is a model of {model.config['in_chans']} channels, and images are "
+                        f"read as three: call it from Python on tensors of your own.")
     files = [file for path in paths for file in (_inside(path) if path.is_dir() else [path])]
     examples = _examples(model) if not files else [(str(path), path) for path in files]
     transform = _transform(model)

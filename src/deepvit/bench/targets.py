@@ -20,10 +20,10 @@ class Target:
     bound: float
     at_most: bool = True
 
-    def found(self, results: Mapping[str, Any]) -> float | None:
-        rows = results.get(self.bench) or []
-        return next((row[self.field] for row in rows if row["case"].startswith(self.case) and row["name"] == self.name),
-                    None)
+    def found(self, results: Mapping[str, list[dict[str, Any]]]) -> float | None:
+        """The last such row's, so what was measured again counts."""
+        return next((row[self.field] for row in reversed(results.get(self.bench) or [])
+                     if row["case"].startswith(self.case) and row["name"] == self.name and self.field in row), None)
 
     def is_met(self, value: float) -> bool:
         return value <= self.bound if self.at_most else value >= self.bound
@@ -46,7 +46,15 @@ TARGETS = {
         Target("op, forward + backward, N=197, against SDPA", "attention", f"{BOTH_WAYS}197", OP, "ratio", 1.5),
         Target("op, forward + backward, N=577, against SDPA", "attention", f"{BOTH_WAYS}577", OP, "ratio", 1.5),
         *EVERYWHERE],
-    "cuda": [Target("train step against timm's ViT", "train-step", "train step", OURS, "ratio", 1.5), *EVERYWHERE],
+    "cuda": [
+        Target("train step against timm's ViT", "train-step", "train step", OURS, "ratio", 1.25),
+        Target("... both compiled", "train-step", "compiled train step", OURS, "ratio", 1.25),
+        Target("op, forward + backward, N=197, against flash SDPA", "attention", f"{BOTH_WAYS}197", OP, "ratio", 1.8),
+        Target("op, forward + backward, N=577, against flash SDPA", "attention", f"{BOTH_WAYS}577", OP, "ratio", 1.8),
+        Target("MiB kept of attention maps", "memory", "memory", OURS, "maps_mib", 0),
+        Target("small model, images/s", "small", "", OURS, "images_per_s", 25_000, at_most=False),
+        Target("... share of the time waiting for data", "small", "", OURS, "data_wait", 0.05),
+        *EVERYWHERE],
 }
 
 

@@ -5,25 +5,26 @@ What was written is read back and must give the same logits; a model card lands 
 
 import argparse
 import json
+import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from deepvit.commands.model_card import write_card
 from deepvit.errors import DONE, Failure, UserError
 from deepvit.importers import deepvit as published
-from deepvit.importers import load_model, ours
+from deepvit.importers import load_model
 from deepvit.importers import timm as timm_dialect
-from deepvit.importers.files import find_checkpoint, has_average
+from deepvit.importers.files import find_checkpoint, takes_average
+from deepvit.importers.save import described, save_tensors
+from deepvit.importers.settings import as_keywords
 from deepvit.importers.table import write
-from deepvit.models import ViT
+from deepvit.models import Attention, ReAttention, SelfAttention, ViT
 
 ATOL = 1e-4  # logits of the exported thing against ours; ONNX runtimes reorder sums
 
@@ -54,9 +55,8 @@ def export(source: str | Path, to: str, out: str | Path | None = None, weights: 
     """
     if to not in WRITERS:
         raise UserError(f"--to {to} is not known: choose from {', '.join(WRITERS)}.")
-    path, run = find_checkpoint(Path(source))
-    ema = has_average(path) if weights == "auto" else weights == "ema"
-    model = load_model(path, dialect=dialect, ema=ema, **keywords).eval()
+    path, run = find_checkpoint(source)
+    model = load_model(path, dialect=dialect, ema=takes_average(path, weights), **keywords).eval()
     out = Path(out) if out else path.with_name(f"{path.name.split('.')[0]}.{SUFFIX[to]}")
     if out.resolve() == path.resolve():
         raise UserError(f"--out {out} is the source itself: choose another file.")
@@ -73,7 +73,7 @@ def export(source: str | Path, to: str, out: str | Path | None = None, weights: 
         raise Failure(f"{out} gives logits that differ by {difference:.2g} (more than {ATOL:g}): do not use it.")
     done = Exported(out, out.with_name(out.name + ".md"), difference, check)
     write_card(done.card, model, out, to, f"{check}: largest difference of logits {difference:.1e}", run,
-               "EMA" if ema else "Raw")
+               "EMA" if model.load_report.weights == "ema" else "Raw")
     return done
 
 
@@ -97,10 +97,8 @@ Reader = Callable[[Tensor], Tensor]
 
 
 def _write_safetensors(model: ViT, path: Path) -> tuple[Reader, str]:
-    said = {key: value for key, value in model.load_report.said.items() if key in ("classes", "class_names", "run")}
-    header = {"format": ours.FORMAT, "version": ours.VERSION, "config": model.config, **said}
-    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    save_file(tensors, path, metadata={"format": "pt", "deepvit": json.dumps(header)})
+    content = described(model)
+    save_tensors(path, content.pop("model"), {"deepvit": json.dumps(content)})
     return load_model(path).eval(), "read back by deepvit.load_model"
 
 
@@ -109,19 +107,34 @@ def _write_deepvit(model: ViT, path: Path) -> tuple[Reader, str]:
     _refuse(config, "the published DeepViT class", {
         "pool": "cls", "gelu": "erf", "norm_eps": 1e-6, "final_norm": "before_pool", "patch_norm": False,
         "head_dim": None, "block": "pre_norm", "feat_scale": False, "representation_size": None, "init_values": None})
-    attention = config["attention"]
-    if attention["class"] == "SelfAttention":
-        _refuse(config, "the published plain attention", {"map_scale": 1.0})
-    if attention["class"] not in ("SelfAttention", "ReAttention") or not attention.get("mix", True):
-        raise UserError(f"The published DeepViT class has no attention '{attention.get('name', attention['class'])}': "
-                        f"export to safetensors or onnx.")
+    for block in model.blocks:
+        _refuse_attention(block.attn, config["attention"])
+    arch = next((arch for arch, name in published.ARCHS.items() if published.is_named(name, model)), None)
     content = {"state_dict": write(published.ROWS, model.state_dict(), "deepvit"), "version": 2}
-    arch = next((arch for arch, name in published.ARCHS.items() if published.is_named(name, config)), None)
     with path.open("wb") as file:
         torch.save(content | ({"arch": arch} if arch else {}), file)
     scalars = {key: config[key] for key in ("num_heads", "residual_scale", "map_scale", "qk_scale")}
-    return load_model(path, dialect="deepvit", img_size=config["img_size"], **scalars).eval(), (
-        f"read back in the published layout{f' as {arch}' if arch else ''}")
+    return load_model(path, dialect="deepvit", img_size=config["img_size"], grid_size=model.grid_size,
+                      **scalars).eval(), f"read back in the published layout{f' as {arch}' if arch else ''}"
+
+
+def _refuse_attention(attention: Attention, rule: Mapping[str, Any]) -> None:
+    """What the published class computes: softmax attention, or mix and BatchNorm together and a factor of 1 or the
+    scale of q k^T."""
+    name, instead = rule.get("name", rule["class"]), "export to safetensors or onnx"
+    if type(attention) is SelfAttention:
+        if attention.map_scale != 1.0:
+            raise UserError(f"The published DeepViT class has no map_scale={attention.map_scale:g} in plain attention: "
+                            f"{instead}.")
+        return
+    if not isinstance(attention, ReAttention) or attention.mix is None or attention.norm is None:
+        raise UserError(f"The published DeepViT class has no attention '{name}': {instead}.")
+    if attention.norm.eps != 1e-5:
+        raise UserError(f"The published DeepViT class has no norm_eps={attention.norm.eps:g} in its attention (only "
+                        f"1e-05): {instead}.")
+    if not any(math.isclose(attention.map_scale, factor) for factor in (1.0, attention.scale)):
+        raise UserError(f"The published DeepViT class has no map_scale={attention.map_scale:g} (only 1, or "
+                        f"{attention.scale:g} as its q k^T): {instead}.")
 
 
 def _write_timm(model: ViT, path: Path) -> tuple[Reader, str]:
@@ -138,13 +151,13 @@ def _write_timm(model: ViT, path: Path) -> tuple[Reader, str]:
                         f"timm.create_model takes for our registered names.")
     rows = timm_dialect.AFTER_POOL + timm_dialect.ROWS if average else timm_dialect.ROWS
     state = write(rows, model.state_dict(), "timm")
-    save_file(state, path, metadata={"format": "pt"})
+    save_tensors(path, state)
     theirs = VisionTransformer(
         img_size=model.img_size, patch_size=model.patch_size, in_chans=config["in_chans"],
         num_classes=model.num_classes, embed_dim=model.embed_dim, depth=model.depth, num_heads=config["num_heads"],
         mlp_ratio=config["mlp_ratio"] + 1e-6, qkv_bias=config["qkv_bias"],
         init_values=None if config["init_values"] is None else 1.0,  # its values are in `state`; timm takes 0 for none
-        global_pool="avg" if average else "token", norm_layer=_layer_norm(config["norm_eps"]))
+        global_pool=model.global_pool, norm_layer=_layer_norm(config["norm_eps"]))
     theirs.load_state_dict(state)
     return theirs.eval(), "loaded strictly into timm's VisionTransformer"
 
@@ -179,15 +192,6 @@ WRITERS: dict[str, Callable[[ViT, Path], tuple[Reader, str]]] = {
 SUFFIX = {"safetensors": "safetensors", "timm": "timm.safetensors", "onnx": "onnx", "deepvit": "pth.tar"}
 
 
-def _keywords(settings: Sequence[str]) -> dict[str, Any]:
-    """`num_heads=12` -> {"num_heads": 12}; values as in YAML."""
-    for setting in settings:
-        if "=" not in setting:
-            raise UserError(f"{setting} is no setting of the form KEY=VALUE, such as num_heads=12.")
-    pairs = (setting.split("=", 1) for setting in settings)
-    return {name: yaml.safe_load(value) for name, value in pairs}
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="deepvit export", description=__doc__)
     parser.add_argument("source", type=Path, help="a run folder, or a checkpoint of any dialect")
@@ -198,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE",
                         help="what the file does not tell of its model, e.g. num_heads=12")
     given = parser.parse_intermixed_args(arguments)
-    done = export(given.source, given.to, given.out, given.weights, given.dialect, **_keywords(given.settings))
+    done = export(given.source, given.to, given.out, given.weights, given.dialect, **as_keywords(given.settings))
     print(f"{done.path} ({done.path.stat().st_size / 2**20:.1f} MiB)\n{done.check}: largest difference of logits "
           f"{done.difference:.1e}\ncard: {done.card}")
     return DONE

@@ -11,11 +11,11 @@ from deepvit.analysis import draw_depth, draw_maps
 from deepvit.analysis.pictures import read_pictures
 from deepvit.analysis.study import Study, load_studies, save_studies, study
 from deepvit.errors import BAD_INPUT, DONE, UserError
-from deepvit.importers import load_model
+from deepvit.importers import load_model, takes_average
 
 
-def compute(checkpoints: Sequence[Path], paths: Sequence[Path], *, ema: bool = False, initial: bool = True
-            ) -> tuple[list[Study], list[str]]:
+def compute(checkpoints: Sequence[Path], paths: Sequence[Path], *, weights: str = "auto",
+            initial: bool = True) -> tuple[list[Study], list[str]]:
     """Studies of checkpoints on the same pictures, and a sentence for each picture that could not be used.
 
     Raises:
@@ -23,7 +23,7 @@ def compute(checkpoints: Sequence[Path], paths: Sequence[Path], *, ema: bool = F
     """
     studies, refused = [], []
     for path, name in zip(checkpoints, _labels(checkpoints), strict=True):
-        model = load_model(path, ema=ema).eval()
+        model = load_model(path, ema=takes_average(path, weights)).eval()
         pictures = read_pictures(model, paths)
         studies.append(study(model, pictures, name, initial))
         refused = pictures.refused
@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--format", choices=("png", "svg"), default="png")
     parser.add_argument("--save-maps", type=Path, help="also write what was computed, as safetensors")
     parser.add_argument("--maps", type=Path, help="draw what --save-maps wrote; no checkpoint is read")
-    parser.add_argument("--ema", action="store_true", help="take the averaged weights")
+    parser.add_argument("--weights", choices=["auto", "ema", "raw"], default="auto", help="auto: EMA if there is one")
     parser.add_argument("--no-initial", dest="initial", action="store_false",
                         help="leave out the same model before training")
     return _run(parser.parse_args(arguments))
@@ -101,7 +101,7 @@ def _run(given: argparse.Namespace) -> int:
         studies = load_studies(given.maps)
     else:
         both = [given.checkpoint] + ([given.compare] if given.compare else [])
-        studies, refused = compute(both, given.images, ema=given.ema, initial=given.initial)
+        studies, refused = compute(both, given.images, weights=given.weights, initial=given.initial)
     if given.save_maps:
         save_studies(given.save_maps, studies)
     for path in draw(studies, given.out or _default_out(given), given.format):

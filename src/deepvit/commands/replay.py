@@ -17,7 +17,7 @@ from deepvit.engine.folder import RunFolder
 from deepvit.engine.nonfinite import Examination
 from deepvit.engine.ranks import Ranks, pick_device
 from deepvit.errors import DONE, UserError
-from deepvit.run import build
+from deepvit.run import build, micro_batches
 from deepvit.run.console import set_up_logging
 
 log = logging.getLogger(__name__)
@@ -80,9 +80,11 @@ def _share(settings: Settings, content: dict[str, Any], number: int, rank: int) 
     state = build.state(settings, network, alone)
     state.load_state_dict(content)
     schedule, _ = build.schedule_and_plan(settings, len(splits.train))
+    micro_batch = content.get("micro_batch") or micro_batches.allowed(settings, content["world"])[0]
     as_it_was = Ranks(rank, content["world"], alone.device)
-    stepper = build.stepper(settings, network, schedule, len(splits.class_ids), alone)
-    drawn = next(build.draw(settings, splits.train, as_it_was)(number, 1))
+    stepper = build.stepper(settings, network, schedule, len(splits.class_ids), alone,
+                            masks=content.get("masks") == "image")
+    drawn = next(build.batch_maker(settings, splits.train, as_it_was, micro_batch)(number, 1))
     return stepper.examine(state, drawn, number, rank)
 
 

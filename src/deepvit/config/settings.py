@@ -96,7 +96,7 @@ class PrecisionSettings:
 class Engine:
     devices: int | None
     accelerator: Literal["auto", "cuda", "cpu"]
-    device_batch: int | None
+    device_batch: int | Literal["auto"] | None
     log_every: int
     save_every: int | None
     keep_epochs: int | None

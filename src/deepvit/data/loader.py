@@ -39,6 +39,15 @@ class Erasures:
     places: Tensor  # int64 [k, 5]: row of the batch, top, left, height, width
     values: Tensor  # float32 [sum of 3 * height * width], one after the other
 
+    def of_rows(self, start: int, stop: int) -> "Erasures":
+        """Those of rows `start` to `stop`, counted from `start`. Rows are in order."""
+        sizes = 3 * self.places[:, 3] * self.places[:, 4]  # [k]
+        rows = self.places[:, 0]
+        before, chosen = rows < start, (rows >= start) & (rows < stop)
+        first, count = int(sizes[before].sum()), int(sizes[chosen].sum())
+        places = self.places[chosen] - torch.tensor([start, 0, 0, 0, 0])
+        return Erasures(places, self.values[first:first + count])
+
 
 @dataclass
 class Batch:
@@ -57,9 +66,19 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """A copy with what the model needs on the device; the places of the erasures stay, Python reads them."""
-        erasures = Erasures(self.erasures.places, self.erasures.values.to(device, non_blocking=True))
-        return replace(self, images=self.images.to(device, non_blocking=True), erasures=erasures,
-                       targets=self.targets.to(device, non_blocking=True))
+        queued = {"device": device, "non_blocking": torch.device(device).type != "cpu"}  # to the host one must wait
+        return replace(self, images=self.images.to(**queued), targets=self.targets.to(**queued),
+                       erasures=replace(self.erasures, values=self.erasures.values.to(**queued)))
+
+    def split(self, size: int) -> "list[Batch]":
+        """Parts of at most `size` images, as views; what is said of bad images stays with the first."""
+        parts = []
+        for start in range(0, len(self), size):
+            rows = slice(start, start + size)
+            part = replace(self, images=self.images[rows], targets=self.targets[rows], indices=self.indices[rows],
+                           positions=self.positions[rows], erasures=self.erasures.of_rows(start, start + size))
+            parts.append(part if not parts else replace(part, bad=[], refused=0))
+        return parts
 
     def pin_memory(self) -> "Batch":
         """Called by the DataLoader's pinning thread."""

@@ -13,7 +13,7 @@ from scipy.special import bdtr, ndtri
 from torch import Tensor, nn
 
 from deepvit.engine.ranks import Ranks
-from deepvit.engine.step import Precision, Prepare
+from deepvit.engine.step import Precision, Prepare, is_out_of_memory
 from deepvit.errors import Failure, UserError
 
 
@@ -74,7 +74,7 @@ def evaluate(model: nn.Module, batches: Iterable[Any], prepare: Prepare, ranks: 
             if should_stop():
                 stopped = True
                 break
-            parts.append(_score(model, batch, prepare, ranks, precision))
+            parts += _scores(model, batch, prepare, ranks, precision, batch.bad)
             bad += batch.bad
             advance(len(batch) * ranks.world)
     except (UserError, Failure) as raised:
@@ -86,7 +86,22 @@ def evaluate(model: nn.Module, batches: Iterable[Any], prepare: Prepare, ranks: 
     return _gather(parts, bad, ranks, n, time.perf_counter() - start)
 
 
-def _score(model: nn.Module, batch: Any, prepare: Prepare, ranks: Ranks, precision: Precision) -> dict[str, Tensor]:
+def _scores(model: nn.Module, batch: Any, prepare: Prepare, ranks: Ranks, precision: Precision, bad: list[Any]
+            ) -> list[dict[str, Tensor]]:
+    """Of the batch as a whole or, where that does not fit into memory, of its halves."""
+    try:
+        return [_score(model, batch, prepare, ranks, precision, bad)]
+    except RuntimeError as error:
+        if not is_out_of_memory(error) or len(batch) == 1:
+            raise
+    if ranks.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return [score for half in batch.split((len(batch) + 1) // 2)
+            for score in _scores(model, half, prepare, ranks, precision, bad)]
+
+
+def _score(model: nn.Module, batch: Any, prepare: Prepare, ranks: Ranks, precision: Precision, bad: list[Any]
+           ) -> dict[str, Tensor]:
     x, y = prepare(batch, 0, ranks.device, training=False)
     with precision.autocast(ranks.device):
         logits = model(x)  # [b, C]
@@ -94,8 +109,8 @@ def _score(model: nn.Module, batch: Any, prepare: Prepare, ranks: Ranks, precisi
     best = logits.topk(min(5, logits.shape[-1])).indices  # [b, 5]; of probabilities, the small ones would be ties
     confidences = logits.softmax(-1).gather(1, best[:, :1])[:, 0]  # [b]
     unusable = ~torch.isfinite(logits).all(-1)
-    if batch.bad:
-        unusable |= torch.isin(batch.indices, torch.tensor([one.index for one in batch.bad])).to(y.device)
+    if bad:
+        unusable |= torch.isin(batch.indices, torch.tensor([one.index for one in bad])).to(y.device)
     best = best.masked_fill(unusable[:, None], -1)  # never right
     # They stay on the device: fetching them here would have it wait for each batch.
     return {"indices": batch.indices, "targets": y, "predictions": best, "confidences": confidences,

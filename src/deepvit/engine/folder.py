@@ -10,11 +10,12 @@ import socket
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, ClassVar
 
 from deepvit.engine.checkpoint import write_text_synced
+from deepvit.engine.ranks import Ranks
 from deepvit.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -70,6 +71,19 @@ class RunFolder:
         self._claimed.add(self.path.resolve())
         for partial in self.path.rglob("*.tmp"):
             partial.unlink()
+
+    @contextmanager
+    def claimed(self, ranks: Ranks, clear: bool = False) -> Iterator[None]:
+        """Rank 0 owns the folder, on behalf of all; `clear` forgets an earlier run."""
+        with ranks.together():
+            if ranks.is_main:
+                self.claim()
+                if clear:
+                    self.clear()
+        try:
+            yield
+        finally:
+            self.release()
 
     def _prove_writable(self) -> None:
         """A full or read-only disk shows itself now, not after the first epoch."""

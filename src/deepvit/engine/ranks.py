@@ -2,7 +2,6 @@
 
 import os
 import re
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from deepvit.engine.pulse import Pulse, connect
 from deepvit.errors import Failure, UserError
@@ -45,9 +44,13 @@ class Ranks:
             dist.all_reduce(values, group=self.control)
         return values
 
-    def any(self, flag: bool) -> bool:
-        """Whether any rank raises `flag`: the way all of them take one decision."""
-        return bool(self.sum(torch.tensor(int(flag)))) if self.control is not None else flag
+    def max(self, value: int) -> int:
+        """The largest of the ranks' values: the way all of them take one decision."""
+        if self.control is None:
+            return int(value)
+        box = torch.tensor(int(value))
+        dist.all_reduce(box, dist.ReduceOp.MAX, group=self.control)
+        return int(box)
 
     def from_main(self, value: object) -> object:
         """Rank 0's `value` (plain Python) on every rank."""
@@ -101,25 +104,21 @@ class Ranks:
             self.pulse.ask_to_stop()
         return asked or self.pulse.asked_to_stop()
 
-    def average(self, buffers: list[Tensor]) -> None:
-        """Sets each buffer to its mean over the ranks, in one exchange: running statistics stay equal everywhere."""
-        if self.world == 1 or not buffers:
+    def broadcast(self, tensors: list[Tensor]) -> None:
+        """Sets each tensor to rank 0's."""
+        if self.world > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
+
+    def average(self, tensors: list[Tensor]) -> None:
+        """Sets each tensor to its mean over the ranks, all in one exchange."""
+        if self.world == 1 or not tensors:
             return
-        flat = torch.cat([buffer.flatten() for buffer in buffers])
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
         dist.all_reduce(flat)
         flat /= self.world
-        parts = flat.split([buffer.numel() for buffer in buffers])
-        torch._foreach_copy_(buffers, [part.view_as(buffer) for part, buffer in zip(parts, buffers, strict=True)])
-
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """`model` with its gradients averaged over the ranks (DDP); buffers are ours to average."""
-        if self.world == 1:
-            return model
-        ids = [self.device.index] if self.device.type == "cuda" else None
-        with warnings.catch_warnings():  # newer torch renames broadcast_buffers, older knows no other name
-            warnings.simplefilter("ignore", FutureWarning)
-            return nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False,
-                                                       gradient_as_bucket_view=True)
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)])
 
 
 @contextmanager

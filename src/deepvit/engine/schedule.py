@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step."""
+"""The learning rate as a pure function of the step, and when what is due."""
 
 import math
 from dataclasses import dataclass
@@ -49,3 +49,24 @@ _REMAINING = {  # progress 0..1 -> share of the way from min_lr to lr that is le
 def is_due(step: int, every: int | None, total: int) -> bool:
     """Whether something done every `every` steps is due after `step`; the last step is always due; None: only then."""
     return step == total or bool(every) and step % every == 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """When what is due, in steps (None: only after the last).
+
+    Args:
+        total: steps of the run.
+        batch_size, epoch_size: images of a global batch and of an epoch.
+        max_skipped: updates skipped in a row (loss or gradient not finite) after which the run stops.
+    """
+
+    total: int
+    batch_size: int
+    epoch_size: int
+    log_every: int = 50
+    save_every: int | None = None
+    eval_every: int | None = None
+    keep_every: int | None = None
+    probe_every: int | None = None
+    max_skipped: int = 20

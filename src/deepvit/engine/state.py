@@ -15,8 +15,7 @@ class TrainState:
     """Every rank holds the same state after every step.
 
     Attributes:
-        step: optimizer updates done; the schedule's clock.
-        batch: global batches drawn; ahead of `step` by those whose update was skipped.
+        step: global batches taken; the schedule's clock. Those whose update was skipped count as well.
         skipped_in_a_row: skipped updates since the last one that was made.
         evaluated: the step of the last evaluation.
         best: `{"top1": percent, "step": ...}` of the best evaluation so far.
@@ -27,17 +26,20 @@ class TrainState:
     scaler: torch.amp.GradScaler
     ema: ModelEmaV3 | None = None
     step: int = 0
-    batch: int = 0
     skipped_in_a_row: int = 0
     evaluated: int = 0
     best: dict[str, float] = field(default_factory=dict)
 
-    COUNTERS = ("step", "batch", "skipped_in_a_row", "evaluated", "best")
+    COUNTERS = ("step", "skipped_in_a_row", "evaluated", "best")
 
     @property
     def evaluated_model(self) -> nn.Module:
         """The weights that count: the moving average if there is one."""
         return self.model if self.ema is None else self.ema.module
+
+    def all_weights(self) -> list[nn.Parameter]:
+        """The parameters of the model, and of the average if it is on."""
+        return [*self.model.parameters(), *([] if self.ema is None else self.ema.module.parameters())]
 
     def weights(self) -> dict[str, Any]:
         """The tensors of `model`, and of `ema` if it is on."""
@@ -65,3 +67,4 @@ class TrainState:
             self.scaler.load_state_dict(content["scaler"])
         for name in self.COUNTERS:
             setattr(self, name, content[name])
+        self.step = content.get("batch", self.step)  # until version 1 a skipped batch did not count as a step

@@ -2,21 +2,34 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
+from enum import IntEnum
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from deepvit.engine.nonfinite import Examination, examine
 from deepvit.engine.ranks import Ranks
 from deepvit.engine.schedule import Schedule
 from deepvit.engine.state import TrainState
+from deepvit.engine.statistics import RunningStatistics
+from deepvit.errors import UserError
 
-Prepare = Callable[..., tuple[Tensor, Tensor]]  # (batch, step, device, training) -> pictures, targets
-Objective = Callable[[nn.Module, Tensor, Tensor], Tensor]  # (network, pictures, targets) -> mean loss
+Prepare = Callable[..., tuple[Tensor, Tensor]]  # (batch, step, device, training) -> images, targets
+Objective = Callable[[nn.Module, Tensor, Tensor], Tensor]  # (network, images, targets) -> mean loss
+
+
+class Masks(Protocol):
+    """Randomness of the model that belongs to an image's place in the global batch (stochastic depth)."""
+
+    def draw(self, batch_index: int, batch_size: int) -> None:
+        """Draws for all images of a global batch."""
+
+    def place(self, start: int, stop: int) -> None:
+        """Hands the model the part of the images that it sees next."""
 
 
 @dataclass(frozen=True)
@@ -31,20 +44,31 @@ class Precision:
         return torch.autocast(device.type, self.dtype, enabled=self.dtype is not None)
 
 
+class Status(IntEnum):
+    """How the passes over a global batch ended. The ranks agree on the gravest."""
+
+    DONE = 0
+    STOP = 1  # done, and asked to stop
+    OUT_OF_MEMORY = 2
+    GIVEN_UP = 3  # asked to stop between two micro-batches
+    ERROR = 4  # no batch to pass
+
+
 class Update:
-    """A global batch on its way into the weights.
+    """What became of a global batch; the same on all ranks, but for `local_loss`.
 
     Attributes:
-        number: of the global batch.
-        loss: mean over this rank's pictures; `grad_norm`: of all ranks, before clipping. Scalar tensors.
-        wrong: bool scalar tensor, the same on all ranks: loss or gradient is not finite somewhere.
+        batch_index: of the global batch.
+        loss: mean over the global batch; `local_loss`: over this rank's part; `grad_norm`: before clipping. Scalars.
+        found_nonfinite: bool scalar: loss or gradient is not finite, so nothing was changed.
     """
 
-    def __init__(self, number: int, loss: Tensor, grad_norm: Tensor, wrong: Tensor):
-        self.number, self.loss, self.grad_norm, self.wrong = number, loss, grad_norm, wrong
-        self._answer = wrong.to("cpu", non_blocking=True)  # to pinned memory, while the device goes on
-        self._answered = _event() if wrong.is_cuda else None
-        self._made: torch.cuda.Event | None = None
+    def __init__(self, batch_index: int, loss: Tensor, local_loss: Tensor, grad_norm: Tensor):
+        self.batch_index, self.loss, self.local_loss, self.grad_norm = batch_index, loss, local_loss, grad_norm
+        self.found_nonfinite = ~torch.isfinite(loss + grad_norm)
+        self._answer = self.found_nonfinite.to("cpu", non_blocking=True)  # to pinned memory, while the device goes on
+        self._answered = _event(loss)
+        self._queued: torch.cuda.Event | None = None
 
     @property
     def skipped(self) -> bool:
@@ -53,149 +77,220 @@ class Update:
             self._answered.synchronize()
         return bool(self._answer)
 
-    def queued(self) -> None:
+    def mark_queued(self) -> None:
         """Called when all that belongs to this update was given to the device."""
-        self._made = _event() if self.wrong.is_cuda else None
+        self._queued = _event(self.loss)
 
     def idle_s(self) -> float:
         """How long the device has had nothing to do since this update; a CPU idles whenever the host waits: inf."""
-        if self._made is None:
+        if self._queued is None:
             return float("inf")
-        if not self._made.query():
+        if not self._queued.query():
             return 0.0
-        now = _event()
+        now = _event(self.loss)
         now.synchronize()
-        return self._made.elapsed_time(now) / 1000
+        return self._queued.elapsed_time(now) / 1000
 
 
-@dataclass(frozen=True)
+def cross_entropy(network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Mean over the images, in float32; targets are classes `[B]` or probabilities `[B, C]`."""
+    return nn.functional.cross_entropy(network(x).float(), y)
+
+
+@dataclass
 class Stepper:
     """What every update has in common.
 
     Args:
-        network: the state's model as it is called (DDP, compiled).
+        network: the state's model as it is called (perhaps compiled).
+        unit: images of a micro-batch that must stay together (a group of the head norm, a pair of mixup).
         clip_grad: largest global norm of the gradients; None: as they are.
+        limit: images that a micro-batch may have; None: as it comes. Running out of memory halves it.
     """
 
     network: nn.Module
     prepare: Prepare
-    objective: Objective
     schedule: Schedule
     precision: Precision
     ranks: Ranks
     seed: int
+    objective: Objective = cross_entropy
     clip_grad: float | None = None
+    masks: Masks | None = None
+    unit: int = 1
+    limit: int | None = None
 
-    def update(self, state: TrainState, batches: Sequence[Any]) -> Update:
-        """One update from the micro-batches of one global batch: `backward`, `step` and `settle` in a row.
+    def update(self, state: TrainState, batches: Sequence[Any] | None, stop: object = None
+               ) -> tuple[Status, Update | None]:
+        """One update from this rank's micro-batches of a global batch (None: they could not be made).
 
-        A loss or gradient that is not finite on any rank skips the update on all: parameters, moments, EMA and
-        running statistics stay as they were, and the schedule does not move.
-        """
-        update = self.backward(state, batches)
-        self.step(state, update)
-        self.settle(state, update)
-        return update
-
-    # The device decides whether an update is skipped. So the host may queue the passes of the next batch before it
-    # learns what became of this one, and the device never waits for it: backward(k), settle(k - 1), step(k), ...
-
-    def backward(self, state: TrainState, batches: Sequence[Any], give_up: Callable[[], bool] = lambda: False
-                 ) -> Update | None:
-        """Gradients of one global batch, and the verdict on them. Parameters stay; running statistics move.
+        The ranks first agree that every pass of each of them fitted into memory; until then nothing is exchanged that
+        one of them could miss. Then loss, statistics and gradients are averaged in one exchange. A loss or gradient
+        that is not finite leaves parameters, moments, average and running statistics as they were, by masks on the
+        device: the host waits for none of it. `state.step` counts the batch all the same.
 
         Args:
-            give_up: asked between micro-batches; all ranks must answer alike. Then nothing has changed, and None is
-                returned.
+            stop: true once this rank was asked to stop. Then all ranks give the batch up between two micro-batches.
+        Returns:
+            the status that all ranks agree on, and the update where it is DONE or STOP; else nothing has changed.
+        Raises:
+            UserError: not even one `unit` of images fits into memory.
         """
-        seed_randomness(self.seed, state.batch, self.ranks.rank)
-        buffers = list(state.model.buffers())
-        before = [buffer.clone() for buffer in buffers]
-        loss = self._accumulate(state, batches, give_up)
-        if loss is None:
+        while True:
+            statistics = RunningStatistics(state.model)
+            status, loss = Status.OUT_OF_MEMORY, None
+            try:
+                status, loss = self._passes(state, batches, statistics, stop)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+            status = Status(self.ranks.max(status))  # outside `except`, whose frames hold the activations
+            if status <= Status.STOP:
+                return status, self._apply(state, loss, statistics)
             state.optimizer.zero_grad(set_to_none=True)
-            for buffer, kept in zip(buffers, before, strict=True):
-                buffer.copy_(kept)
-            return None
-        state.scaler.unscale_(state.optimizer)
-        norm = self._clip(state.model)
-        everywhere = (loss + norm).clone()
-        self.ranks.average([everywhere, *(buffer for buffer in buffers if buffer.is_floating_point())])
-        wrong = ~torch.isfinite(everywhere)
-        for buffer, kept in zip(buffers, before, strict=True):
-            torch.where(wrong, kept, buffer, out=buffer)
-        return Update(state.batch, loss, norm, wrong)
+            statistics.put_back()
+            if status is not Status.OUT_OF_MEMORY:
+                return status, None
+            self._halve(batches)
 
-    def step(self, state: TrainState, update: Update) -> None:
-        """Changes the parameters, unless the update is to be skipped. The one before must be settled."""
+    def examine(self, state: TrainState, batches: Sequence[Any], batch_index: int,
+                rank: int | None = None) -> Examination:
+        """Repeats the passes of a rank (by default this one) over its micro-batches of a global batch, watched module
+        by module; nothing is updated."""
+        rank = self.ranks.rank if rank is None else rank
+        share = sum(map(len, batches))
+        self._seed(batch_index, share, rank)
+        state.model.train()
+
+        def loss(x: Tensor, y: Tensor) -> Tensor:
+            with self.precision.autocast(self.ranks.device):
+                return state.scaler.scale(self.objective(state.model, x, y) * len(x) / share)
+
+        start = rank * share
+        for batch in batches:
+            self._place(start, start + len(batch))
+            x, y = self.prepare(batch, batch_index, self.ranks.device, training=True)
+            found = examine(state.model, partial(loss, x, y))
+            if found.first:
+                break
+            start += len(batch)
+        return found
+
+    def _passes(self, state: TrainState, batches: Sequence[Any] | None, statistics: RunningStatistics,
+                stop: object) -> tuple[Status, Tensor | None]:
+        """Gradients of this rank's mean loss, which is returned."""
+        if batches is None:
+            return Status.ERROR, None
+        share = sum(map(len, batches))
+        self._seed(state.step, share, self.ranks.rank)
+        state.optimizer.zero_grad(set_to_none=True)
+        total, start = torch.zeros((), device=self.ranks.device), self.ranks.rank * share
+        for number, batch in enumerate(self._cut(batches)):
+            if number and self.ranks.any_asked_to_stop(bool(stop)):
+                return Status.GIVEN_UP, None
+            self._place(start, start + len(batch))
+            x, y = self.prepare(batch, state.step, self.ranks.device, training=True)
+            with self.precision.autocast(self.ranks.device):
+                loss = self.objective(self.network, x, y) / (share / len(x))
+            state.scaler.scale(loss).backward()
+            statistics.take(len(x) / share)
+            total += loss.detach()
+            start += len(batch)
+        return Status.STOP if stop else Status.DONE, total
+
+    def _apply(self, state: TrainState, local_loss: Tensor, statistics: RunningStatistics) -> Update:
+        gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
+        loss = local_loss.clone()
+        self.ranks.average([loss, *statistics.moved, *gradients])
+        state.scaler.unscale_(state.optimizer)
+        update = Update(state.step, loss, local_loss, self._clip(state.model, gradients))
+        statistics.move(unless=update.found_nonfinite)
         self._set_rate(state)
         if _skips_on_the_device(state.optimizer):
-            state.optimizer.grad_scale, state.optimizer.found_inf = None, update.wrong.float()
+            state.optimizer.grad_scale, state.optimizer.found_inf = None, update.found_nonfinite.float()
             state.optimizer.step()
             del state.optimizer.grad_scale, state.optimizer.found_inf
         elif not update.skipped:
             state.optimizer.step()
         state.scaler.update()
-        state.batch += 1
-        update.queued()
-
-    def settle(self, state: TrainState, update: Update) -> bool:
-        """Counts an update and takes it into the average; False if it was skipped. Waits for the device."""
-        if update.skipped:
-            state.skipped_in_a_row += 1
-            return False
         state.step += 1
-        state.skipped_in_a_row = 0
         if state.ema is not None:
-            state.ema.update(state.model, state.step)
-        return True
+            _average(state.ema, state.model, state.step, unless=update.found_nonfinite)
+        update.mark_queued()
+        return update
 
-    def examine(self, state: TrainState, batches: Sequence[Any], number: int, rank: int | None = None) -> Examination:
-        """Repeats the passes of a rank (by default this one) over its micro-batches of global batch `number`, looked
-        at module by module; nothing is updated."""
-        seed_randomness(self.seed, number, self.ranks.rank if rank is None else rank)
-        state.model.train()
-
-        def loss(x: Tensor, y: Tensor) -> Tensor:
-            with self.precision.autocast(self.ranks.device):
-                return state.scaler.scale(self.objective(state.model, x, y) / len(batches))
-
-        seen = []
-        for batch in batches:  # all of them: a norm over the ranks meets the others in each
-            x, y = self.prepare(batch, number, self.ranks.device, training=True)
-            seen.append(examine(state.model, partial(loss, x, y)))
-        return next((one for one in seen if one.first), seen[0])
-
-    def _accumulate(self, state: TrainState, batches: Sequence[Any], give_up: Callable[[], bool]) -> Tensor | None:
-        """Gradients of the mean loss over `batches`; the ranks exchange them once, with the last."""
-        state.optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros((), device=self.ranks.device)
-        for number, batch in enumerate(batches, start=1):
-            if number > 1 and give_up():
-                return None
-            x, y = self.prepare(batch, state.batch, self.ranks.device, training=True)
-            waits = self.ranks.world > 1 and number < len(batches)
-            with self.network.no_sync() if waits else nullcontext():
-                with self.precision.autocast(self.ranks.device):
-                    loss = self.objective(self.network, x, y) / len(batches)
-                state.scaler.scale(loss).backward()
-            total += loss.detach()
-        return total
-
-    def _clip(self, model: nn.Module) -> Tensor:
+    def _clip(self, model: nn.Module, gradients: list[Tensor]) -> Tensor:
         """The global norm of the gradients before they are clipped, if they are."""
         if self.clip_grad is not None:
             return nn.utils.clip_grad_norm_(model.parameters(), self.clip_grad)
-        return nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        return nn.utils.get_total_norm(gradients)
 
     def _set_rate(self, state: TrainState) -> None:
         rate = self.schedule(state.step + 1)
         for group in state.optimizer.param_groups:
             group["lr"] = rate * group.get("lr_scale", 1.0)
 
+    def _seed(self, batch_index: int, share: int, rank: int) -> None:
+        seed_randomness(self.seed, batch_index, rank)  # element-wise dropout
+        if self.masks is not None:
+            self.masks.draw(batch_index, share * self.ranks.world)
 
-def _event() -> torch.cuda.Event:
-    """A mark in the device's queue; who waits for it leaves the core to others."""
+    def _place(self, start: int, stop: int) -> None:
+        if self.masks is not None:
+            self.masks.place(start, stop)
+
+    def _cut(self, batches: Sequence[Any]) -> Sequence[Any]:
+        if self.limit is None:
+            return batches
+        return [part for batch in batches for part in batch.split(self.limit)]
+
+    def _halve(self, batches: Sequence[Any]) -> None:
+        """Micro-batches of half as many images, in whole units, from now on."""
+        if self.ranks.device.type == "cuda":
+            torch.cuda.empty_cache()
+        largest = max(len(batch) for batch in self._cut(batches))
+        if largest <= self.unit:
+            raise UserError(
+                f"{largest} images at once do not fit into the memory of this device, and fewer cannot be taken "
+                f"together: set engine.grad_checkpointing=true, precision=bf16 or a smaller "
+                f"model.attention.norm_batch.")
+        self.limit = max(1, largest // self.unit // 2) * self.unit
+
+
+def _average(ema: ModelEmaV3, model: nn.Module, step: int, unless: Tensor) -> None:
+    """The average's move after update number `step`, in a few calls for all weights; buffers are copied."""
+    weights, averages = list(model.parameters()), list(ema.module.parameters())
+    with torch.no_grad():
+        steps = torch._foreach_sub(weights, averages)
+        torch._foreach_mul_(steps, (1 - ema.get_decay(step)) * ~unless)
+        torch._foreach_add_(averages, steps)
+        buffers = list(model.buffers())
+        if buffers:
+            torch._foreach_copy_(list(ema.module.buffers()), buffers)
+
+
+def allocate_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Has a fused optimizer allocate its moments now, by a step that it skips; the others do at their first update."""
+    if not getattr(optimizer, "_step_supports_amp_scaling", False) or "betas" not in optimizer.defaults:
+        return
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    for weight in weights:
+        weight.grad = torch.zeros_like(weight)
+    optimizer.grad_scale, optimizer.found_inf = None, torch.ones((), device=weights[0].device)
+    optimizer.step()
+    del optimizer.grad_scale, optimizer.found_inf
+    optimizer.zero_grad(set_to_none=True)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """A GPU's allocator has a class of its own; a CPU's only these words."""
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+
+
+def _event(like: Tensor) -> torch.cuda.Event | None:
+    """A mark in the device's queue, on a GPU; who waits for it leaves the core to others."""
+    if not like.is_cuda:
+        return None
     event = torch.cuda.Event(enable_timing=True, blocking=True)
     event.record()
     return event
@@ -207,6 +302,6 @@ def _skips_on_the_device(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def seed_randomness(*words: int) -> None:
-    """Makes the model's own randomness (dropout, stochastic depth) a function of `words`, so none need be saved."""
+    """Makes the model's own randomness (dropout) a function of `words`, so none need be saved."""
     digest = hashlib.blake2b(repr(words).encode(), digest_size=8).digest()
     torch.manual_seed(int.from_bytes(digest, "little") >> 1)  # seeds every device

@@ -3,16 +3,16 @@
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Size
+import torch
+from torch import Size, nn
 
 from deepvit.errors import UserError
 from deepvit.importers.dialect import Dialect, Told
 from deepvit.importers.files import WeightsFile
 from deepvit.importers.ours import BATCH_NORM, BLOCK, CONV_STEM, FRAME
 from deepvit.importers.positions import bicubic
-from deepvit.importers.settings import head_width
 from deepvit.importers.table import Row, Rule
-from deepvit.models import model_config
+from deepvit.models import ViT, build_model, model_config
 
 CONV1X1 = Rule(lambda kernel: kernel[:, :, 0, 0], lambda theta: theta[:, :, None, None])  # [H, H, 1, 1] <-> [H, H]
 
@@ -48,8 +48,11 @@ def _tells(file: WeightsFile, told: Mapping[str, Any], shapes: Mapping[str, Size
         notes.append(f"its arch '{arch}' has " + ", ".join(f"{key} {model[key]}" for key in differences)
                      + "; the tensors have " + ", ".join(f"{key} {told.get(key)}" for key in differences)
                      + ", and they are what is built")
-    heads = given.get("num_heads") or told.get("num_heads") or model["num_heads"]
-    rest |= {"num_heads": heads, **head_width(shapes, heads), "residual_scale": model["residual_scale"]}
+    known = told.get("num_heads") or (model["num_heads"] if arch in ARCHS else None)
+    heads = known or given.get("num_heads") or model["num_heads"]
+    rest |= {"num_heads": heads, "residual_scale": model["residual_scale"]}
+    if arch in ARCHS and not differences:
+        rest["img_size"] = model["img_size"]
     map_scale = model["map_scale"]
     if map_scale != 1.0 and differences:
         map_scale = (told["embed_dim"] / heads) ** -0.5  # the published rule, for another width
@@ -67,11 +70,24 @@ def _unnamed(file: WeightsFile, told: Mapping[str, Any], given: Mapping[str, Any
     return {}
 
 
-def is_named(name: str, config: Mapping[str, Any]) -> bool:
-    """Whether `config` is the named model of conf/model, but for picture size and classes (dropout aside)."""
-    model = model_config(name)
-    return all(model[key] == config.get(key) for key in (
-        *SHAPED, "num_heads", "reattention_blocks", "residual_scale", "map_scale", "qk_scale", "mlp_ratio"))
+def is_named(name: str, model: ViT) -> bool:
+    """Whether the named model of conf/model, made for as many classes, loads the weights strictly and computes the
+    same."""
+    if _differences(name, model.config):
+        return False
+    with torch.device("meta"):
+        named = build_model(model_config(name) | {"num_classes": model.num_classes})
+    return (named.grid_size == model.grid_size and _shapes(named) == _shapes(model)
+            and all(_scalars(a) == _scalars(b) for a, b in zip(named.blocks, model.blocks, strict=True)))
+
+
+def _shapes(model: ViT) -> dict[str, Size]:
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+
+def _scalars(block: nn.Module) -> tuple[float, ...]:
+    attention = block.attn
+    return attention.num_heads, attention.scale, attention.map_scale, block.residual_scale
 
 
 def _differences(name: str, told: Mapping[str, Any]) -> list[str]:

@@ -21,8 +21,10 @@ class Dialect(NamedTuple):
     """
     speaks: whether a set of names is this dialect's.
     rows: the table, given the file and the caller's keywords (some layouts need `in_chans`).
-    tells: (file, settings decided by shapes, our shapes, caller's keywords) -> the rest of the settings.
-    resize: the rule for position embeddings of another picture size.
+    tells: (file, settings decided by shapes, our shapes, caller's keywords) -> the rest of the settings; with
+        `img_size` only where the file tells it.
+    resize: the rule for position embeddings of another image size.
+    square_only: its models know square images only.
     """
 
     name: str
@@ -30,3 +32,4 @@ class Dialect(NamedTuple):
     rows: Callable[[WeightsFile, Mapping[str, Any]], Sequence[Row]]
     tells: Callable[[WeightsFile, Mapping[str, Any], Mapping[str, Size], Mapping[str, Any]], Told]
     resize: Resize
+    square_only: bool = False

@@ -4,6 +4,7 @@ import argparse
 import json
 import pickle
 import pickletools
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,9 +17,12 @@ from torch import Tensor
 
 from deepvit.errors import UserError
 from deepvit.importers import msgpack, npz
+from deepvit.importers.hub import located
 
-RAW, EMA = ("state_dict", "model"), ("state_dict_ema", "ema", "model_ema")  # where checkpoints keep their weights
-WRAPPERS = ("module.", "_orig_mod.")  # prefixes of DataParallel and torch.compile
+# Where trainers keep the weights in a checkpoint, and where in a folder
+RAW, EMA = ("state_dict", "model", "model_state_dict", "net"), ("state_dict_ema", "ema", "model_ema")
+RUN_FILES, FOLDER_FILES = ("best.pt", "last.pt"), ("model.safetensors", "pytorch_model.bin")
+WRAPPERS = re.compile(r"(?:(?:module|_orig_mod|model|net)\.)*")  # DistributedDataParallel, torch.compile, Lightning
 
 
 @dataclass
@@ -26,7 +30,7 @@ class WeightsFile:
     """A file's tensors by name.
 
     `shapes` is known at once, `read(name)` fetches one tensor (on the CPU, maybe a view of the file);
-    `said` is what the file tells beside tensors: `arch`, `config`, `classes`, `format`, ...
+    `said` is what the file tells besides tensors: `arch`, `model_args`, `config`, `classes`, `format`, ...
     """
 
     path: Path
@@ -41,12 +45,13 @@ def open_weights(path: str | Path, ema: bool = False) -> WeightsFile:
     """Opens a weights file of any known format, told by its content.
 
     Args:
-        path: the file, or a run folder, which stands for its best checkpoint.
+        path: the file; or a folder: of a run (its best checkpoint), of accelerate or of the Hugging Face hub; or a
+            name: `timm:NAME`, `hf-hub:OWNER/NAME`, `local-dir:FOLDER`.
         ema: take the averaged weights instead of the raw ones.
     Raises:
         UserError: the file is missing, torn, foreign, holds anything but tensors and plain values, or has no EMA.
     """
-    path = find_checkpoint(Path(path))[0]
+    path = find_checkpoint(path)[0]
     try:
         start = path.open("rb").read(16)
     except OSError as error:
@@ -56,11 +61,19 @@ def open_weights(path: str | Path, ema: bool = False) -> WeightsFile:
         raise UserError(f"{path} holds no EMA weights: take the raw ones with weights=raw (in Python: ema=False).")
     if not opened.shapes:
         raise UserError(f"{path} holds no tensors: give a file of model weights.")
+    opened.said = _hub_config(path) | opened.said
+    opened.said["arch"] = arch if isinstance(arch := opened.said.get("arch"), str) else None
     return opened
 
 
-def has_average(path: Path) -> bool:
-    """Whether the file holds averaged weights, be it beside raw ones; False for one that cannot be opened at all."""
+def takes_average(path: str | Path, weights: str = "auto") -> bool:
+    """Whether to load averaged weights (`ema` of `load_model`): `weights` is `ema`, `raw`, or `auto`, the average if
+    the file has one (no for a file that cannot be opened at all)."""
+    if weights not in ("auto", "ema", "raw"):
+        raise UserError(f"weights={weights} is not known: choose from auto, ema, raw.")
+    if weights != "auto":
+        return weights == "ema"
+    path = find_checkpoint(path)[0]
     try:
         open_weights(path, ema=True)
     except UserError:
@@ -68,17 +81,33 @@ def has_average(path: Path) -> bool:
     return True
 
 
-def find_checkpoint(source: Path) -> tuple[Path, Path | None]:
-    """(weights file, its run folder if it lies in one) of a run folder or a file."""
+def find_checkpoint(source: str | Path) -> tuple[Path, Path | None]:
+    """(weights file, its run folder if it lies in one) of a folder, a file, or a name such as `timm:NAME`."""
+    source = located(source)
     if source.is_dir():
-        found = [source / "checkpoints" / name for name in ("best.pt", "last.pt")]
-        path = next((path for path in found if path.exists()), None)
+        paths = [source / "checkpoints" / name for name in RUN_FILES] + [source / name for name in FOLDER_FILES]
+        path = next((path for path in paths if path.exists()), None)
         if path is None:
-            raise UserError(f"The folder {source} holds no checkpoints/best.pt or last.pt: "
-                            f"give a run's folder or a weights file.")
-        return path, source
+            raise UserError(f"The folder {source} holds no checkpoints/best.pt or last.pt, and no "
+                            f"{' or '.join(FOLDER_FILES)}: give a run's folder or a weights file.")
+        return path, source if path.name in RUN_FILES else None
     run = source.parent.parent
     return source, run if source.parent.name == "checkpoints" and (run / "config.yaml").exists() else None
+
+
+def _hub_config(path: Path) -> dict[str, Any]:
+    """What `config.json` says of the weights beside it (timm's layout for the Hugging Face hub): its architecture."""
+    config = path.with_name("config.json")
+    if path.name not in FOLDER_FILES or not config.exists():
+        return {}
+    try:
+        content = json.loads(config.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{config} is no JSON ({_first_sentence(error)}): get it again.") from None
+    told = content if isinstance(content, dict) else {}
+    found = {"arch": told.get("architecture"), "model_args": told.get("model_args"), "classes": told.get("label_names")}
+    kinds = {"arch": str, "model_args": dict, "classes": list}
+    return {key: value for key, value in found.items() if isinstance(value, kinds[key])}
 
 
 def _reader(path: Path, start: bytes) -> Callable[[Path, bool], WeightsFile]:
@@ -182,10 +211,14 @@ def _check_tensor(path: Path, name: Any, tensor: Any, size: int) -> None:
 
 
 def _said(content: Mapping) -> dict[str, Any]:
-    """Everything of a checkpoint but its weights; `arch` also from the arguments that were saved with it."""
+    """Everything of a checkpoint but its weights; the model's name and keywords also from timm's saved arguments."""
     said = {key: value for key, value in content.items() if key not in (*RAW, *EMA, "optimizer")}
-    arch = said.get("arch") or getattr(said.get("args"), "model", None)
-    return said | ({"arch": arch} if isinstance(arch, str) else {"arch": None})
+    arguments = said.get("args")
+    said["arch"] = said.get("arch") or getattr(arguments, "model", None)
+    if isinstance(keywords := getattr(arguments, "model_kwargs", None), dict):
+        pool = {"global_pool": arguments.gp} if getattr(arguments, "gp", None) else {}
+        said["model_args"] = pool | keywords
+    return said
 
 
 def _unwrapped(path: Path, kind: str, entries: Mapping[str, tuple[torch.Size, str]], read: Callable[[str], Tensor],
@@ -193,9 +226,7 @@ def _unwrapped(path: Path, kind: str, entries: Mapping[str, tuple[torch.Size, st
     """The file under names without the wrappers' prefixes."""
     original: dict[str, str] = {}
     for name in entries:
-        bare = name
-        for prefix in WRAPPERS:
-            bare = bare.removeprefix(prefix)
+        bare = name[WRAPPERS.match(name).end():]
         if bare in original:
             raise UserError(f"{path} holds '{bare}' twice, with and without a wrapper's prefix: save one state dict.")
         original[bare] = name

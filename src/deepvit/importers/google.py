@@ -11,7 +11,6 @@ from torch import Size, Tensor
 from deepvit.importers import positions
 from deepvit.importers.dialect import Dialect, Told
 from deepvit.importers.files import WeightsFile
-from deepvit.importers.settings import head_width
 from deepvit.importers.table import FLATTEN, HWIO, STACK, TRANSPOSE, Row, Rule
 
 BLOCK = "Transformer/encoderblock_{l}"
@@ -70,11 +69,9 @@ def speaks(names: Set[str]) -> bool:
     return "Transformer/posembed_input/pos_embedding" in names
 
 
-def heads(file: WeightsFile, shapes: Mapping[str, Size]) -> dict[str, Any]:
-    """H and head width as the query kernel [D, H, d] has them."""
-    query = f"{ATTENTION}/query/kernel".format(l=0)
-    count = file.shapes[query][1]
-    return {"num_heads": count, **head_width(shapes, count)}
+def heads(file: WeightsFile) -> int:
+    """H as the query kernel [D, H, d] has it."""
+    return file.shapes[f"{ATTENTION}/query/kernel".format(l=0)][1]
 
 
 def with_arithmetic(stem: Any, arithmetic: str) -> Any:
@@ -85,7 +82,7 @@ def with_arithmetic(stem: Any, arithmetic: str) -> Any:
 def _tells(file: WeightsFile, told: Mapping[str, Any], shapes: Mapping[str, Size], given: Mapping[str, Any]) -> Told:
     note = "taken as Google's (tanh GELU, pre_logits applied); dialect='vit_pytorch' computes the file as ViT-pytorch"
     return Told({"gelu": "tanh", "norm_eps": 1e-6, "stem": with_arithmetic(told["stem"], "google"),
-                 **heads(file, shapes)}, [note])
+                 "num_heads": heads(file)}, [note])
 
 
-DIALECT = Dialect("google", speaks, lambda file, given: ROWS, _tells, positions.google)
+DIALECT = Dialect("google", speaks, lambda file, given: ROWS, _tells, positions.google, square_only=True)

@@ -1,57 +1,33 @@
 """`load_model` and `load_weights`: a foreign file becomes one of our models, strictly, one tensor at a time."""
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from deepvit.errors import UserError, did_you_mean
 from deepvit.importers import deepvit, deepvit_flax, google, lucidrains, ours, timm, vit_pytorch
-from deepvit.importers.dialect import Dialect
+from deepvit.importers.dialect import Dialect, Told
 from deepvit.importers.files import WeightsFile, open_weights
-from deepvit.importers.settings import native_grid, settings_from_shapes
-from deepvit.importers.table import Translation, foreign_name, translate
-from deepvit.models import ViT, build_model, model_config
-from deepvit.models.init import init_weights
+from deepvit.importers.fill import Head, Report, Source, fill, other_head
+from deepvit.importers.positions import Grid, grid_of, native_grid, pair
+from deepvit.importers.settings import empty_model, head_width, settings_from_config, settings_from_shapes
+from deepvit.importers.table import translate
+from deepvit.models import ViT, list_models, model_config
 
-Head = Literal["keep", "reset", "zero"]
 DIALECTS: dict[str, Dialect] = {module.DIALECT.name: module.DIALECT for module in (
     ours, deepvit, google, vit_pytorch, deepvit_flax, lucidrains, timm)}
 DECIDED = ("embed_dim", "depth", "num_heads", "in_chans", "patch_size", "qkv_bias")  # a keyword must not contradict
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+NAMED = ("ours", "deepvit", "timm")  # dialects whose files may leave it to a name what the model is
+SCALARS = ("gelu", "norm_eps", "residual_scale", "map_scale", "pool", "final_norm")  # told by no shape
 log = logging.getLogger("deepvit")
 
 
-@dataclass
-class Report:
-    """What was done to load a file: `print(report)` says it in sentences."""
-
-    path: Path
-    dialect: str
-    tensors: int = 0  # loaded into the model
-    resized: list[str] = field(default_factory=list)
-    dropped: dict[str, str] = field(default_factory=dict)  # name in the file -> why
-    fresh: list[str] = field(default_factory=list)  # parameters that did not come from the file
-    notes: list[str] = field(default_factory=list)
-    said: dict[str, Any] = field(default_factory=dict)  # what the file tells beside weights: arch, classes, ...
-
-    def __str__(self) -> str:
-        lines = [f"{self.path}: {self.tensors} tensors, read as dialect '{self.dialect}'"]
-        lines += [f"  resized: {text}" for text in self.resized]
-        for why in dict.fromkeys(self.dropped.values()):
-            names = [name for name, reason in self.dropped.items() if reason == why]
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            lines.append(f"  dropped: {', '.join(names[:3])}{more} ({why})")
-        lines += [f"  not from the file: {', '.join(self.fresh)}"] if self.fresh else []
-        return "\n".join(lines + [f"  note: {note}" for note in self.notes])
-
-
 def load_model(path: str | Path, *, dialect: str | None = None, ema: bool = False, head: Head = "keep",
-               **keywords: Any) -> ViT:
+               arch: str | None = None, grid_size: Sequence[int] | None = None, **keywords: Any) -> ViT:
     """Builds the model that a weights file tells, and loads it strictly. See docs/importing.md for the dialects.
 
     Args:
@@ -59,31 +35,36 @@ def load_model(path: str | Path, *, dialect: str | None = None, ema: bool = Fals
         dialect: one of `DIALECTS`; None: found out from the content.
         ema: take the averaged weights.
         head: `keep` the file's classifier, or start it anew (`reset`: random, `zero`).
-        **keywords: of `ViT`, for what the file does not tell (`num_heads`, `pool`, ...) or to change the picture size.
+        arch: the model that was trained, where the file does not tell: a name of `list_models()`, of the published
+            DeepViT code or of timm.
+        grid_size: (rows, columns) of patches that the file's positions stand for, where it does not tell.
+        **keywords: of `ViT`, for what the file does not tell (`num_heads`, `pool`, ...) or to change the image size.
     Returns:
         a `ViT` in training mode with `.config` and `.load_report` (a `Report`).
     Raises:
         UserError: the file is missing, torn, poisoned or foreign, or does not fit what was asked.
     """
-    file, spoken, translation, report = _understand(path, dialect, ema, keywords)
-    config = _settings(file, spoken, translation, keywords, head, report)
-    model = _empty_model(config, file)
-    positions = translation.shapes["pos_embed"]
-    if "img_size" not in keywords and positions[1:2] != model.pos_embed.shape[1:2]:
-        raise UserError(f"{file.path} says img_size {config['img_size']}, which its positions {tuple(positions)} do "
-                        f"not fit: it is torn or forged.")
-    _fill(model, file, spoken, translation, head, report)
-    model.load_report = report
-    log.info("%s", report)
+    source = _understand(path, dialect, ema, arch, keywords)
+    rest = _tells(source, keywords)
+    config, grid = _settings(source, rest, keywords, grid_size)
+    if head == "keep" and config["num_classes"] != source.told["num_classes"]:
+        raise other_head(source, config["num_classes"])
+    model = empty_model(config, str(source))
+    fill(model, source, grid, head)
+    model.load_report = source.report
+    log.info("%s", source.report)
     return model
 
 
-def load_weights(model: ViT, path: str | Path, dialect: str | None = None, ema: bool = False,
-                 head: Head = "keep") -> Report:
-    """Loads a weights file into a model you have, strictly; position embeddings are resized to the model's pictures.
+def load_weights(model: ViT, path: str | Path, dialect: str | None = None, ema: bool = False, head: Head = "keep",
+                 classes: Sequence[str] | None = None, grid_size: Sequence[int] | None = None) -> Report:
+    """Loads a weights file into a model you have, strictly; position embeddings are resized to the model's images.
 
     Args:
         head: `keep` asks for as many classes as the model has; `reset` and `zero` leave the file's head out.
+        classes: the model's, in order: a kept head of the same classes in another order is brought into theirs, one
+            of other classes is refused, where the file names its own.
+        grid_size: as `load_model`.
     Returns:
         a `Report` of what was resized, dropped or does not agree.
     Raises:
@@ -91,42 +72,58 @@ def load_weights(model: ViT, path: str | Path, dialect: str | None = None, ema: 
     """
     if not isinstance(model, ViT):
         raise UserError(f"load_weights fills models of deepvit.create_model, not a {type(model).__name__}.")
-    config = getattr(model, "config", {})
-    file, spoken, translation, report = _understand(path, dialect, ema, {"in_chans": config.get("in_chans")})
-    told = settings_from_shapes(translation.shapes, str(file.path))
     heads = model.blocks[0].attn.num_heads
-    rest = spoken.tells(file, told, translation.shapes,
-                        {"residual_scale": None, "map_scale": None, **config, "num_heads": heads})
-    if rest.settings.get("num_heads", heads) != heads:
-        raise UserError(f"{file.path} has {rest.settings['num_heads']} heads, the model {heads}: its logits would be "
-                        f"others; build the model with num_heads={rest.settings['num_heads']}.")
-    report.notes += rest.notes
-    for key in ("gelu", "norm_eps", "residual_scale", "map_scale", "pool", "final_norm"):
-        if key in config and key in rest.settings and config[key] != rest.settings[key]:
-            report.notes.append(f"the model has {key}={config[key]}, these weights were made with {rest.settings[key]}")
-    _fill(model, file, spoken, translation, head, report)
-    log.info("%s", report)
-    return report
+    config = {"residual_scale": None, "map_scale": None, **getattr(model, "config", {}), "num_heads": heads}
+    source = _understand(path, dialect, ema, None, config)
+    rest = _tells(source, config)
+    held = {**source.told, **rest.settings}.get("num_heads", heads)
+    if held != heads:
+        raise UserError(f"{source} has {held} heads, the model {heads}: its logits would be others; build the model "
+                        f"with num_heads={held}.")
+    source.report.notes += [f"the model has {key}={config[key]}, these weights were made with {rest.settings[key]}"
+                            for key in SCALARS if config.get(key, rest.settings.get(key)) != rest.settings.get(key)
+                            and key in rest.settings]
+    grid = _grid(source, rest.settings.get("img_size"), model.grid_size, grid_size)
+    try:
+        fill(model, source, grid, head, classes)
+    except UserError as error:
+        raise UserError(f"{error}{_advice(source, config)}") from None
+    log.info("%s", source.report)
+    return source.report
 
 
-def _understand(path: str | Path, dialect: str | None, ema: bool,
-                given: Mapping[str, Any]) -> tuple[WeightsFile, Dialect, Translation, Report]:
+def _understand(path: str | Path, dialect: str | None, ema: bool, arch: str | None,
+                given: Mapping[str, Any]) -> Source:
     if dialect is not None and dialect not in DIALECTS:
         raise UserError(f"dialect='{dialect}' is not known: choose from {', '.join(DIALECTS)}."
                         f"{did_you_mean(dialect, DIALECTS)}")
     file = open_weights(path, ema)
+    if arch is not None:
+        file.said |= {"arch": _known_arch(arch)} | ({} if file.said.get("arch") == arch else {"model_args": None})
     spoken = DIALECTS[dialect] if dialect else _find_dialect(file)
+    if arch is not None and (spoken.name not in NAMED or "config" in file.said):
+        raise UserError(f"{file.path} tells its model by itself (dialect '{spoken.name}'): leave arch={arch} out.")
     translation = translate(spoken.rows(file, given), file.shapes, f"{file.path} (read as dialect '{spoken.name}')")
+    told = settings_from_shapes(translation.shapes, str(file.path))
     said = {key: value for key, value in file.said.items() if not isinstance(value, Tensor)}
-    return file, spoken, translation, Report(file.path, spoken.name, dropped=dict(translation.dropped), said=said)
+    return Source(file, spoken, translation, told, Report(
+        file.path, spoken.name, "ema" if ema else "raw", dropped=dict(translation.dropped), said=said))
+
+
+def _known_arch(arch: str) -> str:
+    known = [*list_models(), *deepvit.ARCHS]
+    if arch not in known and not timm.heads_of(str(arch)):
+        raise UserError(f"arch={arch} is no model known here: choose from {', '.join(known)}, or one of timm's "
+                        f"vit_<size>_patch... names.{did_you_mean(arch, known)}")
+    return arch
 
 
 def _find_dialect(file: WeightsFile) -> Dialect:
+    names = file.shapes.keys()
     if ours.is_ours(file):
         return DIALECTS["ours"]
     if file.said.get("arch") in deepvit.ARCHS:  # a plain ViT of that code looks like timm's
         return DIALECTS["deepvit"]
-    names = file.shapes.keys()
     for spoken in DIALECTS.values():
         if spoken.speaks(names):
             return spoken
@@ -134,129 +131,68 @@ def _find_dialect(file: WeightsFile) -> Dialect:
                     f"the dialects are {', '.join(DIALECTS)}.")
 
 
-def _settings(file: WeightsFile, spoken: Dialect, translation: Translation, given: Mapping[str, Any], head: Head,
-              report: Report) -> dict[str, Any]:
-    """Settings of the model: by shapes, then by the dialect, then by the caller for what the file leaves open."""
-    told = settings_from_shapes(translation.shapes, str(file.path))
-    rest = spoken.tells(file, told, translation.shapes, given)
-    report.notes += rest.notes
-    for key, value in given.items():
-        if key in DECIDED and key in told and value not in (told[key], (told[key],) * 2, [told[key]] * 2):
-            raise UserError(f"{key}={value!r} is asked for, but the tensors of {file.path} say {told[key]!r}: "
-                            f"leave {key} out.")
-    config = model_config("vit") | {"num_heads": None, "img_size": None} | told | rest.settings | dict(given)
+def _tells(source: Source, given: Mapping[str, Any]) -> Told:
+    rest = source.spoken.tells(source.file, source.told, source.translation.shapes, given)
+    source.report.notes += rest.notes
+    return rest
+
+
+def _settings(source: Source, rest: Told, given: Mapping[str, Any],
+              grid_size: Sequence[int] | None) -> tuple[dict[str, Any], Grid]:
+    """Settings of the model: by shapes, then by the dialect, then by the caller for what the file leaves open; and the
+    grid of the file's positions."""
+    told = source.told
+    wrong = [key for key, value in given.items()
+             if key in DECIDED and key in told and value not in (told[key], (told[key],) * 2, [told[key]] * 2)]
+    if wrong:
+        asked = ", ".join(f"{key}={given[key]!r}" for key in wrong)
+        raise UserError(f"{asked} is asked for, but the tensors of {source} say "
+                        f"{', '.join(repr(told[key]) for key in wrong)}: leave {', '.join(wrong)} out.")
+    config = model_config("vit") | {"num_heads": None} | told | rest.settings | dict(given)
     if config["num_heads"] is None:
-        raise UserError(f"{file.path} does not tell its number of heads: give num_heads=... "
+        raise UserError(f"{source} does not tell its number of heads: give num_heads=... "
                         f"({config['embed_dim']} channels).")
-    if config["img_size"] is None:
-        raise UserError(f"{file.path} has {translation.shapes['pos_embed'][1] - 1} patch positions, no square: "
-                        f"give img_size=(height, width) in pixels.")
-    if head == "keep" and config["num_classes"] != told["num_classes"]:
-        raise _other_head(file, told["num_classes"], config["num_classes"])
-    return config
+    if "head_dim" not in {**rest.settings, **given}:
+        config["head_dim"] = head_width(source.translation.shapes, config["num_heads"], str(source))
+    own = rest.settings.get("img_size")
+    asked = grid_of(given["img_size"], told["patch_size"]) if "img_size" in given else None
+    grid = _grid(source, own, asked, grid_size)
+    if asked is None and not (own and grid_of(own, told["patch_size"]) == grid):
+        height, width = (side * patch for side, patch in zip(grid, pair(told["patch_size"]), strict=True))
+        config["img_size"] = height if height == width else [height, width]
+    return config, grid
 
 
-def _other_head(file: WeightsFile, held: int, wanted: int) -> UserError:
-    return UserError(f"{file.path} has {f'a head of {held} classes' if held else 'no head'}, the model is to have "
-                     f"{wanted}: start the head anew with head=reset (or head=zero).")
+def _grid(source: Source, own: Any, asked: Grid | None, given: Sequence[int] | None) -> Grid | None:
+    """Rows and columns of patches that the file's positions stand for: what is given, what the file's own image size
+    makes of them, what is asked for, or a square."""
+    count = source.translation.shapes["pos_embed"][1] - 1
+    if given is not None:
+        if not (isinstance(given, Sequence) and len(given) == 2 and all(isinstance(side, int) for side in given)
+                and math.prod(given) == count):
+            raise UserError(f"grid_size={given} is not the grid of the {count} patch positions of {source}: give "
+                            f"[rows, columns].")
+        return tuple(given)
+    own = grid_of(own, source.told["patch_size"]) if own else None
+    grid = native_grid(count, own, asked or own or (0, 0), source.spoken.square_only, str(source))
+    if grid is None and asked is None:
+        raise UserError(f"{source} has {count} patch positions, no square: give img_size=[height, width] in pixels.")
+    return grid
 
 
-def _empty_model(config: dict[str, Any], file: WeightsFile) -> ViT:
-    """The model without storage: its shapes are compared with the file's before any memory is taken."""
-    try:
-        with torch.device("meta"):
-            return build_model(config)
-    except UserError as error:
-        raise UserError(f"{file.path} with the settings given makes no model: {error}") from None
-    except (RuntimeError, ValueError, TypeError, OverflowError, ZeroDivisionError, IndexError) as error:
-        raise UserError(f"{file.path} has settings that make no model ({str(error).splitlines()[0][:100]}).") from None
+def _advice(source: Source, config: Mapping[str, Any]) -> str:
+    """All settings in which a model differs from the file's tensors, as a command line would set them."""
+    if "embed_dim" not in config:
+        return ""
+    mine = settings_from_config({**config, "num_classes": source.told["num_classes"]}, "the model")
+    changes = [f"{_typed(key, value)} (now {_typed(key, mine[key]).partition('=')[2]})"
+               for key, value in source.told.items() if key in mine and mine[key] != value]
+    return f" The weights are of a model with {', '.join(changes)}." if changes else ""
 
 
-def _fill(model: ViT, file: WeightsFile, spoken: Dialect, translation: Translation, head: Head, report: Report) -> None:
-    if head not in ("keep", "reset", "zero"):
-        raise UserError(f"head={head!r} is not known: choose from keep, reset, zero.")
-    steps, shapes = dict(translation.steps), dict(translation.shapes)
-    _set_head_aside(model, file, steps, shapes, head, report)
-    _check_fit(model, file, translation, shapes, head)
-    state = model.state_dict(keep_vars=True)
-    fresh = [name for name in state if name not in steps]
-    if any(tensor.is_meta for tensor in state.values()):
-        try:
-            model.to_empty(device="cpu")
-        except RuntimeError as error:
-            raise UserError(f"The model of {file.path} for pictures of {model.img_size} pixels does not fit into "
-                            f"memory ({str(error)[-80:]}): choose a smaller img_size.") from None
-        state = model.state_dict(keep_vars=True)
-    with torch.no_grad():
-        for name, step in steps.items():
-            tensor = step.rule.ours(*(file.read(foreign) for foreign in step.foreign))
-            _check_numbers(file, step.foreign, tensor)
-            if name == "pos_embed" and tensor.shape != state[name].shape:
-                tensor = _resize(model, tensor, file, spoken, report)
-            state[name].copy_(tensor)
-        _start_fresh(model, state, fresh, head)
-    report.tensors, report.fresh = len(steps), fresh
-
-
-def _set_head_aside(model: ViT, file: WeightsFile, steps: dict, shapes: dict, head: Head, report: Report) -> None:
-    """Takes the head out of the plan where it is to start anew; refuses one of another size where it is not."""
-    held = shapes["head.weight"][0] if "head.weight" in shapes else 0
-    if head == "keep" and held != model.num_classes:
-        raise _other_head(file, held, model.num_classes)
-    without = () if head == "keep" else ("head.", "pre_logits.") if _no_pre_logits(model) else ("head.",)
-    for name in [name for name in steps if name.startswith(without)] if without else []:
-        report.dropped |= dict.fromkeys(steps.pop(name).foreign, f"head={head}")
-        del shapes[name]
-
-
-def _no_pre_logits(model: ViT) -> bool:
-    return isinstance(model.pre_logits, nn.Identity)
-
-
-def _check_fit(model: ViT, file: WeightsFile, translation: Translation, shapes: Mapping[str, torch.Size],
-               head: Head) -> None:
-    """Every parameter and buffer must be in the file with its shape, and nothing else."""
-    rows, state = translation.rows, model.state_dict()
-    for name, tensor in state.items():
-        if name not in shapes:
-            if name.endswith("num_batches_tracked") or (head != "keep" and name.startswith("head.")):
-                continue
-            raise UserError(f"{file.path} lacks '{foreign_name(rows, name)}', which the model needs.")
-        if shapes[name] != tensor.shape and name != "pos_embed":
-            raise UserError(f"{file.path} has '{foreign_name(rows, name)}' as {tuple(shapes[name])} in our layout, the "
-                            f"model has {tuple(tensor.shape)}.")
-    if extra := [name for name in shapes if name not in state]:
-        raise UserError(f"{file.path} has '{foreign_name(rows, extra[0])}'"
-                        f"{f' and {len(extra) - 1} more' if len(extra) > 1 else ''}, for which the model has no place.")
-    if len(shapes["pos_embed"]) != 3 or shapes["pos_embed"][2] != model.embed_dim:
-        raise UserError(f"{file.path} has position embeddings of {tuple(shapes['pos_embed'])}, "
-                        f"the model needs {tuple(model.pos_embed.shape)}.")
-
-
-def _check_numbers(file: WeightsFile, names: tuple[str, ...], tensor: Tensor) -> None:
-    if names[0].endswith("num_batches_tracked") and not tensor.is_complex():
-        return
-    if tensor.dtype not in FLOATS:
-        raise UserError(f"{file.path} holds '{names[0]}' as {tensor.dtype}, no floating point of 16 to 64 bits: "
-                        f"it is refused.")
-    if not tensor.isfinite().all():
-        raise UserError(f"{file.path} holds NaN or infinity in '{names[0]}': its training went wrong, take another "
-                        f"checkpoint.")
-
-
-def _resize(model: ViT, pos: Tensor, file: WeightsFile, spoken: Dialect, report: Report) -> Tensor:
-    old = native_grid({"pos_embed": pos.shape}, {}, list(model.patch_size))
-    if old is None:
-        raise UserError(f"{file.path} has {pos.shape[1] - 1} patch positions, no square, and the model needs "
-                        f"{model.pos_embed.shape[1] - 1}: load it at its own picture size.")
-    report.resized.append(f"pos_embed {old[0]}x{old[1]} -> {model.grid_size[0]}x{model.grid_size[1]} patches "
-                          f"by the rule '{spoken.resize.__name__}'")
-    return spoken.resize(pos, old, model.grid_size)
-
-
-def _start_fresh(model: ViT, state: Mapping[str, Tensor], fresh: list[str], head: Head) -> None:
-    if head != "keep" and isinstance(model.head, nn.Linear):
-        init_weights(model.head) if head == "reset" else [nn.init.zeros_(p) for p in model.head.parameters()]
-    for name in fresh:
-        if name.endswith("num_batches_tracked"):
-            state[name].zero_()
+def _typed(key: str, value: Any) -> str:
+    """A setting as a command line has it."""
+    if key == "attention":
+        return f"model/attention={value['name']}"
+    plain = "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value).replace(" ", "")
+    return f"model.{key}={plain}"

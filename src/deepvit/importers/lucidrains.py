@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Size
 
-from deepvit.importers.deepvit_flax import in_channels, pooling, unflatten
+from deepvit.importers.deepvit_flax import assumptions, in_channels, unflatten
 from deepvit.importers.dialect import Dialect, Told
 from deepvit.importers.files import WeightsFile
 from deepvit.importers.positions import first_rows
@@ -41,7 +41,8 @@ def _patch(file: WeightsFile, given: Mapping[str, Any]) -> list[Row]:
     """The patch projection; since 1.0.0 as layer 2, between two LayerNorms."""
     normed = "to_patch_embedding.2.weight" in file.shapes
     linear = "to_patch_embedding.2" if normed else "to_patch_embedding.1"
-    channels, side = in_channels((file.shapes.get(f"{linear}.weight") or (0,))[-1], given, str(file.path))
+    patch_dim, positions = (file.shapes.get(f"{linear}.weight") or (0,))[-1], file.shapes.get("pos_embedding", ())
+    channels, side = in_channels(patch_dim, positions, given, str(file.path))
     project = [Row(f"{linear}.weight", "patch_embed.proj.weight", unflatten(channels, side)),
                Row(f"{linear}.bias", "patch_embed.proj.bias")]
     if not normed:
@@ -63,7 +64,7 @@ def _speaks(names: Set[str]) -> bool:
 
 def _tells(file: WeightsFile, told: Mapping[str, Any], shapes: Mapping[str, Size], given: Mapping[str, Any]) -> Told:
     return Told({"gelu": "erf", "norm_eps": 1e-5, "attention": attention_config("reattention_ln"), "pool": "cls",
-                 "final_norm": "after_pool"}, pooling(given))
+                 "final_norm": "after_pool"}, assumptions(told, shapes, given))
 
 
-DIALECT = Dialect("lucidrains", _speaks, _rows, _tells, first_rows)
+DIALECT = Dialect("lucidrains", _speaks, _rows, _tells, first_rows, square_only=True)

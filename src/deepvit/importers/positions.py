@@ -1,6 +1,7 @@
-"""Position embeddings for another picture size, each dialect by its own rule."""
+"""Position embeddings: the grid that a file's rows stand for, and other image sizes, each dialect by its own rule."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,42 @@ from deepvit.errors import UserError
 
 Grid = tuple[int, int]  # rows, columns of patches
 Resize = Callable[[Tensor, Grid, Grid], Tensor]
+
+
+def grid_of(img_size: int | Sequence[int], patch_size: int | Sequence[int]) -> Grid:
+    """Rows and columns of patches in an image, sizes in pixels, each one number or (height, width)."""
+    (height, width), (rows, columns) = pair(img_size), pair(patch_size)
+    return height // rows, width // columns
+
+
+def pair(size: int | Sequence[int]) -> tuple[int, int]:
+    """(height, width) in pixels, from one number or two."""
+    sides = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, Sequence) else ()
+    if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
+        raise UserError(f"img_size={size!r} is no image size: give one number of pixels, or [height, width].")
+    return sides
+
+
+def native_grid(count: int, own: Grid | None, asked: Grid, square_only: bool, source: str) -> Grid | None:
+    """The grid of a file's `count` patch positions; None where nothing tells.
+
+    Args:
+        own: the grid by the file's own image size, where it tells one.
+        asked: the grid of the model that is wanted.
+        square_only: the dialect knows square images only.
+    Raises:
+        UserError: the positions may be a square's or the wanted model's, and nothing tells which.
+    """
+    side = math.isqrt(max(count, 0))
+    square = (side, side) if side and side * side == count else None
+    if own and math.prod(own) == count:
+        return own
+    if square_only or math.prod(asked) != count:
+        return square
+    if square and square != asked:
+        raise UserError(f"{source} has {count} patch positions and does not tell whether they are {side}x{side} or "
+                        f"{asked[0]}x{asked[1]}: give grid_size=[rows, columns] of the file.")
+    return asked
 
 
 def bicubic(pos: Tensor, old: Grid, new: Grid) -> Tensor:

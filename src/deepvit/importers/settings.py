@@ -1,23 +1,25 @@
 """What the shapes of a model's parameters tell about its settings: everything but a few scalars."""
 
-import math
+import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+import yaml
 from torch import Size
 
-from deepvit.errors import UserError
-from deepvit.models import attention_config
+from deepvit.errors import UserError, did_you_mean
+from deepvit.models import ViT, attention_config, build_model
 
 Shapes = Mapping[str, Size]
+OF_A_FILE = ("arch", "grid_size", "head")  # what `load_model` takes besides the keywords of `ViT`
 
 
 def settings_from_shapes(shapes: Shapes, source: str) -> dict[str, Any]:
     """The keywords of `ViT` that parameters in our names decide.
 
-    Left out is what they do not tell: `num_heads` without a mix or norm of heads, and scalars such as `gelu`.
-    `img_size` is a guess for a square picture, and left out where the position rows are no square.
+    Left out is what they do not tell: `num_heads` without parameters per head, `img_size`, scalars such as `gelu`.
 
     Raises:
         UserError: a shape that no ViT has.
@@ -26,9 +28,11 @@ def settings_from_shapes(shapes: Shapes, source: str) -> dict[str, Any]:
                  "blocks.0.mlp.fc1.weight"):
         if name not in shapes:
             raise UserError(f"{source} has nothing that serves as '{name}': it is no ViT with a class token.")
+    if len(shapes["pos_embed"]) != 3:
+        raise UserError(f"{source} has position embeddings of {tuple(shapes['pos_embed'])}, not [1, 1 + N, D].")
     depth = _depth(shapes, source)
     try:
-        return _frame(shapes, depth) | _attention(shapes, depth) | _heads(shapes) | _stem(shapes)
+        return _frame(shapes, depth) | _attention(shapes, depth) | _stem(shapes)
     except (IndexError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"{source} has shapes that are no ViT's ({error}).") from None
 
@@ -38,23 +42,51 @@ def _frame(shapes: Shapes, depth: int) -> dict[str, Any]:
     return {"embed_dim": width, "depth": depth, "mlp_ratio": hidden / width,
             "qkv_bias": "blocks.0.attn.qkv.bias" in shapes,
             "num_classes": shapes["head.weight"][0] if "head.weight" in shapes else 0,
-            "patch_norm": "patch_embed.norm_in.weight" in shapes,
+            "patch_norm": "patch_embed.norm_in.weight" in shapes, "feat_scale": "blocks.0.feat_scale.shared" in shapes,
             "representation_size": shapes["pre_logits.0.weight"][0] if "pre_logits.0.weight" in shapes else None,
             # only says that there is a LayerScale: its values are loaded
             "init_values": 1e-5 if "blocks.0.ls1.gamma" in shapes else None}
 
 
-def native_grid(shapes: Shapes, given: Mapping[str, Any], patch_size: list[int]) -> tuple[int, int] | None:
-    """Rows and columns of patches that the position rows stand for: the asked size if it fits, or a square, or None."""
-    rows = shapes["pos_embed"][1] - 1
-    img_size = given.get("img_size")
-    if img_size is not None:
-        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-        grid = height // patch_size[0], width // patch_size[1]
-        if grid[0] * grid[1] == rows:
-            return grid
-    side = math.isqrt(max(rows, 0))
-    return (side, side) if side and side * side == rows else None
+def settings_from_config(config: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """What the shapes of a model of these settings tell: to be compared with what a file's tell."""
+    shapes = {name: tensor.shape for name, tensor in empty_model(config, source).state_dict().items()}
+    return settings_from_shapes(shapes, source)
+
+
+def as_keywords(words: Sequence[str]) -> dict[str, Any]:
+    """`num_heads=12` -> {"num_heads": 12}, for `load_model`; values as in YAML."""
+    keywords = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        try:
+            keywords[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            equals = ""
+        if not equals:
+            raise UserError(f"{word} is no setting of the form KEY=VALUE, such as num_heads=12.")
+    return checked(keywords)
+
+
+def checked(keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings, all of them such as `load_model` takes for its model."""
+    known = [*inspect.signature(ViT).parameters, *OF_A_FILE]
+    for name in keywords:
+        if name not in known:
+            raise UserError(f"{name} is not a setting of a model.{did_you_mean(name, known)} "
+                            f"The settings are: {', '.join(sorted(known))}.")
+    return dict(keywords)
+
+
+def empty_model(config: Mapping[str, Any], source: str) -> ViT:
+    """The model without storage: its shapes are compared with the file's before any memory is taken."""
+    try:
+        with torch.device("meta"):
+            return build_model(config)
+    except UserError as error:
+        raise UserError(f"{source} with the settings given makes no model: {error}") from None
+    except (RuntimeError, ValueError, TypeError, OverflowError, ZeroDivisionError, IndexError) as error:
+        raise UserError(f"{source} has settings that make no model ({str(error).splitlines()[0][:100]}).") from None
 
 
 def _depth(shapes: Shapes, source: str) -> int:
@@ -65,33 +97,32 @@ def _depth(shapes: Shapes, source: str) -> int:
     return len(present)
 
 
+# A parameter beside qkv whose first side is H -> the attention it tells, the first that is there
+PER_HEAD = {"mix_logits.weight": "talking_heads", "log_sharpness": "temperature", "contrast": "attn_scale",
+            "mix.weight": "reattention_fc", "norm.weight": "norm_only"}
+
+
 def _attention(shapes: Shapes, depth: int) -> dict[str, Any]:
-    """The attention and the blocks that have it, by the parameters found beside qkv."""
-    special = [i for i in range(depth) if any(f"blocks.{i}.attn.{part}.weight" in shapes for part in ("mix", "norm"))]
+    """The attention, the blocks that have it, and H where its parameters tell."""
+    special = [i for i in range(depth) if any(f"blocks.{i}.attn.{part}" in shapes for part in PER_HEAD)]
     if not special:
         return {"attention": attention_config("self"), "reattention_blocks": None}
     at = f"blocks.{special[0]}.attn"
-    mix, norm = f"{at}.mix.weight" in shapes, f"{at}.norm.weight" in shapes
-    batch_norm = f"{at}.norm.running_mean" in shapes
-    name = {(True, True, True): "reattention", (True, True, False): "reattention_ln", (True, False, False):
-            "reattention_fc"}.get((mix, norm, batch_norm), "norm_only")
-    return {"attention": attention_config(name), "reattention_blocks": None if len(special) == depth else special}
+    part = next(part for part in PER_HEAD if f"{at}.{part}" in shapes)
+    name = PER_HEAD[part]
+    if name == "reattention_fc" and f"{at}.norm.weight" in shapes:
+        name = "reattention" if f"{at}.norm.running_mean" in shapes else "reattention_ln"
+    return {"attention": attention_config(name), "num_heads": shapes[f"{at}.{part}"][0],
+            "reattention_blocks": None if len(special) == depth else special}
 
 
-def _heads(shapes: Shapes) -> dict[str, Any]:
-    """H by the mix or norm over heads; nothing where all blocks have plain attention."""
-    sizes = (shape for name, shape in shapes.items() if re.fullmatch(r"blocks\.\d+\.attn\.(mix|norm)\.weight", name))
-    heads = next((shape[0] for shape in sizes), None)
-    return {} if heads is None else {"num_heads": heads, **head_width(shapes, heads)}
-
-
-def head_width(shapes: Shapes, heads: int) -> dict[str, Any]:
+def head_width(shapes: Shapes, heads: int, source: str) -> int | None:
     """`head_dim`, None where it is the usual D / H."""
     inner, width = shapes["blocks.0.attn.qkv.weight"][0] // 3, shapes["cls_token"][-1]
     if heads < 1 or inner % heads:
-        raise UserError(f"The attention has {inner} channels, which do not divide into {heads} heads: "
+        raise UserError(f"The attention of {source} has {inner} channels, which do not divide into {heads} heads: "
                         f"give another num_heads, or get the file again.")
-    return {"head_dim": None if inner == width and width % heads == 0 else inner // heads}
+    return None if inner == width and width % heads == 0 else inner // heads
 
 
 def _stem(shapes: Shapes) -> dict[str, Any]:
@@ -106,10 +137,9 @@ def _stem(shapes: Shapes) -> dict[str, Any]:
         first, factor = shapes["patch_embed.root.conv.weight"], 4 * 2 ** (len(units) - 1)
         stem = {"name": "hybrid", "layers": units, "width": first[0]}
     patch = [kernel[2] * factor, kernel[3] * factor]
-    told = {"stem": stem, "in_chans": first[1], "patch_size": patch[0] if patch[0] == patch[1] else patch}
-    if grid := native_grid(shapes, {}, patch):
-        told["img_size"] = grid[0] * patch[0] if patch[0] == patch[1] else [grid[0] * patch[0], grid[1] * patch[1]]
-    return told
+    if not all(patch):
+        raise ValueError(f"a patch embedding of {tuple(kernel)}")
+    return {"stem": stem, "in_chans": first[1], "patch_size": patch[0] if patch[0] == patch[1] else patch}
 
 
 def _units(shapes: Shapes) -> list[int]:
@@ -122,4 +152,3 @@ def _units(shapes: Shapes) -> list[int]:
             (s, u) for s in stages for u in range(1, units[s - 1] + 1)}:
         raise ValueError("a ResNet stem with gaps between its blocks or units")
     return units
-

@@ -8,7 +8,6 @@ from torch import Size
 from deepvit.importers import google, positions
 from deepvit.importers.dialect import Dialect, Told
 from deepvit.importers.files import WeightsFile
-from deepvit.importers.settings import head_width
 from deepvit.importers.table import STACK, Row
 
 NO_PRE_LOGITS = "ViT-pytorch has no pre_logits layer and ignores it"
@@ -58,11 +57,11 @@ def _tells(file: WeightsFile, told: Mapping[str, Any], shapes: Mapping[str, Size
     rest: dict[str, Any] = {"gelu": "erf", "norm_eps": 1e-6,
                             "stem": google.with_arithmetic(told["stem"], "vit_pytorch")}
     if google.speaks(file.shapes.keys()):
-        return Told(rest | google.heads(file, shapes))
+        return Told(rest | {"num_heads": google.heads(file)})
     heads = given.get("num_heads") or ZOO_HEADS.get(told["embed_dim"])
     notes = [] if "num_heads" in given or heads is None else [
         f"{heads} heads, as ViT-pytorch's models of width {told['embed_dim']} have; the file does not tell"]
-    return Told(rest | ({"num_heads": heads, **head_width(shapes, heads)} if heads else {}), notes)
+    return Told(rest | ({"num_heads": heads} if heads else {}), notes)
 
 
-DIALECT = Dialect("vit_pytorch", _speaks, _rows, _tells, positions.google)
+DIALECT = Dialect("vit_pytorch", _speaks, _rows, _tells, positions.google, square_only=True)

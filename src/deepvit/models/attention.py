@@ -9,7 +9,6 @@ import math
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -139,17 +138,19 @@ class ReAttention(Attention):
         theta_init: `random` as published, `identity`, or `normal`.
         norm_eps: eps of that norm. Near initialisation the variance of the maps is far below the published 1e-5,
             so eps acts as a temperature there.
-        sync_norm: batch statistics over all ranks (SyncBN); 2H sums are exchanged.
+        norm_batch: images whose maps share the norm's batch statistics. Groups of that many consecutive images are
+            normalised by themselves, so a result does not depend on how a batch is dealt out to devices as long as
+            each gets whole groups; None: the whole batch that the module sees.
     """
 
     def __init__(self, dim: int, num_heads: int = 8, mix: bool = True, norm: bool = True,
                  theta_init: Literal["random", "identity", "normal"] = "random", norm_eps: float = 1e-5,
-                 sync_norm: bool = False, **kwargs):
+                 norm_batch: int | None = None, **kwargs):
         super().__init__(dim, num_heads, **kwargs)
         factory = {name: kwargs[name] for name in ("device", "dtype") if name in kwargs}
-        if sync_norm and self.attn_drop:
-            raise UserError("model.attention.sync_norm does not go with attention dropout: set attn_drop_rate to 0.")
-        self.sync_norm = sync_norm
+        if norm_batch is not None and norm_batch < 1:
+            raise UserError(f"norm_batch={norm_batch} must be at least 1 image, or null for the whole batch.")
+        self.norm_batch = norm_batch
         self.mix = HeadMix(num_heads, init=theta_init, **factory) if mix else None
         self.norm = nn.BatchNorm2d(num_heads, eps=norm_eps, **factory) if norm else None
         self.track_stats = True  # off while a checkpointed block is recomputed: see models/recompute.py
@@ -160,11 +161,11 @@ class ReAttention(Attention):
             self.norm.num_batches_tracked.add_(1)
         return ops.reattention(q, k, v, *self._theta(), norm=self._head_norm(track), scale=self.scale,
                                map_scale=self.map_scale, dropout_p=self.attn_drop, training=self.training,
-                               group=dist.group.WORLD if self.sync_norm and dist.is_initialized() else None)
+                               norm_batch=self.norm_batch)
 
     def maps(self, q: Tensor, k: Tensor) -> Tensor:
         return ops.exchange_heads(self.softmax(q, k), *self._theta(), norm=self._head_norm(track=False),
-                                  map_scale=self.map_scale, training=self.training)
+                                  map_scale=self.map_scale, training=self.training, norm_batch=self.norm_batch)
 
     def _theta(self) -> tuple[Tensor | None, Tensor | None]:
         return (None, None) if self.mix is None else (self.mix.weight, self.mix.bias)

@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 
 import torch
-from timm.layers import DropPath, LayerScale, Mlp
+from timm.layers import LayerScale, Mlp
 from torch import Tensor, nn
 
 from deepvit.errors import UserError
 from deepvit.models.attention import Attention
+from deepvit.models.stochastic_depth import DropPath
 
 GELUS = {"erf": nn.GELU, "tanh": lambda: nn.GELU(approximate="tanh")}
 
@@ -79,7 +80,7 @@ class DeepNormBlock(Block):
 
     def __init__(self, *args, residual_scale: float, depth: int, **kwargs):
         if residual_scale != 1.0:
-            raise UserError(f"model.block=deepnorm has its own residual factor: leave model.residual_scale at 1 "
+            raise UserError(f"block=deepnorm has its own residual factor: leave residual_scale at 1 "
                             f"(it is {residual_scale}).")
         super().__init__(*args, residual_scale=residual_scale, depth=depth, **kwargs)
         self.alpha, self.beta = (2 * depth) ** 0.25, (8 * depth) ** -0.25

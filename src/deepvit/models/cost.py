@@ -1,5 +1,7 @@
 """What a model costs, counted and not timed."""
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -8,17 +10,21 @@ from deepvit.models.vit import ViT
 
 
 def count_flops(model: ViT) -> int:
-    """Floating-point operations of one picture's forward pass in eval mode: matrix products and convolutions only.
+    """Floating-point operations of one image's forward pass in eval mode: matrix products and convolutions only.
 
     A multiply-add is two operations (the published tables count it as one "MAC"). Counted on a copy on the meta
     device, so it costs neither time nor memory.
     """
     from deepvit.models.registry import build_model
+    return forward_flops(lambda: build_model(model.config), model.input_size)
+
+
+def forward_flops(make: Callable[[], nn.Module], shape: Sequence[int]) -> int:
+    """The same of any model that `make()` builds, for an image of `shape` `[channels, height, width]`."""
     with torch.device("meta"):
-        copy = build_model(model.config).eval()
-        picture = torch.empty(1, model.config.get("in_chans", 3), *model.img_size)
+        model, image = make().eval(), torch.empty(1, *shape)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            copy(picture)
+            model(image)
     return counter.get_total_flops()
 
 

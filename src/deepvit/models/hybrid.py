@@ -1,18 +1,15 @@
-"""The ResNet stem of Google's hybrids (R50+ViT-B/16), in Google's arithmetic and in ViT-pytorch's.
+"""The ResNet of Google's hybrids (R50+ViT-B/16), in Google's arithmetic and in ViT-pytorch's.
 
 The two compute different things from the same weights: with Google's published R50 file only `google` is faithful.
 """
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch.nn.functional as F
 from timm.layers import pad_same
 from torch import Tensor, nn
 
-from deepvit.errors import UserError
-
-Size = tuple[int, int]
 GROUPS = 32
 
 
@@ -87,42 +84,14 @@ class Unit(nn.Module):
         return F.relu(shortcut + self.gn3(self.conv3(x)))
 
 
-class HybridStem(nn.Module):
-    """ResNet, then patches of its feature map: pictures `[B, in_chans, height, width]` -> `[B, N, D]`.
-
-    Args:
-        patch_size: in pixels; a multiple of the ResNet's stride, 4 * 2^(stages - 1) (16 for three stages).
-        layers: units per stage, (3, 4, 9) in R50+ViT-B/16.
-        width: channels of the first convolution; stages put out 4, 8, 16, ... times as many. A multiple of 32.
-        arithmetic: `google`, or `vit_pytorch` for weights that were fine-tuned there.
-    """
-
-    def __init__(self, in_chans: int, embed_dim: int, patch_size: Size, norm: bool = False, norm_eps: float = 1e-5,
-                 layers: Sequence[int] = (3, 4, 9), width: int = 64,
-                 arithmetic: Literal["google", "vit_pytorch"] = "google"):
-        super().__init__()
-        if norm:
-            raise UserError("model.patch_norm goes with stem=patch only: leave it off with stem=hybrid.")
-        stride = 4 * 2 ** (len(layers) - 1)
-        if not layers or min(layers) < 1 or width < 1 or width % GROUPS:
-            raise UserError(f"stem=hybrid takes stages of one unit or more and a width that is a multiple of {GROUPS}: "
-                            f"not layers {list(layers)} and width {width}.")
-        if patch_size[0] % stride or patch_size[1] % stride:
-            raise UserError(f"stem=hybrid with {len(layers)} stages has a stride of {stride} pixels: patch_size "
-                            f"{patch_size} must be a multiple of it.")
-        rule = ARITHMETICS[arithmetic]
-        self.root = Root(in_chans, width, rule)
-        self.body = nn.Sequential()
-        cin = width
-        for stage, units in enumerate(layers):
-            block = nn.Sequential()
-            for unit in range(units):
-                stride_here = 2 if stage and not unit else 1
-                block.add_module(f"unit{unit + 1}", Unit(cin, width * 2**stage, stride_here, rule))
-                cin = 4 * width * 2**stage
-            self.body.add_module(f"block{stage + 1}", block)
-        cell = (patch_size[0] // stride, patch_size[1] // stride)
-        self.proj = nn.Conv2d(cin, embed_dim, cell, cell)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(self.body(self.root(x))).flatten(2).mT  # [B, N, D]
+def make_body(layers: Sequence[int], width: int, rule: Arithmetic) -> tuple[nn.Sequential, int]:
+    """The stages, `layers` units each, and the channels of the last: the first keeps its size, each other halves it."""
+    body, channels = nn.Sequential(), width
+    for stage, units in enumerate(layers):
+        block = nn.Sequential()
+        for unit in range(units):
+            stride = 2 if stage and not unit else 1
+            block.add_module(f"unit{unit + 1}", Unit(channels, width * 2**stage, stride, rule))
+            channels = 4 * width * 2**stage
+        body.add_module(f"block{stage + 1}", block)
+    return body, channels

@@ -2,16 +2,20 @@
 
 import math
 from collections.abc import Collection, Mapping
+from functools import partial
 from typing import Any
 
 import yaml
+from timm.layers import resample_abs_pos_embed
+from timm.models import build_model_with_cfg, generate_default_cfgs, is_model, register_model
+from torch import Tensor, nn
 
 from deepvit.config import CONF
 from deepvit.config.signature import ABOVE_ZERO, check_arguments, check_ranges
 from deepvit.errors import UserError, did_you_mean
 from deepvit.models.attention import ATTENTIONS
-from deepvit.models.stem import stem_of
-from deepvit.models.vit import ViT
+from deepvit.models.stem import pair, plain, stem_of
+from deepvit.models.vit import ViT, pool_of
 
 MODELS = CONF / "model"
 
@@ -31,13 +35,18 @@ def create_model(name: str, **overrides: Any) -> ViT:
 
     Args:
         name: one of `list_models()`.
-        **overrides: keywords of `ViT`; `attention` may be a name of `model/attention` or a mapping.
+        **overrides: keywords of `ViT`; `attention` may be a name of `model/attention` or a mapping, and
+            `global_pool` is `pool` in timm's words (see `pool_of`).
     Returns:
         a freshly initialised `ViT` with `.config`, the plain settings that rebuild it.
     Raises:
         UserError: an unknown name or keyword, a value of the wrong type, sizes that do not fit together.
     """
-    return build_model({**model_config(name), **overrides})
+    if "global_pool" in overrides:
+        overrides["pool"] = pool_of(overrides.pop("global_pool"))
+    model = build_model({**model_config(name), **overrides})
+    model.pretrained_cfg["architecture"] = name
+    return model
 
 
 def build_model(config: Mapping[str, Any]) -> ViT:
@@ -47,48 +56,56 @@ def build_model(config: Mapping[str, Any]) -> ViT:
         config["attention"] = attention_config(config["attention"])
     if config.get("num_classes") is None:
         config["num_classes"] = 1000
-    for size in ("img_size", "patch_size"):
-        if isinstance(config.get(size), tuple):
-            config[size] = list(config[size])
+    for name in ("img_size", "patch_size"):
+        if isinstance(config.get(name), tuple):
+            config[name] = plain(config[name])
     check_model(config)
     model = ViT(**config)
-    model.config = config
-    model.pretrained_cfg = model.default_cfg = _timm_cfg(model, config)
+    model.pretrained_cfg = model.default_cfg = {"architecture": "vit", **_timm_cfg(model.config)}
     return model
 
 
 RANGES = {
     **dict.fromkeys(("img_size", "patch_size", "in_chans", "embed_dim", "num_heads", "head_dim",
                      "representation_size"), (1, 2**16)),
-    **dict.fromkeys(("norm_eps", "qk_scale", "residual_scale"), (ABOVE_ZERO, math.inf)),
-    "mlp_ratio": (ABOVE_ZERO, 1000), "depth": (1, 10_000),
+    **dict.fromkeys(("norm_eps", "qk_scale", "residual_scale", "first", "last"), (ABOVE_ZERO, math.inf)),
+    "mlp_ratio": (ABOVE_ZERO, 1000), "depth": (1, 10_000), "norm_batch": (1, math.inf),
     **dict.fromkeys(("drop_rate", "pos_drop_rate", "attn_drop_rate", "drop_path_rate", "attn_drop", "proj_drop"),
                     (0, 1)),
     **dict.fromkeys(("num_classes", "init_values"), (0, math.inf))}
 
 
-def check_model(config: Mapping[str, Any]) -> None:
-    """Refuses settings that `ViT` or its attention would not take, naming what was meant."""
+def check_model(config: Mapping[str, Any], where: str = "") -> None:
+    """Refuses settings that `ViT`, its stem or its attention would not take, naming what was meant.
+
+    Args:
+        where: the path of these settings in a larger config, for the sentence: "model" -> `model.depth`.
+    """
     known = {name: value for name, value in config.items() if (name, value) != ("num_classes", None)}  # the data's
-    check_arguments(ViT, known, "model")
-    check_ranges(known, RANGES, "model")
+    prefix = f"{where}." if where else ""
+    check_arguments(ViT, known, where)
+    check_ranges(known, RANGES, where)
     stem, options = stem_of(known.get("stem", "patch"))
-    _refuse_own(("in_chans", "embed_dim", "patch_size", "norm", "norm_eps"), options, "model.stem")
-    check_arguments(stem, {"in_chans": 1, "embed_dim": 1, "patch_size": (1, 1), **options}, "model.stem")
+    _check_options(stem, options, f"{prefix}stem", ("img_size", "patch_size", "in_chans", "embed_dim", "norm_eps"))
     attention = dict(config.get("attention") or {"class": "SelfAttention"})
     attention.pop("name", None)
     cls = ATTENTIONS.get(str(attention.pop("class", None)))
     if cls is None:
-        raise UserError(f"model.attention.class must be one of {', '.join(ATTENTIONS)}.")
-    _refuse_own(("dim", "block_index", "depth", "norm_layer", "device", "dtype"), attention, "model.attention")
-    check_arguments(cls, {"dim": 1, **attention}, "model.attention")
-    check_ranges(attention, RANGES, "model.attention")
+        raise UserError(f"{prefix}attention.class must be one of {', '.join(ATTENTIONS)}.")
+    if "sync_norm" in attention:
+        raise UserError(f"{prefix}attention.sync_norm is gone: norm_batch says over how many images the norm takes its "
+                        f"statistics, on whatever devices they are.")
+    _check_options(cls, attention, f"{prefix}attention", ("dim", "block_index", "depth", "norm_layer", "device",
+                                                          "dtype"))
 
 
-def _refuse_own(own: Collection[str], options: Mapping[str, Any], where: str) -> None:
-    """Refuses options of a part that the model itself gives it."""
-    if taken := [name for name in own if name in options]:
-        raise UserError(f"{where}.{taken[0]} is not a setting: the model decides it.")
+def _check_options(cls: type, options: Mapping[str, Any], where: str, given: Collection[str]) -> None:
+    """Checks the options of a part against its constructor, but for the arguments that the model gives it."""
+    for name in options:
+        if name in given:
+            raise UserError(f"{where}.{name} is not a setting of its own: the model gives it.")
+    check_arguments(cls, options, where, ignore_missing=given)
+    check_ranges(options, RANGES, where)
 
 
 def model_config(name: str) -> dict[str, Any]:
@@ -116,17 +133,21 @@ def attention_config(name: str) -> dict[str, Any]:
 
 def register_with_timm() -> None:
     """Makes every named model known to `timm.create_model`; names that timm has already stay timm's."""
-    from timm.models import is_model, register_model
     for name in list_models():
         if not is_model(name):
             register_model(_entrypoint(name))
 
 
 def _entrypoint(name: str):
-    def create(pretrained: bool = False, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, **kwargs):
-        if pretrained:
-            raise UserError(f"There are no weights of '{name}' to download: use deepvit.load_model(PATH).")
-        return create_model(name, **kwargs)
+    def create(pretrained: bool = False, pretrained_cfg_overlay=None, **kwargs) -> nn.Module:
+        first_conv = {"first_conv": _first_conv(kwargs["stem"])} if "stem" in kwargs else {}
+        model = build_model_with_cfg(partial(create_model, name), name, pretrained, **kwargs,
+                                     pretrained_cfg_overlay=first_conv | (pretrained_cfg_overlay or {}),
+                                     pretrained_filter_fn=_fit_positions,
+                                     feature_cfg={"out_indices": 3, "feature_cls": "getter"})
+        vit = getattr(model, "model", model)  # the one inside a feature extractor
+        model.pretrained_cfg["input_size"] = vit.input_size  # timm leaves the published one
+        return model
 
     create.__name__ = create.__qualname__ = name
     create.__doc__ = f"`{name}` of deepvit; keywords as `deepvit.create_model`."
@@ -134,9 +155,26 @@ def _entrypoint(name: str):
     return create
 
 
-def _timm_cfg(model: ViT, config: Mapping[str, Any]) -> dict[str, Any]:
+def _fit_positions(state: dict[str, Tensor], model: ViT) -> dict[str, Tensor]:
+    """Resamples the positions of a checkpoint that timm loads, from the image size that its metadata tell."""
+    height, width = model.pretrained_cfg["input_size"][1:]
+    old = [height // model.patch_size[0], width // model.patch_size[1]]
+    if state["pos_embed"].shape[1] == 1 + old[0] * old[1]:
+        state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], list(model.grid_size), old)
+    return state
+
+
+def _timm_cfg(config: Mapping[str, Any]) -> dict[str, Any]:
     """Preprocessing as published (mean = std = 0.5; crop 0.9 at 224, 1.0 above), in timm's words."""
-    half = (0.5, 0.5, 0.5)
-    return {"num_classes": model.num_classes, "input_size": (config.get("in_chans", 3), *model.img_size),
-            "crop_pct": 0.9 if max(model.img_size) <= 224 else 1.0, "interpolation": "bicubic", "mean": half,
-            "std": half, "first_conv": "patch_embed.proj", "classifier": "head", "fixed_input_size": True}
+    size, half = pair(config["img_size"]), (0.5,) * config["in_chans"]
+    classes = 1000 if config["num_classes"] is None else config["num_classes"]
+    return {"num_classes": classes, "input_size": (config["in_chans"], *size), "pool_size": None,
+            "crop_pct": 0.9 if max(size) <= 224 else 1.0, "interpolation": "bicubic", "mean": half, "std": half,
+            "first_conv": _first_conv(config["stem"]), "classifier": "head", "fixed_input_size": True}
+
+
+def _first_conv(stem: str | Mapping[str, Any]) -> str:
+    return f"patch_embed.{stem_of(stem)[0].first_conv}"
+
+
+default_cfgs = generate_default_cfgs({name: _timm_cfg(model_config(name)) for name in list_models()})  # timm reads it

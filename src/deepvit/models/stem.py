@@ -1,67 +1,204 @@
-"""From pictures to tokens: `[B, in_chans, height, width]` -> `[B, N, D]`, row by row."""
+"""From images to tokens: `[B, in_chans, height, width]` -> `[B, N, D]`, row by row."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import torch.nn.functional as F
+from timm.layers import resample_patch_embed
 from torch import Tensor, nn
 
+from deepvit import ops
 from deepvit.errors import UserError, did_you_mean
-from deepvit.models.hybrid import HybridStem
+from deepvit.models.hybrid import ARITHMETICS, GROUPS, Root, make_body
 
 Size = tuple[int, int]
 
 
-class PatchStem(nn.Module):
-    """One convolution with kernel = stride = patch (Dosovitskiy et al., arXiv:2010.11929).
+class Stem(nn.Module):
+    """Layers with a `stride` in pixels, then `proj`, a convolution that makes one token of each patch.
 
-    With `norm` the flattened patch is layer-normed before the projection and the token after it, as vit-pytorch has
-    it since 1.0; the patch is flattened as `(channel, row, column)`.
+    Sizes have the names of timm's `PatchEmbed`, whose clients read them.
+
+    Args:
+        img_size, patch_size: (height, width) in pixels.
+        stride: pixels per cell of what `proj` sees.
+    Raises:
+        UserError: the patches do not tile the image, or are no multiple of the stride.
     """
 
-    def __init__(self, in_chans: int, embed_dim: int, patch_size: Size, norm: bool = False, norm_eps: float = 1e-5):
+    first_conv: ClassVar[str]  # the convolution that sees the image
+
+    def __init__(self, img_size: Size, patch_size: Size, in_chans: int, stride: int = 1):
         super().__init__()
-        self.patch_size = patch_size
-        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, patch_size)
-        self.norm_in = nn.LayerNorm(in_chans * patch_size[0] * patch_size[1], norm_eps) if norm else None
-        self.norm_out = nn.LayerNorm(embed_dim, norm_eps) if norm else None
+        self.in_chans, self.stride = in_chans, stride
+        self._set_sizes(img_size, patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
+        if tuple(x.shape[1:]) != self.input_size:
+            wanted = ", ".join(map(str, self.input_size))
+            raise UserError(f"The images have shape {tuple(x.shape)}, the model is built for (batch, {wanted}): "
+                            f"set in_chans or img_size.")
+        return self.embed(x)
+
+    def embed(self, x: Tensor) -> Tensor:
+        raise TypeError(f"{type(self).__name__} must define embed(x)")
+
+    @property
+    def input_size(self) -> tuple[int, int, int]:
+        """(channels, height, width)."""
+        return self.in_chans, *self.img_size
+
+    @property
+    def grid_size(self) -> Size:
+        """(rows, columns) of patches."""
+        return self.img_size[0] // self.patch_size[0], self.img_size[1] // self.patch_size[1]
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid_size[0] * self.grid_size[1]
+
+    def feat_ratio(self, as_scalar: bool = True) -> int | Size:
+        """Pixels per token, the larger side or (height, width)."""
+        return max(self.patch_size) if as_scalar else self.patch_size
+
+    def set_input_size(self, img_size: int | Sequence[int] | None = None,
+                       patch_size: int | Sequence[int] | None = None) -> None:
+        """Another image size, another patch size (the kernel of `proj` is resampled), or both."""
+        before = self.patch_size
+        self._set_sizes(pair(img_size or self.img_size), pair(patch_size or self.patch_size))
+        if self.patch_size != before:
+            weight = resample_patch_embed(self.proj.weight.detach(), self.cell)
+            self.proj.weight = nn.Parameter(weight, self.proj.weight.requires_grad)
+            self.proj.kernel_size = self.proj.stride = self.cell
+
+    @property
+    def cell(self) -> Size:
+        """The patch in cells of the stride: kernel and stride of `proj`."""
+        return self.patch_size[0] // self.stride, self.patch_size[1] // self.stride
+
+    def _set_sizes(self, img_size: Size, patch_size: Size) -> None:
+        for pixels, patch in zip(img_size, patch_size):
+            if patch < 1 or pixels < patch or pixels % patch:
+                raise UserError(f"Patches of {patch_size[0]}x{patch_size[1]} pixels do not tile images of "
+                                f"{img_size[0]}x{img_size[1]}: change img_size or patch_size.")
+            if patch % self.stride:
+                raise UserError(f"This stem has a stride of {self.stride} pixels: patch_size {patch_size[0]}x"
+                                f"{patch_size[1]} must be a multiple of it.")
+        self.img_size, self.patch_size = img_size, patch_size
+
+
+class PatchStem(Stem):
+    """One convolution with kernel = stride = patch (Dosovitskiy et al., arXiv:2010.11929).
+
+    With `norm_eps` the flattened patch is layer-normed before the projection and the token after it, as vit-pytorch
+    has it since 1.0; the patch is flattened as `(channel, row, column)`.
+    """
+
+    first_conv = "proj"
+
+    def __init__(self, img_size: Size, patch_size: Size, in_chans: int, embed_dim: int,
+                 norm_eps: float | None = None):
+        super().__init__(img_size, patch_size, in_chans)
+        self.proj = nn.Conv2d(in_chans, embed_dim, self.cell, self.cell)
+        self.norm_in = nn.LayerNorm(in_chans * patch_size[0] * patch_size[1], norm_eps) if norm_eps else None
+        self.norm_out = nn.LayerNorm(embed_dim, norm_eps) if norm_eps else None
+
+    def embed(self, x: Tensor) -> Tensor:
         if self.norm_in is None:
             return self.proj(x).flatten(2).mT  # [B, N, D]
         patches = F.unfold(x, self.patch_size, stride=self.patch_size).mT  # [B, N, C*p*p]
         return self.norm_out(F.linear(self.norm_in(patches), self.proj.weight.flatten(1), self.proj.bias))
 
+    def set_input_size(self, img_size: int | Sequence[int] | None = None,
+                       patch_size: int | Sequence[int] | None = None) -> None:
+        if self.norm_in is not None and pair(patch_size or self.patch_size) != self.patch_size:
+            raise UserError("patch_norm has weights for every pixel of a patch: patch_size cannot be changed.")
+        super().set_input_size(img_size, patch_size)
 
-class ConvStem(nn.Module):
-    """Three convolutions, the DeepViT-S and -L stem: 7x7/2, 3x3, then patch/2 with stride patch/2 (after T2T-ViT)."""
 
-    def __init__(self, in_chans: int, embed_dim: int, patch_size: Size, norm: bool = False, norm_eps: float = 1e-5):
-        super().__init__()
-        if norm:
-            raise UserError("model.patch_norm goes with stem=patch only: leave it off with stem=conv.")
-        if patch_size[0] % 2 or patch_size[1] % 2:
-            raise UserError(f"stem=conv halves the picture first: patch_size {patch_size} must be even.")
-        half = (patch_size[0] // 2, patch_size[1] // 2)
-        self.conv1 = nn.Conv2d(in_chans, 64, 7, stride=2, padding=3, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
-        self.conv2 = nn.Conv2d(64, 64, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(64)
-        self.proj = nn.Conv2d(64, embed_dim, half, half)
+class GroupedBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm with batch statistics over groups of `norm_batch` consecutive images (None: the batch it sees).
+
+    Each training forward moves the running statistics once, as `ops.batch_norm` says.
+    """
+
+    def __init__(self, channels: int, norm_batch: int | None):
+        super().__init__(channels)
+        self.norm_batch = norm_batch
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.num_batches_tracked.add_(1)
+        norm = ops.HeadNorm(self.weight, self.bias, self.running_mean, self.running_var, self.eps, self.momentum)
+        return ops.batch_norm(x, norm, self.training, self.norm_batch)
+
+
+class ConvStem(Stem):
+    """Three convolutions, the DeepViT-S and -L stem: 7x7/2, 3x3, then patch/2 with stride patch/2 (after T2T-ViT).
+
+    `norm_batch`: see `GroupedBatchNorm2d`. `ViT` gives the attention's, so that both norms are of the same images.
+    """
+
+    first_conv = "conv1"
+
+    def __init__(self, img_size: Size, patch_size: Size, in_chans: int, embed_dim: int, norm_batch: int | None = None):
+        super().__init__(img_size, patch_size, in_chans, stride=2)
+        self.conv1 = nn.Conv2d(in_chans, 64, 7, stride=2, padding=3, bias=False)
+        self.bn1 = GroupedBatchNorm2d(64, norm_batch)
+        self.conv2 = nn.Conv2d(64, 64, 3, padding=1, bias=False)
+        self.bn2 = GroupedBatchNorm2d(64, norm_batch)
+        self.proj = nn.Conv2d(64, embed_dim, self.cell, self.cell)
+
+    def embed(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(x)))  # [B, 64, height/2, width/2]
         x = F.relu(self.bn2(self.conv2(x)))
         return self.proj(x).flatten(2).mT  # [B, N, D]
 
 
-STEMS: dict[str, type[nn.Module]] = {"patch": PatchStem, "conv": ConvStem, "hybrid": HybridStem}
+class HybridStem(Stem):
+    """The ResNet of Google's hybrids, then patches of its feature map.
+
+    Args:
+        patch_size: a multiple of the ResNet's stride, 4 * 2^(stages - 1) (16 for three stages).
+        layers: units per stage, (3, 4, 9) in R50+ViT-B/16.
+        width: channels of the first convolution; stages put out 4, 8, 16, ... times as many. A multiple of 32.
+        arithmetic: `google`, or `vit_pytorch` for weights that were fine-tuned there.
+    """
+
+    first_conv = "root.conv"
+
+    def __init__(self, img_size: Size, patch_size: Size, in_chans: int, embed_dim: int,
+                 layers: Sequence[int] = (3, 4, 9), width: int = 64,
+                 arithmetic: Literal["google", "vit_pytorch"] = "google"):
+        if not layers or min(layers) < 1 or width < 1 or width % GROUPS:
+            raise UserError(f"stem=hybrid takes stages of one unit or more and a width that is a multiple of {GROUPS}: "
+                            f"not layers {list(layers)} and width {width}.")
+        super().__init__(img_size, patch_size, in_chans, stride=4 * 2 ** (len(layers) - 1))
+        rule = ARITHMETICS[arithmetic]
+        self.root = Root(in_chans, width, rule)
+        self.body, channels = make_body(layers, width, rule)
+        self.proj = nn.Conv2d(channels, embed_dim, self.cell, self.cell)
+
+    def embed(self, x: Tensor) -> Tensor:
+        return self.proj(self.body(self.root(x))).flatten(2).mT  # [B, N, D]
 
 
-def stem_of(stem: str | Mapping[str, Any]) -> tuple[type[nn.Module], dict[str, Any]]:
+STEMS: dict[str, type[Stem]] = {"patch": PatchStem, "conv": ConvStem, "hybrid": HybridStem}
+
+
+def stem_of(stem: str | Mapping[str, Any]) -> tuple[type[Stem], dict[str, Any]]:
     """Class and options of `"hybrid"` or `{"name": "hybrid", "layers": [3, 4, 9]}`."""
     options = {"name": stem} if isinstance(stem, str) else dict(stem)
     name = options.pop("name", None)
     if name not in STEMS:
-        raise UserError(f"model.stem={name} is not known: choose from {', '.join(STEMS)}.{did_you_mean(name, STEMS)}")
+        raise UserError(f"stem={name} is not known: choose from {', '.join(STEMS)}.{did_you_mean(name, STEMS)}")
     return STEMS[name], options
+
+
+def pair(size: int | Sequence[int]) -> Size:
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def plain(size: Size) -> int | list[int]:
+    """The size as a config has it: one number for a square."""
+    return size[0] if size[0] == size[1] else list(size)

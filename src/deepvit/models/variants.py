@@ -3,7 +3,6 @@
 Same contract as in `attention`: `maps(q, k)` says what it is, `attend(q, k, v)` may be faster, one YAML file each.
 """
 
-import math
 from typing import Literal
 
 import torch
@@ -11,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepvit import ops
-from deepvit.config.signature import ABOVE_ZERO, check_range
 from deepvit.models.attention import HeadMix, SelfAttention
 
 
@@ -52,8 +50,6 @@ class DecayedTemperature(SelfAttention):
     def __init__(self, dim: int, num_heads: int = 8, first: float = 1.0, last: float = 0.5, block_index: int = 0,
                  depth: int = 1, **kwargs):
         super().__init__(dim, num_heads, **kwargs)
-        for name, value in (("first", first), ("last", last)):
-            check_range(f"model.attention.{name}", value, ABOVE_ZERO, math.inf)
         self.temperature = first * (last / first) ** (block_index / max(1, depth - 1))
         self.scale = self.scale / self.temperature
 

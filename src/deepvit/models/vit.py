@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
+from timm.layers import resample_abs_pos_embed
+from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from deepvit.errors import UserError, did_you_mean
@@ -12,17 +14,20 @@ from deepvit.models.attention import ATTENTIONS, Attention
 from deepvit.models.blocks import BLOCKS
 from deepvit.models.init import init_weights
 from deepvit.models.recompute import checkpoint_block
-from deepvit.models.stem import stem_of
+from deepvit.models.stem import PatchStem, pair, plain, stem_of
 
 POOLS = {
     "cls": lambda tokens: tokens[:, 0],
     "mean": lambda tokens: tokens.mean(1),  # class token included, as vit-pytorch and DeepViT-flax
     "avg": lambda tokens: tokens[:, 1:].mean(1),  # patch tokens only, as timm
+    "": lambda tokens: tokens,  # none: the head sees every token
 }
 
 
 class ViT(nn.Module):
-    """Vision Transformer: pictures `[B, in_chans, height, width]` -> logits `[B, C]`.
+    """Vision Transformer: images `[B, in_chans, height, width]` -> logits `[B, C]`.
+
+    `.config` are the plain settings that rebuild it, whatever `reset_classifier` and `set_input_size` have changed.
 
     Args:
         img_size, patch_size: pixels, one number or (height, width).
@@ -38,12 +43,24 @@ class ViT(nn.Module):
         drop_rate, pos_drop_rate, attn_drop_rate, drop_path_rate: dropout in MLP and projection, after the position
             embedding, on the maps; stochastic depth of the last block (linear from 0).
         init_values: initial LayerScale, 0 included; None: no LayerScale.
-        pool, final_norm: class token, mean of all tokens, or avg of the patch tokens; LayerNorm before or after it.
+        pool, final_norm: class token, mean of all tokens, avg of the patch tokens, or "" for none (logits of every
+            token, `[B, N, C]`); LayerNorm before or after it.
         patch_norm: LayerNorms around the patch projection (vit-pytorch).
         representation_size: width of the tanh layer before the head (`pre_logits`); None: no such layer.
         block: "pre_norm", or "deepnorm" for very deep models: see `blocks.DeepNormBlock`.
         feat_scale: see `blocks.FeatScale`.
     """
+
+    img_size = property(lambda self: self.patch_embed.img_size)
+    patch_size = property(lambda self: self.patch_embed.patch_size)
+    grid_size = property(lambda self: self.patch_embed.grid_size)  # (rows, columns) of patches
+    input_size = property(lambda self: self.patch_embed.input_size)  # (channels, height, width)
+    num_prefix_tokens = 1
+
+    @property
+    def global_pool(self) -> str:
+        """`pool` in timm's words."""
+        return {"cls": "token"}.get(self.pool, self.pool)
 
     def __init__(self, img_size: int | tuple[int, int] = 224, patch_size: int | tuple[int, int] = 16, in_chans: int = 3,
                  num_classes: int = 1000, embed_dim: int = 384, depth: int = 12, num_heads: int = 12,
@@ -53,78 +70,168 @@ class ViT(nn.Module):
                  reattention_blocks: list[int] | str | None = None, map_scale: float = 1.0,
                  residual_scale: float = 1.0, drop_rate: float = 0.0, pos_drop_rate: float = 0.0,
                  attn_drop_rate: float = 0.0, drop_path_rate: float = 0.0, init_values: float | None = None,
-                 pool: Literal["cls", "mean", "avg"] = "cls", gelu: Literal["erf", "tanh"] = "erf",
+                 pool: Literal["cls", "mean", "avg", ""] = "cls", gelu: Literal["erf", "tanh"] = "erf",
                  norm_eps: float = 1e-6, patch_norm: bool = False,
                  final_norm: Literal["before_pool", "after_pool"] = "before_pool",
                  representation_size: int | None = None, block: Literal["pre_norm", "deepnorm"] = "pre_norm",
                  feat_scale: bool = False):
+        config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
-        self.img_size, self.patch_size = _pair(img_size), _pair(patch_size)
-        self.grid_size = _grid(self.img_size, self.patch_size)  # (rows, columns) of patches
-        self.num_classes, self.embed_dim, self.depth = num_classes, embed_dim, depth
+        self.config: dict[str, Any] = config
+        self.in_chans, self.num_classes, self.embed_dim, self.depth = in_chans, num_classes, embed_dim, depth
         self.pool, self.final_norm = pool, final_norm
         self.grad_checkpointing = False
 
         (make_stem, options), make_block = stem_of(stem), _choose("block", block, BLOCKS)
-        self.patch_embed = make_stem(in_chans, embed_dim, self.patch_size, norm=patch_norm, norm_eps=norm_eps,
-                                     **options)
+        rule = {"map_scale": map_scale, **(attention or {"class": "SelfAttention"})}
+        options = {**_wanted(make_stem, norm_batch=rule.get("norm_batch")), **options}
+        if patch_norm:
+            if make_stem is not PatchStem:
+                raise UserError("patch_norm goes with stem=patch only: leave it off.")
+            options["norm_eps"] = norm_eps
+        self.patch_embed = make_stem(pair(img_size), pair(patch_size), in_chans, embed_dim, **options)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid_size[0] * self.grid_size[1], embed_dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.patch_embed.num_patches, embed_dim))
         self.pos_drop = nn.Dropout(pos_drop_rate)
 
         chosen = _block_indices(reattention_blocks, depth)
         shared = dict(num_heads=num_heads, head_dim=head_dim, qkv_bias=qkv_bias, qk_scale=qk_scale,
                       attn_drop=attn_drop_rate, proj_drop=drop_rate)
-        rule = {"map_scale": map_scale, **(attention or {"class": "SelfAttention"})}
         self.blocks = nn.Sequential(*(
             make_block(embed_dim, _attention(rule if i in chosen else {"class": "SelfAttention"}, embed_dim, shared,
                                              block_index=i, depth=depth),
                        mlp_ratio, drop_rate, drop_path_rate * i / max(1, depth - 1), init_values, gelu, norm_eps,
                        residual_scale=residual_scale, feat_scale=feat_scale, depth=depth)
             for i in range(depth)))
+        self.feature_info = [{"module": f"blocks.{i}", "num_chs": embed_dim, "reduction": self.patch_embed.feat_ratio()}
+                             for i in range(depth)]
 
         self.norm = nn.LayerNorm(embed_dim, norm_eps)
-        self.num_features = self.head_hidden_size = representation_size or embed_dim
+        self.num_features, self.head_hidden_size = embed_dim, representation_size or embed_dim
         self.pre_logits = (nn.Sequential(nn.Linear(embed_dim, representation_size), nn.Tanh())
                            if representation_size else nn.Identity())
-        self.head = _head(self.num_features, num_classes)
+        self.head = _head(self.head_hidden_size, num_classes)
         init_weights(self)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Pictures -> tokens `[B, 1 + patches, D]` after the last block (and the final norm, if it comes first)."""
-        if tuple(x.shape[-2:]) != self.img_size:
-            raise UserError(f"The pictures are {x.shape[-2]}x{x.shape[-1]} pixels, the model is built for "
-                            f"{self.img_size[0]}x{self.img_size[1]}: set model.img_size.")
-        x = self.patch_embed(x)
-        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
-        x = self.pos_drop(x + self.pos_embed)
+        """Images -> tokens `[B, 1 + patches, D]` after the last block (and the final norm, if it comes first)."""
+        x = self._embed(x)
         for block in self.blocks:
-            recompute = self.grad_checkpointing and torch.is_grad_enabled()
-            x = checkpoint_block(block, x) if recompute else block(x)
-        return self.norm(x) if self.final_norm == "before_pool" else x
+            x = self._run(block, x)
+        return self._norm_of_tokens(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Tokens -> logits `[B, C]`, or with `pre_logits` what the classifier sees, `[B, num_features]`."""
+        """Tokens -> logits `[B, C]`, or with `pre_logits` what the classifier sees, `[B, head_hidden_size]`."""
         x = POOLS[self.pool](x)
         x = self.norm(x) if self.final_norm == "after_pool" else x
         x = self.pre_logits(x)
         return x if pre_logits else self.head(x)
 
+    def forward_intermediates(self, x: Tensor, indices: int | Sequence[int] | None = None,
+                              return_prefix_tokens: bool = False, norm: bool = False, stop_early: bool = False,
+                              output_fmt: Literal["NCHW", "NLC"] = "NCHW", intermediates_only: bool = False,
+                              output_dict: bool = False) -> Any:
+        """The tokens after some blocks; arguments and results as timm's `VisionTransformer.forward_intermediates`.
+
+        Args:
+            indices: of blocks (negative from the end), or how many of the last; None: all.
+            return_prefix_tokens: with each, its class token `[B, 1, D]`.
+            norm: the final norm on each, where it stands before the pooling.
+            stop_early: leave out the blocks behind the last that is wanted.
+            output_fmt: `[B, D, rows, columns]` or `[B, patches, D]`.
+        Returns:
+            `forward_features(x)` and the list of intermediates; the list alone with `intermediates_only`; both under
+            the names `image_features`, `image_intermediates` and `image_intermediates_prefix` with `output_dict`.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise UserError(f"output_fmt={output_fmt} is not known: choose NCHW or NLC.")
+        wanted, last = feature_take_indices(len(self.blocks), indices)
+        x = self._embed(x)
+        taken = []
+        for i, block in enumerate(self.blocks[:last + 1] if stop_early else self.blocks):
+            x = self._run(block, x)
+            if i in wanted:
+                taken.append(self._norm_of_tokens(x) if norm else x)
+        prefixes, features = [tokens[:, :1] for tokens in taken], [tokens[:, 1:] for tokens in taken]
+        if output_fmt == "NCHW":
+            features = [tokens.mT.unflatten(2, self.grid_size).contiguous() for tokens in features]
+        if output_dict:
+            return {"image_intermediates": features,
+                    **({"image_intermediates_prefix": prefixes} if return_prefix_tokens else {}),
+                    **({} if intermediates_only else {"image_features": self._norm_of_tokens(x)})}
+        features = list(zip(features, prefixes)) if return_prefix_tokens else features
+        return features if intermediates_only else (self._norm_of_tokens(x), features)
+
+    def get_intermediate_layers(self, x: Tensor, n: int | Sequence[int] = 1, reshape: bool = False,
+                                return_prefix_tokens: bool = False, norm: bool = False) -> list[Any]:
+        """`forward_intermediates` in DINO's words."""
+        return self.forward_intermediates(x, n, return_prefix_tokens, norm, output_fmt="NCHW" if reshape else "NLC",
+                                          intermediates_only=True)
+
+    def prune_intermediate_layers(self, indices: int | Sequence[int] = 1, prune_norm: bool = False,
+                                  prune_head: bool = True) -> list[int]:
+        """Drops what these intermediates do not need. `.config` goes on describing the whole model."""
+        wanted, last = feature_take_indices(len(self.blocks), indices)
+        self.blocks = self.blocks[:last + 1]
+        if prune_norm if self.final_norm == "before_pool" else prune_head:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.pre_logits, self.head, self.pool, self.num_classes = nn.Identity(), nn.Identity(), "", 0
+        return wanted
+
+    def _embed(self, x: Tensor) -> Tensor:
+        """Images -> tokens `[B, 1 + patches, D]` for the first block."""
+        x = self.patch_embed(x)
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
+        return self.pos_drop(x + self.pos_embed)
+
+    def _run(self, block: nn.Module, x: Tensor) -> Tensor:
+        return checkpoint_block(block, x) if self.grad_checkpointing and torch.is_grad_enabled() else block(x)
+
+    def _norm_of_tokens(self, x: Tensor) -> Tensor:
+        return self.norm(x) if self.final_norm == "before_pool" else x
+
+    def set_input_size(self, img_size: int | Sequence[int] | None = None,
+                       patch_size: int | Sequence[int] | None = None) -> None:
+        """Another image or patch size, in pixels: positions and patch kernel are resampled as timm does it.
+
+        Raises:
+            UserError: sizes that do not fit together; nothing has changed then.
+        """
+        before = self.grid_size
+        self.patch_embed.set_input_size(img_size, patch_size)
+        if self.grid_size != before:
+            resized = resample_abs_pos_embed(self.pos_embed.detach(), list(self.grid_size), list(before))
+            self.pos_embed = nn.Parameter(resized, self.pos_embed.requires_grad)
+        for feature in self.feature_info:
+            feature["reduction"] = self.patch_embed.feat_ratio()
+        self.config |= {"img_size": plain(self.img_size), "patch_size": plain(self.patch_size)}
+        self._traits = {**getattr(self, "_traits", {}), "img_size": self.img_size}  # what timm takes for current
+        if hasattr(self, "pretrained_cfg"):
+            self.pretrained_cfg["input_size"] = self.input_size
+
+    @property
+    def _model_args(self) -> dict[str, Any]:
+        """What timm's `save_for_hf` writes to rebuild the model; it adds `global_pool` itself."""
+        return {name: value for name, value in self.config.items() if name != "pool"}
+
+    @_model_args.setter
+    def _model_args(self, given: Mapping[str, Any]) -> None:
+        """timm's factory notes its keywords; `.config` has them already."""
+
     def get_classifier(self) -> nn.Module:
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A fresh head for `num_classes` (0: none). `global_pool` may be timm's "token" and "avg", or ours."""
+        """A fresh head for `num_classes` (0: none). `global_pool`: see `pool_of`."""
         if global_pool is not None:
-            pool = {"token": "cls"}.get(global_pool, global_pool)
-            if pool not in POOLS:
-                raise UserError(f"'{global_pool}' is no pooling of this model: choose from token, {', '.join(POOLS)}.")
-            self.pool = pool
+            self.pool = pool_of(global_pool)
         self.num_classes = num_classes
-        self.head = _head(self.num_features, num_classes).to(self.cls_token.device, self.cls_token.dtype)
+        self.config |= {"num_classes": num_classes, "pool": self.pool}
+        self.head = _head(self.head_hidden_size, num_classes).to(self.cls_token.device, self.cls_token.dtype)
         init_weights(self.head)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -139,21 +246,18 @@ class ViT(nn.Module):
                 "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}
 
 
-def _pair(size: int | Sequence[int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-
-
-def _grid(img_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[int, int]:
-    for pixels, patch in zip(img_size, patch_size):
-        if patch < 1 or pixels < patch or pixels % patch:
-            raise UserError(f"Patches of {patch_size[0]}x{patch_size[1]} pixels do not tile pictures of "
-                            f"{img_size[0]}x{img_size[1]}: change model.img_size or model.patch_size.")
-    return img_size[0] // patch_size[0], img_size[1] // patch_size[1]
+def pool_of(global_pool: str) -> str:
+    """Our name of a pooling in timm's words: "token", "avg", "" (none), or one of `POOLS`."""
+    pool = {"token": "cls"}.get(global_pool, global_pool)
+    if pool not in POOLS:
+        raise UserError(f"global_pool='{global_pool}' is no pooling of this model: choose from token, "
+                        f"{', '.join(filter(None, POOLS))}, or '' for none.")
+    return pool
 
 
 def _choose(setting: str, name: str, choices: Mapping[str, Any]) -> Any:
     if name not in choices:
-        raise UserError(f"model.{setting}={name} is not known: choose from {', '.join(choices)}."
+        raise UserError(f"{setting}={name} is not known: choose from {', '.join(choices)}."
                         f"{did_you_mean(name, choices)}")
     return choices[name]
 
@@ -163,10 +267,14 @@ def _attention(rule: Mapping[str, Any], dim: int, shared: Mapping[str, Any], **p
     options = {name: value for name, value in rule.items() if name not in ("class", "name")}
     cls = ATTENTIONS.get(rule.get("class", ""))
     if cls is None:
-        raise UserError(f"model.attention.class={rule.get('class')} is not known: choose from "
+        raise UserError(f"attention.class={rule.get('class')} is not known: choose from "
                         f"{', '.join(ATTENTIONS)}.{did_you_mean(rule.get('class', ''), ATTENTIONS)}")
-    place = {name: value for name, value in place.items() if name in inspect.signature(cls).parameters}
-    return cls(dim, **{**shared, **options, **place})
+    return cls(dim, **{**shared, **options, **_wanted(cls, **place)})
+
+
+def _wanted(cls: type, **offered: Any) -> dict[str, Any]:
+    """What of `offered` the constructor has parameters for."""
+    return {name: value for name, value in offered.items() if name in inspect.signature(cls).parameters}
 
 
 def _block_indices(chosen: Sequence[int] | str | None, depth: int) -> set[int]:
@@ -177,11 +285,11 @@ def _block_indices(chosen: Sequence[int] | str | None, depth: int) -> set[int]:
         try:
             return set(range(depth)[slice(*(int(part) if part else None for part in chosen.split(":")))])
         except (ValueError, TypeError):
-            raise UserError(f"model.reattention_blocks='{chosen}' is no slice such as '-12:': "
+            raise UserError(f"reattention_blocks='{chosen}' is no slice such as '-12:': "
                             f"give one, or a list of block indices.") from None
     for index in chosen:
         if not -depth <= index < depth:
-            raise UserError(f"model.reattention_blocks names block {index}, but the model has {depth} blocks "
+            raise UserError(f"reattention_blocks names block {index}, but the model has {depth} blocks "
                             f"(0 to {depth - 1}, or negative from the end).")
     return {index % depth for index in chosen}
 

@@ -2,6 +2,6 @@
 
 from deepvit.ops.affine import fold
 from deepvit.ops.dispatch import reattention
-from deepvit.ops.reference import HeadNorm, exchange_heads, mix_heads, softmax_maps
+from deepvit.ops.reference import HeadNorm, batch_norm, exchange_heads, mix_heads, softmax_maps
 
-__all__ = ["HeadNorm", "exchange_heads", "fold", "mix_heads", "reattention", "softmax_maps"]
+__all__ = ["HeadNorm", "batch_norm", "exchange_heads", "fold", "mix_heads", "reattention", "softmax_maps"]

@@ -5,14 +5,15 @@ BatchNorm over heads stands between two linear maps, so it is an affine on the *
 
     U_h   = M_h v_h                              the core: one pass over the maps, see `plain.centred_mix`
     out_h = gain_h U_h + shift_h total_h
-    training with norm:  gain = s gamma / sqrt(sum M^2 / n + eps),  shift = s beta,  n = B N^2, s = map_scale
+    training with norm:  gain = s gamma / sqrt(sum M^2 / n + eps),  shift = s beta,  s = map_scale,
+                         the sum over the n = norm_batch N^2 entries of a group of images
     else (folded):       gain = 1, with mix and shift from `fold`
 
-The bias cancels in training but for the running mean. Centring before any rounding is what keeps bf16 exact.
+The core sums per image; groups are formed here and nowhere else, so gain is `[B, H]`, equal within a group. The bias
+cancels in training but for the running mean. Centring before any rounding is what keeps bf16 exact.
 """
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from deepvit.errors import UserError
@@ -45,45 +46,42 @@ def at_least_float(t: Tensor) -> Tensor:
     return t if t.dtype in (torch.float32, torch.float64) else t.float()
 
 
-class _SumOverRanks(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, local: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        total = local.clone()
-        dist.all_reduce(total, group=group)
-        return total
+def group_mean(x: Tensor, size: int | None) -> tuple[Tensor, Tensor | int]:
+    """The mean of `x [B, H]` over the group that each image is in: `size` consecutive images, the last what is left.
 
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        total = grad.clone()
-        dist.all_reduce(total, group=ctx.group)
-        return total, None
+    None: all are one group.
 
-
-def batch_gain(sumsq: Tensor, count: int, mix: Tensor, bias: Tensor | None, tokens: int, norm: HeadNorm,
-               map_scale: float, group: dist.ProcessGroup | None) -> Tensor:
-    """`gain [H]` from this batch's `sumsq [H] = sum M^2` over `count` entries; updates the running statistics.
-
-    With `group`, the statistics are those of all its ranks: H sums and their count go round in forward, as many
-    gradients in backward. The mean depends on parameters alone, so it is the same everywhere.
+    Returns:
+        the means, `[B, H]`, and the number of images in the group, `[B, 1]` or one number for all.
     """
-    if group is None and count == 1:
+    B, H = x.shape
+    if size is None:
+        return x.mean(dim=0, keepdim=True).expand(B, H), B
+    group = torch.arange(B, device=x.device).div(size, rounding_mode="floor")
+    member = (group[:, None] == group).double()  # [B, B]: no branch on B (exports leave it open), no TF32, no atomics
+    images = member.sum(dim=1, keepdim=True)  # [B, 1]
+    return (member @ x.double() / images).to(x.dtype), images.to(x.dtype)
+
+
+def batch_gain(sumsq: Tensor, tokens: int, mix: Tensor, bias: Tensor | None, norm: HeadNorm, norm_batch: int | None,
+               map_scale: float) -> Tensor:
+    """`gain [B, H]` from each image's `sumsq [B, H] = sum M^2` over tokens^2 entries; moves the running statistics."""
+    last = (sumsq.shape[0] - 1) % (norm_batch or sumsq.shape[0]) + 1  # images of the last group
+    if tokens == 1 and last == 1:
         raise UserError("Batch statistics of one entry do not exist: train the head norm on more than one token.")
-    if group is not None:
-        sums = _SumOverRanks.apply(torch.cat([sumsq, sumsq.new_full((1,), count)]), group)
-        sumsq, count = sums[:-1], sums[-1]
-    var = sumsq / count  # [H], biased
+    var, images = group_mean(sumsq / tokens**2, norm_batch)  # [B, H], biased
     if norm.running_mean is not None and norm.running_var is not None:
-        update_running(norm, var, count, mix, bias, tokens)
+        update_running(norm, var, images * tokens**2, mix, bias, tokens)
     return norm.gamma.to(var.dtype) * (var + norm.eps).rsqrt() * map_scale
 
 
 @torch.no_grad()
-def update_running(norm: HeadNorm, var: Tensor, count: int | Tensor, mix: Tensor, bias: Tensor | None,
+def update_running(norm: HeadNorm, var: Tensor, count: Tensor | int, mix: Tensor, bias: Tensor | None,
                    tokens: int) -> None:
-    mean = mix.sum(dim=1) / tokens  # [H], exact: rows of A sum to one
+    """One move, to the mean over the images of their groups' statistics: linear, so averages of moves are exact."""
+    mean = mix.sum(dim=1) / tokens  # [H], of every group: rows of A sum to one
     mean = mean if bias is None else mean + bias.to(mean.dtype)
-    unbiased = var * (count / (count - 1))
+    unbiased = (var * (count / (count - 1))).mean(dim=0)  # [H]
     norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
     norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), norm.momentum)
 
@@ -106,28 +104,28 @@ class _AffineInPlace(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         kept, gain, total, shift = ctx.saved_tensors
         rows = grad.sum(dim=2, dtype=total.dtype)  # [B, H, d]
-        dshift = (rows * total).sum(dim=(0, 2))  # [H]
-        dgain = (grad * kept).sum(dim=(0, 2), dtype=gain.dtype).sum(dim=-1)  # [H], so far against what was kept
+        dshift = (rows * total).sum(dim=2)  # [B, H]
+        dgain = (grad * kept).sum(dim=2, dtype=gain.dtype).sum(dim=2)  # [B, H], so far against what was kept
         dgain = (dgain - shift * dshift) / gain if ctx.from_out else dgain
-        return (grad * gain[:, None, None]).to(kept.dtype), dgain, rows * shift[:, None], dshift
+        return (grad * gain[:, :, None, None]).to(kept.dtype), dgain, rows * shift[:, None], dshift.sum(dim=0)
 
 
 def _recoverable(u: Tensor, gain: Tensor, total: Tensor, shift: Tensor) -> bool:
     """Whether `U = (out - shift total) / gain` loses at most a factor 30 (2 in half precision) in its rounding."""
     limit = 30 if u.dtype in (torch.float32, torch.float64) else 1
-    columns = u.transpose(1, 2).flatten(0, 1).flatten(1)  # [B N, H d], a view of u as the core lays it out
-    columns = torch.linalg.vector_norm(columns, dim=0, dtype=gain.dtype)
-    signal = gain.abs() * torch.linalg.vector_norm(columns.view(u.shape[1], -1), dim=1)  # [H]
-    noise = shift.abs() * torch.linalg.vector_norm(total, dim=(0, 2)) * u.shape[2] ** 0.5  # [H]
-    return bool((signal * limit > noise).all())
+    squares = u.transpose(1, 2).flatten(2).square().sum(dim=1, dtype=gain.dtype)  # [B, H d], of a view of u
+    signal = (gain.square() * squares.view(total.shape).sum(dim=2)).sum(dim=0)  # [H]
+    noise = shift.square() * total.square().sum(dim=(0, 2)) * u.shape[2]  # [H]
+    return bool((signal * limit**2 > noise).all())
 
 
 def affine_out(u: Tensor, gain: Tensor | None, total: Tensor, shift: Tensor, out: Tensor | None = None) -> Tensor:
-    """`gain_h u_h + shift_h total_h` in u's dtype. u `[B, H, N, d]`, gain (None: 1), shift `[H]`, total `[B, H, d]`."""
+    """`gain_h u_h + shift_h total_h` in u's dtype. u `[B, H, N, d]`, gain `[B, H]` or None (1), shift `[H]`, total
+    `[B, H, d]`."""
     constant = (total * shift[:, None])[:, :, None]  # [B, H, 1, d]
     if gain is None:
         return torch.add(u, constant, out=out).to(u.dtype)
-    return torch.addcmul(constant, u, gain[:, None, None], out=out).to(u.dtype)
+    return torch.addcmul(constant, u, gain[:, :, None, None], out=out).to(u.dtype)
 
 
 def normalised(u: Tensor, gain: Tensor, total: Tensor, shift: Tensor) -> Tensor:

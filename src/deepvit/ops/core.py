@@ -6,7 +6,9 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
+from deepvit.errors import UserError
 from deepvit.ops import cpu, native
 from deepvit.ops.plain import tokens_first
 
@@ -74,7 +76,7 @@ def _(du, dsumsq, dtotal, q, k, v, mix, kept, scale):
 def _(q, k, v, mix, scale, statistics):
     B, H, N, d = q.shape
     kept = mix.new_empty(0) if q.device.type == "cpu" else mix.new_empty(B, H, N)
-    return tokens_first(q), mix.new_empty(H), mix.new_empty(B, H, d), kept
+    return tokens_first(q), mix.new_empty(B, H), mix.new_empty(B, H, d), kept
 
 
 @centred_mix_backward.register_fake
@@ -96,34 +98,25 @@ def _backward(ctx, du, dsumsq, dtotal, _):
 centred_mix.register_autograd(_backward, setup_context=_setup)
 
 
-# The affine after the core in one pass each way. torch.compile fuses the plain form by itself.
-
-@torch.library.custom_op("deepvit::affine", mutates_args=())
-def fused_affine(u: Tensor, gain: Tensor, total: Tensor, shift: Tensor) -> Tensor:
-    """`affine.affine_out` by a Triton kernel: u `[B, H, N, d]`, gain and shift `[H]`, total `[B, H, d]`."""
-    from deepvit.ops import triton_affine
-    with torch.cuda.device_of(u):
-        return triton_affine.affine_out(u, gain, total, shift)
+def _second_backward(ctx, *grads):
+    raise UserError("The gradient of re-attention's fast operators can be taken once: for a second derivative use "
+                    "torch.func (grad of grad, hessian), which runs plain operations, or deepvit.ops.reference.")
 
 
-@torch.library.custom_op("deepvit::affine_backward", mutates_args=())
-def fused_affine_backward(grad: Tensor, u: Tensor, gain: Tensor, total: Tensor,
-                          shift: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of u, gain, total and shift."""
-    from deepvit.ops import triton_affine
-    with torch.cuda.device_of(u):
-        return triton_affine.affine_out_backward(grad, u, gain, total, shift)
+centred_mix_backward.register_autograd(_second_backward)
 
 
-@fused_affine.register_fake
-def _(u, gain, total, shift):
-    return tokens_first(u)
+# Matrix products only, as torch counts; a backward that computes the maps anew counts those too, as torch's attention.
+
+@register_flop_formula(torch.ops.deepvit.centred_mix)
+def _flops(q, k, v, mix, *_, **__) -> int:
+    """Operations for these shapes: `q k^T`, the mix over heads, maps times v."""
+    B, H, N, d = q
+    return 2 * B * H * N * N * (2 * d + H)
 
 
-@fused_affine_backward.register_fake
-def _(grad, u, gain, total, shift):
-    return tokens_first(u), torch.empty_like(gain), torch.empty_like(total), torch.empty_like(shift)
-
-
-fused_affine.register_autograd(lambda ctx, grad: fused_affine_backward(grad, *ctx.saved_tensors),
-                               setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+@register_flop_formula(torch.ops.deepvit.centred_mix_backward)
+def _flops_backward(du, dsumsq, dtotal, q, *_, **__) -> int:
+    """`q k^T` and the mix anew; then two products each for q k^T, the mix and maps times v."""
+    B, H, N, d = q
+    return 2 * B * H * N * N * (5 * d + 3 * H)

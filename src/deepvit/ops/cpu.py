@@ -89,14 +89,14 @@ def centred_mix(q: Tensor, k: Tensor, v: Tensor, mix: Tensor, scale: float,
     B, H, N, d = q.shape
     dtype = mix.dtype
     u = tokens_first(q)  # [B, H, N, d]
-    sumsq = torch.zeros(H, dtype=torch.float64)
+    sumsq = torch.zeros(B, H, dtype=torch.float64)
     centring = _with_centre(mix)
     for tile in tiles(B, H, N, dtype.itemsize):
         if tile.rows.start == 0:
             keys, values = (_heads_first(x, tile, dtype, rows=False) for x in (k, v))  # [H, S, N, d]
         mixed = _Maps(H, tile, dtype, scratch=1).fill(_heads_first(q, tile, dtype, True, scale), keys, centring)
         if statistics:
-            sumsq += torch.linalg.vector_norm(mixed.flatten(1), dim=1).double().square()
+            sumsq[tile.samples] += torch.linalg.vector_norm(mixed.flatten(2), dim=2).T.double().square()
         part = torch.bmm(mixed.flatten(0, 1), values.flatten(0, 1)).view(H, *tile.shape[:2], d)
         u[tile.samples, :, tile.rows].copy_(part.transpose(0, 1))
     return u, sumsq.to(dtype), v.sum(dim=2, dtype=dtype)
@@ -112,7 +112,7 @@ def centred_mix_backward(du: Tensor, dsumsq: Tensor, dtotal: Tensor, q: Tensor, 
     dtype = mix.dtype
     dq, dk, dv = (tokens_first(x) for x in (q, k, v))  # [B, H, N, d]
     dmix = mix.new_zeros(H, H + 1)
-    centring, twice = _with_centre(mix), 2 * dsumsq[:, None, None, None]
+    centring, twice = _with_centre(mix), 2 * dsumsq.T[:, :, None, None]  # [H, B, 1, 1]
     for tile in tiles(B, H, N, dtype.itemsize):
         if tile.rows.start == 0:
             keys, values = (_heads_first(x, tile, dtype, rows=False) for x in (k, v))  # [H, S, N, d]
@@ -121,7 +121,7 @@ def centred_mix_backward(du: Tensor, dsumsq: Tensor, dtotal: Tensor, q: Tensor, 
         queries, dout = _heads_first(q, tile, dtype, True, scale), _heads_first(du, tile, dtype, True)  # [H, S, R, d]
         maps = _Maps(H, tile, dtype, scratch=2)
         mixed = maps.fill(queries, keys, centring)
-        dmaps = _into_maps(maps, mixed, mix, dout, values, twice, dvalues, dmix)
+        dmaps = _into_maps(maps, mixed, mix, dout, values, twice[:, tile.samples], dvalues, dmix)
         dqueries = torch.bmm(dmaps.flatten(0, 1), keys.flatten(0, 1)).view(dout.shape)
         torch.mul(dqueries.transpose(0, 1), scale, out=dq[tile.samples, :, tile.rows])
         _accumulate(dkeys, dmaps, queries)

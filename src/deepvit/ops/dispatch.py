@@ -1,11 +1,9 @@
 """The one entrance to re-attention: chooses how, never what."""
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from deepvit.errors import UserError
 from deepvit.ops import affine, core, plain, reference
 from deepvit.ops.reference import HeadNorm
 
@@ -30,19 +28,18 @@ def choose(q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float = 0.0, training:
 
 def reattention(q: Tensor, k: Tensor, v: Tensor, mix: Tensor | None = None, bias: Tensor | None = None, *,
                 norm: HeadNorm | None = None, scale: float | None = None, map_scale: float = 1.0,
-                dropout_p: float = 0.0, training: bool = False, group: dist.ProcessGroup | None = None) -> Tensor:
+                dropout_p: float = 0.0, training: bool = False, norm_batch: int | None = None) -> Tensor:
     """`reference.reattention` by the fastest path that is proven for these tensors; logs which, once.
 
     Args:
-        q, k, v, mix, bias, norm, scale, map_scale, dropout_p, training: as in `reference.reattention`.
-        group: process group over whose ranks the norm's batch statistics are taken (SyncBN), or None.
+        all of them: as in `reference.reattention`.
     Returns:
         `[B, H, N, d]`, in autocast's dtype where that is on, else q's. Its gradient can be taken once.
     """
     device = q.device.type
     if device == "meta":  # shapes and counts of operations, no values
         return reference.reattention(q, k, v, mix, bias, norm=norm, scale=scale, map_scale=map_scale,
-                                     dropout_p=dropout_p, training=training)
+                                     dropout_p=dropout_p, training=training, norm_batch=norm_batch)
     if torch.is_autocast_enabled(device) and q.dtype != torch.float64:
         q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
     path, why = choose(q, k, v, dropout_p=dropout_p, training=training)
@@ -51,25 +48,23 @@ def reattention(q: Tensor, k: Tensor, v: Tensor, mix: Tensor | None = None, bias
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     with torch.autocast(device, enabled=False):
         if path == "reference":
-            return _by_definition(q, k, v, mix, bias, norm, scale, map_scale, dropout_p, training, group)
+            return _by_definition(q, k, v, mix, bias, norm, scale, map_scale, dropout_p, training, norm_batch)
         if mix is None and norm is None:
             out = F.scaled_dot_product_attention(q, k, v, scale=scale)
             return out if map_scale == 1.0 else out * map_scale
-        return _by_affine(path, q, k, v, mix, bias, norm, scale, map_scale, training, group)
+        return _by_affine(path, q, k, v, mix, bias, norm, scale, map_scale, training, norm_batch)
 
 
-def _by_definition(q, k, v, mix, bias, norm, scale, map_scale, dropout_p, training, group) -> Tensor:
+def _by_definition(q, k, v, mix, bias, norm, scale, map_scale, dropout_p, training, norm_batch) -> Tensor:
     """The reference in at least float32: half precision drowns the maps near initialisation (38 to 64 % error)."""
-    if group is not None:
-        raise UserError("Batch statistics over all ranks need queries, keys and values of one shape, and no dropout.")
     wide = [None if x is None else affine.at_least_float(x) for x in (q, k, v, mix, bias)]
     out = reference.reattention(*wide, norm=norm, scale=scale, map_scale=map_scale, dropout_p=dropout_p,
-                                training=training)
+                                training=training, norm_batch=norm_batch)
     return out.to(v.dtype)
 
 
-def _by_affine(path, q, k, v, mix, bias, norm, scale, map_scale, training, group) -> Tensor:
-    B, H, N, _ = q.shape
+def _by_affine(path, q, k, v, mix, bias, norm, scale, map_scale, training, norm_batch) -> Tensor:
+    H, N = q.shape[1:3]
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     if mix is None:
         mix, bias = torch.eye(H, dtype=wide, device=q.device), None
@@ -78,14 +73,12 @@ def _by_affine(path, q, k, v, mix, bias, norm, scale, map_scale, training, group
     if not by_batch:
         mix, shift = affine.fold(mix, bias, norm, map_scale)
     compute = plain.centred_mix if path == "plain" else core.centred_mix
-    fused = path == "triton" and not torch.compiler.is_compiling()
     u, sumsq, total = compute(q, k, v, mix, scale, by_batch)[:3]
     if not by_batch:
         shift = shift + mix.sum(dim=1) / N
-        return core.fused_affine(u, torch.ones_like(shift), total, shift) if fused else affine.affine_out(
-            u, None, total, shift)
-    gain = affine.batch_gain(sumsq, B * N * N, mix, bias, N, norm, map_scale, group)
+        return affine.affine_out(u, None, total, shift)
+    gain = affine.batch_gain(sumsq, N, mix, bias, norm, norm_batch, map_scale)
     shift = norm.beta.to(wide) * map_scale
     if bias is not None:
         shift = shift + 0 * bias.to(wide)  # it cancels; DDP wants the gradient of zeros that it has
-    return (core.fused_affine if fused else affine.normalised)(u, gain, total, shift)
+    return affine.normalised(u, gain, total, shift)

@@ -283,7 +283,7 @@ static void backward_task(const Sizes& s, long b, long begin, const float* q, co
         for (long h = 0; h < H; h++) {
             float *m = mixed + h * area, *g = grads + h * s.rows * Dp;
             product<true>(Columns{m, Np}, g, Dp, sum_v + h * Np * Dp, Dp, Np, Dp, s.rows);
-            for (long j = 0; j < area; j += W) store(m + j, load(m + j) * (2 * dsumsq[h]));
+            for (long j = 0; j < area; j += W) store(m + j, load(m + j) * (2 * dsumsq[b * H + h]));
             product<true>(Rows{g, Dp}, columns + h * D * Np, Np, m, Np, s.rows, Np, D);  // mixed is now dM
         }
         outer(mixed, maps, H, area, dmix);
@@ -323,7 +323,7 @@ void deepvit_forward(const float* q, const float* k, const float* v, const float
                      sums, Scratch(floats));
 }
 
-// du, dq `[B, N, H, D]`; dk, dv `[B chunks, N, H, D]`, of each task; dmix `[B chunks, H, H]`, likewise, zero before
+// du, dq `[B, N, H, D]`; dsumsq `[B, H]`; dk, dv `[B chunks, N, H, D]`, of each task; dmix `[B chunks, H, H]`, likewise, zero before
 void deepvit_backward(const float* q, const float* k, const float* v, const float* mix, const float* du,
                       const float* dsumsq, const float* dtotal, float* dq, float* dk, float* dv, float* dmix,
                       const Sizes* sizes, int threads) {

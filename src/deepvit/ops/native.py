@@ -102,7 +102,7 @@ def centred_mix(q: Tensor, k: Tensor, v: Tensor, mix: Tensor, scale: float,
     sumsq = torch.zeros(sizes.B * sizes.chunks, sizes.H, dtype=torch.float64)
     total = q.new_empty(sizes.B, sizes.H, sizes.D)
     load()[0].deepvit_forward(*_pointers(q, k, v, mix, u, sumsq, total), ctypes.byref(sizes), torch.get_num_threads())
-    return u.to(dtype), sumsq.sum(dim=0).to(mix.dtype), total
+    return u.to(dtype), sumsq.view(sizes.B, sizes.chunks, sizes.H).sum(dim=1).to(mix.dtype), total
 
 
 def centred_mix_backward(du: Tensor, dsumsq: Tensor, dtotal: Tensor, q: Tensor, k: Tensor, v: Tensor, mix: Tensor,

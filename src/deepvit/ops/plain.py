@@ -13,12 +13,12 @@ def centred_mix(q: Tensor, k: Tensor, v: Tensor, mix: Tensor, scale: float,
     Args:
         q, k, v: `[B, H, N, d]`, any strides; mix: `[H, H]`, float32 (float64 if q is); statistics: whether to sum.
     Returns:
-        U `[B, H, N, d]` = M v in v's dtype; sumsq `[H]` = sum of M^2 over B and both N (zeros without `statistics`);
-        total `[B, H, d]` = sum of v over N. The last two in mix's dtype.
+        U `[B, H, N, d]` = M v in v's dtype; sumsq `[B, H]` = sum of M^2 over both N (zeros without `statistics`); total
+        `[B, H, d]` = sum of v over N. The last two in mix's dtype.
     """
     maps = softmax_maps(q.to(mix.dtype), k.to(mix.dtype), scale) - 1 / k.shape[2]  # [B, H, N, N], rows sum to 0
     mixed = torch.einsum("hg,bgij->bhij", mix, maps)  # [B, H, N, N], rows sum to 0
-    sumsq = mixed.square().sum(dim=(0, 2, 3)) if statistics else mix.new_zeros(mix.shape[0])
+    sumsq = mixed.square().sum(dim=(2, 3)) if statistics else mix.new_zeros(mixed.shape[:2])
     return (mixed @ v.to(mix.dtype)).to(v.dtype), sumsq, v.sum(dim=2, dtype=mix.dtype)
 
 

@@ -7,6 +7,7 @@ Rows of the resulting maps do not sum to one and entries may be negative.
 
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -36,20 +37,42 @@ def mix_heads(maps: Tensor, mix: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.conv2d(maps, mix[:, :, None, None], bias)
 
 
+def batch_norm(x: Tensor, norm: HeadNorm, training: bool, norm_batch: int | None = None) -> Tensor:
+    """`F.batch_norm` of `x [B, C, ...]`, in training over each group of `norm_batch` consecutive images by itself.
+
+    The last group holds the images that are left. Running statistics make one move, the mean over the images of what
+    their groups would do.
+    """
+    if not training or norm_batch is None or len(x) <= norm_batch:
+        return F.batch_norm(x, norm.running_mean, norm.running_var, norm.gamma, norm.beta, training, norm.momentum,
+                            norm.eps)
+    running = [torch.zeros_like(norm.gamma) if old is None else old for old in (norm.running_mean, norm.running_var)]
+    moved = [torch.zeros_like(old) for old in running]
+    out = []
+    for group in x.split(norm_batch):
+        own = [old.clone() for old in running]
+        out.append(F.batch_norm(group, *own, norm.gamma, norm.beta, True, norm.momentum, norm.eps))
+        for mean, new in zip(moved, own):
+            mean.add_(new, alpha=len(group) / len(x))
+    for old, new in zip(running, moved):
+        old.copy_(new)
+    return torch.cat(out)
+
+
 def exchange_heads(maps: Tensor, mix: Tensor | None = None, bias: Tensor | None = None, *,
-                   norm: HeadNorm | None = None, map_scale: float = 1.0, training: bool = False) -> Tensor:
+                   norm: HeadNorm | None = None, map_scale: float = 1.0, training: bool = False,
+                   norm_batch: int | None = None) -> Tensor:
     """Softmax maps `[B, H, N, N]` -> final maps: mixed over heads, normalised, scaled; each part only if given."""
     if mix is not None:
         maps = mix_heads(maps, mix, bias)
     if norm is not None:
-        maps = F.batch_norm(maps, norm.running_mean, norm.running_var, norm.gamma, norm.beta,
-                            training, norm.momentum, norm.eps)
+        maps = batch_norm(maps, norm, training, norm_batch)
     return maps if map_scale == 1.0 else maps * map_scale
 
 
 def reattention(q: Tensor, k: Tensor, v: Tensor, mix: Tensor | None = None, bias: Tensor | None = None, *,
                 norm: HeadNorm | None = None, scale: float | None = None, map_scale: float = 1.0,
-                dropout_p: float = 0.0, training: bool = False) -> Tensor:
+                dropout_p: float = 0.0, training: bool = False, norm_batch: int | None = None) -> Tensor:
     """Re-attention by its definition; materialises the `[B, H, N, N]` maps.
 
     Args:
@@ -60,8 +83,11 @@ def reattention(q: Tensor, k: Tensor, v: Tensor, mix: Tensor | None = None, bias
         map_scale: factor on the maps after the norm (the published `transform_scale`).
         dropout_p: dropout on the softmax maps, in training only.
         training: batch statistics and dropout; else running statistics.
+        norm_batch: batch statistics are those of groups of so many consecutive images (the last one holds what is
+            left), so that they do not depend on how a batch is dealt out; None: of the whole batch.
     Returns:
         `[B, H, N, d]`.
     """
     maps = F.dropout(softmax_maps(q, k, scale), dropout_p, training)
-    return exchange_heads(maps, mix, bias, norm=norm, map_scale=map_scale, training=training) @ v
+    return exchange_heads(maps, mix, bias, norm=norm, map_scale=map_scale, training=training,
+                          norm_batch=norm_batch) @ v

@@ -30,7 +30,7 @@ def _head_vector(base, H):
 def by_queries(q, k, v, du, mix, lse, twice, dq, delta, dmix, sb, sh, sn, H, N, D, scale, scale2,
                BM: tl.constexpr, BN: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, WIDEN: tl.constexpr,
                PRECISION: tl.constexpr):
-    """dq and delta of BM query rows of one sample, and their part of dmix. twice = 2 dsumsq `[H]`."""
+    """dq and delta of BM query rows of one sample, and their part of dmix. twice = 2 dsumsq `[B, H]`."""
     tile, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     rows, c0, c1 = tile * BM + tl.arange(0, BM), tl.arange(0, D0), D0 + tl.arange(0, max(D1, 16))
     q, k, v, du, dq = q + b * sb, k + b * sb, v + b * sb, du + b * N * H * D, dq + b * N * H * D
@@ -39,7 +39,7 @@ def by_queries(q, k, v, du, mix, lse, twice, dq, delta, dmix, sb, sh, sn, H, N, 
     g1 = _load(du, rows, c1, D, H * D, H, N, D, WIDEN) if D1 > 0 else g0
     norm = _load_per_row(lse + b * H * N, rows, H, N)[:, :, None]
     theta, back = _load_mix(mix, H, False).to(q0.dtype), _load_mix(mix, H, True).to(q0.dtype)
-    twice = _head_vector(twice, H)
+    twice = _head_vector(twice + b * H, H)
     x0, y0 = tl.zeros([HEADS, BM, D0], tl.float32), tl.zeros([HEADS, BM, D0], tl.float32)
     x1, y1 = tl.zeros([HEADS, BM, max(D1, 16)], tl.float32), tl.zeros([HEADS, BM, max(D1, 16)], tl.float32)
     mean = tl.zeros([HEADS, BM], tl.float32)
@@ -85,7 +85,7 @@ def by_keys(q, k, v, du, mix, lse, twice, delta, dtotal, dk, dv, sb, sh, sn, H, 
     k1 = _load(k, cols, c1, sh, sn, H, N, D, WIDEN) if D1 > 0 else k0
     v1 = _load(v, cols, c1, sh, sn, H, N, D, WIDEN) if D1 > 0 else v0
     theta, back = _load_mix(mix, H, False).to(k0.dtype), _load_mix(mix, H, True).to(k0.dtype)
-    twice = _head_vector(twice, H)
+    twice = _head_vector(twice + b * H, H)
     same = tl.zeros([BN], tl.int32)  # every key row reads the one row of dtotal
     dk0 = tl.zeros([HEADS, BN, D0], tl.float32)
     dk1 = tl.zeros([HEADS, BN, max(D1, 16)], tl.float32)

@@ -80,7 +80,7 @@ def centred_mix(q: Tensor, k: Tensor, v: Tensor, mix: Tensor, scale: float,
     sumsq = mix.new_empty(B * grid[0], 16)
     triton_kernels.forward[grid](q, k, v, mix.contiguous(), u, lse, sumsq, *q.stride()[:3], H, N, d,
                                  scale * log2(2.718281828459045), **options)
-    return u, sumsq[:, :H].sum(dim=0), total, lse
+    return u, sumsq.view(B, -1, 16)[:, :, :H].sum(dim=1), total, lse
 
 
 def centred_mix_backward(du: Tensor, dsumsq: Tensor, dtotal: Tensor, q: Tensor, k: Tensor, v: Tensor, mix: Tensor,

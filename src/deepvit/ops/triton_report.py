@@ -11,22 +11,18 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from deepvit.ops import triton_affine, triton_backward, triton_core, triton_kernels
+from deepvit.ops import triton_backward, triton_core, triton_kernels
 
 KERNELS = {"forward": triton_kernels.forward, "by_queries": triton_backward.by_queries,
-           "by_keys": triton_backward.by_keys, "affine": triton_affine.affine,
-           "affine_backward": triton_affine.affine_backward}
-FLOATS = {"mix", "lse", "sumsq", "twice", "delta", "dmix", "dtotal", "gain", "constant", "rows_of_grad",
-          "rows_of_product"}  # pointers that are float32 whatever the inputs
-NUMBERS = {"sb": "i32", "sh": "i32", "sn": "i32", "H": "i32", "N": "i32", "D": "i32", "C": "i32", "scale": "fp32",
-           "scale2": "fp32"}
+           "by_keys": triton_backward.by_keys}
+FLOATS = {"mix", "lse", "sumsq", "twice", "delta", "dmix", "dtotal"}  # pointers that are float32 whatever the inputs
+NUMBERS = {"sb": "i32", "sh": "i32", "sn": "i32", "H": "i32", "N": "i32", "D": "i32", "scale": "fp32", "scale2": "fp32"}
 
 
 def compiled(kernel: str, d: int, dtype: torch.dtype = torch.bfloat16, arch: int = 90):
     """Triton's compiled kernel, one of `KERNELS`, for head width d, as it would be launched."""
     function = KERNELS[kernel]
-    options = (dict(triton_affine.TILES) if kernel.startswith("affine")
-               else triton_core._options(d, dtype, backward=kernel != "forward"))
+    options = triton_core._options(d, dtype, backward=kernel != "forward")
     build = {key: options.pop(key) for key in ("num_warps", "num_stages") if key in options}
     pointer = "*fp32" if dtype == torch.float32 else "*bf16"
     types = {name: "constexpr" if name in options else NUMBERS.get(name, "*fp32" if name in FLOATS else pointer)
@@ -48,8 +44,7 @@ def usage(kernel: str, d: int, dtype: torch.dtype = torch.bfloat16, arch: int = 
         said = subprocess.run([get_ptxas(arch).path, "-v", "--regAllocOptLevel=2", f"--gpu-name={target}", source, "-o",
                                Path(folder) / "kernel.cubin"], capture_output=True, text=True, check=True).stderr
     read = lambda pattern: int(re.search(pattern, said).group(1))  # noqa: E731
-    rows, cols, warps = (tuple(triton_affine.TILES.values()) if kernel.startswith("affine")
-                         else triton_core.tiling(d, dtype, kernel != "forward"))
+    rows, cols, warps = triton_core.tiling(d, dtype, kernel != "forward")
     return {"kernel": kernel, "d": d, "dtype": str(dtype).removeprefix("torch."), "arch": f"sm_{arch}",
             "tile": f"{rows}x{cols}, {warps} warps", "registers": read(r"Used (\d+) registers"),
             "spills": read(r"(\d+) bytes spill stores"), "shared": built.metadata.shared}

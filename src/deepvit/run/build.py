@@ -4,34 +4,38 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2, get_optimizer_class, get_optimizer_info, list_optimizers
+from timm.optim import get_optimizer_info
 from timm.utils import ModelEmaV3
 from torch import nn
 
 from deepvit import data as pictures
 from deepvit.config import settings as asked
-from deepvit.config.settings import Augment, Data, Optimizer, PrecisionSettings, Settings
-from deepvit.config.signature import check_arguments
-from deepvit.engine.fit import Plan
+from deepvit.config.settings import Augment, Data, PrecisionSettings, Settings
 from deepvit.engine.ranks import Ranks
-from deepvit.engine.schedule import Schedule
+from deepvit.engine.schedule import Plan, Schedule
 from deepvit.engine.state import TrainState
-from deepvit.engine.step import Objective, Precision, Stepper
-from deepvit.errors import UserError, did_you_mean
+from deepvit.engine.step import Objective, Precision, Stepper, allocate_moments, cross_entropy, is_out_of_memory
+from deepvit.errors import UserError
 from deepvit.models import ViT, build_model
 from deepvit.models.registry import check_model
+from deepvit.models.stochastic_depth import BranchMasks
+from deepvit.run.micro_batches import allowed, unit
+from deepvit.run.micro_batches import choose as choose_micro_batch
+from deepvit.run.optimizer import optimizer, try_out
 
-FUSED = ("adam", "adamw", "momentum", "sgd")  # torch's own, which update all parameters in one kernel
 log = logging.getLogger(__name__)
 
 
 def read_settings(config: Mapping[str, Any]) -> Settings:
     """`config.settings.read_settings`, with the model's own settings checked as well."""
     settings = asked.read_settings(config)
-    check_model(settings.model)
+    check_model(settings.model, "model")
+    if settings.model.get("pool") == "":
+        raise UserError("model.pool='' gives logits of every token, which no loss here takes: choose cls, mean or avg.")
     return settings
 
 
@@ -39,17 +43,18 @@ def check(settings: Settings, ranks: Ranks) -> None:
     """Builds all that needs no data: what can be refused is refused before anything is read or written.
 
     Raises:
-        UserError: settings that build nothing.
+        UserError: on every rank alike.
     """
-    _check_images(settings.data.img_size, settings.model["img_size"], settings.model["in_chans"])
-    train_transform(settings.data, settings.augment)
-    eval_transform(settings.data)
-    prepare(settings.data, 2, settings.augment)
-    accumulation(settings, ranks.world)
-    objective(settings)
-    with torch.device("meta"):
-        _check_memory(build_model({**settings.model, "num_classes": 2}))
-    _try_out(optimizer(nn.Linear(1, 1, device=ranks.device), settings.optimizer), settings.optimizer)
+    with ranks.together():
+        _check_images(settings.data.img_size, settings.model["img_size"], settings.model["in_chans"])
+        train_transform(settings.data, settings.augment)
+        eval_transform(settings.data)
+        prepare(settings.data, 2, settings.augment)
+        allowed(settings, ranks.world)
+        objective(settings)
+        with torch.device("meta"):
+            _check_memory(build_model({**settings.model, "num_classes": 2}))
+        try_out(settings.optimizer, ranks.device)
 
 
 def _check_images(read: Any, wanted: Any, channels: int) -> None:
@@ -66,18 +71,56 @@ def _check_memory(network: ViT) -> None:
                         f"model.embed_dim, model.depth or model.mlp_ratio.")
 
 
-def _try_out(made: torch.optim.Optimizer, chosen: Optimizer) -> None:
-    """Some optimizers refuse their settings, or gradients without a graph, only at the first step."""
-    for group in made.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
-    try:
-        made.step()
-    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-        raise _refused(chosen, error) from error
+@dataclass(frozen=True)
+class Built:
+    """What a run is made of, on one rank."""
+
+    settings: Settings
+    ranks: Ranks
+    splits: pictures.Splits
+    schedule: Schedule
+    plan: Plan
+    model: ViT
+    state: TrainState
+    stepper: Stepper
+    make_batches: Callable[[int, int], Iterator[list[pictures.Batch]]]
+    micro_batch: int  # images that a device takes at once
+    memory: str  # what they take of it, in words, where that was measured
+
+
+def build(settings: Settings, ranks: Ranks, begun: Mapping[str, Any] | None = None) -> Built:
+    """Everything that a run needs.
+
+    Args:
+        begun: content of the checkpoint that is continued, if any; `settings.init` is not read then.
+    Raises:
+        UserError: on every rank alike.
+    """
+    found = shared_splits(settings.data, ranks)
+    with ranks.together():
+        made_schedule, plan = schedule_and_plan(settings, len(found.train))
+        network = model(settings, len(found.class_ids), continued=begun is not None, classes=found.class_ids)
+        # A run begun before masks belonged to images draws them on each rank, as it began.
+        masks = begun is None or begun.get("masks") == "image"
+        made = state(settings, network, ranks)
+        called = stepper(settings, network, made_schedule, len(found.class_ids), ranks, masks)
+    ranks.broadcast([weight.detach() for weight in made.all_weights()])
+    micro_batch, memory = choose_micro_batch(settings, network.config["in_chans"], made, called, begun)
+    return Built(settings, ranks, found, made_schedule, plan, network, made, called,
+                 batch_maker(settings, found.train, ranks, micro_batch), micro_batch, memory)
 
 
 # Data
+
+def shared_splits(data: Data, ranks: Ranks) -> pictures.Splits:
+    """The images; where they may have to be downloaded, the first rank of each machine goes before the others."""
+    is_first = data.source not in pictures.DOWNLOADING or int(os.environ.get("LOCAL_RANK", 0)) == 0
+    for mine in (is_first, not is_first):
+        with ranks.together():
+            if mine:
+                found = splits(data)
+    return found
+
 
 def splits(data: Data) -> pictures.Splits:
     """The data set that `data` names."""
@@ -107,28 +150,11 @@ def prepare(data: Data, num_classes: int, augment: Augment | None = None, seed: 
     return pictures.Prepare(*pictures.norm_values(data.norm), num_classes, seed=seed, **mixing)
 
 
-def accumulation(settings: Settings, world: int) -> int:
-    """Micro-batches of an update: the fewest that fit `engine.device_batch` and divide the global batch.
-
-    Raises:
-        UserError: the global batch does not divide over the devices, or mixing finds no pairs in a micro-batch.
-    """
-    batch, most = settings.data.batch_size, settings.engine.device_batch
-    if batch % world:
-        raise UserError(f"data.batch_size={batch} (of all devices together) does not divide over {world} devices.")
-    share = batch // world
-    mixes = settings.augment.mix_prob > 0 and (settings.augment.mixup > 0 or settings.augment.cutmix > 0)
-    for parts in range(math.ceil(share / (most or share)), share + 1):
-        if share % parts == 0 and not (mixes and share // parts % 2):
-            return parts
-    raise UserError(f"mixup and cutmix pair neighbours in a micro-batch: data.batch_size={batch} on {world} devices "
-                    f"must leave each an even number of pictures.")
-
-
-def draw(settings: Settings, train: pictures.ImageSet, ranks: Ranks):
+def batch_maker(settings: Settings, train: pictures.ImageSet, ranks: Ranks, micro_batch: int
+                ) -> Callable[[int, int], Iterator[list[pictures.Batch]]]:
     """`(start, count) -> iterator` over the micro-batches of `count` global batches from number `start`."""
     transform = train_transform(settings.data, settings.augment)
-    parts = accumulation(settings, ranks.world)
+    parts = settings.data.batch_size // ranks.world // micro_batch
 
     def batches(start: int, count: int) -> Iterator[list[pictures.Batch]]:
         steps = pictures.train_batches(
@@ -150,9 +176,12 @@ def eval_batches(data: Data, images: pictures.ImageSet, ranks: Ranks) -> Callabl
 
 # Model and optimizer
 
-def model(settings: Settings, num_classes: int, continued: bool = False) -> ViT:
+def model(settings: Settings, num_classes: int, continued: bool = False, classes: Sequence[str] | None = None) -> ViT:
     """The model of `settings.model` for `num_classes`, initialised from `settings.seed` and `settings.init` alone; of
-    a run that is `continued` the latter is not read again."""
+    a run that is `continued` the latter is not read again. Averaged weights are taken where the file has them.
+
+    classes: their names in order, with which a kept head must agree.
+    """
     asked = settings.model.get("num_classes")
     if asked is not None and asked != num_classes:
         raise UserError(f"model.num_classes={asked}, but the data has {num_classes} classes: leave it null.")
@@ -160,52 +189,10 @@ def model(settings: Settings, num_classes: int, continued: bool = False) -> ViT:
     built = build_model({**settings.model, "num_classes": num_classes})
     built.set_grad_checkpointing(settings.engine.grad_checkpointing)
     if settings.init is not None and not continued:
-        from deepvit.importers import load_weights
-        load_weights(built, settings.init, dialect=settings.dialect, head=settings.head)
+        from deepvit.importers import load_weights, takes_average
+        load_weights(built, settings.init, dialect=settings.dialect, ema=takes_average(settings.init),
+                     head=settings.head, classes=classes)
     return built
-
-
-def optimizer(network: nn.Module, chosen: Optimizer) -> torch.optim.Optimizer:
-    """By timm's factory: no decay on biases, norms and the embeddings that the model names.
-
-    A layer-wise decay gives each group its `lr_scale`.
-
-    Raises:
-        UserError: timm has no such optimizer, or that one does not take these settings.
-    """
-    if chosen.opt not in list_optimizers():
-        raise UserError(f"optimizer.opt={chosen.opt} is not one of timm's."
-                        f"{did_you_mean(chosen.opt, list_optimizers())}")
-    try:
-        return create_optimizer_v2(network, chosen.opt, lr=chosen.lr, weight_decay=chosen.weight_decay,
-                                   layer_decay=chosen.layer_decay, **_optimizer_keywords(chosen))
-    except (AssertionError, ImportError, RuntimeError, TypeError, ValueError) as error:  # as the optimizer has it
-        raise _refused(chosen, error) from error
-
-
-def _refused(chosen: Optimizer, error: Exception) -> UserError:
-    further = f" with optimizer.kwargs={dict(chosen.kwargs)}" if chosen.kwargs else ""
-    return UserError(f"optimizer.opt={chosen.opt} does not work here{further}: {error}.")
-
-
-OWN = {"lr", "weight_decay", "momentum", "betas", "eps"}  # an optimizer's keywords that are settings by themselves
-
-
-def _optimizer_keywords(chosen: Optimizer) -> dict[str, Any]:
-    """The keywords that are given, each of which the optimizer must take: timm drops some that it does not."""
-    info, cls = get_optimizer_info(chosen.opt), get_optimizer_class(chosen.opt, bind_defaults=False)
-    given = {name: value for name in ("momentum", "betas", "eps") if (value := getattr(chosen, name)) is not None}
-    for name in given:
-        if not getattr(info, f"has_{name}"):
-            raise UserError(f"optimizer.{name}={given[name]} has no effect with optimizer.opt={chosen.opt}: set it to "
-                            f"null.")
-    if "betas" in given and len(chosen.betas) != info.num_betas:
-        raise UserError(f"optimizer.betas={chosen.betas} must be a list of {info.num_betas}.")
-    further = dict(chosen.kwargs or {})
-    for name in OWN & further.keys():
-        raise UserError(f"optimizer.kwargs.{name} is a setting of its own: give optimizer.{name}.")
-    check_arguments(cls, further, "optimizer.kwargs", ignore_missing={"params", *OWN})
-    return given | ({"fused": True} if chosen.opt in FUSED else {}) | further
 
 
 def state(settings: Settings, network: ViT, ranks: Ranks) -> TrainState:
@@ -214,14 +201,24 @@ def state(settings: Settings, network: ViT, ranks: Ranks) -> TrainState:
     # Buffers are copied: a head norm's variance starts at 1 and is truly near 1e-6, so its average would stay wrong.
     average = ModelEmaV3(network, ema.decay, use_warmup=ema.warmup, exclude_buffers=True) if ema.decay else None
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=settings.precision.scale_gradients)
-    return TrainState(network, optimizer(network, settings.optimizer), scaler, average)
+    chosen = optimizer(network, settings.optimizer)
+    try:
+        allocate_moments(chosen)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(f"The weights of this model and the moments of optimizer.opt={settings.optimizer.opt} do not "
+                        f"fit into the memory of this device: take a smaller model or another optimizer.") from error
+    return TrainState(network, chosen, scaler, average)
 
 
-def stepper(settings: Settings, network: ViT, schedule: Schedule, num_classes: int, ranks: Ranks) -> Stepper:
+def stepper(settings: Settings, network: ViT, schedule: Schedule, num_classes: int, ranks: Ranks,
+            masks: bool = True) -> Stepper:
     called = torch.compile(network) if settings.engine.compile else network
-    return Stepper(ranks.wrap(called), prepare(settings.data, num_classes, settings.augment, settings.seed),
-                   objective(settings), schedule, precision(settings.precision), ranks, settings.seed,
-                   settings.optimizer.clip_grad)
+    return Stepper(called, prepare(settings.data, num_classes, settings.augment, settings.seed), schedule,
+                   precision(settings.precision), ranks, settings.seed, objective(settings),
+                   settings.optimizer.clip_grad, BranchMasks(network, settings.seed, ranks.device) if masks else None,
+                   unit(settings))
 
 
 def precision(chosen: PrecisionSettings) -> Precision:
@@ -235,9 +232,6 @@ def objective(settings: Settings) -> Objective:
     if blocks < 0 or blocks >= settings.model["depth"]:
         raise UserError(f"loss.cosine_blocks={blocks} compares pairs of adjacent blocks: give 0 (off) to "
                         f"{settings.model['depth'] - 1} for a model of {settings.model['depth']} blocks.")
-
-    def cross_entropy(network: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return nn.functional.cross_entropy(network(x).float(), y)
 
     if not blocks:
         return cross_entropy

@@ -25,7 +25,8 @@ from deepvit.engine.signals import StopRequest
 from deepvit.engine.step import Precision
 from deepvit.errors import UserError
 from deepvit.importers import load_model
-from deepvit.importers.files import find_checkpoint, has_average
+from deepvit.importers.files import find_checkpoint, takes_average
+from deepvit.importers.settings import checked
 from deepvit.models import ViT
 from deepvit.models.cost import count_flops, count_parameters
 from deepvit.report.published import IMAGENET_VAL, published_of, sources
@@ -119,25 +120,19 @@ def checkpoints(given: str | list[str] | None) -> list[Path]:
         if not found:
             raise UserError("There is no checkpoint under runs/ here: train first, or give checkpoint=PATH.")
         return found
-    paths = [Path(one) for one in ([given] if isinstance(given, str) else given)]
+    paths = [find_checkpoint(one)[0] for one in ([given] if isinstance(given, str) else given)]
     for path in paths:
         if not path.exists():
             raise UserError(f"There is no checkpoint at {path}.")
-    return [find_checkpoint(path)[0] for path in paths]
+    return paths
 
 
 def load(path: Path, config: Mapping[str, Any]) -> Candidate:
-    keywords = {name: value for name, value in config["model"].items() if value is not None}
-    wanted, dialect = config["weights"], config["dialect"]
-    if wanted not in ("auto", "ema", "raw"):
-        raise UserError(f"weights={wanted} is none of auto, ema, raw.")
-    weights = wanted
-    if wanted == "auto":
-        weights = "ema" if has_average(path) else "raw"
-    model = load_model(path, dialect=dialect, ema=weights == "ema", **keywords)
+    keywords = checked({name: value for name, value in config["model"].items() if value is not None})
+    model = load_model(path, dialect=config["dialect"], ema=takes_average(path, config["weights"]), **keywords)
     said = model.load_report.said
     run = said.get("run")
-    return Candidate(path, model, weights, said.get("classes"), run and run["data"], said)
+    return Candidate(path, model, model.load_report.weights, said.get("classes"), run and run["data"], said)
 
 
 def data_settings(candidate: Candidate, config: Mapping[str, Any]) -> Data:
@@ -164,6 +159,9 @@ def val_images(candidate: Candidate, data: Data) -> ImageSet:
     Raises:
         UserError: classes that the model does not know, or another number of them where it does not tell their names.
     """
+    if candidate.model.pool == "":
+        raise UserError(f"{candidate.path} has no pooling (pool=''), so its logits are of tokens, not of images: "
+                        f"give +model.pool=cls, mean or avg.")
     count, known = candidate.model.num_classes, candidate.classes
     if known is None and count == 1000:
         known = ImageNetInfo().label_names()

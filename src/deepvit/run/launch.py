@@ -1,4 +1,4 @@
-"""Where the ranks of a run come from (this process, torch's elastic launcher, torchrun) and what each of them does."""
+"""Where the ranks of a run come from (this process, torch's elastic launcher, torchrun), and what they do."""
 
 import logging
 import os
@@ -149,11 +149,12 @@ def unexpected(error: BaseException) -> Outcome:
 # Jobs: module-level functions, so that they can be started in other processes; torch is loaded there
 
 def train_job(config: Mapping[str, Any], folder: Path, ranks: Any, stop: Any) -> Outcome:
-    from deepvit.run import train
     if config["dry"]:
-        forecast = train.dry_run(config, ranks, stop)
-        return Outcome(STOPPED if forecast is None else DONE, value=forecast)
-    return Outcome(DONE if train.train(config, folder, ranks, stop) else STOPPED)
+        from deepvit.run.forecast import forecast
+        found = forecast(config, ranks, stop)
+        return Outcome(STOPPED if found is None else DONE, value=found)
+    from deepvit.run.train import train
+    return Outcome(DONE if train(config, folder, ranks, stop) else STOPPED)
 
 
 def eval_job(config: Mapping[str, Any], folder: Path, ranks: Any, stop: Any) -> Outcome:

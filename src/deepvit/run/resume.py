@@ -26,8 +26,8 @@ def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def pictures_of(splits) -> dict[str, list[Any]]:
-    """How many pictures are in both splits, and which."""
+def images_of(splits) -> dict[str, list[Any]]:
+    """How many images are in both splits, and which."""
     return {name: [len(part), part.fingerprint()] for name, part in (("train", splits.train), ("val", splits.val))}
 
 
@@ -65,7 +65,7 @@ def _other_data(content: Mapping[str, Any], splits) -> dict[str, tuple[Any, Any]
     renamed = next(((old, new) for old, new in zip(before, now) if old != new), None)
     if renamed:
         return {"a class of the data": renamed}
-    found, known = pictures_of(splits), content.get("pictures", {})
+    found, known = images_of(splits), content.get("pictures", {})
     return {f"the {name} set": (f"{known[name][0]} pictures", f"{count} others" if count == known[name][0] else count)
             for name, (count, mark) in found.items() if known.get(name, [count, mark]) != [count, mark]}
 

@@ -1,0 +1,119 @@
+"""How many images fit at once: what a pass takes, measured on a few images, against what this process may have."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from deepvit.engine.state import TrainState
+from deepvit.engine.statistics import RunningStatistics
+from deepvit.engine.step import Stepper, is_out_of_memory
+
+ENOUGH = 2 * 2**30  # bytes kept for the backward pass on a CPU: more images at once bring no speed
+SHARE = 0.9  # of a GPU's memory that training may take; allocators need some air
+
+Example = Callable[[int], tuple[Tensor, Tensor]]  # number of images -> images and targets, as the model takes them
+
+
+def largest_batch(sizes: Sequence[int], state: TrainState, stepper: Stepper, example: Example) -> tuple[int, str]:
+    """The largest of `sizes` (descending) that fits on this rank's device, and in words what it takes of what.
+
+    The smallest is returned where none fits. Weights, statistics and generators are left as they were.
+    """
+    with _traceless(state):
+        two, four = (_bytes_of(state, stepper, example, count) for count in (2, 4))
+        each = max(1, (four - two) // 2)
+        fixed, budget = max(0, two - 2 * each) + _bytes_to_come(state, stepper), available_bytes(stepper.ranks.device)
+        fitting = [size for size in sizes if fixed + size * each <= budget] or sizes[-1:]
+        for size in fitting:
+            if size == sizes[-1] or not _is_too_much(state, stepper, example, size):
+                return size, f"{(fixed + size * each) / 2**30:.3g} of {budget / 2**30:.3g} GiB"
+    raise AssertionError("the smallest size is always returned")
+
+
+def available_bytes(device: torch.device) -> int:
+    """What this process may still take: a share of what is free on a GPU; of a CPU's half, no more than is of use."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(free + cached - (1 - SHARE) * total)
+    return min(ENOUGH, _free_on_host() // 2)
+
+
+def _free_on_host() -> int:
+    """MemAvailable, or what the control group leaves where that is less."""
+    meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    free = int(meminfo["MemAvailable"].split()[0]) * 1024
+    limit, used = (Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory.current"))
+    if limit.exists() and limit.read_text().strip() != "max":
+        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    return free
+
+
+def kept_storages(compute: Callable[[], Tensor], own: Iterable[Tensor]) -> list[int]:
+    """Bytes of each distinct storage that `compute()` saves for backward, those of `own` left out."""
+    known = {x.untyped_storage().data_ptr() for x in own}
+    kept: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        value = compute()
+    del value
+    return [size for address, size in kept.items() if address not in known]
+
+
+@contextmanager
+def _traceless(state: TrainState) -> Iterator[None]:
+    statistics = RunningStatistics(state.model)
+    state.model.train()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            statistics.put_back()
+            state.optimizer.zero_grad(set_to_none=True)
+
+
+def _loss(network: nn.Module, stepper: Stepper, x: Tensor, y: Tensor) -> Tensor:
+    with stepper.precision.autocast(stepper.ranks.device):
+        return stepper.objective(network, x, y)
+
+
+def _bytes_of(state: TrainState, stepper: Stepper, example: Example, count: int) -> int:
+    """A GPU's peak over a pass forward and back; on a CPU, which does not tell, what is kept in between."""
+    x, y = example(count)
+    if not x.is_cuda:
+        own = [x, y, *state.model.parameters(), *state.model.buffers()]
+        return sum(kept_storages(lambda: _loss(state.model, stepper, x, y), own))
+    torch.cuda.reset_peak_memory_stats(x.device)
+    before = torch.cuda.memory_allocated(x.device)
+    _loss(state.model, stepper, x, y).backward()
+    state.optimizer.zero_grad(set_to_none=True)
+    return torch.cuda.max_memory_allocated(x.device) - before
+
+
+def _bytes_to_come(state: TrainState, stepper: Stepper) -> int:
+    """What an update adds to its passes: the average's steps, and the one exchange between ranks."""
+    weights = sum(weight.nbytes for weight in state.model.parameters())
+    return weights * ((state.ema is not None) + 2 * (stepper.ranks.world > 1))
+
+
+def _is_too_much(state: TrainState, stepper: Stepper, example: Example, size: int) -> bool:
+    """On a GPU, whether one real pass runs out of memory after all."""
+    if stepper.ranks.device.type != "cuda":
+        return False
+    try:
+        _loss(stepper.network, stepper, *example(size)).backward()
+        return False
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    finally:
+        state.optimizer.zero_grad(set_to_none=True)
+    torch.cuda.empty_cache()
+    return True

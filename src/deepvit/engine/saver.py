@@ -1,0 +1,71 @@
+"""Which checkpoints a run keeps, and what happens where the disk refuses one."""
+
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from deepvit.engine import checkpoint
+from deepvit.engine.folder import RunFolder
+from deepvit.engine.ranks import Ranks
+from deepvit.engine.state import TrainState
+from deepvit.errors import Failure
+
+log = logging.getLogger(__name__)
+
+
+class Saver:
+    """Writes a run's checkpoints, on rank 0.
+
+    Args:
+        identity: what a checkpoint holds beside the state: the model's config, class names, the run's settings.
+    """
+
+    def __init__(self, folder: RunFolder, ranks: Ranks, identity: Mapping[str, Any]):
+        self._folder, self._ranks = folder, ranks
+        self._identity = identity
+
+    def save_last(self, state: TrainState, must: bool = False,
+                  otherwise: str = "Training goes on and tries again at the next save.") -> bool:
+        """Whether the whole state was written; where it `must` be and was not, all ranks fail together."""
+        error = self._write(self._folder.last, state, self._whole(state), otherwise, previous=self._folder.previous)
+        if must:
+            self._ranks.agree(error)
+        return error is None
+
+    def save_best(self, state: TrainState, metrics: Mapping[str, Any]) -> None:
+        content = {**state.weights(), "step": state.step, "metrics": dict(metrics)}
+        self._write(self._folder.best, state, content, "The best weights so far are not kept.")
+
+    def save_epoch(self, state: TrainState) -> None:
+        self._write(self._folder.checkpoints / f"step-{state.step}.pt", state, {**state.weights(), "step": state.step},
+                    "This epoch's are not kept.")
+
+    def save_nonfinite(self, state: TrainState) -> None:
+        self._write(self._folder.nonfinite, state, self._whole(state), "The weights cannot be looked at later.")
+
+    def warn_of_small_disk(self, state: TrainState) -> None:
+        """Three full checkpoints may lie there for a moment (two optimizer moments each), and the best weights."""
+        weights = checkpoint.size_of(state.weights())
+        moments = 2 * sum(weight.nbytes for weight in state.model.parameters())
+        needed, free = 3 * (weights + moments) + weights, shutil.disk_usage(self._folder.path).free
+        if self._ranks.is_main and needed > free:
+            log.warning("The checkpoints of this run may need %.0f MiB, and %.0f MiB are free at %s.", needed / 2**20,
+                        free / 2**20, self._folder.path)
+
+    def _whole(self, state: TrainState) -> dict[str, Any]:
+        return {**state.state_dict(), "world": self._ranks.world}
+
+    def _write(self, path: Path, state: TrainState, content: dict[str, Any], otherwise: str,
+               **options: Any) -> Failure | None:
+        """A checkpoint that cannot be written does not end a run that may write its next one."""
+        if not self._ranks.is_main:
+            return None
+        try:
+            checkpoint.save(path, {**content, **self._identity}, **options)
+        except Failure as error:
+            log.error("%s %s", error, otherwise)
+            self._folder.log_event("save_failed", step=state.step, reason=str(error))
+            return error
+        return None

@@ -1,0 +1,59 @@
+"""What is measured while a model trains: its accuracy, and its attention on a fixed batch."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from deepvit import analysis
+from deepvit.analysis.board import matrix_images
+from deepvit.engine.evaluate import Evaluation, evaluate
+from deepvit.engine.progress import Display
+from deepvit.engine.ranks import Ranks
+from deepvit.engine.signals import StopRequest
+from deepvit.run import build
+from deepvit.run.build import Built
+
+
+def evaluator(built: Built, stop: StopRequest) -> Callable[[nn.Module, Display], Evaluation | None]:
+    """`(model, display) -> Evaluation` of the validation set; None if a rank was asked to stop."""
+    settings, ranks, images = built.settings, built.ranks, built.splits.val
+    prepare = build.prepare(settings.data, len(built.splits.class_ids))
+    precision, batches = build.precision(settings.precision), build.eval_batches(settings.data, images, ranks)
+
+    def run(model: nn.Module, display: Display) -> Evaluation | None:
+        bar = display.bar("evaluate", len(images))
+        result = evaluate(model, batches(), prepare, ranks, precision, n=len(images), advance=bar.advance,
+                          should_stop=lambda: ranks.any_asked_to_stop(bool(stop)))
+        bar.close()
+        return result
+
+    return run
+
+
+def attention_metrics(built: Built) -> Callable[[nn.Module, int], tuple[dict[str, Any], dict[str, np.ndarray]]] | None:
+    """Measures of the attention on a fixed batch: the first images of each class in turn, as evaluation sees them."""
+    settings, ranks, images = built.settings, built.ranks, built.splits.val
+    wanted = min(settings.probe.images, len(images))
+    if not wanted or not ranks.is_main:
+        return None
+    chosen = images.take(_spread(images.targets, wanted))
+    batches = build.eval_batches(settings.data, chosen, Ranks(0, 1, ranks.device))
+    prepare = build.prepare(settings.data, len(built.splits.class_ids))
+
+    def measure(model: nn.Module, step: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        x = torch.cat([prepare(batch, 0, ranks.device, training=False)[0] for batch in batches()])
+        if not step and not settings.init:
+            model = analysis.with_statistics_of(model, x)  # an untrained norm has none yet
+        return matrix_images(analysis.probe(model, x, matrix=True))
+
+    return measure
+
+
+def _spread(targets: np.ndarray, wanted: int) -> np.ndarray:
+    """Indices of `wanted` images, as many of each class as can be."""
+    order = np.argsort(targets, kind="stable")
+    turn = np.concatenate([np.arange(count) for count in np.unique(targets, return_counts=True)[1]])
+    return np.sort(order[np.argsort(turn, kind="stable")][:wanted])

@@ -1,0 +1,57 @@
+"""A run in words before it starts, and in numbers when it is done."""
+
+from typing import Any
+
+from deepvit.config.provenance import versions
+from deepvit.data import resolve_decoder
+from deepvit.engine.device import device_name, local_world, usable_cores
+from deepvit.engine.folder import RunFolder, read_json_lines
+from deepvit.engine.progress import Meter
+from deepvit.models.cost import count_flops, count_parameters
+from deepvit.run.build import Built
+
+
+def summary_of(built: Built) -> str:
+    """The run in a line."""
+    settings, splits, plan, ranks = built.settings, built.splits, built.plan, built.ranks
+    parts = plan.batch_size // ranks.world // built.micro_batch
+    source = settings.data.source
+    source = "the built-in digits (recipe= chooses others)" if source == "digits" else source
+    remarks = [
+        f"{count_parameters(built.model):,} parameters, {built.model.depth} blocks",
+        f"{len(splits.train):,} images in {len(splits.class_ids)} classes from {source}, {len(splits.val):,} to "
+        f"evaluate",
+        f"{plan.total:,} steps of {plan.batch_size} images ({ranks.world} x {ranks.device.type}"
+        f"{f', {parts} micro-batches' if parts > 1 else ''}"
+        f"{f', {built.micro_batch} images at once in {built.memory}' if built.memory else ''})"]
+    group = settings.model["attention"].get("norm_batch")
+    if group and group > plan.batch_size:
+        remarks.append(f"the head norm takes its statistics over the whole batch, which has fewer than "
+                       f"model.attention.norm_batch={group} images")
+    if plan.batch_size > len(splits.train):
+        remarks.append("images repeat within a batch")
+    if settings.data.workers * local_world(ranks) > usable_cores():
+        remarks.append(f"data.workers={settings.data.workers} (each device's) is more than the {usable_cores()} cores "
+                       f"here can serve")
+    return "; ".join(remarks)
+
+
+def metrics_of(built: Built, meter: Meter, folder: RunFolder) -> dict[str, Any]:
+    """`metrics.json`: the last checkpoint's numbers and all that is needed to trust and to tabulate them."""
+    settings, state, plan, model = built.settings, built.state, built.plan, built.model
+    lines = list(read_json_lines(folder.metrics))
+    probes = {line["step"]: line["probe"] for line in lines if "probe" in line}
+    last = [line for line in lines if "top1" in line][-1]
+    attention = settings.model["attention"]
+    return {
+        "finished": True, **{name: last[name] for name in last if name not in ("step", "epoch")},
+        "best_top1": state.best["top1"], "best_step": state.best["step"],
+        "params": count_parameters(model), "flops": count_flops(model),
+        "depth": model.depth, "embed_dim": model.embed_dim, "attention": attention.get("name", attention["class"]),
+        "seed": settings.seed, "data": settings.data.source, "train_pictures": len(built.splits.train),
+        "decoder": resolve_decoder(settings.data.decoder),
+        "decoder_refused": sum(line.get("decoder_refused", 0) for line in lines),  # times that PIL read a JPEG instead
+        "classes": len(built.splits.class_ids), "epochs": state.step * plan.batch_size / plan.epoch_size,
+        "steps": state.step, "images_per_s": meter.images_per_s, "ema": bool(settings.ema.decay),
+        "probe_initial": probes.get(0), "probe_final": probes.get(state.step),
+        "devices": built.ranks.world, "device": device_name(built.ranks.device), **versions()}
