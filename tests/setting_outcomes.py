@@ -92,6 +92,14 @@ def mixing(run):
     return run.built.stepper.prepare.mixing(0, (16, 16))
 
 
+def branch_masks(run):
+    """Which branches stochastic depth leaves out for which images."""
+    masks = run.built.stepper.masks
+    masks.draw(0, 6)
+    masks.place(0, 6)
+    return [block.drop_path1.keep.tolist() for block in run.built.model.blocks[1:]]
+
+
 def trained(run):
     """Losses of three updates, and the weights after them that count."""
     state, stepper = run.built.state, run.built.stepper

@@ -83,7 +83,7 @@ CASES: dict[str, Case | list[Case]] = {
     "augment.erasing_count": Case(see.inputs, "9", ERASING),
     "augment.repeats": [Case(see.indices, "2"), Case(see.plan("epoch_size"), "5", ("data.batch_size=5",), 15),
                         Case(see.rates, "5", ("data.batch_size=5",))],
-    "augment.mixup": Case(see.inputs, "1"),
+    "augment.mixup": [Case(see.inputs, "1"), Case(lambda run: run.built.stepper.unit, "1", wanted=2)],  # pairs
     "augment.cutmix": Case(see.inputs, "1"),
     "augment.mix_prob": Case(see.inputs, "0", MIXING),
     "augment.switch_prob": Case(see.inputs, "1", MIXING),
@@ -131,7 +131,8 @@ CASES: dict[str, Case | list[Case]] = {
     "probe.images": Case(see.whole, "5", (*SHORT, "probe.images=2")),
     "probe.every_epochs": Case(see.whole, "1", (*SHORT, "probe.images=2"), {"probed": [0, 3, 6]}),
     "seed": [Case(see.initial, "1"), Case(see.indices, "1"), Case(see.mixing, "1", MIXING),
-             Case(lambda run: run.built.stepper.seed, "1", wanted=1)],  # of dropout and stochastic depth
+             Case(see.branch_masks, "1", ("model.drop_path_rate=0.5",)),
+             Case(lambda run: run.built.stepper.seed, "1", wanted=1)],  # of dropout
     "init": Case(see.initial, "WEIGHTS"),
     "dialect": Case(see.initial, "google", INIT),
     "head": Case(lambda run: run.built.model.head.weight.abs().sum().item(), "zero", INIT, 0),

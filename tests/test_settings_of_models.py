@@ -115,6 +115,9 @@ def test_one_keyword_for_several_layers():
     drops = {name.split(".", 2)[2]: module.p for name, module in model.named_modules()
              if isinstance(module, nn.Dropout) and name.startswith("blocks.")}
     assert drops == {"attn.proj_drop": 0.2, "mlp.drop1": 0.2, "mlp.drop2": 0.2}
+    grouped = {**deepvit.models.attention_config("reattention"), "norm_batch": 2}
+    stem = deepvit.create_model("vit", **SMALL | {"stem": "conv", "attention": grouped}).patch_embed
+    assert (stem.bn1.norm_batch, stem.bn2.norm_batch) == (2, 2)
     heads = deepvit.models.TalkingHeads(24, num_heads=4, theta_init="normal")
     assert all(mix.weight.count_nonzero() == 16 for mix in (heads.mix, heads.mix_logits))  # the identity has 4
 
