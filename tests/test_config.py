@@ -24,7 +24,8 @@ def choices(group: str) -> list[str]:
 @pytest.mark.parametrize("group", ["model", "model/attention", "augment", "optimizer", "schedule", "precision",
                                    "recipe"])
 def test_every_choice_makes_settings(group):
-    recipe = ["init=weights.pt"] if group == "recipe" else ["recipe=imagenet"]  # digits counts in epochs, some in steps
+    # digits counts in epochs, some schedules in steps, which take no cooldown
+    recipe = ["init=weights.pt"] if group == "recipe" else ["recipe=imagenet", "schedule.cooldown_epochs=0"]
     for name in choices(group):
         read_settings(compose([*recipe, f"{group}={name}"]))
 
@@ -73,7 +74,7 @@ def test_the_command_line_overrules_a_recipe_and_a_model():
     ("schedule.epochs=inf", ["schedule.epochs=inf", "finite"]),
     ("schedule.epochs=-3", ["schedule.epochs=-3", "above 0"]),
     ("schedule.min_lr=-1", ["schedule.min_lr=-1", "at least 0"]),
-    ("model.drop_path_rate=2", ["model.drop_path_rate=2", "from 0 to 1"]),
+    ("model.drop_path_rate=2", ["model.drop_path_rate=2", "at most 1"]),
     ("model.mlp_ratio=0", ["model.mlp_ratio=0", "above 0"]),
     ("seed=123456789012345678901234567890", ["seed=", "from 0"]),
     ("data.interpolation=foo", ["data.interpolation", "foo", "bicubic"]),

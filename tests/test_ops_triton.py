@@ -35,7 +35,13 @@ def test_every_served_width_fits_hopper(kernel, dtype, d):
 
 
 def test_head_widths_pad_least():
-    assert [sum(triton_core.head_widths(d)) for d in (8, 32, 33, 35, 64)] == [16, 32, 48, 48, 64]
+    """Two powers of two from 16 on (what `tl.dot` takes), or one: of all that hold d, the fewest columns."""
+    powers = (16, 32, 64)
+    sums = {first + second for first in powers for second in (0, *powers)}
+    for d in range(1, 65):
+        first, second = triton_core.head_widths(d)
+        assert first in powers and second in (0, *powers)
+        assert first + second == min(total for total in sums if total >= d)
 
 
 def test_refusals_say_why():

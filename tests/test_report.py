@@ -115,7 +115,7 @@ def test_same_runs_same_bytes(template):
 
 def test_starts_without_torch():
     code = ("import sys, deepvit.commands.report, deepvit.report.write; "
-            "print([name for name in ('torch', 'timm', 'hydra', 'sklearn', 'scipy') if name in sys.modules])")
+            "print([name for name in ('torch', 'timm', 'hydra', 'sklearn', 'scipy.stats') if name in sys.modules])")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -137,8 +137,22 @@ def test_mean_and_deviation_over_seeds(make, tmp_path):
     cell, = the_grid(tmp_path).cells
     summary = tables.over_seeds(cell, tables.of_result("top1"))
     assert summary.text(2) == f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
-    half = 4.303 * statistics.stdev(values) / math.sqrt(3)
+    half = T_95[3] * statistics.stdev(values) / math.sqrt(3)
     assert tables.interval(cell) == pytest.approx((summary.mean - half, summary.mean + half))
+
+
+# Student's t, two-sided 95 %, by the number of values: closed forms for 1, 2 and 4 degrees of freedom, and tables.
+ALPHA = 4 * 0.975 * 0.025
+T_95 = {2: math.tan(math.pi * 0.475), 3: 0.95 * math.sqrt(2 / ALPHA), 11: 2.228139, 31: 2.042272, 121: 1.979930,
+        5: 2 * math.sqrt(math.cos(math.acos(math.sqrt(ALPHA)) / 3) / math.sqrt(ALPHA) - 1)}
+
+
+@pytest.mark.parametrize("n", T_95)
+def test_the_interval_of_a_mean_is_students(n):
+    values = [float(value * value % 17) for value in range(n)]
+    summary = summarise(values)
+    half = T_95[n] * statistics.stdev(values) / math.sqrt(n)
+    assert (summary.high - summary.mean, summary.mean - summary.low) == pytest.approx((half, half), rel=1e-6)
 
 
 def test_summaries_leave_out_what_is_not_there():

@@ -31,8 +31,7 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
     """The flat settings that can change a result."""
-    return {name: value for name, value in flat(config)
-            if not has_no_effect(name) and (name, value) != ("model.attention.sync_norm", False)}  # gone, and off
+    return {name: value for name, value in flat(config) if not has_no_effect(name)}
 
 
 def has_no_effect(name: str) -> bool:

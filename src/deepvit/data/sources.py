@@ -51,7 +51,12 @@ def load(source: str, *, root: str | None = None, fraction: float = 1.0, classes
     arguments = {"root": root, "val_fraction": val_fraction, "seed": seed, "decoder": resolve_decoder(decoder),
                  "in_memory_mb": in_memory_mb, "classes": classes, "name": name, "train_split": train_split,
                  "val_split": val_split}
+    if source != "timm" and (name, train_split, val_split) != (None, "train", "validation"):
+        raise UserError(f"data.name, data.train_split and data.val_split are for data=timm, not for data={source}.")
     splits = _first_classes(SOURCES[source](**arguments), classes)
+    if len(splits.class_ids) < 2:
+        raise UserError(f"data.root={root} has one class only, '{splits.class_ids[0]}', so nothing can be learned: is "
+                        f"it one level too high? Each class needs a folder below it, or below train/ and val/.")
     if fraction < 1:
         splits = replace(splits, train=splits.train.take(balanced_part(splits.train.targets, fraction, seed)))
     return splits

@@ -195,6 +195,9 @@ def train_transform(img_size: int | Sequence[int], *, crop_pct: float = 0.9,
     """
     size = _pair(img_size)
     _check_interpolation(interpolation, (*INTERPOLATIONS, "random"), "augment.interpolation")
+    if gaussian_blur_prob and min(size) < 12:
+        raise UserError(f"augment.gaussian_blur_prob={gaussian_blur_prob} needs images of 12 pixels or more, as timm's "
+                        f"blur is 23 wide: set it to 0, or raise model.img_size.")
     if crop_scale is None:
         cut = eval_transform(size, crop_pct, "bicubic" if interpolation == "random" else interpolation).crop
     else:
@@ -209,8 +212,8 @@ def _colour(size: tuple[int, int], *, auto_augment: str | None, **options: objec
     try:
         stages = transforms_imagenet_train(size, separate=True, auto_augment=auto_augment, **options)
     except (AssertionError, KeyError, ValueError) as error:
-        raise UserError(f"augment.auto_augment={auto_augment} is not a policy of timm's such as rand-m9-mstd0.5-inc1 "
-                        f"({error}).") from error
+        raise UserError(f"augment.auto_augment={auto_augment} (such as rand-m9-mstd0.5-inc1) and augment.color_jitter="
+                        f"{options['color_jitter']} are not both what timm takes ({error}).") from error
     steps = list(stages[1].transforms)
     for step in steps:
         mend_posterize(step)

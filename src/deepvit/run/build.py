@@ -8,25 +8,24 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2, list_optimizers
 from timm.utils import ModelEmaV3
 from torch import nn
 
 from deepvit import data as pictures
 from deepvit.config import settings as asked
-from deepvit.config.settings import Augment, Data, Optimizer, PrecisionSettings, Settings
+from deepvit.config.settings import Augment, Data, PrecisionSettings, Settings
 from deepvit.engine.ranks import Ranks
 from deepvit.engine.schedule import Plan, Schedule
 from deepvit.engine.state import TrainState
 from deepvit.engine.step import Objective, Precision, Stepper, allocate_moments, cross_entropy, is_out_of_memory
-from deepvit.errors import UserError, did_you_mean
+from deepvit.errors import UserError
 from deepvit.models import ViT, build_model
 from deepvit.models.registry import check_model
 from deepvit.models.stochastic_depth import BranchMasks
+from deepvit.run.micro_batches import allowed, unit
 from deepvit.run.micro_batches import choose as choose_micro_batch
-from deepvit.run.micro_batches import unit
+from deepvit.run.optimizer import optimizer, try_out
 
-FUSED = ("adam", "adamw", "momentum", "sgd")  # torch's own, which update all parameters in one kernel
 log = logging.getLogger(__name__)
 
 
@@ -37,6 +36,38 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
     if settings.model.get("pool") == "":
         raise UserError("model.pool='' gives logits of every token, which no loss here takes: choose cls, mean or avg.")
     return settings
+
+
+def check(settings: Settings, ranks: Ranks) -> None:
+    """Builds all that needs no data: what can be refused is refused before anything is read or written.
+
+    Raises:
+        UserError: on every rank alike.
+    """
+    with ranks.together():
+        _check_images(settings.data.img_size, settings.model["img_size"], settings.model["in_chans"])
+        train_transform(settings.data, settings.augment)
+        eval_transform(settings.data)
+        prepare(settings.data, 2, settings.augment)
+        allowed(settings, ranks.world)
+        objective(settings)
+        with torch.device("meta"):
+            _check_memory(build_model({**settings.model, "num_classes": 2}))
+        try_out(settings.optimizer, ranks.device)
+
+
+def _check_images(read: Any, wanted: Any, channels: int) -> None:
+    if channels != 3:
+        raise UserError(f"model.in_chans={channels}, but images are read with 3 channels: leave it at 3.")
+    if len({tuple(size) if isinstance(size, Sequence) else (size, size) for size in (read, wanted)}) > 1:
+        raise UserError(f"data.img_size={read} is not model.img_size={wanted}: set the latter alone.")
+
+
+def _check_memory(network: ViT) -> None:
+    needed = sum(parameter.nbytes for parameter in network.parameters())
+    if needed > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+        raise UserError(f"The weights of this model take {needed / 2**30:.0f} GiB, more than this machine has: lower "
+                        f"model.embed_dim, model.depth or model.mlp_ratio.")
 
 
 @dataclass(frozen=True)
@@ -163,23 +194,6 @@ def model(settings: Settings, num_classes: int, continued: bool = False, classes
     return built
 
 
-def optimizer(network: nn.Module, chosen: Optimizer) -> torch.optim.Optimizer:
-    """By timm's factory: no decay on biases, norms and the embeddings that the model names.
-
-    A layer-wise decay gives each group its `lr_scale`.
-    """
-    if chosen.opt not in list_optimizers():
-        raise UserError(f"optimizer.opt={chosen.opt} is not one of timm's."
-                        f"{did_you_mean(chosen.opt, list_optimizers())}")
-    given = {name: getattr(chosen, name) for name in ("betas", "eps") if getattr(chosen, name) is not None}
-    given |= {"fused": True} if chosen.opt in FUSED else {}
-    try:
-        return create_optimizer_v2(network, chosen.opt, lr=chosen.lr, weight_decay=chosen.weight_decay,
-                                   momentum=chosen.momentum, layer_decay=chosen.layer_decay, **given)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"optimizer.opt={chosen.opt} does not take these settings: {error}.") from error
-
-
 def state(settings: Settings, network: ViT, ranks: Ranks) -> TrainState:
     network.to(ranks.device)
     ema = settings.ema
@@ -236,6 +250,8 @@ def schedule_and_plan(settings: Settings, epoch_size: int) -> tuple[Schedule, Pl
     chosen, batch = settings.schedule, settings.data.batch_size
     per_epoch = pictures.epoch_steps(epoch_size, batch, settings.augment.repeats)
     counted = epoch_size // settings.augment.repeats * settings.augment.repeats
+    if not counted:
+        raise UserError(f"augment.repeats={settings.augment.repeats} is more than the {epoch_size} training images.")
 
     def steps(epochs: float | None, given: int | None) -> int:
         return given if epochs is None else math.ceil(epochs * per_epoch)
@@ -243,8 +259,7 @@ def schedule_and_plan(settings: Settings, epoch_size: int) -> tuple[Schedule, Pl
     schedule = Schedule(
         lr=settings.optimizer.lr, steps=steps(chosen.epochs, chosen.steps), kind=chosen.kind,
         warmup_steps=steps(chosen.warmup_epochs, chosen.warmup_steps),
-        cooldown_steps=math.ceil(chosen.cooldown_epochs * per_epoch) if chosen.steps is None else 0,
-        warmup_lr=chosen.warmup_lr,
+        cooldown_steps=math.ceil(chosen.cooldown_epochs * per_epoch), warmup_lr=chosen.warmup_lr,
         min_lr=chosen.min_lr, decay_from=chosen.decay_from)
     if schedule.warmup_steps > schedule.steps:
         raise UserError(f"The warm-up ({schedule.warmup_steps} steps) is longer than the run ({schedule.steps}): lower "

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from deepvit.config.settings import read_group
 from deepvit.engine.signals import heeded
 from deepvit.errors import BAD_INPUT, DONE, FAILED, STOPPED, Failure, UserError
 from deepvit.run.console import set_up_logging
@@ -44,6 +45,7 @@ def launch(job: Job, config: Mapping[str, Any], folder: Path) -> Outcome:
         rank 0's outcome. Ranks that die are started again together, `engine.max_restarts` times.
     """
     try:
+        read_group("engine", config["engine"])
         devices = 0 if joined() else _devices(config["engine"])
     except UserError as error:
         return Outcome(BAD_INPUT, str(error))
@@ -149,8 +151,6 @@ def _end(exitcode: int) -> str:
 def _devices(engine: Mapping[str, Any]) -> int:
     import torch
     wanted, accelerator = engine["devices"], engine["accelerator"]
-    if wanted is not None and wanted < 1:
-        raise UserError(f"engine.devices={wanted} must be above 0 (null: every visible GPU).")
     if accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available()):
         return wanted or 1
     present = torch.cuda.device_count()

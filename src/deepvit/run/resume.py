@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from timm.optim import get_optimizer_info
 
 from deepvit.config.compare import changed
 from deepvit.config.settings import Settings
@@ -33,9 +34,20 @@ def settings_of(folder: RunFolder) -> Settings:
     if not folder.config.exists():
         raise UserError(f"There is no run in {folder.path}: it has no config.yaml.")
     try:
-        return build.read_settings(yaml.safe_load(folder.config.read_text()))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, KeyError, TypeError):
+        return build.read_settings(upgraded(yaml.safe_load(folder.config.read_text())))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError):
         raise UserError(f"{folder.config} is torn or not the config of a run: restore it from a copy.") from None
+
+
+def upgraded(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's config in today's settings: what had no effect, and was accepted then, is left out."""
+    optimizer, schedule, attention = config["optimizer"], config["schedule"], config["model"]["attention"]
+    info = get_optimizer_info(optimizer["opt"])
+    idle = {name: None for name in ("momentum", "betas", "eps") if not getattr(info, f"has_{name}")}
+    rest = {"cooldown_epochs": 0} if schedule["steps"] is not None else {}
+    attention = {name: value for name, value in attention.items() if (name, value) != ("sync_norm", False)}
+    return {**config, "optimizer": {"kwargs": None, **optimizer, **idle}, "schedule": {**schedule, **rest},
+            "model": {**config["model"], "attention": attention}}
 
 
 def as_begun(config: Mapping[str, Any], folder: RunFolder) -> Mapping[str, Any]:
@@ -81,7 +93,7 @@ def refuse_finished(folder: RunFolder, config: Mapping[str, Any], now: Mapping[s
         with suppress(UserError):
             known = (checkpoint.load_newest(folder.last, folder.previous) or (None, None))[1]
     known = known or {}
-    differences = _same_init(changed(before, config), known, now) | _other_pictures(known, now)
+    differences = _same_init(changed(upgraded(before), config), known, now) | _other_pictures(known, now)
     if differences:
         raise UserError(f"The run in {folder.path} is finished with other settings: {_listed(differences)}. To train "
                         f"with these, {ADVICE}")
@@ -98,7 +110,7 @@ def refuse_change(content: Mapping[str, Any], config: Mapping[str, Any], splits:
         content: of the checkpoint that would be continued.
         now: the command's `identity`.
     """
-    differences = _same_init(changed(content["run"], config), content, now)
+    differences = _same_init(changed(upgraded(content["run"]), config), content, now)
     refused = {name: pair for name, pair in differences.items()
                if name.split(".")[0] in KEPT and name not in NAMED}
     refused |= _other_classes(content["classes"], splits.class_ids) or _other_pictures(content, now)

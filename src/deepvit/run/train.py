@@ -41,6 +41,7 @@ def train(config: Mapping[str, Any], path: Path, ranks: Ranks, stop: StopRequest
     config = config if config["fresh"] else as_begun(config, folder)
     settings = build.read_settings(config)
     prepare_device(build.precision(settings.precision), ranks)
+    build.check(settings, ranks)
     with folder.claimed(ranks, settings.fresh, restarted=_restarts() > 0) as starts_over:
         if not starts_over and ranks.from_main(folder.is_finished()):
             splits = build.shared_splits(settings.data, ranks)
