@@ -299,7 +299,8 @@ def test_a_preview_shows_the_images_of_the_run(tmp_path, monkeypatch, capsys):
     config, shown = compose(words), []
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     settings = build.read_settings(config)
-    first = next(build.batch_maker(settings, build.splits(settings.data).train, Ranks(0, 1, torch.device("cpu")))(0, 1))
+    train = build.splits(settings.data).train
+    first = next(build.batch_maker(settings, train, Ranks(0, 1, torch.device("cpu")), 4)(0, 1))
     monkeypatch.setattr(preview, "draw", lambda batches, *_: shown.append(batches))
     assert main(["preview", "out.png", str(tmp_path)]) == main(["preview", "out.png", *words]) == 0
     for batches in shown:
