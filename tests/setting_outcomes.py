@@ -9,6 +9,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import yaml
 
 from deepvit.engine.folder import read_json_lines
 from deepvit.engine.progress import Display
@@ -171,6 +172,10 @@ def made_again(run):
     before = result.stat().st_mtime_ns
     train_job(run.config, result.parent, ALONE, StopRequest())
     return result.stat().st_mtime_ns != before
+
+
+def recorded_origin(run):
+    return yaml.safe_load((finished(run) / "config.yaml").read_text()).get("origin")
 
 
 def whole(run):

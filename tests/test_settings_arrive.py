@@ -137,6 +137,7 @@ CASES: dict[str, Case | list[Case]] = {
     "dialect": Case(see.initial, "google", INIT),
     "head": Case(lambda run: run.built.model.head.weight.abs().sum().item(), "zero", INIT, 0),
     "fresh": Case(see.made_again, "true", SHORT, True),
+    "origin": Case(see.recorded_origin, "{recipe: ours}", SHORT, {"recipe": "ours"}),
     "dry": Case(see.whole, "true", SHORT, {"files": []}),
 }
 
