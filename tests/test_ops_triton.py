@@ -39,10 +39,10 @@ def test_head_widths_pad_least():
 
 
 def test_refusals_say_why():
-    meta = lambda H, d, dtype: torch.empty(1, H, 4, d, dtype=dtype, device="meta")  # noqa: E731
-    assert "float64" in triton_core.serves(meta(4, 32, torch.float64))
-    assert "17 heads" in triton_core.serves(meta(17, 32, torch.bfloat16))
-    assert "width 80" in triton_core.serves(meta(4, 80, torch.bfloat16))
+    refused = lambda H, d, dtype: triton_core.refusal(torch.device("cuda"), dtype, H, d)  # noqa: E731
+    assert "float64" in refused(4, 32, torch.float64)
+    assert "17 heads" in refused(17, 32, torch.bfloat16)
+    assert "width 80" in refused(4, 80, torch.bfloat16)
 
 
 @pytest.mark.gpu

@@ -8,7 +8,7 @@ import itertools  # noqa: E402
 
 import torch  # noqa: E402
 
-from deepvit.ops import cpu, triton_core  # noqa: E402
+from deepvit.ops import tiles, triton_core  # noqa: E402
 
 SHAPES = [(2, 3, 7, 5), (1, 12, 33, 33), (2, 16, 17, 35), (1, 1, 1, 64), (1, 2, 50, 16), (1, 6, 40, 48)]
 
@@ -31,8 +31,8 @@ def check(B, H, N, d, dtype, packed, alike=0.0):
     exact = [x.double() for x in (q, k, v, mix)]
     du, dsumsq, dtotal = draw(B, H, N, d).to(dtype), 0.3 * draw(B, H), draw(B, H, d)
     grads = triton_core.centred_mix_backward(du, dsumsq, dtotal, q, k, v, mix, lse, scale)
-    want = (*cpu.centred_mix(*exact, scale, True),
-            *cpu.centred_mix_backward(du.double(), dsumsq.double(), dtotal.double(), *exact, scale))
+    want = (*tiles.centred_mix(*exact, scale, True),
+            *tiles.centred_mix_backward(du.double(), dsumsq.double(), dtotal.double(), *exact, scale))
     bound = 2e-6 if dtype == torch.float32 else 8e-3
     for name, got, right in zip("U sumsq total dq dk dv dmix".split(), (u, sumsq, total, *grads), want, strict=True):
         assert relative(got, right) < bound, (name, (B, H, N, d), dtype, relative(got, right))

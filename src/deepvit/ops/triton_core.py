@@ -32,14 +32,13 @@ def tiling(d: int, dtype: torch.dtype, backward: bool) -> Tiling:
     return Tiling(16, 16) if wide else Tiling(32, 16)
 
 
-def serves(q: Tensor) -> str:
-    """Why the kernels do not serve q `[B, H, N, d]` on its device; empty if they do."""
-    H, d = q.shape[1], q.shape[3]
-    if q.dtype not in (torch.float32, torch.bfloat16):
-        return f"no Triton kernel for {q.dtype}"
-    if H > 16 or d > 64 or (d > 48 and q.dtype == torch.float32):
-        return f"no Triton kernel for {H} heads of width {d} in {q.dtype}"  # shared memory: 227 KiB
-    if torch.version.hip is None and torch.cuda.get_device_capability(q.device) < (9, 0):
+def refusal(device: torch.device, dtype: torch.dtype, heads: int, d: int) -> str:
+    """Why the kernels do not serve such q, k, v; empty if they do."""
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"no Triton kernel for {dtype}"
+    if heads > 16 or d > 64 or (d > 48 and dtype == torch.float32):
+        return f"no Triton kernel for {heads} heads of width {d} in {dtype}"  # shared memory: 227 KiB
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (9, 0):
         return "the Triton kernels are sized for the shared memory of sm_90"
     return "" if torch.version.hip is None else "the Triton kernels have not been tried on AMD"
 
@@ -85,7 +84,7 @@ def centred_mix(q: Tensor, k: Tensor, v: Tensor, mix: Tensor, scale: float,
 
 def centred_mix_backward(du: Tensor, dsumsq: Tensor, dtotal: Tensor, q: Tensor, k: Tensor, v: Tensor, mix: Tensor,
                          lse: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and mix; the arguments as in `cpu.centred_mix_backward`."""
+    """Gradients of q, k, v and mix; the arguments as in `tiles.centred_mix_backward`."""
     q, k, v = _same_strides(q, k, v)
     v = _centred(v)
     B, H, N, d = q.shape
