@@ -8,6 +8,9 @@ from deepvit.ops import affine, core, plain, reference
 from deepvit.ops.reference import HeadNorm
 
 
+LIFT = 256  # on U before the norm: near initialisation it is 1e-5, below float16's normal range; exact, a power of two
+
+
 def choose(q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float = 0.0, training: bool = False) -> tuple[str, str]:
     """The path for these tensors, "reference", "plain" or "core", and why not the core, in words."""
     if training and dropout_p > 0:
@@ -73,11 +76,12 @@ def _by_affine(path, q, k, v, mix, bias, norm, scale, map_scale, training, norm_
     if not by_batch:
         mix, shift = affine.fold(mix, bias, norm, map_scale)
     compute = plain.centred_mix if path == "plain" else core.centred_mix
-    u, sumsq, total = compute(q, k, v, mix, scale, by_batch)[:3]
     if not by_batch:
+        u, _, total = compute(q, k, v, mix, scale, False)[:3]
         shift = shift + mix.sum(dim=1) / N
         return affine.affine_out(u, None, total, shift)
-    gain = affine.batch_gain(sumsq, N, mix, bias, norm, norm_batch, map_scale)
+    u, sumsq, total = compute(q, k, v, LIFT * mix, scale, True)[:3]
+    gain = affine.batch_gain(sumsq / LIFT**2, N, mix, bias, norm, norm_batch, map_scale) / LIFT
     shift = norm.beta.to(wide) * map_scale
     if bias is not None:
         shift = shift + 0 * bias.to(wide)  # it cancels; DDP wants the gradient of zeros that it has
