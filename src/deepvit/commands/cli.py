@@ -177,6 +177,9 @@ def _unreadable(words: list[str]) -> str:
     return "The command line cannot be read: write settings as key=value."
 
 
+RENAMED = {"model.attention.sync_norm": "model.attention.norm_batch"}  # what a setting of older versions became
+
+
 def hydra_error(error: Exception) -> str:
     """Hydra's or OmegaConf's complaint in one sentence that names the setting and what was probably meant."""
     text = str(error)
@@ -187,7 +190,7 @@ def hydra_error(error: Exception) -> str:
         return _unknown_choice(*group.groups(), text)
     override = re.search(r"Could not override '([^']+)'", text)
     if override:
-        meant = did_you_mean(override[1], _all_keys())
+        meant = did_you_mean(RENAMED.get(override[1], override[1]), _all_keys())
         return f"There is no setting '{override[1]}'.{meant} `--cfg job` lists them all."
     return " ".join(line.strip() for line in text.splitlines() if line.strip())
 
