@@ -6,6 +6,7 @@ from typing import Any
 # Settings that change no result: in no run's name, and not compared when a run is continued.
 WITHOUT_EFFECT = ("engine", "probe", "fresh", "dry", "origin", "data.root", "data.workers", "data.eval_batch_size",
                   "data.in_memory_mb")
+BEFORE = {"data.on_device": False}  # what runs did before there was such a setting
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -40,5 +41,5 @@ def has_no_effect(name: str) -> bool:
 
 def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """The settings that can change a result and differ: dotted name -> (before, now)."""
-    old, new = comparable(before), comparable(now)
+    old, new = BEFORE | comparable(before), BEFORE | comparable(now)
     return {name: (old.get(name), new.get(name)) for name in sorted({*old, *new}) if old.get(name) != new.get(name)}

@@ -152,14 +152,17 @@ def prepare(data: Data, num_classes: int, augment: Augment | None = None, seed: 
 def batch_maker(settings: Settings, train: pictures.ImageSet, ranks: Ranks, micro_batch: int
                 ) -> Callable[[int, int], Iterator[list[pictures.Batch]]]:
     """`(start, count) -> iterator` over the micro-batches of `count` global batches from number `start`."""
-    transform = train_transform(settings.data, settings.augment)
-    parts = settings.data.batch_size // ranks.world // micro_batch
+    data, seed, transform = settings.data, settings.seed, train_transform(settings.data, settings.augment)
+    shares = {"batch_size": data.batch_size, "rank": ranks.rank, "world": ranks.world, "max_bad": data.max_bad,
+              "accumulation": data.batch_size // ranks.world // micro_batch, "repeats": settings.augment.repeats}
+    on_device = pictures.OnDevice(train, transform, seed=seed, device=ranks.device,
+                                  max_mb=data.in_memory_mb) if data.on_device else None
 
     def batches(start: int, count: int) -> Iterator[list[pictures.Batch]]:
-        steps = pictures.train_batches(
-            train, transform, seed=settings.seed, batch_size=settings.data.batch_size, steps=start + count,
-            start_step=start, rank=ranks.rank, world=ranks.world, accumulation=parts, workers=settings.data.workers,
-            repeats=settings.augment.repeats, max_bad=settings.data.max_bad, pin=ranks.device.type == "cuda")
+        if on_device:
+            return on_device.train_batches(start_step=start, steps=start + count, **shares)
+        steps = pictures.train_batches(train, transform, seed=seed, start_step=start, steps=start + count,
+                                       workers=data.workers, pin=ranks.device.type == "cuda", **shares)
         return pictures.ahead(steps, ranks.device)
 
     return batches
@@ -213,11 +216,28 @@ def state(settings: Settings, network: ViT, ranks: Ranks) -> TrainState:
 
 def stepper(settings: Settings, network: ViT, schedule: Schedule, num_classes: int, ranks: Ranks,
             masks: bool = True) -> Stepper:
-    called = torch.compile(network) if settings.engine.compile else network
-    return Stepper(called, prepare(settings.data, num_classes, settings.augment, settings.seed), schedule,
+    return Stepper(compiled(network, settings.engine.compile), prepare(settings.data, num_classes, settings.augment, settings.seed), schedule,
                    precision(settings.precision), ranks, settings.seed, objective(settings),
                    settings.optimizer.clip_grad, BranchMasks(network, settings.seed, ranks.device) if masks else None,
                    unit(settings))
+
+
+def compiled(network: nn.Module, mode: bool | str) -> nn.Module:
+    """As it is called in training; mode: one of torch.compile's, true for its default, or false.
+
+    Only sizes that stay the same can be replayed as CUDA graphs: half a micro-batch is compiled anew.
+    """
+    return torch.compile(network, mode="default" if mode is True else mode, dynamic=False) if mode else network
+
+
+def unit(settings: Settings) -> int:
+    """Images that no micro-batch may part: a group of the head norm, a pair of mixup or cutmix."""
+    group = settings.model["attention"].get("norm_batch") or 1
+    return math.lcm(min(group, settings.data.batch_size), 2 if mixes(settings.augment) else 1)
+
+
+def mixes(augment: Augment) -> bool:
+    return augment.mix_prob > 0 and (augment.mixup > 0 or augment.cutmix > 0)
 
 
 def precision(chosen: PrecisionSettings) -> Precision:
