@@ -13,6 +13,7 @@ from timm.data import random_erasing as timm_erasing
 from timm.data import transforms as timm_transforms
 
 import deepvit.data as data
+from deepvit.config.settings import read_settings
 from deepvit.data.draws import Draws
 from deepvit.data.imageset import ArraySet
 from deepvit.data.on_device import Rectangles
@@ -20,6 +21,7 @@ from deepvit.data.randomness import Uniforms, generators_kept
 from deepvit.data.stream import draw
 from deepvit.data.transforms import crop, resize
 from deepvit.errors import UserError
+from deepvit.run.resume import comparable
 
 CPU = torch.device("cpu")
 ALL = {"crop_scale": (0.2, 1.0), "hflip": 0.5, "vflip": 0.3, "color_jitter": None, "random_erasing": 0.6,
@@ -198,6 +200,14 @@ def test_hashed_numbers_are_uniform_and_independent():
     assert len(np.unique(numbers)) == numbers.size
 
 
+def test_hashed_numbers_are_splitmix64s():
+    """The first outputs of the public-domain C code, from state 1234567."""
+    numbers = samples(1)
+    numbers._states = np.array([1234567], np.uint64)
+    outputs = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
+    assert [int(number * 2**53) for number in numbers.take(4)[0]] == [output >> 11 for output in outputs]
+
+
 # A function of the sample alone
 
 def prepared(steps: list[list[data.Batch]]) -> list[torch.Tensor]:
@@ -249,6 +259,13 @@ def test_killed_and_continued(tmp_path):
     assert soak.differences(*folders) == 0
 
 
+def test_a_run_from_before_the_setting_continues_with_it_off():
+    config = soak.compose()
+    before = {**config, "data": {name: value for name, value in config["data"].items() if name != "on_device"}}
+    assert comparable(before) == comparable(config) != comparable(soak.changed(config, data_on_device=True))
+    assert read_settings(before).data.on_device is False
+
+
 # Bad images and refusals
 
 def test_bad_images_are_replaced_as_the_loader_does(tmp_path):
@@ -260,10 +277,13 @@ def test_bad_images_are_replaced_as_the_loader_does(tmp_path):
                     tmp_path / split / name / f"{number}.png")
     for broken in ("a/1.png", "b/2.png", "b/3.png"):
         (tmp_path / "train" / broken).write_bytes(b"")
+    Image.new("CMYK", (9, 9), (0, 90, 0, 0)).save(tmp_path / "train/a/4.jpg")  # refused by the fast decoder
     images, plain = data.load("folder", root=str(tmp_path)).train, transform(4, random_erasing=0.0)
     made = run(kept(images, plain), batch_size=4)
     expected = list(data.train_batches(images, plain, seed=3, batch_size=4, steps=7))
     assert [batch.bad for batch, in made] == [batch.bad for batch, in expected]
+    assert [batch.refused for batch, in made] == [batch.refused for batch, in expected]
+    assert sum(batch.refused for batch, in made) > 2
     for (one,), (other,) in zip(made, expected, strict=True):
         assert torch.equal(one.images, other.images) and torch.equal(one.targets, other.targets)  # of one colour each
     with pytest.raises(UserError, match="data.max_bad=2"):
