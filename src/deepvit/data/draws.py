@@ -1,4 +1,4 @@
-"""Where the samples of a batch are cropped, flipped and erased: drawn as `transforms.py` draws, for all of them at once.
+"""Where the samples of a batch are cropped, flipped and erased: drawn as by `transforms.py`, for all of them at once.
 
 The rules are timm's: the same uniform numbers give the same rectangles.
 """
@@ -36,7 +36,7 @@ class Draws:
         return np.stack(np.broadcast_arrays(*columns, across + 2 * down), axis=1)
 
     def erasures(self, u: Uniforms) -> np.ndarray:
-        """int64 [b, K, 4]: top, left, height, width in the cropped image, K as many as there may be; 0 high if fewer."""
+        """int64 [b, K, 4]: top, left, height, width in the cropped image; 0 high where fewer than K are drawn."""
         rule, (rows, columns) = self.erasing, self.size
         if rule is None:
             return np.zeros((len(u), 0, 4), np.int64)

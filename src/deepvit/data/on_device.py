@@ -1,7 +1,8 @@
 """A small training set that lives on the training device as uint8, and is augmented there a micro-batch at a time.
 
 The same crop gives the same bits as `transforms.py`, whatever the device; only the random numbers are others, hashed
-for a whole micro-batch at once. They go to the device in one copy, for which nobody waits, and no shape depends on them.
+for a whole micro-batch at once. They go to the device in one copy, which nobody waits for, and no shape depends on
+them.
 """
 
 import math
@@ -38,8 +39,8 @@ class OnDevice:
 
     def __init__(self, images: ImageSet, transform: Transform, *, seed: int, device: torch.device, max_mb: int):
         if transform.colour:
-            raise UserError("augment.auto_augment, color_jitter, grayscale_prob and gaussian_blur_prob change one image "
-                            "at a time, on the host: switch off what is on, or set data.on_device=false.")
+            raise UserError("augment.auto_augment, color_jitter, grayscale_prob and gaussian_blur_prob change one "
+                            "image at a time, on the host: switch off what is on, or set data.on_device=false.")
         self.images, self.seed, self.device, self.size = images, seed, device, transform.size
         self.crop = transform.crop if isinstance(transform.crop, RandomCrop) else None
         decoded = _decode(images, None if self.crop else transform.crop, max_mb)
@@ -68,9 +69,9 @@ class OnDevice:
         crops, erasures = self.draws.crops(u), self.draws.erasures(u)  # [b, 6], [b, K, 4]
         columns = np.column_stack([used, crops, u.below(NOISE), erasures.reshape(len(used), -1)])
         used_there, *crops, noise, places = self._sent(columns).split([1] * 8 + [4 * erasures.shape[1]], dim=1)
+        swapped = used != draw.indices
         bad = [Bad(asked, self.images.name(asked), self.reasons[asked], instead)
-               for asked, instead in zip(draw.indices.tolist(), used.tolist(), strict=True) if asked != instead] \
-            if self.reasons else []
+               for asked, instead in zip(draw.indices[swapped].tolist(), used[swapped].tolist(), strict=True)]
         return Batch(self._images(used_there, *crops), self.targets[used_there[:, 0]], torch.from_numpy(draw.indices),
                      torch.from_numpy(draw.positions), self._erasures(noise, places.unflatten(1, (-1, 4))), bad,
                      int(self.refused[used].sum()))
@@ -110,7 +111,8 @@ class OnDevice:
         return Rectangles(places, values)
 
     def _noise(self, start: Tensor, *shape: int) -> Tensor:
-        return self.noise.unfold(0, math.prod(shape), 1).index_select(0, start[:, 0]).unflatten(1, shape)
+        places = start + torch.arange(math.prod(shape), device=self.device)
+        return self.noise.index_select(0, places.flatten()).view(-1, *shape)
 
 
 @dataclass

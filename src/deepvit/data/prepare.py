@@ -13,9 +13,9 @@ class Prepare:
     """Batch of uint8 -> what the model and the loss take.
 
     In training, in timm's order (its prefetching loader): mixup (Zhang et al., arXiv:1710.09412) or cutmix (Yun et
-    al., arXiv:1905.04899) in timm's batch mode, then the erasing that was drawn with the sample. The partner of position p of
-    the global batch is p ^ 1, and one lambda or rectangle serves the whole global batch of a step, so the result does
-    not depend on ranks or accumulation.
+    al., arXiv:1905.04899) in timm's batch mode, then the erasing that was drawn with the sample. The partner of
+    position p of the global batch is p ^ 1, and one lambda or rectangle serves the whole global batch of a step, so the
+    result does not depend on ranks or accumulation.
 
     Args:
         mean, std: per channel, of values in 0..1.

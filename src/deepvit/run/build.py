@@ -153,7 +153,7 @@ def prepare(data: Data, num_classes: int, augment: Augment | None = None, seed: 
 
 def batch_maker(settings: Settings, train: pictures.ImageSet, ranks: Ranks
                 ) -> Callable[[int, int, int], Iterator[list[pictures.Batch]]]:
-    """`(start, count, micro_batch) -> iterator` over the micro-batches of `count` global batches from number `start`."""
+    """`(start, count, micro_batch) -> iterator` over the micro-batches of `count` global batches from batch `start`."""
     data, seed, transform = settings.data, settings.seed, train_transform(settings.data, settings.augment)
     shares = {"batch_size": data.batch_size, "rank": ranks.rank, "world": ranks.world, "max_bad": data.max_bad,
               "repeats": settings.augment.repeats}
