@@ -13,6 +13,7 @@ from timm.data import random_erasing as timm_erasing
 from timm.data import transforms as timm_transforms
 
 import deepvit.data as data
+from deepvit.config.compare import changed
 from deepvit.config.settings import read_settings
 from deepvit.data.draws import Draws
 from deepvit.data.imageset import ArraySet
@@ -21,7 +22,6 @@ from deepvit.data.randomness import Uniforms, generators_kept
 from deepvit.data.stream import draw
 from deepvit.data.transforms import crop, resize
 from deepvit.errors import UserError
-from deepvit.run.resume import comparable
 
 CPU = torch.device("cpu")
 ALL = {"crop_scale": (0.2, 1.0), "hflip": 0.5, "vflip": 0.3, "color_jitter": None, "random_erasing": 0.6,
@@ -262,7 +262,8 @@ def test_killed_and_continued(tmp_path):
 def test_a_run_from_before_the_setting_continues_with_it_off():
     config = soak.compose()
     before = {**config, "data": {name: value for name, value in config["data"].items() if name != "on_device"}}
-    assert comparable(before) == comparable(config) != comparable(soak.changed(config, data_on_device=True))
+    assert changed(before, config) == {}
+    assert changed(before, soak.changed(config, data_on_device=True)) == {"data.on_device": (False, True)}
     assert read_settings(before).data.on_device is False
 
 
