@@ -26,19 +26,12 @@ def losses(run: build.Built) -> list[float]:
     return [float(update.loss) for _, update in made]
 
 
-@pytest.mark.slow
-def test_compiled_updates_are_the_eager_ones():
-    _assert_equal(built(True), built(False))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune"])
-def test_compiled_updates_are_the_eager_ones_on_a_gpu(mode):
-    _assert_equal(built(mode, "cuda"), built(False, "cuda"))
-
-
-def _assert_equal(compiled: build.Built, eager: build.Built) -> None:
+@pytest.mark.parametrize(("mode", "device"), [
+    pytest.param("default", "cpu", marks=pytest.mark.slow),
+    *(pytest.param(mode, "cuda", marks=pytest.mark.gpu) for mode in ("reduce-overhead", "max-autotune"))])
+def test_compiled_updates_are_the_eager_ones(mode, device):
     torch._dynamo.utils.counters.clear()
+    compiled, eager = built(mode, device), built(False, device)
     assert losses(compiled) == pytest.approx(losses(eager), abs=2e-4)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # for all blocks, steps and micro-batches
     for (name, one), other in zip(compiled.model.named_buffers(), eager.model.buffers(), strict=True):
