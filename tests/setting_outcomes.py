@@ -148,14 +148,14 @@ def blocks_passed(run):
 def joined(run):
     """What a rank is joined with."""
     with mock.patch("deepvit.engine.ranks.join") as join:
-        launch.run_rank(lambda *_: None, run.config, "unused")
+        launch.run_rank(lambda *_: None, run.config, tempfile.mkdtemp(dir=DATA["TMP"]))
     return join.call_args.args
 
 
 def launched(run):
     """(processes, restarts) that torch's launcher is asked for."""
     with mock.patch("torch.distributed.launcher.api.elastic_launch") as elastic:
-        launch.launch(train_job, run.config, Path("unused"))
+        launch.launch(train_job, run.config, Path(tempfile.mkdtemp(dir=DATA["TMP"])))
     return elastic.call_args and (elastic.call_args.args[0].nproc_per_node, elastic.call_args.args[0].max_restarts)
 
 

@@ -292,19 +292,21 @@ def _folder_of_torchvision(root, **_):
     return ImageFolder(root)
 
 
-def test_a_preview_shows_the_images_of_the_run(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("augment", [["augment=deepvit"], ["augment.mixup=0.8", "data.on_device=true"]], ids=str)
+def test_a_preview_shows_the_images_of_the_run(tmp_path, monkeypatch, capsys, augment):
     """Of a run folder and of its settings alike: those that its first step trains on, whatever the seed."""
-    words = ["recipe=cifar10", f"data.root={PICTURES}", "augment=deepvit", "seed=1", "data.fraction=0.5",
+    words = ["recipe=cifar10", f"data.root={PICTURES}", *augment, "seed=1", "data.fraction=0.5",
              "data.batch_size=4"]
     config, shown = compose(words), []
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     settings = build.read_settings(config)
-    train = build.splits(settings.data).train
-    first = next(build.batch_maker(settings, train, Ranks(0, 1, torch.device("cpu")), 4)(0, 1))
+    make_batches = build.batch_maker(settings, build.splits(settings.data).train, Ranks(0, 1, torch.device("cpu")))
+    first = next(make_batches(0, 1, 4))
     monkeypatch.setattr(preview, "draw", lambda batches, *_: shown.append(batches))
     assert main(["preview", "out.png", str(tmp_path)]) == main(["preview", "out.png", *words]) == 0
     for batches in shown:
         assert [batch.indices.tolist() for batch in batches] == [batch.indices.tolist() for batch in first]
+        assert all(torch.equal(*(batch.images for batch in pair)) for pair in zip(batches, first, strict=True))
     monkeypatch.undo()
     assert main(["preview", str(tmp_path / "out.png"), str(tmp_path)]) == 0
     drawn = np.asarray(Image.open(tmp_path / "out.png").convert("RGB"))

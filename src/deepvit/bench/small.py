@@ -27,9 +27,10 @@ def measure(device: str = "cpu", *, depth: int = 32, batch: int | None = None, c
     data = [f"data.root={cifar10}"] if cifar10 else ["data=digits"]
     every = 20 if device == "cuda" else 1
     config = compose(["recipe=cifar10", *data, "model=deepvit32", f"model.depth={depth}", "model.embed_dim=192",
-                      "model.num_heads=6", "precision=bf16", f"data.batch_size={batch}", f"engine.log_every={every}",
-                      f"engine.compile={str(compiled).lower()}", "probe.images=0", "schedule.epochs=null",
-                      "schedule.warmup_epochs=null", f"schedule.steps={LOGGED * every}", "schedule.warmup_steps=0"])
+                      "model.num_heads=6", "precision=bf16", "data.on_device=true", f"data.batch_size={batch}",
+                      f"engine.log_every={every}", f"engine.compile={str(compiled).lower()}", "probe.images=0",
+                      "schedule.epochs=null", "schedule.warmup_epochs=null", f"schedule.steps={LOGGED * every}",
+                      "schedule.warmup_steps=0"])
     here = torch.device(device, 0 if device == "cuda" else None)
     with tempfile.TemporaryDirectory() as folder:
         train(config, Path(folder), Ranks(0, 1, here), StopRequest())

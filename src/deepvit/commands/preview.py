@@ -68,7 +68,7 @@ def draw_first_batch(settings: Settings, path: str | Path) -> None:
     settings = replace(settings, data=replace(settings.data, workers=0))
     splits, alone = build.splits(settings.data), Ranks(0, 1, torch.device("cpu"))
     prepare = build.prepare(settings.data, len(splits.class_ids), settings.augment, settings.seed)
-    batches = next(build.batch_maker(settings, splits.train, alone, settings.data.batch_size)(0, 1))
+    batches = next(build.batch_maker(settings, splits.train, alone)(0, 1, settings.data.batch_size))
     draw(batches, prepare, path, splits.class_names)
 
 

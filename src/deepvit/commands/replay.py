@@ -70,7 +70,7 @@ def _share(settings: Settings, content: dict[str, Any], number: int, rank: int) 
     as_it_was = Ranks(rank, content["world"], alone.device)
     stepper = build.stepper(settings, network, schedule, len(splits.class_ids), alone,
                             masks=content.get("masks") == "image")
-    drawn = next(build.batch_maker(settings, splits.train, as_it_was, micro_batch)(number, 1))
+    drawn = next(build.batch_maker(settings, splits.train, as_it_was)(number, 1, micro_batch))
     return stepper.examine(state, drawn, number, rank)
 
 

@@ -33,6 +33,7 @@ class Data:
     name: str | None = None  # of a timm data set, as the next two
     train_split: str = "train"
     val_split: str = "validation"
+    on_device: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +102,7 @@ class Engine:
     save_every: int | None
     keep_epochs: int | None
     grad_checkpointing: bool
-    compile: bool
+    compile: bool | Literal["default", "reduce-overhead", "max-autotune"]
     timeout_s: float
     max_restarts: int
     max_skipped: int

@@ -108,7 +108,7 @@ def _is_too_much(state: TrainState, stepper: Stepper, example: Example, size: in
     if stepper.ranks.device.type != "cuda":
         return False
     try:
-        _loss(stepper.network, stepper, *example(size)).backward()
+        _loss(state.model, stepper, *example(size)).backward()  # compiled it takes no more, but minutes
         return False
     except RuntimeError as error:
         if not is_out_of_memory(error):

@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -103,10 +104,11 @@ def build(settings: Settings, ranks: Ranks, begun: Mapping[str, Any] | None = No
         masks = begun is None or begun.get("masks") == "image"
         made = state(settings, network, ranks)
         called = stepper(settings, network, made_schedule, len(found.class_ids), ranks, masks)
+        make_batches = batch_maker(settings, found.train, ranks)
     ranks.broadcast([weight.detach() for weight in made.all_weights()])
     micro_batch, memory = choose_micro_batch(settings, network.config["in_chans"], made, called, begun)
     return Built(settings, ranks, found, made_schedule, plan, network, made, called,
-                 batch_maker(settings, found.train, ranks, micro_batch), micro_batch, memory)
+                 partial(make_batches, micro_batch=micro_batch), micro_batch, memory)
 
 
 # Data
@@ -149,17 +151,22 @@ def prepare(data: Data, num_classes: int, augment: Augment | None = None, seed: 
     return pictures.Prepare(*pictures.norm_values(data.norm), num_classes, seed=seed, **mixing)
 
 
-def batch_maker(settings: Settings, train: pictures.ImageSet, ranks: Ranks, micro_batch: int
-                ) -> Callable[[int, int], Iterator[list[pictures.Batch]]]:
-    """`(start, count) -> iterator` over the micro-batches of `count` global batches from number `start`."""
-    transform = train_transform(settings.data, settings.augment)
-    parts = settings.data.batch_size // ranks.world // micro_batch
+def batch_maker(settings: Settings, train: pictures.ImageSet, ranks: Ranks
+                ) -> Callable[[int, int, int], Iterator[list[pictures.Batch]]]:
+    """`(start, count, micro_batch) -> iterator` over the micro-batches of `count` global batches from batch `start`."""
+    data, seed, transform = settings.data, settings.seed, train_transform(settings.data, settings.augment)
+    shares = {"batch_size": data.batch_size, "rank": ranks.rank, "world": ranks.world, "max_bad": data.max_bad,
+              "repeats": settings.augment.repeats}
+    on_device = pictures.OnDevice(train, transform, seed=seed, device=ranks.device,
+                                  max_mb=data.in_memory_mb) if data.on_device else None
 
-    def batches(start: int, count: int) -> Iterator[list[pictures.Batch]]:
-        steps = pictures.train_batches(
-            train, transform, seed=settings.seed, batch_size=settings.data.batch_size, steps=start + count,
-            start_step=start, rank=ranks.rank, world=ranks.world, accumulation=parts, workers=settings.data.workers,
-            repeats=settings.augment.repeats, max_bad=settings.data.max_bad, pin=ranks.device.type == "cuda")
+    def batches(start: int, count: int, micro_batch: int) -> Iterator[list[pictures.Batch]]:
+        asked = {"start_step": start, "steps": start + count,
+                 "accumulation": data.batch_size // ranks.world // micro_batch, **shares}
+        if on_device:
+            return on_device.train_batches(**asked)
+        steps = pictures.train_batches(train, transform, seed=seed, workers=data.workers,
+                                       pin=ranks.device.type == "cuda", **asked)
         return pictures.ahead(steps, ranks.device)
 
     return batches
@@ -213,11 +220,19 @@ def state(settings: Settings, network: ViT, ranks: Ranks) -> TrainState:
 
 def stepper(settings: Settings, network: ViT, schedule: Schedule, num_classes: int, ranks: Ranks,
             masks: bool = True) -> Stepper:
-    called = torch.compile(network) if settings.engine.compile else network
-    return Stepper(called, prepare(settings.data, num_classes, settings.augment, settings.seed), schedule,
+    return Stepper(compiled(network, settings.engine.compile),
+                   prepare(settings.data, num_classes, settings.augment, settings.seed), schedule,
                    precision(settings.precision), ranks, settings.seed, objective(settings),
                    settings.optimizer.clip_grad, BranchMasks(network, settings.seed, ranks.device) if masks else None,
                    unit(settings))
+
+
+def compiled(network: nn.Module, mode: bool | str) -> nn.Module:
+    """As it is called in training; mode: one of torch.compile's, true for its default, or false.
+
+    Only sizes that stay the same can be replayed as CUDA graphs: half a micro-batch is compiled anew.
+    """
+    return torch.compile(network, mode="default" if mode is True else mode, dynamic=False) if mode else network
 
 
 def precision(chosen: PrecisionSettings) -> Precision:

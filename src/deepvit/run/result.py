@@ -30,7 +30,9 @@ def summary_of(built: Built) -> str:
                        f"model.attention.norm_batch={group} images")
     if plan.batch_size > len(splits.train):
         remarks.append("images repeat within a batch")
-    if settings.data.workers * local_world(ranks) > usable_cores():
+    if settings.data.on_device:
+        remarks.append("the training images stay on the device, so data.workers serve evaluation alone")
+    elif settings.data.workers * local_world(ranks) > usable_cores():
         remarks.append(f"data.workers={settings.data.workers} (each device's) is more than the {usable_cores()} cores "
                        f"here can serve")
     return "; ".join(remarks)
