@@ -137,7 +137,7 @@ WRONG = {
     "flat val": (flat_val, r"val is flat .*sort it into the 1000 wnid folders .*valprep.sh \| bash"),
     "no val": (lambda root: shutil.rmtree(root / "val"), "has no val/ folder"),
     "class missing": (lambda root: shutil.rmtree(root / "val/n01440764"), r"1 only in .*train \(n01440764\)"),
-    "class without pictures": (no_pictures, r"n01440764 has no pictures \(.jpg .jpeg"),
+    "class without pictures": (no_pictures, r"n01440764 has no images \(.jpg .jpeg"),
     "empty train": (lambda root: [shutil.rmtree(root / "train"), (root / "train").mkdir()], "has nothing in it"),
     "missing root": (shutil.rmtree, "does not exist"),
 }

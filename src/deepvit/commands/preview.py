@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from deepvit.commands.cli import sentences
+from deepvit.commands.cli import quoted, sentences
 from deepvit.config.compose import compose
 from deepvit.data.loader import Batch, train_batches
 from deepvit.data.prepare import Prepare
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str]) -> int:
     if not arguments[0].endswith(".png"):
         raise UserError(f"{arguments[0]} is no .png file: give the picture to write a name that ends in .png.")
     with sentences():
-        config = compose(arguments[1:])
+        config = compose([*map(quoted, arguments[1:])])
     draw_config(config["data"], config["augment"], config["seed"], arguments[0])
     print(f"Wrote {arguments[0]}")
     return DONE

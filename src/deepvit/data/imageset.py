@@ -1,6 +1,7 @@
 """What a data set is to the rest: targets in an array, pictures on demand, memory flat across workers."""
 
 import hashlib
+import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch.utils.data import get_worker_info
 
 from deepvit.data.decode import BadPicture, Picture, Undecoded, decode, read_bytes, to_tensor, undecoded
 from deepvit.data.folders import readable_names
+from deepvit.data.listing import Listing
 from deepvit.data.stream import stable_hash
 from deepvit.errors import UserError
 
@@ -95,14 +97,19 @@ class ArraySet(ImageSet):
 
 
 class FileSet(ImageSet):
-    """Pictures in files `root/<folder of the class>/<name>`; a small set is decoded once, in `prepare`."""
+    """Images in files `root/<class folder>/<name>`; a small set is decoded once, in `prepare`.
 
-    def __init__(self, root: Path, folders: list[str], names: np.ndarray, places: np.ndarray, *, decoder: str,
-                 in_memory_mb: int = IN_MEMORY_MB, labels: np.ndarray | None = None):
-        self.root, self.folders, self.names = Path(root), folders, names  # names: bytes ['S' n], relative to the folder
-        self.places, self.labels = places, np.arange(len(folders)) if labels is None else labels  # folder; its class
-        self.targets = self.labels[places].astype(np.int64)
-        self.decoder, self.in_memory_mb = decoder, in_memory_mb
+    Args:
+        rows: places in the listing; None: all of it.
+        labels: class of each folder; None: its number.
+    """
+
+    def __init__(self, root: Path, folders: list[str], listing: Listing, *, decoder: str,
+                 in_memory_mb: int = IN_MEMORY_MB, labels: np.ndarray | None = None, rows: np.ndarray | None = None):
+        self.root, self.folders, self.listing, self.rows = Path(root), folders, listing, rows
+        self.labels, self.decoder, self.in_memory_mb = labels, decoder, in_memory_mb
+        places = listing.places if rows is None else listing.places[rows]
+        self.targets = places if labels is None else labels[places].astype(np.int64)
         self.kept: Kept | None = None
 
     @property
@@ -110,8 +117,8 @@ class FileSet(ImageSet):
         return self.kept is not None
 
     def name(self, index: int) -> str:
-        file = self.names[index].decode("utf-8", "surrogateescape")
-        return f"{self.root}/{self.folders[self.places[index]]}/{file}"
+        row = index if self.rows is None else self.rows[index]
+        return f"{self.root}/{self.folders[self.listing.places[row]]}/{os.fsdecode(self.listing.name(row))}"
 
     def picture(self, index: int) -> Picture | Undecoded:
         if self.kept is not None:
@@ -120,12 +127,14 @@ class FileSet(ImageSet):
         return self._opened(read_bytes(self.name(index)))
 
     def _identity(self) -> bytes:
-        return b"".join([self.targets.tobytes(), self.places.tobytes(), self.names.tobytes(),
-                         "/".join(self.folders).encode("utf-8", "surrogateescape")])
+        rows = np.arange(len(self.listing)) if self.rows is None else self.rows
+        return b"".join([self.targets.tobytes(), self.listing.places[rows].tobytes(), self.listing.padded(rows),
+                         os.fsencode("/".join(self.folders))])
 
     def take(self, indices: np.ndarray) -> "FileSet":
-        return FileSet(self.root, self.folders, self.names[indices], self.places[indices], decoder=self.decoder,
-                       in_memory_mb=self.in_memory_mb, labels=self.labels)
+        rows = indices if self.rows is None else self.rows[indices]
+        return FileSet(self.root, self.folders, self.listing, decoder=self.decoder, in_memory_mb=self.in_memory_mb,
+                       labels=self.labels, rows=rows)
 
     def prepare(self) -> None:
         if self.kept is None and self._fits():

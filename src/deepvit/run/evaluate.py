@@ -278,7 +278,7 @@ def _write(candidate: Candidate, data: Data, images: ImageSet, evaluation: Evalu
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_text_synced(folder / "metrics.json", json.dumps(result, indent=1) + "\n")
-        with (folder / "predictions.csv").open("w", newline="") as file:
+        with (folder / "predictions.csv").open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             writer = csv.writer(file)
             writer.writerow(["picture", "target", "prediction", "confidence"])
             for row in zip(evaluation.indices, evaluation.targets, evaluation.predictions[:, 0],
