@@ -143,7 +143,7 @@ def quoted(word: str) -> str:
     number or a list to the grammar. In a list or a sweep each part is quoted by itself; all else stays as it is.
     """
     key, _, value = word.partition("=")
-    if word.startswith("-") or not value:
+    if word.startswith("-") or not value or not _is_readable(f"{key}="):
         return word
     if key in PATHS and os.path.exists(value):
         return f"{key}={_in_quotes(value)}"

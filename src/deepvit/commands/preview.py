@@ -37,7 +37,7 @@ def draw(batches: Sequence[Batch], prepare: Prepare, path: str | Path, class_nam
         axis.axis("off")
     for axis, (pixels, target) in zip(axes.flat, tiles, strict=False):
         axis.imshow(pixels.numpy(), interpolation="nearest")
-        axis.set_title(_caption(target, class_names), fontsize=7)
+        axis.set_title(_caption(target, class_names), fontsize=7, parse_math=False)
     figure.tight_layout()
     try:
         figure.savefig(path, dpi=110)

@@ -107,13 +107,15 @@ def _without_classes(folder: Path) -> str:
     return f"{folder} has {what} in it: it should hold a folder for each class, with its images inside."
 
 
-def readable_names(class_ids: list[str]) -> list[str]:
-    """Folder names -> names for people: the first lemmas of an ImageNet wnid (timm's list), others as they are.
+def printable(name: str) -> str:
+    """A file's name with replacement signs for what is not UTF-8 in it, which can be neither drawn nor encoded."""
+    return os.fsencode(name).decode("utf-8", "replace")
 
-    What is not UTF-8 in a name can be neither drawn nor printed, and becomes a replacement sign.
-    """
+
+def readable_names(class_ids: list[str]) -> list[str]:
+    """Folder names -> names for people: the first lemmas of an ImageNet wnid (timm's list), others printable."""
     if not all(re.fullmatch(r"n\d{8}", name) for name in class_ids):
-        return [os.fsencode(name).decode("utf-8", "replace") for name in class_ids]
+        return [printable(name) for name in class_ids]
     from timm.data import ImageNetInfo
     info = ImageNetInfo("imagenet-22k")
     known = {*info.label_names()}

@@ -21,8 +21,7 @@ def entries(folder: Path | bytes) -> list[os.DirEntry]:
         with os.scandir(folder) as found:
             return list(found)
     except OSError as error:
-        raise UserError(f"The folder {os.fsdecode(folder)} cannot be read ({error.strerror}): mend or remove it."
-                        ) from error
+        raise _unreadable(folder, error) from error
 
 
 def is_folder(entry: os.DirEntry) -> bool:
@@ -54,7 +53,7 @@ class Walk:
     def images(self, folder: bytes, prefix: bytes = b"", above: frozenset[tuple[int, int]] = frozenset()
                ) -> Iterator[bytes]:
         """Their paths below `folder`, behind `prefix`; `above`: device and inode of the folders above."""
-        here = self._identity(folder)
+        here = _identity(folder)
         if here in above:
             self.left_out["link to a folder above itself"] += 1
             return
@@ -84,14 +83,18 @@ class Walk:
             self.left_out[os.fsdecode(extension) or "without extension"] += 1
         return False
 
-    @staticmethod
-    def _identity(folder: bytes) -> tuple[int, int]:
-        try:
-            status = os.stat(folder)
-        except OSError as error:
-            raise UserError(f"The folder {os.fsdecode(folder)} cannot be read ({error.strerror}): mend or remove it."
-                            ) from error
-        return status.st_dev, status.st_ino
+
+def _identity(folder: Path | bytes) -> tuple[int, int]:
+    """Device and inode."""
+    try:
+        status = os.stat(folder)
+    except OSError as error:
+        raise _unreadable(folder, error) from error
+    return status.st_dev, status.st_ino
+
+
+def _unreadable(folder: Path | bytes, error: OSError) -> UserError:
+    return UserError(f"The folder {os.fsdecode(folder)} cannot be read ({error.strerror}): mend or remove it.")
 
 
 @dataclass(frozen=True)
@@ -119,8 +122,9 @@ class Listing:
 def list_images(folder: Path, classes: Sequence[str]) -> Listing:
     """Image files below each class folder, sorted by name within it. Raises UserError for a class without images."""
     walk, names, counts = Walk(), [], []
+    above = frozenset(map(_identity, (folder, *folder.resolve().parents)))
     for name in classes:
-        found = sorted(walk.images(os.fsencode(folder / name)))
+        found = sorted(walk.images(os.fsencode(folder / name), above=above))
         if not found:
             raise UserError(f"The class folder {folder / name} has no images ({KINDS}): add some or remove it. "
                             f"{in_words(walk.left_out)}".rstrip())

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,7 +116,8 @@ def _unwritable(folder: Path, error: OSError) -> UserError:
 def checkpoints(given: str | list[str] | None) -> list[Path]:
     """The files named, or every best checkpoint under runs/."""
     if given is None:
-        found = sorted(Path("runs").glob("**/checkpoints/best.pt"))
+        found = sorted(Path(folder, "best.pt") for folder, _, files in os.walk("runs", onerror=_say_left_out)
+                       if Path(folder).name == "checkpoints" and "best.pt" in files)
         if not found:
             raise UserError("There is no checkpoint under runs/ here: train first, or give checkpoint=PATH.")
         return found
@@ -124,6 +126,11 @@ def checkpoints(given: str | list[str] | None) -> list[Path]:
         if not path.exists():
             raise UserError(f"There is no checkpoint at {path}.")
     return [find_checkpoint(path)[0] for path in paths]
+
+
+def _say_left_out(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        log.warning("%s cannot be read (%s): what lies there is not evaluated.", error.filename, error.strerror)
 
 
 def load(path: Path, config: Mapping[str, Any]) -> Candidate:
@@ -294,6 +301,6 @@ def _out(candidate: Candidate, data: Data, out: str | None) -> Path:
     in_run = (run / "config.yaml").exists()
     if in_run and out is None:
         return run / "eval" / name
-    mark = hashlib.blake2b(str(candidate.path.resolve()).encode(), digest_size=4).hexdigest()  # names may be the same
+    mark = hashlib.blake2b(os.fsencode(candidate.path.resolve()), digest_size=4).hexdigest()  # names may be the same
     return Path(out or "runs/eval") / f"{f'{run.name}-' if in_run else ''}{name}-{mark}"
 
