@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import get_worker_info
 
-from deepvit.data.decode import BadPicture, Picture, Undecoded, decode, read_bytes, to_tensor, undecoded
+from deepvit.data.decode import BadPicture, Picture, decode, read_bytes, to_tensor
 from deepvit.data.folders import readable_names
 from deepvit.data.listing import Listing
 from deepvit.data.stream import stable_hash
@@ -40,28 +39,18 @@ class ImageSet(ABC):
         """Path or identifier of a picture, for messages and per-image results."""
 
     @abstractmethod
-    def picture(self, index: int) -> Picture | Undecoded:
-        """RGB picture: PIL, or uint8 [3, H, W]; in a DataLoader's worker it may wait for its crop.
-
-        Raises BadPicture with the reason.
-        """
+    def picture(self, index: int) -> Picture:
+        """RGB picture: PIL, or uint8 [3, H, W]. Raises BadPicture with the reason."""
 
     @abstractmethod
     def take(self, indices: np.ndarray) -> "ImageSet":
         """The set of the given indices, in their order."""
 
-    def _opened(self, data: bytearray) -> Picture | Undecoded:
+    def _opened(self, data: bytearray) -> Picture:
         """The picture in the bytes of a file; what the fast decoder refuses is counted."""
-        if get_worker_info() is not None:  # only there may messages of C code be kept off the terminal
-            waiting = undecoded(data, self.decoder, self._count_refused)
-            if waiting is not None:
-                return waiting
         picture, refused = decode(data, self.decoder)
         self.refused += refused
         return picture
-
-    def _count_refused(self) -> None:
-        self.refused += 1
 
     def fingerprint(self) -> str:
         """16 hex digits that tell whether two sets hold the same pictures in the same order, wherever they lie."""
@@ -120,7 +109,7 @@ class FileSet(ImageSet):
         row = index if self.rows is None else self.rows[index]
         return f"{self.root}/{self.folders[self.listing.places[row]]}/{os.fsdecode(self.listing.name(row))}"
 
-    def picture(self, index: int) -> Picture | Undecoded:
+    def picture(self, index: int) -> Picture:
         if self.kept is not None:
             self.refused += int(self.kept.refused[index])
             return self.kept.picture(index, self.decoder)

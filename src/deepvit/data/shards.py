@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from deepvit.data.decode import BadPicture, Picture, Undecoded
+from deepvit.data.decode import BadPicture, Picture
 from deepvit.data.imageset import ImageSet
 from deepvit.data.listing import EXTENSIONS, KINDS, in_words
 from deepvit.errors import UserError
@@ -42,7 +42,7 @@ class TarSet(ImageSet):
     def name(self, index: int) -> str:
         return f"{self.shards[self.places[index, 0]]}:{self.names[index].decode('utf-8', 'surrogateescape')}"
 
-    def picture(self, index: int) -> Picture | Undecoded:
+    def picture(self, index: int) -> Picture:
         shard, offset, size = self.places[index].tolist()
         try:
             data = read_at(self.shards[shard], offset, size)

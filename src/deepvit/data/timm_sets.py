@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from deepvit.data.decode import BadPicture, Picture, Undecoded, to_tensor
+from deepvit.data.decode import BadPicture, Picture, to_tensor
 from deepvit.data.folders import class_folders, existing, readable_names
 from deepvit.data.imageset import ImageSet, Splits, hold_out
 from deepvit.data.listing import entries
@@ -32,7 +32,7 @@ class TimmSet(ImageSet):
         except AttributeError:  # torchvision's data sets have no names
             return f"{self.label}/{row}"
 
-    def picture(self, index: int) -> Picture | Undecoded:
+    def picture(self, index: int) -> Picture:
         row = int(self.rows[index])
         reader = getattr(self.dataset, "reader", None)
         try:
