@@ -3,6 +3,7 @@
 import hashlib
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,10 +55,17 @@ class ImageSet(ABC):
 
     def fingerprint(self) -> str:
         """16 hex digits that tell whether two sets hold the same pictures in the same order, wherever they lie."""
-        return hashlib.blake2b(self._identity(), digest_size=8).hexdigest()
+        digest = hashlib.blake2b(digest_size=8)
+        for part in self._identity():
+            digest.update(part)
+        return digest.hexdigest()
 
-    def _identity(self) -> bytes:
-        return self.targets.tobytes()
+    def _identity(self) -> Iterator[bytes | np.ndarray]:
+        yield np.ascontiguousarray(self.targets)
+
+    def find(self, names: Collection[str]) -> np.ndarray:
+        """Indices of the images of these names, in order."""
+        return np.array([index for index in range(len(self)) if self.name(index) in names], np.int64)
 
     def prepare(self) -> None:  # noqa: B027  nothing to do for most
         """Called in the main process before pictures are asked for in others: load what is worth keeping."""
@@ -115,10 +123,19 @@ class FileSet(ImageSet):
             return self.kept.picture(index, self.decoder)
         return self._opened(read_bytes(self.name(index)))
 
-    def _identity(self) -> bytes:
-        rows = np.arange(len(self.listing)) if self.rows is None else self.rows
-        return b"".join([self.targets.tobytes(), self.listing.places[rows].tobytes(), self.listing.padded(rows),
-                         os.fsencode("/".join(self.folders))])
+    def _identity(self) -> Iterator[bytes | np.ndarray]:
+        places = self.listing.places if self.rows is None else self.listing.places[self.rows]
+        yield from (np.ascontiguousarray(self.targets), np.ascontiguousarray(places))
+        yield from self.listing.padded(np.arange(len(self)) if self.rows is None else self.rows)
+        yield os.fsencode("/".join(self.folders))
+
+    def find(self, names: Collection[str]) -> np.ndarray:
+        rows = [row for row in map(self._row, names) if row is not None]
+        return np.array(sorted(rows), np.int64) if self.rows is None else np.flatnonzero(np.isin(self.rows, rows))
+
+    def _row(self, name: str) -> int | None:
+        folder, _, file = name.removeprefix(f"{self.root}/").partition("/")
+        return self.listing.find(self.folders.index(folder), os.fsencode(file)) if folder in self.folders else None
 
     def take(self, indices: np.ndarray) -> "FileSet":
         rows = indices if self.rows is None else self.rows[indices]
@@ -191,11 +208,12 @@ class Splits:
 
 def balanced_part(targets: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     """Sorted indices of a fixed, class-balanced part: of each class round(fraction * its size), at least one."""
+    order = np.argsort(targets, kind="stable")  # class by class
+    classes, starts = np.unique(targets[order], return_index=True)
     chosen = []
-    for target in np.unique(targets):
-        members = np.flatnonzero(targets == target)
-        order = np.random.default_rng(stable_hash("part", seed, int(target))).permutation(len(members))
-        chosen.append(members[order[:max(1, round(fraction * len(members)))]])
+    for target, members in zip(classes.tolist(), np.split(order, starts[1:]), strict=True):
+        shuffled = np.random.default_rng(stable_hash("part", seed, target)).permutation(len(members))
+        chosen.append(members[shuffled[:max(1, round(fraction * len(members)))]])
     return np.sort(np.concatenate(chosen))
 
 

@@ -1,6 +1,7 @@
 """The image files below folders of classes: which there are, in order, and what is left out and why."""
 
 import os
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from deepvit.errors import UserError
 
 EXTENSIONS = tuple(extension.encode() for extension in IMG_EXTENSIONS)
 KINDS = " ".join(IMG_EXTENSIONS)
+PIECE = 2**16  # names
 
 
 def entries(folder: Path | bytes) -> list[os.DirEntry]:
@@ -49,14 +51,17 @@ class Walk:
     """
 
     left_out: Counter[str] = field(default_factory=Counter)
+    changed: dict[str, int] = field(default_factory=dict)  # folder -> time of its last change, ns
 
     def images(self, folder: bytes, prefix: bytes = b"", above: frozenset[tuple[int, int]] = frozenset()
                ) -> Iterator[bytes]:
         """Their paths below `folder`, behind `prefix`; `above`: device and inode of the folders above."""
-        here = _identity(folder)
+        status = _status(folder)
+        here = status.st_dev, status.st_ino
         if here in above:
             self.left_out["link to a folder above itself"] += 1
             return
+        self.changed[os.fsdecode(folder)] = status.st_mtime_ns
         for entry in entries(folder):
             name = entry.name
             if not is_folder(entry):
@@ -84,13 +89,11 @@ class Walk:
         return False
 
 
-def _identity(folder: Path | bytes) -> tuple[int, int]:
-    """Device and inode."""
+def _status(folder: Path | bytes) -> os.stat_result:
     try:
-        status = os.stat(folder)
+        return os.stat(folder)
     except OSError as error:
         raise _unreadable(folder, error) from error
-    return status.st_dev, status.st_ino
 
 
 def _unreadable(folder: Path | bytes, error: OSError) -> UserError:
@@ -106,6 +109,7 @@ class Listing:
     places: np.ndarray  # int64 [n], number of its class folder
     left_out: Mapping[str, int]  # reason -> files and folders
     is_nested: bool  # no class folder has images itself, only folders of them
+    changed: Mapping[str, int]  # folder, relative to the listed one -> time of its last change, ns
 
     def __len__(self) -> int:
         return len(self.places)
@@ -113,16 +117,27 @@ class Listing:
     def name(self, row: int) -> bytes:
         return self.text[self.starts[row]:self.starts[row + 1]].tobytes()
 
-    def padded(self, rows: np.ndarray) -> bytes:
-        """The names of `rows`, each with zeros to the length of the longest name of all."""
-        width = int(np.diff(self.starts).max())
-        return b"".join(self.name(row).ljust(width, b"\0") for row in rows)
+    def find(self, place: int, name: bytes) -> int | None:
+        """The row of a name in a class folder."""
+        first, end = (int(row) for row in np.searchsorted(self.places, [place, place + 1]))
+        row = first + bisect_left(range(first, end), name, key=self.name)
+        return row if row < end and self.name(row) == name else None
+
+    def padded(self, rows: np.ndarray) -> Iterator[bytes]:
+        """The names of `rows`, each with zeros to the length of the longest name of all, in pieces."""
+        columns = np.arange(int(np.diff(self.starts).max()))
+        for some in np.array_split(rows, len(rows) // PIECE + 1):
+            starts, ends = self.starts[some, None], self.starts[some + 1, None]  # [k, 1]
+            at = starts + columns  # [k, width]
+            yield np.where(at < ends, self.text.take(at, mode="clip"), 0).astype(np.uint8).tobytes()
 
 
 def list_images(folder: Path, classes: Sequence[str]) -> Listing:
     """Image files below each class folder, sorted by name within it. Raises UserError for a class without images."""
     walk, names, counts = Walk(), [], []
-    above = frozenset(map(_identity, (folder, *folder.resolve().parents)))
+    around = [*map(_status, (folder, *folder.resolve().parents))]
+    above = frozenset((status.st_dev, status.st_ino) for status in around)
+    walk.changed[str(folder)] = around[0].st_mtime_ns
     for name in classes:
         found = sorted(walk.images(os.fsencode(folder / name), above=above))
         if not found:
@@ -138,7 +153,8 @@ def list_images(folder: Path, classes: Sequence[str]) -> Listing:
     text = np.frombuffer(b"".join(names), np.uint8)
     starts = np.cumsum([0, *map(len, names)], dtype=np.int64)
     return Listing(text, starts, np.repeat(np.arange(len(classes)), counts), +walk.left_out,
-                   all(b"/" in name for name in names))
+                   all(b"/" in name for name in names),
+                   {os.path.relpath(name, folder): changed for name, changed in walk.changed.items()})
 
 
 def in_words(left_out: Mapping[str, int]) -> str:

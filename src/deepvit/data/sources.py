@@ -19,7 +19,8 @@ from deepvit.data.folders import (
     readable_names,
 )
 from deepvit.data.imageset import IN_MEMORY_MB, ArraySet, FileSet, ImageSet, Splits, balanced_part, hold_out
-from deepvit.data.listing import KINDS, in_words, list_images
+from deepvit.data.index import kept_listing
+from deepvit.data.listing import KINDS, in_words
 from deepvit.data.timm_sets import timm_splits
 from deepvit.errors import UserError, did_you_mean
 
@@ -89,7 +90,7 @@ def eval_folder(root: str, class_ids: list[str], *, decoder: str = "auto", in_me
 
 def _file_set(folder: Path, classes: list[str], **options: object) -> FileSet:
     """The images below `folder/<class>`; what is left out there is said."""
-    listing = list_images(folder, classes)
+    listing = kept_listing(folder, classes)
     if listing.left_out:
         log.warning("In %s %s Images are %s.", folder, in_words(listing.left_out), KINDS)
     if listing.is_nested:
