@@ -6,7 +6,7 @@ import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 
-from deepvit.bench import attention, loader, memory, models, scaling, startup
+from deepvit.bench import attention, listing, loader, memory, models, scaling, startup
 from deepvit.errors import UserError
 
 BENCHES: dict[str, Callable[[argparse.Namespace], list[dict]]] = {
@@ -19,6 +19,7 @@ BENCHES: dict[str, Callable[[argparse.Namespace], list[dict]]] = {
     "memory": lambda given: memory.measure(given.device, **_sizes(given)),
     "loader": lambda given: [{"case": row.pop("task"), **row}
                              for row in loader.measure(_data(given), **_seconds(given))],
+    "listing": lambda given: listing.measure(),
     "startup": lambda given: startup.measure(given.device),
     "scaling": lambda given: scaling.measure(given.device, **_seconds(given)),
 }

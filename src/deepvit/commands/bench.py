@@ -1,4 +1,4 @@
-"""`deepvit bench train-step|eval|attention|precision|memory|loader|startup|scaling|all`: tables and JSON."""
+"""`deepvit bench train-step|eval|attention|precision|memory|loader|listing|startup|scaling|all`: tables and JSON."""
 
 import argparse
 import json

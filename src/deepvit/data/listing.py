@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from deepvit.errors import UserError
@@ -123,13 +124,15 @@ class Listing:
         row = first + bisect_left(range(first, end), name, key=self.name)
         return row if row < end and self.name(row) == name else None
 
-    def padded(self, rows: np.ndarray) -> Iterator[bytes]:
-        """The names of `rows`, each with zeros to the length of the longest name of all, in pieces."""
-        columns = np.arange(int(np.diff(self.starts).max()))
+    def padded(self, rows: np.ndarray) -> Iterator[np.ndarray]:
+        """The names of `rows`, each with zeros to the length of the longest name of all; uint8 [k, width] a piece."""
+        lengths = np.diff(self.starts)
+        columns = np.arange(lengths.max(), dtype=np.int32)
         for some in np.array_split(rows, len(rows) // PIECE + 1):
-            starts, ends = self.starts[some, None], self.starts[some + 1, None]  # [k, 1]
-            at = starts + columns  # [k, width]
-            yield np.where(at < ends, self.text.take(at, mode="clip"), 0).astype(np.uint8).tobytes()
+            starts, own = self.starts[some], lengths[some].astype(np.int32)
+            low, high = starts.min(), (starts + own).max()
+            piece = np.concatenate([self.text[low:high], np.zeros(len(columns), np.uint8)])
+            yield sliding_window_view(piece, len(columns))[starts - low] * (columns < own[:, None])
 
 
 def list_images(folder: Path, classes: Sequence[str]) -> Listing:
