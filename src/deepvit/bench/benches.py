@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from deepvit.bench import attention, ceilings, loader, memory, models, rows, scaling, small, startup
+from deepvit.bench import attention, ceilings, listing, loader, memory, models, rows, scaling, small, startup
 from deepvit.bench.timing import reason
 from deepvit.errors import UserError
 
@@ -26,6 +26,7 @@ BENCHES: dict[str, Callable[[argparse.Namespace], Iterable[dict]]] = {
                                          compiled=given.compile),
     "loader": lambda given: [{"case": row.pop("task"), **row}
                              for row in loader.measure(_data(given), **_given(given, "seconds"))],
+    "listing": lambda given: listing.measure(),
     "startup": lambda given: startup.measure(given.device),
     "scaling": lambda given: scaling.measure(given.device, **_given(given, "depth", "batch", "seconds")),
 }

@@ -27,6 +27,9 @@ from deepvit.run.launch import Job, Outcome, eval_job, launch, train_job, unexpe
 
 OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)
 
+PATHS = ("checkpoint", "data.exclude", "data.root", "hydra.run.dir", "hydra.sweep.dir", "init", "out")
+PARTS = re.compile(  # of a list or a sweep: between commas, of which those within quotes are none
+    r"""(?:^|,)(\s*'(?:\\.|[^'\\])*'\s*(?=,|$)|\s*"(?:\\.|[^"\\])*"\s*(?=,|$)|[^,]*)""")
 _outcomes: list[Outcome] = []  # of the jobs that this process ran
 
 
@@ -153,27 +156,43 @@ def expanded(word: str) -> str:
 
 
 def quoted(word: str) -> str:
-    """`init=runs/seed=1/last.pt` as Hydra's grammar wants it, `init='runs/seed=1/last.pt'`: our folders have a =.
+    """`init=runs/seed=1/last.pt` as Hydra's grammar wants it, `init='runs/seed=1/last.pt'`.
 
-    In a list or a sweep each part is quoted by itself; what is quoted already, and everything else, stays as it is.
+    Quoted is what the grammar refuses, and in a setting that is a path what is there under this very name, were it a
+    number or a list to the grammar. In a list or a sweep each part is quoted by itself; all else stays as it is.
     """
     key, _, value = word.partition("=")
-    inner = value[1:-1] if value.startswith("[") and value.endswith("]") else value
-    if word.startswith("-") or "=" not in value or any(sign in value for sign in "'\"(){}$"):
+    if word.startswith("-") or not value or not _is_readable(f"{key}="):
         return word
-    parts = ",".join(f"'{part.strip()}'" if "=" in part else part for part in inner.split(","))
+    if key in PATHS and os.path.exists(value):
+        return f"{key}={_in_quotes(value)}"
+    readable, inner = _is_readable(word), value[1:-1] if value[0] == "[" and value[-1] == "]" else value
+    parts = ",".join(
+        _in_quotes(part.strip()) if key in PATHS and os.path.exists(part.strip())
+        or not (readable or _is_readable(f"{key}={part}")) else part for part in PARTS.findall(inner))
     return f"{key}=[{parts}]" if inner != value else f"{key}={parts}"
+
+
+def _in_quotes(text: str) -> str:
+    """Within single quotes, Hydra's way: a backslash is itself but for those before a quote."""
+    escaped = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), text)
+    return f"'{escaped}'"
+
+
+def _is_readable(word: str) -> bool:
+    try:
+        OverridesParser.create().parse_override(word)
+    except HydraException:
+        return False
+    return True
 
 
 def _unreadable(words: list[str]) -> str:
     """The word of a command line that Hydra cannot parse, in a sentence."""
-    parser = OverridesParser.create()
     for word in words:
-        try:
-            parser.parse_override(word)
-        except HydraException:
-            return (f"'{word}' cannot be read as a setting: write key=value, and quote a value with special signs, "
-                    f"key='a, b'.")
+        if not _is_readable(word):
+            return (f"'{word}' cannot be read as a setting: write key=value, and quote a value with special signs "
+                    f"twice, \"key='a, b'\".")
     return "The command line cannot be read: write settings as key=value."
 
 

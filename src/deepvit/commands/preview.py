@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from deepvit.commands.cli import sentences
+from deepvit.commands.cli import quoted, sentences
 from deepvit.config.compose import compose
 from deepvit.config.settings import Settings
 from deepvit.data.loader import Batch
@@ -43,7 +43,7 @@ def draw(batches: Sequence[Batch], prepare: Prepare, path: str | Path, class_nam
         axis.axis("off")
     for axis, (pixels, target) in zip(axes.flat, tiles, strict=False):
         axis.imshow(pixels.numpy(), interpolation="nearest")
-        axis.set_title(_caption(target, class_names), fontsize=7)
+        axis.set_title(_caption(target, class_names), fontsize=7, parse_math=False)
     figure.tight_layout()
     try:
         figure.savefig(path, dpi=110)
@@ -95,4 +95,4 @@ def _settings(words: Sequence[str]) -> Settings:
     if stray:
         raise UserError(f"{stray} is neither a run folder nor a setting key=value.")
     with sentences():
-        return build.read_settings(compose(words))
+        return build.read_settings(compose([*map(quoted, words)]))

@@ -182,14 +182,16 @@ class RunFolder:
         yield from base.glob("events.out.tfevents.*")
 
     def is_finished(self) -> bool:
-        return bool(self.read_result().get("finished"))
+        result = self.read_result()
+        return bool(result.get("finished")) and {"top1", "steps"} <= result.keys()
 
     def read_result(self) -> dict[str, Any]:
-        """`metrics.json`, or an empty dict where there is none (or a torn one of a foreign writer)."""
+        """`metrics.json`, or an empty dict where there is none (or a torn one, or somebody else's)."""
         try:
-            return json.loads(self.result.read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
+            result = json.loads(self.result.read_text())
+        except (FileNotFoundError, ValueError):
             return {}
+        return result if isinstance(result, dict) else {}
 
     def write_result(self, result: dict[str, Any]) -> None:
         write_text_synced(self.result, json.dumps(plain(result), indent=1, allow_nan=False) + "\n")
@@ -215,7 +217,7 @@ class RunFolder:
     def drop_metrics_after(self, step: int) -> None:
         """Forgets lines that the continued run will write again, and a line that a kill tore (also an event's)."""
         for path in (self.metrics, self.events):
-            kept = [line for line in read_json_lines(path) if path == self.events or line["step"] <= step]
+            kept = [line for line in read_json_lines(path) if path == self.events or line.get("step", 0) <= step]
             write_text_synced(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
@@ -231,15 +233,17 @@ class LogFile(logging.FileHandler):
 
 
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a `.jsonl` file; a torn last line is passed over, a missing file has none."""
+    """The whole lines of a `.jsonl` file; a torn or foreign one is passed over, a missing file has none."""
     if not path.exists():
         return
-    with path.open() as file:
-        for line in file:
+    with path.open(errors="replace") as file:
+        for text in file:
             try:
-                yield json.loads(line)
+                line = json.loads(text)
             except json.JSONDecodeError:
                 continue
+            if isinstance(line, dict):
+                yield line
 
 
 def plain(value: Any) -> Any:

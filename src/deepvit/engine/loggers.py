@@ -48,7 +48,11 @@ class TensorBoard:
     """
 
     def __init__(self, folder: Path, step: int):
-        self._writer: SummaryWriter | None = SummaryWriter(folder, purge_step=step + 1)
+        self._writer: SummaryWriter | None = None
+        try:
+            self._writer = SummaryWriter(folder, purge_step=step + 1)
+        except (OSError, UnicodeEncodeError) as error:  # the latter: a folder's name that is not UTF-8
+            self._give_up(error)
 
     def log(self, group: str, values: Mapping[str, Any], step: int, epoch: float) -> None:
         for name, value in _scalars(values):
@@ -66,8 +70,12 @@ class TensorBoard:
         try:
             getattr(self._writer, method)(*arguments, **options)
         except OSError as error:
-            log.warning("TensorBoard's file cannot be written (%s); metrics.jsonl has all of it.", error.strerror)
-            self._writer = None
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        log.warning("TensorBoard's file cannot be written (%s); metrics.jsonl has all of it.",
+                    getattr(error, "strerror", error))
+        self._writer = None
 
 
 class Loggers:

@@ -7,7 +7,6 @@ from torch import Tensor
 from deepvit.ops import affine, core, plain, reference
 from deepvit.ops.reference import HeadNorm
 
-
 LIFT = 64  # on U before the norm: near initialisation it is below float16's normal range, trained far from its end
 
 

@@ -7,8 +7,20 @@ The first sweep needs no delta beforehand: `dq = scale (X - delta Y)`, `X = sum_
 import triton
 import triton.language as tl
 
-from deepvit.ops.triton_kernels import (HEADS, LIFT, LOG2_LIFT, _centred, _exchange, _load, _load_mix, _load_per_row,
-                                        _round, _rows_by_rows, _store, _store_per_row)
+from deepvit.ops.triton_kernels import (
+    HEADS,
+    LIFT,
+    LOG2_LIFT,
+    _centred,
+    _exchange,
+    _load,
+    _load_mix,
+    _load_per_row,
+    _round,
+    _rows_by_rows,
+    _store,
+    _store_per_row,
+)
 
 
 @triton.jit

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import socket
 from collections.abc import Iterable, Iterator, Mapping
@@ -92,7 +93,7 @@ def read_runs(paths: Iterable[Path]) -> tuple[list[Run], list[str]]:
     for path in paths:
         if not path.exists():
             raise UserError(f"{path} does not exist: give run folders, or a folder above them such as runs/.")
-        folders += sorted(found.parent for found in path.rglob("config.yaml"))
+        folders += _run_folders(path, problems)
     for folder in dict.fromkeys(folder.resolve() for folder in folders):
         try:
             runs.append(read_run(folder))
@@ -116,6 +117,13 @@ def _missing_runs(paths: Iterable[Path]) -> Iterator[Run]:
                 yield Run(cell.folder, cell.config, {}, [], f"missing{reason}")
 
 
+def _run_folders(top: Path, problems: list[str]) -> list[Path]:
+    def left_out(error: OSError) -> None:
+        problems.append(f"{error.filename} cannot be read ({error.strerror}) and is left out.")
+
+    return sorted(Path(folder) for folder, _, files in os.walk(top, onerror=left_out) if "config.yaml" in files)
+
+
 def read_run(folder: Path) -> Run:
     """
     Raises:
@@ -133,7 +141,8 @@ def read_run(folder: Path) -> Run:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        config = yaml.load(path.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        text = re.sub(r"\\uDC[89A-F][0-9A-F]", r"\\uFFFD", path.read_text())  # in names that are not UTF-8
+        config = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path} cannot be read ({type(error).__name__}); this run is left out.") from error
     try:

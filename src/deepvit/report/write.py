@@ -16,7 +16,7 @@ from deepvit.report.runs import Run
 from deepvit.report.tables import tables
 
 TITLE = "# Depth and attention: report"
-
+ANY_NAME = {"encoding": "utf-8", "errors": "backslashreplace"}  # a folder's name may be no UTF-8
 
 @dataclass(frozen=True)
 class Report:
@@ -53,9 +53,9 @@ def write_report(runs: Sequence[Run], problems: Sequence[str], out: Path, thresh
     try:
         (out / "figures").mkdir(parents=True, exist_ok=True)
         saved = [picture.save(out / "figures") for picture in [*itertools.chain(*drawn), *extra]]
-        (out / "report.csv").write_text(render.as_csv(found, threshold))
-        (out / "report.md").write_text(_markdown(report, extra))
-        (out / "report.html").write_text(_html(report, extra))
+        (out / "report.csv").write_text(render.as_csv(found, threshold), **ANY_NAME)
+        (out / "report.md").write_text(_markdown(report, extra), **ANY_NAME)
+        (out / "report.html").write_text(_html(report, extra), **ANY_NAME)
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror}): choose another folder with --out.") from error
     yield from _terminal(report)

@@ -15,6 +15,13 @@ def say(sentence: str, stream: TextIO | None = None) -> None:
         _drop(stream)
 
 
+def print_any_name() -> None:
+    """A name that the terminal's encoding does not know is printed with escapes, where Python would stop."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def _drop(stream: TextIO) -> None:
     """What else is written to `stream` goes nowhere."""
     with open(os.devnull, "w") as nowhere:
@@ -31,6 +38,7 @@ class _Console(logging.StreamHandler):
 
 def set_up_logging(rank: int = 0) -> None:
     """Lines to standard output from rank 0; from the others only what is wrong, with their number."""
+    print_any_name()
     logger = logging.getLogger("deepvit")
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
