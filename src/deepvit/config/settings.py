@@ -142,6 +142,7 @@ class Settings:
     init: str | None
     dialect: str | None
     head: Literal["keep", "reset", "zero"]
+    calibrate: int
     fresh: bool
     dry: bool
 
@@ -182,7 +183,7 @@ RANGES = {  # dotted name -> smallest, largest
     **dict.fromkeys(("augment.hflip", "augment.vflip", "augment.grayscale_prob", "augment.gaussian_blur_prob",
                      "augment.random_erasing", "augment.mix_prob", "augment.switch_prob", "augment.label_smoothing",
                      "optimizer.momentum"), (0, 1)),
-    "seed": (0, 2**62)}
+    "calibrate": (0, math.inf), "seed": (0, 2**62)}
 
 
 def _check_ranges(settings: Settings) -> None:
