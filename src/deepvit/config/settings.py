@@ -24,7 +24,7 @@ class Data:
     interpolation: Literal["bilinear", "bicubic"]
     hflip: float
     fraction: float
-    classes: int | None
+    classes: int | str | None
     val_fraction: float | None
     decoder: str
     max_bad: int
@@ -114,6 +114,7 @@ class Ema:
 
 @dataclass(frozen=True, kw_only=True)
 class Loss:
+    kind: Literal["cross_entropy", "bce"]
     cosine_blocks: int
     cosine_weight: float
 
