@@ -13,6 +13,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from deepvit.config.compose import compose
 from deepvit.config.run_name import run_name
 from deepvit.models import build_model
+from deepvit.report import published
+from deepvit.report.runs import flat
 from deepvit.run.build import read_settings
 
 FOLDER = Path(__file__).parents[1] / "conf" / "sweep"
@@ -117,6 +119,24 @@ def test_a_table_of_the_paper_is_a_sweep_of_its_depths():
     params = body("depth_scaling")["hydra"]["sweeper"]["params"]
     assert params["model.depth"] == "12,16,24,32" and params["seed"] == "0,1,2"
     assert "norm_only" in params["model/attention"].split(",")
+
+
+def test_every_row_of_vit_pytorchs_tables_is_a_cell_of_a_sweep():
+    """And every cell of its sweeps has a number of its table to stand beside."""
+    rows = {(entry.source, entry.model, entry.top1) for entry in published.entries()
+            if entry.source.startswith("vit_pytorch")}
+    found = set()
+    for sweep in (name for name in SWEEPS if name.startswith("vit_pytorch")):
+        for cell in cells(sweep):
+            first = published.published_of(dict(flat(compose([*cell, f"sweep={sweep}"]))))[0]
+            found.add((first.source, first.model, first.top1))
+    assert found == rows and len(rows) == 18
+
+
+def test_the_plain_recipe_has_its_published_number():
+    settings = dict(flat(compose(["model=vit_s16", "recipe=imagenet_90ep"])))
+    assert [entry.top1 for entry in published.published_of(settings)] == [76.5]
+    assert not published.published_of({**settings, "model.init_values": 1e-4})
 
 
 def test_split_is_the_sweepers_own():
