@@ -22,7 +22,7 @@ import deepvit
 from deepvit.commands.main import main
 from deepvit.config.compose import compose
 from deepvit.errors import UserError
-from deepvit.importers import takes_average
+from deepvit.importers import hub, takes_average
 from deepvit.importers.settings import as_keywords
 from deepvit.run import build, evaluate
 
@@ -416,12 +416,29 @@ def test_a_folder_of_the_hub(tmp_path):
 @pytest.mark.parametrize("name, message", [
     ("timm:vit_tyni_patch16_224", "Did you mean"), ("timm:vit_small_patch16_224.mine", "no weights on"),
     ("hf-hub:a/b/c", "cannot be fetched"), ("hf-hub:owner/name", "cannot be fetched.*give the path"),
-    ("local-dir:/nowhere", "/nowhere")])
-def test_names_that_lead_nowhere(monkeypatch, name, message):
+    ("local-dir:/nowhere", "/nowhere"), ("google:ViT-B_16", "COLLECTION/NAME"), ("google:../../x", "COLLECTION/NAME"),
+    ("google:imagenet21k/ViT-X_1", "http://127.0.0.1:9/imagenet21k/ViT-X_1.npz .*give the file's path")])
+def test_names_that_lead_nowhere(monkeypatch, tmp_path, name, message):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("deepvit.importers.hub.GOOGLE", "http://127.0.0.1:9")  # where nobody listens
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(UserError, match=message) as refusal:
         deepvit.load_model(name)
     assert "\n" not in str(refusal.value)
+
+
+def test_googles_files_are_fetched_once(monkeypatch, tmp_path):
+    there, here = tmp_path / "imagenet21k+imagenet2012", tmp_path / "hub" / "checkpoints" / "vit_models"
+    there.mkdir()
+    tensors = part(oracle("other/vit_plain")[0], "file")
+    np.savez(there / "ViT-T_4.npz", **{name: tensor.numpy() for name, tensor in tensors.items()})
+    monkeypatch.setattr("deepvit.importers.hub.GOOGLE", tmp_path.as_uri())
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    model = deepvit.load_model("google:imagenet21k+imagenet2012/ViT-T_4")
+    assert model.load_report.dialect == "google" and (here / there.name / "ViT-T_4.npz").exists()
+    hub._of_google.cache_clear()
+    (there / "ViT-T_4.npz").unlink()
+    deepvit.load_model("google:imagenet21k+imagenet2012/ViT-T_4.npz")
 
 
 @pytest.mark.slow

@@ -292,6 +292,8 @@ def test_other_data_say_that_the_paper_has_none(make, tmp_path, changes, words):
 def test_every_published_number_has_a_source_and_a_place():
     for entry in published.entries():
         assert entry.source in published.sources() and 50 < entry.top1 < 100
+    for other in published.others():
+        assert other.source in published.sources() and 80 < other.top1 < 90 and 2e7 < other.params < 1e8
         assert {"data.source", "model.depth", "model.attention.name"} <= set(entry.match)
     readme = {entry.model: (entry.top1, entry.similar_blocks) for entry in published.entries()
               if entry.source == "readme1"}

@@ -2,6 +2,7 @@
 
 import inspect
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from deepvit.config.compare import has_no_effect
 from deepvit.config.compose import compose
 from deepvit.models import build_model
+from deepvit.report import published
+from deepvit.report.runs import flat
 from deepvit.run.build import read_settings
 
 FOLDER = Path(__file__).parents[1] / "conf" / "sweep"
@@ -80,13 +83,15 @@ def test_what_a_sweep_varies_is_in_the_names_of_its_runs(sweep):
 def test_cells_hold_and_their_values_survive(sweep, composed):
     for cell, config in composed[sweep]:
         read_settings(config)
-        assert config["data"]["source"] == source(sweep)
+        assert config["data"]["source"] in sources(sweep)
         for override in cell:
             check_value(override, config)
 
 
-def source(sweep: str) -> str:
-    return "digits" if sweep == "digits_depth" else "cifar10" if sweep.endswith("_cifar10") else "imagenet"
+def sources(sweep: str) -> set[str]:
+    """Of its recipes: `finetune_cifar100` is of CIFAR-100, `imagenet_90ep` of ImageNet."""
+    words = re.findall("digits|cifar100|cifar10|imagenet", body(sweep)["hydra"]["sweeper"]["params"]["recipe"])
+    return {*words}
 
 
 def check_value(override: str, config: dict) -> None:
@@ -96,14 +101,14 @@ def check_value(override: str, config: dict) -> None:
         assert config["model"]["attention"]["name"] == wanted
     elif key == "augment":
         assert config["augment"]["mixup"] == {"none": 0.0, "light": 0.0, "deepvit": 0.8}[wanted]
-    elif key not in ("model", "recipe"):
+    elif key not in ("model", "recipe", "schedule"):
         value = config
         for part in key.split("."):
             value = value[part]
         assert value == wanted and type(value) is type(wanted), override
 
 
-@pytest.mark.parametrize("sweep", [sweep for sweep in SWEEPS if source(sweep) != "imagenet"])
+@pytest.mark.parametrize("sweep", [sweep for sweep in SWEEPS if {"digits", "cifar10"} >= sources(sweep)])
 def test_small_models_can_be_built(sweep, composed):
     """Heads divide widths, patches divide pictures, chosen blocks exist."""
     config = composed[sweep][-1][1]
@@ -115,6 +120,24 @@ def test_a_table_of_the_paper_is_a_sweep_of_its_depths():
     params = body("depth_scaling")["hydra"]["sweeper"]["params"]
     assert params["model.depth"] == "12,16,24,32" and params["seed"] == "0,1,2"
     assert "norm_only" in params["model/attention"].split(",")
+
+
+def test_every_row_of_vit_pytorchs_tables_is_a_cell_of_a_sweep():
+    """And every cell of its sweeps has a number of its table to stand beside."""
+    rows = {(entry.source, entry.model, entry.top1) for entry in published.entries()
+            if entry.source.startswith("vit_pytorch")}
+    found = set()
+    for sweep in (name for name in SWEEPS if name.startswith("vit_pytorch")):
+        for cell in cells(sweep):
+            first = published.published_of(dict(flat(compose([*cell, f"sweep={sweep}"]))))[0]
+            found.add((first.source, first.model, first.top1))
+    assert found == rows and len(rows) == 18
+
+
+def test_the_plain_recipe_has_its_published_number():
+    settings = dict(flat(compose(["model=vit_s16", "recipe=imagenet_90ep"])))
+    assert [entry.top1 for entry in published.published_of(settings)] == [76.5]
+    assert not published.published_of({**settings, "model.init_values": 1e-4})
 
 
 def test_split_is_the_sweepers_own():

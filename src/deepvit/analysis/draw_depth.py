@@ -25,7 +25,10 @@ def similarity_matrices(studies: Sequence[Study]) -> Figure:
     axes = figure.subplots(len(studies), len(KINDS), squeeze=False)
     for row, one in zip(axes, studies, strict=True):
         for ax, (kind, title) in zip(row, KINDS.items(), strict=True):
-            found = one.facts["probe"]["similarity"][kind]
+            found = one.facts["probe"]["similarity"].get(kind)
+            if found is None:  # of recorded maps only the final ones are known
+                ax.set_axis_off()
+                continue
             L = len(found["matrix"])
             image = ax.imshow(found["matrix"], cmap=SIGNED, vmin=-1, vmax=1, extent=(0.5, L + 0.5, L + 0.5, 0.5))
             ax.set_title(f"{title}\n{found['similar_blocks']} of {L - 1} adjacent pairs above 0.9", fontsize=8)
@@ -43,6 +46,8 @@ def similarity_with_depth(studies: Sequence[Study]) -> Figure:
     for part, one in zip(parts, studies, strict=True):
         ax = part.subplots()
         for (kind, title), colour, marker in zip(KINDS.items(), COLOURS, MARKERS, strict=True):
+            if kind not in one.facts["probe"]["similarity"]:
+                continue
             trained = one.facts["probe"]["similarity"][kind]["adjacent"]
             ax.plot(_pairs(trained), trained, color=colour, marker=marker, label=title, linewidth=WIDTHS[kind],
                     markersize=WIDTHS[kind] + 2.5, alpha=0.5 if kind == "final" else 1)
@@ -62,16 +67,16 @@ def similarity_with_depth(studies: Sequence[Study]) -> Figure:
 
 # title, unit, where the probe has it
 MEASURES: list[tuple[str, str, Callable[[dict[str, Any]], list[float | None]]]] = [
-    ("Entropy of the softmax maps", "nats", lambda p: p["entropy"]),
-    ("Attention distance", "patches", lambda p: p["distance"]),
+    ("Entropy of the softmax maps", "nats", lambda p: p.get("entropy", [])),
+    ("Attention distance", "patches", lambda p: p.get("distance", [])),
     ("Effective rank of the final maps", "directions", lambda p: p["rank"]["final"]),
     ("Similarity of heads in a block, final maps", "cosine", lambda p: p["head_similarity"]["final"]),
-    ("Similarity of tokens in a picture", "cosine", lambda p: p["token_similarity"]),
+    ("Similarity of tokens in a picture", "cosine", lambda p: p.get("token_similarity", [])),
     ("Tokens against the first block's input", "linear CKA", lambda p: p.get("cka_first", [])),
     ("Variance before the norm over heads / eps", "ratio", lambda p: [
         None if variance is None or eps is None else variance / eps
-        for variance, eps in zip(p["norm_variance"], p["norm_eps"], strict=True)]),
-    ("Share of Theta's diagonal", "1: heads apart, 1/H: random", lambda p: p["theta_diagonal_share"]),
+        for variance, eps in zip(p.get("norm_variance", []), p.get("norm_eps", []), strict=True)]),
+    ("Share of Theta's diagonal", "1: heads apart, 1/H: random", lambda p: p.get("theta_diagonal_share", [])),
 ]
 
 

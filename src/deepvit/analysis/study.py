@@ -100,7 +100,8 @@ def load_studies(path: Path) -> list[Study]:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no mapping
     except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"The maps {path} cannot be read ({error}): give a file made with --save-maps.") from error
+        raise UserError(f"The maps {path} cannot be read ({error}): give a file made with --save-maps, or the "
+                        f"published code's attention pickle.") from error
     if metadata.get("format") != FORMAT:
         raise UserError(f"{path} holds no maps of ours: give a file made with --save-maps.")
     studies = [Study({}, facts) for facts in json.loads(metadata["facts"])]

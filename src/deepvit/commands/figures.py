@@ -9,6 +9,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from deepvit.analysis import draw_depth, draw_maps
+from deepvit.analysis.pickled import read_pickled_maps, study_of_maps
 from deepvit.analysis.pictures import read_pictures
 from deepvit.analysis.study import Study, load_studies, save_studies, study
 from deepvit.errors import BAD_INPUT, DONE, UserError
@@ -88,11 +89,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--compare", type=Path, help="a second checkpoint, drawn beside the first")
     parser.add_argument("--format", choices=("png", "svg"), default="png")
     parser.add_argument("--save-maps", type=Path, help="also write what was computed, as safetensors")
-    parser.add_argument("--maps", type=Path, help="draw what --save-maps wrote; no checkpoint is read")
+    parser.add_argument("--maps", type=Path, help="draw what --save-maps wrote, or the published code's attention "
+                                                  "pickle; no checkpoint is read")
     parser.add_argument("--weights", choices=["auto", "ema", "raw"], default="auto", help="auto: EMA if there is one")
     parser.add_argument("--no-initial", dest="initial", action="store_false",
                         help="leave out the same model before training")
     return _run(parser.parse_args(arguments))
+
+
+def _drawn_before(path: Path) -> list[Study]:
+    """What --save-maps wrote, or the published code's pickle, told by its first byte."""
+    try:
+        with path.open("rb") as file:
+            is_pickle = file.read(1) == b"\x80"
+    except OSError:
+        is_pickle = False  # `load_studies` says why
+    return [study_of_maps(read_pickled_maps(path), path.name)] if is_pickle else load_studies(path)
 
 
 def _run(given: argparse.Namespace) -> int:
@@ -100,7 +112,7 @@ def _run(given: argparse.Namespace) -> int:
         raise UserError("Give a checkpoint, or --maps FILE to draw what was computed before, and not both.")
     refused: list[str] = []
     if given.maps:
-        studies = load_studies(given.maps)
+        studies = _drawn_before(given.maps)
     else:
         both = [given.checkpoint] + ([given.compare] if given.compare else [])
         studies, refused = compute(both, given.images, weights=given.weights, initial=given.initial)

@@ -24,7 +24,7 @@ class Data:
     interpolation: Literal["bilinear", "bicubic"]
     hflip: float
     fraction: float
-    classes: int | None
+    classes: int | str | None
     val_fraction: float | None
     decoder: str
     max_bad: int
@@ -116,6 +116,7 @@ class Ema:
 
 @dataclass(frozen=True, kw_only=True)
 class Loss:
+    kind: Literal["cross_entropy", "bce"]
     cosine_blocks: int
     cosine_weight: float
 
@@ -144,6 +145,7 @@ class Settings:
     init: str | None
     dialect: str | None
     head: Literal["keep", "reset", "zero"]
+    calibrate: int
     fresh: bool
     dry: bool
     origin: Mapping[str, Any] | None = None  # what was chosen and typed: see `config.provenance.origin`
@@ -161,6 +163,7 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
     settings = Settings(**{**config, **groups})
     if not 0 <= settings.seed <= 2**62:
         raise UserError(f"seed={settings.seed} must be from 0 to 2**62.")
+    check_ranges({"calibrate": settings.calibrate}, {"calibrate": NOT_NEGATIVE})
     _check_pairs(settings)
     return settings
 

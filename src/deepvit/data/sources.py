@@ -26,9 +26,10 @@ from deepvit.errors import UserError, did_you_mean
 
 DOWNLOADING = ("cifar10", "cifar100", "timm")  # sources that may have to fetch their pictures
 log = logging.getLogger(__name__)
+IMAGENET100 = Path(__file__).with_name("imagenet100.txt")
 
 
-def load(source: str, *, root: str | None = None, fraction: float = 1.0, classes: int | None = None,
+def load(source: str, *, root: str | None = None, fraction: float = 1.0, classes: int | str | None = None,
          val_fraction: float | None = None, seed: int = 0, decoder: str = "auto", in_memory_mb: int = IN_MEMORY_MB,
          name: str | None = None, train_split: str = "train", val_split: str = "validation") -> Splits:
     """A data set by its source.
@@ -37,7 +38,7 @@ def load(source: str, *, root: str | None = None, fraction: float = 1.0, classes
         source: `digits`, `imagenet`, `folder`, `cifar10`, `cifar100` or `timm`.
         root: folder of the pictures; not for `digits`.
         fraction: a fixed, class-balanced part of the training pictures, in (0, 1].
-        classes: only the first k classes.
+        classes: only the first k classes, or those in a list: a file of their folder names, or `imagenet100`.
         val_fraction: for `folder` without a val/: the fixed, class-balanced part of each class held out.
         seed: of those two choices (not of the training).
         decoder: `auto`, `torchvision` or `pil`.
@@ -101,17 +102,51 @@ def _file_set(folder: Path, classes: list[str], **options: object) -> FileSet:
     return FileSet(folder, classes, listing, **options)
 
 
-def _first_classes(splits: Splits, classes: int | None) -> Splits:
-    if _checked(classes, splits.class_ids) is None or classes == len(splits.class_ids):
+def _first_classes(splits: Splits, classes: int | str | None) -> Splits:
+    kept = chosen(classes, splits.class_ids)
+    if kept == splits.class_ids:
         return splits
-    return Splits(*(part.take(np.flatnonzero(part.targets < classes)) for part in (splits.train, splits.val)),
-                  splits.class_names[:classes], splits.class_ids[:classes])
+    places = np.array([kept.index(name) if name in kept else -1 for name in splits.class_ids])
+    names = [name for name, place in zip(splits.class_names, places, strict=True) if place >= 0]
+    return Splits(*(_relabelled(part, places) for part in (splits.train, splits.val)), names, kept)
 
 
-def _checked(classes: int | None, class_ids: list[str]) -> int | None:
-    if classes is not None and not 2 <= classes <= len(class_ids):
+def _relabelled(images: ImageSet, places: np.ndarray) -> ImageSet:
+    """Images of the classes that have a place, which becomes their target."""
+    part = images.take(np.flatnonzero(places[images.targets] >= 0))
+    part.targets = places[part.targets]
+    return part
+
+
+def chosen(classes: int | str | None, class_ids: list[str]) -> list[str]:
+    """Those of the classes that `data.classes` names, in the same order."""
+    if classes is None:
+        return class_ids
+    if isinstance(classes, str):
+        wanted = _listed(classes)
+        missing = sorted({*wanted} - {*class_ids})
+        if missing:
+            raise UserError(f"data.classes={classes} lists {len(wanted)} classes, of which this data lacks "
+                            f"{len(missing)}, such as {missing[0]}.{did_you_mean(missing[0], class_ids)}")
+        return [name for name in class_ids if name in wanted]
+    if not 2 <= classes <= len(class_ids):
         raise UserError(f"data.classes={classes}: this data has {len(class_ids)} classes; give 2 to {len(class_ids)}.")
-    return classes
+    return class_ids[:classes]
+
+
+def _listed(name: str) -> list[str]:
+    """The words of a list of classes; lines that start with # are remarks."""
+    path = IMAGENET100 if name == IMAGENET100.stem else Path(name).expanduser()
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"data.classes={name} is no number, nor a readable list of class folders "
+                        f"({getattr(error, 'strerror', None) or 'not text'}): give imagenet100 or a file.") from None
+    words = [word for line in lines if not line.startswith("#") for word in line.split()]
+    if len({*words}) < 2 or len({*words}) < len(words):
+        raise UserError(f"data.classes={name} lists {len({*words})} different classes in {len(words)} words: list two "
+                        f"or more, each once.")
+    return words
 
 
 def _digits(*, root: str | None, val_fraction: float | None, decoder: str, **_: object) -> Splits:
@@ -131,7 +166,7 @@ def _digits(*, root: str | None, val_fraction: float | None, decoder: str, **_: 
     return Splits(*sets, names, names)
 
 
-def _imagenet(*, root: str | None, val_fraction: float | None, decoder: str, in_memory_mb: int, classes: int | None,
+def _imagenet(*, root: str | None, val_fraction: float | None, decoder: str, in_memory_mb: int, classes: int | str | None,
               **_: object) -> Splits:
     path = existing(root, "imagenet")
     if val_fraction:
@@ -145,7 +180,7 @@ def _imagenet(*, root: str | None, val_fraction: float | None, decoder: str, in_
 
 
 def _folder(*, root: str | None, val_fraction: float | None, decoder: str, in_memory_mb: int, seed: int,
-            classes: int | None, **_: object) -> Splits:
+            classes: int | str | None, **_: object) -> Splits:
     path = existing(root, "folder")
     train, val = find_splits(path)
     options = {"decoder": decoder, "in_memory_mb": in_memory_mb}
@@ -164,12 +199,12 @@ def _folder(*, root: str | None, val_fraction: float | None, decoder: str, in_me
     return _held_out(train or path, val_fraction, seed, **options)
 
 
-def _two_folders(train: Path, val: Path, *, classes: int | None, **options: object) -> Splits:
+def _two_folders(train: Path, val: Path, *, classes: int | str | None, **options: object) -> Splits:
     ids, val_ids = class_folders(train), class_folders(val)
     check_has_classes(train, ids)
     check_has_classes(val, val_ids)
     check_same_classes(ids, val_ids, train, val)
-    ids = ids[:_checked(classes, ids)]  # no time is spent on folders that are not used
+    ids = chosen(classes, ids)  # no time is spent on folders that are not used
     return Splits(_file_set(train, ids, **options), _file_set(val, ids, **options), readable_names(ids), ids)
 
 

@@ -31,6 +31,7 @@ class Evaluation:
     targets: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # [n]
     predictions: np.ndarray = field(default_factory=lambda: np.empty((0, 5), np.int64))  # [n, 5], best first
     confidences: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))  # [n], of the best
+    uncalibrated: "Evaluation | None" = None  # of the same weights with the statistics that training left
 
     @property
     def top1(self) -> float:
@@ -48,7 +49,9 @@ class Evaluation:
     def summary(self) -> dict[str, Any]:
         """Percentages, loss, 95 % interval of top-1 and rate, as plain JSON."""
         low, high = wilson_interval(self.correct1, self.n)
-        return {"top1": self.top1, "top5": self.top5, "loss": self.loss, "n": self.n,
+        before = self.uncalibrated
+        return {**({} if before is None else {"uncalibrated_top1": before.top1, "uncalibrated_loss": before.loss}),
+                "top1": self.top1, "top5": self.top5, "loss": self.loss, "n": self.n,
                 "top1_low": 100 * low, "top1_high": 100 * high, "bad_pictures": len(self.bad),
                 "eval_images_per_s": self.n / max(self.seconds, 1e-9)}
 

@@ -97,6 +97,19 @@ def cross_entropy(network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return nn.functional.cross_entropy(network(x).float(), y)
 
 
+def binary_cross_entropy(network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """A logistic loss for each class, mean over images and classes, in float32; targets as in `cross_entropy`.
+
+    Wightman et al., "ResNet strikes back", arXiv:2110.00476; DeiT III, arXiv:2204.07118.
+    """
+    logits = network(x).float()  # [B, C]
+    y = y if y.ndim == 2 else nn.functional.one_hot(y, logits.shape[1])
+    return nn.functional.binary_cross_entropy_with_logits(logits, y.to(logits))
+
+
+OBJECTIVES: dict[str, Objective] = {"cross_entropy": cross_entropy, "bce": binary_cross_entropy}
+
+
 @dataclass
 class Stepper:
     """What every update has in common.

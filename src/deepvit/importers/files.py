@@ -46,7 +46,7 @@ def open_weights(path: str | Path, ema: bool = False) -> WeightsFile:
 
     Args:
         path: the file; or a folder: of a run (its best checkpoint), of accelerate or of the Hugging Face hub; or a
-            name: `timm:NAME`, `hf-hub:OWNER/NAME`, `local-dir:FOLDER`.
+            name: `timm:NAME`, `hf-hub:OWNER/NAME`, `google:COLLECTION/NAME`, `local-dir:FOLDER`.
         ema: take the averaged weights instead of the raw ones.
     Raises:
         UserError: the file is missing, torn, foreign, holds anything but tensors and plain values, or has no EMA.

@@ -1,18 +1,24 @@
-"""Names that stand where a path does: `timm:NAME`, `hf-hub:OWNER/NAME[@REVISION]`, `local-dir:FOLDER`."""
+"""Names that stand where a path does: `timm:NAME`, `hf-hub:OWNER/NAME[@REVISION]`, `google:COLLECTION/NAME`,
+`local-dir:FOLDER`."""
 
+import re
 from functools import cache
 from pathlib import Path
 
+import torch
+
 from deepvit.errors import UserError, did_you_mean
 
-SCHEMES = ("timm:", "hf-hub:", "local-dir:")
+SCHEMES = ("timm:", "hf-hub:", "google:", "local-dir:")
+GOOGLE = "https://storage.googleapis.com/vit_models"  # google-research/vision_transformer's README
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 
 def located(source: str | Path) -> Path:
-    """The folder or file that a name stands for, fetched into the Hugging Face cache if need be; a path as it is.
+    """The folder or file that a name stands for, fetched into a cache if need be (the Hugging Face hub's, or torch's
+    for Google's files); a path as it is.
 
-    Only safetensors are fetched. `HF_ENDPOINT` and `HF_HOME` are heeded, as ever.
+    Only safetensors and Google's .npz are fetched. `HF_ENDPOINT`, `HF_HOME` and `TORCH_HOME` are heeded, as ever.
 
     Raises:
         UserError: an unknown name, or one that cannot be fetched.
@@ -20,7 +26,9 @@ def located(source: str | Path) -> Path:
     scheme, _, name = str(source).partition(":")
     if not str(source).startswith(SCHEMES):
         return Path(source)
-    return Path(name) if scheme == "local-dir" else _fetched(_of_timm(name) if scheme == "timm" else name)
+    if scheme == "local-dir":
+        return Path(name)
+    return _of_google(name) if scheme == "google" else _fetched(_of_timm(name) if scheme == "timm" else name)
 
 
 @cache
@@ -30,9 +38,30 @@ def _fetched(repository: str) -> Path:
         download_from_hf(repository, CONFIG)
         return Path(download_from_hf(repository, WEIGHTS))
     except Exception as error:  # of the network, in a dozen kinds
-        reason = str(error).strip().splitlines()[0][:100].rstrip(" .:") or type(error).__name__
-        raise UserError(f"{repository} cannot be fetched from the Hugging Face hub ({reason}): check the name and the "
+        raise UserError(f"{repository} cannot be fetched from the Hugging Face hub ({_reason(error)}): check the name and the "
                         f"network, or give the path of a file.") from None
+
+
+@cache
+def _of_google(name: str) -> Path:
+    """A file of Google's, such as `imagenet21k/ViT-B_16`."""
+    if not re.fullmatch(r"[\w+-]+/[\w+.-]+", name):
+        raise UserError(f"google:{name} is not COLLECTION/NAME: give e.g. google:imagenet21k/ViT-B_16, "
+                        f"google:imagenet21k+imagenet2012/ViT-L_32 or the name of an augreg/ file.")
+    name = f"{name.removesuffix('.npz')}.npz"
+    path = Path(torch.hub.get_dir(), "checkpoints", "vit_models", name)
+    try:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(f"{GOOGLE}/{name}", str(path), progress=False)
+    except Exception as error:  # of the network or the disk, in a dozen kinds
+        raise UserError(f"google:{name} cannot be fetched from {GOOGLE}/{name} ({_reason(error)}): check the name and "
+                        f"the network, or download that address elsewhere and give the file's path.") from None
+    return path
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:100].rstrip(" .:") or type(error).__name__
 
 
 def _of_timm(name: str) -> str:

@@ -156,29 +156,33 @@ class ReAttention(Attention):
         self.track_stats = True  # off while a checkpointed block is recomputed: see models/recompute.py
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        track = self.training and self.track_stats
+        track = self._by_batch and self.track_stats
         if track and self.norm is not None:
             self.norm.num_batches_tracked.add_(1)
         return ops.reattention(q, k, v, *self._theta(), norm=self._head_norm(track), scale=self.scale,
-                               map_scale=self.map_scale, dropout_p=self.attn_drop, training=self.training,
-                               norm_batch=self.norm_batch)
+                               map_scale=self.map_scale, dropout_p=self.attn_drop if self.training else 0.0,
+                               training=self._by_batch, norm_batch=self.norm_batch)
 
     def maps(self, q: Tensor, k: Tensor) -> Tensor:
         return ops.exchange_heads(self.softmax(q, k), *self._theta(), norm=self._head_norm(track=False),
-                                  map_scale=self.map_scale, training=self.training, norm_batch=self.norm_batch)
+                                  map_scale=self.map_scale, training=self._by_batch, norm_batch=self.norm_batch)
+
+    @property
+    def _by_batch(self) -> bool:
+        """Whether the norm takes batch statistics: its own mode, as any BatchNorm's."""
+        return self.training if self.norm is None else self.norm.training
 
     def _theta(self) -> tuple[Tensor | None, Tensor | None]:
         return (None, None) if self.mix is None else (self.mix.weight, self.mix.bias)
 
     def _head_norm(self, track: bool) -> ops.HeadNorm | None:
         """The norm as tensors. In training without `track` the statistics are copies, whose update leaves no trace."""
-        norm = self.norm
-        if norm is None:
+        if self.norm is None:
             return None
-        running = (norm.running_mean, norm.running_var)
-        if self.training and not track:
-            running = (norm.running_mean.clone(), norm.running_var.clone())
-        return ops.HeadNorm(norm.weight, norm.bias, *running, norm.eps, norm.momentum)
+        norm = ops.HeadNorm.of(self.norm)
+        if self.norm.training and not track:
+            return norm._replace(running_mean=norm.running_mean.clone(), running_var=norm.running_var.clone())
+        return norm
 
 
 class ReAttentionLN(Attention):

@@ -129,8 +129,7 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
             self.num_batches_tracked.add_(1)
-        norm = ops.HeadNorm(self.weight, self.bias, self.running_mean, self.running_var, self.eps, self.momentum)
-        return ops.batch_norm(x, norm, self.training, self.norm_batch)
+        return ops.batch_norm(x, ops.HeadNorm.of(self), self.training, self.norm_batch)
 
 
 class ConvStem(Stem):

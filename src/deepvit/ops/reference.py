@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class HeadNorm(NamedTuple):
@@ -24,6 +24,12 @@ class HeadNorm(NamedTuple):
     running_var: Tensor | None  # [H]
     eps: float = 1e-5
     momentum: float = 0.1
+
+    @classmethod
+    def of(cls, norm: nn.BatchNorm2d) -> "HeadNorm":
+        """A module's own; momentum None (torch's `update_bn` sets it) is the average of all batches counted so far."""
+        momentum = 1 / max(1, int(norm.num_batches_tracked)) if norm.momentum is None else norm.momentum
+        return cls(norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps, momentum)
 
 
 def softmax_maps(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:

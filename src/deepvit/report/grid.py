@@ -85,7 +85,7 @@ def data_name(data: Mapping[str, Any]) -> str:
     if data["source"] in ("folder", "timm"):
         parts += [str(data[key]) for key in ("name", "root") if data.get(key)]
     if data.get("classes"):
-        parts.append(f"first {data['classes']} classes")
+        parts.append(data["classes"] if isinstance(data["classes"], str) else f"first {data['classes']} classes")
     return " ".join(parts)
 
 

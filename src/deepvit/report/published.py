@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ IMAGENET_VAL = 50_000  # pictures of the validation set that the figures are of
 
 @dataclass(frozen=True)
 class Published:
-    """A published cell. `top1` in percent; `source` a key of `sources()`."""
+    """A published cell. `top1` in percent; `source` a key of `sources()`; `time` of training, as it is told."""
 
     model: str
     source: str
@@ -22,11 +23,31 @@ class Published:
     match: Mapping[str, Any]
     params: float | None = None
     similar_blocks: int | None = None
+    time: str | None = None
 
     def is_of(self, settings: Mapping[str, Any]) -> bool:
-        """Whether a run of these settings (flat) is the same cell; `any` stands for whatever is not null."""
-        return all(settings.get(name) is not None if wanted == "any" else settings.get(name) == wanted
-                   for name, wanted in self.match.items())
+        """Whether a run of these settings (flat) is the same cell."""
+        return all(_is(settings.get(name), wanted) for name, wanted in self.match.items())
+
+
+@dataclass(frozen=True)
+class Other:
+    """A model of others that is not built here; `remark`: what to know before comparing."""
+
+    model: str
+    source: str
+    top1: float
+    params: float
+    gflops: float | None
+    img_size: int
+    remark: str
+
+
+def _is(value: Any, wanted: Any) -> bool:
+    """`*` in a word stands for anything but null, `!` before it for everything else than that."""
+    if not isinstance(wanted, str) or "*" not in wanted:
+        return value == wanted
+    return value is not None and fnmatchcase(str(value), wanted.lstrip("!")) != wanted.startswith("!")
 
 
 @cache
@@ -36,6 +57,10 @@ def _content() -> dict[str, Any]:
 
 def entries() -> list[Published]:
     return [Published(**entry) for entry in _content()["entries"]]
+
+
+def others() -> list[Other]:
+    return [Other(**entry) for entry in _content()["others"]]
 
 
 def sources() -> dict[str, str]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from deepvit.report.grid import Cell, Grid
-from deepvit.report.published import IMAGENET_VAL, Published, published_of, sources
+from deepvit.report.published import IMAGENET_VAL, Published, others, published_of, sources
 from deepvit.report.runs import Run
 from deepvit.report.statistics import Summary, summarise
 
@@ -67,8 +67,9 @@ def _is_part_of_imagenet(run: Run) -> bool:
 
 
 def tables(grid: Grid, threshold: float) -> list[Table]:
-    """The grid's results, and the similarities behind them."""
-    return [_results(grid, threshold), _similarities(grid), _costs(grid)]
+    """The grid's results, the similarities behind them, and on ImageNet what others report."""
+    more = [_others()] if grid.data == "imagenet" else []
+    return [_results(grid, threshold), _similarities(grid), _costs(grid), *more]
 
 
 def _results(grid: Grid, threshold: float) -> Table:
@@ -101,6 +102,15 @@ def _costs(grid: Grid) -> Table:
     rows = [[*_place(cell), *_counts(cell)] for cell in grid.cells if cell.finished]
     return Table(f"Size and speed: {grid.name}", headers, rows, [
         "GFLOP: forward, one picture. images/s: training, as these runs met their machines; not a benchmark."])
+
+
+def _others() -> Table:
+    rows = [[one.model, f"{one.img_size}", f"{one.top1:.1f} [{one.source}]", f"{one.params / 1e6:.0f}M",
+             NONE if one.gflops is None else f"{one.gflops:g}", one.remark] for one in others()]
+    named = dict.fromkeys(one.source for one in others())
+    headers = ["model", "pixels", "top-1 %", "parameters", "GFLOP a picture", "remark"]
+    return Table("Others' models, as others trained them", headers, rows,
+                 [f"[{name}] {sources()[name]}." for name in named])
 
 
 def _counts(cell: Cell) -> list[str]:
@@ -178,6 +188,10 @@ def _published_notes(grid: Grid) -> list[str]:
               if entries and entries[0].similar_blocks is not None]
     if counts:
         notes.append(f"Similar blocks as published, by a rule that is left open: {', '.join(counts)}.")
+    times = dict.fromkeys(f"{entries[0].model} on {entries[0].match['data.source']} {entries[0].time}"
+                          for entries in found if entries and entries[0].time)
+    if times:
+        notes.append(f"Training time as published, of a GPU that is not named: {', '.join(times)}.")
     if not named and grid.data != "imagenet":
         notes.append(f"The paper's numbers are of ImageNet: there is none to stand beside {grid.data}.")
     return notes

@@ -85,7 +85,7 @@ def _prefix(grid: Grid, found: Sequence[Grid]) -> str:
 def _terminal(report: Report) -> Iterator[str]:
     yield from report.remarks
     for grid in report.grids:
-        results, similarities, _ = tables(grid, report.threshold)
+        results, similarities, *_ = tables(grid, report.threshold)
         yield "\n" + render.as_text(results)
         yield from results.notes
         if similarities.rows:

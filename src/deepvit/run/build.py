@@ -18,7 +18,7 @@ from deepvit.config.settings import Augment, Data, PrecisionSettings, Settings
 from deepvit.engine.ranks import Ranks
 from deepvit.engine.schedule import Plan, Schedule
 from deepvit.engine.state import TrainState
-from deepvit.engine.step import Objective, Precision, Stepper, allocate_moments, cross_entropy, is_out_of_memory
+from deepvit.engine.step import OBJECTIVES, Objective, Precision, Stepper, allocate_moments, is_out_of_memory
 from deepvit.errors import UserError
 from deepvit.models import ViT, build_model
 from deepvit.models.registry import check_model
@@ -241,19 +241,20 @@ def precision(chosen: PrecisionSettings) -> Precision:
 
 
 def objective(settings: Settings) -> Objective:
-    """Cross-entropy over hard or soft targets, with the published regularisation of adjacent maps if asked for."""
+    """The loss over hard or soft targets, with the published regularisation of adjacent maps if asked for."""
     blocks, weight = settings.loss.cosine_blocks, settings.loss.cosine_weight
     if blocks < 0 or blocks >= settings.model["depth"]:
         raise UserError(f"loss.cosine_blocks={blocks} compares pairs of adjacent blocks: give 0 (off) to "
                         f"{settings.model['depth'] - 1} for a model of {settings.model['depth']} blocks.")
 
+    plain = OBJECTIVES[settings.loss.kind]
     if not blocks:
-        return cross_entropy
+        return plain
     from deepvit.models.cosine_reg import cosine_regularisation, record_maps
 
     def regularised(network: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         with record_maps(network, first=blocks + 1) as maps:
-            loss = cross_entropy(network, x, y)
+            loss = plain(network, x, y)
         return loss + weight * cosine_regularisation(maps, blocks)
 
     return regularised

@@ -15,6 +15,7 @@ from timm.data import ImageNetInfo
 
 from deepvit.config.provenance import versions
 from deepvit.config.settings import Data, read_group
+from deepvit.config.signature import fits
 from deepvit.data import ImageSet, eval_folder, resolve_decoder
 from deepvit.data.real_labels import real_top1
 from deepvit.engine.checkpoint import write_text_synced
@@ -34,6 +35,7 @@ from deepvit.models.cost import count_flops, count_parameters
 from deepvit.report.published import IMAGENET_VAL, published_of, sources
 from deepvit.report.runs import flat
 from deepvit.run import build
+from deepvit.run.calibration import calibration
 
 log = logging.getLogger(__name__)
 
@@ -61,17 +63,20 @@ def evaluate_all(config: Mapping[str, Any], ranks: Ranks, stop: StopRequest) -> 
     with ranks.together():
         paths = checkpoints(config["checkpoint"])
         precision = build.precision(read_group("precision", config["precision"]))
+        if not fits(config["calibrate"], int) or config["calibrate"] < 0:
+            raise UserError(f"calibrate={config['calibrate']} is not a number of training images: give one, or 0 to "
+                            f"leave the statistics as they are.")
         if config["labels"] not in (None, "real"):
             raise UserError(f"labels={config['labels']} is not known: give labels=real or null.")
     prepare_device(precision, ranks)
     results, seen, refusals = [], [], []
     for path in paths:
         try:
-            candidate, data, images = _open(path, config, ranks)
+            candidate, data, images, train = _open(path, config, ranks)
         except UserError as error:  # the others are evaluated all the same
             refusals.append(str(error))
             continue
-        evaluation = _run(candidate, data, images, ranks, precision, stop)
+        evaluation = _run(candidate, data, images, config["calibrate"], train, ranks, precision, stop)
         if evaluation is None:
             return None
         result = _result(candidate, data, images, evaluation, config, ranks)
@@ -89,14 +94,25 @@ def evaluate_all(config: Mapping[str, Any], ranks: Ranks, stop: StopRequest) -> 
     return results
 
 
-def _open(path: Path, config: Mapping[str, Any], ranks: Ranks) -> tuple[Candidate, Data, ImageSet]:
-    """What would be refused after a long evaluation is refused before it, on all ranks alike."""
+def _open(path: Path, config: Mapping[str, Any], ranks: Ranks) -> tuple[Candidate, Data, ImageSet, ImageSet | None]:
+    """What would be refused after a long evaluation is refused before it, on all ranks alike.
+
+    Returns:
+        the model, its data, the images to evaluate, and those of the training set if the model is calibrated on them.
+    """
     with ranks.together():
         candidate = load(path, config)
         data = data_settings(candidate, config)
         images = val_images(candidate, data)
         _check_wishes(candidate, data, images, config, ranks)
-        return candidate, data, images
+        return candidate, data, images, _train_images(data) if config["calibrate"] else None
+
+
+def _train_images(data: Data) -> ImageSet:
+    try:
+        return build.splits(data).train
+    except UserError as error:
+        raise UserError(f"calibrate= needs the training images. {error}") from None
 
 
 def _check_wishes(candidate: Candidate, data: Data, images: ImageSet, config: Mapping[str, Any], ranks: Ranks) -> None:
@@ -200,14 +216,18 @@ def val_images(candidate: Candidate, data: Data) -> ImageSet:
     return images
 
 
-def _run(candidate: Candidate, data: Data, images: ImageSet, ranks: Ranks, precision: Precision,
-         stop: StopRequest) -> Evaluation | None:
+def _run(candidate: Candidate, data: Data, images: ImageSet, calibrate: int, train: ImageSet | None, ranks: Ranks,
+         precision: Precision, stop: StopRequest) -> Evaluation | None:
     model = candidate.model.to(ranks.device)
-    prepare = build.prepare(data, model.num_classes)
+    prepare, batches = build.prepare(data, model.num_classes), build.eval_batches(data, images, ranks)
+    calibrated = calibration(calibrate, data, train, model.config, prepare, ranks, precision, stop)
     with Display(ranks.is_main) as display:
-        bar = display.bar(candidate.path.name, len(images))
-        return evaluate(model, build.eval_batches(data, images, ranks)(), prepare, ranks, precision, n=len(images),
-                        advance=bar.advance, should_stop=lambda: ranks.any_asked_to_stop(bool(stop)))
+        def once() -> Evaluation | None:
+            bar = display.bar(candidate.path.name, len(images))
+            return evaluate(model, batches(), prepare, ranks, precision, n=len(images), advance=bar.advance,
+                            should_stop=lambda: ranks.any_asked_to_stop(bool(stop)))
+
+        return calibrated(model, once)
 
 
 def _result(candidate: Candidate, data: Data, images: ImageSet, evaluation: Evaluation, config: Mapping[str, Any],
@@ -217,7 +237,8 @@ def _result(candidate: Candidate, data: Data, images: ImageSet, evaluation: Eval
         names = [images.name(index) for index in evaluation.indices]
         real = {"real_top1": real_top1(evaluation.predictions[:, 0], names)}
     model = candidate.model
-    return {"checkpoint": str(candidate.path), "weights": candidate.weights, **evaluation.summary(), **real,
+    return {"checkpoint": str(candidate.path), "weights": candidate.weights, "calibrate": config["calibrate"],
+            **evaluation.summary(), **real,
             "data": data.source, "root": data.root, "decoder": resolve_decoder(data.decoder),
             "img_size": list(model.img_size), "params": count_parameters(model), "flops": count_flops(model),
             "depth": model.depth, "dialect": model.load_report.dialect, "step": candidate.said.get("step"),
@@ -248,12 +269,13 @@ def _say_published(result: Mapping[str, Any]) -> None:
 def table(results: list[dict[str, Any]]) -> str:
     """The results as a markdown table, widths aligned."""
     head = ["checkpoint", "weights", "data", "top-1 %", "95 % interval", "top-5 %", "loss", "pictures", "images/s"]
-    real = any("real_top1" in result for result in results)
+    more = {"uncalibrated_top1": "uncalibrated top-1 %", "real_top1": "ReaL top-1 %"}
+    more = {name: text for name, text in more.items() if any(name in result for result in results)}
     rows = [[label(result["checkpoint"]), result["weights"], result["data"], f"{result['top1']:.2f}",
              f"{result['top1_low']:.2f} to {result['top1_high']:.2f}", f"{result['top5']:.2f}", f"{result['loss']:.4f}",
              f"{result['n']:,}", f"{result['eval_images_per_s']:.1f}",
-             *([f"{result.get('real_top1', float('nan')):.2f}"] if real else [])] for result in results]
-    rows.insert(0, head + (["ReaL top-1 %"] if real else []))
+             *(f"{result.get(name, float('nan')):.2f}" for name in more)] for result in results]
+    rows.insert(0, [*head, *more.values()])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
              for row in rows]

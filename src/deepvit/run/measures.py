@@ -15,20 +15,26 @@ from deepvit.engine.ranks import Ranks
 from deepvit.engine.signals import StopRequest
 from deepvit.run import build
 from deepvit.run.build import Built
+from deepvit.run.calibration import calibration
 
 
 def evaluator(built: Built, stop: StopRequest) -> Callable[[nn.Module, Display], Evaluation | None]:
-    """`(model, display) -> Evaluation` of the validation set; None if a rank was asked to stop."""
+    """`(model, display) -> Evaluation` of the validation set, calibrated if asked for; None if a rank was asked to stop."""
     settings, ranks, images = built.settings, built.ranks, built.splits.val
     prepare = build.prepare(settings.data, len(built.splits.class_ids))
     precision, batches = build.precision(settings.precision), build.eval_batches(settings.data, images, ranks)
+    calibrated = calibration(settings.calibrate, settings.data, built.splits.train, built.model.config, prepare, ranks,
+                             precision, stop)
 
     def run(model: nn.Module, display: Display) -> Evaluation | None:
-        bar = display.bar("evaluate", len(images))
-        result = evaluate(model, batches(), prepare, ranks, precision, n=len(images), advance=bar.advance,
-                          should_stop=lambda: ranks.any_asked_to_stop(bool(stop)))
-        bar.close()
-        return result
+        def once() -> Evaluation | None:
+            bar = display.bar("evaluate", len(images))
+            result = evaluate(model, batches(), prepare, ranks, precision, n=len(images), advance=bar.advance,
+                              should_stop=lambda: ranks.any_asked_to_stop(bool(stop)))
+            bar.close()
+            return result
+
+        return calibrated(model, once)
 
     return run
 

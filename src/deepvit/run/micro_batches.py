@@ -16,7 +16,7 @@ from deepvit.errors import UserError
 
 def unit(settings: Settings) -> int:
     """Images that no micro-batch may part: a group of the head norm, a pair of mixup or cutmix."""
-    return math.lcm(min(_group(settings) or 1, settings.data.batch_size), 2 if mixes(settings.augment) else 1)
+    return math.lcm(min(norm_group(settings.model) or 1, settings.data.batch_size), 2 if mixes(settings.augment) else 1)
 
 
 def mixes(augment: Augment) -> bool:
@@ -76,10 +76,10 @@ def choose(settings: Settings, in_chans: int, state: TrainState, stepper: Steppe
     return -ranks.max(-fitting), words
 
 
-def _group(settings: Settings) -> int | None:
-    """Images that the model's batch statistics are taken over: the head norm's, or the convolution stem's own."""
-    stem = settings.model.get("stem")
-    given = [part.get("norm_batch") for part in (settings.model["attention"], stem) if isinstance(part, Mapping)]
+def norm_group(model: Mapping[str, Any]) -> int | None:
+    """Images that the batch statistics of a model of these settings are taken over: the head norm's, or the convolution
+    stem's own. None: as many as come."""
+    given = [part.get("norm_batch") for part in (model["attention"], model.get("stem")) if isinstance(part, Mapping)]
     return math.lcm(*filter(None, given)) if any(given) else None
 
 
@@ -87,10 +87,11 @@ def _depends_on_size(settings: Settings) -> bool:
     """Whether batch statistics are those of whatever a device takes at once, so that its size is no free choice."""
     stem = settings.model.get("stem")
     has_norm = settings.model["attention"].get("norm") or "conv" in (stem, isinstance(stem, Mapping) and stem["name"])
-    return bool(has_norm) and _group(settings) is None
+    return bool(has_norm) and norm_group(settings.model) is None
 
 
 def _why(settings: Settings) -> str:
-    reasons = [f"model.attention.norm_batch={_group(settings)} takes its statistics over so many"] * bool(
-        _group(settings)) + ["mixup and cutmix pair neighbours"] * mixes(settings.augment)
+    group = norm_group(settings.model)
+    reasons = [f"model.attention.norm_batch={group} takes its statistics over so many"] * bool(group) + [
+        "mixup and cutmix pair neighbours"] * mixes(settings.augment)
     return " and ".join(reasons)

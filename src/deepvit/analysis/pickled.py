@@ -1,0 +1,184 @@
+"""The published code's attention pickle (`attn_visualize.py`'s input), read without trust, as a study to draw.
+
+The file holds pickled objects one after the other, one for each block: its maps `[B, H, N, N]` as a tensor or array, or
+a list or dict whose item 3 they are (beside p, q and v). A single list of maps will do as well.
+"""
+
+import io
+import pickle
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deepvit.analysis.measures import attention_entropy, effective_rank
+from deepvit.analysis.similarity import Transformed, centred, cross_layer_similarity, head_similarity, similar_blocks
+from deepvit.analysis.study import Study
+from deepvit.errors import UserError
+
+MAPS = 3  # the item of a block that its maps are
+FLOATS = ("f2", "f4", "f8")
+
+
+def read_pickled_maps(path: Path) -> list[Tensor]:
+    """The maps of each block, float32 `[B, H, N, N]`; no class or function that the file names is ever called.
+
+    Raises:
+        UserError: the file cannot be read, or holds anything but finite maps of one shape.
+    """
+    try:
+        with path.open("rb") as file:
+            objects = _objects(file)
+    except OSError as error:
+        raise UserError(f"The maps {path} cannot be read ({error.strerror}): give a file's path.") from None
+    except Exception as error:  # a torn or forged pickle may raise anything
+        reason = str(error).strip().splitlines()[0][:100].rstrip(" .:") if str(error).strip() else type(error).__name__
+        raise UserError(f"{path} is torn, or no pickle of arrays and tensors alone ({reason}): save the maps "
+                        f"[B, H, N, N] of each block, one pickle.dump after the other.") from None
+    maps = [_tensor(one) for one in _blocks(objects)]
+    shapes = [None if one is None else tuple(one.shape) for one in maps]
+    if not maps or len({*shapes}) > 1 or shapes[0] is None or len(shapes[0]) != 4 or not _square(shapes[0]):
+        found = next((shape for shape in shapes if shape != shapes[0]), shapes[0] if shapes else None)
+        raise UserError(f"{path} holds no attention maps [B, H, N, N] of one shape for each block (one is "
+                        f"{found or 'something else'}): save item 3 of each block as the published code reads it.")
+    if not all(torch.isfinite(one).all() for one in maps):
+        raise UserError(f"{path} holds maps with entries that are not finite: save them anew.")
+    return [one.float() for one in maps]
+
+
+def study_of_maps(maps: Sequence[Tensor], name: str) -> Study:
+    """What can be drawn from maps alone."""
+    images, heads, tokens = maps[0].shape[:3]
+    similarity = {}
+    for kind, blocks in {"final": maps, "final_centred": Transformed(maps, centred)}.items():
+        matrix = cross_layer_similarity(blocks)  # [L, L]
+        similarity[kind] = {"adjacent": matrix.diagonal(1).tolist(), "matrix": matrix.tolist(),
+                            "similar_blocks": similar_blocks(matrix)}
+    probe = {"images": images, "tokens": tokens, "heads": heads, "blocks": len(maps), "similarity": similarity,
+             "rank": {"final": [float(effective_rank(one).mean()) for one in maps]},
+             "head_similarity": {"final": [head_similarity(one) for one in maps]},
+             "entropy": [None if (one < 0).any() else float(attention_entropy(one).mean()) for one in maps]}
+    tensors = {"mean_maps": torch.stack([one.mean((0, 1)) for one in maps]),
+               "head_maps": torch.stack([one[0].half() for one in maps])}
+    return Study(tensors, {"name": name, "attention": "maps as recorded", "pictures": ["of the pickle"], "top": [],
+                           "probe": probe, "initial": None})
+
+
+def _objects(file: io.BufferedReader) -> list[Any]:
+    found = []
+    while file.peek(1):
+        found.append(_Unpickler(file).load())
+    return found
+
+
+def _blocks(objects: list[Any]) -> list[Any]:
+    """What stands for the maps of each block."""
+    if len(objects) == 1 and isinstance(objects[0], list | tuple):
+        shapes = [None if one is None else tuple(one.shape) for one in map(_tensor, objects[0])]
+        if shapes and len({*shapes}) == 1 and shapes[0] is not None:  # q and v are not as wide as the maps
+            return list(objects[0])
+    return [_item(one) for one in objects]
+
+
+def _item(block: Any) -> Any:
+    if isinstance(block, dict):
+        return block.get(MAPS)
+    return block[MAPS] if isinstance(block, list | tuple) and len(block) > MAPS else block
+
+
+def _square(shape: tuple[int, ...]) -> bool:
+    return shape[2] == shape[3] and min(shape) > 0
+
+
+def _tensor(value: Any) -> Tensor | None:
+    if isinstance(value, _Array):
+        value = value.array
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value.astype(value.dtype.newbyteorder("=")))  # a copy that may be written to
+    return value if isinstance(value, Tensor) else None
+
+
+class _DType:
+    """Stands for numpy.dtype: floats of the three usual widths."""
+
+    def __init__(self, code: str, align: bool = False, copy: bool = False):
+        if code not in FLOATS:
+            raise pickle.UnpicklingError(f"arrays of type {str(code)[:20]}")
+        self.code, self.order = code, "<"
+
+    def __setstate__(self, state: tuple) -> None:
+        if state[1] not in ("<", ">", "="):
+            raise pickle.UnpicklingError("a byte order that is none")
+        self.order = state[1]
+
+    def array(self, raw: bytes, shape: Sequence[int], fortran: bool) -> np.ndarray:
+        return np.frombuffer(raw, np.dtype(self.order + self.code)).reshape(shape, order="F" if fortran else "C")
+
+
+class _Array:
+    """Stands for numpy's `_reconstruct`: an array whose state comes after."""
+
+    array = None
+
+    def __init__(self, *ignored: Any): ...
+
+    def __setstate__(self, state: tuple) -> None:
+        _, shape, dtype, fortran, raw = state
+        self.array = dtype.array(raw, shape, fortran)
+
+
+def _from_buffer(raw: bytes, dtype: _DType, shape: Sequence[int], order: str) -> np.ndarray:
+    return dtype.array(raw, shape, order == "F")
+
+
+def _storage(raw: bytes) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch muses on pickle protocols; what matters raises
+        return torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
+
+
+def _rebuilt(storage: Any, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *ignored: Any) -> Tensor:
+    """torch's `_rebuild_tensor_v2`, which would enlarge a storage that is too small."""
+    if min((offset, *size, *stride)) < 0 or len(size) != len(stride):
+        raise pickle.UnpicklingError("a tensor of negative size")
+    flat = torch.tensor([], dtype=storage.dtype).set_(storage)
+    if not flat.is_floating_point() or offset + sum((n - 1) * step for n, step in zip(size, stride)) >= len(flat):
+        raise pickle.UnpicklingError("a tensor larger than its storage, or not of floats")
+    return flat.as_strided(size, stride, offset)
+
+
+def _encoded(text: str, encoding: str) -> bytes:
+    if encoding != "latin1":
+        raise pickle.UnpicklingError("text for bytes")
+    return text.encode("latin1")
+
+
+_ALLOWED: dict[tuple[str, str], Callable] = {
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuilt, ("torch.storage", "_load_from_bytes"): _storage,
+    ("torch._utils", "_rebuild_parameter"): lambda tensor, *ignored: tensor,
+    ("collections", "OrderedDict"): OrderedDict, ("_codecs", "encode"): _encoded,
+    ("numpy", "dtype"): _DType, ("numpy", "ndarray"): _Array,
+    **{(f"numpy.{core}.multiarray", "_reconstruct"): _Array for core in ("core", "_core")},
+    **{(f"numpy.{core}.numeric", "_frombuffer"): _from_buffer for core in ("core", "_core")}}
+
+
+class _Unpickler(pickle._Unpickler):  # Python's own: C's keeps a table as large as the largest index that a file names
+    """Knows arrays and tensors, by stand-ins of ours, and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Callable:
+        if (module, name) not in _ALLOWED:
+            raise pickle.UnpicklingError(f"it names {module[:40]}.{name[:40]}")
+        return _ALLOWED[module, name]
+
+    def load_build(self) -> None:
+        """Sets attributes of stand-ins alone: on anything else it could be a function's."""
+        if not isinstance(self.stack[-2], (_Array, _DType)):
+            raise pickle.UnpicklingError("it sets attributes")
+        super().load_build()
+
+    dispatch: ClassVar = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}
