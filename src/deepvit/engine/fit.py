@@ -118,6 +118,7 @@ class Fit:
     def _after_update(self, update: Update, batches: Batches) -> None:
         state, plan = self.state, self.plan
         self._newest = update
+        self._bar.advance()
         self._skips.add(update, batches)
         if self.stepper.limit != self._limit:
             self._note_out_of_memory(update)
@@ -137,11 +138,11 @@ class Fit:
             return
         self._loggers.log("train", line, state.step, self._epoch())
         left = (plan.total - state.step) * plan.batch_size / max(self.meter.images_per_s, 1e-9)
-        text = (f"epoch {self._epoch():.2f}  loss {line['loss']:.4f}  {line['images_per_s']:.1f} img/s  "
-                f"data wait {line['data_wait']:.0%}")
-        self._bar.show(state.step, text)
-        level = logging.DEBUG if self._display.terminal else logging.INFO
-        log.log(level, "step %d/%d  %s  lr %.3g  left %s", state.step, plan.total, text, line["lr"], clock(left))
+        details = [f"loss {line['loss']:.4f}", f"{line['images_per_s']:.1f} img/s", f"epoch {self._epoch():.2f}",
+                   f"data wait {line['data_wait']:.0%}", f"lr {line['lr']:.3g}"]
+        self._bar.show(details)
+        level = logging.DEBUG if self._display.replaces_lines else logging.INFO
+        log.log(level, "step %d/%d  %s  left %s", state.step, plan.total, "  ".join(details), clock(left))
 
     def _measure_attention(self) -> None:
         if self._attention_metrics is None or not self._ranks.is_main:
@@ -179,9 +180,8 @@ class Fit:
 
     def _note_evaluation(self, summary: dict[str, Any], is_best: bool) -> None:
         self._loggers.log("val", summary, self.state.step, self._epoch())
-        log.info("step %d  epoch %.2f  top-1 %.2f %%  top-5 %.2f %%  loss %.4f  (%d images)%s", self.state.step,
-                 self._epoch(), summary["top1"], summary["top5"], summary["loss"], summary["n"],
-                 "  best so far" if is_best else "")
+        log.info("step %d  epoch %.2f  top-1 %.2f %%  top-5 %.2f %%  loss %.4f%s", self.state.step, self._epoch(),
+                 summary["top1"], summary["top5"], summary["loss"], "  best so far" if is_best else "")
         if is_best:
             self.meter.pause()
             self._saver.save_best(self.state, summary)
