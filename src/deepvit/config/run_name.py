@@ -4,7 +4,7 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 
-NOT_NAMED = ("data.root=", "data.workers=", "engine", "fresh=", "dry=", "hydra", "sweep=")
+NOT_NAMED = ("data.root=", "data.workers=", "engine", "fresh=", "dry=", "logger=", "hydra", "sweep=")
 LONGEST = 120  # characters of a folder's name
 
 

@@ -144,6 +144,7 @@ class Settings:
     head: Literal["keep", "reset", "zero"]
     fresh: bool
     dry: bool
+    logger: str | list[str] | None = None  # the default is for the configs of earlier versions
 
 
 def read_settings(config: Mapping[str, Any]) -> Settings:

@@ -13,8 +13,8 @@ import yaml
 from deepvit.report.runs import CONF, Run, flat
 
 # Settings that change no result, or that another one repeats.
-NOT_COMPARED = ("engine.", "probe.", "fresh", "dry", "seed", "data.root", "data.workers", "data.eval_batch_size",
-                "data.in_memory_mb", "data.max_bad", "data.on_error", "data.decoder", "data.img_size",
+NOT_COMPARED = ("engine.", "probe.", "fresh", "dry", "logger", "seed", "data.root", "data.workers",
+                "data.eval_batch_size", "data.in_memory_mb", "data.max_bad", "data.on_error", "data.decoder", "data.img_size",
                 "model.num_classes", "model.depth", "model.attention.")
 ATTENTION_ORDER = ("self", "norm_only", "reattention_fc", "reattention", "reattention_identity", "reattention_ln")
 

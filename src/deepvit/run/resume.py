@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a config that a continued run must share or be told about: no paths, no engine."""
-    kept = {name: value for name, value in config.items() if name not in ("engine", "fresh", "dry", "probe")}
+    kept = {name: value for name, value in config.items() if name not in ("engine", "fresh", "dry", "probe", "logger")}
     kept["data"] = {name: value for name, value in config["data"].items()
                     if name not in ("root", "workers", "eval_batch_size", "in_memory_mb")}
     return kept
