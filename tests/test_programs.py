@@ -2,6 +2,8 @@
 
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -157,6 +159,12 @@ def test_bad_input_to_eval_is_one_sentence(run, tmp_path, words, expected):
     (["loss.cosine_blocks=2"], "loss.cosine_blocks=2"),
     (["optimizer.opt=adamm"], "Did you mean 'adam"),
     (["hydra.run.dir={file}/run"], "hydra.run.dir="),
+    (["epochs=2"], "'schedule.epochs'"),
+    (["lr=0.1"], "'optimizer.lr'"),
+    (["batch_size=8"], "'data.batch_size'"),
+    (["pretrained=true"], "'init'"),
+    (["hflip=1"], "'augment.hflip' or 'data.hflip'"),
+    (["hydra/launcher=submitit_slurm"], "pip install hydra-submitit-launcher"),
 ])
 def test_bad_input_to_train_is_one_sentence(run, tmp_path, words, expected):
     (tmp_path / "file").write_text("in the way")
@@ -165,3 +173,13 @@ def test_bad_input_to_train_is_one_sentence(run, tmp_path, words, expected):
     code, _, sentence = run("train", *TINY, *(word.replace("{file}", str(tmp_path / "file")) for word in words))
     assert code == BAD_INPUT and expected in sentence and len(sentence.splitlines()) == 1
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("words", [
+    ["train", "recipe=imagenet", "data.root=gone"], ["train", "init=gone"], ["eval", "checkpoint=gone"]])
+def test_a_path_to_nothing_is_refused_before_torch_is_imported(tmp_path, words):
+    program = (f"import sys; from deepvit.commands.main import main; code = main({words}); "
+               f"sys.exit('torch' if 'torch' in sys.modules else code)")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == BAD_INPUT and f"{words[-1]} does not exist" in done.stderr, done.stderr
+    assert not [*tmp_path.iterdir()]

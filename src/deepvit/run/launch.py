@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from deepvit.config.paths import refuse_missing
 from deepvit.engine.signals import heeded
 from deepvit.errors import BAD_INPUT, DONE, FAILED, STOPPED, Failure, UserError
 from deepvit.run.console import set_up_logging
@@ -42,6 +43,10 @@ def launch(job: Job, config: Mapping[str, Any], folder: Path) -> Outcome:
     Returns:
         rank 0's outcome. Ranks that die are started again together, `engine.max_restarts` times.
     """
+    try:
+        refuse_missing(config, folder)
+    except UserError as error:
+        return Outcome(BAD_INPUT, str(error))
     if "RANK" in os.environ:  # torchrun started us: we are one rank, and it watches over the others
         outcome = run_rank(job, dict(config), str(folder))
         # A request to stop ends well there, or torchrun would start all ranks again; events.jsonl has PREEMPTED.
