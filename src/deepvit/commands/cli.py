@@ -20,6 +20,7 @@ from deepvit.commands.sweep import Recorder, Refused, record_of, sum_up
 from deepvit.config import CONF
 from deepvit.config.provenance import origin
 from deepvit.config.run_name import as_typed, run_folder
+from deepvit.config.suggest import PLUGINS, setting_meant
 from deepvit.config.sweep_record import SweepRecord
 from deepvit.errors import DONE, FAILED, STOPPED, UserError, did_you_mean
 from deepvit.run.console import say
@@ -209,25 +210,17 @@ def hydra_error(error: Exception) -> str:
         return _unknown_choice(*group.groups(), text)
     override = re.search(r"Could not override '([^']+)'", text)
     if override:
-        meant = did_you_mean(RENAMED.get(override[1], override[1]), _all_keys())
+        meant = setting_meant(RENAMED.get(override[1], override[1]))
         return f"There is no setting '{override[1]}'.{meant} `--cfg job` lists them all."
     return " ".join(line.strip() for line in text.splitlines() if line.strip())
 
 
 def _unknown_choice(group: str, name: str, text: str) -> str:
+    if group.startswith("hydra/") and name in PLUGINS:
+        return f"{group}={name} is a plugin that is not installed: pip install {PLUGINS[name]}"
     choices = re.findall(r"^\t(\S+)$", text, re.MULTILINE)
     return (f"There is no {group}={name}.{did_you_mean(name, choices)} "
             f"The choices of {group} are: {', '.join(choices)}.")
-
-
-def _all_keys() -> list[str]:
-    from deepvit.config.compose import compose
-
-    def walk(values: dict[str, Any], prefix: str = "") -> list[str]:
-        return [key for name, value in values.items() for key in
-                ([prefix + name] + (walk(value, f"{prefix}{name}.") if isinstance(value, dict) else []))]
-
-    return sorted({*walk(compose()), *walk(compose(config_name="eval"))})
 
 
 def _remove_if_empty(folder: Path) -> None:

@@ -89,6 +89,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--weights", type=Path, help="another checkpoint of the run")
     options = parser.parse_args(arguments)
     set_up_logging()
-    for rank, found in enumerate(replay(options.run, options.batch, options.weights)):
+    examined = replay(options.run, options.batch, options.weights)
+    for rank, found in enumerate(examined):
         show(found, rank)
+    print(f"\nLoss of the batch: {sum(found.loss for found in examined) / len(examined):.6g}")
     return DONE

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 # Settings that change no result: in no run's name, and not compared when a run is continued.
-WITHOUT_EFFECT = ("engine", "probe", "fresh", "dry", "origin", "data.root", "data.workers", "data.eval_batch_size",
+WITHOUT_EFFECT = ("engine", "probe", "fresh", "dry", "logger", "origin", "data.root", "data.workers", "data.eval_batch_size",
                   "data.in_memory_mb")
 
 

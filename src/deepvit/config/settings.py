@@ -148,6 +148,7 @@ class Settings:
     calibrate: int
     fresh: bool
     dry: bool
+    logger: str | list[str] | None = None  # the default is for the configs of earlier versions
     origin: Mapping[str, Any] | None = None  # what was chosen and typed: see `config.provenance.origin`
 
 

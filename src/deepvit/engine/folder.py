@@ -10,6 +10,7 @@ import re
 import socket
 import tempfile
 import time
+import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -213,6 +214,11 @@ class RunFolder:
                         error.strerror)
             return
         waiting.clear()
+
+    def run_id(self) -> str:
+        """What viewers know the run by: the same however often it is resumed, another after `fresh=true`."""
+        return next((event["run_id"] for event in read_json_lines(self.events) if "run_id" in event),
+                    uuid.uuid4().hex[:8])
 
     def drop_metrics_after(self, step: int) -> None:
         """Forgets lines that the continued run will write again, and a line that a kill tore (also an event's)."""

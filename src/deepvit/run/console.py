@@ -29,6 +29,10 @@ def _drop(stream: TextIO) -> None:
 
 
 class _Console(logging.StreamHandler):
+    """Standard output as it is when a line comes: while a bar is drawn, rich's, which prints above the bar."""
+
+    stream = property(lambda self: sys.stdout, lambda self, stream: None)
+
     def handleError(self, record: logging.LogRecord) -> None:
         if isinstance(sys.exc_info()[1], BrokenPipeError):
             _drop(self.stream)
@@ -43,7 +47,7 @@ def set_up_logging(rank: int = 0) -> None:
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
         handler.close()
-    console = _Console(sys.stdout)
+    console = _Console()
     console.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"))
     console.setLevel(logging.INFO if rank == 0 else logging.ERROR)
     logger.addHandler(console)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from deepvit.config.paths import refuse_missing
 from deepvit.config.settings import read_group
 from deepvit.engine.signals import heeded
 from deepvit.errors import BAD_INPUT, DONE, FAILED, STOPPED, Failure, UserError
@@ -46,6 +47,7 @@ def launch(job: Job, config: Mapping[str, Any], folder: Path) -> Outcome:
     """
     try:
         read_group("engine", config["engine"])
+        refuse_missing(config, folder)
         devices = 0 if joined() else _devices(config["engine"])
     except UserError as error:
         return Outcome(BAD_INPUT, str(error))

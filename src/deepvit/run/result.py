@@ -1,5 +1,6 @@
 """A run in words before it starts, and in numbers when it is done."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from deepvit.config.provenance import versions
@@ -36,6 +37,12 @@ def summary_of(built: Built) -> str:
         remarks.append(f"data.workers={settings.data.workers} (each device's) is more than the {usable_cores()} cores "
                        f"here can serve")
     return "; ".join(remarks)
+
+
+def headline(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """What runs are compared by, of `metrics.json`."""
+    names = ("top1", "top5", "loss", "best_top1", "params", "flops", "images_per_s")
+    return {name: metrics[name] for name in names if name in metrics}
 
 
 def metrics_of(built: Built, meter: Meter, folder: RunFolder) -> dict[str, Any]:
