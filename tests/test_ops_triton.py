@@ -42,7 +42,7 @@ def test_the_table_of_tiles_is_what_the_compiler_says(kernel, arch, dtype, d, tm
         monkeypatch.setattr(triton_core, "_precision", lambda p=precision: {"highest": "ieee", "high": "tf32"}[p])
         used = triton_report.usage(kernel, d, dtype, arch)
         assert used["shared"] <= tile.shared * 1024, (precision, used)
-        assert used["stack"] <= (800 if dtype == torch.float32 else 128 if d > 48 else 0), (precision, used)
+        assert used["stack"] <= (800 if dtype == torch.float32 else 256 if d > 48 else 16 if d > 32 else 0), used
 
 
 def test_reports_the_kernel_that_is_launched():
