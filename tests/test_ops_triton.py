@@ -42,7 +42,7 @@ def test_the_table_of_tiles_is_what_the_compiler_says(kernel, arch, dtype, d, tm
         monkeypatch.setattr(triton_core, "_precision", lambda p=precision: {"highest": "ieee", "high": "tf32"}[p])
         used = triton_report.usage(kernel, d, dtype, arch)
         assert used["shared"] <= tile.shared * 1024, (precision, used)
-        assert used["stack"] <= (800 if dtype == torch.float32 else 128 if d > 48 else 0), (precision, used)
+        assert used["stack"] <= (800 if dtype == torch.float32 else 256 if d > 48 else 16 if d > 32 else 0), used
 
 
 def test_reports_the_kernel_that_is_launched():
@@ -74,7 +74,7 @@ BF16, FP16, FP32 = triton_core.DTYPES
 
 
 @pytest.mark.parametrize("card, served, refused", [
-    (("A100", 8, 163), [(BF16, 64), (FP16, 33), (FP32, 32)], [(FP32, 48), (BF16, 80)]),
+    (("A100", 8, 163), [(BF16, 64), (FP16, 33), (FP32, 16)], [(FP32, 32), (BF16, 80)]),
     (("RTX 4090", 8, 99), [(BF16, 32), (FP16, 16), (FP32, 16)], [(BF16, 33), (FP16, 64), (FP32, 32)]),
     (("H100", 9, 227), [(BF16, 64), (FP16, 64), (FP32, 32)], [(FP32, 48), (torch.float64, 32)]),
     (("B200", 10, 227), [(BF16, 64), (FP32, 32)], []),
