@@ -133,7 +133,7 @@ def read_run(folder: Path) -> Run:
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = yaml.load(path.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{path} cannot be read ({type(error).__name__}); this run is left out.") from error
     try:
         if isinstance(config["model"]["depth"], int) and config["data"]["source"] and config["model"]["attention"]:

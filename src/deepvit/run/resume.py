@@ -34,7 +34,7 @@ def settings_of(folder: RunFolder) -> Settings:
         raise UserError(f"There is no run in {folder.path}: it has no config.yaml.")
     try:
         return build.read_settings(yaml.safe_load(folder.config.read_text()))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, KeyError, TypeError):
+    except (OSError, ValueError, yaml.YAMLError, AttributeError, KeyError, TypeError):
         raise UserError(f"{folder.config} is torn or not the config of a run: restore it from a copy.") from None
 
 
