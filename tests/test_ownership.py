@@ -89,6 +89,7 @@ def test_no_command_changes_what_is_not_of_its_run(first, count, finished, tmp_p
         torch.set_num_threads(1)
         codes.add(code)
         assert code in (0, 2), (case, words, capfd.readouterr().err[-2000:])
+        capfd.readouterr()
         after = files(top)
         for name, content in before.items():
             if name != "run/lock" and not (code == 0 and OURS.fullmatch(name)):

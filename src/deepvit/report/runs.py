@@ -143,7 +143,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         text = re.sub(r"\\uDC[89A-F][0-9A-F]", r"\\uFFFD", path.read_text())  # in names that are not UTF-8
         config = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{path} cannot be read ({type(error).__name__}); this run is left out.") from error
     try:
         if isinstance(config["model"]["depth"], int) and config["data"]["source"] and config["model"]["attention"]:

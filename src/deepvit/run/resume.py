@@ -35,7 +35,7 @@ def settings_of(folder: RunFolder) -> Settings:
         raise UserError(f"There is no run in {folder.path}: it has no config.yaml.")
     try:
         return build.read_settings(upgraded(yaml.safe_load(folder.config.read_text())))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError):
+    except (OSError, yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError):
         raise UserError(f"{folder.config} is torn or not the config of a run: restore it from a copy.") from None
 
 
