@@ -263,8 +263,8 @@ def test_a_run_from_before_the_setting_continues_with_it_off():
     config = soak.compose()
     before = {**config, "data": {name: value for name, value in config["data"].items() if name != "on_device"}}
     assert changed(before, config) == {}
-    assert changed(before, soak.changed(config, data_on_device=True)) == {"data.on_device": (False, True)}
-    assert read_settings(before).data.on_device is False
+    assert changed(before, soak.changed(config, data_on_device=True)) == {"data.on_device": (None, True)}
+    assert read_settings(before).data.on_device is False  # as evaluation reads it
 
 
 # Bad images and refusals
@@ -296,7 +296,7 @@ def test_bad_images_are_replaced_as_the_loader_does(tmp_path):
     ({"grayscale_prob": 0.1}, "grayscale_prob"), ({"gaussian_blur_prob": 0.1}, "gaussian_blur_prob")])
 def test_colours_are_refused(options, word):
     with pytest.raises(UserError, match=f"{word}.*data.on_device=false"):
-        kept(grain(), transform(**options))
+        kept(grain(), transform(16, **options))
 
 
 def test_many_and_unequal_images_are_refused():

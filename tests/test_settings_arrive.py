@@ -65,6 +65,8 @@ CASES: dict[str, Case | list[Case]] = {
     "data.on_error": Case(see.evaluated, "report", ("data.root=BAD",)),
     "data.in_memory_mb": [Case(see.in_memory, "0", wanted=False),
                           Case(see.kept_batches, "0", ("recipe=digits", "data.root=null"), wanted=False)],
+    "data.on_device": Case(lambda run: type(next(run.built.make_batches(0, 1))[0].erasures).__name__, "true",
+                           wanted="Rectangles"),
     "data.name": Case(see.classes, "wds", TARS),
     "data.train_split": Case(see.sizes, "more", TARS, wanted=(8, 4)),
     "data.val_split": Case(see.sizes, "more", TARS, wanted=(6, 8)),
