@@ -17,6 +17,7 @@ from PIL import Image
 import deepvit.data as data
 from deepvit.commands.cli import quoted
 from deepvit.commands.main import expanded, main
+from deepvit.commands.sweep import in_quotes
 from deepvit.data.decode import decode
 from deepvit.errors import BAD_INPUT, DONE, UserError
 
@@ -220,8 +221,7 @@ def test_a_folder_by_any_name_is_a_setting(tmp_path, name, monkeypatch):
 @given(st.text(st.characters(exclude_characters="\0\n\r", exclude_categories=["Cs"]), min_size=1, max_size=12))
 @example("it's, [a] (1)")
 def test_a_value_that_is_refused_is_read_as_it_was_typed(text):
-    from deepvit.commands.cli import _in_quotes
-    assert value_of(f"data.root={_in_quotes(text)}") == text
+    assert value_of(f"data.root={in_quotes(text)}") == text
 
 
 @pytest.mark.parametrize("word", ["seed=1", "model.depth=range(1,3)", "optimizer.betas=[0.9,0.99]", "-m", "init=null",

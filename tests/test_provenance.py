@@ -15,7 +15,7 @@ from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from PIL import Image
 
-from deepvit.commands.cli import expanded
+from deepvit.commands.main import expanded
 from deepvit.commands.main import main
 from deepvit.config.sweep_record import missing_cells, read_lines
 from deepvit.errors import BAD_INPUT, DONE, FAILED, UserError

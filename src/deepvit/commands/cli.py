@@ -16,7 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from deepvit.commands.sweep import Recorder, Refused, record_of, sum_up
+from deepvit.commands.sweep import Recorder, Refused, in_quotes, record_of, sum_up
 from deepvit.config import CONF
 from deepvit.config.provenance import origin
 from deepvit.config.run_name import as_typed, run_folder
@@ -103,7 +103,7 @@ def _start(program: Callable[[], Any], arguments: Sequence[str]) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # lets Hydra's errors through to us
     if "OMP_WAIT_POLICY" not in os.environ:  # spin between two operations, not so long as to starve other programs
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-    sys.argv[1:] = flags_first(map(quoted, map(expanded, arguments)))
+    sys.argv[1:] = flags_first(map(quoted, arguments))
     _outcomes.clear()
     Recorder.opened = None
     try:
@@ -151,11 +151,6 @@ def flags_first(words: Iterable[str]) -> list[str]:
     return [word for word in words if word not in settings] + settings
 
 
-def expanded(word: str) -> str:
-    """`init=~/x` with the home folder for `~`, at the start of a value or of each in a list."""
-    return re.sub(r"""([=,\[]\s*['"]?)~(?=[/'",\]]|$)""", lambda found: found[1] + str(Path.home()), word)
-
-
 def quoted(word: str) -> str:
     """`init=runs/seed=1/last.pt` as Hydra's grammar wants it, `init='runs/seed=1/last.pt'`.
 
@@ -166,18 +161,12 @@ def quoted(word: str) -> str:
     if word.startswith("-") or not value or not _is_readable(f"{key}="):
         return word
     if key in PATHS and os.path.exists(value):
-        return f"{key}={_in_quotes(value)}"
+        return f"{key}={in_quotes(value)}"
     readable, inner = _is_readable(word), value[1:-1] if value[0] == "[" and value[-1] == "]" else value
     parts = ",".join(
-        _in_quotes(part.strip()) if key in PATHS and os.path.exists(part.strip())
+        in_quotes(part.strip()) if key in PATHS and os.path.exists(part.strip())
         or not (readable or _is_readable(f"{key}={part}")) else part for part in PARTS.findall(inner))
     return f"{key}=[{parts}]" if inner != value else f"{key}={parts}"
-
-
-def _in_quotes(text: str) -> str:
-    """Within single quotes, Hydra's way: a backslash is itself but for those before a quote."""
-    escaped = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), text)
-    return f"'{escaped}'"
 
 
 def _is_readable(word: str) -> bool:

@@ -12,6 +12,7 @@ from deepvit.run.console import print_any_name, say
 COMMANDS = {  # name -> (module:function, what it does)
     "train": ("cli:train", "train a model; the same command continues a run that was cut"),
     "eval": ("cli:evaluate", "evaluate checkpoints of any format"),
+    "check": ("check:main", "decode every image of a data set and list those that cannot be used"),
     "report": ("report:main", "tables and figures of run folders, the paper's numbers beside them"),
     "figures": ("figures:main", "attention maps, rollout, similarity and Theta of a checkpoint"),
     "predict": ("predict:main", "the most probable classes of images"),

@@ -77,7 +77,7 @@ def _open(config: DictConfig) -> OpenSweep:
     name = f"{sweep or 'cells'}-{digest.hexdigest()[:8] if is_kept else session}.jsonl"
     record = SweepRecord(folder / FOLDER / name, session)
     with open_dict(config):
-        hydra.overrides.hydra.append(f"hydra.callbacks.sweep.record=[{_quoted(str(record.path.absolute()))},"
+        hydra.overrides.hydra.append(f"hydra.callbacks.sweep.record=[{in_quotes(str(record.path.absolute()))},"
                                      f"'{record.session}']")
         if _is_swept("data.root", typed) and str(OmegaConf.to_container(hydra.sweep)["subdir"]).startswith(
                 "${run_folder:"):
@@ -137,9 +137,10 @@ def _is_swept(key: str, typed: Sequence[str]) -> bool:
     return any(parser.parse_override(word).is_sweep_override() for word in typed if word.startswith(f"{key}="))
 
 
-def _quoted(text: str) -> str:
-    """`text` in Hydra's quotes."""
-    return "'" + re.sub(r"(\\*)'", lambda found: found[1] * 2 + "\\'", text) + "'"
+def in_quotes(text: str) -> str:
+    """Within Hydra's single quotes: a backslash is itself but for those before a quote."""
+    escaped = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), text)
+    return f"'{escaped}'"
 
 
 def record_of(hydra: DictConfig) -> SweepRecord | None:

@@ -30,6 +30,7 @@ class Data:
     max_bad: int
     on_error: Literal["stop", "report"]
     in_memory_mb: int
+    exclude: str | None = None  # file with the names of images to leave out
     name: str | None = None  # of a timm data set, as the next two
     train_split: str = "train"
     val_split: str = "validation"

@@ -147,7 +147,7 @@ class FileSet(ImageSet):
     def _identity(self) -> Iterator[bytes | np.ndarray]:
         places = self.listing.places if self.rows is None else self.listing.places[self.rows]
         yield from (np.ascontiguousarray(self.targets), np.ascontiguousarray(places))
-        yield from self.listing.padded(np.arange(len(self)) if self.rows is None else self.rows)
+        yield from self.listing.padded(range(len(self)) if self.rows is None else self.rows)
         yield os.fsencode("/".join(self.folders))
 
     def find(self, names: Collection[str]) -> np.ndarray:

@@ -15,7 +15,7 @@ from deepvit.errors import UserError
 
 EXTENSIONS = tuple(extension.encode() for extension in IMG_EXTENSIONS)
 KINDS = " ".join(IMG_EXTENSIONS)
-PIECE = 2**16  # names
+PIECE = 2**12  # names
 
 
 def entries(folder: Path | bytes) -> list[os.DirEntry]:
@@ -124,15 +124,16 @@ class Listing:
         row = first + bisect_left(range(first, end), name, key=self.name)
         return row if row < end and self.name(row) == name else None
 
-    def padded(self, rows: np.ndarray) -> Iterator[np.ndarray]:
+    def padded(self, rows: Sequence[int] | np.ndarray) -> Iterator[np.ndarray]:
         """The names of `rows`, each with zeros to the length of the longest name of all; uint8 [k, width] a piece."""
-        lengths = np.diff(self.starts)
-        columns = np.arange(lengths.max(), dtype=np.int32)
-        for some in np.array_split(rows, len(rows) // PIECE + 1):
-            starts, own = self.starts[some], lengths[some].astype(np.int32)
-            low, high = starts.min(), (starts + own).max()
-            piece = np.concatenate([self.text[low:high], np.zeros(len(columns), np.uint8)])
-            yield sliding_window_view(piece, len(columns))[starts - low] * (columns < own[:, None])
+        width = max(int(np.diff(self.starts[at:at + PIECE + 1]).max()) for at in range(0, len(self), PIECE))
+        columns = np.arange(width, dtype=np.int32)
+        for at in range(0, len(rows), PIECE):  # in pieces: a rank has little memory of its own beside the index
+            some = np.asarray(rows[at:at + PIECE])
+            starts, ends = self.starts[some], self.starts[some + 1]
+            low, high = starts.min(), ends.max()
+            piece = np.concatenate([self.text[low:high], np.zeros(width, np.uint8)])
+            yield sliding_window_view(piece, width)[starts - low] * (columns < (ends - starts)[:, None])
 
 
 def list_images(folder: Path, classes: Sequence[str]) -> Listing:

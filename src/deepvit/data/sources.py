@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from deepvit.data.decode import resolve_decoder
+from deepvit.data.exclude import without, without_one
 from deepvit.data.folders import (
     check_has_classes,
     check_same_classes,
@@ -31,7 +32,8 @@ IMAGENET100 = Path(__file__).with_name("imagenet100.txt")
 
 def load(source: str, *, root: str | None = None, fraction: float = 1.0, classes: int | str | None = None,
          val_fraction: float | None = None, seed: int = 0, decoder: str = "auto", in_memory_mb: int = IN_MEMORY_MB,
-         name: str | None = None, train_split: str = "train", val_split: str = "validation") -> Splits:
+         name: str | None = None, train_split: str = "train", val_split: str = "validation",
+         exclude: str | None = None) -> Splits:
     """A data set by its source.
 
     Args:
@@ -43,6 +45,7 @@ def load(source: str, *, root: str | None = None, fraction: float = 1.0, classes
         seed: of those two choices (not of the training).
         decoder: `auto`, `torchvision` or `pil`.
         in_memory_mb: a folder whose decoded pictures need less is kept in memory.
+        exclude: file with the names of images to leave out, as `deepvit check` writes it.
         name, train_split, val_split: of a timm data set (`hfds/...`, `wds/...`, `torch/...`, or tar files in `root`).
     Raises:
         UserError for everything that is wrong with the folder or the arguments.
@@ -57,6 +60,8 @@ def load(source: str, *, root: str | None = None, fraction: float = 1.0, classes
     if source != "timm" and (name, train_split, val_split) != (None, "train", "validation"):
         raise UserError(f"data.name, data.train_split and data.val_split are for data=timm, not for data={source}.")
     splits = _first_classes(SOURCES[source](**arguments), classes)
+    if exclude is not None:
+        splits = without(splits, exclude, root)
     if len(splits.class_ids) < 2:
         raise UserError(f"data.root={root} has one class only, '{splits.class_ids[0]}', so nothing can be learned: is "
                         f"it one level too high? Each class needs a folder below it, or below train/ and val/.")
@@ -65,8 +70,8 @@ def load(source: str, *, root: str | None = None, fraction: float = 1.0, classes
     return splits
 
 
-def eval_folder(root: str, class_ids: list[str], *, decoder: str = "auto", in_memory_mb: int = IN_MEMORY_MB
-                ) -> ImageSet:
+def eval_folder(root: str, class_ids: list[str], *, decoder: str = "auto", in_memory_mb: int = IN_MEMORY_MB,
+                exclude: str | None = None) -> ImageSet:
     """A folder of classes for evaluation alone, e.g. ImageNet-V2: targets are the places of its names in `class_ids`.
 
     root: the class folders, or a folder whose val/ (or test/) holds them. Folders named 0 .. C-1 are the classes by
@@ -88,7 +93,22 @@ def eval_folder(root: str, class_ids: list[str], *, decoder: str = "auto", in_me
             raise UserError(f"{path} has {len(strangers)} class folders that the model was not trained on "
                             f"({', '.join(strangers[:3])}).{did_you_mean(strangers[0], class_ids)}")
         wanted = np.array([class_ids.index(name) for name in names])
-    return _file_set(path, names, decoder=resolve_decoder(decoder), in_memory_mb=in_memory_mb, labels=wanted)
+    images = _file_set(path, names, decoder=resolve_decoder(decoder), in_memory_mb=in_memory_mb, labels=wanted)
+    return images if exclude is None else without_one(images, class_ids, exclude, root)
+
+
+def every_set(source: str, root: str, **options: object) -> list[ImageSet]:
+    """All that `source` has, whether it could be trained on or not: of folders each split that is there."""
+    if source not in ("folder", "imagenet"):
+        splits = load(source, root=root, **options)
+        return [splits.train, splits.val]
+    path = existing(root, source)
+    sets = []
+    for folder in [split for split in find_splits(path) if split] or [path]:
+        classes = class_folders(folder)
+        check_has_classes(folder, classes)
+        sets.append(_file_set(folder, classes, decoder=resolve_decoder(options["decoder"]), in_memory_mb=0))
+    return sets
 
 
 def _file_set(folder: Path, classes: list[str], **options: object) -> FileSet:

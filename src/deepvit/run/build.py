@@ -130,7 +130,7 @@ def splits(data: Data) -> pictures.Splits:
                         f"recipe=imagenet (train/ and val/ folders of classes), recipe=cifar10 or recipe=folder.")
     return pictures.load(data.source, root=data.root, fraction=data.fraction, classes=data.classes,
                          val_fraction=data.val_fraction, decoder=data.decoder, in_memory_mb=data.in_memory_mb,
-                         name=data.name, train_split=data.train_split, val_split=data.val_split)
+                         name=data.name, train_split=data.train_split, val_split=data.val_split, exclude=data.exclude)
 
 
 def train_transform(data: Data, augment: Augment) -> pictures.Transform:

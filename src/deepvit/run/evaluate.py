@@ -190,7 +190,8 @@ def val_images(candidate: Candidate, data: Data) -> ImageSet:
     if known is None and count == 1000:
         known = ImageNetInfo().label_names()
     if known and data.source in ("folder", "imagenet") and data.root and data.classes is data.val_fraction is None:
-        images = eval_folder(data.root, known, decoder=data.decoder, in_memory_mb=data.in_memory_mb)
+        images = eval_folder(data.root, known, decoder=data.decoder, in_memory_mb=data.in_memory_mb,
+                             exclude=data.exclude)
         present = len(np.unique(images.targets))
         if present < count:
             log.info("%s has pictures of %d of the %d classes; predictions are among all %d (published figures of "

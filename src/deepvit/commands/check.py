@@ -1,0 +1,80 @@
+"""`deepvit check DATA [SETTING=VALUE ...]`: decodes every image, and lists those that cannot be used.
+
+What is left out of the listing is counted by reason. The list that is written is one for data.exclude=LIST.
+"""
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from deepvit.commands.cli import quoted, sentences
+from deepvit.config.compose import compose
+from deepvit.config.settings import Data, read_group
+from deepvit.config.signature import check_range
+from deepvit.data import Bad, ImageSet, Transform, eval_batches, every_set
+from deepvit.data.exclude import TITLE, write_list
+from deepvit.engine.device import usable_cores
+from deepvit.engine.progress import Display
+from deepvit.errors import BAD_INPUT, DONE, UserError
+from deepvit.run.console import say, set_up_logging
+
+BATCH = 64  # images
+PAUSE = 10  # seconds between two lines where there is no terminal
+LOOK = Transform((1, 1), lambda image: torch.zeros(3, 1, 1, dtype=torch.uint8))  # what is decoded is not kept
+
+
+def check(data: Data, workers: int) -> tuple[list[Bad], int]:
+    """The images that cannot be used, and how many there are in all."""
+    sets = every_set(data.source, data.root, decoder=data.decoder, val_fraction=data.val_fraction, name=data.name,
+                     train_split=data.train_split, val_split=data.val_split, in_memory_mb=0)
+    found: list[Bad] = []
+    with Display() as display:
+        for images in sets:
+            found += _decode(images, workers, display)
+    return found, sum(map(len, sets))
+
+
+def _decode(images: ImageSet, workers: int, display: Display) -> list[Bad]:
+    found, done, refused, last = [], 0, 0, time.monotonic()
+    bar = display.bar(str(Path(images.name(0)).parent.parent), len(images))
+    for batch in eval_batches(images, LOOK, batch_size=BATCH, workers=workers, on_error="report"):
+        found, done, refused = found + batch.bad, done + len(batch), refused + batch.refused
+        bar.show(done, f"{len(found)} bad")
+        if not display.terminal and time.monotonic() - last > PAUSE:
+            say(f"{done:,} of {len(images):,} decoded, {len(found)} cannot be used")
+            last = time.monotonic()
+    bar.close()
+    if refused:
+        say(f"{refused:,} JPEGs are read by PIL only, more slowly.")
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="deepvit check", description=__doc__)
+    parser.add_argument("data", metavar="DATA", help="folder of classes or of splits of them, or tar files")
+    parser.add_argument("settings", nargs="*", metavar="SETTING=VALUE", help="such as data=timm data.name=wds/")
+    parser.add_argument("--list", type=Path, default=Path("unusable.txt"), help="to write (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=usable_cores(), help="processes (default: %(default)s)")
+    given = parser.parse_args(arguments)
+    check_range("--workers", given.workers, 0, 1024)
+    _refuse_strange(given.list)
+    set_up_logging()
+    with sentences():
+        config = compose([quoted(word) for word in ("data=folder", f"data.root={given.data}", *given.settings)])
+    found, count = check(read_group("data", config["data"]), given.workers)
+    for bad in found:
+        say(f"{bad.name}: {bad.reason}")
+    say(f"{count - len(found):,} of {count:,} images can be used.")
+    if not found:
+        return DONE
+    write_list(given.list, [(bad.name, bad.reason) for bad in found], given.data)
+    say(f"The others are listed in {given.list}: data.exclude={given.list} leaves them out.")
+    return BAD_INPUT
+
+
+def _refuse_strange(file: Path) -> None:
+    if file.exists() and not file.read_text(errors="replace").startswith(TITLE):
+        raise UserError(f"{file} is there and no list of images: give another file with --list.")
