@@ -1,6 +1,6 @@
 # Two commands on a fresh machine: `make demo` and `make test`. Both install what they need first.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all soak bench lint clean
+.PHONY: help install demo test test-all gpu soak bench lint clean
 PYTHON := .venv/bin/python
 RUN := $(PYTHON) -m
 
@@ -21,8 +21,13 @@ demo: install ## depth x attention on the built-in digits: trains 9 small models
 test: install ## the tests, in under 6 minutes on two cores
 	@$(RUN) pytest -m "not slow"
 
-test-all: install ## the long tests too
-	@$(RUN) pytest
+test-all: install ## the long tests too, and on a GPU if there is one
+	@$(RUN) pytest -m "not gpu"
+	@$(RUN) pytest -m gpu
+
+# With another python (make gpu PYTHON=python3) nothing is installed: it needs torch, timm and hydra.
+gpu: $(if $(filter .venv/bin/python,$(PYTHON)),install) ## on a GPU, under 7 minutes: its tests, the bench, a run killed and continued; into $OUT or runs/gpu
+	@$(PYTHON) tests/gpu_session.py
 
 soak: install ## 200 kills of a training run; prints how many numbers differ from a run that was never cut
 	@$(RUN) tests.soak

@@ -1,5 +1,6 @@
-"""Shared by all tests: one thread (two cores are often shared), `gpu` tests skipped without a GPU."""
+"""Shared by all tests: one thread (two cores are often shared), and either no GPU or one that was asked for."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -8,12 +9,22 @@ import torch
 DATA = Path(__file__).parent / "data"
 
 
-def pytest_configure():
+def pytest_configure(config):
+    """A GPU is hidden from this process and its children unless `-m gpu` asks for it: all other tests state what holds
+    on a CPU, to the bit and with any number of ranks, and must not move because the host has a GPU."""
     torch.set_num_threads(1)
+    if "gpu" not in config.option.markexpr.replace("not gpu", ""):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device and `pytest -m gpu`"))
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request) -> torch.device:
+    """The CPU, and the first GPU for `-m gpu`: one body serves both."""
+    return torch.device(request.param, 0 if request.param == "cuda" else None)

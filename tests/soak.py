@@ -30,10 +30,11 @@ PRELOADED = ["deepvit.run.train", "deepvit.run.launch", "torch._dynamo", "torch.
              "timm.optim", "timm.data"]
 
 # Everything that has randomness or state of its own: augmentation, mixing, drop path, dropout, head BatchNorm, EMA,
-# accumulation, gradient clipping; a step is logged, and a checkpoint or an evaluation is never far.
+# accumulation, gradient clipping; a step is logged, and a checkpoint or an evaluation is never far. On a CPU, where
+# equal means equal to the bit.
 EVERYTHING = [
-    "model=vit", "model/attention=reattention", "model.attention.norm_batch=8", "model.depth=2",
-    "model.embed_dim=24", "model.num_heads=3",
+    "engine.accelerator=cpu", "model=vit", "model/attention=reattention", "model.attention.norm_batch=8",
+    "model.depth=2", "model.embed_dim=24", "model.num_heads=3",
     "model.drop_path_rate=0.2", "model.drop_rate=0.1", "augment.mixup=0.8", "augment.cutmix=1.0", "augment.hflip=0.5",
     "augment.mix_prob=1.0", "augment.auto_augment=rand-m9-mstd0.5-inc1", "augment.random_erasing=0.25",
     "augment.crop_scale=[0.5,1.0]", "augment.label_smoothing=0.1", "ema.decay=0.9", "optimizer.clip_grad=1.0",
@@ -114,7 +115,7 @@ def train(config: dict[str, Any], folder: Path, **options: Any) -> Run:
 def _begin(target: Callable[..., Any], arguments: tuple[Any, ...], log: str, environment: dict[str, str] | None = None,
            largest_file: int | None = None, own_group: bool = False) -> None:
     """`largest_file`: bytes, the kernel's limit; `own_group`: so that a signal can be sent to it and its children."""
-    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     if own_group:
@@ -194,7 +195,7 @@ def fingerprint(folder: Path) -> str:
         else:
             digest.update(repr(value).encode())
 
-    content = torch.load(folder / "checkpoints" / "last.pt", weights_only=True)
+    content = torch.load(folder / "checkpoints" / "last.pt", map_location="cpu", weights_only=True)
     for part in ("model", "ema", "optimizer", "scaler", "step", "evaluated", "best"):
         add(part, content.get(part))
     return digest.hexdigest()

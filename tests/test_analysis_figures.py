@@ -98,7 +98,7 @@ def test_broken_picture_is_named_and_the_rest_drawn(place, monkeypatch, capsys):
     (["missing.pt"], "missing.pt"),
     (["self.pt", "broken.jpg"], "broken.jpg"),
     (["self.pt", "missing.jpg"], "missing.jpg"),
-    (["self.pt", "empty"], "no pictures in"),
+    (["self.pt", "empty"], "no images"),
     (["--maps", "self.pt"], "--save-maps"),
     (["--maps", "other.safetensors"], "holds no maps"),
     (["self.pt", "--maps", "maps.safetensors"], "not both"),

@@ -1,19 +1,20 @@
 """Configs: every choice composes and keeps its values; what is wrong is refused in one sentence, exit code 2."""
 
 import re
-from pathlib import Path
 
 import pytest
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.types import RunMode
+from omegaconf import OmegaConf
 
 from deepvit.commands import cli
+from deepvit.config import CONF, run_name
 from deepvit.config.compose import compose
-from deepvit.config.run_name import LONGEST, run_folder, run_name
 from deepvit.errors import UserError
 from deepvit.models import list_models, model_config
 from deepvit.run import build, micro_batches
 from deepvit.run.build import read_settings
-
-CONF = Path(build.__file__).parent / "conf"
 
 
 def choices(group: str) -> list[str]:
@@ -23,7 +24,8 @@ def choices(group: str) -> list[str]:
 @pytest.mark.parametrize("group", ["model", "model/attention", "augment", "optimizer", "schedule", "precision",
                                    "recipe"])
 def test_every_choice_makes_settings(group):
-    recipe = ["init=weights.pt"] if group == "recipe" else ["recipe=imagenet"]  # digits counts in epochs, some in steps
+    # digits counts in epochs, some schedules in steps, which take no cooldown
+    recipe = ["init=weights.pt"] if group == "recipe" else ["recipe=imagenet", "schedule.cooldown_epochs=0"]
     for name in choices(group):
         read_settings(compose([*recipe, f"{group}={name}"]))
 
@@ -72,7 +74,7 @@ def test_the_command_line_overrules_a_recipe_and_a_model():
     ("schedule.epochs=inf", ["schedule.epochs=inf", "finite"]),
     ("schedule.epochs=-3", ["schedule.epochs=-3", "above 0"]),
     ("schedule.min_lr=-1", ["schedule.min_lr=-1", "at least 0"]),
-    ("model.drop_path_rate=2", ["model.drop_path_rate=2", "from 0 to 1"]),
+    ("model.drop_path_rate=2", ["model.drop_path_rate=2", "at most 1"]),
     ("model.mlp_ratio=0", ["model.mlp_ratio=0", "above 0"]),
     ("seed=123456789012345678901234567890", ["seed=", "from 0"]),
     ("data.interpolation=foo", ["data.interpolation", "foo", "bicubic"]),
@@ -102,21 +104,64 @@ def test_data_that_a_recipe_does_not_use_is_refused():
         build.splits(read_settings(compose(["data.root=/pictures"])).data)
 
 
-def test_a_run_folder_is_a_function_of_what_changes_results():
-    choice = {"recipe": "digits", "model": "vit16"}
-    same = [["seed=1", "model.depth=8"], ["model.depth=8", "seed=1"],
-            ["model.depth=8", "seed=1", "engine.devices=2", "data.root=/x", "data.workers=3", "fresh=true", "dry=true",
-             "hydra.job.chdir=false", "sweep=null"]]
-    assert {run_folder("runs", choice, overrides) for overrides in same} == {"runs/digits/vit16/model.depth=8-seed=1"}
-    assert run_folder("runs", choice, []) == "runs/digits/vit16/default"
+def folder_of(*words: str) -> str:
+    """The default run folder of a command line."""
+    OmegaConf.register_new_resolver("run_folder", run_name.run_folder, replace=True)
+    with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        return OmegaConf.select(loader.load_configuration("train", list(words), RunMode.RUN), "hydra.run.dir")
+
+
+@pytest.mark.parametrize(("words", "name"), [
+    ([], "default"),
+    (["seed=1", "model.depth=8"], "model.depth=8-seed=1"),
+    (["model.depth=8", "seed=1", "engine.devices=2", "data.root=/x", "data.workers=3", "fresh=true", "dry=true",
+      "hydra.job.chdir=false", "sweep=digits_depth", "probe.images=3", "data.eval_batch_size=7"],
+     "model.depth=8-seed=1"),
+    (["optimizer.lr=0.0010", "seed=0", "schedule.epochs=5.0", "augment=none"], "default"),  # the recipe's own
+    (["schedule.epochs=3.0"], "schedule.epochs=3"),
+    (["model.mlp_ratio=3"], "default"),
+    (["model.img_size=16"], "model.img_size=16"),  # data.img_size follows
+    (["data.img_size=8"], "default"),
+    (["model.img_size=16", "data.img_size=8"], "data.img_size=8-model.img_size=16"),
+    (["augment=light", "augment.hflip=0.0"], "augment=light"),  # ${data.hflip}, 0 for digits
+    (["augment=light", "augment.hflip=0.1", "model/attention=self"],
+     "augment.hflip=0.1-augment=light-model-attention=self"),
+    (["optimizer.lr=1e-5"], "optimizer.lr=1e-05"),
+    (["+model.attention.foo=null"], "model.attention.foo=null"),
+])
+def test_a_run_is_named_by_what_differs_from_its_default(words, name):
+    assert folder_of(*words) == f"runs/digits/deepvit16/{name}" == folder_of(*reversed(words))
+
+
+def test_a_recipe_and_a_model_stand_above_the_name():
+    assert folder_of("recipe=imagenet", "model=deepvit32", "precision=bf16") == "runs/imagenet/deepvit32/default"
+    assert folder_of("recipe=finetune_folder", "init=x.pt").startswith("runs/finetune_folder/vit_b16/init=x.pt")
 
 
 def test_run_names_are_safe_short_and_distinct():
-    names = [run_name(overrides) for overrides in (
-        ["init=/a/b.pt"], ["init=/a-b.pt"], ["model.reattention_blocks=[1,2]"], ["model.reattention_blocks=[1-2]"],
-        [f"model.depth={depth}" for depth in range(40)], [f"model.depth={depth}" for depth in range(41)])]
+    many = [f"model.{key}={value}" for value in (0.25, 0.5) for key in (
+        "drop_rate", "pos_drop_rate", "attn_drop_rate", "drop_path_rate", "map_scale", "residual_scale", "norm_eps")]
+    names = [folder_of(*words).removeprefix("runs/digits/deepvit16/") for words in (
+        ["init=/a/b.pt"], ["init=/a-b.pt"], ["init=x-seed=1".replace("=1", "\\=1")], ["init=x", "seed=1"],
+        ["model.reattention_blocks=[1,2]"], ["model.reattention_blocks='1-2'"], many[:7], many[7:])]
     assert len(set(names)) == len(names)
-    assert all(re.fullmatch(r"[A-Za-z0-9._=-]+", name) and len(name) <= LONGEST for name in names)
+    assert all(re.fullmatch(r"[A-Za-z0-9._=-]+", name) and len(name) <= run_name.LONGEST for name in names)
+
+
+def test_a_run_of_the_old_name_is_continued(tmp_path, monkeypatch):
+    """Earlier versions named a run by its overrides as typed."""
+    monkeypatch.chdir(tmp_path)
+    words = ["model=vit", "seed=1", "schedule.epochs=5"]
+    old = tmp_path / "runs" / "digits" / "vit" / "model=vit-schedule.epochs=5-seed=1"
+    new = tmp_path / "runs" / "digits" / "vit" / "seed=1"
+    assert folder_of(*words) == str(new.relative_to(tmp_path))
+    old.mkdir(parents=True)
+    (old / "config.yaml").touch()
+    assert folder_of(*words) == str(old.relative_to(tmp_path))
+    new.mkdir()
+    (new / "config.yaml").touch()
+    assert folder_of(*words) == str(new.relative_to(tmp_path))
 
 
 @pytest.mark.parametrize(("batch", "world", "most", "mixup", "sizes"), [

@@ -57,7 +57,7 @@ def test_each_has_a_reason_in_words(name, decoder, tmp_path):
     with pytest.raises(UserError) as error:
         data.open_picture(tmp_path / name, decoder)
     assert name in str(error.value) and "Traceback" not in str(error.value)
-    expected = {"empty.jpg": "empty", "text.jpg": "no known picture format", "float.tif": "floating-point"}
+    expected = {"empty.jpg": "empty", "text.jpg": "no known image format", "float.tif": "floating-point"}
     assert expected.get(name, "bomb" if "bomb" in name or "big" in name else "") in str(error.value)
 
 

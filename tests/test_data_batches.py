@@ -4,6 +4,7 @@ import os
 import pickle
 import random
 import signal
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 import deepvit.data as data
 from deepvit.data.decode import BadPicture
 from deepvit.data.imageset import ArraySet
+from deepvit.data.loader import Erasures
 from deepvit.data.stream import Stream, draw, epoch_steps
 from deepvit.errors import Failure, UserError
 
@@ -181,10 +183,17 @@ def test_sizes_that_do_not_divide(pictures, recipe, options, words):
         run(pictures, recipe, **options)
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_sent_ahead_they_are_the_same(pictures, recipe, device):
     plain = run(pictures, recipe, accumulation=2)
-    sent = list(data.ahead(iter(run(pictures, recipe, accumulation=2, pin=device == "cuda", workers=1)), device))
-    assert len(sent) == 7 and sent[0][0].images.device.type == device
+    sent = list(data.ahead(iter(run(pictures, recipe, accumulation=2, pin=device.type == "cuda", workers=1)),
+                           device))
+    assert len(sent) == 7 and sent[0][0].images.device == device
     assert all(same(one.to(torch.device("cpu")), other) for left, right in zip(sent, plain, strict=True)
                for one, other in zip(left, right, strict=True))
+
+
+@pytest.mark.parametrize(("device", "waits"), [("cpu", True), ("cuda:1", False)])
+def test_only_a_copy_to_the_host_waits(device, waits):
+    images, targets, values = (Mock(spec=torch.Tensor) for _ in range(3))
+    data.Batch(images, targets, None, None, Erasures(None, values)).to(device)
+    assert [one.to.call_args.kwargs["non_blocking"] for one in (images, targets, values)] == [not waits] * 3

@@ -8,13 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from sklearn.datasets import load_digits
 
 import deepvit.data as data
-from deepvit.commands.preview import draw_config
-from deepvit.data.decode import decode_pil, to_tensor
+from deepvit.commands import preview
+from deepvit.commands.main import main
+from deepvit.config.compose import compose
+from deepvit.data.decode import decode, to_tensor
+from deepvit.engine.ranks import Ranks
 from deepvit.errors import UserError
+from deepvit.run import build
 
 PICTURES = Path(__file__).parent / "data" / "pictures"  # CIFAR-10: 3 classes, 4 pictures to train, 2 to test
 
@@ -22,6 +27,10 @@ PICTURES = Path(__file__).parent / "data" / "pictures"  # CIFAR-10: 3 classes, 4
 def pixels(images, index: int) -> torch.Tensor:
     picture = images.picture(index)
     return picture if isinstance(picture, torch.Tensor) else to_tensor(picture)
+
+
+def by_pil(content: bytes) -> torch.Tensor:
+    return to_tensor(decode(content, "pil")[0])
 
 
 def test_digits_are_sklearns_in_a_fixed_balanced_split():
@@ -137,7 +146,7 @@ WRONG = {
     "flat val": (flat_val, r"val is flat .*sort it into the 1000 wnid folders .*valprep.sh \| bash"),
     "no val": (lambda root: shutil.rmtree(root / "val"), "has no val/ folder"),
     "class missing": (lambda root: shutil.rmtree(root / "val/n01440764"), r"1 only in .*train \(n01440764\)"),
-    "class without pictures": (no_pictures, r"n01440764 has no pictures \(.jpg .jpeg"),
+    "class without pictures": (no_pictures, r"n01440764 has no images \(.jpg .jpeg"),
     "empty train": (lambda root: [shutil.rmtree(root / "train"), (root / "train").mkdir()], "has nothing in it"),
     "missing root": (shutil.rmtree, "does not exist"),
 }
@@ -207,7 +216,7 @@ def check_same_pictures(images, split: str) -> None:
     assert len(images) == len(expected)
     for index, (name, content) in enumerate(expected):
         assert images.name(index).endswith(Path(name).name)
-        assert torch.equal(pixels(images, index), to_tensor(decode_pil(content)))
+        assert torch.equal(pixels(images, index), by_pil(content))
 
 
 def test_tar_files_by_class(tmp_path):
@@ -232,8 +241,7 @@ def test_a_tar_of_a_tar_per_class(tmp_path):
     assert splits.class_ids == ["cat", "ship", "truck"]
     names = {part.name(index).split(":")[1] for part in (splits.train, splits.val) for index in range(len(part))}
     assert names == {*originals("train")}
-    assert torch.equal(pixels(splits.val, 0), to_tensor(decode_pil(
-        originals("train")[splits.val.name(0).split(":")[1]])))
+    assert torch.equal(pixels(splits.val, 0), by_pil(originals("train")[splits.val.name(0).split(":")[1]]))
 
 
 def test_webdataset_shards(tmp_path):
@@ -249,7 +257,7 @@ def test_webdataset_shards(tmp_path):
     splits = data.load("timm", name="wds/small", root=str(tmp_path))
     assert splits.class_ids == ["0", "1", "2"] and splits.train.targets.tolist() == [0] * 4 + [1] * 4 + [2] * 4
     check_images = [pixels(splits.train, index) for index in range(12)]
-    assert all(torch.equal(one, to_tensor(decode_pil(content)))
+    assert all(torch.equal(one, by_pil(content))
                for one, content in zip(check_images, originals("train").values(), strict=True))
     workers = [torch.cat([batch.images for batch in data.eval_batches(
         splits.train, data.eval_transform(32, 1.0), batch_size=2, workers=count)]) for count in (0, 2)]
@@ -278,7 +286,7 @@ def test_timms_own_readers(name, monkeypatch):
     assert splits.class_ids == ["cat", "ship", "truck"]
     assert splits.train.targets.tolist() == [0] * 4 + [1] * 4 + [2] * 4
     found = {bytes(pixels(splits.train, index).contiguous().numpy()) for index in range(12)}
-    assert found == {bytes(to_tensor(decode_pil(content)).contiguous().numpy())
+    assert found == {bytes(by_pil(content).contiguous().numpy())
                      for content in originals("train").values()}
 
 
@@ -287,13 +295,23 @@ def _folder_of_torchvision(root, **_):
     return ImageFolder(root)
 
 
-def test_a_preview_is_drawn(tmp_path):
-    import yaml
-    group = Path(__file__).parents[1] / "conf"
-    augment = {**yaml.safe_load((group / "augment/none.yaml").read_text()),
-               **yaml.safe_load((group / "augment/deepvit.yaml").read_text())}
-    settings = {**yaml.safe_load((group / "data/cifar10.yaml").read_text()), "root": str(PICTURES), "img_size": 32}
-    augment["hflip"] = settings["hflip"]
-    draw_config(settings, augment, 0, tmp_path / "preview.png")
-    drawn = np.asarray(Image.open(tmp_path / "preview.png").convert("RGB"))
-    assert drawn.shape[0] > 500 and drawn.std() > 30
+@pytest.mark.parametrize("augment", [["augment=deepvit"], ["augment.mixup=0.8", "data.on_device=true"]], ids=str)
+def test_a_preview_shows_the_images_of_the_run(tmp_path, monkeypatch, capsys, augment):
+    """Of a run folder and of its settings alike: those that its first step trains on, whatever the seed."""
+    words = ["recipe=cifar10", f"data.root={PICTURES}", *augment, "seed=1", "data.fraction=0.5",
+             "data.batch_size=4"]
+    config, shown = compose(words), []
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    settings = build.read_settings(config)
+    make_batches = build.batch_maker(settings, build.splits(settings.data).train, Ranks(0, 1, torch.device("cpu")))
+    first = next(make_batches(0, 1, 4))
+    monkeypatch.setattr(preview, "draw", lambda batches, *_: shown.append(batches))
+    assert main(["preview", "out.png", str(tmp_path)]) == main(["preview", "out.png", *words]) == 0
+    for batches in shown:
+        assert [batch.indices.tolist() for batch in batches] == [batch.indices.tolist() for batch in first]
+        assert all(torch.equal(*(batch.images for batch in pair)) for pair in zip(batches, first, strict=True))
+    monkeypatch.undo()
+    assert main(["preview", str(tmp_path / "out.png"), str(tmp_path)]) == 0
+    drawn = np.asarray(Image.open(tmp_path / "out.png").convert("RGB"))
+    assert drawn.shape[0] > 100 and drawn.std() > 30
+    assert main(["preview", "out.png", "no/such/folder"]) == 2 and "no/such/folder" in capsys.readouterr().err

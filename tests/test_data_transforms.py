@@ -10,7 +10,7 @@ from PIL import Image
 from timm.data import create_transform
 from timm.data.random_erasing import RandomErasing
 
-from deepvit.data.decode import decode, decode_pil, resolve_decoder, to_tensor
+from deepvit.data.decode import decode, resolve_decoder, to_tensor
 from deepvit.data.randomness import generators_kept, seed_sample
 from deepvit.data.transforms import CentreCrop, eval_transform, train_transform
 from deepvit.errors import UserError
@@ -42,7 +42,7 @@ def test_evaluation_equals_timm(photos, size, crop_pct):
     theirs = create_transform(size, crop_pct=crop_pct, interpolation="bicubic", use_prefetcher=True)
     ours = eval_transform(size, crop_pct, "bicubic")
     for data in photos:
-        assert torch.equal(ours(decode_pil(data))[0], theirs(decode_pil(data)))
+        assert torch.equal(ours(decode(data, "pil")[0])[0], theirs(decode(data, "pil")[0]))
 
 
 def test_published_sizes():
@@ -59,7 +59,7 @@ def test_training_equals_timm_for_the_same_draws(photos, policy, interpolation):
     ours = train_transform(64, auto_augment=policy, interpolation=interpolation)
     with generators_kept():
         for seed in range(24):
-            picture = decode_pil(photos[seed % len(photos)])
+            picture = decode(photos[seed % len(photos)], "pil")[0]
             seed_sample(0, 0, seed, 0)
             expected = theirs(picture)
             seed_sample(0, 0, seed, 0)

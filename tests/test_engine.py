@@ -1,8 +1,10 @@
 """The parts of the engine against closed forms, other people's numbers and invariants."""
 
 import json
+import logging
 import math
 import os
+import re
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,13 +16,14 @@ from scipy import stats
 from torch import nn
 
 from deepvit.engine import checkpoint
-from deepvit.engine.evaluate import evaluate, mcnemar, wilson_interval
+from deepvit.engine.evaluate import Evaluation, evaluate, mcnemar, wilson_interval
 from deepvit.engine.folder import RunFolder, plain, read_json_lines
 from deepvit.engine.progress import Meter
 from deepvit.engine.ranks import Ranks
 from deepvit.engine.schedule import Schedule, is_due
 from deepvit.engine.step import Precision
 from deepvit.errors import Failure, UserError
+from deepvit.run.evaluate import _compare
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 DATA = Path(__file__).parent / "data" / "engine"
@@ -258,6 +261,21 @@ class Wrong:
 def test_wilson_interval(correct, n):
     expected = stats.binomtest(correct, n).proportion_ci(0.95, method="wilson")
     assert wilson_interval(correct, n) == pytest.approx((expected.low, expected.high), abs=1e-7)
+
+
+def test_the_comparison_names_the_right_model(caplog, monkeypatch):
+    """Who got what right, and what McNemar makes of it: 2 of the first alone, 7 of the second alone."""
+    def seen(wrong):
+        predictions = np.where(np.isin(np.arange(20), wrong), 1, 0)[:, None]
+        return Evaluation(20, 20 - len(wrong), 20, 0.0, 1.0, [], np.arange(20), np.zeros(20, int), predictions)
+
+    monkeypatch.setattr(logging.getLogger("deepvit"), "propagate", True)
+    caplog.set_level(logging.INFO)
+    _compare([(Path("A.pt"), "same", None, seen([0, 1, 2, 3, 4, 5, 6, 9])),
+              (Path("B.pt"), "same", None, seen([7, 8, 9]))])
+    said = caplog.messages[0]
+    assert re.search(r"A\.pt.*B\.pt.*only the first .*\b2\b.*only the second .*\b7\b", said)
+    assert f"{2 * sum(math.comb(9, k) for k in range(3)) / 2**9:.3g}" in said
 
 
 @pytest.mark.parametrize(("first", "second"), [(0, 0), (5, 5), (1, 9), (30, 61), (400, 460)])

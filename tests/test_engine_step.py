@@ -289,19 +289,33 @@ def test_the_first_module_that_went_wrong_is_named():
     statistics = model.norm.running_mean.clone()
     batch = a_batch()
 
-    def loss():
-        return nn.functional.cross_entropy(model(batch.images), batch.targets)
+    def first() -> str | None:
+        losses = (nn.functional.cross_entropy(model(x), y) for x, y in [(batch.images, batch.targets)])
+        return examine(model, losses, scale=lambda loss: loss).first
 
-    assert examine(model, loss).first is None
+    assert first() is None
     with torch.no_grad():
         model.norm.weight[0] = float("inf")
-    assert examine(model, loss).first == "an input weight norm.weight (1 of 8 values)"
+    assert first() == "an input weight norm.weight (1 of 8 values)"
     with torch.no_grad():
         model.norm.weight[0] = 1
         model.second.weight.fill_(1e38)
-    assert examine(model, loss).first.startswith("the output of second (")
+    assert first().startswith("the output of second (")
     assert torch.equal(model.norm.running_mean, statistics)
     assert all(weight.grad is None for weight in model.parameters())
+
+
+@pytest.mark.parametrize("size", [32, 8])
+def test_an_examination_tells_the_loss_of_the_step(size):
+    """Over all its micro-batches, and not as the scaler scales it; the ranges are those of the whole batch."""
+    model = Net()
+    state = state_of(model)
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    stepper = stepper_of(model, Schedule(0.1, 10, kind="constant"))
+    found = stepper.examine(state, parts_of(a_batch(), size), 0)
+    hidden = model.first(a_batch().images)
+    assert found.ranges["first"][:2] == pytest.approx([hidden.min().item(), hidden.max().item()], abs=1e-6)
+    assert found.loss == pytest.approx(float(made(stepper, state, parts_of(a_batch(), size)).loss), abs=1e-6)
 
 
 # Fine-tuning by ViT-pytorch's rule

@@ -9,6 +9,7 @@ import torch
 from torch.testing import assert_close
 
 import deepvit
+from deepvit.commands.cli import hydra_error
 from deepvit.engine.ranks import Ranks
 from deepvit.errors import UserError
 from deepvit.run import build
@@ -82,6 +83,7 @@ def test_norm_batch_of_a_model():
     for wrong in ({"norm_batch": 0}, {"norm_batch": 2.5}, {"sync_norm": False}):
         with pytest.raises(UserError, match="norm_batch"):
             deepvit.create_model("vit", **SMALL, attention={**published, **wrong})
+    assert "model.attention.norm_batch" in hydra_error(Exception("Could not override 'model.attention.sync_norm'"))
 
 
 def test_a_checkpoint_from_before_groups_loads_as_it_was(tmp_path):

@@ -6,10 +6,11 @@ import logging
 import pytest
 import torch
 from attention_problems import EPS, Attention, assert_same, outcome, problem
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from deepvit import ops
 from deepvit.errors import UserError
-from deepvit.ops import HeadNorm, core, cpu, dispatch, native, plain, reference
+from deepvit.ops import HeadNorm, core, dispatch, native, plain, reference, tiles
 
 SHAPES = [(2, 3, 7, 5), (3, 12, 70, 33), (2, 12, 33, 35), (1, 1, 5, 8), (5, 16, 17, 8), (2, 4, 1, 8), (3, 2, 64, 32)]
 SWITCHES = list(itertools.product((True, False), repeat=3))
@@ -28,7 +29,7 @@ def test_equals_definition(shape, mixing, norm, training):
 
 @pytest.mark.parametrize("tile_bytes", [1, 4 * 70 * 12 * 16, 10**9])
 def test_any_tiling_is_the_same(monkeypatch, tile_bytes):
-    monkeypatch.setattr(cpu, "TILE_BYTES", tile_bytes)
+    monkeypatch.setattr(tiles, "CPU_TILE", tile_bytes)
     slow = outcome(reference.reattention, problem(5, 4, 21, 6), training=True)
     slow["bias"] = None
     assert_same(outcome(ops.reattention, problem(5, 4, 21, 6), training=True), slow, EPS[torch.float64])
@@ -36,9 +37,9 @@ def test_any_tiling_is_the_same(monkeypatch, tile_bytes):
 
 @pytest.mark.parametrize("tokens, budget", [(1, 1), (5, 4 * 3 * 5 * 10), (70, 4 * 3 * 70 * 33), (7, 10**6)])
 def test_tiles_cover_every_row_once(monkeypatch, tokens, budget):
-    monkeypatch.setattr(cpu, "TILE_BYTES", budget)
+    monkeypatch.setattr(tiles, "CPU_TILE", budget)
     seen = torch.zeros(4, tokens, dtype=torch.int64)
-    for tile in cpu.tiles(4, 3, tokens, 4):
+    for tile in tiles.cover(4, 3, tokens, 4, "cpu"):
         seen[tile.samples, tile.rows] += 1
         assert 3 * tile.shape[0] * tile.shape[1] * tokens * 4 <= max(budget, 3 * tokens * 4)
     assert (seen == 1).all()
@@ -50,7 +51,7 @@ def form(request, monkeypatch):
     if request.param == "native" and native.load()[0] is None:
         pytest.skip(native.load()[1])
     if request.param == "tiles":
-        monkeypatch.setattr(native, "load", lambda: (None, "switched off by a test"))
+        monkeypatch.setattr(core, "_form", lambda *_: tiles)
     return request.param
 
 
@@ -65,59 +66,11 @@ def test_single_precision_and_strides(form, shape, packed, training):
     assert_same(single, double, 1e-3 if one_head else EPS[torch.float32])
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("batch, threads", [(1, 2), (3, 2), (5, 1)])
-def test_native_tasks_cover_every_row(batch, threads):
-    """A sample may be cut into several tasks, whose sums come together in a fixed order."""
-    if native.load()[0] is None:
-        pytest.skip(native.load()[1])
-    (q, k, v), leaves, _ = problem(batch, 3, 41, 8, torch.float32)
-    arguments = (q, k, v, leaves["mix"].detach(), 0.5)
-    torch.set_num_threads(threads)
-    try:
-        out = native.centred_mix(*arguments, True)
-        seeds = torch.ones_like(q), torch.ones(batch, 3), torch.ones(batch, 3, 8)
-        grads = native.centred_mix_backward(*seeds, *arguments)
-        again = native.centred_mix_backward(*seeds, *arguments)
-    finally:
-        torch.set_num_threads(1)
-    want = (*cpu.centred_mix(*arguments, True), *cpu.centred_mix_backward(*seeds, *arguments))
-    for a, b in zip((*out, *grads), want, strict=True):
-        assert torch.allclose(a, b, rtol=1e-3, atol=1e-4)
-    assert all(torch.equal(a, b) for a, b in zip(grads, again))
-
-
-@torch.no_grad()
-def test_native_takes_extreme_logits():
-    """Attention on one key (logits of hundreds), and a lost value that must stay visible."""
-    if native.load()[0] is None:
-        pytest.skip(native.load()[1])
-    (q, k, v), leaves, _ = problem(1, 3, 19, 8, torch.float32, std=40.0)
-    got = native.centred_mix(q, k, v, leaves["mix"], 1.0, True)
-    for a, b in zip(got, cpu.centred_mix(*[x.double() for x in (q, k, v, leaves["mix"])], 1.0, True)):
-        assert torch.allclose(a.double(), b, rtol=1e-4, atol=1e-2)
-    q = q.clone()
-    q[0, 1, 2, 3] = float("nan")
-    assert native.centred_mix(q, k, v, leaves["mix"], 1.0, True)[0][0, :, 2].isnan().all()
-
-
-def test_native_can_be_refused(monkeypatch, tmp_path):
-    """Switched off, without a compiler, or with one that fails: the tiles, and the reason in the log."""
-    for name, value, why in (("DEEPVIT_NATIVE", "0", "DEEPVIT_NATIVE=0"), ("PATH", "", "no g++"),
-                             ("XDG_CACHE_HOME", "/proc/none", "not built")):
-        with monkeypatch.context() as patch:
-            patch.setenv(name, value)
-            library, said = native.load.__wrapped__()
-        assert library is None and why in said
-    monkeypatch.setattr(native, "FLAGS", ("-fno-such-flag",))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert "g++ failed" in native.load.__wrapped__()[1] and not list(tmp_path.glob("**/*.so"))
-
-
 @pytest.mark.parametrize("training", [True, False])
-def test_half_precision(form, training):
-    """bf16 rounds q, k, v, out and their gradients, and nothing in between loses the centred maps."""
-    (q, k, v), leaves, stats = problem(2, 6, 50, 16, torch.bfloat16)
+@pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 1e-2), (torch.float16, 1.3e-3)])
+def test_half_precision(form, training, dtype, bound):
+    """Rounds q, k, v, out and their gradients, and nothing in between loses the centred maps."""
+    (q, k, v), leaves, stats = problem(2, 6, 50, 16, dtype)
     leaves |= {n: leaves[n].detach().float().requires_grad_() for n in leaves.keys() - {"qkv"}}
     stats = {n: s.float() for n, s in stats.items()}
     wide = lambda x: x.detach().double().requires_grad_(x.requires_grad)  # noqa: E731
@@ -128,8 +81,8 @@ def test_half_precision(form, training):
     if training:
         slow["bias"] = None
     fast = outcome(ops.reattention, ((q, k, v), leaves, stats), training=training)
-    assert fast["out"].dtype == torch.bfloat16
-    assert_same(fast, slow, 1e-2)
+    assert fast["out"].dtype == dtype
+    assert_same(fast, slow, bound)
 
 
 @pytest.mark.parametrize("std", [0.05, 0.4, 1.0])
@@ -216,18 +169,36 @@ def test_keeps_no_maps_and_little_else():
     assert sum(kept.values()) < 0.1 * out.nbytes
 
 
-def test_path_and_its_log(caplog):
-    (q, k, v), leaves, stats = problem(2, 3, 9, 4)
-    assert dispatch.choose(q, k, v)[0] == "cpu"
-    assert dispatch.choose(q, k, v, dropout_p=0.1)[0] == "cpu"
+def test_path():
+    (q, k, v), *_ = problem(2, 3, 9, 4)
+    assert dispatch.choose(q, k, v)[0] == dispatch.choose(q, k, v, dropout_p=0.1)[0] == "core"
     assert dispatch.choose(q, k, v, dropout_p=0.1, training=True)[0] == "reference"
     assert dispatch.choose(q, k[:, :, :5], v[:, :, :5])[0] == "reference"
-    core.announce.cache_clear()
+
+
+@pytest.mark.parametrize("dtype, dropout_p, words", [
+    (torch.float64, 0.0, ["tiles", "float64", "no map"]), (torch.float32, 0.0, []),
+    (torch.float32, 0.1, ["dropout", f"{4 * 3 * 90 * 90 * 4 / 1e6:.1f} MB of maps an image"])])
+def test_only_what_no_kernel_serves_is_logged_once_with_its_cost(caplog, dtype, dropout_p, words):
+    if native.load()[0] is None:
+        pytest.skip(native.load()[1])
+    (q, k, v), leaves, _ = problem(2, 3, 90, 4, dtype)
+    core.announce.cache_clear(), core._form.cache_clear()
     with caplog.at_level(logging.INFO, "deepvit.ops"):
         for _ in range(3):
-            ops.reattention(q, k, v, leaves["mix"])
-    assert [r.message for r in caplog.records] == [
-        "re-attention takes the cpu tiles path: the compiled form has no float64"]
+            ops.reattention(q, k, v, leaves["mix"], dropout_p=dropout_p, training=True)
+    assert len(caplog.records) == bool(words) and all(word in caplog.text for word in words)
+
+
+def test_tiles_stay_on_the_device_of_their_inputs():
+    """On a device that is only pretended, a tensor made on the CPU would not go with the others."""
+    with FakeTensorMode():
+        q, k, v = torch.empty(2, 50, 3, 4, 16, dtype=torch.float16, device="cuda").permute(2, 0, 3, 1, 4).unbind(0)
+        arguments = (q, k, v, torch.empty(4, 4, device="cuda"), 0.25)
+        u, sumsq, total = tiles.centred_mix(*arguments, True)
+        grads = tiles.centred_mix_backward(u, sumsq, total, *arguments)
+    assert {x.device.type for x in (u, sumsq, total, *grads)} == {"cuda"}
+    assert [x.dtype for x in (u, *grads)] == 4 * [torch.float16] + [torch.float32] and u.stride() == (3200, 16, 64, 1)
 
 
 def test_dropout_is_the_reference():

@@ -5,7 +5,7 @@ import torch
 from attention_problems import EPS, Attention, assert_same, outcome, problem
 
 from deepvit import ops
-from deepvit.ops import HeadNorm, cpu, dispatch, reference
+from deepvit.ops import HeadNorm, dispatch, reference, tiles
 
 GROUPS = [None, 1, 2, 3, 5, 8]  # of 5 images: each alone, remainders, one group, one that is not full
 
@@ -15,7 +15,7 @@ GROUPS = [None, 1, 2, 3, 5, 8]  # of 5 images: each alone, remainders, one group
 def test_groups_of_images_equal_definition(path, norm_batch, monkeypatch):
     dtype = torch.float32 if path == "native" else torch.float64
     if path == "tiles":
-        monkeypatch.setattr(cpu, "TILE_BYTES", 4 * 7 * 3 * 16)
+        monkeypatch.setattr(tiles, "CPU_TILE", 4 * 7 * 3 * 16)
     if path == "plain":
         monkeypatch.setattr(dispatch, "choose", lambda *_, **__: ("plain", ""))
     op = torch.compile(ops.reattention, fullgraph=True, backend="aot_eager") if path == "compiled" else ops.reattention

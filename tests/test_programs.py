@@ -2,6 +2,8 @@
 
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from deepvit.run.launch import BAD_INPUT, DONE
 
 ROOT = Path(__file__).parent.parent
 TINY = ["model=vit", "model.depth=2", "model.embed_dim=16", "model.num_heads=2", "data.batch_size=256",
-        "schedule.epochs=2", "engine.log_every=4", "probe.images=4"]
+        "schedule.epochs=2", "engine.log_every=4", "probe.images=4", "logger=null"]
 
 
 @pytest.fixture
@@ -37,7 +39,8 @@ def lines(path: Path) -> list[dict]:
 
 
 def test_train_evaluate_predict_and_again(run, tmp_path):
-    code, said, _ = run("train", *TINY)
+    shown = TINY[:-1]  # with the default logger
+    code, said, _ = run("train", *shown)
     folder = next(tmp_path.glob("runs/digits/vit/*"))
     assert code == DONE and "Starting in runs/digits/vit/" in said and "Finished" in said
     result, metrics = json.loads((folder / "metrics.json").read_text()), lines(folder / "metrics.jsonl")
@@ -135,7 +138,7 @@ def test_weights_of_other_classes_are_refused_unless_the_head_is_reset(run, tmp_
     (["checkpoint={torn}"], "torn.pt"),
     (["checkpoint={torn}", "weights=best"], "weights=best"),
     ([], "no checkpoint under runs/"),
-    (["checkpoint=[a"], "'checkpoint=[a' cannot be read"),
+    (["checkpoint=[a"], "no checkpoint at [a"), (["check point=a"], "'check point=a' cannot be read"),
     (["chekpoint=x"], "Did you mean 'checkpoint'"),
 ])
 def test_bad_input_to_eval_is_one_sentence(run, tmp_path, words, expected):
@@ -156,11 +159,25 @@ def test_bad_input_to_eval_is_one_sentence(run, tmp_path, words, expected):
     (["loss.cosine_blocks=2"], "loss.cosine_blocks=2"),
     (["optimizer.opt=adamm"], "Did you mean 'adam"),
     (["hydra.run.dir={file}/run"], "hydra.run.dir="),
+    (["epochs=2"], "'schedule.epochs'"),
+    (["lr=0.1"], "'optimizer.lr'"),
+    (["batch_size=8"], "'data.batch_size'"),
+    (["pretrained=true"], "'init'"),
+    (["hflip=1"], "'augment.hflip' or 'data.hflip'"),
+    (["hydra/launcher=submitit_slurm"], "pip install hydra-submitit-launcher"),
 ])
 def test_bad_input_to_train_is_one_sentence(run, tmp_path, words, expected):
     (tmp_path / "file").write_text("in the way")
-    if "cuda" in words[0] and torch.cuda.is_available():
-        pytest.skip("there is a CUDA device")
     code, _, sentence = run("train", *TINY, *(word.replace("{file}", str(tmp_path / "file")) for word in words))
     assert code == BAD_INPUT and expected in sentence and len(sentence.splitlines()) == 1
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("words", [
+    ["train", "recipe=imagenet", "data.root=gone"], ["train", "init=gone"], ["eval", "checkpoint=gone"]])
+def test_a_path_to_nothing_is_refused_before_torch_is_imported(tmp_path, words):
+    program = (f"import sys; from deepvit.commands.main import main; code = main({words}); "
+               f"sys.exit('torch' if 'torch' in sys.modules else code)")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == BAD_INPUT and f"{words[-1]} does not exist" in done.stderr, done.stderr
+    assert not [*tmp_path.iterdir()]

@@ -268,7 +268,7 @@ def test_one_of_two_ranks_is_asked_to_stop(config, two_ranks, tmp_path):
 def test_a_request_to_stop_waits_for_a_micro_batch_not_for_the_step(config, tmp_path):
     """A step of 16 seconds is given up between its micro-batches, on both ranks."""
     folder = tmp_path / "run"
-    slow = soak.changed(config, engine_device_batch=2, data_batch_size=64)
+    slow = soak.changed(config, engine_device_batch=8, data_batch_size=256)
     both = faults.start_ranks(2, faults.train_slowly, slow, folder, 1.0)
     both[0].wait_until(lambda: soak.events(folder, "start"))
     time.sleep(1)

@@ -15,6 +15,8 @@ import pytest
 import yaml
 
 from deepvit.commands.main import main
+from deepvit.config.compare import flat
+from deepvit.config.sweep_record import SweepRecord
 from deepvit.engine.folder import RunFolder
 from deepvit.report import grid as grid_module
 from deepvit.report import published, render, runs, tables
@@ -34,7 +36,8 @@ def template() -> Path:
 @pytest.fixture
 def make(template, tmp_path):
     """Makes run folders from the finished one: settings by dotted key, results by name."""
-    def make_run(name: str, recipe: str = "digits", result: dict | None = None, finished: bool = True, **settings):
+    def make_run(name: str, recipe: str = "digits", result: dict | None = None, finished: bool = True,
+                 augmentation: str = "none", **settings):
         folder = tmp_path / "runs" / recipe / "vit" / name
         folder.mkdir(parents=True)
         config = yaml.safe_load((template / "config.yaml").read_text())
@@ -44,6 +47,7 @@ def make(template, tmp_path):
             for group in groups:
                 values = values[group]
             values[last] = value
+        config["origin"] = {"recipe": recipe, "choices": {"augment": augmentation, "precision": "fp32"}}
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
         for name in ("metrics.jsonl", "events.jsonl"):
             shutil.copy(template / name, folder)
@@ -111,7 +115,7 @@ def test_same_runs_same_bytes(template):
 
 def test_starts_without_torch():
     code = ("import sys, deepvit.commands.report, deepvit.report.write; "
-            "print([name for name in ('torch', 'timm', 'hydra', 'sklearn', 'scipy') if name in sys.modules])")
+            "print([name for name in ('torch', 'timm', 'hydra', 'sklearn', 'scipy.stats') if name in sys.modules])")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -133,8 +137,22 @@ def test_mean_and_deviation_over_seeds(make, tmp_path):
     cell, = the_grid(tmp_path).cells
     summary = tables.over_seeds(cell, tables.of_result("top1"))
     assert summary.text(2) == f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
-    half = 4.303 * statistics.stdev(values) / math.sqrt(3)
+    half = T_95[3] * statistics.stdev(values) / math.sqrt(3)
     assert tables.interval(cell) == pytest.approx((summary.mean - half, summary.mean + half))
+
+
+# Student's t, two-sided 95 %, by the number of values: closed forms for 1, 2 and 4 degrees of freedom, and tables.
+ALPHA = 4 * 0.975 * 0.025
+T_95 = {2: math.tan(math.pi * 0.475), 3: 0.95 * math.sqrt(2 / ALPHA), 11: 2.228139, 31: 2.042272, 121: 1.979930,
+        5: 2 * math.sqrt(math.cos(math.acos(math.sqrt(ALPHA)) / 3) / math.sqrt(ALPHA) - 1)}
+
+
+@pytest.mark.parametrize("n", T_95)
+def test_the_interval_of_a_mean_is_students(n):
+    values = [float(value * value % 17) for value in range(n)]
+    summary = summarise(values)
+    half = T_95[n] * statistics.stdev(values) / math.sqrt(n)
+    assert (summary.high - summary.mean, summary.mean - summary.low) == pytest.approx((half, half), rel=1e-6)
 
 
 def test_summaries_leave_out_what_is_not_there():
@@ -143,33 +161,46 @@ def test_summaries_leave_out_what_is_not_there():
     assert summarise([1.0] * 40).low == 1.0
 
 
-def test_holes_of_a_sweep_are_marked(make, tmp_path):
+@pytest.fixture
+def swept(make, tmp_path):
+    """A sweep's record of runs made by `make`, two of which are then taken away; the second said why it failed."""
+    def make_record(*folders: Path) -> None:
+        top = tmp_path / "runs"
+        record = SweepRecord(top / "sweeps" / "cells-0.jsonl", "first")
+        configs = [yaml.safe_load((folder / "config.yaml").read_text()) for folder in folders]
+        record.open("deepvit train -m ...", None, [
+            {"overrides": [folder.name], "folder": str(folder.relative_to(top)), "settings": dict(flat(config))}
+            for folder, config in zip(folders, configs)], {})
+        for number, folder in enumerate(folders):
+            failed = number == len(folders) - 1
+            record.add(number, [folder.name], int(failed), "Out of luck." if failed else "", folder, {})
+        for folder in folders[-2:]:
+            shutil.rmtree(folder)
+    return make_record
+
+
+def test_cells_that_a_sweep_was_to_run_are_marked(make, swept, tmp_path):
+    swept(*(make(f"{depth}-{name}", model__depth=depth, model__attention=attention(name))
+            for depth, name in ((8, "self"), (8, "reattention"), (16, "self"), (16, "reattention"))))
+    grid = the_grid(tmp_path)
+    assert [(cell.depth, cell.attention, cell.status) for cell in grid.cells] == [
+        (8, "self", ""), (8, "reattention", ""), (16, "self", "missing"), (16, "reattention", "missing (Out of luck)")]
+    assert "missing" in tables.tables(grid, 0.9)[0].rows[-1][-1] and len(grid.runs) == 2
+    below = grids(runs.read_runs([tmp_path / "runs" / "digits" / "vit"])[0])  # the record lies above
+    assert [cell.status for cell in below[0].cells] == [cell.status for cell in grid.cells]
+    assert all(cell.runs[0].finished for cell in the_grid(tmp_path / "runs" / "digits" / "vit" / "8-self").cells)
+
+
+def test_a_missing_seed_is_named(make, swept, tmp_path):
+    swept(*(make(f"{depth}-{seed}", model__depth=depth, seed=seed) for depth in (8, 16) for seed in (0, 1)))
+    make("16-0", model__depth=16)
+    assert [cell.status for cell in the_grid(tmp_path).cells] == ["", "seed 1: missing (Out of luck)"]
+
+
+def test_without_a_record_nothing_is_said_to_be_missing(make, tmp_path):
     for depth, name in ((8, "self"), (8, "reattention"), (16, "self")):
         make(f"{depth}-{name}", model__depth=depth, model__attention=attention(name))
-    grid = the_grid(tmp_path)
-    holes = [cell for cell in grid.cells if not cell.runs]
-    assert [(cell.depth, cell.attention, cell.status) for cell in holes] == [(16, "reattention", "missing")]
-    assert "missing" in tables.tables(grid, 0.9)[0].rows[-1]
-
-
-def test_a_missing_seed_is_named(make, tmp_path):
-    for depth, seed in ((8, 0), (8, 1), (16, 0)):
-        make(f"{depth}-{seed}", model__depth=depth, seed=seed)
-    assert [cell.status for cell in the_grid(tmp_path).cells] == ["", "seed 1 missing"]
-
-
-def test_a_list_of_models_has_no_holes(make, tmp_path):
-    make("s", model__depth=16, model__embed_dim=396)
-    make("l", model__depth=32, model__embed_dim=420)
-    assert all(cell.runs for cell in the_grid(tmp_path).cells)
-
-
-def test_two_sweeps_that_meet_in_a_cell_have_no_holes(make, tmp_path):
-    for depth in (8, 16, 32):
-        make(f"depth-{depth}", model__depth=depth)
-    for blocks in ("-2:", "-3:", "-4:"):
-        make(f"blocks-{blocks[1]}", model__reattention_blocks=blocks)
-    assert all(cell.runs for cell in the_grid(tmp_path).cells)
+    assert len(the_grid(tmp_path).cells) == 3
 
 
 def test_settings_that_differ_become_columns(make, tmp_path):
@@ -180,12 +211,26 @@ def test_settings_that_differ_become_columns(make, tmp_path):
     assert [cell.extras for cell in grid.cells] == [("48 / 3",), ("96 / 6",)]
 
 
-def test_augmentation_goes_by_its_name(make, tmp_path):
+def test_augmentation_goes_by_the_name_that_was_chosen(make, tmp_path):
     make("none")
-    make("light", augment={**yaml.safe_load((runs.CONF / "augment" / "none.yaml").read_text()),
-                           "interpolation": "bicubic", "crop_scale": [0.6, 1.0], "hflip": 0.0})
+    make("light", augmentation="light", augment__crop_scale=[0.6, 1.0])
     grid = the_grid(tmp_path)
     assert grid.extras == ("augment",) and {cell.extras for cell in grid.cells} == {("none",), ("light",)}
+    make("changed", augmentation="light", augment__crop_scale=[0.6, 1.0], augment__mixup=0.2)
+    assert the_grid(tmp_path).extras == ("augment.mixup", "augment")
+
+
+def test_runs_that_do_not_tell_their_choices_are_told_apart_by_values(make, tmp_path):
+    make("none")
+    folder = make("old", augment__mixup=0.2)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    del config["origin"]["choices"]
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    assert the_grid(tmp_path).extras == ("augment.mixup",)
+    del config["origin"]
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    assert [grid.name for grid in grids(runs.read_runs([tmp_path])[0])] == [
+        "digits, recipe not recorded", "digits, recipe digits"]
 
 
 def test_attentions_of_one_name_are_told_apart(make, tmp_path):

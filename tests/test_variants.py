@@ -49,7 +49,7 @@ def pictures():
 @pytest.mark.parametrize("name", list_attentions())
 def test_the_law(name, head_dim, tokens):
     """merge(weights(x) @ v) == forward(x) in eval mode, with every parameter away from its start."""
-    attention = stirred(tiny(name, head_dim=head_dim, attn_drop_rate=0.2).blocks[1].attn).eval()
+    attention = stirred(tiny(name, head_dim=head_dim, attn_drop_rate=0.2, map_scale=0.3).blocks[1].attn).eval()
     with torch.no_grad():
         weights = attention.weights(tokens)
         assert weights.shape == (2, 4, 17, 17)
@@ -62,7 +62,7 @@ def test_the_law(name, head_dim, tokens):
 @pytest.mark.parametrize("name", list_attentions())
 def test_the_law_of_gradients(name, tokens):
     """The fast path and the definition have the same gradients, so a variant trains as it is described."""
-    fast, slow = (stirred(tiny(name).blocks[1].attn).eval() for _ in range(2))
+    fast, slow = (stirred(tiny(name, map_scale=0.3).blocks[1].attn).eval() for _ in range(2))
     fast(tokens).square().sum().backward()
     slow.merge(slow.weights(tokens) @ slow.split(tokens)[2]).square().sum().backward()
     for (label, a), b in zip(fast.named_parameters(), slow.parameters(), strict=True):
@@ -157,6 +157,14 @@ def test_feat_scale():
     model = tiny(feat_scale=True)
     assert_close(model.eval()(torch.zeros(1, 3, 32, 32)), tiny().eval()(torch.zeros(1, 3, 32, 32)))
     assert "blocks.2.feat_scale.apart" in model.state_dict()
+
+
+@torch.no_grad()
+def test_layer_scale_of_zero_starts_as_the_identity(tokens):
+    """ReZero: `init_values=0` is a LayerScale that starts at 0; None is none."""
+    block = tiny(init_values=0.0).blocks[0]
+    assert torch.equal(block(tokens), tokens) and block.ls1.gamma.requires_grad
+    assert "blocks.0.ls1.gamma" not in tiny(init_values=None).state_dict()
 
 
 @torch.no_grad()

@@ -14,6 +14,13 @@ class Failure(Exception):
     """Something broke that is not the user's input (a full disk, a lost rank). Programs print it and exit 1."""
 
 
+def unusable(error: OSError) -> UserError:
+    """A file or folder of the user's that could not be opened, in a sentence; raises an error that names no file."""
+    if error.filename is None:
+        raise error
+    return UserError(f"{error.filename} cannot be used ({error.strerror}): mend it or give another.")
+
+
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """`" Did you mean 'depth'?"` for the nearest of `choices`, or an empty string where none is near."""
     near = difflib.get_close_matches(str(word), [str(choice) for choice in choices], n=1, cutoff=0.6)

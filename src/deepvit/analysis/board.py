@@ -1,26 +1,76 @@
-"""The similarity matrices of a probe as images."""
+"""A probe as two images for those who watch a run: small, and drawn in a third of a second."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
-PIXELS = 8  # side of one pair of blocks
-
-
-def matrix_images(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """What `analysis.probe(..., matrix=True)` gives, without its matrices; and these as images by name."""
-    kept, images = {**values, "similarity": {}}, {}
-    for kind, similarity in values["similarity"].items():
-        matrix = np.array(similarity.get("matrix", []))
-        if matrix.size:
-            images[f"similarity/{kind}"] = _image(matrix)
-        kept["similarity"][kind] = {name: value for name, value in similarity.items() if name != "matrix"}
-    return kept, images
+from deepvit.analysis.draw_depth import KINDS, MEASURES
+from deepvit.analysis.draw_maps import SIGNED
 
 
-def _image(matrix: np.ndarray) -> np.ndarray:
-    """[L, L] of -1..1 -> uint8 [L * PIXELS, L * PIXELS, 3], dark where blocks are unlike."""
-    colours = colormaps["viridis"](np.clip(matrix, 0, 1))[..., :3]  # [L, L, 3]
-    return (255 * np.kron(colours, np.ones((PIXELS, PIXELS, 1)))).astype(np.uint8)
+def without_matrices(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What `analysis.probe(..., matrix=True)` gives, without its matrices."""
+    return {**values, "similarity": {kind: {name: value for name, value in found.items() if name != "matrix"}
+                                     for kind, found in values["similarity"].items()}}
+
+
+def draw_probe(values: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """`similarity` between all pairs of blocks and `by_block`, the other measures against depth, as uint8 [h, w, 3].
+
+    values: of `analysis.probe(..., matrix=True)`.
+    """
+    return {"attention/similarity": _pixels(_similarity(values["similarity"])),
+            "attention/by_block": _pixels(_by_block(values))}
+
+
+def _similarity(found: Mapping[str, Any]) -> Figure:
+    figure = Figure(figsize=(3 * len(KINDS), 3.1), dpi=90)
+    axes = figure.subplots(1, len(KINDS))
+    figure.subplots_adjust(left=0.05, right=0.9, bottom=0.16, top=0.9, wspace=0.22)
+    for ax, (kind, title) in zip(axes, KINDS.items(), strict=True):
+        L = len(found[kind]["matrix"])
+        image = ax.imshow(found[kind]["matrix"], cmap=SIGNED, vmin=-1, vmax=1, extent=(0.5, L + 0.5, L + 0.5, 0.5))
+        _label(ax, title, "block")
+    axes[0].set_ylabel("block", fontsize=8)
+    bar = figure.add_axes((0.92, 0.16, 0.01, 0.74))
+    figure.colorbar(image, cax=bar)
+    bar.set_ylabel("M (cosine)", fontsize=8)
+    bar.tick_params(labelsize=7)
+    return figure
+
+
+def _by_block(values: Mapping[str, Any]) -> Figure:
+    figure = Figure(figsize=(13, 5.4), dpi=90)
+    axes = figure.subplots(2, len(MEASURES) // 2).ravel()
+    figure.subplots_adjust(left=0.05, right=0.99, bottom=0.09, top=0.91, wspace=0.25, hspace=0.45)
+    for ax, (title, unit, measure) in zip(axes, MEASURES, strict=True):
+        found = [np.nan if value is None else value for value in measure(values)]
+        ax.plot(range(1, len(found) + 1), found, marker=".")
+        _widen(ax)
+        _label(ax, f"{title}\n({unit})", "block")
+    return figure
+
+
+def _widen(ax: Axes) -> None:
+    """Differences of less than a tenth are not to look like a trend."""
+    low, high = ax.get_ylim()
+    middle, half = (low + high) / 2, max(high - low, 0.1 * abs(low + high) / 2) / 2
+    ax.set_ylim(middle - half, middle + half)
+
+
+def _label(ax: Axes, title: str, x: str) -> None:
+    ax.set_title(title, fontsize=8)
+    ax.set_xlabel(x, fontsize=8)
+    ax.tick_params(labelsize=7)
+    for axis in (ax.xaxis, ax.yaxis) if ax.images else (ax.xaxis,):
+        axis.get_major_locator().set_params(integer=True)
+
+
+def _pixels(figure: Figure) -> np.ndarray:
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]

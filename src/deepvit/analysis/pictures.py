@@ -1,6 +1,7 @@
 """Pictures as a checkpoint's model wants them, and the names of its classes."""
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +12,10 @@ from timm.data import ImageNetInfo
 from torch import Tensor
 
 from deepvit import data
+from deepvit.data.listing import KINDS, Walk, in_words
 from deepvit.errors import UserError
 from deepvit.models import ViT
 
-SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 PUBLISHED = {"crop_pct": None, "interpolation": "bicubic", "norm": "half"}  # where a file does not tell
 log = logging.getLogger(__name__)
 
@@ -80,9 +81,12 @@ def top_classes(logits: Tensor, names: Sequence[str], count: int = 5) -> list[li
 
 
 def _inside(folder: Path) -> list[Path]:
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    walk = Walk()
+    found = sorted(folder / os.fsdecode(name) for name in walk.images(os.fsencode(folder)))
     if not found:
-        raise UserError(f"There are no pictures in {folder}.")
+        raise UserError(f"There are no images ({KINDS}) in {folder}. {in_words(walk.left_out)}".rstrip())
+    if walk.left_out:
+        log.warning("In %s %s", folder, in_words(walk.left_out))
     return found
 
 

@@ -17,6 +17,7 @@ from deepvit.analysis.pictures import Pictures, class_names, top_classes
 from deepvit.analysis.probe import probe
 from deepvit.analysis.recording import attention_modules, recordings
 from deepvit.analysis.rollout import class_token_mask, rollout
+from deepvit.data.folders import printable
 from deepvit.errors import Failure, UserError
 from deepvit.models import ViT
 
@@ -58,8 +59,8 @@ def study(model: ViT, pictures: Pictures, name: str, initial: bool = True) -> St
     kinds = list(dict.fromkeys(type(module).__name__ for module in attention_modules(model)))
     before = probe(_untrained(model, x), x, matrix=True) if initial else None
     return Study(tensors, {
-        "name": name, "attention": (getattr(model, "config", {}).get("attention") or {}).get("name", " + ".join(kinds)),
-        "pictures": pictures.names, "top": tops, "probe": probe(model, x, matrix=True), "initial": before})
+        "name": printable(name), "attention": (getattr(model, "config", {}).get("attention") or {}).get("name", " + ".join(kinds)),
+        "pictures": [*map(printable, pictures.names)], "top": tops, "probe": probe(model, x, matrix=True), "initial": before})
 
 
 def _untrained(model: ViT, x: Tensor) -> ViT:

@@ -1,6 +1,6 @@
 """The attention operation alone: ours against SDPA, the published form and vit-pytorch's, interleaved in one run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepvit import ops
-from deepvit.bench.timing import interleaved, summary
+from deepvit.bench.ceilings import ceilings
+from deepvit.bench.timing import interleaved, left_out, reason, summary
+from deepvit.engine.memory import kept_storages
 from deepvit.ops import HeadNorm, reference
 
 HEADS, HEAD_DIM = 12, 32  # deepvit32: width 384
@@ -78,27 +80,44 @@ def _evaluate(form: Callable, p: Problem) -> None:
     form(p, *p.qkv.permute(2, 0, 3, 1, 4).unbind(0), False)
 
 
-def measure(device: str = "cpu", *, seconds: float = 20.0, heads: int = HEADS, head_dim: int = HEAD_DIM,
-            shapes: tuple[tuple[int, int], ...] | None = None, dtype: torch.dtype | None = None) -> list[dict]:
+def measure(device: str = "cpu", *, batch: int | None = None, seconds: float = 20.0) -> Iterator[dict]:
     """Rows with `case`, `name`, `ms` (median over interleaved rounds), `spread` (its quartiles, ms), `ratio` to SDPA
-    (median over rounds of the ratio within a round), `floor` (that ratio by counted multiplications) and, for training,
-    `kept_mb` for backward besides the packed qkv.
+    (median over rounds of the ratio within a round), `floor` (that ratio by counted multiplications), `floor_ms` and,
+    for training, `kept_mb` for backward besides the packed qkv; or `failed`. In float32, on a GPU in bfloat16.
 
     Args:
-        seconds: to spend on each case; shapes: (batch, tokens) of the cases; dtype: default float32, bfloat16 on CUDA.
+        batch: of all cases; seconds: to spend on each.
     """
-    dtype = dtype or (torch.bfloat16 if device == "cuda" else torch.float32)
-    rows = []
-    for batch, tokens in shapes or (CUDA_SHAPES if device == "cuda" else CPU_SHAPES):
-        problem = Problem.draw(batch, tokens, heads, head_dim, device, dtype)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    for usual, tokens in CUDA_SHAPES if device == "cuda" else CPU_SHAPES:
+        problem = Problem.draw(batch or usual, tokens, HEADS, HEAD_DIM, device, dtype)
         for job, step in (("forward + backward", _train), ("evaluation", _evaluate)):
-            times = interleaved({name: partial(step, form, problem) for name, form in FORMS.items()},
-                                 device, seconds)
-            for name, taken in times.items():
-                kept = {"kept_mb": kept_bytes(name, problem) / 1e6} if step is _train else {}
-                rows.append({"case": f"{job}, N={tokens}, batch {batch}", "name": name} | summary(taken, times[BASE])
-                            | {"floor": _floor(name, heads, head_dim, step is _train)} | kept)
-    return rows
+            case = f"{job}, N={tokens}, batch {batch or usual}"
+            yield from ({"case": case, **row} for row in _rows(problem, step, device, seconds))
+
+
+def _rows(problem: Problem, step: Callable[[Callable, Problem], None], device: str, seconds: float) -> Iterator[dict]:
+    steps = {}
+    for name, form in FORMS.items():
+        try:
+            step(form, problem)
+            steps[name] = partial(step, form, problem)
+        except Exception as error:  # one contestant's failure is a row, and the others go on
+            yield {"name": name, "failed": reason(error)}
+    times = interleaved(steps, device, seconds)
+    yield from left_out(steps, times)
+    for name, taken in times.items():
+        training = step is _train
+        kept = {"kept_mb": kept_bytes(name, problem) / 1e6} if training else {}
+        yield {"name": name, **summary(taken, times.get(BASE)), "floor": _floor(name, HEADS, HEAD_DIM, training),
+               "floor_ms": _floor_ms(name, problem, device, training)} | kept
+
+
+def _floor_ms(name: str, p: Problem, device: str, training: bool) -> float:
+    """By operations, or by bytes: q, k, v read and the output written; backward these and their gradients too."""
+    B, N, _, H, d = p.qkv.shape
+    products = _floor(name, H, d, training) * (7 if training else 2) * d * B * H * N**2  # multiplications
+    return ceilings(device).floor_ms(2 * products, p.grad.nbytes * (11 if training else 4))
 
 
 def _floor(name: str, heads: int, head_dim: int, training: bool) -> float:
@@ -109,17 +128,8 @@ def _floor(name: str, heads: int, head_dim: int, training: bool) -> float:
 
 
 def kept_bytes(name: str, p: Problem) -> int:
-    """Bytes of the distinct storages that one training call keeps for backward, besides the packed qkv."""
-    kept: dict[int, int] = {}
-
-    def pack(x: Tensor) -> Tensor:
-        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        out = FORMS[name](p, *p.qkv.permute(2, 0, 3, 1, 4).unbind(0), True)
-    kept.pop(p.qkv.untyped_storage().data_ptr(), None)
-    del out
-    return sum(kept.values())
+    """Bytes that one training call keeps for backward, besides the packed qkv."""
+    return sum(kept_storages(lambda: FORMS[name](p, *p.qkv.permute(2, 0, 3, 1, 4).unbind(0), True), [p.qkv]))
 
 
 def half_precision_error(std: float = 0.4, tokens: int = 197, device: str = "cpu") -> list[dict]:

@@ -2,34 +2,44 @@
 
 import argparse
 import logging
-import multiprocessing
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+import traceback
+from collections.abc import Callable, Iterable
+from typing import Any
 
-from deepvit.bench import attention, loader, memory, models, scaling, startup
+from deepvit.bench import attention, ceilings, listing, loader, memory, models, rows, scaling, small, startup
+from deepvit.bench.timing import reason
 from deepvit.errors import UserError
 
-BENCHES: dict[str, Callable[[argparse.Namespace], list[dict]]] = {
-    "train-step": lambda given: models.train_step(given.device, **_sizes(given), **_seconds(given),
+BENCHES: dict[str, Callable[[argparse.Namespace], Iterable[dict]]] = {
+    "ceilings": lambda given: ceilings.measure(given.device),
+    "train-step": lambda given: models.train_step(given.device, **_given(given, "depth", "batch", "seconds"),
                                                   compiled=given.compile),
-    "eval": lambda given: models.evaluation(given.device, **_sizes(given), **_seconds(given), compiled=given.compile),
-    "attention": lambda given: attention.measure(given.device, **_seconds(given)),
+    "eval": lambda given: models.evaluation(given.device, **_given(given, "depth", "batch", "seconds"),
+                                            compiled=given.compile),
+    "attention": lambda given: attention.measure(given.device, **_given(given, "batch", "seconds")),
     "precision": lambda given: [{"case": "op under bf16 autocast at initialisation, against float64", **row}
                                 for row in attention.half_precision_error(device=given.device)],
-    "memory": lambda given: memory.measure(given.device, **_sizes(given)),
+    "memory": lambda given: memory.measure(given.device, **_given(given, "depth", "batch")),
+    "imagenet": lambda given: models.imagenet(given.device, **_given(given, "depth", "batch", "seconds"),
+                                              compiled=given.compile),
+    "small": lambda given: small.measure(given.device, **_given(given, "depth", "batch", "cifar10"),
+                                         compiled=given.compile),
     "loader": lambda given: [{"case": row.pop("task"), **row}
-                             for row in loader.measure(_data(given), **_seconds(given))],
+                             for row in loader.measure(_data(given), **_given(given, "seconds"))],
+    "listing": lambda given: listing.measure(),
     "startup": lambda given: startup.measure(given.device),
-    "scaling": lambda given: scaling.measure(given.device, **_seconds(given)),
+    "scaling": lambda given: scaling.measure(given.device, **_given(given, "depth", "batch", "seconds")),
 }
 
 
-def _sizes(given: argparse.Namespace) -> dict[str, int]:
-    return {name: getattr(given, name) for name in ("depth", "batch") if getattr(given, name) is not None}
+def all_of(given: argparse.Namespace) -> list[str]:
+    """The benches that `all` means: no hours of ImageNet on a CPU, and the loader where there are files for it."""
+    without = {*([] if given.data else ["loader"]), *([] if given.device == "cuda" else ["imagenet"])}
+    return [name for name in BENCHES if name not in without]
 
 
-def _seconds(given: argparse.Namespace) -> dict[str, float]:
-    return {} if given.seconds is None else {"seconds": given.seconds}
+def _given(given: argparse.Namespace, *names: str) -> dict[str, Any]:
+    return {name: getattr(given, name) for name in names if getattr(given, name) is not None}
 
 
 def _data(given: argparse.Namespace) -> str:
@@ -39,12 +49,20 @@ def _data(given: argparse.Namespace) -> str:
 
 
 def measure(name: str, given: argparse.Namespace) -> list[dict]:
-    """One bench, here."""
+    """The rows of one bench, each of which `given.json` holds once it is known; what ends it is the last of them."""
     logging.basicConfig(level=logging.WARNING)
-    return BENCHES[name](given)
+    found = []
 
+    def keep(row: dict) -> None:
+        found.append(row)
+        rows.append(given.json, name, row)
 
-def measure_apart(name: str, given: argparse.Namespace) -> list[dict]:
-    """One bench in a process of its own: what an allocator keeps from the one before would change its figures."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(measure, name, given).result()
+    try:
+        for row in BENCHES[name](given):
+            keep(row)
+    except UserError:
+        raise
+    except Exception as error:
+        traceback.print_exc()
+        keep({"case": name, "name": "all that was to follow", "failed": reason(error)})
+    return found

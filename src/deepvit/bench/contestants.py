@@ -7,10 +7,12 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from deepvit.engine.memory import kept_storages
 from deepvit.models import ReAttention, create_model
+from deepvit.models.cost import forward_flops
 from deepvit.ops import reference
 
-BASE = "timm ViT, fused attention"
+BASE, OURS = "timm ViT, fused attention", "deepvit, re-attention"
 
 
 class PublishedReAttention(ReAttention):
@@ -35,33 +37,46 @@ def contestants(depth: int, img_size: int = 224) -> dict[str, Callable[[], nn.Mo
     return {
         BASE: lambda: timm_vit(**sizes),
         "deepvit, self-attention": lambda: create_model("vit32", **sizes),
-        "deepvit, re-attention": lambda: create_model("deepvit32", **sizes),
+        OURS: lambda: create_model("deepvit32", **sizes),
         "re-attention, published form": lambda: create_model("deepvit32", attention=published, **sizes),
         "re-attention, vit-pytorch's form": lambda: create_model("deepvit32", attention="reattention_ln", **sizes),
     }
 
 
 class TrainStep:
-    """Forward, cross-entropy, backward and a fused AdamW update on one batch that stays where it is."""
+    """Forward, cross-entropy, backward and a fused AdamW update on one batch that stays where it is; in bfloat16 on a
+    GPU, in float32 on a CPU."""
 
-    def __init__(self, make: Callable[[], nn.Module], batch: int, img_size: int, device: str,
-                 dtype: torch.dtype | None = None, compiled: bool = False):
+    def __init__(self, make: Callable[[], nn.Module], batch: int, img_size: int, device: str, compiled: bool = False):
         torch.manual_seed(0)
-        self.model = make().to(device).train()
+        self.make, self.model = make, make().to(device).train()
         self.called = torch.compile(self.model) if compiled else self.model
         self.x = torch.randn(batch, 3, img_size, img_size, device=device)
         self.y = torch.randint(1000, (batch,), device=device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
-        self.autocast = partial(torch.autocast, device, dtype, enabled=dtype is not None)
+        self.autocast = partial(torch.autocast, device, torch.bfloat16, enabled=device == "cuda")
 
-    def loss(self) -> Tensor:
+    def loss(self, network: nn.Module) -> Tensor:
         with self.autocast():
-            return nn.functional.cross_entropy(self.called(self.x).float(), self.y)
+            return nn.functional.cross_entropy(network(self.x).float(), self.y)
 
     def __call__(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-        self.loss().backward()
+        self.loss(self.called).backward()
         self.optimizer.step()
+
+    def kept(self) -> list[int]:
+        """Bytes of each storage saved for backward, parameters and the batch left out; not compiled."""
+        own = *self.model.parameters(), *self.model.buffers(), self.x, self.y
+        return kept_storages(lambda: self.loss(self.model), own)
+
+    def flops(self) -> float:
+        """Of matrix products: forward, and twice that backward. What is computed again is not counted."""
+        return 3 * len(self.x) * forward_flops(self.make, self.x.shape[1:])
+
+    def moved(self) -> float:
+        """Bytes at least: what is kept written and read, 7 accesses of each weight and its moments by AdamW."""
+        return 2 * sum(self.kept()) + 7 * sum(x.nbytes for x in self.model.parameters())
 
 
 class Forward(TrainStep):
@@ -75,3 +90,9 @@ class Forward(TrainStep):
     def __call__(self) -> None:
         with torch.inference_mode(), self.autocast():
             self.called(self.x)
+
+    def flops(self) -> float:
+        return super().flops() / 3
+
+    def moved(self) -> float:
+        return self.x.nbytes + sum(x.nbytes for x in self.model.parameters())

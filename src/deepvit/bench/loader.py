@@ -13,7 +13,7 @@ from PIL import Image
 from timm.data import create_transform
 from torchvision.transforms import Compose
 
-from deepvit.data.decode import decode, undecoded
+from deepvit.data.decode import decode
 from deepvit.data.randomness import generators_kept, seed_sample
 from deepvit.data.transforms import eval_transform, mend_posterize, train_transform
 from deepvit.errors import UserError
@@ -127,5 +127,4 @@ def _timm(transform: Compose) -> Callable[[bytearray], torch.Tensor]:
 
 
 def _ours(transform: Callable, decoder: str) -> Callable[[bytearray], torch.Tensor]:
-    """As a worker does it: a JPEG waits for its crop where the decoder can."""
-    return lambda data: transform(undecoded(data, decoder, lambda: None) or decode(data, decoder)[0])[0]
+    return lambda data: transform(decode(data, decoder)[0])[0]

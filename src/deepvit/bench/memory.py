@@ -1,46 +1,54 @@
 """What a train step keeps and needs: bytes saved for backward, and the peak of a fresh process."""
 
-import multiprocessing
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
+from deepvit.bench.apart import apart
 from deepvit.bench.contestants import BASE, TrainStep, contestants
-from deepvit.engine import memory
-
-STEPS = 2  # the first makes the optimizer's moments
+from deepvit.bench.timing import fitting, reason
 
 
-def measure(device: str = "cpu", *, depth: int = 32, batch: int | None = None, img_size: int = 224) -> list[dict]:
-    """Rows with `case`, `name`, `kept_mib`, `peak_mib` (over the idle process with its model), their ratios to timm's.
+def measure(device: str = "cpu", *, depth: int = 32, batch: int | None = None, img_size: int = 224) -> Iterator[dict]:
+    """Rows with `case`, `name`, `kept_mib`, `maps_mib` (that part of it which is attention maps), `peak_mib` (over the
+    process with its model), and the ratios of kept and peak to timm's, all for an image; `failed` or `note`.
 
     Each model is measured in a process of its own: an allocator's leftovers would hide a peak.
     """
     batch = batch or (256 if device == "cuda" else 8)
-    case = f"memory of a train step, {depth} blocks, {img_size} px, batch {batch}"
-    rows = []
+    case, base = f"memory of a train step, {depth} blocks, {img_size} px, batch {batch}", None
     for name in contestants(depth, img_size):
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            kept, peak = pool.apply(_one, (name, device, depth, batch, img_size))
-        rows.append({"case": case, "name": name, "kept_mib": kept / 2**20, "peak_mib": peak / 2**20})
-    base = next(row for row in rows if row["name"] == BASE)
-    return [row | {"kept_ratio": row["kept_mib"] / base["kept_mib"],
-                   "ratio": row["peak_mib"] / base["peak_mib"]} for row in rows]
+        try:
+            row, used = apart(_one, name, device, depth, batch, img_size)
+        except Exception as error:  # one contestant's failure is a row, and the others go on
+            yield {"case": case, "name": name, "failed": reason(error)}
+            continue
+        share = {field: mib / used for field, mib in row.items()}
+        base = share if name == BASE else base
+        row |= {"kept_ratio": share["kept_mib"] / base["kept_mib"],
+                "ratio": share["peak_mib"] / base["peak_mib"]} if base else {}
+        yield {"case": case, "name": name, **row} | (
+            {} if used == batch else {"note": f"at batch {used}, {batch} does not fit"})
 
 
-def _one(name: str, device: str, depth: int, batch: int, img_size: int) -> tuple[int, int]:
-    """(bytes kept for backward, peak bytes of train steps over the process with its model alone)."""
-    dtype = torch.bfloat16 if device == "cuda" else None
-    step = TrainStep(contestants(depth, img_size)[name], batch, img_size, device, dtype)
-    idle = _resident(device)
-    for _ in range(STEPS):
-        step()
-    return kept_bytes(step), _peak(device) - idle
+def _one(name: str, device: str, depth: int, batch: int, img_size: int) -> tuple[dict[str, float], int]:
+    """MiB kept and needed, and the batch. The first step, which makes the optimizer's moments, is `fitting`'s."""
+    idle = 0
 
+    def make(images: int) -> TrainStep:
+        nonlocal idle
+        step = TrainStep(contestants(depth, img_size)[name], images, img_size, device)
+        idle = _resident(device)
+        return step
 
-def kept_bytes(step: TrainStep) -> int:
-    """Bytes of the distinct storages saved for backward, parameters and the batch left out."""
-    return memory.kept_bytes(step.loss, (*step.model.parameters(), *step.model.buffers(), step.x, step.y))
+    step, batch = fitting(make, batch)
+    step()
+    peak, kept = _peak(device) - idle, step.kept()
+    heads, tokens = 12, (img_size // 16) ** 2 + 1
+    maps = batch * heads * tokens**2 * (2 if device == "cuda" else 4)  # bytes; nothing else a block keeps is so large
+    return {"kept_mib": sum(kept) / 2**20, "maps_mib": sum(size for size in kept if size >= maps) / 2**20,
+            "peak_mib": peak / 2**20}, batch
 
 
 def _resident(device: str) -> int:

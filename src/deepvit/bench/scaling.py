@@ -1,23 +1,27 @@
 """How cost grows with tokens and with depth: time and memory of a train step, ours beside timm's ViT."""
 
-from deepvit.bench.contestants import BASE, TrainStep, contestants
-from deepvit.bench.memory import kept_bytes
+from collections.abc import Iterator
+
+from deepvit.bench.contestants import BASE, OURS, TrainStep, contestants
 from deepvit.bench.timing import interleaved, summary
 
 PIXELS = {50: 112, 65: 128, 197: 224, 577: 384, 1025: 512}  # tokens -> pixels, in patches of 16
 DEPTHS = (2, 8, 32, 64)
-NAMES = (BASE, "deepvit, re-attention")
 
 
-def measure(device: str = "cpu", *, seconds: float = 15.0) -> list[dict]:
-    """Rows with `case`, `name`, `ms`, `spread`, `ratio`, `kept_mib`; `seconds` for each case, batch 2 (GPU: 64)."""
-    batch = 64 if device == "cuda" else 2
-    cases = [(f"{tokens} tokens, 2 blocks", 2, pixels) for tokens, pixels in PIXELS.items()]
-    cases += [(f"{depth} blocks, 65 tokens", depth, 128) for depth in DEPTHS]
-    rows = []
-    for case, depth, pixels in cases:
-        steps = {name: TrainStep(contestants(depth, pixels)[name], batch, pixels, device) for name in NAMES}
+def measure(device: str = "cpu", *, depth: int = 64, batch: int | None = None, seconds: float = 15.0) -> Iterator[dict]:
+    """Rows with `case`, `name`, `ms`, `spread`, `ratio`, `kept_mib`.
+
+    Args:
+        depth: no deeper than this; batch: default 2, on a GPU 64; seconds: for each case.
+    """
+    batch = batch or (64 if device == "cuda" else 2)
+    cases = [(f"{tokens} tokens, {min(2, depth)} blocks", min(2, depth), pixels) for tokens, pixels in PIXELS.items()]
+    cases += [(f"{blocks} blocks, 65 tokens", blocks, 128) for blocks in DEPTHS if blocks <= depth]
+    for case, blocks, pixels in cases:
+        makers = contestants(blocks, pixels)
+        steps = {name: TrainStep(makers[name], batch, pixels, device) for name in (BASE, OURS)}
         times = interleaved(steps, device, seconds)
-        rows += [{"case": case, "name": name, **summary(taken, times[BASE]),
-                  "kept_mib": kept_bytes(steps[name]) / 2**20} for name, taken in times.items()]
-    return rows
+        for name, taken in times.items():
+            yield {"case": case, "name": name, **summary(taken, times[BASE]),
+                   "kept_mib": sum(steps[name].kept()) / 2**20}

@@ -3,36 +3,83 @@
 import statistics
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
+MOST_QUEUED, QUEUED_S = 20, 0.2  # calls in a row on a GPU: so many, or so long if that is fewer
+
+Step = TypeVar("Step", bound=Callable[[], object])
 
 
-def interleaved(steps: dict[str, Callable[[], None]], device: str, seconds: float) -> dict[str, list[float]]:
-    """Seconds of every step in every round, after one round to warm up."""
+def interleaved(steps: dict[str, Callable[[], object]], device: str, seconds: float) -> dict[str, list[float]]:
+    """Seconds a call of every step in every round, after one round to warm up. One that finds no memory beside the
+    others is left out."""
     times: dict[str, list[float]] = {name: [] for name in steps}
+    calls = dict.fromkeys(steps, 1)
     end = time.perf_counter() + seconds
-    for turn in range(MAX_ROUNDS + 1):
-        for name, step in steps.items():
-            begin = now(device)
-            step()
-            taken = now(device) - begin
-            if turn:
+    for turn in range(-1, MAX_ROUNDS):
+        for name in list(times):
+            try:
+                taken = call_seconds(steps[name], device, calls[name])
+            except torch.OutOfMemoryError:
+                del times[name]
+                continue
+            if turn < 0:
+                calls[name] = min(MOST_QUEUED, max(1, int(QUEUED_S / taken)))
+            else:
                 times[name].append(taken)
-        if turn >= MIN_ROUNDS and time.perf_counter() > end:
+        if turn + 1 >= MIN_ROUNDS and time.perf_counter() > end:
             break
     return times
 
 
-def now(device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
+def call_seconds(step: Callable[[], object], device: str, calls: int = 1) -> float:
+    """Seconds of one call. On a GPU: of one among `calls` queued in a row behind another, by the GPU's own clock; so
+    launches overlap with work as they do in training, and what the last contestant did to the caches is over."""
+    if device != "cuda":
+        begin = time.perf_counter()
+        step()
+        return time.perf_counter() - begin
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    step()
+    begin.record()
+    for _ in range(calls):
+        step()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3 / calls
 
 
-def summary(taken: list[float], base: list[float]) -> dict:
+def fitting(make: Callable[[int], Step], batch: int) -> tuple[Step, int]:
+    """`make(batch)`, called once, and the batch: halved for as long as the GPU's memory does not suffice."""
+    while True:
+        step = None  # frees what a failed one holds
+        try:
+            step = make(batch)
+            step()
+            return step, batch
+        except torch.OutOfMemoryError:
+            if batch == 1:
+                raise
+        torch.cuda.empty_cache()
+        batch //= 2
+
+
+def reason(error: Exception) -> str:
+    """Why a contestant has no figures, in a line."""
+    text = str(error).strip().splitlines() or [""]
+    return "out of memory" if isinstance(error, torch.OutOfMemoryError) else f"{type(error).__name__}: {text[0]}"[:200]
+
+
+def left_out(steps: dict[str, object], times: dict[str, list[float]]) -> list[dict]:
+    """Rows of those whose times `interleaved` left out."""
+    return [{"name": name, "failed": "out of memory beside the others"} for name in steps if name not in times]
+
+
+def summary(taken: list[float], base: list[float] | None) -> dict:
     """`ms` (median), `spread` (quartiles, ms), `ratio` to `base` (median of the ratios within a round)."""
     low, middle, high = statistics.quantiles(taken, n=4)
-    return {"ms": 1e3 * middle, "spread": (1e3 * low, 1e3 * high),
-            "ratio": statistics.median(a / b for a, b in zip(taken, base, strict=True))}
+    ratio = statistics.median(a / b for a, b in zip(taken, base, strict=True)) if base else None
+    return {"ms": 1e3 * middle, "spread": (1e3 * low, 1e3 * high), "ratio": ratio}

@@ -5,7 +5,6 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -17,52 +16,77 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from deepvit.commands.sweep import Recorder, Refused, record_of, sum_up
 from deepvit.config import CONF
-from deepvit.config.run_name import run_folder
-from deepvit.errors import DONE, STOPPED, UserError, did_you_mean
+from deepvit.config.provenance import origin
+from deepvit.config.run_name import as_typed, run_folder
+from deepvit.config.suggest import PLUGINS, setting_meant
+from deepvit.config.sweep_record import SweepRecord
+from deepvit.errors import DONE, FAILED, STOPPED, UserError, did_you_mean
 from deepvit.run.console import say
 from deepvit.run.launch import Job, Outcome, eval_job, launch, train_job, unexpected
 
 OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)
 
-_outcomes: list[tuple[str, Outcome]] = []  # of the jobs of this process, a sweep's cells in order
+PATHS = ("checkpoint", "data.exclude", "data.root", "hydra.run.dir", "hydra.sweep.dir", "init", "out")
+PARTS = re.compile(  # of a list or a sweep: between commas, of which those within quotes are none
+    r"""(?:^|,)(\s*'(?:\\.|[^'\\])*'\s*(?=,|$)|\s*"(?:\\.|[^"\\])*"\s*(?=,|$)|[^,]*)""")
+_outcomes: list[Outcome] = []  # of the jobs that this process ran
 
 
-def run_job(job: Job, config: DictConfig) -> None:
-    """One job of Hydra's: the only one, or a cell of a sweep, which goes on whatever becomes of it."""
-    job_config = HydraConfig.get()
-    folder = Path(job_config.runtime.output_dir)
+def run_job(job: Job, config: DictConfig) -> Any:
+    """One job of Hydra's: the only one, or a cell of a sweep, which goes on whatever becomes of it.
+
+    Returns:
+        the top-1 of a training, for sweepers that look for the best.
+    """
+    settings = HydraConfig.get()
+    if settings.mode is RunMode.RUN and not settings.run.dir:
+        raise UserError("hydra.run.dir is empty: name a folder, or leave it out.")
+    folder = Path(settings.runtime.output_dir)
     folder = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
-    is_cell = job_config.mode is RunMode.MULTIRUN
-    if is_cell and "RANK" in os.environ:
-        raise UserError("Start a sweep with `python train.py -m ...`, which starts the ranks of each cell itself, "
-                        "not under torchrun.")
-    name = ", ".join(job_config.overrides.task) or "default"
-    if any(outcome.code == STOPPED for _, outcome in _outcomes):
-        _remove_if_empty(folder)
-        _outcomes.append((name, Outcome(STOPPED, "Not started.")))
-        return
-    if is_cell:
-        say(f"\n[{len(_outcomes) + 1}] {name}")
-    try:
-        outcome = launch(job, OmegaConf.to_container(config, resolve=True), folder)
-    except Exception as error:  # a defect in one cell must not end the others; its traceback is printed
-        outcome = unexpected(error)
+    record, overrides = record_of(settings), as_typed(settings.overrides.task)
+    outcome = Outcome(STOPPED, "Not started.")
+    if all(before.code != STOPPED for before in _outcomes):  # who stops a cell means the cells after it, too
+        if record:
+            say(f"\n[{settings.job.num + 1}] {', '.join(overrides) or 'default'}")
+        outcome = _run(job, config, settings, folder)
+    _outcomes.append(outcome)
     if outcome.code != DONE:
         _remove_if_empty(folder)
-    if is_cell and outcome.message:
-        say(outcome.message)
-    _outcomes.append((name, outcome))
+    found = outcome.value if isinstance(outcome.value, dict) else {}
+    if record:
+        if outcome.code != STOPPED and outcome.message:
+            say(outcome.message)
+        _note(record, settings.job.num, overrides, outcome, folder, found)
+    return found.get("top1")
+
+
+def _note(record: SweepRecord, number: int, overrides: list[str], outcome: Outcome, folder: Path, found: dict) -> None:
+    try:
+        record.add(number, overrides, outcome.code, outcome.message, folder, found)
+    except OSError as error:
+        say(f"{record.path} cannot be written ({error.strerror}): the summary will lack this cell.", sys.stderr)
+
+
+def _run(job: Job, config: DictConfig, settings: DictConfig, folder: Path) -> Outcome:
+    try:
+        plain = OmegaConf.to_container(config, resolve=True)
+        if job is train_job:
+            plain["origin"] = origin(config, settings, folder)
+        return launch(job, plain, folder)
+    except Exception as error:  # a defect in one cell must not end the others; its traceback is printed
+        return unexpected(error)
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF.resolve()), config_name="train")
-def _train(config: DictConfig) -> None:
-    run_job(train_job, config)
+def _train(config: DictConfig) -> Any:
+    return run_job(train_job, config)
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF.resolve()), config_name="eval")
-def _evaluate(config: DictConfig) -> None:
-    run_job(eval_job, config)
+def _evaluate(config: DictConfig) -> Any:
+    return run_job(eval_job, config)
 
 
 def train(arguments: Sequence[str]) -> int:
@@ -79,8 +103,9 @@ def _start(program: Callable[[], Any], arguments: Sequence[str]) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # lets Hydra's errors through to us
     if "OMP_WAIT_POLICY" not in os.environ:  # spin between two operations, not so long as to starve other programs
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-    sys.argv[1:] = flags_first(map(quoted, arguments))
+    sys.argv[1:] = flags_first(map(quoted, map(expanded, arguments)))
     _outcomes.clear()
+    Recorder.opened = None
     try:
         with sentences():
             program()
@@ -89,9 +114,14 @@ def _start(program: Callable[[], Any], arguments: Sequence[str]) -> int:
             raise
         raise UserError(f"The run folder {error.filename} cannot be made ({error.strerror}): choose another with "
                         f"hydra.run.dir=...") from None
-    if len(_outcomes) > 1:
-        return _sum_up()
-    for _, outcome in _outcomes:
+    except Exception as error:
+        if not Recorder.opened or isinstance(error, UserError):
+            raise
+        unexpected(error)  # of the sweeper or the launcher: what its cells did stands in the record
+        return sum_up(Recorder.opened) or FAILED
+    if Recorder.opened:
+        return sum_up(Recorder.opened)
+    for outcome in _outcomes:
         if outcome.message:
             say(outcome.message, sys.stderr if outcome.code else sys.stdout)
         return outcome.code
@@ -102,7 +132,10 @@ def _start(program: Callable[[], Any], arguments: Sequence[str]) -> int:
 def sentences() -> Iterator[None]:
     """Hydra's and OmegaConf's errors as a `UserError` in a user's words."""
     try:
-        yield
+        try:
+            yield
+        except Refused as refused:
+            raise refused.error from None
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(hydra_error(error)) from None
     except ValueError as error:  # Hydra's own, of a group set to null
@@ -118,44 +151,53 @@ def flags_first(words: Iterable[str]) -> list[str]:
     return [word for word in words if word not in settings] + settings
 
 
-def _sum_up() -> int:
-    """A sweep's end: what did not work, by name, and the cost of a dry one."""
-    troubled = [(name, outcome) for name, outcome in _outcomes if outcome.code != DONE]
-    hours = [outcome.value["device_hours"] for _, outcome in _outcomes if outcome.value]  # of dry runs
-    if hours:
-        say(f"\nAll {len(hours)} cells together: {sum(hours):.3g} device-hours.")
-    say(f"\n{len(_outcomes) - len(troubled)} of {len(_outcomes)} cells are done.")
-    for sentence, alike in groupby(troubled, lambda one: one[1].message or "The same command continues it."):
-        for name, outcome in alike:
-            say(f"  {'stopped' if outcome.code == STOPPED else 'failed'}: {name}")
-        say(f"    {sentence}")
-    codes = {outcome.code for _, outcome in troubled}
-    return STOPPED if STOPPED in codes else min(codes, default=DONE)
+def expanded(word: str) -> str:
+    """`init=~/x` with the home folder for `~`, at the start of a value or of each in a list."""
+    return re.sub(r"""([=,\[]\s*['"]?)~(?=[/'",\]]|$)""", lambda found: found[1] + str(Path.home()), word)
 
 
 def quoted(word: str) -> str:
-    """`init=runs/seed=1/last.pt` as Hydra's grammar wants it, `init='runs/seed=1/last.pt'`: our folders have a =.
+    """`init=runs/seed=1/last.pt` as Hydra's grammar wants it, `init='runs/seed=1/last.pt'`.
 
-    In a list or a sweep each part is quoted by itself; what is quoted already, and everything else, stays as it is.
+    Quoted is what the grammar refuses, and in a setting that is a path what is there under this very name, were it a
+    number or a list to the grammar. In a list or a sweep each part is quoted by itself; all else stays as it is.
     """
     key, _, value = word.partition("=")
-    inner = value[1:-1] if value.startswith("[") and value.endswith("]") else value
-    if word.startswith("-") or "=" not in value or any(sign in value for sign in "'\"(){}$"):
+    if word.startswith("-") or not value or not _is_readable(f"{key}="):
         return word
-    parts = ",".join(f"'{part.strip()}'" if "=" in part else part for part in inner.split(","))
+    if key in PATHS and os.path.exists(value):
+        return f"{key}={_in_quotes(value)}"
+    readable, inner = _is_readable(word), value[1:-1] if value[0] == "[" and value[-1] == "]" else value
+    parts = ",".join(
+        _in_quotes(part.strip()) if key in PATHS and os.path.exists(part.strip())
+        or not (readable or _is_readable(f"{key}={part}")) else part for part in PARTS.findall(inner))
     return f"{key}=[{parts}]" if inner != value else f"{key}={parts}"
+
+
+def _in_quotes(text: str) -> str:
+    """Within single quotes, Hydra's way: a backslash is itself but for those before a quote."""
+    escaped = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), text)
+    return f"'{escaped}'"
+
+
+def _is_readable(word: str) -> bool:
+    try:
+        OverridesParser.create().parse_override(word)
+    except HydraException:
+        return False
+    return True
 
 
 def _unreadable(words: list[str]) -> str:
     """The word of a command line that Hydra cannot parse, in a sentence."""
-    parser = OverridesParser.create()
     for word in words:
-        try:
-            parser.parse_override(word)
-        except HydraException:
-            return (f"'{word}' cannot be read as a setting: write key=value, and quote a value with special signs, "
-                    f"key='a, b'.")
+        if not _is_readable(word):
+            return (f"'{word}' cannot be read as a setting: write key=value, and quote a value with special signs "
+                    f"twice, \"key='a, b'\".")
     return "The command line cannot be read: write settings as key=value."
+
+
+RENAMED = {"model.attention.sync_norm": "model.attention.norm_batch"}  # what a setting of older versions became
 
 
 def hydra_error(error: Exception) -> str:
@@ -168,25 +210,17 @@ def hydra_error(error: Exception) -> str:
         return _unknown_choice(*group.groups(), text)
     override = re.search(r"Could not override '([^']+)'", text)
     if override:
-        meant = did_you_mean(override[1], _all_keys())
+        meant = setting_meant(RENAMED.get(override[1], override[1]))
         return f"There is no setting '{override[1]}'.{meant} `--cfg job` lists them all."
     return " ".join(line.strip() for line in text.splitlines() if line.strip())
 
 
 def _unknown_choice(group: str, name: str, text: str) -> str:
+    if group.startswith("hydra/") and name in PLUGINS:
+        return f"{group}={name} is a plugin that is not installed: pip install {PLUGINS[name]}"
     choices = re.findall(r"^\t(\S+)$", text, re.MULTILINE)
     return (f"There is no {group}={name}.{did_you_mean(name, choices)} "
             f"The choices of {group} are: {', '.join(choices)}.")
-
-
-def _all_keys() -> list[str]:
-    from deepvit.config.compose import compose
-
-    def walk(values: dict[str, Any], prefix: str = "") -> list[str]:
-        return [key for name, value in values.items() for key in
-                ([prefix + name] + (walk(value, f"{prefix}{name}.") if isinstance(value, dict) else []))]
-
-    return sorted({*walk(compose()), *walk(compose(config_name="eval"))})
 
 
 def _remove_if_empty(folder: Path) -> None:

@@ -123,6 +123,9 @@ def _refuse_attention(attention: Attention, rule: Mapping[str, Any]) -> None:
     scale of q k^T."""
     name, instead = rule.get("name", rule["class"]), "export to safetensors or onnx"
     if type(attention) is SelfAttention:
+        if attention.map_scale != 1.0:
+            raise UserError(f"The published DeepViT class has no map_scale={attention.map_scale:g} in plain attention: "
+                            f"{instead}.")
         return
     if not isinstance(attention, ReAttention) or attention.mix is None or attention.norm is None:
         raise UserError(f"The published DeepViT class has no attention '{name}': {instead}.")
@@ -140,7 +143,7 @@ def _write_timm(model: ViT, path: Path) -> tuple[Reader, str]:
     average = config["pool"] == "avg"
     _refuse(config, "timm's VisionTransformer", {
         "gelu": "erf", "patch_norm": False, "head_dim": None, "qk_scale": None, "stem": "patch",
-        "block": "pre_norm", "feat_scale": False, "representation_size": None, "residual_scale": 1.0,
+        "block": "pre_norm", "feat_scale": False, "representation_size": None, "residual_scale": 1.0, "map_scale": 1.0,
         "final_norm": "after_pool" if average else "before_pool"})
     if config["pool"] == "mean" or config["attention"]["class"] != "SelfAttention":
         what = "pooling over all tokens" if config["pool"] == "mean" else "re-attention or its like"
@@ -152,7 +155,8 @@ def _write_timm(model: ViT, path: Path) -> tuple[Reader, str]:
     theirs = VisionTransformer(
         img_size=model.img_size, patch_size=model.patch_size, in_chans=config["in_chans"],
         num_classes=model.num_classes, embed_dim=model.embed_dim, depth=model.depth, num_heads=config["num_heads"],
-        mlp_ratio=config["mlp_ratio"] + 1e-6, qkv_bias=config["qkv_bias"], init_values=config["init_values"],
+        mlp_ratio=config["mlp_ratio"] + 1e-6, qkv_bias=config["qkv_bias"],
+        init_values=None if config["init_values"] is None else 1.0,  # its values are in `state`; timm takes 0 for none
         global_pool=model.global_pool, norm_layer=_layer_norm(config["norm_eps"]))
     theirs.load_state_dict(state)
     return theirs.eval(), "loaded strictly into timm's VisionTransformer"

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from deepvit.analysis import draw_depth, draw_maps
@@ -37,15 +38,16 @@ def draw(studies: Sequence[Study], folder: Path, suffix: str = "png") -> list[Pa
     Raises:
         UserError: the folder cannot be written.
     """
-    figures: dict[str, Figure | None] = {
-        "maps_mean": draw_maps.mean_maps(studies),
-        **{f"maps_heads_{i + 1}" if len(studies) > 1 else "maps_heads": draw_maps.head_maps(one)
-           for i, one in enumerate(studies)},
-        "rollout": draw_maps.rolled_out(studies) if all("rollout" in one.tensors for one in studies) else None,
-        "similarity_matrix": draw_depth.similarity_matrices(studies),
-        "similarity_depth": draw_depth.similarity_with_depth(studies),
-        "measures_depth": draw_depth.measures_with_depth(studies),
-        "theta": draw_maps.theta(studies)}
+    with rc_context({"text.parse_math": False}):  # a $ in a name is a $
+        figures: dict[str, Figure | None] = {
+            "maps_mean": draw_maps.mean_maps(studies),
+            **{f"maps_heads_{i + 1}" if len(studies) > 1 else "maps_heads": draw_maps.head_maps(one)
+               for i, one in enumerate(studies)},
+            "rollout": draw_maps.rolled_out(studies) if all("rollout" in one.tensors for one in studies) else None,
+            "similarity_matrix": draw_depth.similarity_matrices(studies),
+            "similarity_depth": draw_depth.similarity_with_depth(studies),
+            "measures_depth": draw_depth.measures_with_depth(studies),
+            "theta": draw_maps.theta(studies)}
     written = []
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,13 @@
 """The `deepvit` command: one door to all programs, and the one place where an error becomes a sentence and a code."""
 
 import importlib
+import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
-from deepvit.errors import BAD_INPUT, DONE, FAILED, STOPPED, Failure, UserError, did_you_mean
-from deepvit.run.console import say
+from deepvit.errors import BAD_INPUT, DONE, FAILED, STOPPED, Failure, UserError, did_you_mean, unusable
+from deepvit.run.console import print_any_name, say
 
 COMMANDS = {  # name -> (module:function, what it does)
     "train": ("cli:train", "train a model; the same command continues a run that was cut"),
@@ -23,12 +25,13 @@ USAGE = "usage: deepvit COMMAND ...\n\n" + "\n".join(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs `deepvit COMMAND ...` and returns the exit code: 0 done, 1 failed, 2 bad input, 75 stopped on request."""
+    print_any_name()
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("-h", "--help"):
         say(USAGE)
         return DONE
     try:
-        return _program(name)(rest)
+        return _program(name)([expanded(word) for word in rest])
     except UserError as error:
         return _end(BAD_INPUT, str(error))
     except Failure as error:
@@ -38,6 +41,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a table has seen enough
         say("")
         return DONE
+    except OSError as error:
+        return _end(BAD_INPUT, str(unusable(error)))
+
+
+def expanded(word: str) -> str:
+    """`init=~/x` with the home folder for `~`, at the start of a word, of a value, or of each in a list."""
+    return re.sub(r"""((?:^|[=,\[])\s*['"]?)~(?=[/'",\]]|$)""", lambda found: found[1] + str(Path.home()), word)
 
 
 def _program(name: str) -> Callable[[list[str]], int]:

@@ -1,12 +1,12 @@
 """The markdown beside an exported model: what it is, how it was made and how well it does, by the run's files."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from deepvit.engine.folder import RunFolder, read_json_lines
 from deepvit.models import ViT
 
 LINES = 12  # of a curve in the card; the whole one is in the run's metrics.jsonl
@@ -22,7 +22,7 @@ def write_card(path: Path, model: ViT, exported: Path, form: str, parity: str, r
         weights: "EMA" or "Raw".
     """
     report = model.load_report
-    result = _json(run / "metrics.json") if run else {}
+    result = RunFolder(run).read_result() if run else {}
     measured = report.said.get("metrics")  # a best checkpoint's own evaluation
     if isinstance(measured, Mapping) and "top1" in measured:
         shown, whose = {"data": result.get("data", "its data"), **measured}, f"`{report.path.name}`"
@@ -34,8 +34,8 @@ def write_card(path: Path, model: ViT, exported: Path, form: str, parity: str, r
              *(f"Note: {note}." for note in report.notes),
              "## Model", _table({"parameters": f"{sum(p.numel() for p in model.parameters()):,}", **model.config}),
              "## Recipe", _recipe(config), "## Evaluation", _evaluation(shown, whose), "## Curve", _curve(run),
-             "## Made with", _origin(result), "## Classes", _classes(model)]
-    path.write_text("\n\n".join(part for part in parts if part) + "\n")
+             "## Made with", _origin(config, result), "## Classes", _classes(model)]
+    path.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8", errors="backslashreplace")
 
 
 def _table(rows: Mapping[str, Any]) -> str:
@@ -70,8 +70,7 @@ def _curve(run: Path | None) -> str:
     path = run / "metrics.jsonl" if run else None
     if path is None or not path.exists():
         return "Not known."
-    lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    evaluations = [line for line in lines if "top1" in line]
+    evaluations = [line for line in read_json_lines(path) if {"step", "epoch", "top1", "loss"} <= line.keys()]
     if not evaluations:
         return "The run has not been evaluated."
     last = len(evaluations) - 1
@@ -81,11 +80,11 @@ def _curve(run: Path | None) -> str:
     return "\n".join(["| step | epoch | top-1 % | loss |", "|---|---|---|---|", *rows])
 
 
-def _origin(result: Mapping[str, Any]) -> str:
+def _origin(config: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     if not result:
         return "Not known."
-    return _table({"git revision": result.get("git"), **(result.get("versions") or {}), "device": result.get("device"),
-                   "devices": result.get("devices")})
+    return _table({"command": (config.get("origin") or {}).get("command"), "git revision": result.get("git"),
+                   **(result.get("versions") or {}), "device": result.get("device"), "devices": result.get("devices")})
 
 
 def _classes(model: ViT) -> str:
@@ -94,6 +93,3 @@ def _classes(model: ViT) -> str:
     shown = ", ".join(map(str, names[:20])) + (", ..." if len(names) > 20 else "")
     return f"{model.num_classes} classes" + (f": {shown}" if shown else "") + "."
 
-
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {}

@@ -1,27 +1,33 @@
-"""A picture of an augmented batch as the model sees it: `deepvit preview OUT.png [overrides]`."""
+"""An augmented batch as the model sees it, as one image: `deepvit preview OUT.png [RUN_FOLDER | settings]`."""
 
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from deepvit.commands.cli import sentences
+from deepvit.commands.cli import quoted, sentences
 from deepvit.config.compose import compose
-from deepvit.data.loader import Batch, train_batches
+from deepvit.config.settings import Settings
+from deepvit.data.loader import Batch
 from deepvit.data.prepare import Prepare
-from deepvit.data.sources import load
-from deepvit.data.transforms import norm_values, train_transform
+from deepvit.engine.folder import RunFolder
+from deepvit.engine.ranks import Ranks
 from deepvit.errors import DONE, UserError
+from deepvit.run import build
+from deepvit.run.resume import settings_of
 
 COLUMNS, MOST = 8, 32  # tiles
-HELP = (f"Writes up to {MOST} augmented training pictures, as the model sees them, to OUT.png.\n"
-        "Settings are those of train.py, such as data=cifar10 augment.mixup=0.8.")
+HELP = f"""usage: deepvit preview OUT.png RUN_FOLDER
+       deepvit preview OUT.png [SETTING=VALUE ...]
+
+Writes the first {MOST} training images of a run, augmented and mixed as the model sees them, to OUT.png.
+Settings are those of `deepvit train`, such as data=cifar10 augment.mixup=0.8."""
 
 
 def draw(batches: Sequence[Batch], prepare: Prepare, path: str | Path, class_names: Sequence[str], step: int = 0
          ) -> None:
-    """Write up to 32 training pictures of a step, after mixing and erasing, each with its (soft) classes."""
+    """Writes up to 32 training images of a step, after mixing and erasing, each with its (soft) classes."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -37,12 +43,12 @@ def draw(batches: Sequence[Batch], prepare: Prepare, path: str | Path, class_nam
         axis.axis("off")
     for axis, (pixels, target) in zip(axes.flat, tiles, strict=False):
         axis.imshow(pixels.numpy(), interpolation="nearest")
-        axis.set_title(_caption(target, class_names), fontsize=7)
+        axis.set_title(_caption(target, class_names), fontsize=7, parse_math=False)
     figure.tight_layout()
     try:
         figure.savefig(path, dpi=110)
     except OSError as error:
-        raise UserError(f"The picture cannot be written to {path} ({error.strerror}).") from error
+        raise UserError(f"The image cannot be written to {path} ({error.strerror}).") from error
     finally:
         pyplot.close(figure)
 
@@ -57,34 +63,36 @@ def _caption(target: torch.Tensor, names: Sequence[str], longest: int = 16) -> s
     return "\n".join(f"{name} {share:.2f}" for share, name in shown if share > least)
 
 
-def draw_config(data: Mapping, augment: Mapping, seed: int, path: str | Path) -> None:
-    """The first step of the run that these two config groups describe."""
-    splits = load(**_taken(load, data), seed=seed)
-    mean, std = norm_values(data["norm"])
-    transform = train_transform(data["img_size"], **_taken(train_transform, augment), crop_pct=data["crop_pct"],
-                                mean=mean)
-    prepare = Prepare(mean, std, len(splits.class_ids), **_taken(Prepare, augment), seed=seed)
-    size = min(data["batch_size"], MOST)
-    batches = train_batches(splits.train, transform, seed=seed, batch_size=size, steps=1, repeats=augment["repeats"],
-                            max_bad=data["max_bad"])
-    draw(next(batches), prepare, path, splits.class_names)
-
-
-def _taken(function: Callable, group: Mapping) -> dict[str, object]:
-    return {key: group[key] for key in inspect.signature(function).parameters if key in group}
+def draw_first_batch(settings: Settings, path: str | Path) -> None:
+    """The first training images of the run that `settings` describe, exactly as it sees them on one device."""
+    settings = replace(settings, data=replace(settings.data, workers=0))
+    splits, alone = build.splits(settings.data), Ranks(0, 1, torch.device("cpu"))
+    prepare = build.prepare(settings.data, len(splits.class_ids), settings.augment, settings.seed)
+    batches = next(build.batch_maker(settings, splits.train, alone)(0, 1, settings.data.batch_size))
+    draw(batches, prepare, path, splits.class_names)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The program: the picture to write, then overrides as for train.py."""
+    """The program: the image to write, then a run folder or settings as for train.py."""
     if {"-h", "--help"} & {*arguments}:
-        print(f"usage: deepvit preview OUT.png [SETTING=VALUE ...]\n\n{HELP}")
+        print(HELP)
         return DONE
     if not arguments or "=" in arguments[0]:
-        raise UserError("Give the picture to write first: deepvit preview OUT.png data=cifar10 ...")
+        raise UserError("Give the image to write first: deepvit preview OUT.png data=cifar10 ...")
     if not arguments[0].endswith(".png"):
-        raise UserError(f"{arguments[0]} is no .png file: give the picture to write a name that ends in .png.")
-    with sentences():
-        config = compose(arguments[1:])
-    draw_config(config["data"], config["augment"], config["seed"], arguments[0])
+        raise UserError(f"{arguments[0]} is no .png file: give the image to write a name that ends in .png.")
+    draw_first_batch(_settings(arguments[1:]), arguments[0])
     print(f"Wrote {arguments[0]}")
     return DONE
+
+
+def _settings(words: Sequence[str]) -> Settings:
+    if words and Path(words[0]).is_dir():
+        if len(words) > 1:
+            raise UserError(f"The settings of the run in {words[0]} are its own: leave out {words[1]}.")
+        return settings_of(RunFolder(Path(words[0])))
+    stray = next((word for word in words if "=" not in word), None)
+    if stray:
+        raise UserError(f"{stray} is neither a run folder nor a setting key=value.")
+    with sentences():
+        return build.read_settings(compose([*map(quoted, words)]))

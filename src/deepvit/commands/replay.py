@@ -9,8 +9,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from deepvit.config.settings import Settings
 from deepvit.engine import checkpoint
 from deepvit.engine.folder import RunFolder
@@ -19,6 +17,7 @@ from deepvit.engine.ranks import Ranks, pick_device
 from deepvit.errors import DONE, UserError
 from deepvit.run import build, micro_batches
 from deepvit.run.console import set_up_logging
+from deepvit.run.resume import settings_of
 
 log = logging.getLogger(__name__)
 
@@ -34,23 +33,10 @@ def replay(run: Path, batch: int, weights: Path | None = None) -> list[Examinati
     if batch < 0:
         raise UserError(f"--batch {batch} is no batch: give its number, 0 or more, from events.jsonl.")
     folder = RunFolder(run)
-    settings = _settings(folder)
+    settings = settings_of(folder)
     path, content = _given(weights) if weights else _newest(folder)
     log.info("Batch %d of %s with the weights of step %d (%s).", batch, run, content["step"], path.name)
     return [_share(settings, content, batch, rank) for rank in range(content["world"])]
-
-
-def _settings(folder: RunFolder) -> Settings:
-    if not folder.config.exists():
-        raise UserError(f"There is no run in {folder.path}: it has no config.yaml.")
-    try:
-        config = yaml.safe_load(folder.config.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        config = None
-    try:
-        return build.read_settings(config)
-    except (AttributeError, KeyError, TypeError):  # not a mapping, or one that lacks a group
-        raise UserError(f"{folder.config} is torn or not the config of a run: restore it to replay the run.") from None
 
 
 def _newest(folder: RunFolder) -> tuple[Path, dict[str, Any]]:
@@ -84,7 +70,7 @@ def _share(settings: Settings, content: dict[str, Any], number: int, rank: int) 
     as_it_was = Ranks(rank, content["world"], alone.device)
     stepper = build.stepper(settings, network, schedule, len(splits.class_ids), alone,
                             masks=content.get("masks") == "image")
-    drawn = next(build.batch_maker(settings, splits.train, as_it_was, micro_batch)(number, 1))
+    drawn = next(build.batch_maker(settings, splits.train, as_it_was)(number, 1, micro_batch))
     return stepper.examine(state, drawn, number, rank)
 
 
@@ -103,6 +89,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--weights", type=Path, help="another checkpoint of the run")
     options = parser.parse_args(arguments)
     set_up_logging()
-    for rank, found in enumerate(replay(options.run, options.batch, options.weights)):
+    examined = replay(options.run, options.batch, options.weights)
+    for rank, found in enumerate(examined):
         show(found, rank)
+    print(f"\nLoss of the batch: {sum(found.loss for found in examined) / len(examined):.6g}")
     return DONE

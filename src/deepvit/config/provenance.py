@@ -1,17 +1,48 @@
-"""Where a number comes from: code, libraries, machine."""
+"""Where a number comes from: the command, the code, its libraries, the machine."""
 
 import platform
+import shlex
 import subprocess
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import timm
-import torch
+from deepvit.config.run_name import IN_THE_PATH, as_typed, run_name
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+
+def origin(config: "DictConfig", hydra: "DictConfig", folder: Path) -> dict[str, Any]:
+    """What was chosen and typed for a run, and the command that repeats it (alone, if it was a cell of a sweep).
+
+    Args:
+        config: the run's settings, not yet resolved.
+        hydra: its `hydra` node.
+        folder: the run's folder.
+    """
+    chosen = choices_of(hydra)
+    words = [word for word in chosen["overrides"] if not word.startswith(("fresh=", "dry="))]
+    words += ["hydra.mode=RUN"] if chosen["sweep"] else []  # a sweep's file says MULTIRUN
+    usual = Path("runs", *(str(chosen["choices"].get(group)) for group in IN_THE_PATH), run_name(config, hydra))
+    if folder != usual:
+        words.append(f"hydra.run.dir={folder}")
+    searched = [word for source in hydra.runtime.config_sources if source.provider == "command-line"
+                for word in ("--config-dir", source.path)]
+    return {**chosen, "command": shlex.join(["deepvit", "train", *searched, *words])}
+
+
+def choices_of(hydra: "DictConfig") -> dict[str, Any]:
+    """Recipe, sweep, the choice of every group of ours, and the overrides as typed."""
+    choices = {group: name for group, name in hydra.runtime.choices.items() if not group.startswith("hydra/")}
+    return {"recipe": choices.get("recipe"), "sweep": choices.get("sweep"), "choices": choices,
+            "overrides": as_typed(hydra.overrides.task)}
 
 
 def versions() -> dict[str, Any]:
     """Git revision, versions of the libraries, name of the machine."""
+    import timm
+    import torch
     return {"git": git_revision(), "versions": {"python": platform.python_version(), "torch": torch.__version__,
                                                 "timm": timm.__version__}, "host": platform.node()}
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from deepvit.config.signature import ABOVE_ZERO, check_arguments, check_range
+from deepvit.config.signature import ABOVE_ZERO, BELOW_ONE, Ranges, check_arguments, check_ranges
 from deepvit.errors import UserError
 
 
@@ -15,7 +15,7 @@ from deepvit.errors import UserError
 class Data:
     source: str
     root: str | None
-    img_size: int | list[int]  # pixels
+    img_size: int | tuple[int, int]  # pixels; height, width
     batch_size: int  # of all devices together
     eval_batch_size: int  # of each device
     workers: int  # processes for each device
@@ -33,16 +33,17 @@ class Data:
     name: str | None = None  # of a timm data set, as the next two
     train_split: str = "train"
     val_split: str = "validation"
+    on_device: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Augment:
-    crop_scale: list[float] | None
-    crop_ratio: list[float]
+    crop_scale: tuple[float, float] | None
+    crop_ratio: tuple[float, float]
     interpolation: str
     hflip: float
     vflip: float
-    color_jitter: float | list[float] | None
+    color_jitter: float | tuple[float, float, float] | tuple[float, float, float, float] | None
     auto_augment: str | None
     grayscale_prob: float
     gaussian_blur_prob: float
@@ -62,9 +63,10 @@ class Optimizer:
     opt: str
     lr: float
     weight_decay: float
-    momentum: float
+    momentum: float | None
     betas: list[float] | None
     eps: float | None
+    kwargs: Mapping[str, Any] | None
     layer_decay: float | None
     clip_grad: float | None
 
@@ -100,7 +102,7 @@ class Engine:
     save_every: int | None
     keep_epochs: int | None
     grad_checkpointing: bool
-    compile: bool
+    compile: bool | Literal["default", "reduce-overhead", "max-autotune"]
     timeout_s: float
     max_restarts: int
     max_skipped: int
@@ -146,6 +148,8 @@ class Settings:
     calibrate: int
     fresh: bool
     dry: bool
+    logger: str | list[str] | None = None  # the default is for the configs of earlier versions
+    origin: Mapping[str, Any] | None = None  # what was chosen and typed: see `config.provenance.origin`
 
 
 def read_settings(config: Mapping[str, Any]) -> Settings:
@@ -158,49 +162,75 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
                     ignore_missing=_GROUPS)
     groups = {name: read_group(name, config[name]) for name in _GROUPS}
     settings = Settings(**{**config, **groups})
-    _check_ranges(settings)
+    if not 0 <= settings.seed <= 2**62:
+        raise UserError(f"seed={settings.seed} must be from 0 to 2**62.")
+    check_ranges({"calibrate": settings.calibrate}, {"calibrate": NOT_NEGATIVE})
+    _check_pairs(settings)
     return settings
 
 
 def read_group(name: str, values: Mapping[str, Any]) -> Any:
     """One group of settings, such as `data`, as its typed form."""
+    if not isinstance(values, Mapping):
+        raise UserError(f"{name}={values} is a group of settings: set one of them, such as "
+                        f"{name}.{dataclasses.fields(_GROUPS[name])[0].name}.")
     check_arguments(_GROUPS[name], values, name)
+    check_ranges(values, RANGES.get(name, {}), name)
     return _GROUPS[name](**values)
 
 
 _GROUPS = {name: hint for name, hint in typing.get_type_hints(Settings).items() if dataclasses.is_dataclass(hint)}
 
+COUNT, POSITIVE, NOT_NEGATIVE, SHARE = (1, math.inf), (ABOVE_ZERO, math.inf), (0, math.inf), (0, 1)
+RANGES: dict[str, Ranges] = {
+    "data": {
+        **dict.fromkeys(("img_size", "batch_size", "eval_batch_size"), COUNT),
+        **dict.fromkeys(("max_bad", "in_memory_mb"), NOT_NEGATIVE),
+        "classes": (2, math.inf), "workers": (0, 1024), "hflip": SHARE, "val_fraction": (0, BELOW_ONE),
+        "fraction": (ABOVE_ZERO, 1), "crop_pct": (0.1, 1)},
+    "augment": {
+        **dict.fromkeys(("hflip", "vflip", "grayscale_prob", "gaussian_blur_prob", "random_erasing", "mix_prob",
+                         "switch_prob"), SHARE),
+        **dict.fromkeys(("mixup", "cutmix", "color_jitter"), NOT_NEGATIVE),
+        **dict.fromkeys(("repeats", "erasing_count"), COUNT),
+        "crop_scale": (ABOVE_ZERO, 1), "crop_ratio": POSITIVE, "label_smoothing": (0, BELOW_ONE)},
+    "optimizer": {
+        **dict.fromkeys(("lr", "weight_decay"), NOT_NEGATIVE),
+        **dict.fromkeys(("eps", "layer_decay", "clip_grad"), POSITIVE),
+        "momentum": SHARE, "betas": (0, BELOW_ONE)},
+    "schedule": {
+        **dict.fromkeys(("steps", "eval_steps"), COUNT),
+        **dict.fromkeys(("epochs", "eval_epochs"), (ABOVE_ZERO, 10**6)),
+        **dict.fromkeys(("warmup_epochs", "cooldown_epochs"), (0, 10**6)),
+        **dict.fromkeys(("warmup_steps", "warmup_lr", "min_lr"), NOT_NEGATIVE)},
+    "engine": {
+        **dict.fromkeys(("device_batch", "log_every", "save_every", "keep_epochs", "max_skipped"), COUNT),
+        "devices": (1, 1024), "timeout_s": (ABOVE_ZERO, 10**7), "max_restarts": NOT_NEGATIVE},
+    "ema": {"decay": (0, BELOW_ONE)},
+    "loss": {"cosine_blocks": NOT_NEGATIVE},
+    "probe": {"images": NOT_NEGATIVE, "every_epochs": COUNT}}
 
-RANGES = {  # dotted name -> smallest, largest
-    **dict.fromkeys(("data.batch_size", "data.eval_batch_size", "engine.log_every", "engine.devices",
-                     "engine.device_batch", "engine.save_every", "engine.keep_epochs", "engine.max_skipped",
-                     "schedule.eval_steps", "probe.every_epochs", "schedule.steps", "augment.repeats"), (1, math.inf)),
-    **dict.fromkeys(("schedule.epochs", "schedule.eval_epochs", "optimizer.clip_grad", "engine.timeout_s",
-                     "optimizer.eps", "optimizer.layer_decay"), (ABOVE_ZERO, math.inf)),
-    **dict.fromkeys(("data.workers", "data.max_bad", "data.in_memory_mb", "optimizer.lr", "optimizer.weight_decay",
-                     "probe.images", "schedule.warmup_epochs", "schedule.warmup_steps", "schedule.cooldown_epochs",
-                     "schedule.warmup_lr", "schedule.min_lr", "engine.max_restarts", "augment.mixup",
-                     "augment.cutmix"), (0, math.inf)),
-    **dict.fromkeys(("augment.hflip", "augment.vflip", "augment.grayscale_prob", "augment.gaussian_blur_prob",
-                     "augment.random_erasing", "augment.mix_prob", "augment.switch_prob", "augment.label_smoothing",
-                     "optimizer.momentum"), (0, 1)),
-    "calibrate": (0, math.inf), "seed": (0, 2**62)}
+
+def _check_pairs(settings: Settings) -> None:
+    """Settings that contradict each other, or have no effect beside each other."""
+    _check_durations(settings.schedule)
+    batch, repeats = settings.data.batch_size, settings.augment.repeats
+    if batch % repeats:
+        raise UserError(f"augment.repeats={repeats} must divide data.batch_size={batch}.")
+    if settings.ema.warmup and settings.ema.decay is None:
+        raise UserError("ema.warmup=true has no effect without ema.decay: set ema.decay too.")
+    for name, neutral in (("head", "keep"), ("dialect", None)):
+        if getattr(settings, name) != neutral and settings.init is None:
+            raise UserError(f"{name}={getattr(settings, name)} is for weights that are loaded: give init=CHECKPOINT "
+                            f"too, or leave {name} out to train from random weights.")
 
 
-def _check_ranges(settings: Settings) -> None:
-    for name, (least, most) in RANGES.items():
-        group, _, key = name.rpartition(".")
-        check_range(name, getattr(getattr(settings, group) if group else settings, key), least, most)
-    if not 0 <= (settings.ema.decay or 0) < 1:
-        raise UserError(f"ema.decay={settings.ema.decay} must be at least 0 and below 1 (null: no average).")
-    for beta in settings.optimizer.betas or []:
-        check_range("optimizer.betas", beta, 0, 1 - 1e-9)
-    if settings.head != "keep" and settings.init is None:
-        raise UserError(f"head={settings.head} is for weights that are loaded: give init=CHECKPOINT, or head=keep to "
-                        f"train from random weights.")
-    schedule = settings.schedule
+def _check_durations(schedule: ScheduleSettings) -> None:
     for unit in ("", "warmup_", "eval_"):
         epochs, steps = (getattr(schedule, f"{unit}{kind}") for kind in ("epochs", "steps"))
         if (epochs is None) == (steps is None):
             raise UserError(f"Give schedule.{unit}epochs or schedule.{unit}steps and set the other to null; they are "
                             f"{epochs} and {steps}.")
+    if schedule.cooldown_epochs and schedule.steps is not None:
+        raise UserError(f"schedule.cooldown_epochs={schedule.cooldown_epochs} goes with schedule.epochs, but the run "
+                        f"is given in schedule.steps={schedule.steps}: set schedule.cooldown_epochs=0.")

@@ -9,7 +9,9 @@ from typing import Any
 
 from deepvit.errors import UserError, did_you_mean
 
-ABOVE_ZERO = math.ulp(0.0)  # the smallest number that is
+ABOVE_ZERO, BELOW_ONE = math.ulp(0.0), math.nextafter(1.0, 0.0)  # the nearest numbers that are
+MOST_INT, MOST_FLOAT = 2**31 - 1, 3.4e38  # what libraries count with, and what float32 holds
+Ranges = Mapping[str, tuple[float, float]]  # name -> smallest, largest; of a list's members each
 
 
 def check_arguments(function: Callable, given: Mapping[str, Any], where: str = "",
@@ -22,7 +24,7 @@ def check_arguments(function: Callable, given: Mapping[str, Any], where: str = "
         ignore_missing: names that are given elsewhere.
     """
     prefix = f"{where}." if where else ""
-    parameters, hints = _parameters(function)
+    parameters, hints = parameters_of(function)
     for name, value in given.items():
         if name not in parameters:
             raise UserError(f"{prefix}{name} is not a setting.{did_you_mean(name, parameters)}"
@@ -34,18 +36,26 @@ def check_arguments(function: Callable, given: Mapping[str, Any], where: str = "
             raise UserError(f"{prefix}{name} is missing: give it {describe(hints.get(name, Any))}.")
 
 
-def check_range(name: str, value: float | str | None, least: float, most: float) -> None:
-    """Refuses a number outside [least, most], or one that is not finite; None and words (`auto`) are no numbers."""
-    if value is None or isinstance(value, str) or (least <= value <= most and math.isfinite(value)):
+def check_ranges(values: Mapping[str, Any], ranges: Ranges, where: str = "") -> None:
+    """Refuses numbers outside their ranges, also in lists; every number must be finite."""
+    for name, value in values.items():
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(number, int | float):
+                check_range(f"{where}.{name}" if where else name, number, *ranges.get(name, (-math.inf, math.inf)))
+
+
+def check_range(name: str, value: float, least: float, most: float) -> None:
+    """Refuses a number outside [least, most], or one that is not finite."""
+    held = MOST_INT if isinstance(value, int) else MOST_FLOAT
+    if max(least, -held) <= value <= min(most, held):
         return
-    if most < math.inf:
-        words = f"from {least:g} to {most:g}"
-    else:
-        words = "above 0" if 0 < least <= 1 else f"at least {least:g}"
-    raise UserError(f"{name}={value} must be {words}{'' if math.isfinite(value) else ', and a finite number'}.")
+    words = [] if least == -math.inf else ["above 0" if 0 < least <= 1 else f"at least {least:g}"]
+    words += [] if most == math.inf else ["below 1" if most == BELOW_ONE else f"at most {most:g}"]
+    words += [] if -held <= value <= held else ["a finite number that a computer counts with"]
+    raise UserError(f"{name}={value} must be {' and '.join(words)}.")
 
 
-def _parameters(function: Callable) -> tuple[dict[str, inspect.Parameter], dict[str, Any]]:
+def parameters_of(function: Callable) -> tuple[dict[str, inspect.Parameter], dict[str, Any]]:
     """Named parameters and their types; `**kwargs` of a constructor are its base class's parameters."""
     parameters: dict[str, inspect.Parameter] = {}
     hints: dict[str, Any] = {}

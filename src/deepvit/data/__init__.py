@@ -4,12 +4,13 @@ from deepvit.data.ahead import ahead
 from deepvit.data.decode import open_picture, resolve_decoder
 from deepvit.data.imageset import ImageSet, Splits
 from deepvit.data.loader import Bad, Batch, eval_batches, eval_batches_again, train_batches
+from deepvit.data.on_device import OnDevice
 from deepvit.data.prepare import Prepare
 from deepvit.data.real_labels import real_top1
 from deepvit.data.sources import DOWNLOADING, eval_folder, load
 from deepvit.data.stream import epoch_steps
 from deepvit.data.transforms import Transform, eval_transform, norm_values, train_transform
 
-__all__ = ["DOWNLOADING", "Bad", "Batch", "ImageSet", "Prepare", "Splits", "Transform", "ahead", "epoch_steps",
-           "eval_batches", "eval_batches_again", "eval_folder", "eval_transform", "load", "norm_values", "open_picture",
-           "real_top1", "resolve_decoder", "train_batches", "train_transform"]
+__all__ = ["DOWNLOADING", "Bad", "Batch", "ImageSet", "OnDevice", "Prepare", "Splits", "Transform", "ahead",
+           "epoch_steps", "eval_batches", "eval_batches_again", "eval_folder", "eval_transform", "load", "norm_values",
+           "open_picture", "real_top1", "resolve_decoder", "train_batches", "train_transform"]

@@ -9,8 +9,8 @@ import io
 import struct
 import warnings
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +18,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from deepvit.data import jpeg
-from deepvit.data.jpeg import Frame
 from deepvit.errors import UserError, did_you_mean
 
 Picture = Image.Image | Tensor  # PIL RGB, or uint8 [3, H, W] over memory of [H, W, 3]
@@ -53,7 +51,7 @@ def _torchvision_decodes() -> bool:
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8)).save(buffer, "JPEG")
     try:
-        return jpeg.pixels(bytearray(buffer.getvalue())).shape == (3, 8, 8)
+        return _jpeg_pixels(bytearray(buffer.getvalue())).shape == (3, 8, 8)
     except (ImportError, RuntimeError, AttributeError):
         return False
 
@@ -71,48 +69,44 @@ def read_bytes(path: str | bytes) -> bytearray:
 
 
 def decode(data: bytearray, decoder: str) -> tuple[Picture, bool]:
-    """Bytes -> (picture, whether the fast decoder refused it). decoder: `torchvision` or `pil`.
+    """Bytes -> (image, whether the fast decoder refused it). decoder: `torchvision` or `pil`.
 
-    The picture is a PIL image with `pil` and a uint8 tensor [3, H, W] with `torchvision`, whatever decoded it.
+    The image is a PIL image with `pil` and a uint8 tensor [3, H, W] with `torchvision`, whatever decoded it.
     Raises BadPicture with the reason.
     """
-    if decoder == "pil":
-        return decode_pil(data), False
-    if _plain(jpeg.frame_of(data)):
-        try:
-            return jpeg.pixels(data), False
-        except RuntimeError:  # torchvision's only exception for a JPEG it refuses; PIL decides whether it is readable
-            pass
-    return to_tensor(decode_pil(data)), data[:2] == b"\xff\xd8"
+    with _reasons():
+        image = Image.open(io.BytesIO(data))  # reads the header alone
+        if decoder == "pil":
+            return _to_rgb(image), False
+        is_jpeg = image.format in ("JPEG", "MPO")
+        if is_jpeg and image.mode in ("RGB", "L"):  # no CMYK
+            try:
+                return _jpeg_pixels(data), False
+            except RuntimeError:  # torchvision's only exception for a JPEG it refuses; PIL decides whether it is readable
+                pass
+        return to_tensor(_to_rgb(image)), is_jpeg
 
 
-@dataclass
-class Undecoded:
-    """A JPEG that becomes pixels once a crop tells which rows it wants."""
-
-    data: bytearray
-    frame: Frame
-    on_refused: Callable[[], None]  # called where the fast decoder refused it and PIL read it
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """As of the tensor: 3, H, W."""
-        return 3, self.frame.height, self.frame.width
-
-    def rows(self, end: int) -> Tensor:
-        """uint8 [3, n, W], n >= end: the first `end` rows are those of `decode`, and so is a BadPicture."""
-        try:
-            return jpeg.top_pixels(self.data, self.frame, end)
-        except RuntimeError:
-            picture = to_tensor(decode_pil(self.data))
-            self.on_refused()
-            return picture
+def _jpeg_pixels(data: bytearray) -> Tensor:
+    """-> uint8 [3, H, W] over memory of [H, W, 3], by libjpeg-turbo. RuntimeError for what torchvision refuses."""
+    from torchvision.io import ImageReadMode, decode_jpeg
+    return decode_jpeg(torch.frombuffer(data, dtype=torch.uint8), mode=ImageReadMode.RGB)
 
 
-def undecoded(data: bytearray, decoder: str, on_refused: Callable[[], None]) -> Undecoded | None:
-    """The picture in a file of which only some rows may be wanted; None where it has to be decoded whole."""
-    frame = jpeg.frame_of(data) if decoder == "torchvision" else None
-    return Undecoded(data, frame, on_refused) if _plain(frame) else None
+@contextmanager
+def _reasons() -> Iterator[None]:
+    """What PIL raises for a file, as BadPicture with the reason."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            yield
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as bomb:
+        raise BadPicture(f"it claims more than {MAX_PIXELS:,} pixels (a decompression bomb?)") from bomb
+    except Image.UnidentifiedImageError as error:
+        raise BadPicture("the content is no known image format") from error
+    except _BROKEN as error:
+        raise BadPicture(f"it is damaged ({str(error) or type(error).__name__})".replace("\n", " ")) from error
 
 
 def open_picture(path: str | Path, decoder: str = "pil") -> Picture:
@@ -121,21 +115,6 @@ def open_picture(path: str | Path, decoder: str = "pil") -> Picture:
         return decode(read_bytes(str(path)), resolve_decoder(decoder))[0]
     except BadPicture as bad:
         raise UserError(f"{path} is not a usable picture: {bad}.") from bad
-
-
-def decode_pil(data: bytes | bytearray) -> Image.Image:
-    """Bytes -> PIL RGB image; BadPicture with the reason."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return _to_rgb(Image.open(io.BytesIO(data)))
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as bomb:
-        raise BadPicture(f"it claims more than {MAX_PIXELS:,} pixels (a decompression bomb?)") from bomb
-    except Image.UnidentifiedImageError as error:
-        raise BadPicture("the content is no known picture format") from error
-    except _BROKEN as error:
-        raise BadPicture(f"it is damaged ({str(error) or type(error).__name__})".replace("\n", " ")) from error
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -155,11 +134,12 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         raise BadPicture("its pixels are floating-point numbers, whose range is unknown")
     if image.mode == "I" or image.mode.startswith("I;16"):  # PIL's own convert() would clip 16 bits at 255: all white
         pixels = np.asarray(image).astype(np.int64)
-        deep = image.mode != "I" or pixels.max() > 255
-        image = Image.fromarray(np.clip(pixels >> 8 if deep else pixels, 0, 255).astype(np.uint8))
+        image = Image.fromarray(np.clip(pixels >> _surplus_bits(image.mode, int(pixels.max())), 0, 255).astype(np.uint8))
     return image.convert("RGB")
 
 
-def _plain(frame: Frame | None) -> bool:
-    """Whether a JPEG has a size below the limit and one or three colour components (no CMYK)."""
-    return frame is not None and 0 < frame.width * frame.height <= MAX_PIXELS and frame.components in (1, 3)
+def _surplus_bits(mode: str, largest: int) -> int:
+    """Bits of grey beyond 8. A file of 16 bits may hold 12 (scanners, microscopes), which no header tells."""
+    if mode == "I" and largest < 256:
+        return 0
+    return 4 if largest < 4096 else 8

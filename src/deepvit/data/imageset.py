@@ -1,17 +1,20 @@
 """What a data set is to the rest: targets in an array, pictures on demand, memory flat across workers."""
 
 import hashlib
+import os
+import zlib
 from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import get_worker_info
 
-from deepvit.data.decode import BadPicture, Picture, Undecoded, decode, read_bytes, to_tensor, undecoded
+from deepvit.data.decode import BadPicture, Picture, decode, read_bytes, to_tensor
 from deepvit.data.folders import readable_names
+from deepvit.data.listing import Listing
 from deepvit.data.stream import stable_hash
 from deepvit.errors import UserError
 
@@ -38,35 +41,43 @@ class ImageSet(ABC):
         """Path or identifier of a picture, for messages and per-image results."""
 
     @abstractmethod
-    def picture(self, index: int) -> Picture | Undecoded:
-        """RGB picture: PIL, or uint8 [3, H, W]; in a DataLoader's worker it may wait for its crop.
-
-        Raises BadPicture with the reason.
-        """
+    def picture(self, index: int) -> Picture:
+        """RGB picture: PIL, or uint8 [3, H, W]. Raises BadPicture with the reason."""
 
     @abstractmethod
     def take(self, indices: np.ndarray) -> "ImageSet":
         """The set of the given indices, in their order."""
 
-    def _opened(self, data: bytearray) -> Picture | Undecoded:
+    def _opened(self, data: bytearray) -> Picture:
         """The picture in the bytes of a file; what the fast decoder refuses is counted."""
-        if get_worker_info() is not None:  # only there may messages of C code be kept off the terminal
-            waiting = undecoded(data, self.decoder, self._count_refused)
-            if waiting is not None:
-                return waiting
         picture, refused = decode(data, self.decoder)
         self.refused += refused
         return picture
 
-    def _count_refused(self) -> None:
-        self.refused += 1
-
     def fingerprint(self) -> str:
         """16 hex digits that tell whether two sets hold the same pictures in the same order, wherever they lie."""
-        return hashlib.blake2b(self._identity(), digest_size=8).hexdigest()
+        digest = hashlib.blake2b(digest_size=8)
+        for part in self._identity():
+            digest.update(part)
+        return digest.hexdigest()
 
-    def _identity(self) -> bytes:
-        return self.targets.tobytes()
+    def _identity(self) -> Iterator[bytes | np.ndarray]:
+        yield np.ascontiguousarray(self.targets)
+
+    def find(self, names: Collection[str]) -> np.ndarray:
+        """Indices of the images of these names, in order."""
+        return np.array([index for index in range(len(self)) if self.name(index) in names], np.int64)
+
+    def size_mark(self) -> str:
+        """16 hex digits from the sizes of 1,000 images at places fixed by a hash: re-encoded ones give others."""
+        n = len(self)
+        places = range(n) if n <= 1000 else sorted({stable_hash("size", n, draw) % n for draw in range(1000)})
+        sizes = np.array([self.size(place) for place in places], np.int64)
+        return hashlib.blake2b(sizes.tobytes(), digest_size=8).hexdigest()
+
+    def size(self, index: int) -> int:
+        """Bytes of the encoded image; 0 where the source does not tell."""
+        return 0
 
     def prepare(self) -> None:  # noqa: B027  nothing to do for most
         """Called in the main process before pictures are asked for in others: load what is worth keeping."""
@@ -85,6 +96,9 @@ class ArraySet(ImageSet):
     def name(self, index: int) -> str:
         return f"{self.label}/{self.ids[index]}"
 
+    def size(self, index: int) -> int:
+        return zlib.crc32(self.pixels[index].tobytes())  # there is no file: the pixels themselves
+
     def picture(self, index: int) -> Picture:
         pixels = self.pixels[index]  # [H, W, 3]
         return Image.fromarray(pixels) if self.decoder == "pil" else torch.from_numpy(pixels).permute(2, 0, 1)
@@ -95,14 +109,19 @@ class ArraySet(ImageSet):
 
 
 class FileSet(ImageSet):
-    """Pictures in files `root/<folder of the class>/<name>`; a small set is decoded once, in `prepare`."""
+    """Images in files `root/<class folder>/<name>`; a small set is decoded once, in `prepare`.
 
-    def __init__(self, root: Path, folders: list[str], names: np.ndarray, places: np.ndarray, *, decoder: str,
-                 in_memory_mb: int = IN_MEMORY_MB, labels: np.ndarray | None = None):
-        self.root, self.folders, self.names = Path(root), folders, names  # names: bytes ['S' n], relative to the folder
-        self.places, self.labels = places, np.arange(len(folders)) if labels is None else labels  # folder; its class
-        self.targets = self.labels[places].astype(np.int64)
-        self.decoder, self.in_memory_mb = decoder, in_memory_mb
+    Args:
+        rows: places in the listing; None: all of it.
+        labels: class of each folder; None: its number.
+    """
+
+    def __init__(self, root: Path, folders: list[str], listing: Listing, *, decoder: str,
+                 in_memory_mb: int = IN_MEMORY_MB, labels: np.ndarray | None = None, rows: np.ndarray | None = None):
+        self.root, self.folders, self.listing, self.rows = Path(root), folders, listing, rows
+        self.labels, self.decoder, self.in_memory_mb = labels, decoder, in_memory_mb
+        places = listing.places if rows is None else listing.places[rows]
+        self.targets = places if labels is None else labels[places].astype(np.int64)
         self.kept: Kept | None = None
 
     @property
@@ -110,22 +129,39 @@ class FileSet(ImageSet):
         return self.kept is not None
 
     def name(self, index: int) -> str:
-        file = self.names[index].decode("utf-8", "surrogateescape")
-        return f"{self.root}/{self.folders[self.places[index]]}/{file}"
+        row = index if self.rows is None else self.rows[index]
+        return f"{self.root}/{self.folders[self.listing.places[row]]}/{os.fsdecode(self.listing.name(row))}"
 
-    def picture(self, index: int) -> Picture | Undecoded:
+    def picture(self, index: int) -> Picture:
         if self.kept is not None:
             self.refused += int(self.kept.refused[index])
             return self.kept.picture(index, self.decoder)
         return self._opened(read_bytes(self.name(index)))
 
-    def _identity(self) -> bytes:
-        return b"".join([self.targets.tobytes(), self.places.tobytes(), self.names.tobytes(),
-                         "/".join(self.folders).encode("utf-8", "surrogateescape")])
+    def size(self, index: int) -> int:
+        try:
+            return os.stat(self.name(index)).st_size
+        except OSError:
+            return -1
+
+    def _identity(self) -> Iterator[bytes | np.ndarray]:
+        places = self.listing.places if self.rows is None else self.listing.places[self.rows]
+        yield from (np.ascontiguousarray(self.targets), np.ascontiguousarray(places))
+        yield from self.listing.padded(np.arange(len(self)) if self.rows is None else self.rows)
+        yield os.fsencode("/".join(self.folders))
+
+    def find(self, names: Collection[str]) -> np.ndarray:
+        rows = [row for row in map(self._row, names) if row is not None]
+        return np.array(sorted(rows), np.int64) if self.rows is None else np.flatnonzero(np.isin(self.rows, rows))
+
+    def _row(self, name: str) -> int | None:
+        folder, _, file = name.removeprefix(f"{self.root}/").partition("/")
+        return self.listing.find(self.folders.index(folder), os.fsencode(file)) if folder in self.folders else None
 
     def take(self, indices: np.ndarray) -> "FileSet":
-        return FileSet(self.root, self.folders, self.names[indices], self.places[indices], decoder=self.decoder,
-                       in_memory_mb=self.in_memory_mb, labels=self.labels)
+        rows = indices if self.rows is None else self.rows[indices]
+        return FileSet(self.root, self.folders, self.listing, decoder=self.decoder, in_memory_mb=self.in_memory_mb,
+                       labels=self.labels, rows=rows)
 
     def prepare(self) -> None:
         if self.kept is None and self._fits():
@@ -193,11 +229,12 @@ class Splits:
 
 def balanced_part(targets: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     """Sorted indices of a fixed, class-balanced part: of each class round(fraction * its size), at least one."""
+    order = np.argsort(targets, kind="stable")  # class by class
+    classes, starts = np.unique(targets[order], return_index=True)
     chosen = []
-    for target in np.unique(targets):
-        members = np.flatnonzero(targets == target)
-        order = np.random.default_rng(stable_hash("part", seed, int(target))).permutation(len(members))
-        chosen.append(members[order[:max(1, round(fraction * len(members)))]])
+    for target, members in zip(classes.tolist(), np.split(order, starts[1:]), strict=True):
+        shuffled = np.random.default_rng(stable_hash("part", seed, target)).permutation(len(members))
+        chosen.append(members[shuffled[:max(1, round(fraction * len(members)))]])
     return np.sort(np.concatenate(chosen))
 
 

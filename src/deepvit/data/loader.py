@@ -48,6 +48,15 @@ class Erasures:
         places = self.places[chosen] - torch.tensor([start, 0, 0, 0, 0])
         return Erasures(places, self.values[first:first + count])
 
+    def write(self, x: Tensor) -> Tensor:
+        """Into normalised images [b, 3, S, S]."""
+        values, start = self.values.to(x.device, non_blocking=True), 0
+        for row, top, left, height, width in self.places.tolist():
+            end = start + 3 * height * width
+            x[row, :, top:top + height, left:left + width] = values[start:end].view(3, height, width)
+            start = end
+        return x
+
 
 @dataclass
 class Batch:
@@ -66,9 +75,9 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """A copy with what the model needs on the device; the places of the erasures stay, Python reads them."""
-        erasures = Erasures(self.erasures.places, self.erasures.values.to(device, non_blocking=True))
-        return replace(self, images=self.images.to(device, non_blocking=True), erasures=erasures,
-                       targets=self.targets.to(device, non_blocking=True))
+        queued = {"device": device, "non_blocking": torch.device(device).type != "cpu"}  # to the host one must wait
+        return replace(self, images=self.images.to(**queued), targets=self.targets.to(**queued),
+                       erasures=replace(self.erasures, values=self.erasures.values.to(**queued)))
 
     def split(self, size: int) -> "list[Batch]":
         """Parts of at most `size` images, as views; what is said of bad images stays with the first."""
@@ -208,10 +217,11 @@ def train_batches(images: ImageSet, transform: Transform, *, seed: int, batch_si
         UserError for sizes that do not divide and for too many bad pictures; Failure if a worker dies.
     """
     stream = Stream(len(images), seed, batch_size, steps, start_step, rank, world, accumulation, repeats)
-    return _steps(_run(_Batches(images, transform, seed, "replace"), stream, workers, pin), accumulation, max_bad)
+    return grouped(_run(_Batches(images, transform, seed, "replace"), stream, workers, pin), accumulation, max_bad)
 
 
-def _steps(batches: Iterator[Batch], accumulation: int, max_bad: int) -> Iterator[list[Batch]]:
+def grouped(batches: Iterator[Batch], accumulation: int, max_bad: int) -> Iterator[list[Batch]]:
+    """Lists of `accumulation` batches each. Raises UserError for more than `max_bad` distinct bad images."""
     seen, step = set(), []
     for batch in batches:
         seen.update(bad.index for bad in batch.bad)

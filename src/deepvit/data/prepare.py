@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deepvit.data.loader import Batch, Erasures
+from deepvit.data.loader import Batch
 from deepvit.data.stream import stable_hash
 from deepvit.errors import UserError
 
@@ -13,9 +13,9 @@ class Prepare:
     """Batch of uint8 -> what the model and the loss take.
 
     In training, in timm's order (its prefetching loader): mixup (Zhang et al., arXiv:1710.09412) or cutmix (Yun et
-    al., arXiv:1905.04899) in timm's batch mode, then the erasing that the workers drew. The partner of position p of
-    the global batch is p ^ 1, and one lambda or rectangle serves the whole global batch of a step, so the result does
-    not depend on ranks or accumulation.
+    al., arXiv:1905.04899) in timm's batch mode, then the erasing that was drawn with the sample. The partner of
+    position p of the global batch is p ^ 1, and one lambda or rectangle serves the whole global batch of a step, so the
+    result does not depend on ranks or accumulation.
 
     Args:
         mean, std: per channel, of values in 0..1.
@@ -58,7 +58,7 @@ class Prepare:
             x, y = self._mix(x, y, lam, box)
         elif self.label_smoothing > 0:
             y = self._soft(y)
-        return _erase(x, batch.erasures), y
+        return batch.erasures.write(x), y
 
     def mixing(self, step: int, size: tuple[int, int]) -> tuple[float, tuple[int, int, int, int] | None]:
         """(lambda, box) of a step: box (top, bottom, left, right) for cutmix, None for mixup; lambda 1: no mixing.
@@ -81,7 +81,7 @@ class Prepare:
         return 1.0 - (bottom - top) * (right - left) / (size[0] * size[1]), (top, bottom, left, right)
 
     def _normalise(self, images: Tensor, device: torch.device | str) -> Tensor:
-        x = images.to(device, non_blocking=True).to(torch.float32, memory_format=torch.contiguous_format)
+        x = images.to(device, non_blocking=True).float()  # channels stay last, as convolutions like them
         if self.mean.device != x.device:
             self.mean, self.std = self.mean.to(x.device), self.std.to(x.device)
         return x.sub_(self.mean).div_(self.std)
@@ -110,13 +110,3 @@ class Prepare:
 def _partners(rows: Tensor) -> Tensor:
     """Each row's neighbour: 1, 0, 3, 2, ... A copy."""
     return rows.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
-
-
-def _erase(x: Tensor, erasures: Erasures) -> Tensor:
-    values = erasures.values.to(x.device, non_blocking=True)
-    start = 0
-    for row, top, left, height, width in erasures.places.tolist():
-        end = start + 3 * height * width
-        x[row, :, top:top + height, left:left + width] = values[start:end].view(3, height, width)
-        start = end
-    return x

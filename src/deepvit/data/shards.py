@@ -3,18 +3,22 @@
 Every read opens, seeks and closes: handles shared by forked workers would share one file position.
 """
 
+import logging
 import os
 import tarfile
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from deepvit.data.decode import BadPicture, Picture, Undecoded
-from deepvit.data.folders import EXTENSIONS
+from deepvit.data.decode import BadPicture, Picture
 from deepvit.data.imageset import ImageSet
+from deepvit.data.listing import EXTENSIONS, KINDS, in_words
 from deepvit.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 class Member(NamedTuple):
@@ -38,7 +42,10 @@ class TarSet(ImageSet):
     def name(self, index: int) -> str:
         return f"{self.shards[self.places[index, 0]]}:{self.names[index].decode('utf-8', 'surrogateescape')}"
 
-    def picture(self, index: int) -> Picture | Undecoded:
+    def size(self, index: int) -> int:
+        return int(self.places[index, 2])
+
+    def picture(self, index: int) -> Picture:
         shard, offset, size = self.places[index].tolist()
         try:
             data = read_at(self.shards[shard], offset, size)
@@ -64,32 +71,67 @@ def read_class_tars(shards: list[str], decoder: str, class_ids: list[str] | None
 
     class_ids: the classes to expect (of the training split); others are refused.
     """
-    pictures = [member for member in _members(shards) if _is_picture(member.name)]
-    labels = [_label(shards, member) for member in pictures]
+    members = [*_members(shards)]
+    images = [member for member in members if _is_image(member.name)]
+    _say_left_out(shards, Counter(_reason(member.name) for member in members if not _is_image(member.name)))
+    labels = [_label(shards, member) for member in images]
     found = sorted({*labels})
     if class_ids is not None and found != class_ids:
-        raise UserError(f"{shards[0]} has other classes than the training pictures: "
+        raise UserError(f"{shards[0]} has other classes than the training images: "
                         f"{', '.join(sorted({*found} ^ {*class_ids})[:3])} stand in one of the two only.")
     number = {name: place for place, name in enumerate(found)}
-    return _tar_set(shards, pictures, [number[label] for label in labels], decoder), found
+    return _tar_set(shards, images, [number[label] for label in labels], decoder), found
 
 
 def read_webdataset(shards: list[str], decoder: str) -> tuple[TarSet, list[str]]:
-    """WebDataset's shards: `key.jpg` beside `key.cls` (an integer) -> (set, class numbers as names)."""
-    pictures, classes = {}, {}
-    for member in _members(shards):
-        folder, name = os.path.split(member.name)
-        key = (member.shard, folder, name.split(".")[0])
-        if name.endswith(".cls"):
-            classes[key] = _class_number(shards, member)
-        elif _is_picture(name):
-            pictures[key] = member
-    lost = next((member for key, member in pictures.items() if key not in classes), None)
-    if lost is not None:
-        raise UserError(f"{shards[lost.shard]} has {lost.name} without a .cls file beside it that tells its class.")
-    targets = [classes[key] for key in pictures]
+    """WebDataset's shards: `key.jpg` beside `key.cls` (an integer) -> (set, class numbers as names).
+
+    A key ends at the first dot of a name; where that gives one key two images, and only there, at the last.
+    """
+    members = [*_members(shards)]
+    images = [member for member in members if _is_image(member.name)]
+    classes = [member for member in members if member.name.endswith(".cls")]
+    try:
+        pairs = _paired(images, classes, lambda name: name.split(".")[0])
+    except _Unpaired as fault:
+        try:
+            pairs = _paired(images, classes, lambda name: os.path.splitext(name)[0])
+        except _Unpaired:
+            raise UserError(f"{shards[fault.shard]}: there is {fault}; each image needs one .cls file of its key (the "
+                            f"name up to the first dot).") from None
+    _say_left_out(shards, Counter({".cls without an image": len(classes) - len(pairs)}))
+    targets = [_class_number(shards, member) for _, member in pairs]
     names = [str(number) for number in range(max(targets, default=-1) + 1)]
-    return _tar_set(shards, list(pictures.values()), targets, decoder), names
+    return _tar_set(shards, [image for image, _ in pairs], targets, decoder), names
+
+
+class _Unpaired(Exception):
+    """A key without exactly one image and one class."""
+
+    def __init__(self, shard: int, fault: str):
+        super().__init__(fault)
+        self.shard = shard
+
+
+def _paired(images: list[Member], classes: list[Member], stem: Callable[[str], str]) -> list[tuple[Member, Member]]:
+    """Each image with the class of its key: the shard, the folder, and the `stem` of the name."""
+    def by_key(members: list[Member]) -> dict[tuple[int, str, str], list[Member]]:
+        found = defaultdict(list)
+        for member in members:
+            folder, name = os.path.split(member.name)
+            found[member.shard, folder, stem(name)].append(member)
+        return found
+
+    pairs, classes_of = [], by_key(classes)
+    for key, alike in by_key(images).items():
+        labels = classes_of.get(key, [])
+        for members in (alike, labels):
+            if len(members) > 1:
+                raise _Unpaired(key[0], f"one key, '{key[-1]}', for {members[0].name} and {members[1].name}")
+        if not labels:
+            raise _Unpaired(key[0], f"{alike[0].name} without a .cls file beside it that tells its class")
+        pairs.append((alike[0], labels[0]))
+    return pairs
 
 
 def _class_number(shards: list[str], member: Member) -> int:
@@ -99,15 +141,25 @@ def _class_number(shards: list[str], member: Member) -> int:
     return int(text)
 
 
-def _tar_set(shards: list[str], pictures: list[Member], targets: list[int], decoder: str) -> TarSet:
-    if not pictures:
-        raise UserError(f"{shards[0]} holds no pictures.")
-    names = np.array([os.fsencode(member.name) for member in pictures])
-    return TarSet(shards, pictures, names, np.array(targets), decoder)
+def _tar_set(shards: list[str], images: list[Member], targets: list[int], decoder: str) -> TarSet:
+    if not images:
+        raise UserError(f"{shards[0]} holds no images ({KINDS}).")
+    names = np.array([os.fsencode(member.name) for member in images])
+    return TarSet(shards, images, names, np.array(targets), decoder)
 
 
-def _is_picture(name: str) -> bool:
+def _is_image(name: str) -> bool:
     return os.fsencode(name).lower().endswith(EXTENSIONS) and not os.path.basename(name).startswith(".")
+
+
+def _reason(name: str) -> str:
+    return "hidden" if os.path.basename(name).startswith(".") else os.path.splitext(name)[1] or "without extension"
+
+
+def _say_left_out(shards: list[str], left_out: Mapping[str, int]) -> None:
+    if +Counter(left_out):
+        log.warning("In %s%s %s Images are %s.", shards[0], ", ..." if len(shards) > 1 else "",
+                    in_words(+Counter(left_out)), KINDS)
 
 
 def _label(shards: list[str], member: Member) -> str:

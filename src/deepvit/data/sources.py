@@ -1,5 +1,6 @@
 """`load(source, ...)`: the data sets by name, cut to a fraction or to the first classes where asked."""
 
+import logging
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -14,17 +15,18 @@ from deepvit.data.folders import (
     check_same_classes,
     class_folders,
     existing,
+    find_splits,
     readable_names,
-    scan,
-    split_folder,
 )
 from deepvit.data.imageset import IN_MEMORY_MB, ArraySet, FileSet, ImageSet, Splits, balanced_part, hold_out
+from deepvit.data.index import kept_listing
+from deepvit.data.listing import KINDS, in_words
 from deepvit.data.timm_sets import timm_splits
 from deepvit.errors import UserError, did_you_mean
 
 DOWNLOADING = ("cifar10", "cifar100", "timm")  # sources that may have to fetch their pictures
+log = logging.getLogger(__name__)
 IMAGENET100 = Path(__file__).with_name("imagenet100.txt")
-TRAIN, VAL = ("train", "training"), ("val", "valid", "validation", "test", "eval")
 
 
 def load(source: str, *, root: str | None = None, fraction: float = 1.0, classes: int | str | None = None,
@@ -52,7 +54,12 @@ def load(source: str, *, root: str | None = None, fraction: float = 1.0, classes
     arguments = {"root": root, "val_fraction": val_fraction, "seed": seed, "decoder": resolve_decoder(decoder),
                  "in_memory_mb": in_memory_mb, "classes": classes, "name": name, "train_split": train_split,
                  "val_split": val_split}
+    if source != "timm" and (name, train_split, val_split) != (None, "train", "validation"):
+        raise UserError(f"data.name, data.train_split and data.val_split are for data=timm, not for data={source}.")
     splits = _first_classes(SOURCES[source](**arguments), classes)
+    if len(splits.class_ids) < 2:
+        raise UserError(f"data.root={root} has one class only, '{splits.class_ids[0]}', so nothing can be learned: is "
+                        f"it one level too high? Each class needs a folder below it, or below train/ and val/.")
     if fraction < 1:
         splits = replace(splits, train=splits.train.take(balanced_part(splits.train.targets, fraction, seed)))
     return splits
@@ -66,7 +73,11 @@ def eval_folder(root: str, class_ids: list[str], *, decoder: str = "auto", in_me
     number. Some classes may be missing; a folder that is none of `class_ids` is refused by a UserError.
     """
     path = existing(root, "folder")
-    path = split_folder(path, VAL) or path
+    train, val = find_splits(path, class_ids)
+    if train is not None and val is None:
+        raise UserError(f"data.root={root} has {train.name}/ but no val/ folder: give data.root={train} to evaluate on "
+                        f"the training images.")
+    path = val or path
     names = class_folders(path)
     check_has_classes(path, names)
     if names == [str(number) for number in range(len(class_ids))]:
@@ -77,8 +88,18 @@ def eval_folder(root: str, class_ids: list[str], *, decoder: str = "auto", in_me
             raise UserError(f"{path} has {len(strangers)} class folders that the model was not trained on "
                             f"({', '.join(strangers[:3])}).{did_you_mean(strangers[0], class_ids)}")
         wanted = np.array([class_ids.index(name) for name in names])
-    return FileSet(path, names, *scan(path, names), decoder=resolve_decoder(decoder), in_memory_mb=in_memory_mb,
-                   labels=wanted)
+    return _file_set(path, names, decoder=resolve_decoder(decoder), in_memory_mb=in_memory_mb, labels=wanted)
+
+
+def _file_set(folder: Path, classes: list[str], **options: object) -> FileSet:
+    """The images below `folder/<class>`; what is left out there is said."""
+    listing = kept_listing(folder, classes)
+    if listing.left_out:
+        log.warning("In %s %s Images are %s.", folder, in_words(listing.left_out), KINDS)
+    if listing.is_nested:
+        log.warning("No class folder of %s has images itself, only folders of them: is data.root one level too high?",
+                    folder)
+    return FileSet(folder, classes, listing, **options)
 
 
 def _first_classes(splits: Splits, classes: int | str | None) -> Splits:
@@ -150,7 +171,7 @@ def _imagenet(*, root: str | None, val_fraction: float | None, decoder: str, in_
     path = existing(root, "imagenet")
     if val_fraction:
         raise UserError("data=imagenet has its own val/ folder and takes no data.val_fraction: use data=folder.")
-    train, val = split_folder(path, ("train",)), split_folder(path, ("val", "validation"))
+    train, val = find_splits(path)
     if train is None or val is None:
         missing = "train/" if train is None else "val/"
         raise UserError(f"data.root={root} has no {missing} folder: data=imagenet wants train/<wnid>/*.JPEG and "
@@ -161,15 +182,21 @@ def _imagenet(*, root: str | None, val_fraction: float | None, decoder: str, in_
 def _folder(*, root: str | None, val_fraction: float | None, decoder: str, in_memory_mb: int, seed: int,
             classes: int | str | None, **_: object) -> Splits:
     path = existing(root, "folder")
-    train, val = split_folder(path, TRAIN), split_folder(path, VAL)
-    if train is not None and val is not None and not val_fraction:
-        return _two_folders(train, val, decoder=decoder, in_memory_mb=in_memory_mb, classes=classes)
+    train, val = find_splits(path)
+    options = {"decoder": decoder, "in_memory_mb": in_memory_mb}
     if val is not None and train is None:
         raise UserError(f"data.root={root} has {val.name}/ but no train/ folder.")
     if not val_fraction:
+        if val is not None:
+            return _two_folders(train, val, classes=classes, **options)
         check_has_classes(train or path, class_folders(train or path))
         raise UserError(f"{path} has no val/ folder: give data.val_fraction=0.1 to hold out a tenth of each class.")
-    return _held_out(train or path, val_fraction, seed, decoder=decoder, in_memory_mb=in_memory_mb)
+    if val is not None and class_folders(val):
+        raise UserError(f"data.root={root} has {val.name}/, which data.val_fraction={val_fraction} would not use: leave "
+                        f"data.val_fraction out, or give data.root={train} to hold out a part of the training images.")
+    if val is not None:
+        log.warning("%s has no class folders and is not used.", val)
+    return _held_out(train or path, val_fraction, seed, **options)
 
 
 def _two_folders(train: Path, val: Path, *, classes: int | str | None, **options: object) -> Splits:
@@ -178,14 +205,13 @@ def _two_folders(train: Path, val: Path, *, classes: int | str | None, **options
     check_has_classes(val, val_ids)
     check_same_classes(ids, val_ids, train, val)
     ids = chosen(classes, ids)  # no time is spent on folders that are not used
-    sets = [FileSet(folder, ids, *scan(folder, ids), **options) for folder in (train, val)]
-    return Splits(*sets, readable_names(ids), ids)
+    return Splits(_file_set(train, ids, **options), _file_set(val, ids, **options), readable_names(ids), ids)
 
 
 def _held_out(folder: Path, val_fraction: float, seed: int, **options: object) -> Splits:
     ids = class_folders(folder)
     check_has_classes(folder, ids)
-    return hold_out(FileSet(folder, ids, *scan(folder, ids), **options), ids, val_fraction, seed, str(folder))
+    return hold_out(_file_set(folder, ids, **options), ids, val_fraction, seed, str(folder))
 
 
 def _cifar(classes_of_it: int, *, root: str | None, val_fraction: float | None, decoder: str,
@@ -195,7 +221,7 @@ def _cifar(classes_of_it: int, *, root: str | None, val_fraction: float | None, 
         raise UserError(f"data={name} needs data.root: the folder that holds it as JPEGs ({{train,test}}/<class>/) or "
                         "that torchvision shall download it to.")
     path = Path(root).expanduser()
-    if split_folder(path, TRAIN) is not None:
+    if path.is_dir() and find_splits(path)[0] is not None:
         return _folder(root=root, val_fraction=val_fraction, decoder=decoder, **options)
     from torchvision.datasets import CIFAR10, CIFAR100
     existed = path.exists()

@@ -1,13 +1,15 @@
 """timm's data sets by timm's names: Hugging Face's and torchvision's through timm, tar files by our own index."""
 
+import re
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from deepvit.data.decode import BadPicture, Picture, Undecoded, to_tensor
-from deepvit.data.folders import existing, readable_names
+from deepvit.data.decode import BadPicture, Picture, to_tensor
+from deepvit.data.folders import class_folders, existing, readable_names
 from deepvit.data.imageset import ImageSet, Splits, hold_out
+from deepvit.data.listing import entries
 from deepvit.data.shards import read_class_tars, read_webdataset
 from deepvit.errors import UserError
 
@@ -30,7 +32,7 @@ class TimmSet(ImageSet):
         except AttributeError:  # torchvision's data sets have no names
             return f"{self.label}/{row}"
 
-    def picture(self, index: int) -> Picture | Undecoded:
+    def picture(self, index: int) -> Picture:
         row = int(self.rows[index])
         reader = getattr(self.dataset, "reader", None)
         try:
@@ -82,10 +84,18 @@ def _tar_splits(path: Path, webdataset: bool, train_split: str, val_split: str, 
         train, ids = read_webdataset(train_tars, decoder)
     else:
         train, ids = read_class_tars(train_tars, decoder)
+    val_tars = [] if path.is_file() else _find_shards(path, val_split)
+    unused = sorted({*val_tars} - {*train_tars})
+    if val_fraction and unused:
+        raise UserError(f"data.root={path} has {unused[0]}, which data.val_fraction={val_fraction} would not use: leave "
+                        f"data.val_fraction out, or move it away.")
     if val_fraction:
         return hold_out(train, ids, val_fraction, seed, str(path))
     if path.is_file():
         raise UserError(f"{path} is a single tar: give data.val_fraction=0.1 to hold out a tenth of each class.")
+    if len(unused) < len(val_tars):
+        raise UserError(f"data.root={path}: the same tars are found for data.train_split={train_split} and "
+                        f"data.val_split={val_split}, such as {train_tars[0]}: rename them after one split each.")
     val_tars = _shards(path, val_split)
     if not webdataset:
         return Splits(train, read_class_tars(val_tars, decoder, ids)[0], readable_names(ids), ids)
@@ -95,15 +105,31 @@ def _tar_splits(path: Path, webdataset: bool, train_split: str, val_split: str, 
 
 
 def _shards(path: Path, split: str) -> list[str]:
-    if path.is_file():
-        return [str(path)]
+    found = [str(path)] if path.is_file() else _find_shards(path, split)
+    if not found:
+        raise UserError(f"data.root={path} has no tar files of the split {split} ({split}.tar, {split}/*.tar or "
+                        f"*{split}*.tar).")
+    return found
+
+
+def _find_shards(folder: Path, split: str) -> list[str]:
+    tars, folders = _tars(folder), class_folders(folder)
     words = next((synonyms for synonyms in WORDS.values() if split in synonyms), (split,))
     for word in (split, *words):
-        found = sorted([*path.glob(f"{word}.tar"), *path.glob(f"{word}/*.tar")]) or sorted(path.glob(f"*{word}*.tar"))
+        found = [tar for tar in tars if tar.stem == word] + (_tars(folder / word) if word in folders else [])
+        found = found or [tar for tar in tars if _has_word(tar.stem, word)]
         if found:
-            return [str(shard) for shard in found]
-    raise UserError(f"data.root={path} has no tar files of the split {split} ({split}.tar, {split}/*.tar or "
-                    f"*{split}*.tar).")
+            return [str(tar) for tar in found]
+    return []
+
+
+def _tars(folder: Path) -> list[Path]:
+    return sorted(Path(entry.path) for entry in entries(folder) if entry.name.endswith(".tar") and entry.name[0] != ".")
+
+
+def _has_word(stem: str, word: str) -> bool:
+    """`small-train-0001` has the word train, `constrained` does not."""
+    return re.search(rf"(?<![a-zA-Z]){re.escape(word)}(?![a-zA-Z])", stem) is not None
 
 
 def _create(name: str, root: str | None, split: str, decoder: str) -> tuple[TimmSet, list[str]]:

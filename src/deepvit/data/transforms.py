@@ -19,7 +19,7 @@ from timm.data.transforms_factory import transforms_imagenet_train
 from torch import Tensor
 from torchvision.transforms import RandomHorizontalFlip, RandomVerticalFlip
 
-from deepvit.data.decode import Picture, Undecoded, to_pil, to_tensor
+from deepvit.data.decode import Picture, to_pil, to_tensor
 from deepvit.errors import UserError, did_you_mean
 
 INTERPOLATIONS = ("bilinear", "bicubic")
@@ -37,10 +37,8 @@ def norm_values(norm: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return NORMS[norm]
 
 
-def resize(picture: Picture | Undecoded, size: tuple[int, int], interpolation: str) -> Picture:
+def resize(picture: Picture, size: tuple[int, int], interpolation: str) -> Picture:
     """To (height, width) with antialiasing: PIL's filter, or ATen's on uint8 (the same weights, rounded alike)."""
-    if isinstance(picture, Undecoded):
-        picture = picture.rows(picture.shape[1])
     if isinstance(picture, Image.Image):
         return picture.resize(size[::-1], str_to_pil_interp(interpolation))
     if tuple(picture.shape[1:]) == tuple(size):
@@ -49,16 +47,14 @@ def resize(picture: Picture | Undecoded, size: tuple[int, int], interpolation: s
     return F.interpolate(batch, size=size, mode=interpolation, antialias=True)[0]
 
 
-def crop(picture: Picture | Undecoded, top: int, left: int, height: int, width: int) -> Picture:
+def crop(picture: Picture, top: int, left: int, height: int, width: int) -> Picture:
     """The rectangle in pixels; it must lie inside."""
     if isinstance(picture, Image.Image):
         return picture.crop((left, top, left + width, top + height))
-    if isinstance(picture, Undecoded):
-        picture = picture.rows(top + height)
     return picture[:, top:top + height, left:left + width]
 
 
-def shape_of(picture: Picture | Undecoded) -> tuple[int, int]:
+def shape_of(picture: Picture) -> tuple[int, int]:
     """(height, width)."""
     return (picture.height, picture.width) if isinstance(picture, Image.Image) else tuple(picture.shape[1:])
 
@@ -71,7 +67,7 @@ class CentreCrop:
     crop_pct: float
     interpolation: str
 
-    def __call__(self, picture: Picture | Undecoded) -> Picture:
+    def __call__(self, picture: Picture) -> Picture:
         height, width = shape_of(picture)
         if max(height, width) > LONGEST * min(height, width):
             picture = self._middle(picture, LONGEST * min(height, width))
@@ -82,7 +78,7 @@ class CentreCrop:
         return crop(resize(picture, new, self.interpolation), top, left, *self.size)
 
     @staticmethod
-    def _middle(picture: Picture | Undecoded, longest: int) -> Picture:
+    def _middle(picture: Picture, longest: int) -> Picture:
         sides = shape_of(picture)
         height, width = (min(side, longest) for side in sides)
         return crop(picture, (sides[0] - height) // 2, (sides[1] - width) // 2, height, width)
@@ -103,7 +99,7 @@ class RandomCrop(RandomResizedCropAndInterpolation):
         super().__init__(size, scale, ratio, "bilinear" if interpolation == "random" else interpolation)
         self.names = INTERPOLATIONS if interpolation == "random" else (interpolation,)
 
-    def __call__(self, picture: Picture | Undecoded) -> Picture:
+    def __call__(self, picture: Picture) -> Picture:
         whole = shape_of(picture)
         blank = torch.empty(1).expand(1, *whole)  # get_params asks it for its size alone
         top, left, height, width = self.get_params(blank, self.scale, self.ratio)
@@ -135,7 +131,7 @@ class Transform:
     """crop -> flips -> colour (PIL), and the rectangles to erase afterwards. Draws from the global generators."""
 
     size: tuple[int, int]
-    crop: Callable[[Picture | Undecoded], Picture]
+    crop: Callable[[Picture], Picture]
     flips: list[Callable[[Picture], Picture]] = field(default_factory=list)
     colour: list[Callable[[Image.Image], Image.Image]] = field(default_factory=list)
     erasing: RandomErasing | None = None
@@ -145,7 +141,7 @@ class Transform:
         """Whether it draws any random number."""
         return isinstance(self.crop, RandomCrop) or bool(self.flips or self.colour or self.erasing)
 
-    def __call__(self, picture: Picture | Undecoded) -> tuple[Tensor, list[Patch]]:
+    def __call__(self, picture: Picture) -> tuple[Tensor, list[Patch]]:
         """-> (uint8 [3, S, S], rectangles to erase)."""
         picture = self.crop(picture)
         for step in self.flips:
@@ -195,6 +191,9 @@ def train_transform(img_size: int | Sequence[int], *, crop_pct: float = 0.9,
     """
     size = _pair(img_size)
     _check_interpolation(interpolation, (*INTERPOLATIONS, "random"), "augment.interpolation")
+    if gaussian_blur_prob and min(size) < 12:
+        raise UserError(f"augment.gaussian_blur_prob={gaussian_blur_prob} needs images of 12 pixels or more, as timm's "
+                        f"blur is 23 wide: set it to 0, or raise model.img_size.")
     if crop_scale is None:
         cut = eval_transform(size, crop_pct, "bicubic" if interpolation == "random" else interpolation).crop
     else:
@@ -209,8 +208,8 @@ def _colour(size: tuple[int, int], *, auto_augment: str | None, **options: objec
     try:
         stages = transforms_imagenet_train(size, separate=True, auto_augment=auto_augment, **options)
     except (AssertionError, KeyError, ValueError) as error:
-        raise UserError(f"augment.auto_augment={auto_augment} is not a policy of timm's such as rand-m9-mstd0.5-inc1 "
-                        f"({error}).") from error
+        raise UserError(f"augment.auto_augment={auto_augment} (such as rand-m9-mstd0.5-inc1) and augment.color_jitter="
+                        f"{options['color_jitter']} are not both what timm takes ({error}).") from error
     steps = list(stages[1].transforms)
     for step in steps:
         mend_posterize(step)

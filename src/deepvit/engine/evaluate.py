@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.special import bdtr, ndtri
 from torch import Tensor, nn
 
 from deepvit.engine.ranks import Ranks
@@ -134,9 +135,9 @@ def _gather(parts: list[dict[str, Tensor]], bad: list[Any], ranks: Ranks, n: int
                       whole["confidences"][order])
 
 
-def wilson_interval(correct: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval of a proportion (95 % by default), both ends in 0..1. E. B. Wilson, JASA 22, 1927."""
-    p = correct / n
+def wilson_interval(correct: int, n: int, level: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval of a proportion, both ends in 0..1. E. B. Wilson, JASA 22, 1927."""
+    p, z = correct / n, float(ndtri((1 + level) / 2))
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
     return max(0.0, centre - half), min(1.0, centre + half)
@@ -152,13 +153,5 @@ def mcnemar(first_correct: np.ndarray, second_correct: np.ndarray) -> dict[str, 
     """
     first = int((first_correct & ~second_correct).sum())
     second = int((second_correct & ~first_correct).sum())
-    return {"only_first": first, "only_second": second, "p": _binomial_two_sided(min(first, second), first + second)}
-
-
-def _binomial_two_sided(k: int, n: int) -> float:
-    """P of a fair coin's being at least as lopsided as k of n."""
-    if n == 0:
-        return 1.0
-    log_choose = [math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) - n * math.log(2)
-                  for i in range(k + 1)]
-    return min(1.0, 2 * math.fsum(map(math.exp, log_choose)))
+    p = min(1.0, 2 * float(bdtr(min(first, second), first + second, 0.5)))  # a fair coin as lopsided as this, or more
+    return {"only_first": first, "only_second": second, "p": p}

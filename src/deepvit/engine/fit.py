@@ -2,16 +2,15 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from typing import Any
 
-import numpy as np
 import torch
 
 from deepvit.engine.evaluate import Evaluation
 from deepvit.engine.folder import RunFolder
-from deepvit.engine.loggers import Loggers
+from deepvit.engine.loggers import Draw, Loggers
 from deepvit.engine.progress import Display, Meter, clock
 from deepvit.engine.saver import Saver
 from deepvit.engine.schedule import Plan, is_due
@@ -22,7 +21,7 @@ from deepvit.engine.step import Status, Stepper, Update
 from deepvit.errors import Failure, UserError
 
 Batches = Sequence[Any]  # the micro-batches of one global batch
-Measures = tuple[dict[str, Any], Mapping[str, np.ndarray]]  # plain values to log, and images of them
+Measures = tuple[dict[str, Any], Draw]  # plain values to log, and images of them
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +57,7 @@ class Fit:
     def run(self) -> bool:
         """Trains to the end. True: finished; False: stopped on request, with a checkpoint of this very step."""
         state, plan = self.state, self.plan
-        with self._display, closing(self._loggers):
+        with self._display:
             if not self._begin():
                 return False
             with closing(self._make_batches(state.step, plan.total - state.step)) as stream:
@@ -118,6 +117,7 @@ class Fit:
     def _after_update(self, update: Update, batches: Batches) -> None:
         state, plan = self.state, self.plan
         self._newest = update
+        self._bar.advance()
         self._skips.add(update, batches)
         if self.stepper.limit != self._limit:
             self._note_out_of_memory(update)
@@ -135,22 +135,21 @@ class Fit:
                 **({"decoder_refused": refused} if refused else {})}
         if not self._ranks.is_main:
             return
-        self._loggers.log("train", line, state.step, self._epoch())
+        self._loggers.log_scalars("train", line, state.step, self._epoch())
         left = (plan.total - state.step) * plan.batch_size / max(self.meter.images_per_s, 1e-9)
-        text = (f"epoch {self._epoch():.2f}  loss {line['loss']:.4f}  {line['images_per_s']:.1f} img/s  "
-                f"data wait {line['data_wait']:.0%}")
-        self._bar.show(state.step, text)
-        level = logging.DEBUG if self._display.terminal else logging.INFO
-        log.log(level, "step %d/%d  %s  lr %.3g  left %s", state.step, plan.total, text, line["lr"], clock(left))
+        details = [f"loss {line['loss']:.4f}", f"{line['images_per_s']:.1f} img/s", f"epoch {self._epoch():.2f}",
+                   f"data wait {line['data_wait']:.0%}", f"lr {line['lr']:.3g}"]
+        self._bar.show(details)
+        level = logging.DEBUG if self._display.replaces_lines else logging.INFO
+        log.log(level, "step %d/%d  %s  left %s", state.step, plan.total, "  ".join(details), clock(left))
 
     def _measure_attention(self) -> None:
         if self._attention_metrics is None or not self._ranks.is_main:
             return
         self.meter.pause()
-        values, images = self._attention_metrics(self.state.evaluated_model, self.state.step)
-        self._loggers.log("attention", values, self.state.step, self._epoch())
-        for name, pixels in images.items():
-            self._loggers.log_image(name, pixels, self.state.step)
+        values, draw = self._attention_metrics(self.state.evaluated_model, self.state.step)
+        self._loggers.log_scalars("attention", values, self.state.step, self._epoch())
+        self._loggers.log_images(draw, self.state.step)
         self.meter.resume()
 
     def _evaluate_if_due(self) -> bool:
@@ -178,10 +177,9 @@ class Fit:
         return is_due(self.state.step, self.plan.eval_every, self.plan.total)
 
     def _note_evaluation(self, summary: dict[str, Any], is_best: bool) -> None:
-        self._loggers.log("val", summary, self.state.step, self._epoch())
-        log.info("step %d  epoch %.2f  top-1 %.2f %%  top-5 %.2f %%  loss %.4f  (%d images)%s", self.state.step,
-                 self._epoch(), summary["top1"], summary["top5"], summary["loss"], summary["n"],
-                 "  best so far" if is_best else "")
+        self._loggers.log_scalars("val", summary, self.state.step, self._epoch())
+        log.info("step %d  epoch %.2f  top-1 %.2f %%  top-5 %.2f %%  loss %.4f%s", self.state.step, self._epoch(),
+                 summary["top1"], summary["top5"], summary["loss"], "  best so far" if is_best else "")
         if is_best:
             self.meter.pause()
             self._saver.save_best(self.state, summary)

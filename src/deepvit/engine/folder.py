@@ -6,23 +6,33 @@ import json
 import logging
 import math
 import os
+import re
 import socket
 import tempfile
 import time
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, ClassVar
 
+import yaml
+
 from deepvit.engine.checkpoint import write_text_synced
 from deepvit.engine.ranks import Ranks
 from deepvit.errors import UserError
+
+MARK = ".deepvit-run"  # the first file that a run writes, which makes the folder its own
+CHECKPOINT = re.compile(r"(last|previous|best|nonfinite|step-\d+)\.pt(\.sha256)?(\.tmp)?")
+SETTINGS = {"model", "data", "augment", "optimizer", "schedule", "engine"}  # keys of every run's config.yaml
 
 log = logging.getLogger(__name__)
 
 
 class RunFolder:
     """The paths of a run and its append-only files. Rank 0 owns it; the others only read.
+
+    A folder is a run's only if it says so. In one of ours, only files of our own names are replaced or removed.
 
     The lock is the kernel's (`lockf`): it ends with its process, however that dies, so no lock is ever stale. (Not
     `flock`, which the processes that load pictures would inherit and hold for seconds after a SIGKILL.)
@@ -39,19 +49,28 @@ class RunFolder:
         self.best, self.nonfinite = self.checkpoints / "best.pt", self.checkpoints / "nonfinite.pt"
         self.metrics, self.events = self.path / "metrics.jsonl", self.path / "events.jsonl"
         self.result, self.config = self.path / "metrics.json", self.path / "config.yaml"
+        self.mark, self.aside = self.path / MARK, self.path / ".replaced"
         self._lock: IO[str] | None = None
         self._waiting: dict[Path, list[str]] = {}
 
-    def claim(self) -> None:
-        """Creates the folder, proves that it can be written, and takes its lock.
+    def claim(self, fresh: bool = False, restarted: bool = False) -> bool:
+        """Creates the folder, marks it as a run's, proves that it can be written, and takes its lock.
 
+        Args:
+            fresh: an earlier run is to be replaced.
+            restarted: by the launcher, so that what stands there may be this command's own.
+        Returns:
+            whether an earlier run is still to be replaced.
         Raises:
-            UserError: not writable, or another process works in it (which is named).
+            UserError: a folder of somebody else's, not writable, or another process works in it (which is named).
         """
         if self.path.resolve() in self._claimed:
             raise UserError(f"The run folder {self.path} is in use by this very process.")
         try:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self._refuse_strange()
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.mark.touch()
+            self.checkpoints.mkdir(exist_ok=True)
             lock = (self.path / "lock").open("a+")
             self._prove_writable()
         except OSError as error:
@@ -69,19 +88,39 @@ class RunFolder:
         lock.flush()
         self._lock = lock
         self._claimed.add(self.path.resolve())
-        for partial in self.path.rglob("*.tmp"):
-            partial.unlink()
+        for partial in self._own_files(self.path):
+            if partial.suffix == ".tmp":
+                partial.unlink()
+        starts_over = self._settle_replacement() or not restarted
+        if fresh and starts_over:
+            self.aside.mkdir(exist_ok=True)
+        return fresh and starts_over
+
+    def _refuse_strange(self) -> None:
+        if self.path.is_dir() and not self.is_ours():
+            raise UserError(f"The folder {self.path} holds files that are not of a run, such as "
+                            f"{min(self.path.iterdir()).name}: give an empty or a new one with hydra.run.dir=...")
+
+    def is_ours(self) -> bool:
+        """Empty, marked by a run, or begun by one of a version that set no mark."""
+        if self.mark.exists() or not any(self.path.iterdir()):
+            return True
+        try:
+            config, events = yaml.safe_load(self.config.read_text()), list(read_json_lines(self.events))
+        except (OSError, ValueError, yaml.YAMLError):  # somebody else's file may hold anything
+            return False
+        begun = any(isinstance(event, dict) and event.get("event") in ("start", "resume") for event in events)
+        return begun and isinstance(config, dict) and config.keys() >= SETTINGS
 
     @contextmanager
-    def claimed(self, ranks: Ranks, clear: bool = False) -> Iterator[None]:
-        """Rank 0 owns the folder, on behalf of all; `clear` forgets an earlier run."""
+    def claimed(self, ranks: Ranks, fresh: bool = False, restarted: bool = False) -> Iterator[bool]:
+        """Rank 0 owns the folder, on behalf of all; see `claim`."""
+        starts_over = False
         with ranks.together():
             if ranks.is_main:
-                self.claim()
-                if clear:
-                    self.clear()
+                starts_over = self.claim(fresh, restarted)
         try:
-            yield
+            yield ranks.from_main(starts_over)
         finally:
             self.release()
 
@@ -95,29 +134,65 @@ class RunFolder:
         """Gives the lock back; a folder in which nothing was begun is left as it was found."""
         if self._lock is None:
             return
+        self._settle_replacement()
         if not self.config.exists():
             (self.path / "lock").unlink(missing_ok=True)
             with suppress(OSError):
                 self.checkpoints.rmdir()
+            if [*self.path.iterdir()] == [self.mark]:
+                self.mark.unlink()
         self._lock.close()
         self._lock = None
         self._claimed.discard(self.path.resolve())
 
-    def clear(self) -> None:
-        """Forgets an earlier run (`fresh=true`): only files that a run writes."""
-        for path in (*self.checkpoints.glob("*.pt*"), *(self.path / name for name in self.OWN),
-                     *self.path.glob("events.out.tfevents.*")):
-            path.unlink(missing_ok=True)
+    # `fresh=true`: the earlier run goes only when the new one's first checkpoint stands. Until then it lies aside, and
+    # last.pt, the first file to be moved and the first to be written anew, tells which of the two is whole.
+
+    def set_aside(self) -> None:
+        """Makes room for a new run; the earlier one comes back if that does not get to its first checkpoint."""
+        self._move(self.path, self.aside)
+
+    def drop_replaced(self) -> None:
+        """The new run's first checkpoint stands: forgets the earlier run."""
+        for path in list(self._own_files(self.aside)):
+            path.unlink()
+        for folder in (self.aside / "checkpoints", self.aside):
+            with suppress(OSError):
+                folder.rmdir()
+
+    def _settle_replacement(self) -> bool:
+        """Ends what a `fresh=true` that was cut began; whether the earlier run stands (again)."""
+        if not self.aside.exists():
+            return False
+        stands = not (self.last.exists() and any(self._own_files(self.aside)))
+        if stands:
+            self._move(self.aside, self.path)
+        self.drop_replaced()
+        return stands
+
+    def _move(self, source: Path, target: Path) -> None:
+        (target / "checkpoints").mkdir(parents=True, exist_ok=True)
+        for path in list(self._own_files(source)):
+            os.replace(path, target / path.relative_to(source))
+
+    def _own_files(self, base: Path) -> Iterable[Path]:
+        """What a run wrote below `base`, last.pt first; other files there are somebody else's."""
+        checkpoints = [path for path in base.glob("checkpoints/*.pt*") if CHECKPOINT.fullmatch(path.name)]
+        yield from sorted(checkpoints, key=lambda path: path != base / "checkpoints" / self.last.name)
+        yield from (path for name in self.OWN if (path := base / name).exists())
+        yield from base.glob("events.out.tfevents.*")
 
     def is_finished(self) -> bool:
-        return bool(self.read_result().get("finished"))
+        result = self.read_result()
+        return bool(result.get("finished")) and {"top1", "steps"} <= result.keys()
 
     def read_result(self) -> dict[str, Any]:
-        """`metrics.json`, or an empty dict where there is none (or a torn one of a foreign writer)."""
+        """`metrics.json`, or an empty dict where there is none (or a torn one, or somebody else's)."""
         try:
-            return json.loads(self.result.read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
+            result = json.loads(self.result.read_text())
+        except (FileNotFoundError, ValueError):
             return {}
+        return result if isinstance(result, dict) else {}
 
     def write_result(self, result: dict[str, Any]) -> None:
         write_text_synced(self.result, json.dumps(plain(result), indent=1, allow_nan=False) + "\n")
@@ -140,10 +215,15 @@ class RunFolder:
             return
         waiting.clear()
 
+    def run_id(self) -> str:
+        """What viewers know the run by: the same however often it is resumed, another after `fresh=true`."""
+        return next((event["run_id"] for event in read_json_lines(self.events) if "run_id" in event),
+                    uuid.uuid4().hex[:8])
+
     def drop_metrics_after(self, step: int) -> None:
         """Forgets lines that the continued run will write again, and a line that a kill tore (also an event's)."""
         for path in (self.metrics, self.events):
-            kept = [line for line in read_json_lines(path) if path == self.events or line["step"] <= step]
+            kept = [line for line in read_json_lines(path) if path == self.events or line.get("step", 0) <= step]
             write_text_synced(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
@@ -159,15 +239,17 @@ class LogFile(logging.FileHandler):
 
 
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a `.jsonl` file; a torn last line is passed over, a missing file has none."""
+    """The whole lines of a `.jsonl` file; a torn or foreign one is passed over, a missing file has none."""
     if not path.exists():
         return
-    with path.open() as file:
-        for line in file:
+    with path.open(errors="replace") as file:
+        for text in file:
             try:
-                yield json.loads(line)
+                line = json.loads(text)
             except json.JSONDecodeError:
                 continue
+            if isinstance(line, dict):
+                yield line
 
 
 def plain(value: Any) -> Any:

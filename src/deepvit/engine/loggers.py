@@ -1,100 +1,221 @@
-"""Where a run's numbers go. A logger is whatever has these methods; adding one is one class."""
+"""Where a run's numbers go: `metrics.jsonl` always, and the viewers that `logger` names.
 
+A viewer is a class with the methods of `Logger` and a line in `LOGGERS`. It is never a source: where it cannot be
+written, the run goes on without it.
+"""
+
+import functools
+import html
+import importlib.util
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-from torch.utils.tensorboard import SummaryWriter
+import yaml
 
 from deepvit.engine.folder import RunFolder
+from deepvit.errors import UserError, did_you_mean
 
+# In metrics.jsonl alone: what is the same all along, and what a mean beside it tells.
+NOT_CURVES = {"n", "images", "tokens", "heads", "blocks", "norm_eps", "adjacent"}
+
+Draw = Callable[[], Mapping[str, np.ndarray]]  # images by name, uint8 [height, width, 3]
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class LoggedRun:
+    """What a logger is told of its run: `id` stays the same when the run is resumed, which it is at `step`."""
+
+    folder: RunFolder
+    id: str
+    step: int
+    settings: Mapping[str, Any]
+
+
 class Logger(Protocol):
-    """Told on rank 0 alone. Its constructor learns at which step the run starts or goes on."""
+    """Told on rank 0 alone. Its constructor takes a `LoggedRun`; `needs` names the package that it imports there."""
 
-    def log(self, group: str, values: Mapping[str, Any], step: int, epoch: float) -> None:
-        """`values` of `group` (train, val, attention): numbers, or mappings and lists of them."""
+    needs: str
 
-    def log_image(self, name: str, pixels: np.ndarray, step: int) -> None:
-        """uint8 `[height, width, 3]`."""
+    def log_scalars(self, group: str, values: Mapping[str, Any], step: int, epoch: float) -> None:
+        """`values` of `group` (train, val, attention): numbers, or mappings and lists (an entry per block) of them."""
+
+    def log_images(self, draw: Draw, step: int) -> None:
+        """Images are drawn for those who show them."""
+
+    def log_text(self, name: str, text: str, step: int) -> None: ...
+
+    def log_result(self, metrics: Mapping[str, float], step: int) -> None:
+        """What the run's settings led to, when it is finished."""
 
     def close(self) -> None: ...
 
 
 class JsonLines:
-    """`metrics.jsonl`, the record that reports are made from: a line for each call; no images."""
+    """`metrics.jsonl`, the record that reports are made from: a line for each call; no images, no text."""
 
-    def __init__(self, folder: RunFolder):
-        self._folder = folder
+    needs = "json"
 
-    def log(self, group: str, values: Mapping[str, Any], step: int, epoch: float) -> None:
+    def __init__(self, run: LoggedRun):
+        self._folder = run.folder
+
+    def log_scalars(self, group: str, values: Mapping[str, Any], step: int, epoch: float) -> None:
         values = {"probe": values} if group == "attention" else values
         self._folder.log_metrics({"step": step, "epoch": epoch, **values})
 
-    def log_image(self, name: str, pixels: np.ndarray, step: int) -> None: ...
+    def log_images(self, draw: Draw, step: int) -> None: ...
+
+    def log_text(self, name: str, text: str, step: int) -> None: ...
+
+    def log_result(self, metrics: Mapping[str, float], step: int) -> None: ...
 
     def close(self) -> None: ...
 
 
 class TensorBoard:
-    """Curves `group/name` in `folder`: a view, never a source, so it may fail without the run's noticing.
+    """Curves, images, the settings as text and, when the run is finished, its row in the hparams tab."""
 
-    Args:
-        step: what an earlier process wrote after it is forgotten.
-    """
+    needs = "tensorboard"
 
-    def __init__(self, folder: Path, step: int):
-        self._writer: SummaryWriter | None = SummaryWriter(folder, purge_step=step + 1)
+    def __init__(self, run: LoggedRun):
+        from torch.utils.tensorboard import SummaryWriter
+        self._settings = run.settings
+        self._writer = SummaryWriter(run.folder.path, purge_step=run.step + 1)  # an earlier process may have gone on
+        self.log_text("settings", yaml.safe_dump(dict(run.settings), sort_keys=False), run.step)
 
-    def log(self, group: str, values: Mapping[str, Any], step: int, epoch: float) -> None:
-        for name, value in _scalars(values):
-            self._write("add_scalar", f"{group}/{name}", value, step)
+    def log_scalars(self, group: str, values: Mapping[str, Any], step: int, epoch: float) -> None:
+        for name, value in curves(values):
+            self._writer.add_scalar(f"{group}/{name}", value, step)
 
-    def log_image(self, name: str, pixels: np.ndarray, step: int) -> None:
-        self._write("add_image", name, pixels, step, dataformats="HWC")
+    def log_images(self, draw: Draw, step: int) -> None:
+        for name, pixels in draw().items():
+            self._writer.add_image(name, pixels, step, dataformats="HWC")
+
+    def log_text(self, name: str, text: str, step: int) -> None:
+        self._writer.add_text(name, "\n".join(f"    {line}" for line in text.splitlines()), step)  # Markdown: as it is
+
+    def log_result(self, metrics: Mapping[str, float], step: int) -> None:
+        from torch.utils.tensorboard.summary import hparams
+        named = {f"result/{name}": value for name, value in metrics.items()}
+        for summary in hparams(dict(_hparams(self._settings)), named):  # add_hparams would open a run of its own
+            self._writer._get_file_writer().add_summary(summary)
+        for name, value in named.items():
+            self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        self._write("close")
+        self._writer.close()
 
-    def _write(self, method: str, *arguments: Any, **options: Any) -> None:
-        if self._writer is None:
-            return
+
+class WandB:
+    """Weights & Biases, in the project that WANDB_PROJECT names; WANDB_MODE=offline needs no account."""
+
+    needs = "wandb"
+
+    def __init__(self, run: LoggedRun):
+        import wandb
+        self._wandb = wandb
         try:
-            getattr(self._writer, method)(*arguments, **options)
-        except OSError as error:
-            log.warning("TensorBoard's file cannot be written (%s); metrics.jsonl has all of it.", error.strerror)
-            self._writer = None
+            self._run = wandb.init(project=os.environ.get("WANDB_PROJECT", "deepvit"), id=run.id, resume="allow",
+                                   name=run.folder.path.name, dir=run.folder.path, config=dict(run.settings))
+        except wandb.Error as error:
+            raise UserError(f"logger=wandb cannot start ({str(error).splitlines()[0]}): run `wandb login`, or set "
+                            f"WANDB_MODE=offline.") from error
+        self._run.define_metric("*", step_metric="step")  # its own count cannot go back to where a run resumes
+
+    def log_scalars(self, group: str, values: Mapping[str, Any], step: int, epoch: float) -> None:
+        self._log({f"{group}/{name}": value for name, value in curves(values)} | {"epoch": epoch}, step)
+
+    def log_images(self, draw: Draw, step: int) -> None:
+        self._log({name: self._wandb.Image(pixels) for name, pixels in draw().items()}, step)
+
+    def log_text(self, name: str, text: str, step: int) -> None:
+        self._log({name: self._wandb.Html(f"<pre>{html.escape(text)}</pre>")}, step)
+
+    def log_result(self, metrics: Mapping[str, float], step: int) -> None:
+        self._run.summary.update({f"result/{name}": value for name, value in metrics.items()})
+
+    def close(self) -> None:
+        self._run.finish()
+
+    def _log(self, values: dict[str, Any], step: int) -> None:
+        self._run.log({**values, "step": step})
+
+
+LOGGERS: dict[str, type[Logger]] = {"tensorboard": TensorBoard, "wandb": WandB}
+
+
+def chosen(names: str | Sequence[str] | None) -> list[type[Logger]]:
+    """The viewers that `logger` names.
+
+    Raises:
+        UserError: there is none of this name, or its package is not installed.
+    """
+    names = [names] if isinstance(names, str) else names or []
+    for name in names:
+        if name not in LOGGERS:
+            raise UserError(f"logger={name} is none of {', '.join(LOGGERS)}.{did_you_mean(name, LOGGERS)}")
+        if importlib.util.find_spec(LOGGERS[name].needs) is None:
+            raise UserError(f"logger={name} needs a package that is not installed: pip install {LOGGERS[name].needs}")
+    return [LOGGERS[name] for name in names]
 
 
 class Loggers:
-    """Several as one; none on all ranks but the first."""
+    """`metrics.jsonl` and viewers as one logger; without a run (on all ranks but the first) nobody listens."""
 
-    def __init__(self, loggers: Sequence[Logger] = ()):
-        self._loggers = loggers
+    def __init__(self, run: LoggedRun | None = None, viewers: Sequence[type[Logger]] = ()):
+        self._loggers: list[Logger] = [JsonLines(run)] if run else []
+        for viewer in viewers if run else ():
+            self._try(viewer, lambda make=viewer: self._loggers.append(make(run)))
 
-    def log(self, group: str, values: Mapping[str, Any], step: int, epoch: float) -> None:
-        for logger in self._loggers:
-            logger.log(group, values, step, epoch)
+    def log_scalars(self, group: str, values: Mapping[str, Any], step: int, epoch: float) -> None:
+        self._tell("log_scalars", group, values, step, epoch)
 
-    def log_image(self, name: str, pixels: np.ndarray, step: int) -> None:
-        for logger in self._loggers:
-            logger.log_image(name, pixels, step)
+    def log_images(self, draw: Draw, step: int) -> None:
+        self._tell("log_images", functools.cache(draw), step)
+
+    def log_text(self, name: str, text: str, step: int) -> None:
+        self._tell("log_text", name, text, step)
+
+    def log_result(self, metrics: Mapping[str, float], step: int) -> None:
+        self._tell("log_result", metrics, step)
 
     def close(self) -> None:
-        for logger in self._loggers:
-            logger.close()
+        self._tell("close")
+
+    def _tell(self, method: str, *arguments: Any) -> None:
+        for logger in list(self._loggers):
+            if not self._try(type(logger), functools.partial(getattr(logger, method), *arguments)):
+                self._loggers.remove(logger)
+
+    @staticmethod
+    def _try(kind: type[Logger], action: Callable[[], Any]) -> bool:
+        try:
+            action()
+        except (OSError, UnicodeEncodeError) as error:  # the latter: a folder's name that is not UTF-8
+            log.warning("%s cannot be written (%s) and is left out from here on; metrics.jsonl has all of it.",
+                        kind.__name__, getattr(error, "strerror", None) or error)
+            return False
+        return True
 
 
-def _scalars(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """Numbers by their path; lists block by block, `entropy/block_03`."""
+def curves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers of `values` that change, by their path; of a measure for each block its mean."""
     for name, value in values.items():
         if isinstance(value, Mapping):
-            yield from _scalars(value, f"{prefix}{name}/")
-        elif isinstance(value, list):
-            yield from ((f"{prefix}{name}/block_{i:02d}", one) for i, one in enumerate(value) if one is not None)
-        elif value is not None:
-            yield f"{prefix}{name}", value
+            yield from curves(value, f"{prefix}{name}/")
+        elif name not in NOT_CURVES and value is not None:
+            known = [one for one in value if one is not None] if isinstance(value, list) else [value]
+            if known:
+                yield f"{prefix}{name}", sum(known) / len(known)
+
+
+def _hparams(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, bool | float | str]]:
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _hparams(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value if isinstance(value, (bool, int, float, str)) else str(value)

@@ -52,8 +52,8 @@ def _free_on_host() -> int:
     return free
 
 
-def kept_bytes(compute: Callable[[], Tensor], own: Iterable[Tensor]) -> int:
-    """Bytes of the distinct storages that `compute()` saves for backward, those of `own` left out."""
+def kept_storages(compute: Callable[[], Tensor], own: Iterable[Tensor]) -> list[int]:
+    """Bytes of each distinct storage that `compute()` saves for backward, those of `own` left out."""
     known = {x.untyped_storage().data_ptr() for x in own}
     kept: dict[int, int] = {}
 
@@ -64,7 +64,7 @@ def kept_bytes(compute: Callable[[], Tensor], own: Iterable[Tensor]) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         value = compute()
     del value
-    return sum(size for address, size in kept.items() if address not in known)
+    return [size for address, size in kept.items() if address not in known]
 
 
 @contextmanager
@@ -89,7 +89,7 @@ def _bytes_of(state: TrainState, stepper: Stepper, example: Example, count: int)
     x, y = example(count)
     if not x.is_cuda:
         own = [x, y, *state.model.parameters(), *state.model.buffers()]
-        return kept_bytes(lambda: _loss(state.model, stepper, x, y), own)
+        return sum(kept_storages(lambda: _loss(state.model, stepper, x, y), own))
     torch.cuda.reset_peak_memory_stats(x.device)
     before = torch.cuda.memory_allocated(x.device)
     _loss(state.model, stepper, x, y).backward()
@@ -108,7 +108,7 @@ def _is_too_much(state: TrainState, stepper: Stepper, example: Example, size: in
     if stepper.ranks.device.type != "cuda":
         return False
     try:
-        _loss(stepper.network, stepper, *example(size)).backward()
+        _loss(state.model, stepper, *example(size)).backward()  # compiled it takes no more, but minutes
         return False
     except RuntimeError as error:
         if not is_out_of_memory(error):

@@ -1,6 +1,7 @@
 """Where numbers went wrong: the first module of a model whose output or gradient is not finite."""
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,21 +12,21 @@ from torch import Tensor, nn
 
 @dataclass
 class Examination:
-    """What one forward and backward pass showed.
+    """What one or several forward and backward passes showed.
 
     Attributes:
-        loss: of this pass.
+        loss: their sum.
         first: in words, what was the first to be not finite; None if everything was.
         ranges: module name -> (smallest, largest, largest gradient) of its output, in the order of the forward pass.
     """
 
-    loss: float = float("nan")
+    loss: float = 0.0
     first: str | None = None
     ranges: dict[str, list[float]] = field(default_factory=dict)
 
 
-def examine(model: nn.Module, loss: Callable[[], Tensor]) -> Examination:
-    """Runs `loss()`, which calls `model`, forward and backward, and looks at every module on the way.
+def examine(model: nn.Module, losses: Iterable[Tensor], scale: Callable[[Tensor], Tensor]) -> Examination:
+    """Looks at every module of `model` while each of `losses` is computed, scaled and passed backward.
 
     Gradients are dropped and buffers (running statistics) put back.
     """
@@ -34,9 +35,9 @@ def examine(model: nn.Module, loss: Callable[[], Tensor]) -> Examination:
     try:
         with _watched(model, found):
             _note(found, "an input weight", dict(model.named_parameters()))
-            value = loss()
-            found.loss = float(value.detach())
-            value.backward()
+            for loss in losses:
+                found.loss += float(loss.detach())
+                scale(loss).backward()
             _note(found, "the gradient of", {name: weight.grad for name, weight in model.named_parameters()
                                              if weight.grad is not None})
     finally:
@@ -44,7 +45,7 @@ def examine(model: nn.Module, loss: Callable[[], Tensor]) -> Examination:
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)
-    if found.first is None and not torch.isfinite(torch.tensor(found.loss)):
+    if found.first is None and not math.isfinite(found.loss):
         found.first = "the loss, though every module's output is finite"
     return found
 
@@ -64,13 +65,14 @@ def _look(name: str, found: Examination) -> Callable[..., None]:
         if not isinstance(output, Tensor) or not output.is_floating_point():
             return
         values = output.detach()
-        found.ranges[name] = [float(values.min()), float(values.max()), 0.0]
+        low, high, gradient = found.ranges.get(name, (math.inf, -math.inf, 0.0))
+        found.ranges[name] = [min(low, float(values.min())), max(high, float(values.max())), gradient]
         _note(found, "the output of", {name: values})
         if output.requires_grad:
             output.register_hook(lambda gradient: look_back(gradient))
 
     def look_back(gradient: Tensor) -> None:
-        found.ranges[name][2] = float(gradient.abs().max())
+        found.ranges[name][2] = max(found.ranges[name][2], float(gradient.abs().max()))
         _note(found, "the gradient at the output of", {name: gradient})
 
     return hook

@@ -1,8 +1,8 @@
 """What a person sees while a run works: a bar in a terminal, plain lines elsewhere."""
 
-import logging
 import sys
 import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import TextIO
 
@@ -11,29 +11,37 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TaskID,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
-
-log = logging.getLogger(__name__)
+from rich.table import Column
+from rich.text import Text
 
 
 class Display:
-    """One bar at a time, with rate and time left. Without a terminal `note` prints lines and bars are silent.
+    """Bars below the log lines of a terminal, which rich prints above them. Without a terminal bars are silent.
 
     Args:
         shown: False on every rank but the first.
+        stream: where the bars are drawn; by default standard error, as it is now.
+
+    Attributes:
+        replaces_lines: whether a reader of standard output sees the bars, so that no line need repeat them.
     """
 
     def __init__(self, shown: bool = True, stream: TextIO | None = None):
-        stream = stream or sys.stderr  # as it is now, not as it was when this was imported
-        self.terminal = shown and stream.isatty()
+        stream = stream or sys.stderr
+        console = Console(file=stream)
+        terminal = shown and stream.isatty() and not console.is_dumb_terminal
+        self.replaces_lines = terminal and sys.stdout.isatty()
         self._bars = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"),
-            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=Console(file=stream),
-            disable=not self.terminal, transient=True)
+            TextColumn("{task.description}"), MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=None, table_column=Column(ratio=1)), _Details(console), TextColumn("left"),
+            TimeRemainingColumn(), console=console, expand=True, transient=True, disable=not terminal,
+            redirect_stdout=self.replaces_lines, auto_refresh=False)  # rich's thread may erase a line just printed
 
     def __enter__(self) -> "Display":
         self._bars.start()
@@ -43,23 +51,49 @@ class Display:
         self._bars.stop()
 
     def bar(self, title: str, total: int, done: int = 0) -> "Bar":
-        return Bar(self._bars, self._bars.add_task(title, total=total, completed=done, text=""))
+        return Bar(self._bars, self._bars.add_task(title, total=total, completed=done, details=()))
 
 
 class Bar:
     """A bar of a `Display`; `close` removes it."""
 
+    INTERVAL_S = 0.1  # between two drawings
+
     def __init__(self, bars: Progress, task: TaskID):
-        self._bars, self._task = bars, task
+        self._bars, self._task, self._drawn = bars, task, 0.0
 
     def advance(self, amount: int = 1) -> None:
         self._bars.advance(self._task, amount)
+        if time.monotonic() - self._drawn > self.INTERVAL_S:
+            self._bars.refresh()
+            self._drawn = time.monotonic()
 
-    def show(self, done: int, text: str) -> None:
-        self._bars.update(self._task, completed=done, text=text)
+    def show(self, details: Sequence[str]) -> None:
+        """Words beside the bar, the most important first: a narrow terminal has room for these alone."""
+        self._bars.update(self._task, details=details)
 
     def close(self) -> None:
         self._bars.remove_task(self._task)
+
+
+class _Details(ProgressColumn):
+    """As many of a task's details as leave room for its name, its count, a short bar and the time left."""
+
+    LEFT, SHORTEST = len(" left 00:00:00"), 8
+
+    def __init__(self, console: Console):
+        super().__init__(Column(no_wrap=True))
+        self._console = console
+
+    def render(self, task: Task) -> Text:
+        used = len(f"{task.description} {task.total}/{task.total} ") + self.SHORTEST + self.LEFT
+        shown: list[str] = []
+        for one in task.fields["details"]:
+            used += 1 + len(one)
+            if used > self._console.width:
+                break
+            shown.append(one)
+        return Text(" ".join(shown))
 
 
 class Meter:

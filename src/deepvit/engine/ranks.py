@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deepvit.engine.pulse import Pulse, connect
-from deepvit.errors import Failure, UserError
+from deepvit.errors import Failure, UserError, unusable
 
 CONNECT_S = 60  # for ranks that are all there to connect
 
@@ -79,6 +79,8 @@ class Ranks:
             yield
         except (UserError, Failure) as raised:
             error = raised
+        except OSError as raised:
+            error = unusable(raised)
         self.agree(error)
 
     def agree(self, error: UserError | Failure | None, flag: bool = False) -> bool:

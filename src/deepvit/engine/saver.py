@@ -32,6 +32,8 @@ class Saver:
         error = self._write(self._folder.last, state, self._whole(state), otherwise, previous=self._folder.previous)
         if must:
             self._ranks.agree(error)
+        if error is None and self._ranks.is_main:
+            self._folder.drop_replaced()
         return error is None
 
     def save_best(self, state: TrainState, metrics: Mapping[str, Any]) -> None:

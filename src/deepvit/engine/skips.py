@@ -5,6 +5,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
 from deepvit.engine.folder import RunFolder
 from deepvit.engine.ranks import Ranks
 from deepvit.engine.state import TrainState
@@ -26,11 +28,11 @@ class SkipWatch:
 
     def __init__(self, state: TrainState, folder: RunFolder, ranks: Ranks, most: int, give_up: Callable[[int], None]):
         self._state, self._folder, self._ranks, self._most, self._give_up = state, folder, ranks, most, give_up
-        self._pending: deque[tuple[Update, list[int]]] = deque()
+        self._pending: deque[tuple[Update, Sequence[Any]]] = deque()
         self._lag = LAG if ranks.device.type == "cuda" else 0
 
     def add(self, update: Update, batches: Sequence[Any]) -> None:
-        self._pending.append((update, [int(i) for batch in batches for i in batch.indices]))
+        self._pending.append((update, [batch.indices for batch in batches]))
         while len(self._pending) > self._lag:
             self._ask()
 
@@ -45,7 +47,7 @@ class SkipWatch:
             self._state.skipped_in_a_row = 0
             return
         self._state.skipped_in_a_row += 1
-        shares = self._ranks.gather((indices, float(update.local_loss)))
+        shares = self._ranks.gather((torch.cat(indices).tolist(), float(update.local_loss)))
         if self._ranks.is_main:
             self._note(update, sum((one for one, _ in shares), []), [loss for _, loss in shares])
         if self._state.skipped_in_a_row >= self._most:

@@ -1,10 +1,9 @@
 """One optimizer update: the mathematics of a training step, apart from the bookkeeping of the loop."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -175,19 +174,17 @@ class Stepper:
         self._seed(batch_index, share, rank)
         state.model.train()
 
-        def loss(x: Tensor, y: Tensor) -> Tensor:
-            with self.precision.autocast(self.ranks.device):
-                return state.scaler.scale(self.objective(state.model, x, y) * len(x) / share)
+        def losses() -> Iterator[Tensor]:
+            start = rank * share
+            for batch in batches:
+                self._place(start, start + len(batch))
+                x, y = self.prepare(batch, batch_index, self.ranks.device, training=True)
+                with self.precision.autocast(self.ranks.device):
+                    loss = self.objective(state.model, x, y)
+                yield loss * len(x) / share
+                start += len(batch)
 
-        start = rank * share
-        for batch in batches:
-            self._place(start, start + len(batch))
-            x, y = self.prepare(batch, batch_index, self.ranks.device, training=True)
-            found = examine(state.model, partial(loss, x, y))
-            if found.first:
-                break
-            start += len(batch)
-        return found
+        return examine(state.model, losses(), state.scaler.scale)
 
     def _passes(self, state: TrainState, batches: Sequence[Any] | None, statistics: RunningStatistics,
                 stop: object) -> tuple[Status, Tensor | None]:

@@ -177,7 +177,8 @@ def load_plain(path: Path) -> Any:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch muses on pickle protocols and sparse tensors; what matters raises
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+            return torch.load(path, map_location="cpu", weights_only=True,
+                              mmap=is_zip and str(path).isprintable())  # it maps no file whose name is not UTF-8
     except Exception as error:  # a torn pickle may raise anything
         if "nsupported" in str(error) and "GLOBAL" in str(error):
             raise UserError(f"{path} holds Python objects besides tensors and plain values; nothing of it was run, "

@@ -31,7 +31,7 @@ class Attention(nn.Module):
         qkv_bias, proj_bias: biases of the two projections.
         qk_scale: factor on `q k^T`; default head_dim^-0.5.
         attn_drop, proj_drop: dropout rates on the maps and after the output projection.
-        map_scale: factor on the final maps, for variants that have one (the published `transform_scale`).
+        map_scale: factor on the final maps (the published `transform_scale`).
         qk_norm, scale_norm, norm_layer: accepted for timm's `attn_layer` and refused if switched on.
     """
 
@@ -51,7 +51,7 @@ class Attention(nn.Module):
                             f"change embed_dim or num_heads, or give head_dim.")
         factory = {"device": device, "dtype": dtype}
         self.num_heads, self.head_dim = num_heads, head_dim or dim // num_heads
-        self.scale = qk_scale or self.head_dim**-0.5
+        self.scale = self.head_dim**-0.5 if qk_scale is None else qk_scale
         self.map_scale, self.attn_drop = map_scale, attn_drop
         inner = self.num_heads * self.head_dim
         self.qkv = nn.Linear(dim, 3 * inner, bias=qkv_bias, **factory)  # rows: all q, all k, all v; heads outer
@@ -89,6 +89,10 @@ class Attention(nn.Module):
         """q, k, v `[B, H, N, d]` -> `[B, H, N, d]`; by default straight from the definition."""
         return F.dropout(self.maps(q, k), self.attn_drop, self.training) @ v
 
+    def scaled(self, x: Tensor) -> Tensor:
+        """Final maps, or heads' outputs, times `map_scale`."""
+        return x if self.map_scale == 1.0 else x * self.map_scale
+
     def maps(self, q: Tensor, k: Tensor) -> Tensor:
         raise TypeError(f"{type(self).__name__} must define maps(q, k)")
 
@@ -97,11 +101,11 @@ class SelfAttention(Attention):
     """Softmax attention (Vaswani et al., arXiv:1706.03762) by torch's fused `scaled_dot_product_attention`."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop if self.training else 0.0,
-                                              scale=self.scale)
+        dropout_p = self.attn_drop if self.training else 0.0
+        return self.scaled(F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=self.scale))
 
     def maps(self, q: Tensor, k: Tensor) -> Tensor:
-        return self.softmax(q, k)
+        return self.scaled(self.softmax(q, k))
 
 
 class HeadMix(nn.Module):
@@ -202,4 +206,4 @@ class ReAttentionLN(Attention):
 
     def _exchange(self, maps: Tensor) -> Tensor:
         mixed = ops.mix_heads(maps, self.mix.weight)  # [B, H, N, N]
-        return self.norm(mixed.movedim(1, -1)).movedim(-1, 1) * self.map_scale
+        return self.scaled(self.norm(mixed.movedim(1, -1)).movedim(-1, 1))

@@ -38,7 +38,7 @@ class Block(nn.Module):
         residual_scale: a, the published `scale_adjustment`: as LayerNorm undoes the factor inside, a = 0.5 doubles
             both branches.
         init_values: LayerScale (Touvron et al., "Going deeper with Image Transformers", arXiv:2103.17239) on both
-            branches, starting at this; None: none.
+            branches, starting at this (0: as ReZero, arXiv:2003.04887); None: none.
         feat_scale: `FeatScale` behind the attention.
     """
 
@@ -50,12 +50,12 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, norm_eps)
         self.attn = attn
         self.feat_scale = FeatScale(dim) if feat_scale else nn.Identity()
-        self.ls1 = LayerScale(dim, init_values) if init_values else nn.Identity()
+        self.ls1 = LayerScale(dim, init_values) if init_values is not None else nn.Identity()
         self.drop_path1 = DropPath(drop_path) if drop_path else nn.Identity()
         self.norm2 = nn.LayerNorm(dim, norm_eps)
         hidden = int(dim * mlp_ratio + 1e-6)  # 1e-6: a ratio such as 100/48 must give 100 again
         self.mlp = Mlp(dim, hidden, act_layer=GELUS[gelu], drop=drop)
-        self.ls2 = LayerScale(dim, init_values) if init_values else nn.Identity()
+        self.ls2 = LayerScale(dim, init_values) if init_values is not None else nn.Identity()
         self.drop_path2 = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:

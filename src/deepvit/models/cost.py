@@ -1,5 +1,7 @@
 """What a model costs, counted and not timed."""
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -14,11 +16,15 @@ def count_flops(model: ViT) -> int:
     device, so it costs neither time nor memory.
     """
     from deepvit.models.registry import build_model
+    return forward_flops(lambda: build_model(model.config), model.input_size)
+
+
+def forward_flops(make: Callable[[], nn.Module], shape: Sequence[int]) -> int:
+    """The same of any model that `make()` builds, for an image of `shape` `[channels, height, width]`."""
     with torch.device("meta"):
-        copy = build_model(model.config).eval()
-        image = torch.empty(1, *model.input_size)
+        model, image = make().eval(), torch.empty(1, *shape)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            copy(image)
+            model(image)
     return counter.get_total_flops()
 
 

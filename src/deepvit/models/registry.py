@@ -11,7 +11,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, is_model, r
 from torch import Tensor, nn
 
 from deepvit.config import CONF
-from deepvit.config.signature import ABOVE_ZERO, check_arguments, check_range
+from deepvit.config.signature import ABOVE_ZERO, check_arguments, check_ranges
 from deepvit.errors import UserError, did_you_mean
 from deepvit.models.attention import ATTENTIONS
 from deepvit.models.stem import pair, plain, stem_of
@@ -66,10 +66,13 @@ def build_model(config: Mapping[str, Any]) -> ViT:
 
 
 RANGES = {
-    **dict.fromkeys(("in_chans", "embed_dim", "depth", "num_heads", "head_dim", "representation_size"), (1, math.inf)),
-    **dict.fromkeys(("mlp_ratio", "norm_eps", "qk_scale"), (ABOVE_ZERO, math.inf)),
-    **dict.fromkeys(("drop_rate", "pos_drop_rate", "attn_drop_rate", "drop_path_rate"), (0, 1)),
-    "num_classes": (0, math.inf)}
+    **dict.fromkeys(("img_size", "patch_size", "in_chans", "embed_dim", "num_heads", "head_dim",
+                     "representation_size"), (1, 2**16)),
+    **dict.fromkeys(("norm_eps", "qk_scale", "residual_scale", "first", "last"), (ABOVE_ZERO, math.inf)),
+    "mlp_ratio": (ABOVE_ZERO, 1000), "depth": (1, 10_000), "norm_batch": (1, math.inf),
+    **dict.fromkeys(("drop_rate", "pos_drop_rate", "attn_drop_rate", "drop_path_rate", "attn_drop", "proj_drop"),
+                    (0, 1)),
+    **dict.fromkeys(("num_classes", "init_values"), (0, math.inf))}
 
 
 def check_model(config: Mapping[str, Any], where: str = "") -> None:
@@ -81,21 +84,19 @@ def check_model(config: Mapping[str, Any], where: str = "") -> None:
     known = {name: value for name, value in config.items() if (name, value) != ("num_classes", None)}  # the data's
     prefix = f"{where}." if where else ""
     check_arguments(ViT, known, where)
-    for name, (least, most) in RANGES.items():
-        check_range(f"{prefix}{name}", known.get(name), least, most)
+    check_ranges(known, RANGES, where)
     stem, options = stem_of(known.get("stem", "patch"))
     _check_options(stem, options, f"{prefix}stem", ("img_size", "patch_size", "in_chans", "embed_dim", "norm_eps"))
     attention = dict(config.get("attention") or {"class": "SelfAttention"})
     attention.pop("name", None)
-    cls = ATTENTIONS.get(attention.pop("class", None))
+    cls = ATTENTIONS.get(str(attention.pop("class", None)))
     if cls is None:
         raise UserError(f"{prefix}attention.class must be one of {', '.join(ATTENTIONS)}.")
     if "sync_norm" in attention:
         raise UserError(f"{prefix}attention.sync_norm is gone: norm_batch says over how many images the norm takes its "
                         f"statistics, on whatever devices they are.")
-    _check_options(cls, attention, f"{prefix}attention", ("dim",))
-    for where, given in (("stem", options), ("attention", attention)):
-        check_range(f"{prefix}{where}.norm_batch", given.get("norm_batch"), 1, math.inf)
+    _check_options(cls, attention, f"{prefix}attention", ("dim", "block_index", "depth", "norm_layer", "device",
+                                                          "dtype"))
 
 
 def _check_options(cls: type, options: Mapping[str, Any], where: str, given: Collection[str]) -> None:
@@ -104,6 +105,7 @@ def _check_options(cls: type, options: Mapping[str, Any], where: str, given: Col
         if name in given:
             raise UserError(f"{where}.{name} is not a setting of its own: the model gives it.")
     check_arguments(cls, options, where, ignore_missing=given)
+    check_ranges(options, RANGES, where)
 
 
 def model_config(name: str) -> dict[str, Any]:

@@ -72,7 +72,7 @@ class TalkingHeads(SelfAttention):
         return ops.mix_heads(q * self.scale @ k.mT, self.mix_logits.weight).softmax(-1)  # [B, H, N, N], rows sum to 1
 
     def maps(self, q: Tensor, k: Tensor) -> Tensor:
-        return ops.mix_heads(self.softmax(q, k), self.mix.weight)
+        return self.scaled(ops.mix_heads(self.softmax(q, k), self.mix.weight))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.dropout(self.maps(q, k), self.attn_drop, self.training) @ v
@@ -93,10 +93,10 @@ class AttnScale(SelfAttention):
 
     def maps(self, q: Tensor, k: Tensor) -> Tensor:
         uniform = 1 / k.shape[-2]
-        return uniform + (1 + self.contrast[:, None, None]) * (self.softmax(q, k) - uniform)
+        return self.scaled(uniform + (1 + self.contrast[:, None, None]) * (self.softmax(q, k) - uniform))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.training and self.attn_drop:
             return F.dropout(self.maps(q, k), self.attn_drop) @ v
         w = self.contrast[:, None, None].to(v.dtype)
-        return (1 + w) * super().attend(q, k, v) - w * v.mean(-2, keepdim=True)
+        return (1 + w) * super().attend(q, k, v) - w * self.scaled(v.mean(-2, keepdim=True))

@@ -38,11 +38,11 @@ class ViT(nn.Module):
         attention: `{"class": a class of models.attention, ...its options}`.
         reattention_blocks: the blocks that have that attention, as indices (negative from the end) or a slice such
             as "-12:"; the others have plain self-attention. None: all.
-        qk_scale, map_scale: factors on `q k^T` (default head_dim^-0.5) and on the maps after the norm.
+        qk_scale, map_scale: factors on `q k^T` (default head_dim^-0.5) and on the final maps of those blocks.
         residual_scale: see `blocks.Block`.
         drop_rate, pos_drop_rate, attn_drop_rate, drop_path_rate: dropout in MLP and projection, after the position
             embedding, on the maps; stochastic depth of the last block (linear from 0).
-        init_values: initial LayerScale; None: no LayerScale.
+        init_values: initial LayerScale, 0 included; None: no LayerScale.
         pool, final_norm: class token, mean of all tokens, avg of the patch tokens, or "" for none (logits of every
             token, `[B, N, C]`); LayerNorm before or after it.
         patch_norm: LayerNorms around the patch projection (vit-pytorch).
@@ -62,7 +62,7 @@ class ViT(nn.Module):
         """`pool` in timm's words."""
         return {"cls": "token"}.get(self.pool, self.pool)
 
-    def __init__(self, img_size: int | list[int] = 224, patch_size: int | list[int] = 16, in_chans: int = 3,
+    def __init__(self, img_size: int | tuple[int, int] = 224, patch_size: int | tuple[int, int] = 16, in_chans: int = 3,
                  num_classes: int = 1000, embed_dim: int = 384, depth: int = 12, num_heads: int = 12,
                  head_dim: int | None = None, mlp_ratio: float = 3.0, qkv_bias: bool = True,
                  qk_scale: float | None = None, stem: str | Mapping[str, Any] = "patch",

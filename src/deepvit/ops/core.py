@@ -3,79 +3,68 @@
 import importlib.util
 import logging
 from functools import cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from deepvit.errors import UserError
-from deepvit.ops import cpu, native
+from deepvit.ops import native, tiles
 from deepvit.ops.plain import tokens_first
 
 log = logging.getLogger("deepvit.ops")
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 @cache
 def announce(path: str, why: str) -> None:
-    """Log a path once in the life of the process."""
+    """Log a slower path once in the life of the process."""
     log.info("re-attention takes the %s path: %s", path, why)
 
 
 @cache
-def _triton():
-    from deepvit.ops import triton_core  # imported where it is first needed: triton takes a second, and may be missing
-    return triton_core
+def _form(device: torch.device, dtype: torch.dtype, heads: int, width: int) -> ModuleType:
+    """The module that computes such tensors: a kernel if one serves them, else tiles of PyTorch."""
+    if device.type == "cpu":
+        kernel, why = native, native.refusal(dtype)
+    elif device.type == "cuda" and importlib.util.find_spec("triton"):
+        from deepvit.ops import triton_core as kernel  # where it is first needed: triton takes a second
+        why = kernel.refusal(device, dtype, heads, width)
+    else:
+        kernel, why = None, f"there is no kernel for {device.type} without triton"
+    if why:
+        announce("tiles", f"{why}; slower than a kernel, and keeps no map either")
+        return tiles
+    log.debug("re-attention in %s on %s: %s", dtype, device, kernel.__name__)
+    return kernel
 
 
-def triton_refuses(q: Tensor) -> str:
-    """Why Triton's kernels do not serve q; empty if they do."""
-    return _triton().serves(q) if HAS_TRITON else "triton is not installed"
+def _form_of(q: Tensor) -> ModuleType:
+    return _form(q.device, q.dtype, int(q.shape[1]), int(q.shape[3]))
 
 
-def _on_cpu(q: Tensor):
-    """The module that computes q's dtype on a CPU: compiled where it can be, else in tiles of plain PyTorch."""
-    library, why = native.load()
-    if library is None or q.dtype == torch.float64:
-        announce("cpu tiles", why or "the compiled form has no float64")
-        return cpu
-    announce("cpu native", "compiled once by this machine's g++")
-    return native
-
-
-@torch.library.custom_op("deepvit::centred_mix", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("deepvit::centred_mix", mutates_args=())
 def centred_mix(q: Tensor, k: Tensor, v: Tensor, mix: Tensor, scale: float,
                 statistics: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`plain.centred_mix` and, as a fourth, what its backward wants besides the inputs (empty on a CPU)."""
-    with torch.autocast("cpu", enabled=False):
-        return *_on_cpu(q).centred_mix(q, k, v, mix, scale, statistics), mix.new_empty(0)
+    """`plain.centred_mix` and, as a fourth, what its backward wants besides the inputs (empty but from Triton)."""
+    with torch.autocast(q.device.type, enabled=False), torch.cuda.device_of(q):
+        u, sumsq, total, *kept = _form_of(q).centred_mix(q, k, v, mix, scale, statistics)
+    return u, sumsq, total, kept[0] if kept else mix.new_empty(0)
 
 
-@torch.library.custom_op("deepvit::centred_mix_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("deepvit::centred_mix_backward", mutates_args=())
 def centred_mix_backward(du: Tensor, dsumsq: Tensor, dtotal: Tensor, q: Tensor, k: Tensor, v: Tensor, mix: Tensor,
                          kept: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and mix; the arguments as in `cpu.centred_mix_backward`."""
-    with torch.autocast("cpu", enabled=False):
-        return _on_cpu(q).centred_mix_backward(du, dsumsq, dtotal, q, k, v, mix, scale)
-
-
-@centred_mix.register_kernel("cuda")
-def _(q, k, v, mix, scale, statistics):
-    announce("triton", "kernels that keep the maps on the chip")
-    with torch.autocast("cuda", enabled=False), torch.cuda.device_of(q):
-        return _triton().centred_mix(q, k, v, mix, scale, statistics)
-
-
-@centred_mix_backward.register_kernel("cuda")
-def _(du, dsumsq, dtotal, q, k, v, mix, kept, scale):
-    with torch.autocast("cuda", enabled=False), torch.cuda.device_of(q):
-        return _triton().centred_mix_backward(du, dsumsq, dtotal, q, k, v, mix, kept, scale)
+    """Gradients of q, k, v and mix; the arguments as in `tiles.centred_mix_backward`."""
+    extra = [kept] if kept.numel() else []
+    with torch.autocast(q.device.type, enabled=False), torch.cuda.device_of(q):
+        return _form_of(q).centred_mix_backward(du, dsumsq, dtotal, q, k, v, mix, *extra, scale)
 
 
 @centred_mix.register_fake
 def _(q, k, v, mix, scale, statistics):
     B, H, N, d = q.shape
-    kept = mix.new_empty(0) if q.device.type == "cpu" else mix.new_empty(B, H, N)
+    kept = mix.new_empty(0) if _form_of(q) in (native, tiles) else mix.new_empty(B, H, N)
     return tokens_first(q), mix.new_empty(B, H), mix.new_empty(B, H, d), kept
 
 

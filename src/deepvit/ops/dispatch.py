@@ -7,9 +7,11 @@ from torch import Tensor
 from deepvit.ops import affine, core, plain, reference
 from deepvit.ops.reference import HeadNorm
 
+LIFT = 64  # on U before the norm: near initialisation it is below float16's normal range, trained far from its end
+
 
 def choose(q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float = 0.0, training: bool = False) -> tuple[str, str]:
-    """The path for these tensors, one of "reference", "plain", "cpu", "triton", and why no kernel, in words."""
+    """The path for these tensors, "reference", "plain" or "core", and why not the core, in words."""
     if training and dropout_p > 0:
         return "reference", "attention dropout needs the maps"
     if not q.shape == k.shape == v.shape:
@@ -18,12 +20,7 @@ def choose(q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float = 0.0, training:
         return "plain", "exports hold plain operations only"
     if torch._C._are_functorch_transforms_active():
         return "plain", "function transforms need plain operations"
-    if q.device.type == "cpu" and q.dtype in (torch.float64, torch.float32, torch.bfloat16):
-        return "cpu", ""
-    if q.device.type != "cuda":
-        return "plain", f"no kernel for {q.dtype} on {q.device.type}"
-    refusal = core.triton_refuses(q)
-    return ("plain", refusal) if refusal else ("triton", "")
+    return "core", ""
 
 
 def reattention(q: Tensor, k: Tensor, v: Tensor, mix: Tensor | None = None, bias: Tensor | None = None, *,
@@ -44,7 +41,7 @@ def reattention(q: Tensor, k: Tensor, v: Tensor, mix: Tensor | None = None, bias
         q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
     path, why = choose(q, k, v, dropout_p=dropout_p, training=training)
     if why and not torch.compiler.is_compiling():
-        core.announce(path, why)  # the kernels announce themselves
+        core.announce(path, f"{why}; it keeps {_map_megabytes(q, k):.1f} MB of maps an image and block")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     with torch.autocast(device, enabled=False):
         if path == "reference":
@@ -53,6 +50,11 @@ def reattention(q: Tensor, k: Tensor, v: Tensor, mix: Tensor | None = None, bias
             out = F.scaled_dot_product_attention(q, k, v, scale=scale)
             return out if map_scale == 1.0 else out * map_scale
         return _by_affine(path, q, k, v, mix, bias, norm, scale, map_scale, training, norm_batch)
+
+
+def _map_megabytes(q: Tensor, k: Tensor) -> float:
+    """What autograd keeps for each image: softmax, dropped out, mixed and normalised maps, of at least float32."""
+    return 4 * q.shape[1] * q.shape[2] * k.shape[2] * max(4, q.dtype.itemsize) / 1e6
 
 
 def _by_definition(q, k, v, mix, bias, norm, scale, map_scale, dropout_p, training, norm_batch) -> Tensor:
@@ -73,11 +75,12 @@ def _by_affine(path, q, k, v, mix, bias, norm, scale, map_scale, training, norm_
     if not by_batch:
         mix, shift = affine.fold(mix, bias, norm, map_scale)
     compute = plain.centred_mix if path == "plain" else core.centred_mix
-    u, sumsq, total = compute(q, k, v, mix, scale, by_batch)[:3]
     if not by_batch:
+        u, _, total = compute(q, k, v, mix, scale, False)[:3]
         shift = shift + mix.sum(dim=1) / N
         return affine.affine_out(u, None, total, shift)
-    gain = affine.batch_gain(sumsq, N, mix, bias, norm, norm_batch, map_scale)
+    u, sumsq, total = compute(q, k, v, LIFT * mix, scale, True)[:3]
+    gain = affine.batch_gain(sumsq / LIFT**2, N, mix, bias, norm, norm_batch, map_scale) / LIFT
     shift = norm.beta.to(wide) * map_scale
     if bias is not None:
         shift = shift + 0 * bias.to(wide)  # it cancels; DDP wants the gradient of zeros that it has

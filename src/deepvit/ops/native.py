@@ -1,6 +1,6 @@
 """The core of the affine form on a CPU, compiled: `native.cpp`, built once by the machine's g++ and kept in a cache.
 
-Never required: without g++, or with DEEPVIT_NATIVE=0, `cpu.py` does the same in plain PyTorch. What the compiled form
+Never required: without g++, or with DEEPVIT_NATIVE=0, `tiles.py` does the same in plain PyTorch. What the compiled form
 adds is one parallel region a call, where PyTorch has dozens: on a busy machine those wait for each other.
 """
 
@@ -33,11 +33,15 @@ class Sizes(ctypes.Structure):
         return ceil(self.N / self.chunk)
 
 
+def _processor() -> list[str]:
+    """What `-march=native` looks at: a home may be shared with machines that lack this one's instructions."""
+    told = ("model name", "flags", "Features", "CPU part")  # x86 and Arm
+    lines = {line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(told)}
+    return [platform.machine(), *sorted(lines)]
+
+
 def _signature() -> str:
-    """What a compiled file depends on: the source, the flags and the processor."""
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = next((line for line in cpuinfo.read_text().splitlines() if line.startswith(("flags", "Features"))), "")
-    return hashlib.sha256(repr((SOURCE.read_text(), FLAGS, platform.machine(), flags)).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr((SOURCE.read_text(), FLAGS, _processor())).encode()).hexdigest()[:16]
 
 
 def _build(library: Path, compiler: str) -> None:
@@ -47,6 +51,7 @@ def _build(library: Path, compiler: str) -> None:
         subprocess.run([compiler, *FLAGS, "-c", SOURCE, "-o", objects], check=True, capture_output=True)
         # linked without -fopenmp: the OpenMP runtime is the one torch has loaded, so that both share its threads
         subprocess.run([compiler, "-shared", objects, "-o", linked], check=True, capture_output=True)
+        ctypes.CDLL(str(linked))  # what does not load is not kept
         linked.replace(library)  # whole or not at all, also if several processes build
 
 
@@ -66,8 +71,14 @@ def load() -> tuple[ctypes.CDLL | None, str]:
         return ctypes.CDLL(str(library)), ""
     except subprocess.CalledProcessError as error:
         return None, f"g++ failed: {error.stderr.decode(errors='replace').strip()[-200:]}"
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: no home
         return None, f"not built: {error}"
+
+
+def refusal(dtype: torch.dtype) -> str:
+    """Why the compiled form does not serve q, k, v of `dtype`; empty if it does."""
+    library, why = load()
+    return "the compiled form has no float64" if library and dtype == torch.float64 else why
 
 
 def _sizes(q: Tensor, scale: float) -> Sizes:
@@ -94,7 +105,7 @@ def _pointers(*tensors: Tensor) -> list[ctypes.c_void_p]:
 
 def centred_mix(q: Tensor, k: Tensor, v: Tensor, mix: Tensor, scale: float,
                 statistics: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """`plain.centred_mix` for float32 and bfloat16, computed in float32; no gradient of its own."""
+    """`plain.centred_mix` for float32 and half precision, computed in float32; no gradient of its own."""
     dtype = q.dtype
     q, k, v = _float_inputs(q, k, v)
     mix, sizes = mix.contiguous(), _sizes(q, scale)
@@ -107,7 +118,7 @@ def centred_mix(q: Tensor, k: Tensor, v: Tensor, mix: Tensor, scale: float,
 
 def centred_mix_backward(du: Tensor, dsumsq: Tensor, dtotal: Tensor, q: Tensor, k: Tensor, v: Tensor, mix: Tensor,
                          scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and mix; the arguments as in `cpu.centred_mix_backward`."""
+    """Gradients of q, k, v and mix; the arguments as in `tiles.centred_mix_backward`."""
     B, H, N, d = q.shape
     dtype = q.dtype
     q, k, v = _float_inputs(q, k, v)

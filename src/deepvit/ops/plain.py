@@ -1,4 +1,4 @@
-"""The core of the affine form in traceable PyTorch: any device and dtype, exports, function transforms. Keeps maps."""
+"""The core of the affine form in traceable PyTorch, for exports and function transforms alone: it keeps the maps."""
 
 import torch
 from torch import Tensor

@@ -1,7 +1,7 @@
 """Gradients of `triton_kernels.forward`, in two sweeps that recompute the maps: by query rows, then by keys.
 
 With `dM = dU v^T + 2 dsumsq M` and `dA = mix^T dM`, softmax's backward is `dS = A (dA - delta)`, `delta = sum_j A dA`.
-The first sweep needs no delta beforehand: `dq = scale (X1 - delta X2)`, `X1 = sum_j (A dA) k`, `X2 = sum_j A k`.
+The first sweep needs no delta beforehand: `dq = scale (X - delta Y)`, `X = sum_j (A dA) k`, `Y = sum_j A k`.
 """
 
 import triton
@@ -9,11 +9,14 @@ import triton.language as tl
 
 from deepvit.ops.triton_kernels import (
     HEADS,
+    LIFT,
+    LOG2_LIFT,
     _centred,
     _exchange,
     _load,
     _load_mix,
     _load_per_row,
+    _round,
     _rows_by_rows,
     _store,
     _store_per_row,
@@ -21,97 +24,111 @@ from deepvit.ops.triton_kernels import (
 
 
 @triton.jit
-def _head_vector(base, H):
-    heads = tl.arange(0, HEADS)
-    return tl.load(base + heads, mask=heads < H, other=0.0)[:, None, None]
+def _per_head(p_x, H):
+    o_heads = tl.arange(0, HEADS)
+    return tl.load(p_x + o_heads, mask=o_heads < H, other=0.0)[:, None, None]  # [H, 1, 1]
 
 
 @triton.jit
-def by_queries(q, k, v, du, mix, lse, twice, dq, delta, dmix, sb, sh, sn, H, N, D, scale, scale2,
-               BM: tl.constexpr, BN: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, WIDEN: tl.constexpr,
-               PRECISION: tl.constexpr):
-    """dq and delta of BM query rows of one sample, and their part of dmix. twice = 2 dsumsq `[B, H]`."""
-    tile, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    rows, c0, c1 = tile * BM + tl.arange(0, BM), tl.arange(0, D0), D0 + tl.arange(0, max(D1, 16))
-    q, k, v, du, dq = q + b * sb, k + b * sb, v + b * sb, du + b * N * H * D, dq + b * N * H * D
-    q0, g0 = _load(q, rows, c0, sh, sn, H, N, D, WIDEN), _load(du, rows, c0, D, H * D, H, N, D, WIDEN)
-    q1 = _load(q, rows, c1, sh, sn, H, N, D, WIDEN) if D1 > 0 else q0
-    g1 = _load(du, rows, c1, D, H * D, H, N, D, WIDEN) if D1 > 0 else g0
-    norm = _load_per_row(lse + b * H * N, rows, H, N)[:, :, None]
-    theta, back = _load_mix(mix, H, False).to(q0.dtype), _load_mix(mix, H, True).to(q0.dtype)
-    twice = _head_vector(twice + b * H, H)
-    x0, y0 = tl.zeros([HEADS, BM, D0], tl.float32), tl.zeros([HEADS, BM, D0], tl.float32)
-    x1, y1 = tl.zeros([HEADS, BM, max(D1, 16)], tl.float32), tl.zeros([HEADS, BM, max(D1, 16)], tl.float32)
-    mean = tl.zeros([HEADS, BM], tl.float32)
-    outer = tl.zeros([HEADS, HEADS], tl.float32)
+def bwd_dq(p_q, p_k, p_v, p_du, p_mix, p_lse, p_twice, p_dq, p_delta, p_dmix, sb, sh, sn, H, N, d, scale, scale2,
+           BM: tl.constexpr, BN: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, WIDEN: tl.constexpr,
+           PRECISION: tl.constexpr):
+    """dq and delta of BM query rows of one image, and their part of dmix.
+
+    du: `[B, N, H, D]`; twice: 2 dsumsq, `[B, H]`; dmix: a slot `[16, 16]` per program.
+    """
+    DTYPE: tl.constexpr = p_q.dtype.element_ty
+    D: tl.constexpr = D0 + D1
+    i_tile, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    o_rows, o_c0, o_c1 = i_tile * BM + tl.arange(0, BM), tl.arange(0, D0), D0 + tl.arange(0, max(D1, 16))
+    p_q, p_k, p_v, p_du = p_q + i_b * sb, p_k + i_b * sb, p_v + i_b * sb, p_du + i_b * N * H * D
+    p_dq += i_b * N * H * d
+    b_q0, b_g0 = _load(p_q, o_rows, o_c0, sh, sn, H, N, WIDEN), _load(p_du, o_rows, o_c0, D, H * D, H, N, WIDEN)
+    b_q1 = _load(p_q, o_rows, o_c1, sh, sn, H, N, WIDEN) if D1 > 0 else b_q0  # [H, BM, D1]
+    b_g1 = _load(p_du, o_rows, o_c1, D, H * D, H, N, WIDEN) if D1 > 0 else b_g0  # [H, BM, D1]
+    b_norm = (_load_per_row(p_lse + i_b * H * N, o_rows, H, N) - LOG2_LIFT)[:, :, None]  # [H, BM, 1]
+    b_mix = _round(_load_mix(p_mix, H, False) / LIFT, DTYPE, WIDEN)  # [H, H]
+    b_back = _round(_load_mix(p_mix, H, True), DTYPE, WIDEN)  # [H, H]
+    b_twice = _per_head(p_twice + i_b * H, H)
+    b_x0, b_y0 = tl.zeros([HEADS, BM, D0], tl.float32), tl.zeros([HEADS, BM, D0], tl.float32)
+    b_x1, b_y1 = tl.zeros([HEADS, BM, max(D1, 16)], tl.float32), tl.zeros([HEADS, BM, max(D1, 16)], tl.float32)
+    b_delta = tl.zeros([HEADS, BM], tl.float32)
+    b_dmix = tl.zeros([HEADS, HEADS], tl.float32)
     for start in range(0, N, BN):
-        cols = start + tl.arange(0, BN)
-        k0, v0 = _load(k, cols, c0, sh, sn, H, N, D, WIDEN), _load(v, cols, c0, sh, sn, H, N, D, WIDEN)
-        k1 = _load(k, cols, c1, sh, sn, H, N, D, WIDEN) if D1 > 0 else k0
-        v1 = _load(v, cols, c1, sh, sn, H, N, D, WIDEN) if D1 > 0 else v0
-        p = tl.exp2(_rows_by_rows(q0, q1, k0, k1, D1, PRECISION) * scale2 - norm)
-        p = tl.where((cols < N)[None, None, :], p, 0.0)
-        c = _centred(p, rows, cols, N).to(q0.dtype)
-        dm = _rows_by_rows(g0, g1, v0, v1, D1, PRECISION) + twice * _exchange(theta, c, BM, BN, PRECISION)
-        dm = dm.to(q0.dtype)
-        outer += tl.dot(tl.reshape(dm, [HEADS, BM * BN]), tl.trans(tl.reshape(c, [HEADS, BM * BN])),
-                        input_precision=PRECISION)
-        pa = p * _exchange(back, dm, BM, BN, PRECISION)
-        mean += tl.sum(pa, 2)
-        pa, p = pa.to(q0.dtype), p.to(q0.dtype)
-        x0 += tl.dot(pa, k0, input_precision=PRECISION)
-        y0 += tl.dot(p, k0, input_precision=PRECISION)
+        o_cols = start + tl.arange(0, BN)
+        b_k0, b_v0 = _load(p_k, o_cols, o_c0, sh, sn, H, N, WIDEN), _load(p_v, o_cols, o_c0, sh, sn, H, N, WIDEN)
+        b_k1 = _load(p_k, o_cols, o_c1, sh, sn, H, N, WIDEN) if D1 > 0 else b_k0  # [H, BN, D1]
+        b_v1 = _load(p_v, o_cols, o_c1, sh, sn, H, N, WIDEN) if D1 > 0 else b_v0  # [H, BN, D1]
+        b_p = tl.exp2(_rows_by_rows(b_q0, b_q1, b_k0, b_k1, D1, PRECISION) * scale2 - b_norm)  # [H, BM, BN], LIFT A
+        b_p = tl.where((o_cols < N)[None, None, :], b_p, 0.0)
+        b_c = _round(_centred(b_p, o_rows, o_cols, N), DTYPE, WIDEN)
+        b_m = _exchange(b_mix, b_c, BM, BN, PRECISION)  # [H, BM, BN]
+        b_dm = _rows_by_rows(b_g0, b_g1, b_v0, b_v1, D1, PRECISION) + b_twice * b_m
+        b_dm = _round(b_dm, DTYPE, WIDEN)
+        b_dmix += tl.dot(tl.reshape(b_dm, [HEADS, BM * BN]), tl.trans(tl.reshape(b_c, [HEADS, BM * BN])),
+                         input_precision=PRECISION)
+        b_p *= 1 / LIFT
+        b_pda = b_p * _exchange(b_back, b_dm, BM, BN, PRECISION)  # [H, BM, BN]
+        b_delta += tl.sum(b_pda, 2)
+        b_pda, b_p = _round(b_pda, DTYPE, WIDEN), _round(b_p, DTYPE, WIDEN)
+        b_x0 += tl.dot(b_pda, b_k0, input_precision=PRECISION)
+        b_y0 += tl.dot(b_p, b_k0, input_precision=PRECISION)
         if D1 > 0:
-            x1 += tl.dot(pa, k1, input_precision=PRECISION)
-            y1 += tl.dot(p, k1, input_precision=PRECISION)
-    _store_per_row(delta + b * H * N, mean, rows, H, N)
-    _store(dq, (x0 - mean[:, :, None] * y0) * scale, rows, c0, H, N, D)
+            b_x1 += tl.dot(b_pda, b_k1, input_precision=PRECISION)
+            b_y1 += tl.dot(b_p, b_k1, input_precision=PRECISION)
+    _store_per_row(p_delta + i_b * H * N, b_delta, o_rows, H, N)
+    _store(p_dq, (b_x0 - b_delta[:, :, None] * b_y0) * scale, o_rows, o_c0, H, N, d, WIDEN)
     if D1 > 0:
-        _store(dq, (x1 - mean[:, :, None] * y1) * scale, rows, c1, H, N, D)
-    slot = (b * tl.num_programs(0) + tile) * HEADS * HEADS
-    at = tl.arange(0, HEADS)[:, None] * HEADS + tl.arange(0, HEADS)[None, :]
-    tl.store(dmix + slot + at, outer)
+        _store(p_dq, (b_x1 - b_delta[:, :, None] * b_y1) * scale, o_rows, o_c1, H, N, d, WIDEN)
+    p_dmix += (i_b * tl.num_programs(0) + i_tile) * HEADS * HEADS
+    tl.store(p_dmix + tl.arange(0, HEADS)[:, None] * HEADS + tl.arange(0, HEADS)[None, :], b_dmix / LIFT)
 
 
 @triton.jit
-def by_keys(q, k, v, du, mix, lse, twice, delta, dtotal, dk, dv, sb, sh, sn, H, N, D, scale, scale2,
-            BM: tl.constexpr, BN: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, WIDEN: tl.constexpr,
+def bwd_dkv(p_q, p_k, p_v, p_du, p_mix, p_lse, p_twice, p_delta, p_dtotal, p_dk, p_dv, sb, sh, sn, H, N, d, scale,
+            scale2, BM: tl.constexpr, BN: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, WIDEN: tl.constexpr,
             PRECISION: tl.constexpr):
-    """dk and dv of BN keys of one sample. dtotal: `[B, H, d]`, added to every dv."""
-    tile, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    cols, c0, c1 = tile * BN + tl.arange(0, BN), tl.arange(0, D0), D0 + tl.arange(0, max(D1, 16))
-    q, k, v, du = q + b * sb, k + b * sb, v + b * sb, du + b * N * H * D
-    k0, v0 = _load(k, cols, c0, sh, sn, H, N, D, WIDEN), _load(v, cols, c0, sh, sn, H, N, D, WIDEN)
-    k1 = _load(k, cols, c1, sh, sn, H, N, D, WIDEN) if D1 > 0 else k0
-    v1 = _load(v, cols, c1, sh, sn, H, N, D, WIDEN) if D1 > 0 else v0
-    theta, back = _load_mix(mix, H, False).to(k0.dtype), _load_mix(mix, H, True).to(k0.dtype)
-    twice = _head_vector(twice + b * H, H)
-    same = tl.zeros([BN], tl.int32)  # every key row reads the one row of dtotal
-    dk0 = tl.zeros([HEADS, BN, D0], tl.float32)
-    dk1 = tl.zeros([HEADS, BN, max(D1, 16)], tl.float32)
-    dv0 = _load(dtotal + b * H * D, same, c0, D, 0, H, 1, D, True)
-    dv1 = _load(dtotal + b * H * D, same, c1, D, 0, H, 1, D, True) if D1 > 0 else dk1
+    """dk and dv of BN keys of one image. dtotal: `[B, H, D]`, added to every dv."""
+    DTYPE: tl.constexpr = p_q.dtype.element_ty
+    D: tl.constexpr = D0 + D1
+    i_tile, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    o_cols, o_c0, o_c1 = i_tile * BN + tl.arange(0, BN), tl.arange(0, D0), D0 + tl.arange(0, max(D1, 16))
+    p_q, p_k, p_v, p_du = p_q + i_b * sb, p_k + i_b * sb, p_v + i_b * sb, p_du + i_b * N * H * D
+    p_dtotal += i_b * H * D
+    b_k0, b_v0 = _load(p_k, o_cols, o_c0, sh, sn, H, N, WIDEN), _load(p_v, o_cols, o_c0, sh, sn, H, N, WIDEN)
+    b_k1 = _load(p_k, o_cols, o_c1, sh, sn, H, N, WIDEN) if D1 > 0 else b_k0  # [H, BN, D1]
+    b_v1 = _load(p_v, o_cols, o_c1, sh, sn, H, N, WIDEN) if D1 > 0 else b_v0  # [H, BN, D1]
+    b_mix = _round(_load_mix(p_mix, H, False) / LIFT, DTYPE, WIDEN)  # [H, H]
+    b_back = _round(_load_mix(p_mix, H, True), DTYPE, WIDEN)  # [H, H]
+    b_twice = _per_head(p_twice + i_b * H, H)
+    o_same = tl.zeros([BN], tl.int32)  # every key row reads the one row of dtotal
+    b_dk0 = tl.zeros([HEADS, BN, D0], tl.float32)
+    b_dk1 = tl.zeros([HEADS, BN, max(D1, 16)], tl.float32)
+    b_dv0 = _load(p_dtotal, o_same, o_c0, D, 0, H, 1, True)  # [H, BN, D0]
+    b_dv1 = _load(p_dtotal, o_same, o_c1, D, 0, H, 1, True) if D1 > 0 else b_dk1  # [H, BN, D1]
     for start in range(0, N, BM):
-        rows = start + tl.arange(0, BM)
-        q0, g0 = _load(q, rows, c0, sh, sn, H, N, D, WIDEN), _load(du, rows, c0, D, H * D, H, N, D, WIDEN)
-        q1 = _load(q, rows, c1, sh, sn, H, N, D, WIDEN) if D1 > 0 else q0
-        g1 = _load(du, rows, c1, D, H * D, H, N, D, WIDEN) if D1 > 0 else g0
-        norm = _load_per_row(lse + b * H * N, rows, H, N)[:, :, None]
-        p = tl.exp2(_rows_by_rows(q0, q1, k0, k1, D1, PRECISION) * scale2 - norm)
-        m = _exchange(theta, _centred(p, rows, cols, N).to(k0.dtype), BM, BN, PRECISION)
-        dm = _rows_by_rows(g0, g1, v0, v1, D1, PRECISION) + twice * m
-        mt = tl.permute(m.to(k0.dtype), [0, 2, 1])
-        dv0 += tl.dot(mt, g0, input_precision=PRECISION)
-        ds = p * (_exchange(back, dm.to(k0.dtype), BM, BN, PRECISION)
-                  - _load_per_row(delta + b * H * N, rows, H, N)[:, :, None])
-        dst = tl.permute(tl.where((rows < N)[None, :, None], ds, 0.0).to(k0.dtype), [0, 2, 1])
-        dk0 += tl.dot(dst, q0, input_precision=PRECISION)
+        o_rows = start + tl.arange(0, BM)
+        b_q0, b_g0 = _load(p_q, o_rows, o_c0, sh, sn, H, N, WIDEN), _load(p_du, o_rows, o_c0, D, H * D, H, N, WIDEN)
+        b_q1 = _load(p_q, o_rows, o_c1, sh, sn, H, N, WIDEN) if D1 > 0 else b_q0  # [H, BM, D1]
+        b_g1 = _load(p_du, o_rows, o_c1, D, H * D, H, N, WIDEN) if D1 > 0 else b_g0  # [H, BM, D1]
+        b_norm = (_load_per_row(p_lse + i_b * H * N, o_rows, H, N) - LOG2_LIFT)[:, :, None]  # [H, BM, 1]
+        b_p = tl.exp2(_rows_by_rows(b_q0, b_q1, b_k0, b_k1, D1, PRECISION) * scale2 - b_norm)  # [H, BM, BN], LIFT A
+        b_c = _round(_centred(b_p, o_rows, o_cols, N), DTYPE, WIDEN)
+        b_m = _exchange(b_mix, b_c, BM, BN, PRECISION)  # [H, BM, BN]
+        b_dm = _rows_by_rows(b_g0, b_g1, b_v0, b_v1, D1, PRECISION) + b_twice * b_m
+        b_mt = tl.permute(_round(b_m, DTYPE, WIDEN), [0, 2, 1])  # [H, BN, BM]
+        b_dv0 += tl.dot(b_mt, b_g0, input_precision=PRECISION)
+        b_ds = _exchange(b_back, _round(b_dm, DTYPE, WIDEN), BM, BN, PRECISION)  # [H, BM, BN], dA so far
+        b_ds = b_p * (1 / LIFT) * (b_ds - _load_per_row(p_delta + i_b * H * N, o_rows, H, N)[:, :, None])
+        b_ds = _round(tl.where((o_rows < N)[None, :, None], b_ds, 0.0), DTYPE, WIDEN)
+        b_dst = tl.permute(b_ds, [0, 2, 1])  # [H, BN, BM]
+        b_dk0 += tl.dot(b_dst, b_q0, input_precision=PRECISION)
         if D1 > 0:
-            dv1 += tl.dot(mt, g1, input_precision=PRECISION)
-            dk1 += tl.dot(dst, q1, input_precision=PRECISION)
-    dk, dv = dk + b * N * H * D, dv + b * N * H * D
-    _store(dk, dk0 * scale, cols, c0, H, N, D)
-    _store(dv, dv0, cols, c0, H, N, D)
+            b_dv1 += tl.dot(b_mt, b_g1, input_precision=PRECISION)
+            b_dk1 += tl.dot(b_dst, b_q1, input_precision=PRECISION)
+    p_dk, p_dv = p_dk + i_b * N * H * d, p_dv + i_b * N * H * d
+    _store(p_dk, b_dk0 * scale, o_cols, o_c0, H, N, d, WIDEN)
+    _store(p_dv, b_dv0, o_cols, o_c0, H, N, d, WIDEN)
     if D1 > 0:
-        _store(dk, dk1 * scale, cols, c1, H, N, D)
-        _store(dv, dv1, cols, c1, H, N, D)
+        _store(p_dk, b_dk1 * scale, o_cols, o_c1, H, N, d, WIDEN)
+        _store(p_dv, b_dv1, o_cols, o_c1, H, N, d, WIDEN)

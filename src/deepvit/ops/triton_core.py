@@ -1,24 +1,51 @@
-"""Launches the Triton kernels: which shapes they serve, with which tiles, and what the compiler makes of them."""
+"""Launches the Triton kernels: which tensors they serve on which card, and with which tiles."""
 
 import os
-from math import log2
-from typing import NamedTuple
+from math import inf, log2
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 
 from deepvit.ops import triton_backward, triton_kernels
 from deepvit.ops.plain import tokens_first
 
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+LOG2_E = log2(2.718281828459045)
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as until 3.9, which warns that this will change
 
 
 class Tiling(NamedTuple):
     rows: int  # BM
     cols: int  # BN
+    stages: int  # 2: the next tile is loaded while one is computed, wherever that spills no more
+    shared: int  # KiB that it takes, on every card and in every dtype of that size
     warps: int = 8
+
+
+TILES = {  # padded head width and bytes of an element; checked by compiling, see tests/test_ops_triton.py
+    (16, 2): {"forward": Tiling(32, 16, 2, 49), "bwd_dq": Tiling(16, 16, 2, 49), "bwd_dkv": Tiling(16, 16, 2, 43)},
+    (32, 2): {"forward": Tiling(32, 16, 2, 81), "bwd_dq": Tiling(16, 16, 2, 81), "bwd_dkv": Tiling(16, 16, 2, 75)},
+    (48, 2): {"forward": Tiling(32, 16, 2, 113), "bwd_dq": Tiling(16, 16, 2, 113), "bwd_dkv": Tiling(16, 16, 1, 105)},
+    (64, 2): {"forward": Tiling(16, 16, 2, 105), "bwd_dq": Tiling(16, 16, 1, 113), "bwd_dkv": Tiling(16, 16, 1, 137)},
+    (16, 4): {"forward": Tiling(16, 16, 2, 65), "bwd_dq": Tiling(16, 16, 1, 98), "bwd_dkv": Tiling(16, 16, 1, 82)},
+    (32, 4): {"forward": Tiling(16, 16, 1, 81), "bwd_dq": Tiling(16, 16, 1, 162), "bwd_dkv": Tiling(16, 16, 1, 146)},
+}
+
+
+class Launch(NamedTuple):
+    """A kernel and everything it is launched with."""
+
+    kernel: triton.runtime.JITFunction
+    grid: tuple[int, int]
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+    def run(self) -> None:
+        self.kernel[self.grid](*self.arguments, **self.options)
 
 
 def head_widths(d: int) -> tuple[int, int]:
@@ -26,78 +53,98 @@ def head_widths(d: int) -> tuple[int, int]:
     return (16, 0) if d <= 16 else (32, 0) if d <= 32 else (32, 16) if d <= 48 else (64, 0)
 
 
-def tiling(d: int, dtype: torch.dtype, backward: bool) -> Tiling:
-    """Tiles that compile for sm_90 with the fewest spills (`triton_report`); float32 holds twice the bytes."""
-    wide = backward or dtype == torch.float32 or d > 32
-    return Tiling(16, 16) if wide else Tiling(32, 16)
+def shared_memory(d: int, dtype: torch.dtype) -> float:
+    """KiB of shared memory that a block must be allowed to have; infinite where there are no tiles."""
+    tiles = TILES.get((sum(head_widths(d)), dtype.itemsize)) if d <= 64 and dtype in DTYPES else None
+    return max(tile.shared for tile in tiles.values()) if tiles else inf
 
 
-def serves(q: Tensor) -> str:
-    """Why the kernels do not serve q `[B, H, N, d]` on its device; empty if they do."""
-    H, d = q.shape[1], q.shape[3]
-    if q.dtype not in (torch.float32, torch.bfloat16):
-        return f"no Triton kernel for {q.dtype}"
-    if H > 16 or d > 64 or (d > 48 and q.dtype == torch.float32):
-        return f"no Triton kernel for {H} heads of width {d} in {q.dtype}"  # shared memory: 227 KiB
-    if torch.version.hip is None and torch.cuda.get_device_capability(q.device) < (9, 0):
-        return "the Triton kernels are sized for the shared memory of sm_90"
-    return "" if torch.version.hip is None else "the Triton kernels have not been tried on AMD"
+def refusal(device: torch.device, dtype: torch.dtype, heads: int, d: int) -> str:
+    """Why the kernels do not serve such q, k, v; empty if they do."""
+    if torch.version.hip is not None:
+        return "the Triton kernels have not been tried on AMD"
+    needed = shared_memory(d, dtype)
+    if heads > 16 or needed == inf:
+        return f"no Triton kernel for {heads} heads of width {d} in {dtype}"
+    card = torch.cuda.get_device_properties(device)
+    if card.major < 8 or card.shared_memory_per_block_optin < needed * 1024:
+        return f"no Triton kernel for heads of width {d} in {dtype} on {card.name} ({needed} KiB of shared memory)"
+    return ""
 
 
 def _precision() -> str:
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-def _options(d: int, dtype: torch.dtype, backward: bool) -> dict:
-    tile, (d0, d1) = tiling(d, dtype, backward), head_widths(d)
+def _options(kernel: str, q: Tensor) -> dict[str, Any]:
+    d0, d1 = head_widths(q.shape[3])
+    tile = TILES[d0 + d1, q.dtype.itemsize][kernel]
     return {"BM": tile.rows, "BN": tile.cols, "D0": d0, "D1": d1, "WIDEN": INTERPRETED, "PRECISION": _precision(),
-            "num_warps": tile.warps, "num_stages": 1}
+            "num_warps": tile.warps, "num_stages": tile.stages}
 
 
-def _same_strides(*inputs: Tensor) -> tuple[Tensor, ...]:
-    """Views of one packed tensor pass as they are; anything else is copied."""
-    if len({x.stride() for x in inputs}) == 1 and inputs[0].stride(-1) == 1:
-        return inputs
-    return tuple(x.contiguous() for x in inputs)
+def _prepared(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v less its mean over the tokens, of one stride and a width that the kernels load without a mask.
+
+    Rows of M sum to 0 and softmax's backward forgets what is constant in a row, so the mean changes no result; but
+    where tokens are alike half precision would round M v to noise. Views of one packed tensor pass as they are, but for
+    v; odd widths (33, 35) are padded once, in the copy that v needs anyway: to 48, as Triton knows multiples of 16.
+    """
+    B, H, N, d = q.shape
+    width, mean = sum(head_widths(d)), v.mean(dim=2, keepdim=True, dtype=torch.float32)
+    if width == d and q.stride() == k.stride() == v.stride() and q.stride(3) == 1:
+        return q, k, torch.sub(v, mean, out=v.new_empty_strided(v.shape, v.stride()))
+    packed = q.new_zeros(3, B, N, H, width).transpose(2, 3)  # [3, B, H, N, D]
+    packed[0, ..., :d], packed[1, ..., :d], packed[2, ..., :d] = q, k, v - mean
+    return tuple(packed.unbind(0))
 
 
-def _centred(v: Tensor) -> Tensor:
-    """v less its mean over the tokens, with v's strides. Rows of M sum to 0 and softmax's backward forgets what is
-    constant in a row, so results are the same; but where tokens are alike bf16 would round M v to noise."""
-    lifted = v.new_empty_strided(v.shape, v.stride())
-    return torch.sub(v, v.mean(dim=2, keepdim=True, dtype=torch.float32), out=lifted)
+def _sizes(q: Tensor, d: int) -> tuple[int, ...]:
+    return *q.stride()[:3], q.shape[1], q.shape[2], d
+
+
+def forward_launch(q: Tensor, k: Tensor, v: Tensor, mix: Tensor,
+                   scale: float) -> tuple[Launch, tuple[Tensor, Tensor, Tensor]]:
+    """The launch that fills U, lse `[B, H, N]` and each tile's sum of squares."""
+    B, H, N, d = q.shape
+    options, u = _options("forward", q), tokens_first(q)
+    q, k, v = _prepared(q, k, v)
+    grid = (triton.cdiv(N, options["BM"]), B)
+    lse, sumsq = mix.new_empty(B, H, N), mix.new_empty(B, grid[0], 16)
+    arguments = (q, k, v, mix.contiguous(), u, lse, sumsq, *_sizes(q, d), scale * LOG2_E)
+    return Launch(triton_kernels.forward, grid, arguments, options), (u, lse, sumsq)
 
 
 def centred_mix(q: Tensor, k: Tensor, v: Tensor, mix: Tensor, scale: float,
                 statistics: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`plain.centred_mix` for q, k, v of float32 or bfloat16, and the rows' log2-sum-exp2 `[B, H, N]`."""
-    q, k, v = _same_strides(q, k, v)
-    total, v = v.sum(dim=2, dtype=mix.dtype), _centred(v)
+    """`plain.centred_mix` for q, k, v of float32 or half precision, and the rows' log2-sum-exp2 `[B, H, N]`."""
+    launch, (u, lse, sumsq) = forward_launch(q, k, v, mix, scale)
+    launch.run()
+    return u, sumsq[:, :, :q.shape[1]].sum(dim=1), v.sum(dim=2, dtype=mix.dtype), lse
+
+
+def backward_launches(du: Tensor, dsumsq: Tensor, dtotal: Tensor, q: Tensor, k: Tensor, v: Tensor, mix: Tensor,
+                      lse: Tensor, scale: float) -> tuple[tuple[Launch, Launch], tuple[Tensor, ...]]:
+    """The launches, in this order, that fill dq, dk, dv and each tile's dmix."""
     B, H, N, d = q.shape
-    options = _options(d, q.dtype, backward=False)
-    grid = (triton.cdiv(N, options["BM"]), B)
-    u, lse = tokens_first(q), mix.new_empty(B, H, N)
-    sumsq = mix.new_empty(B * grid[0], 16)
-    triton_kernels.forward[grid](q, k, v, mix.contiguous(), u, lse, sumsq, *q.stride()[:3], H, N, d,
-                                 scale * log2(2.718281828459045), **options)
-    return u, sumsq.view(B, -1, 16)[:, :, :H].sum(dim=1), total, lse
+    options, key_options = (_options(kernel, q) for kernel in ("bwd_dq", "bwd_dkv"))
+    dq, dk, dv = (tokens_first(x) for x in (q, k, v))
+    q, k, v = _prepared(q, k, v)
+    du, dtotal = (F.pad(x, (0, q.shape[3] - d)) for x in (du.transpose(1, 2), dtotal))  # [B, N, H, D], [B, H, D]
+    given = (q, k, v, du.contiguous(), mix.contiguous(), lse, (2 * dsumsq).contiguous())
+    sizes = (*_sizes(q, d), scale, scale * LOG2_E)
+    grid, key_grid = (triton.cdiv(N, options["BM"]), B), (triton.cdiv(N, key_options["BN"]), B)
+    delta, dmix = torch.empty_like(lse), mix.new_empty(B * grid[0], 16, 16)
+    return (Launch(triton_backward.bwd_dq, grid, (*given, dq, delta, dmix, *sizes), options),
+            Launch(triton_backward.bwd_dkv, key_grid, (*given, delta, dtotal.contiguous(), dk, dv, *sizes), key_options)
+            ), (dq, dk, dv, dmix)
 
 
 def centred_mix_backward(du: Tensor, dsumsq: Tensor, dtotal: Tensor, q: Tensor, k: Tensor, v: Tensor, mix: Tensor,
                          lse: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and mix; the arguments as in `cpu.centred_mix_backward`."""
-    q, k, v = _same_strides(q, k, v)
-    v = _centred(v)
-    B, H, N, d = q.shape
-    options = _options(d, q.dtype, backward=True)
-    du = du.transpose(1, 2).contiguous()  # [B, N, H, d]
-    dq, dk, dv = (tokens_first(x) for x in (q, k, v))
-    mix, twice, delta = mix.contiguous(), (2 * dsumsq).contiguous(), torch.empty_like(lse)
-    given = (q, k, v, du, mix, lse, twice)
-    sizes = (*q.stride()[:3], H, N, d, scale, scale * log2(2.718281828459045))
-    grid = (triton.cdiv(N, options["BM"]), B)
-    dmix = mix.new_empty(B * grid[0], 16, 16)
-    triton_backward.by_queries[grid](*given, dq, delta, dmix, *sizes, **options)
-    grid = (triton.cdiv(N, options["BN"]), B)
-    triton_backward.by_keys[grid](*given, delta, dtotal.contiguous(), dk, dv, *sizes, **options)
+    """Gradients of q, k, v and mix; the arguments as in `tiles.centred_mix_backward`."""
+    launches, (dq, dk, dv, dmix) = backward_launches(du, dsumsq, dtotal, q, k, v, mix, lse, scale)
+    for launch in launches:
+        launch.run()
+    H = q.shape[1]
     return dq, dk, dv, dmix[:, :H, :H].sum(dim=0)

@@ -2,122 +2,142 @@
 
 A program holds a tile of maps of *all* heads at once, `[16, BM, BN]` (heads padded to the 16 rows a tensor core
 wants), so that mixing them is one product `[16, 16] x [16, BM BN]`. Maps are centred by 1/N in float32 before they are
-rounded to the inputs' dtype. The head width is padded to D0 + D1, each a power of two: 48 = 32 + 16 serves 33 and 35.
-All sums over programs go through one slot per program, so results do not depend on their order.
+rounded to the inputs' dtype, and held LIFT-fold: near-uniform ones differ from 1/N by 1e-6, below float16's normal
+range. All sums over programs go through one slot per program, so results do not depend on their order.
 
-Pointers: inputs share the strides (sb, sh, sn, 1); everything else is laid out `[B, N, H, d]`, `lse` and `delta`
-`[B, H, N]` (base 2). `WIDEN` computes in float32, for the interpreter, whose bf16 products are not to be trusted.
+Names: `p_` pointers, `o_` offsets, `m_` masks, `b_` tiles; H is `HEADS`, 16. Inputs share the strides (sb, sh, sn, 1)
+and have D = D0 + D1 columns, each a power of two (48 = 32 + 16), zeros beyond the head width d; everything else is laid
+out `[B, N, H, d]`, `lse` and `delta` `[B, H, N]` (base 2). WIDEN: for the interpreter, whose products in half precision
+are not to be trusted: tiles are rounded where the compiled kernel rounds them, and stay in float32.
 """
 
 import triton
 import triton.language as tl
 
 HEADS = tl.constexpr(16)
+LOG2_LIFT = tl.constexpr(8.0)
+LIFT = tl.constexpr(256.0)
 
 
 @triton.jit
-def _load(base, rows, cols, sh, sn, H, N, D, WIDEN: tl.constexpr):
-    """`[16, rows, cols]` of one sample's `[H, N, d]`, zero where there is none."""
-    heads = tl.arange(0, HEADS)
-    at = base + heads[:, None, None] * sh + rows[None, :, None] * sn + cols[None, None, :]
-    there = (heads < H)[:, None, None] & (rows < N)[None, :, None] & (cols < D)[None, None, :]
-    x = tl.load(at, mask=there, other=0.0)
-    return x.to(tl.float32) if WIDEN else x
+def _load(p_x, o_rows, o_cols, sh, sn, H, N, WIDEN: tl.constexpr):
+    """`[H, rows, cols]` of one image, zero where there is none."""
+    o_heads = tl.arange(0, HEADS)
+    p_x += o_heads[:, None, None] * sh + o_rows[None, :, None] * sn + o_cols[None, None, :]
+    m_x = (o_heads < H)[:, None, None] & (o_rows < N)[None, :, None]
+    b_x = tl.load(p_x, mask=m_x, other=0.0)  # [H, rows, cols]
+    return b_x.to(tl.float32) if WIDEN else b_x
 
 
 @triton.jit
-def _store(base, x, rows, cols, H, N, D):
-    heads = tl.arange(0, HEADS)
-    at = base + heads[:, None, None] * D + rows[None, :, None] * (H * D) + cols[None, None, :]
-    there = (heads < H)[:, None, None] & (rows < N)[None, :, None] & (cols < D)[None, None, :]
-    tl.store(at, x.to(base.dtype.element_ty), mask=there)
+def _store(p_x, b_x, o_rows, o_cols, H, N, d, WIDEN: tl.constexpr):
+    o_heads = tl.arange(0, HEADS)
+    m_x = (o_heads < H)[:, None, None] & (o_rows < N)[None, :, None] & (o_cols < d)[None, None, :]
+    b_x = _round(b_x, p_x.dtype.element_ty, WIDEN).to(p_x.dtype.element_ty)
+    tl.store(p_x + o_heads[:, None, None] * d + o_rows[None, :, None] * (H * d) + o_cols[None, None, :], b_x, mask=m_x)
 
 
 @triton.jit
-def _load_per_row(base, rows, H, N):
-    """`[16, rows]` of one sample's `[H, N]`."""
-    heads = tl.arange(0, HEADS)
-    there = (heads < H)[:, None] & (rows < N)[None, :]
-    return tl.load(base + heads[:, None] * N + rows[None, :], mask=there, other=0.0)
+def _load_per_row(p_x, o_rows, H, N):
+    """`[H, rows]` of one image's `[H, N]`."""
+    o_heads = tl.arange(0, HEADS)
+    m_x = (o_heads < H)[:, None] & (o_rows < N)[None, :]
+    return tl.load(p_x + o_heads[:, None] * N + o_rows[None, :], mask=m_x, other=0.0)
 
 
 @triton.jit
-def _store_per_row(base, x, rows, H, N):
-    heads = tl.arange(0, HEADS)
-    tl.store(base + heads[:, None] * N + rows[None, :], x, mask=(heads < H)[:, None] & (rows < N)[None, :])
+def _store_per_row(p_x, b_x, o_rows, H, N):
+    o_heads = tl.arange(0, HEADS)
+    tl.store(p_x + o_heads[:, None] * N + o_rows[None, :], b_x, mask=(o_heads < H)[:, None] & (o_rows < N)[None, :])
 
 
 @triton.jit
-def _load_mix(mix, H, TRANSPOSED: tl.constexpr):
-    """Theta or its transpose, `[16, 16]`, zero beyond H."""
-    a, b = tl.arange(0, HEADS)[:, None], tl.arange(0, HEADS)[None, :]
-    at = b * H + a if TRANSPOSED else a * H + b
-    return tl.load(mix + at, mask=(a < H) & (b < H), other=0.0)
+def _load_mix(p_mix, H, TRANSPOSED: tl.constexpr):
+    """Theta or its transpose, `[H, H]`, zero beyond the heads there are."""
+    o_rows, o_cols = tl.arange(0, HEADS)[:, None], tl.arange(0, HEADS)[None, :]
+    p_mix += o_cols * H + o_rows if TRANSPOSED else o_rows * H + o_cols
+    return tl.load(p_mix, mask=(o_rows < H) & (o_cols < H), other=0.0)  # [H, H]
 
 
 @triton.jit
-def _exchange(mix, maps, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr):
-    """`out[h] = sum_g mix[h, g] maps[g]`, `[16, BM, BN]`, float32."""
-    flat = tl.dot(mix, tl.reshape(maps, [HEADS, BM * BN]), input_precision=PRECISION)
-    return tl.reshape(flat, [HEADS, BM, BN])
+def _round(b_x, DTYPE: tl.constexpr, WIDEN: tl.constexpr):
+    """To the nearest of DTYPE, and in DTYPE but for WIDEN."""
+    if WIDEN and DTYPE == tl.bfloat16:  # which the interpreter would cut off
+        bits = b_x.to(tl.int32, bitcast=True)
+        b_x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
+    elif WIDEN:
+        b_x = b_x.to(DTYPE).to(tl.float32)
+    else:
+        b_x = b_x.to(DTYPE)
+    return b_x
 
 
 @triton.jit
-def _rows_by_rows(x0, x1, y0, y1, D1: tl.constexpr, PRECISION: tl.constexpr):
-    """`x y^T` over the head width, `[16, BM, BN]`, float32."""
-    out = tl.dot(x0, tl.permute(y0, [0, 2, 1]), input_precision=PRECISION)
+def _exchange(b_mix, b_maps, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr):
+    """`out[h] = sum_g mix[h, g] maps[g]`, in float32."""
+    b_out = tl.dot(b_mix, tl.reshape(b_maps, [HEADS, BM * BN]), input_precision=PRECISION)  # [H, BM BN]
+    return tl.reshape(b_out, [HEADS, BM, BN])
+
+
+@triton.jit
+def _rows_by_rows(b_x0, b_x1, b_y0, b_y1, D1: tl.constexpr, PRECISION: tl.constexpr):
+    """`x y^T` over the head width, `[H, BM, BN]`, in float32."""
+    b_out = tl.dot(b_x0, tl.permute(b_y0, [0, 2, 1]), input_precision=PRECISION)  # [H, BM, BN]
     if D1 > 0:
-        out += tl.dot(x1, tl.permute(y1, [0, 2, 1]), input_precision=PRECISION)
-    return out
+        b_out += tl.dot(b_x1, tl.permute(b_y1, [0, 2, 1]), input_precision=PRECISION)
+    return b_out
 
 
 @triton.jit
-def _centred(p, rows, cols, N):
-    """`A - 1/N` inside the `N x N` map, 0 outside, so that padding adds to no sum."""
-    there = (rows < N)[None, :, None] & (cols < N)[None, None, :]
-    return tl.where(there, p - 1.0 / N, 0.0)
+def _centred(b_p, o_rows, o_cols, N):
+    """LIFT (A - 1/N) from LIFT A inside the `N x N` map; 0 outside, so that padding adds to no sum."""
+    m_map = (o_rows < N)[None, :, None] & (o_cols < N)[None, None, :]
+    return tl.where(m_map, b_p - LIFT / N, 0.0)  # [H, BM, BN]
 
 
 @triton.jit
-def forward(q, k, v, mix, u, lse, sumsq, sb, sh, sn, H, N, D, scale2,
+def forward(p_q, p_k, p_v, p_mix, p_u, p_lse, p_sumsq, sb, sh, sn, H, N, d, scale2,
             BM: tl.constexpr, BN: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, WIDEN: tl.constexpr,
             PRECISION: tl.constexpr):
-    """U and lse of BM query rows of one sample, and the sum of M^2 over them per head. scale2 = scale log2(e)."""
-    tile, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    rows, c0, c1 = tile * BM + tl.arange(0, BM), tl.arange(0, D0), D0 + tl.arange(0, max(D1, 16))
-    q, k, v = q + b * sb, k + b * sb, v + b * sb
-    q0 = _load(q, rows, c0, sh, sn, H, N, D, WIDEN)
-    q1 = _load(q, rows, c1, sh, sn, H, N, D, WIDEN) if D1 > 0 else q0
-    peak = tl.full([HEADS, BM], float("-inf"), tl.float32)
-    weight = tl.zeros([HEADS, BM], tl.float32)
+    """U and lse of BM query rows of one image, and the sum of M^2 over them per head. scale2 = scale log2(e)."""
+    DTYPE: tl.constexpr = p_q.dtype.element_ty
+    i_tile, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    o_rows, o_c0, o_c1 = i_tile * BM + tl.arange(0, BM), tl.arange(0, D0), D0 + tl.arange(0, max(D1, 16))
+    p_q, p_k, p_v, p_u = p_q + i_b * sb, p_k + i_b * sb, p_v + i_b * sb, p_u + i_b * N * H * d
+    b_q0 = _load(p_q, o_rows, o_c0, sh, sn, H, N, WIDEN)  # [H, BM, D0]
+    b_q1 = _load(p_q, o_rows, o_c1, sh, sn, H, N, WIDEN) if D1 > 0 else b_q0  # [H, BM, D1]
+    b_peak = tl.full([HEADS, BM], float("-inf"), tl.float32)
+    b_weight = tl.zeros([HEADS, BM], tl.float32)
     for start in range(0, N, BN):
-        cols = start + tl.arange(0, BN)
-        k0 = _load(k, cols, c0, sh, sn, H, N, D, WIDEN)
-        k1 = _load(k, cols, c1, sh, sn, H, N, D, WIDEN) if D1 > 0 else k0
-        s = _rows_by_rows(q0, q1, k0, k1, D1, PRECISION) * scale2
-        s = tl.where((cols < N)[None, None, :], s, float("-inf"))
-        above = tl.maximum(peak, tl.max(s, 2))
-        weight = weight * tl.exp2(peak - above) + tl.sum(tl.exp2(s - above[:, :, None]), 2)
-        peak = above
-    norm = peak + tl.log2(weight)
-    _store_per_row(lse + b * H * N, norm, rows, H, N)
-    theta = _load_mix(mix, H, False).to(q0.dtype)
-    u0 = tl.zeros([HEADS, BM, D0], tl.float32)
-    u1 = tl.zeros([HEADS, BM, max(D1, 16)], tl.float32)
-    squares = tl.zeros([HEADS, BM], tl.float32)
+        o_cols = start + tl.arange(0, BN)
+        b_k0 = _load(p_k, o_cols, o_c0, sh, sn, H, N, WIDEN)  # [H, BN, D0]
+        b_k1 = _load(p_k, o_cols, o_c1, sh, sn, H, N, WIDEN) if D1 > 0 else b_k0  # [H, BN, D1]
+        b_s = _rows_by_rows(b_q0, b_q1, b_k0, b_k1, D1, PRECISION) * scale2  # [H, BM, BN]
+        b_s = tl.where((o_cols < N)[None, None, :], b_s, float("-inf"))
+        b_above = tl.maximum(b_peak, tl.max(b_s, 2))  # [H, BM]
+        b_weight = b_weight * tl.exp2(b_peak - b_above) + tl.sum(tl.exp2(b_s - b_above[:, :, None]), 2)
+        b_peak = b_above
+    b_lse = b_peak + tl.log2(b_weight)  # [H, BM]
+    _store_per_row(p_lse + i_b * H * N, b_lse, o_rows, H, N)
+    b_norm = (b_lse - LOG2_LIFT)[:, :, None]
+    b_mix = _round(_load_mix(p_mix, H, False) / LIFT, DTYPE, WIDEN)  # [H, H]
+    b_u0 = tl.zeros([HEADS, BM, D0], tl.float32)
+    b_u1 = tl.zeros([HEADS, BM, max(D1, 16)], tl.float32)
+    b_squares = tl.zeros([HEADS, BM], tl.float32)
     for start in range(0, N, BN):
-        cols = start + tl.arange(0, BN)
-        k0 = _load(k, cols, c0, sh, sn, H, N, D, WIDEN)
-        k1 = _load(k, cols, c1, sh, sn, H, N, D, WIDEN) if D1 > 0 else k0
-        p = tl.exp2(_rows_by_rows(q0, q1, k0, k1, D1, PRECISION) * scale2 - norm[:, :, None])
-        m = _exchange(theta, _centred(p, rows, cols, N).to(q0.dtype), BM, BN, PRECISION)
-        squares += tl.sum(m * m, 2)
-        m = m.to(q0.dtype)
-        u0 += tl.dot(m, _load(v, cols, c0, sh, sn, H, N, D, WIDEN), input_precision=PRECISION)
+        o_cols = start + tl.arange(0, BN)
+        b_k0 = _load(p_k, o_cols, o_c0, sh, sn, H, N, WIDEN)  # [H, BN, D0]
+        b_k1 = _load(p_k, o_cols, o_c1, sh, sn, H, N, WIDEN) if D1 > 0 else b_k0  # [H, BN, D1]
+        b_p = tl.exp2(_rows_by_rows(b_q0, b_q1, b_k0, b_k1, D1, PRECISION) * scale2 - b_norm)  # [H, BM, BN], LIFT A
+        b_c = _round(_centred(b_p, o_rows, o_cols, N), DTYPE, WIDEN)
+        b_m = _exchange(b_mix, b_c, BM, BN, PRECISION)  # [H, BM, BN]
+        b_squares += tl.sum(b_m * b_m, 2)
+        b_m = _round(b_m, DTYPE, WIDEN)
+        b_u0 += tl.dot(b_m, _load(p_v, o_cols, o_c0, sh, sn, H, N, WIDEN), input_precision=PRECISION)  # [H, BM, D0]
         if D1 > 0:
-            u1 += tl.dot(m, _load(v, cols, c1, sh, sn, H, N, D, WIDEN), input_precision=PRECISION)
-    _store(u + b * N * H * D, u0, rows, c0, H, N, D)
+            b_u1 += tl.dot(b_m, _load(p_v, o_cols, o_c1, sh, sn, H, N, WIDEN), input_precision=PRECISION)
+    _store(p_u, b_u0, o_rows, o_c0, H, N, d, WIDEN)
     if D1 > 0:
-        _store(u + b * N * H * D, u1, rows, c1, H, N, D)
-    slot = b * tl.num_programs(0) + tile
-    tl.store(sumsq + slot * HEADS + tl.arange(0, HEADS), tl.sum(squares, 1))
+        _store(p_u, b_u1, o_rows, o_c1, H, N, d, WIDEN)
+    i_slot = i_b * tl.num_programs(0) + i_tile
+    tl.store(p_sumsq + i_slot * HEADS + tl.arange(0, HEADS), tl.sum(b_squares, 1))

@@ -1,21 +1,19 @@
 """Which runs belong in one table, what its axes are, and which of its runs are missing."""
 
-import itertools
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-import yaml
-
-from deepvit.report.runs import CONF, Run, flat
+from deepvit.report.runs import Run
 
 # Settings that change no result, or that another one repeats.
-NOT_COMPARED = ("engine.", "probe.", "fresh", "dry", "seed", "data.root", "data.workers", "data.eval_batch_size",
+NOT_COMPARED = ("engine.", "probe.", "fresh", "dry", "logger", "seed", "data.root", "data.workers", "data.eval_batch_size",
                 "data.in_memory_mb", "data.max_bad", "data.on_error", "data.decoder", "data.img_size",
-                "model.num_classes", "model.depth", "model.attention.")
+                "data.on_device", "model.num_classes", "model.depth", "model.attention.")
+NAMED_GROUPS = ("augment", "precision")
 ATTENTION_ORDER = ("self", "norm_only", "reattention_fc", "reattention", "reattention_identity", "reattention_ln")
 
 
@@ -27,7 +25,6 @@ class Cell:
     attention: str
     extras: tuple[Any, ...]
     runs: tuple[Run, ...] = ()
-    missing_seeds: tuple[int, ...] = ()
 
     @property
     def finished(self) -> list[Run]:
@@ -36,13 +33,8 @@ class Cell:
     @property
     def status(self) -> str:
         """What is not finished, in words; empty for a whole cell."""
-        parts = [f"seed {run.config.get('seed')}: {run.progress}" if len(self.runs) > 1 else run.progress
-                 for run in self.runs if not run.finished]
-        if not self.runs:
-            return "missing"
-        if self.missing_seeds:
-            parts.append(f"seed {', '.join(map(str, self.missing_seeds))} missing")
-        return "; ".join(parts)
+        return "; ".join(f"seed {run.config.get('seed')}: {run.progress}" if len(self.runs) > 1 else run.progress
+                         for run in self.runs if not run.finished)
 
 
 @dataclass(frozen=True)
@@ -63,11 +55,12 @@ class Grid:
 
     @property
     def name(self) -> str:
-        return f"{self.data}, recipe {self.recipe}" if self.recipe else self.data
+        return f"{self.data}, recipe {self.recipe or 'not recorded'}"
 
     @cached_property
     def runs(self) -> list[Run]:
-        return [run for cell in self.cells for run in cell.runs]
+        """All that were begun."""
+        return [run for cell in self.cells for run in cell.runs if not run.is_missing]
 
     @property
     def depths(self) -> list[int]:
@@ -75,14 +68,14 @@ class Grid:
 
     @property
     def seeds(self) -> list[int]:
-        return sorted({run.config.get("seed", 0) for run in self.runs})
+        return sorted({run.config.get("seed", 0) for cell in self.cells for run in cell.runs})
 
 
 def grids(runs: Sequence[Run]) -> list[Grid]:
     """One grid for each data set and recipe: results of different ones do not compare."""
     groups: dict[tuple[str, str], list[Run]] = defaultdict(list)
     for run in runs:
-        groups[data_name(run.config["data"]), run.recipe or ""].append(run)
+        groups[data_name(run.config["data"]), run.origin.get("recipe") or ""].append(run)
     return [_grid(data, recipe or None, group) for (data, recipe), group in sorted(groups.items())]
 
 
@@ -97,7 +90,7 @@ def data_name(data: Mapping[str, Any]) -> str:
 
 
 def _grid(data: str, recipe: str | None, runs: Sequence[Run]) -> Grid:
-    compared = [_compared(run) for run in runs]
+    compared = _compared(runs)
     names = list(dict.fromkeys(name for settings in compared for name in settings))
     differing = [name for name in names if len({_text(settings.get(name)) for settings in compared}) > 1]
     shared = {name: compared[0].get(name) for name in names if name not in differing}
@@ -110,43 +103,32 @@ def _grid(data: str, recipe: str | None, runs: Sequence[Run]) -> Grid:
         twin = next((other for other in found[key] if other.config.get("seed") == run.config.get("seed")), None)
         if twin is None:
             found[key].append(run)
-        else:
+        elif not run.is_missing:
             duplicates.append(f"{run.path} repeats {twin.path} (same settings and seed); it is left out.")
     extras = tuple(" / ".join(_short(name) for name in column) for column in columns)
     return Grid(data, recipe, extras, _cells(found), shared, duplicates)
 
 
-def _compared(run: Run) -> dict[str, Any]:
-    """The settings that make a difference; a group of settings known by a name in `conf/` is that name."""
-    settings = {name: value for name, value in run.settings.items()
-                if not name.startswith(NOT_COMPARED) or name == "model.attention"}
-    for group in ("augment", "precision"):
-        name = choice(group, run.config)
-        if name is not None:
-            settings = {key: value for key, value in settings.items() if not key.startswith(f"{group}.")}
-            settings[group] = name
-    return settings
+def _compared(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """The settings that make a difference, of each run. A group of settings goes by its name where all tell theirs."""
+    compared = [{name: value for name, value in run.settings.items()
+                 if not name.startswith(NOT_COMPARED) or name == "model.attention"} for run in runs]
+    typed = {word.lstrip("+").split("=")[0] for run in runs for word in run.origin.get("overrides", ())}
+    for group in NAMED_GROUPS:
+        names = [run.origin.get("choices", {}).get(group) for run in runs]
+        if None not in names:
+            compared = _by_name(group, names, compared, typed)
+    return compared
 
 
-def choice(group: str, config: Mapping[str, Any]) -> str | None:
-    """The file of `conf/<group>/` whose values `config` has; None if it has been changed."""
-    for path in sorted((CONF / group).glob("*.yaml")):
-        if _resolved(_stored(group, path.stem), config) == config.get(group):
-            return path.stem
-    return None
-
-
-def _stored(group: str, name: str) -> dict[str, Any]:
-    values = yaml.safe_load((CONF / group / f"{name}.yaml").read_text())
-    bases = [base for base in values.pop("defaults", []) if base != "_self_"]
-    return {**{key: value for base in bases for key, value in _stored(group, base).items()}, **values}
-
-
-def _resolved(values: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """With `${data.hflip}` and its like looked up in `config`."""
-    known = dict(flat(config))
-    return {name: known.get(value[2:-1], value) if isinstance(value, str) and value.startswith("${") else value
-            for name, value in values.items()}
+def _by_name(group: str, names: Sequence[str], compared: Sequence[dict[str, Any]], typed: Container[str]
+             ) -> list[dict[str, Any]]:
+    """`group` as the chosen name, and beside it what was typed or differs between runs of one name."""
+    keys = {key for settings in compared for key in settings if key.startswith(f"{group}.")} - {*typed}
+    told = {key for key in keys if len({(name, _text(settings.get(key)))
+                                        for name, settings in zip(names, compared)}) == len({*names})}
+    return [{**{key: value for key, value in settings.items() if key not in told}, group: name}
+            for name, settings in zip(names, compared)]
 
 
 def _text(value: Any) -> str:
@@ -194,42 +176,8 @@ def _attention(run: Run) -> dict[str, Any]:
 
 
 def _cells(found: Mapping[tuple, list[Run]]) -> list[Cell]:
-    missing = _missing([(depth, attention, *extras, run.config.get("seed", 0))
-                        for (depth, attention, extras), runs in found.items() for run in runs])
-    seeds: dict[tuple, list[int]] = defaultdict(list)
-    for depth, attention, *extras, seed in missing:
-        seeds[depth, attention, tuple(extras)].append(seed)
-    keys = sorted({*found, *seeds}, key=_order)
-    return [Cell(*key, runs=tuple(sorted(found.get(key, ()), key=lambda run: run.config.get("seed", 0))),
-                 missing_seeds=tuple(sorted(seeds.get(key, ())))) for key in keys]
-
-
-def _missing(points: Iterable[tuple]) -> set[tuple]:
-    """The holes of a sweep: in a plane of two axes, points that complete a rectangle and whose row and column are at
-    least half there. So neither a list of unrelated models nor two sweeps that meet in one cell have any."""
-    there = set(points)
-    holes = set()
-    for first, second in itertools.combinations(range(len(next(iter(there), ()))), 2):
-        planes: dict[tuple, set[tuple]] = defaultdict(set)
-        for point in there:
-            planes[point[:first] + point[first + 1:second] + point[second + 1:]].add((point[first], point[second]))
-        for rest, found in planes.items():
-            for x, y in _holes(found):
-                point = [*rest]
-                point.insert(first, x)
-                point.insert(second, y)
-                holes.add(tuple(point))
-    return holes
-
-
-def _holes(found: set[tuple]) -> list[tuple]:
-    columns, rows = defaultdict(set), defaultdict(set)
-    for x, y in found:
-        columns[x].add(y)
-        rows[y].add(x)
-    return [(x, y) for x in columns for y in rows
-            if (x, y) not in found and 2 * len(columns[x]) >= len(rows) and 2 * len(rows[y]) >= len(columns)
-            and any(columns[other] & columns[x] for other in rows[y])]
+    return [Cell(*key, runs=tuple(sorted(found[key], key=lambda run: run.config.get("seed", 0))))
+            for key in sorted(found, key=_order)]
 
 
 def _order(key: tuple[int, str, tuple]) -> tuple:

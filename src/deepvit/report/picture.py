@@ -19,7 +19,7 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#0
 MARKERS = "osD^vP*X"
 STYLE = {"font.size": 10, "axes.titlesize": 10, "legend.fontsize": 8, "axes.grid": True, "grid.alpha": 0.25,
          "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "deepvit", "svg.fonttype": "none",
-         "legend.frameon": False}
+         "legend.frameon": False, "text.parse_math": False}  # a $ in a name is a $
 PANEL = (4.6, 3.4)  # inches
 MOST_LINES = 8  # in a legend
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import socket
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,9 +13,9 @@ from typing import Any
 
 import yaml
 
+from deepvit.config.compare import flat
+from deepvit.config.sweep_record import FOLDER, missing_cells, read_lines
 from deepvit.errors import UserError
-
-CONF = Path(__file__).resolve().parent.parent / "conf"
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class Run:
         config: the resolved config, nested; `settings` has it flat.
         result: `metrics.json`, empty unless the run is finished.
         lines: the whole lines of `metrics.jsonl`.
-        state: finished, running, stopped (on request) or unfinished (nobody works on it, or on another machine).
+        state: finished, running, stopped (on request), unfinished (nobody works on it, or on another machine), or
+            missing (a cell that a sweep was to run), with what is known of the reason.
     """
 
     path: Path
@@ -36,13 +38,16 @@ class Run:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        return dict(flat(self.config))
+        return dict(flat({name: value for name, value in self.config.items() if name != "origin"}))
 
-    @cached_property
-    def recipe(self) -> str | None:
-        """The recipe's name, from `<recipe>/<model>/<name>`; None in a folder chosen by the user."""
-        name = self.path.resolve().parent.parent.name
-        return name if (CONF / "recipe" / f"{name}.yaml").exists() else None
+    @property
+    def origin(self) -> Mapping[str, Any]:
+        """Recipe, sweep, choices, overrides and command, as noted in the config; empty in runs of before that."""
+        return self.config.get("origin") or {}
+
+    @property
+    def is_missing(self) -> bool:
+        return self.state.startswith("missing")
 
     @property
     def finished(self) -> bool:
@@ -71,31 +76,24 @@ class Run:
     @property
     def progress(self) -> str:
         """How far an unfinished run is: `running, step 120/337 (36 %), top-1 so far 45.28`."""
+        if self.is_missing:
+            return self.state
         share = f"/{self.total} ({self.step / self.total:.0%})" if self.total else ""
         so_far = f", top-1 so far {self.evaluations[-1]['top1']:.2f}" if self.evaluations else ""
         return f"{self.state}, step {self.step}{share}{so_far}"
 
 
-def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """`{"model": {"depth": 8}}` -> `("model.depth", 8)`; an empty group is a value."""
-    for name, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + str(name), value
-
-
 def read_runs(paths: Iterable[Path]) -> tuple[list[Run], list[str]]:
-    """All runs in and below `paths`, and a sentence for each thing that had to be left out.
+    """All runs in and below `paths`, the missing ones of sweeps too, and a sentence for each thing left out.
 
     Raises:
         UserError: a path is missing, or there is no readable run in any.
     """
-    folders, runs, problems = [], [], []
-    for path in map(Path, paths):
+    paths, folders, runs, problems = [*map(Path, paths)], [], [], []
+    for path in paths:
         if not path.exists():
             raise UserError(f"{path} does not exist: give run folders, or a folder above them such as runs/.")
-        folders += sorted(found.parent for found in path.rglob("config.yaml"))
+        folders += _run_folders(path, problems)
     for folder in dict.fromkeys(folder.resolve() for folder in folders):
         try:
             runs.append(read_run(folder))
@@ -104,7 +102,26 @@ def read_runs(paths: Iterable[Path]) -> tuple[list[Run], list[str]]:
     if not runs:
         why = " ".join(problems) or "No config.yaml was found there or below."
         raise UserError(f"No runs to report in {', '.join(map(str, paths))}. {why}")
-    return runs, problems
+    return [*runs, *_missing_runs(paths)], problems
+
+
+def _missing_runs(paths: Iterable[Path]) -> Iterator[Run]:
+    """Cells below `paths` that a sweep was to run, from the sweeps' own records there, below and above."""
+    tops = [path.resolve() for path in paths]
+    records = {record for top in tops for place in (top.rglob, *(above.glob for above in top.parents))
+               for record in place(f"{FOLDER}/*.jsonl")}
+    for record in sorted(records):
+        for cell in missing_cells(record):
+            if any(cell.folder.is_relative_to(top) for top in tops):
+                reason = f" ({cell.sentence.rstrip('.')})" if cell.sentence else ""
+                yield Run(cell.folder, cell.config, {}, [], f"missing{reason}")
+
+
+def _run_folders(top: Path, problems: list[str]) -> list[Path]:
+    def left_out(error: OSError) -> None:
+        problems.append(f"{error.filename} cannot be read ({error.strerror}) and is left out.")
+
+    return sorted(Path(folder) for folder, _, files in os.walk(top, onerror=left_out) if "config.yaml" in files)
 
 
 def read_run(folder: Path) -> Run:
@@ -115,8 +132,8 @@ def read_run(folder: Path) -> Run:
     folder = Path(folder)
     config = _read_config(folder / "config.yaml")
     result = _read_json(folder / "metrics.json")
-    events = [line.get("event") for line in _read_lines(folder / "events.jsonl")]
-    lines = [line for line in _read_lines(folder / "metrics.jsonl") if isinstance(line.get("step"), int)]
+    events = [line.get("event") for line in read_lines(folder / "events.jsonl")]
+    lines = [line for line in read_lines(folder / "metrics.jsonl") if isinstance(line.get("step"), int)]
     if result.get("finished") and "top1" in result:
         return Run(folder, config, result, lines, "finished")
     return Run(folder, config, {}, lines, _unfinished_state(folder, events))
@@ -124,7 +141,8 @@ def read_run(folder: Path) -> Run:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        config = yaml.load(path.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        text = re.sub(r"\\uDC[89A-F][0-9A-F]", r"\\uFFFD", path.read_text())  # in names that are not UTF-8
+        config = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path} cannot be read ({type(error).__name__}); this run is left out.") from error
     try:
@@ -143,21 +161,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a `.jsonl` file. A torn one is passed over: the run may be writing it now."""
-    try:
-        texts = path.read_text(errors="replace").splitlines()
-    except OSError:
-        return []
-    lines = []
-    for text in texts:
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            continue
-    return [line for line in lines if isinstance(line, dict)]
 
 
 def _unfinished_state(folder: Path, events: list[str | None]) -> str:

@@ -18,6 +18,7 @@ def shared_recipe(grid: Grid) -> str:
     """The settings that all cells have in common."""
     known = dict(flat(grid.shared))
     said = [phrase.format(known[name]) for name, phrase in RECIPE.items() if known.get(name)]
+    said += [f"{name}={value}" for name, value in known.items() if name.split(".")[0] in known and "." in name]
     return f"All cells share: {', '.join(said)}; seed{'s' * (len(grid.seeds) > 1)} {', '.join(map(str, grid.seeds))}."
 
 

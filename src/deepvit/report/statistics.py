@@ -5,9 +5,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# Student's t, two-sided 95 %, for 1 to 30 degrees of freedom; beyond, the normal distribution's.
-T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
-        2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
+from scipy.special import stdtrit
 
 
 @dataclass(frozen=True)
@@ -35,5 +33,5 @@ def summarise(values: Sequence[float | None]) -> Summary | None:
     if len(values) == 1:
         return Summary(1, mean, None, None, None)
     std = statistics.stdev(values)
-    half = (T_95[len(values) - 2] if len(values) <= 31 else 1.96) * std / math.sqrt(len(values))
+    half = float(stdtrit(len(values) - 1, 0.975)) * std / math.sqrt(len(values))
     return Summary(len(values), mean, std, mean - half, mean + half)

@@ -55,12 +55,10 @@ def of_result(name: str) -> Callable[[Run], float | None]:
 
 
 def published_for(cell: Cell, grid: Grid) -> list[Published]:
-    """The paper's numbers for a cell; a missing one is known by its neighbour of another depth."""
+    """The paper's numbers for a cell, unless a cell of its row was evaluated on a part of ImageNet."""
     same = [run for other in grid.cells if (other.attention, other.extras) == (cell.attention, cell.extras)
             for run in other.runs]
-    if not same or any(_is_part_of_imagenet(run) for run in same):
-        return []
-    return published_of({**same[0].settings, "model.depth": cell.depth})
+    return [] if any(map(_is_part_of_imagenet, same)) else published_of(cell.runs[0].settings)
 
 
 def _is_part_of_imagenet(run: Run) -> bool:

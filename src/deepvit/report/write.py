@@ -15,6 +15,8 @@ from deepvit.report.picture import Picture
 from deepvit.report.runs import Run
 from deepvit.report.tables import tables
 
+TITLE = "# Depth and attention: report"
+ANY_NAME = {"encoding": "utf-8", "errors": "backslashreplace"}  # a folder's name may be no UTF-8
 
 @dataclass(frozen=True)
 class Report:
@@ -41,8 +43,9 @@ def write_report(runs: Sequence[Run], problems: Sequence[str], out: Path, thresh
     """Writes everything into `out` and gives the lines to print.
 
     Raises:
-        UserError: `out` cannot be written.
+        UserError: `out` cannot be written, or has files of these names that no report wrote.
     """
+    _refuse_strange(out)
     found = grids(runs)
     drawn = [pictures(grid, threshold, _prefix(grid, found)) for grid in found]
     report = Report(found, drawn, [*problems, *(line for grid in found for line in grid.duplicates)], threshold, pair)
@@ -50,14 +53,26 @@ def write_report(runs: Sequence[Run], problems: Sequence[str], out: Path, thresh
     try:
         (out / "figures").mkdir(parents=True, exist_ok=True)
         saved = [picture.save(out / "figures") for picture in [*itertools.chain(*drawn), *extra]]
-        (out / "report.csv").write_text(render.as_csv(found, threshold))
-        (out / "report.md").write_text(_markdown(report, extra))
-        (out / "report.html").write_text(_html(report, extra))
+        (out / "report.csv").write_text(render.as_csv(found, threshold), **ANY_NAME)
+        (out / "report.md").write_text(_markdown(report, extra), **ANY_NAME)
+        (out / "report.html").write_text(_html(report, extra), **ANY_NAME)
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror}): choose another folder with --out.") from error
     yield from _terminal(report)
     yield from (f"Figure: {path}" for path in saved)
     yield f"Report: {out / 'report.html'} (and report.md, report.csv)"
+
+
+def _refuse_strange(out: Path) -> None:
+    page = out / "report.md"
+    try:
+        is_ours = page.read_text(errors="replace").startswith(TITLE)
+    except OSError:
+        is_ours = False
+    there = [name for name in ("report.csv", "report.md", "report.html", "figures") if (out / name).exists()]
+    if there and not is_ours:
+        raise UserError(f"{out / there[0]} is not of a report, and would be overwritten: choose another folder with "
+                        f"--out.")
 
 
 def _prefix(grid: Grid, found: Sequence[Grid]) -> str:
@@ -85,7 +100,7 @@ def _terminal(report: Report) -> Iterator[str]:
 
 
 def _markdown(report: Report, extra: Sequence[Picture]) -> str:
-    parts = ["# Depth and attention: report", *(f"- {remark}" for remark in report.remarks)]
+    parts = [TITLE, *(f"- {remark}" for remark in report.remarks)]
     for grid, drawn in zip(report.grids, report.pictures):
         parts += [f"## {grid.name}", sentences.shared_recipe(grid), *sentences.reading(grid)]
         parts += [render.as_markdown(table) for table in tables(grid, report.threshold) if table.rows]

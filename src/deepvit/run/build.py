@@ -5,28 +5,28 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2, list_optimizers
 from timm.utils import ModelEmaV3
 from torch import nn
 
 from deepvit import data as pictures
 from deepvit.config import settings as asked
-from deepvit.config.settings import Augment, Data, Optimizer, PrecisionSettings, Settings
+from deepvit.config.settings import Augment, Data, PrecisionSettings, Settings
 from deepvit.engine.ranks import Ranks
 from deepvit.engine.schedule import Plan, Schedule
 from deepvit.engine.state import TrainState
 from deepvit.engine.step import OBJECTIVES, Objective, Precision, Stepper, allocate_moments, is_out_of_memory
-from deepvit.errors import UserError, did_you_mean
+from deepvit.errors import UserError
 from deepvit.models import ViT, build_model
 from deepvit.models.registry import check_model
 from deepvit.models.stochastic_depth import BranchMasks
+from deepvit.run.micro_batches import allowed, unit
 from deepvit.run.micro_batches import choose as choose_micro_batch
-from deepvit.run.micro_batches import unit
+from deepvit.run.optimizer import optimizer, try_out
 
-FUSED = ("adam", "adamw", "momentum", "sgd")  # torch's own, which update all parameters in one kernel
 log = logging.getLogger(__name__)
 
 
@@ -37,6 +37,38 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
     if settings.model.get("pool") == "":
         raise UserError("model.pool='' gives logits of every token, which no loss here takes: choose cls, mean or avg.")
     return settings
+
+
+def check(settings: Settings, ranks: Ranks) -> None:
+    """Builds all that needs no data: what can be refused is refused before anything is read or written.
+
+    Raises:
+        UserError: on every rank alike.
+    """
+    with ranks.together():
+        _check_images(settings.data.img_size, settings.model["img_size"], settings.model["in_chans"])
+        train_transform(settings.data, settings.augment)
+        eval_transform(settings.data)
+        prepare(settings.data, 2, settings.augment)
+        allowed(settings, ranks.world)
+        objective(settings)
+        with torch.device("meta"):
+            _check_memory(build_model({**settings.model, "num_classes": 2}))
+        try_out(settings.optimizer, ranks.device)
+
+
+def _check_images(read: Any, wanted: Any, channels: int) -> None:
+    if channels != 3:
+        raise UserError(f"model.in_chans={channels}, but images are read with 3 channels: leave it at 3.")
+    if len({tuple(size) if isinstance(size, Sequence) else (size, size) for size in (read, wanted)}) > 1:
+        raise UserError(f"data.img_size={read} is not model.img_size={wanted}: set the latter alone.")
+
+
+def _check_memory(network: ViT) -> None:
+    needed = sum(parameter.nbytes for parameter in network.parameters())
+    if needed > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+        raise UserError(f"The weights of this model take {needed / 2**30:.0f} GiB, more than this machine has: lower "
+                        f"model.embed_dim, model.depth or model.mlp_ratio.")
 
 
 @dataclass(frozen=True)
@@ -72,10 +104,11 @@ def build(settings: Settings, ranks: Ranks, begun: Mapping[str, Any] | None = No
         masks = begun is None or begun.get("masks") == "image"
         made = state(settings, network, ranks)
         called = stepper(settings, network, made_schedule, len(found.class_ids), ranks, masks)
+        make_batches = batch_maker(settings, found.train, ranks)
     ranks.broadcast([weight.detach() for weight in made.all_weights()])
     micro_batch, memory = choose_micro_batch(settings, network.config["in_chans"], made, called, begun)
     return Built(settings, ranks, found, made_schedule, plan, network, made, called,
-                 batch_maker(settings, found.train, ranks, micro_batch), micro_batch, memory)
+                 partial(make_batches, micro_batch=micro_batch), micro_batch, memory)
 
 
 # Data
@@ -118,17 +151,22 @@ def prepare(data: Data, num_classes: int, augment: Augment | None = None, seed: 
     return pictures.Prepare(*pictures.norm_values(data.norm), num_classes, seed=seed, **mixing)
 
 
-def batch_maker(settings: Settings, train: pictures.ImageSet, ranks: Ranks, micro_batch: int
-                ) -> Callable[[int, int], Iterator[list[pictures.Batch]]]:
-    """`(start, count) -> iterator` over the micro-batches of `count` global batches from number `start`."""
-    transform = train_transform(settings.data, settings.augment)
-    parts = settings.data.batch_size // ranks.world // micro_batch
+def batch_maker(settings: Settings, train: pictures.ImageSet, ranks: Ranks
+                ) -> Callable[[int, int, int], Iterator[list[pictures.Batch]]]:
+    """`(start, count, micro_batch) -> iterator` over the micro-batches of `count` global batches from batch `start`."""
+    data, seed, transform = settings.data, settings.seed, train_transform(settings.data, settings.augment)
+    shares = {"batch_size": data.batch_size, "rank": ranks.rank, "world": ranks.world, "max_bad": data.max_bad,
+              "repeats": settings.augment.repeats}
+    on_device = pictures.OnDevice(train, transform, seed=seed, device=ranks.device,
+                                  max_mb=data.in_memory_mb) if data.on_device else None
 
-    def batches(start: int, count: int) -> Iterator[list[pictures.Batch]]:
-        steps = pictures.train_batches(
-            train, transform, seed=settings.seed, batch_size=settings.data.batch_size, steps=start + count,
-            start_step=start, rank=ranks.rank, world=ranks.world, accumulation=parts, workers=settings.data.workers,
-            repeats=settings.augment.repeats, max_bad=settings.data.max_bad, pin=ranks.device.type == "cuda")
+    def batches(start: int, count: int, micro_batch: int) -> Iterator[list[pictures.Batch]]:
+        asked = {"start_step": start, "steps": start + count,
+                 "accumulation": data.batch_size // ranks.world // micro_batch, **shares}
+        if on_device:
+            return on_device.train_batches(**asked)
+        steps = pictures.train_batches(train, transform, seed=seed, workers=data.workers,
+                                       pin=ranks.device.type == "cuda", **asked)
         return pictures.ahead(steps, ranks.device)
 
     return batches
@@ -163,23 +201,6 @@ def model(settings: Settings, num_classes: int, continued: bool = False, classes
     return built
 
 
-def optimizer(network: nn.Module, chosen: Optimizer) -> torch.optim.Optimizer:
-    """By timm's factory: no decay on biases, norms and the embeddings that the model names.
-
-    A layer-wise decay gives each group its `lr_scale`.
-    """
-    if chosen.opt not in list_optimizers():
-        raise UserError(f"optimizer.opt={chosen.opt} is not one of timm's."
-                        f"{did_you_mean(chosen.opt, list_optimizers())}")
-    given = {name: getattr(chosen, name) for name in ("betas", "eps") if getattr(chosen, name) is not None}
-    given |= {"fused": True} if chosen.opt in FUSED else {}
-    try:
-        return create_optimizer_v2(network, chosen.opt, lr=chosen.lr, weight_decay=chosen.weight_decay,
-                                   momentum=chosen.momentum, layer_decay=chosen.layer_decay, **given)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"optimizer.opt={chosen.opt} does not take these settings: {error}.") from error
-
-
 def state(settings: Settings, network: ViT, ranks: Ranks) -> TrainState:
     network.to(ranks.device)
     ema = settings.ema
@@ -199,11 +220,19 @@ def state(settings: Settings, network: ViT, ranks: Ranks) -> TrainState:
 
 def stepper(settings: Settings, network: ViT, schedule: Schedule, num_classes: int, ranks: Ranks,
             masks: bool = True) -> Stepper:
-    called = torch.compile(network) if settings.engine.compile else network
-    return Stepper(called, prepare(settings.data, num_classes, settings.augment, settings.seed), schedule,
+    return Stepper(compiled(network, settings.engine.compile),
+                   prepare(settings.data, num_classes, settings.augment, settings.seed), schedule,
                    precision(settings.precision), ranks, settings.seed, objective(settings),
                    settings.optimizer.clip_grad, BranchMasks(network, settings.seed, ranks.device) if masks else None,
                    unit(settings))
+
+
+def compiled(network: nn.Module, mode: bool | str) -> nn.Module:
+    """As it is called in training; mode: one of torch.compile's, true for its default, or false.
+
+    Only sizes that stay the same can be replayed as CUDA graphs: half a micro-batch is compiled anew.
+    """
+    return torch.compile(network, mode="default" if mode is True else mode, dynamic=False) if mode else network
 
 
 def precision(chosen: PrecisionSettings) -> Precision:
@@ -237,6 +266,8 @@ def schedule_and_plan(settings: Settings, epoch_size: int) -> tuple[Schedule, Pl
     chosen, batch = settings.schedule, settings.data.batch_size
     per_epoch = pictures.epoch_steps(epoch_size, batch, settings.augment.repeats)
     counted = epoch_size // settings.augment.repeats * settings.augment.repeats
+    if not counted:
+        raise UserError(f"augment.repeats={settings.augment.repeats} is more than the {epoch_size} training images.")
 
     def steps(epochs: float | None, given: int | None) -> int:
         return given if epochs is None else math.ceil(epochs * per_epoch)
@@ -244,8 +275,7 @@ def schedule_and_plan(settings: Settings, epoch_size: int) -> tuple[Schedule, Pl
     schedule = Schedule(
         lr=settings.optimizer.lr, steps=steps(chosen.epochs, chosen.steps), kind=chosen.kind,
         warmup_steps=steps(chosen.warmup_epochs, chosen.warmup_steps),
-        cooldown_steps=math.ceil(chosen.cooldown_epochs * per_epoch) if chosen.steps is None else 0,
-        warmup_lr=chosen.warmup_lr,
+        cooldown_steps=math.ceil(chosen.cooldown_epochs * per_epoch), warmup_lr=chosen.warmup_lr,
         min_lr=chosen.min_lr, decay_from=chosen.decay_from)
     if schedule.warmup_steps > schedule.steps:
         raise UserError(f"The warm-up ({schedule.warmup_steps} steps) is longer than the run ({schedule.steps}): lower "
@@ -258,15 +288,3 @@ def schedule_and_plan(settings: Settings, epoch_size: int) -> tuple[Schedule, Pl
                 probe_every=settings.probe.every_epochs and settings.probe.every_epochs * epoch,
                 max_skipped=engine.max_skipped)
     return schedule, plan
-
-
-def changed(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """The settings that differ: dotted key -> (before, now)."""
-    differences: dict[str, tuple[Any, Any]] = {}
-    for name in sorted({*before, *now}):
-        old, new = before.get(name), now.get(name)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            differences |= changed(old, new, f"{prefix}{name}.")
-        elif old != new:
-            differences[prefix + name] = (old, new)
-    return differences

@@ -15,6 +15,13 @@ def say(sentence: str, stream: TextIO | None = None) -> None:
         _drop(stream)
 
 
+def print_any_name() -> None:
+    """A name that the terminal's encoding does not know is printed with escapes, where Python would stop."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def _drop(stream: TextIO) -> None:
     """What else is written to `stream` goes nowhere."""
     with open(os.devnull, "w") as nowhere:
@@ -22,6 +29,10 @@ def _drop(stream: TextIO) -> None:
 
 
 class _Console(logging.StreamHandler):
+    """Standard output as it is when a line comes: while a bar is drawn, rich's, which prints above the bar."""
+
+    stream = property(lambda self: sys.stdout, lambda self, stream: None)
+
     def handleError(self, record: logging.LogRecord) -> None:
         if isinstance(sys.exc_info()[1], BrokenPipeError):
             _drop(self.stream)
@@ -31,11 +42,12 @@ class _Console(logging.StreamHandler):
 
 def set_up_logging(rank: int = 0) -> None:
     """Lines to standard output from rank 0; from the others only what is wrong, with their number."""
+    print_any_name()
     logger = logging.getLogger("deepvit")
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
         handler.close()
-    console = _Console(sys.stdout)
+    console = _Console()
     console.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"))
     console.setLevel(logging.INFO if rank == 0 else logging.ERROR)
     logger.addHandler(console)

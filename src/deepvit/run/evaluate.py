@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from deepvit.data.real_labels import real_top1
 from deepvit.engine.checkpoint import write_text_synced
 from deepvit.engine.device import device_name, prepare_device
 from deepvit.engine.evaluate import Evaluation, evaluate, mcnemar
+from deepvit.engine.folder import RunFolder
 from deepvit.engine.progress import Display
 from deepvit.engine.ranks import Ranks
 from deepvit.engine.signals import StopRequest
@@ -132,7 +134,8 @@ def _unwritable(folder: Path, error: OSError) -> UserError:
 def checkpoints(given: str | list[str] | None) -> list[Path]:
     """The files named, or every best checkpoint under runs/."""
     if given is None:
-        found = sorted(Path("runs").glob("**/checkpoints/best.pt"))
+        found = sorted(Path(folder, "best.pt") for folder, _, files in os.walk("runs", onerror=_say_left_out)
+                       if Path(folder).name == "checkpoints" and "best.pt" in files)
         if not found:
             raise UserError("There is no checkpoint under runs/ here: train first, or give checkpoint=PATH.")
         return found
@@ -141,6 +144,11 @@ def checkpoints(given: str | list[str] | None) -> list[Path]:
         if not path.exists():
             raise UserError(f"There is no checkpoint at {path}.")
     return paths
+
+
+def _say_left_out(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        log.warning("%s cannot be read (%s): what lies there is not evaluated.", error.filename, error.strerror)
 
 
 def load(path: Path, config: Mapping[str, Any]) -> Candidate:
@@ -298,7 +306,7 @@ def _write(candidate: Candidate, data: Data, images: ImageSet, evaluation: Evalu
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_text_synced(folder / "metrics.json", json.dumps(result, indent=1) + "\n")
-        with (folder / "predictions.csv").open("w", newline="") as file:
+        with (folder / "predictions.csv").open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             writer = csv.writer(file)
             writer.writerow(["picture", "target", "prediction", "confidence"])
             for row in zip(evaluation.indices, evaluation.targets, evaluation.predictions[:, 0],
@@ -311,9 +319,9 @@ def _write(candidate: Candidate, data: Data, images: ImageSet, evaluation: Evalu
 
 def _out(candidate: Candidate, data: Data, out: str | None) -> Path:
     name, run = f"{candidate.path.stem}-{candidate.weights}-{data.source}", candidate.path.parent.parent
-    in_run = (run / "config.yaml").exists()
+    in_run = (run / "config.yaml").exists() and RunFolder(run).is_ours()
     if in_run and out is None:
         return run / "eval" / name
-    mark = hashlib.blake2b(str(candidate.path.resolve()).encode(), digest_size=4).hexdigest()  # names may be the same
+    mark = hashlib.blake2b(os.fsencode(candidate.path.resolve()), digest_size=4).hexdigest()  # names may be the same
     return Path(out or "runs/eval") / f"{f'{run.name}-' if in_run else ''}{name}-{mark}"
 

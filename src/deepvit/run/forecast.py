@@ -22,6 +22,7 @@ def forecast(config: Mapping[str, Any], ranks: Ranks, stop: StopRequest) -> dict
     """Says and returns what the run would take; None: asked to stop."""
     settings = build.read_settings(config)
     prepare_device(build.precision(settings.precision), ranks)
+    build.check(settings, ranks)
     built = build.build(settings, ranks)
     seconds = []
     for batches in built.make_batches(0, 3):

@@ -10,10 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from deepvit.config.paths import refuse_missing
+from deepvit.config.settings import read_group
 from deepvit.engine.signals import heeded
 from deepvit.errors import BAD_INPUT, DONE, FAILED, STOPPED, Failure, UserError
 from deepvit.run.console import set_up_logging
 
+LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what every rank is told
 START_METHOD = "spawn"  # of the ranks: CUDA does not survive a fork
 
 log = logging.getLogger(__name__)
@@ -42,17 +45,40 @@ def launch(job: Job, config: Mapping[str, Any], folder: Path) -> Outcome:
     Returns:
         rank 0's outcome. Ranks that die are started again together, `engine.max_restarts` times.
     """
-    if "RANK" in os.environ:  # torchrun started us: we are one rank, and it watches over the others
-        outcome = run_rank(job, dict(config), str(folder))
-        # A request to stop ends well there, or torchrun would start all ranks again; events.jsonl has PREEMPTED.
-        return replace(outcome, code=DONE) if outcome.code == STOPPED and _below_torchrun() else outcome
     try:
-        devices = _devices(config["engine"])
+        read_group("engine", config["engine"])
+        refuse_missing(config, folder)
+        devices = 0 if joined() else _devices(config["engine"])
     except UserError as error:
         return Outcome(BAD_INPUT, str(error))
-    if devices == 1:
-        return run_rank(job, dict(config), str(folder))
-    return _launch_elastic(job, config, folder, devices)
+    if devices > 1:
+        return _launch_elastic(job, config, folder, devices)
+    outcome = run_rank(job, dict(config), str(folder))
+    # A request to stop ends well below torchrun, or it would start all ranks again; events.jsonl has PREEMPTED.
+    return replace(outcome, code=DONE) if outcome.code == STOPPED and _below_torchrun() else outcome
+
+
+def joined() -> bool:
+    """Whether a launcher such as torchrun started this process as one of several ranks.
+
+    Raises:
+        UserError: its variables are half set, or no numbers.
+    """
+    for name in (*LAUNCHED, "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        if os.environ.get(name) == "":
+            del os.environ[name]  # set to nothing is not set, for whoever reads it
+    if "RANK" not in os.environ:
+        return False
+    advice = "start through torchrun, or `unset RANK` to train alone."
+    missing = [name for name in LAUNCHED if name not in os.environ]
+    if missing:
+        raise UserError(f"RANK={os.environ['RANK']} is set, but {', '.join(missing)} not: {advice}")
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT"):
+        value, limit = os.environ.get(name, "0"), os.environ["WORLD_SIZE"] if name == "RANK" else "65536"
+        if not value.isdecimal() or int(value) >= int(limit):
+            raise UserError(f"{name}={value} is no number of a launcher (WORLD_SIZE={os.environ['WORLD_SIZE']}): "
+                            f"{advice}")
+    return True
 
 
 def _below_torchrun() -> bool:
@@ -127,8 +153,6 @@ def _end(exitcode: int) -> str:
 def _devices(engine: Mapping[str, Any]) -> int:
     import torch
     wanted, accelerator = engine["devices"], engine["accelerator"]
-    if wanted is not None and wanted < 1:
-        raise UserError(f"engine.devices={wanted} must be above 0 (null: every visible GPU).")
     if accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available()):
         return wanted or 1
     present = torch.cuda.device_count()
@@ -153,8 +177,11 @@ def train_job(config: Mapping[str, Any], folder: Path, ranks: Any, stop: Any) ->
         from deepvit.run.forecast import forecast
         found = forecast(config, ranks, stop)
         return Outcome(STOPPED if found is None else DONE, value=found)
+    from deepvit.engine.folder import RunFolder
     from deepvit.run.train import train
-    return Outcome(DONE if train(config, folder, ranks, stop) else STOPPED)
+    if not train(config, folder, ranks, stop):
+        return Outcome(STOPPED)
+    return Outcome(DONE, value={"top1": RunFolder(folder).read_result().get("top1")})
 
 
 def eval_job(config: Mapping[str, Any], folder: Path, ranks: Any, stop: Any) -> Outcome:

@@ -1,15 +1,16 @@
 """What is measured while a model trains: its accuracy, and its attention on a fixed batch."""
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
 from torch import nn
 
 from deepvit import analysis
-from deepvit.analysis.board import matrix_images
+from deepvit.analysis.board import draw_probe, without_matrices
 from deepvit.engine.evaluate import Evaluation, evaluate
+from deepvit.engine.fit import Measures
 from deepvit.engine.progress import Display
 from deepvit.engine.ranks import Ranks
 from deepvit.engine.signals import StopRequest
@@ -39,7 +40,7 @@ def evaluator(built: Built, stop: StopRequest) -> Callable[[nn.Module, Display],
     return run
 
 
-def attention_metrics(built: Built) -> Callable[[nn.Module, int], tuple[dict[str, Any], dict[str, np.ndarray]]] | None:
+def attention_metrics(built: Built) -> Callable[[nn.Module, int], Measures] | None:
     """Measures of the attention on a fixed batch: the first images of each class in turn, as evaluation sees them."""
     settings, ranks, images = built.settings, built.ranks, built.splits.val
     wanted = min(settings.probe.images, len(images))
@@ -49,11 +50,12 @@ def attention_metrics(built: Built) -> Callable[[nn.Module, int], tuple[dict[str
     batches = build.eval_batches(settings.data, chosen, Ranks(0, 1, ranks.device))
     prepare = build.prepare(settings.data, len(built.splits.class_ids))
 
-    def measure(model: nn.Module, step: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    def measure(model: nn.Module, step: int) -> Measures:
         x = torch.cat([prepare(batch, 0, ranks.device, training=False)[0] for batch in batches()])
         if not step and not settings.init:
             model = analysis.with_statistics_of(model, x)  # an untrained norm has none yet
-        return matrix_images(analysis.probe(model, x, matrix=True))
+        values = analysis.probe(model, x, matrix=True)
+        return without_matrices(values), partial(draw_probe, values)
 
     return measure
 

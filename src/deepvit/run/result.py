@@ -1,5 +1,6 @@
 """A run in words before it starts, and in numbers when it is done."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from deepvit.config.provenance import versions
@@ -30,10 +31,18 @@ def summary_of(built: Built) -> str:
                        f"model.attention.norm_batch={group} images")
     if plan.batch_size > len(splits.train):
         remarks.append("images repeat within a batch")
-    if settings.data.workers * local_world(ranks) > usable_cores():
+    if settings.data.on_device:
+        remarks.append("the training images stay on the device, so data.workers serve evaluation alone")
+    elif settings.data.workers * local_world(ranks) > usable_cores():
         remarks.append(f"data.workers={settings.data.workers} (each device's) is more than the {usable_cores()} cores "
                        f"here can serve")
     return "; ".join(remarks)
+
+
+def headline(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """What runs are compared by, of `metrics.json`."""
+    names = ("top1", "top5", "loss", "best_top1", "params", "flops", "images_per_s")
+    return {name: metrics[name] for name in names if name in metrics}
 
 
 def metrics_of(built: Built, meter: Meter, folder: RunFolder) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from deepvit.engine.checkpoint import write_text_synced
 from deepvit.engine.device import device_name, prepare_device
 from deepvit.engine.fit import Fit
 from deepvit.engine.folder import LogFile, RunFolder
-from deepvit.engine.loggers import JsonLines, Loggers, TensorBoard
+from deepvit.engine.loggers import LoggedRun, Logger, Loggers, chosen
 from deepvit.engine.ranks import Ranks
 from deepvit.engine.saver import Saver
 from deepvit.engine.signals import StopRequest
@@ -23,8 +24,8 @@ from deepvit.errors import UserError
 from deepvit.run import build
 from deepvit.run.build import Built
 from deepvit.run.measures import attention_metrics, evaluator
-from deepvit.run.result import metrics_of, summary_of
-from deepvit.run.resume import images_of, refuse_change, refuse_finished
+from deepvit.run.result import headline, metrics_of, summary_of
+from deepvit.run.resume import as_begun, identity, refuse_change, refuse_finished
 
 log = logging.getLogger(__name__)
 
@@ -37,60 +38,76 @@ def train(config: Mapping[str, Any], path: Path, ranks: Ranks, stop: StopRequest
     Raises:
         UserError, Failure: on every rank alike where the cause is common.
     """
-    settings, folder = build.read_settings(config), RunFolder(path)
+    folder = RunFolder(path)
+    config = config if config["fresh"] else as_begun(config, folder)
+    settings = build.read_settings(config)
+    viewers = chosen(settings.logger)
     prepare_device(build.precision(settings.precision), ranks)
-    with folder.claimed(ranks, clear=settings.fresh and not _restarts()):
-        if ranks.from_main(folder.is_finished()):
+    build.check(settings, ranks)
+    with folder.claimed(ranks, settings.fresh, restarted=_restarts() > 0) as starts_over:
+        if not starts_over and ranks.from_main(folder.is_finished()):
+            splits = build.shared_splits(settings.data, ranks)
             with ranks.together():
-                refuse_finished(folder, config)
+                refuse_finished(folder, config, identity(settings, splits, folder))
             _say_finished(folder)
             return True
 
         # Where a run's weights come from: its own checkpoint; in a new run `init`; else random ones, from the seed.
         with ranks.together():
-            found = checkpoint.load_newest(folder.last, folder.previous, advice="fresh=true starts over.")
+            found = None if starts_over else checkpoint.load_newest(folder.last, folder.previous,
+                                                                    advice="fresh=true starts over.")
         built = build.build(settings, ranks, begun=found and found[1])
         with ranks.together():
+            made_of = identity(settings, built.splits, folder)
             if found:
-                refuse_change(found[1], config, built.splits)
+                refuse_change(found[1], config, built.splits, made_of)
                 built.state.load_state_dict(found[1])
         _refuse_different_folders(ranks.gather(built.state.step), folder)
 
-        loggers = _open(folder, config, built, resumed=found is not None)
-        saver = Saver(folder, ranks, _identity(config, built))
-        fit = Fit(built.state, built.stepper, built.plan, built.make_batches, evaluator(built, stop), folder, saver,
-                  loggers, stop, attention_metrics(built))
-        finished = fit.run()
-        if finished and ranks.is_main:
-            metrics = metrics_of(built, fit.meter, folder)
-            folder.write_result(metrics)
-            folder.log_event("finished", step=built.state.step)
-            log.info("Finished: top-1 %.2f %%; results in %s", metrics["top1"], folder.path)
+        if starts_over and ranks.is_main:
+            folder.set_aside()  # until the first checkpoint stands
+        saver = Saver(folder, ranks, {**_description(config, built), **made_of})
+        with ranks.together():
+            loggers = _open(folder, config, built, viewers, resumed=found is not None)
+        with closing(loggers):
+            fit = Fit(built.state, built.stepper, built.plan, built.make_batches, evaluator(built, stop), folder, saver,
+                      loggers, stop, attention_metrics(built))
+            finished = fit.run()
+            if finished and ranks.is_main:
+                metrics = {**metrics_of(built, fit.meter, folder), "origin": config.get("origin"), "made_of": made_of}
+                folder.write_result(metrics)
+                folder.log_event("finished", step=built.state.step)
+                loggers.log_result(headline(metrics), built.state.step)
+                log.info("Finished: top-1 %.2f %%; results in %s", metrics["top1"], folder.path)
         return finished
 
 
-def _open(folder: RunFolder, config: Mapping[str, Any], built: Built, resumed: bool) -> Loggers:
+def _open(folder: RunFolder, config: Mapping[str, Any], built: Built, viewers: list[type[Logger]], resumed: bool
+          ) -> Loggers:
     """The first writes, once nothing can be refused any more."""
-    ranks, step = built.ranks, built.state.step
-    processes = ranks.gather(os.getpid())
-    if not ranks.is_main:
+    step, processes = built.state.step, built.ranks.gather(os.getpid())
+    if not built.ranks.is_main:
         return Loggers()
+    run_id = folder.run_id()
+    loggers = Loggers(LoggedRun(folder, run_id, step, config), viewers)  # may refuse
     write_text_synced(folder.config, yaml.safe_dump(dict(config), sort_keys=False))
     logging.getLogger("deepvit").addHandler(LogFile(folder.path / "train.log"))
     folder.drop_metrics_after(step if resumed and step else -1)  # step 0 writes its own lines again
-    folder.log_event("resume" if resumed else "start", step=step, processes=processes, restarts=_restarts(),
-                     decoder=resolve_decoder(config["data"]["decoder"]), micro_batch=built.micro_batch, **versions())
-    log.info("%s", summary_of(built))
+    folder.log_event("resume" if resumed else "start", step=step, run_id=run_id, processes=processes,
+                     restarts=_restarts(), decoder=resolve_decoder(config["data"]["decoder"]),
+                     micro_batch=built.micro_batch, **versions())
+    log.info("%s", summary := summary_of(built))
     log.info("%s %s", f"Continuing from step {step} in" if resumed else "Starting in", folder.path)
-    return Loggers([JsonLines(folder), TensorBoard(folder.path, step)])
+    loggers.log_text("run", summary, step)
+    return loggers
 
 
-def _identity(config: Mapping[str, Any], built: Built) -> dict[str, Any]:
+def _description(config: Mapping[str, Any], built: Built) -> dict[str, Any]:
     """What a checkpoint tells of its run."""
     splits = built.splits
     return {"config": built.model.config, "classes": splits.class_ids, "class_names": splits.class_names,
-            "pictures": images_of(splits), "masks": "image", "run": dict(config),
-            "micro_batch": built.micro_batch, "device": device_name(built.ranks.device)}
+            "masks": "image", "run": dict(config), "micro_batch": built.micro_batch,
+            "device": device_name(built.ranks.device)}
 
 
 def _restarts() -> int:

@@ -1,4 +1,4 @@
-"""The core of the affine form on a CPU: tiles of maps that stay in cache, recomputed in backward, never kept.
+"""The core of the affine form in PyTorch, on any device: tiles of maps, recomputed in backward, never kept.
 
 A tile is some samples with all their query rows, or some query rows of one sample, heads first: `[H, S, R, N]`, so
 that mixing the heads is one matrix product `[H, H] x [H, S R N]`. The last row of the tile's maps buffer holds the
@@ -15,7 +15,9 @@ from torch import Tensor
 
 from deepvit.ops.plain import tokens_first
 
-TILE_BYTES = 2_900_000  # of one maps buffer; two are alive in forward, three in backward (2 MiB of L2 and a shared L3)
+# Of one maps buffer; two are alive in forward, three in backward
+CPU_TILE = 2_900_000  # bytes: 2 MiB of L2 and a shared L3
+DEVICE_TILE = 85_000_000  # bytes: matrix products large enough for a GPU, a quarter of a gigabyte at once
 
 _workspace = threading.local()
 
@@ -30,9 +32,9 @@ class Tile(NamedTuple):
         return self.rows.stop == self.shape[2]
 
 
-def tiles(batch: int, heads: int, tokens: int, itemsize: int) -> Iterator[Tile]:
-    """Cover `batch` samples of `tokens` query rows by tiles of about `TILE_BYTES`, all rows of a sample in order."""
-    rows = max(1, TILE_BYTES // (heads * tokens * itemsize))
+def cover(batch: int, heads: int, tokens: int, itemsize: int, device: str) -> Iterator[Tile]:
+    """Cover `batch` samples of `tokens` query rows by tiles that fit the device, all rows of a sample in order."""
+    rows = max(1, (CPU_TILE if device == "cpu" else DEVICE_TILE) // (heads * tokens * itemsize))
     samples = max(1, min(batch, rows // tokens))
     rows = ceil(tokens / ceil(tokens / min(rows, tokens)))  # of equal height
     for b in range(0, batch, samples):
@@ -41,8 +43,11 @@ def tiles(batch: int, heads: int, tokens: int, itemsize: int) -> Iterator[Tile]:
             yield Tile(slice(b, stop_b), slice(i, stop_i), (stop_b - b, stop_i - i, tokens))
 
 
-def _buffers(dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[Tensor]:
-    """Uninitialised tensors from one block that this thread keeps: fresh ones of this size cost page faults."""
+def _buffers(like: Tensor, *shapes: tuple[int, ...]) -> list[Tensor]:
+    """Uninitialised tensors; on a CPU from one block that this thread keeps, as fresh ones cost page faults."""
+    if like.device.type != "cpu":
+        return [like.new_empty(shape) for shape in shapes]
+    dtype = like.dtype
     sizes = [ceil(prod(shape) / 16) * 16 for shape in shapes]
     block = getattr(_workspace, str(dtype), None)
     if block is None or block.numel() < sum(sizes):
@@ -55,10 +60,8 @@ def _heads_first(x: Tensor, tile: Tile, dtype: torch.dtype, rows: bool, factor: 
     """The tile's part of `[B, H, N, d]` as a contiguous `[H, S, R or N, d]`."""
     part = x[tile.samples, :, tile.rows] if rows else x[tile.samples]
     part = part.transpose(0, 1)
-    out = torch.empty(part.shape, dtype=dtype)
+    out = torch.empty(part.shape, dtype=dtype, device=x.device)
     return torch.mul(part, factor, out=out) if factor != 1.0 else out.copy_(part)
-
-
 
 
 def _with_centre(mix: Tensor) -> Tensor:
@@ -68,9 +71,9 @@ def _with_centre(mix: Tensor) -> Tensor:
 class _Maps:
     """The maps of one tile: `softmax [H + 1, S, R, N]` (the last is the constant) and scratch of `[H, S, R, N]`."""
 
-    def __init__(self, heads: int, tile: Tile, dtype: torch.dtype, scratch: int):
-        S, R, N = tile.shape
-        self.softmax, *self.scratch = _buffers(dtype, (heads + 1, S, R, N), *[(heads, S, R, N)] * scratch)
+    def __init__(self, mix: Tensor, tile: Tile, scratch: int):
+        heads, (S, R, N) = len(mix), tile.shape
+        self.softmax, *self.scratch = _buffers(mix, (heads + 1, S, R, N), *[(heads, S, R, N)] * scratch)
         self.softmax[heads].fill_(1 / N)
         self.heads = heads
 
@@ -89,17 +92,17 @@ def centred_mix(q: Tensor, k: Tensor, v: Tensor, mix: Tensor, scale: float,
     B, H, N, d = q.shape
     dtype = mix.dtype
     u = tokens_first(q)  # [B, H, N, d]
-    sumsq = torch.zeros(B, H, dtype=torch.float64)
+    sumsq = mix.new_zeros(B, H)
     centring = _with_centre(mix)
-    for tile in tiles(B, H, N, dtype.itemsize):
+    for tile in cover(B, H, N, dtype.itemsize, q.device.type):
         if tile.rows.start == 0:
             keys, values = (_heads_first(x, tile, dtype, rows=False) for x in (k, v))  # [H, S, N, d]
-        mixed = _Maps(H, tile, dtype, scratch=1).fill(_heads_first(q, tile, dtype, True, scale), keys, centring)
+        mixed = _Maps(mix, tile, scratch=1).fill(_heads_first(q, tile, dtype, True, scale), keys, centring)
         if statistics:
-            sumsq[tile.samples] += torch.linalg.vector_norm(mixed.flatten(2), dim=2).T.double().square()
+            sumsq[tile.samples] += torch.linalg.vector_norm(mixed.flatten(2), dim=2).T.square()
         part = torch.bmm(mixed.flatten(0, 1), values.flatten(0, 1)).view(H, *tile.shape[:2], d)
         u[tile.samples, :, tile.rows].copy_(part.transpose(0, 1))
-    return u, sumsq.to(dtype), v.sum(dim=2, dtype=dtype)
+    return u, sumsq, v.sum(dim=2, dtype=dtype)
 
 
 def centred_mix_backward(du: Tensor, dsumsq: Tensor, dtotal: Tensor, q: Tensor, k: Tensor, v: Tensor, mix: Tensor,
@@ -113,13 +116,13 @@ def centred_mix_backward(du: Tensor, dsumsq: Tensor, dtotal: Tensor, q: Tensor, 
     dq, dk, dv = (tokens_first(x) for x in (q, k, v))  # [B, H, N, d]
     dmix = mix.new_zeros(H, H + 1)
     centring, twice = _with_centre(mix), 2 * dsumsq.T[:, :, None, None]  # [H, B, 1, 1]
-    for tile in tiles(B, H, N, dtype.itemsize):
+    for tile in cover(B, H, N, dtype.itemsize, q.device.type):
         if tile.rows.start == 0:
             keys, values = (_heads_first(x, tile, dtype, rows=False) for x in (k, v))  # [H, S, N, d]
             dkeys = torch.zeros_like(keys)
             dvalues = torch.empty_like(values).copy_(dtotal[tile.samples].transpose(0, 1)[:, :, None])
         queries, dout = _heads_first(q, tile, dtype, True, scale), _heads_first(du, tile, dtype, True)  # [H, S, R, d]
-        maps = _Maps(H, tile, dtype, scratch=2)
+        maps = _Maps(mix, tile, scratch=2)
         mixed = maps.fill(queries, keys, centring)
         dmaps = _into_maps(maps, mixed, mix, dout, values, twice[:, tile.samples], dvalues, dmix)
         dqueries = torch.bmm(dmaps.flatten(0, 1), keys.flatten(0, 1)).view(dout.shape)

@@ -1,0 +1,170 @@
+"""What a sweep does around its cells: opens its record before Hydra writes anything, and sums up from it."""
+
+import hashlib
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, ClassVar
+from uuid import uuid4
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from deepvit.config.compare import flat
+from deepvit.config.provenance import choices_of
+from deepvit.config.run_name import as_typed
+from deepvit.config.sweep_record import FOLDER, SweepRecord
+from deepvit.errors import DONE, FAILED, STOPPED, UserError
+from deepvit.run.console import say
+from deepvit.run.launch import joined
+
+OURS = re.compile(r"deepvit\.commands\.sweep|\$\{run_folder:")  # in a multirun.yaml
+BASIC = f"{BasicSweeper.__module__}.{BasicSweeper.__name__}"
+UNHASHED = ("data.workers=", "engine", "fresh=", "dry=", "hydra")  # the same sweep with others
+
+
+class Refused(BaseException):
+    """Carries a callback's error past Hydra, which only warns of an `Exception`."""
+
+    def __init__(self, error: Exception):
+        super().__init__(str(error))
+        self.error = error
+
+
+class Recorder(Callback):
+    """Hydra's callback in the process that starts a sweep. `record` reaches each cell through its config, wherever a
+    launcher runs it: path and session of the sweep's record."""
+
+    opened: ClassVar["OpenSweep | None"] = None  # by this process
+
+    def __init__(self, record: Sequence[str] | None = None):
+        self.record = record
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        try:
+            Recorder.opened = _open(config)
+        except Exception as error:
+            raise Refused(error) from None
+
+
+@dataclass(frozen=True)
+class OpenSweep:
+    """A sweep under way. `cells`: how many it was to run, 0 where its sweeper decides as it goes."""
+
+    record: SweepRecord
+    cells: int
+    is_kept: bool  # not of a forecast or an evaluation, which leave no run behind
+
+
+def _open(config: DictConfig) -> OpenSweep:
+    if joined():
+        raise UserError("Start a sweep with `deepvit train -m ...`, which starts the ranks of each cell itself, not "
+                        "under torchrun.")
+    hydra, folder = config.hydra, Path(config.hydra.sweep.dir)
+    _refuse_strange(folder)
+    params = OmegaConf.to_container(hydra.sweeper).get("params") or {}
+    typed = [*(f"{key}={value}" for key, value in params.items()), *as_typed(hydra.overrides.task)]
+    sweep, session, is_kept = hydra.runtime.choices.get("sweep"), uuid4().hex[:8], config.get("dry") is False
+    digest = hashlib.sha256("\n".join(sorted(word for word in typed if not word.startswith(UNHASHED))).encode())
+    name = f"{sweep or 'cells'}-{digest.hexdigest()[:8] if is_kept else session}.jsonl"
+    record = SweepRecord(folder / FOLDER / name, session)
+    with open_dict(config):
+        hydra.overrides.hydra.append(f"hydra.callbacks.sweep.record=[{_quoted(str(record.path.absolute()))},"
+                                     f"'{record.session}']")
+        if _is_swept("data.root", typed) and str(OmegaConf.to_container(hydra.sweep)["subdir"]).startswith(
+                "${run_folder:"):
+            hydra.overrides.hydra.append("hydra.sweep.subdir=${run_folder:'',true}")
+    cells = _cells(typed) if hydra.sweeper._target_ == BASIC else []
+    shared, described = _described(config, cells) if is_kept else ({}, [])
+    record.open(shlex.join(["deepvit", hydra.job.config_name, *sys.argv[1:]]), sweep, described, shared)
+    return OpenSweep(record, len(cells), is_kept)
+
+
+def _refuse_strange(folder: Path) -> None:
+    """Hydra writes multirun.yaml there before any of us runs."""
+    from deepvit.engine.folder import MARK, RunFolder
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    multirun = folder / "multirun.yaml"
+    if multirun.exists() and not OURS.search(multirun.read_text(errors="replace")):
+        raise UserError(f"{multirun} is not of a sweep of deepvit: choose another folder with hydra.sweep.dir=...")
+    known = (multirun, *folder.glob(f"{FOLDER}/*.jsonl"), *folder.glob("eval/*/predictions.csv"))
+    runs = (path.parent for depth in ("", "*/", "*/*/", "*/*/*/") for name in (MARK, "events.jsonl")
+            for path in folder.glob(depth + name))
+    if not any(path.exists() for path in known) and not any(RunFolder(path).is_ours() for path in runs):
+        raise UserError(f"The folder {folder} holds files that are not of runs, such as {min(folder.iterdir()).name}: "
+                        f"give an empty or a new one with hydra.sweep.dir=...")
+
+
+def _cells(typed: Sequence[str]) -> list[list[str]]:
+    """The overrides of each cell, as Hydra's own sweeper writes them."""
+    overrides = OverridesParser.create().parse_overrides(list(typed))
+    return BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]
+
+
+def _described(config: DictConfig, cells: Sequence[Sequence[str]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The settings that all cells share, and of each its overrides, folder and other settings (0.1 s a cell)."""
+    loader, state = GlobalHydra.instance().config_loader(), HydraConfig.instance()
+    before, settings, folders = state.cfg, [], []
+    try:
+        for number, overrides in enumerate(cells):
+            cell = loader.load_sweep_config(config, list(overrides))
+            with open_dict(cell):
+                cell.hydra.job.id = cell.hydra.job.num = number
+                state.set_config(cell)
+                folders.append(str(OmegaConf.select(cell, "hydra.sweep.subdir")))
+                origin = choices_of(cell.pop("hydra"))
+            settings.append(dict(flat({**OmegaConf.to_container(cell, resolve=True), "origin": origin})))
+    finally:
+        state.cfg = before
+    shared = {name: value for name, value in (settings or [{}])[0].items()
+              if all(other.get(name, ...) == value for other in settings)}
+    return shared, [{"overrides": own.pop("origin.overrides"), "folder": folder,
+                     "settings": {name: value for name, value in own.items() if name not in shared}}
+                    for folder, own in zip(folders, settings)]
+
+
+def _is_swept(key: str, typed: Sequence[str]) -> bool:
+    parser = OverridesParser.create()
+    return any(parser.parse_override(word).is_sweep_override() for word in typed if word.startswith(f"{key}="))
+
+
+def _quoted(text: str) -> str:
+    """`text` in Hydra's quotes."""
+    return "'" + re.sub(r"(\\*)'", lambda found: found[1] * 2 + "\\'", text) + "'"
+
+
+def record_of(hydra: DictConfig) -> SweepRecord | None:
+    """The record that this job is a cell of; None for a job alone."""
+    path, session = (hydra.callbacks.get("sweep") or {}).get("record") or (None, None)
+    return path and SweepRecord(Path(path), session)
+
+
+def sum_up(sweep: OpenSweep) -> int:
+    """A sweep's end: what did not work, by name, and the cost of a dry one. Returns the exit code."""
+    outcomes = sweep.record.outcomes()
+    if not sweep.is_kept:
+        sweep.record.remove()
+    troubled = [line for line in outcomes if line["code"] != DONE]
+    hours = [line["value"]["device_hours"] for line in outcomes if "device_hours" in (line["value"] or {})]
+    if hours:
+        say(f"\nAll {len(hours)} cells together: {sum(hours):.3g} device-hours.")
+    total = max(sweep.cells, len(outcomes))
+    say(f"\n{len(outcomes) - len(troubled)} of {total} cells are done.")
+    for sentence, alike in groupby(troubled, lambda line: line["sentence"] or "The same command continues it."):
+        for line in alike:
+            say(f"  {'stopped' if line['code'] == STOPPED else 'failed'}: {', '.join(line['overrides'])}")
+        say(f"    {sentence}")
+    codes = {line["code"] for line in troubled}
+    if len(outcomes) < total:
+        say(f"  {total - len(outcomes)} left no word: their processes died, or were never started.")
+        codes.add(FAILED)
+    return STOPPED if STOPPED in codes else min(codes, default=DONE)

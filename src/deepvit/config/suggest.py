@@ -1,0 +1,39 @@
+"""What was meant by a setting or a plugin that is not there."""
+
+import difflib
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from deepvit.config.compose import compose
+
+ELSEWHERE = {  # as other trainers call it -> our setting
+    "accum_iter": "engine.device_batch", "amp": "precision", "attention": "model/attention", "bs": "data.batch_size",
+    "data_dir": "data.root", "data_path": "data.root", "device": "engine.accelerator", "dropout": "model.drop_rate", "fp16": "precision",
+    "gpus": "engine.devices", "grad_accum": "engine.device_batch", "image_size": "model.img_size",
+    "img_size": "model.img_size", "input_size": "model.img_size", "num_workers": "data.workers",
+    "output": "hydra.run.dir", "output_dir": "hydra.run.dir", "pretrained": "init", "warmup": "schedule.warmup_epochs",
+    "wd": "optimizer.weight_decay"}
+PLUGINS = {  # of hydra/launcher and hydra/sweeper -> the package that brings it
+    "joblib": "hydra-joblib-launcher", "ray": "hydra-ray-launcher", "submitit_local": "hydra-submitit-launcher",
+    "submitit_slurm": "hydra-submitit-launcher", "ax": "hydra-ax-sweeper", "nevergrad": "hydra-nevergrad-sweeper",
+    "optuna": "hydra-optuna-sweeper"}
+
+
+def setting_meant(word: str) -> str:
+    """`" Did you mean 'schedule.epochs'?"` for `epochs`, or an empty string where nothing is near."""
+    keys = sorted({*_keys(compose()), *_keys(compose(config_name="eval"))})
+    by_last = defaultdict(list)
+    for key in keys:
+        by_last[key.rpartition(".")[2]].append(key)
+    near = difflib.get_close_matches(word, [*keys, *by_last], n=1, cutoff=0.6)
+    last = word if word in by_last else near[0] if near else ""
+    meant = [ELSEWHERE[word]] if word in ELSEWHERE else by_last.get(last, near)
+    return f" Did you mean {' or '.join(repr(key) for key in meant)}?" if meant else ""
+
+
+def _keys(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for name, value in values.items():
+        yield prefix + name
+        if isinstance(value, Mapping):
+            yield from _keys(value, f"{prefix}{name}.")

@@ -1,0 +1,95 @@
+"""A sweep's own record: what it was to run, and how each cell ended, whatever process ran it."""
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deepvit.config.compare import nested
+
+FOLDER = "sweeps"  # in hydra.sweep.dir
+
+
+@dataclass(frozen=True)
+class SweepRecord:
+    """`<hydra.sweep.dir>/sweeps/<name>.jsonl`. Each start of the sweep adds a line with what it was to run, each cell
+    one with its outcome.
+
+    Args:
+        session: of the start that a line belongs to.
+    """
+
+    path: Path
+    session: str
+
+    def open(self, command: str, sweep: str | None, cells: Sequence[Mapping[str, Any]],
+             shared: Mapping[str, Any]) -> None:
+        """The first line: `cells` have their `overrides` and, where known, `folder` and (flat) `settings`; empty where
+        the sweeper decides as it goes. `shared`: the settings that all cells have."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._append({"command": command, "sweep": sweep, "shared": shared, "cells": cells})
+
+    def add(self, number: int, overrides: Sequence[str], code: int, sentence: str, folder: Path, value: Any) -> None:
+        """How cell `number` ended: exit code, what was said, where it ran, what it found."""
+        top = self.path.parent.parent.resolve()
+        place = folder.resolve()
+        self._append({"cell": number, "overrides": list(overrides), "code": code, "sentence": sentence,
+                      "folder": str(place.relative_to(top) if place.is_relative_to(top) else place), "value": value})
+
+    def outcomes(self) -> list[dict[str, Any]]:
+        """Of this session's cells, in their order."""
+        lines = [line for line in read_lines(self.path) if line.get("session") == self.session and "cell" in line]
+        return list({line["cell"]: line for line in sorted(lines, key=lambda line: line["cell"])}.values())
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
+        with suppress(OSError):
+            self.path.parent.rmdir()
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        """Whole, whoever else writes."""
+        text = json.dumps({"session": self.session, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **line}) + "\n"
+        with self.path.open("ab", buffering=0) as file:
+            fcntl.lockf(file, fcntl.LOCK_EX)
+            file.write(text.encode())
+            os.fsync(file.fileno())
+
+
+@dataclass(frozen=True)
+class MissingCell:
+    """A cell that a sweep was to run and that has no run folder. `sentence`: why, where it failed."""
+
+    folder: Path
+    config: dict[str, Any]
+    sentence: str
+
+
+def missing_cells(record: Path) -> Iterator[MissingCell]:
+    """What the sweep's last start was to run and is not there."""
+    top, lines = record.parent.parent, read_lines(record)
+    started = [line for line in lines if "cells" in line]
+    outcomes = {tuple(line["overrides"]): line for line in lines if "cell" in line}
+    for cell in started[-1]["cells"] if started else ():
+        outcome = outcomes.get(tuple(cell["overrides"]), {})
+        places = [top / folder for folder in (cell.get("folder"), outcome.get("folder")) if folder]
+        if places and not any((place / "config.yaml").exists() for place in places):
+            config = nested({**started[-1]["shared"], **cell["settings"], "origin.overrides": cell["overrides"]})
+            yield MissingCell(places[0], config, outcome.get("sentence", ""))
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a `.jsonl` file. A torn one is passed over: somebody may be writing it now."""
+    try:
+        texts = path.read_text(errors="replace").splitlines()
+    except OSError:
+        return []
+    lines = []
+    for text in texts:
+        with suppress(ValueError):
+            lines.append(json.loads(text))
+    return [line for line in lines if isinstance(line, dict)]

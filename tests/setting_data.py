@@ -1,0 +1,35 @@
+"""Small folders of images for `test_settings_arrive`: in colour, not square, with no symmetry."""
+
+import tarfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+
+def save_images(folder: Path, count: int, seed: int) -> None:
+    folder.mkdir(parents=True)
+    for number in range(count):
+        rng = np.random.default_rng([seed, number])
+        coarse = Image.fromarray(rng.integers(0, 256, (5, 7, 3), dtype=np.uint8))
+        coarse.resize((28, 20), Image.BICUBIC).save(folder / f"{number}.png")
+
+
+def make_data(root: Path) -> dict[str, Path]:
+    """PHOTOS: 18 and 6 images of 3 classes; OTHER: of other classes; FLAT: not split; BAD: with one bad image in each
+    split; TARS: 6, 4 and 8 images in train.tar, validation.tar and more.tar."""
+    found = {name: root / name.lower() for name in ("PHOTOS", "OTHER", "FLAT", "BAD", "TARS")}
+    for name, split, classes, count in (
+            ("PHOTOS", "train", "a b c", 6), ("PHOTOS", "val", "a b c", 2), ("OTHER", "train", "one two", 3),
+            ("OTHER", "val", "one two", 2), ("FLAT", ".", "a b", 4), ("BAD", "train", "a b", 6),
+            ("BAD", "val", "a b", 2), ("TARS", "train", "a b", 3), ("TARS", "validation", "a b", 2),
+            ("TARS", "more", "a b", 4)):
+        for seed, one in enumerate(classes.split()):
+            save_images(found[name] / split / one, count, seed)
+    for split in ("train", "val"):
+        (found["BAD"] / split / "a" / "0.png").write_bytes(b"no image")
+    for split in ("train", "validation", "more"):
+        with tarfile.open(found["TARS"] / f"{split}.tar", "w") as tar:
+            for one in "ab":
+                tar.add(found["TARS"] / split / one, arcname=one)
+    return found

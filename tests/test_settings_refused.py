@@ -1,0 +1,125 @@
+"""What a setting may not be, and what has no effect beside what: refused by name, before anything is made."""
+
+import pytest
+import torch
+import yaml
+
+from deepvit import create_model
+from deepvit.config.compare import changed
+from deepvit.config.compose import compose
+from deepvit.data import load
+from deepvit.engine.ranks import Ranks
+from deepvit.engine.signals import StopRequest
+from deepvit.errors import BAD_INPUT, UserError
+from deepvit.run import build, resume
+from deepvit.run.forecast import forecast
+from deepvit.run.launch import launch, train_job
+from deepvit.run.train import train
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+STEPS = ["schedule.epochs=null", "schedule.steps=9", "schedule.warmup_epochs=null", "schedule.warmup_steps=2"]
+
+
+def check(*overrides: str) -> None:
+    build.check(build.read_settings(compose(["model=vit", "model.depth=2", *overrides])), ALONE)
+
+
+@pytest.mark.parametrize(("overrides", "words"), [
+    ([*STEPS, "schedule.cooldown_epochs=3"], ["schedule.cooldown_epochs=3", "schedule.steps=9", "=0"]),
+    (["optimizer=sgd", "optimizer.betas=[0.9,0.9]"], ["optimizer.betas", "momentum", "null"]),
+    (["optimizer=sgd", "optimizer.eps=1e-3"], ["optimizer.eps", "null"]),
+    (["optimizer.momentum=0.8"], ["optimizer.momentum=0.8", "adamw", "null"]),
+    (["optimizer.betas=[0.9]"], ["optimizer.betas", "list of 2"]),
+    (["optimizer.opt=adan", "optimizer.betas=[0.9,0.9]"], ["optimizer.betas", "list of 3"]),
+    (["optimizer=sgd", "optimizer.kwargs={nestrov: true}"], ["optimizer.kwargs.nestrov", "nesterov"]),
+    (["optimizer=sgd", "optimizer.kwargs={nesterov: sometimes}"], ["optimizer.kwargs.nesterov", "true or false"]),
+    *((["optimizer.kwargs={" + name + ": 0.1}"], [f"optimizer.{name}."]) for name in (
+        "lr", "weight_decay", "momentum", "betas", "eps")),
+    (["optimizer.kwargs={foreach: true}"], ["optimizer.opt=adamw", "foreach"]),
+    (["optimizer.opt=adahessian"], ["optimizer.opt=adahessian", "grad_fn"]),  # only its first step says so
+    (["ema.warmup=true"], ["ema.warmup", "ema.decay"]),
+    (["dialect=timm"], ["dialect=timm", "init="]),
+    (["augment.repeats=3"], ["augment.repeats=3", "data.batch_size=64"]),
+    (["augment.gaussian_blur_prob=0.1"], ["augment.gaussian_blur_prob=0.1", "model.img_size"]),
+    (["model.in_chans=1"], ["model.in_chans=1", "3 channels"]),
+    (["data.img_size=16"], ["data.img_size=16", "model.img_size=8"]),
+    (["model.img_size=[8]"], ["img_size", "list of 2"]),
+    (["model.patch_size=[2,2,9]"], ["model.patch_size", "list of 2"]),
+    (["augment.crop_scale=[0.1,0.2,0.3]"], ["augment.crop_scale", "list of 2"]),
+    (["augment.color_jitter=[0.1,0.2]"], ["augment.color_jitter", "list of 3"]),
+    (["augment.color_jitter=[0.1,0.1,0.1,0.9]"], ["augment.color_jitter", "hue"]),
+    (["engine.timeout_s=1e300"], ["engine.timeout_s", "at most"]),
+    (["engine.log_every=123456789012345678901"], ["engine.log_every", "finite"]),
+    (["data.batch_size=2.5"], ["data.batch_size", "whole number"]),
+    (["probe=3"], ["probe=3", "probe.images"]),
+    (["model.residual_scale=0"], ["model.residual_scale=0", "above 0"]),
+    (["model.embed_dim=60000", "model.num_heads=1", "model.depth=999"], ["GiB", "model.embed_dim"]),
+    (["+model.attention.depth=3", "model/attention=temperature_decay"], ["model.attention.depth", "the model"]),
+    (["model/attention=temperature_decay", "model.attention.first=0"], ["model.attention.first=0", "above 0"]),
+    (["+model.attention.attn_drop=2"], ["model.attention.attn_drop=2", "at most 1"]),
+    (["model.stem={name: conv, norm: true}"], ["model.stem.norm"]),
+], ids=lambda value: value[-1] if isinstance(value, list) else "")
+def test_a_sentence_names_it(overrides, words):
+    with pytest.raises(UserError) as refused:
+        check(*overrides)
+    assert all(word in str(refused.value) for word in words), refused.value
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("overrides", [
+    ["optimizer=sgd", "optimizer.kwargs={nesterov: true}"], ["optimizer=sgd", "+optimizer.kwargs.dampening=0"],
+    ["optimizer.opt=adan", "optimizer.betas=[0.9,0.9,0.9]"], ["model.init_values=0"], ["augment.color_jitter=[0,0,0]"],
+    ["optimizer.opt=rmsprop", "optimizer.momentum=0.5", "optimizer.eps=1e-3"]], ids=lambda overrides: overrides[-1])
+def test_what_goes_together_is_taken(overrides):
+    check(*overrides)
+
+
+def test_the_engine_is_checked_before_a_rank_is_started():
+    for value in ("many", 0, 2.5, True):
+        config = compose()
+        config["engine"]["devices"] = value
+        outcome = launch(train_job, config, None)
+        assert outcome.code == BAD_INPUT and "engine.devices" in outcome.message
+
+
+@pytest.mark.parametrize("job", [forecast, lambda config, *rest: train(config, "run", *rest)])
+def test_nothing_is_made_by_what_is_refused(job, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="model.in_chans=1"):
+        job(compose(["model.in_chans=1"]), ALONE, StopRequest())
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_class_is_nothing_to_learn(tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / split / "images" / "cat").mkdir(parents=True)
+        (tmp_path / split / "images" / "cat" / "1.png").write_bytes(b"")
+    with pytest.raises(UserError, match="data.root=.* one class only, 'images'.* level"):
+        load("folder", root=str(tmp_path))
+
+
+def test_settings_of_other_data_are_refused():
+    for given in ({"name": "wds"}, {"train_split": "all"}, {"val_split": "test"}):
+        with pytest.raises(UserError, match="data=timm"):
+            load("digits", **given)
+
+
+def test_more_repeats_than_images():
+    settings = build.read_settings(compose(["augment.repeats=32"]))
+    with pytest.raises(UserError, match="augment.repeats=32"):
+        build.schedule_and_plan(settings, 31)
+
+
+def test_a_run_that_began_before_optimizer_kwargs_goes_on(tmp_path):
+    """Its momentum beside AdamW was accepted, and did nothing."""
+    now = compose()
+    before = yaml.safe_load(yaml.safe_dump(now))
+    del before["optimizer"]["kwargs"]
+    before["optimizer"]["momentum"] = 0.9
+    assert changed(resume.upgraded(before), now) == {}
+    assert build.read_settings(resume.upgraded(before)) == build.read_settings(now)
+
+
+def test_a_scale_of_queries_and_keys_is_never_taken_for_none():
+    with pytest.raises(UserError, match="qk_scale=0"):
+        create_model("vit", qk_scale=0.0)
