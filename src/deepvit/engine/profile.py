@@ -25,7 +25,7 @@ class StepProfile:
     def __init__(self, folder: Path, device: torch.device, steps: int, first: int, left: int):
         self._folder, self._on_gpu, self._steps = folder, device.type == "cuda", max(1, min(steps, left - 1))
         skipped = max(1, min(SKIPPED, left - self._steps))
-        self._first = first + skipped
+        self._first, self._written = first + skipped, False
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * self._on_gpu
         self._profile = profile(activities=activities, on_trace_ready=self._write,
                                 schedule=schedule(wait=skipped - 1, warmup=1, active=self._steps, repeat=1))
@@ -36,12 +36,15 @@ class StepProfile:
 
     def __exit__(self, *_: object) -> None:
         self._profile.stop()
+        if not self._written:
+            log.warning("engine.profile: the run ended before %d steps were recorded.", self._steps)
 
     def step(self) -> None:
         """A step and what was due after it are done."""
         self._profile.step()
 
     def _write(self, recorded: profile) -> None:
+        self._written = True
         table = "\n".join([*_parts(recorded.key_averages()), "", *_operators(recorded.key_averages(), self._on_gpu)])
         name = self._folder / f"steps-{self._first + 1}-{self._first + self._steps}"
         log.info("%s", table)
