@@ -1,7 +1,9 @@
 """`train.py`, `eval.py` and friends as a user runs them, in this process: what they print, write and return."""
 
 import csv
+import gzip
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ from hydra.core.global_hydra import GlobalHydra
 from PIL import Image
 
 from deepvit.commands.main import main
+from deepvit.engine.profile import PARTS, ROWS
 from deepvit.run.launch import BAD_INPUT, DONE
 
 ROOT = Path(__file__).parent.parent
@@ -171,6 +174,36 @@ def test_bad_input_to_train_is_one_sentence(run, tmp_path, words, expected):
     code, _, sentence = run("train", *TINY, *(word.replace("{file}", str(tmp_path / "file")) for word in words))
     assert code == BAD_INPUT and expected in sentence and len(sentence.splitlines()) == 1
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_says_what_it_leaves_and_is_cut_down_to_its_best(run, tmp_path):
+    words = [*TINY, "model.embed_dim=64", f"hydra.run.dir={tmp_path}/here"]
+    code, said, _ = run("train", *words)
+    folder = tmp_path / "here" / "checkpoints"
+    sizes = {name: (folder / f"{name}.pt").stat().st_size for name in ("last", "previous", "best")}
+    found = re.search(r"([\d,]+) KiB each, best of ([\d,]+) KiB", said)
+    whole, best = (int(size.replace(",", "")) * 2**10 for size in found.groups())
+    assert code == DONE and sizes["last"] == pytest.approx(sizes["previous"], rel=0.01)
+    assert sizes["last"] == pytest.approx(whole, rel=0.1) and sizes["best"] == pytest.approx(best, rel=0.1)
+    (folder / "mine.pt").touch()
+    code, said, _ = run("train", *words, "engine.keep=best")  # also of a run that is finished
+    assert code == DONE and "is finished" in said
+    assert {path.name for path in folder.iterdir()} == {"best.pt", "best.pt.sha256", "mine.pt"}
+    assert run("train", *words)[0] == DONE  # and it stays finished
+
+
+def test_a_profile_tells_where_a_step_goes(run, tmp_path):
+    words = [*TINY, "schedule.epochs=1", "engine.device_batch=128", f"hydra.run.dir={tmp_path}/here"]
+    code, said, _ = run("train", *words, "engine.profile=3")
+    table = (tmp_path / "here" / "profile" / "steps-4-6.txt").read_text()  # of 6 steps, the third a warm-up
+    assert code == DONE and table in said
+    parts = dict(re.findall(r"^(\S.*?)  +[\d.]+ +([\d.]+)%$", table.split("\n\n")[0], re.MULTILINE))
+    assert {*PARTS, "the rest"} == {*parts} and sum(map(float, parts.values())) == pytest.approx(100, abs=0.5)
+    longest = [float(row.split("%")[0].split()[-1]) for row in table.split("\n\n")[1].splitlines()[1:]]
+    assert len(longest) == ROWS and longest == sorted(longest, reverse=True)
+    trace = json.loads(gzip.decompress((tmp_path / "here" / "profile" / "steps-4-6.json.gz").read_bytes()))
+    names = [event.get("name") for event in trace["traceEvents"] if event.get("cat") == "user_annotation"]
+    assert names.count("forward") == 6 and names.count("optimizer") == 3  # two micro-batches in each of three steps
 
 
 @pytest.mark.parametrize("words", [

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 # Settings that change no result: in no run's name, and not compared when a run is continued.
-WITHOUT_EFFECT = ("engine", "probe", "fresh", "dry", "logger", "origin", "data.root", "data.workers", "data.eval_batch_size",
-                  "data.in_memory_mb")
+WITHOUT_EFFECT = ("engine", "probe", "fresh", "dry", "logger", "origin", "data.root", "data.workers",
+                  "data.eval_batch_size", "data.in_memory_mb")
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -9,8 +9,8 @@ from deepvit.config.compose import compose
 
 ELSEWHERE = {  # as other trainers call it -> our setting
     "accum_iter": "engine.device_batch", "amp": "precision", "attention": "model/attention", "bs": "data.batch_size",
-    "data_dir": "data.root", "data_path": "data.root", "device": "engine.accelerator", "dropout": "model.drop_rate", "fp16": "precision",
-    "gpus": "engine.devices", "grad_accum": "engine.device_batch", "image_size": "model.img_size",
+    "data_dir": "data.root", "data_path": "data.root", "device": "engine.accelerator", "dropout": "model.drop_rate",
+    "fp16": "precision", "gpus": "engine.devices", "grad_accum": "engine.device_batch", "image_size": "model.img_size",
     "img_size": "model.img_size", "input_size": "model.img_size", "num_workers": "data.workers",
     "output": "hydra.run.dir", "output_dir": "hydra.run.dir", "pretrained": "init", "warmup": "schedule.warmup_epochs",
     "wd": "optimizer.weight_decay"}

@@ -3,14 +3,16 @@
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from typing import Any
 
 import torch
+from torch.profiler import record_function
 
 from deepvit.engine.evaluate import Evaluation
 from deepvit.engine.folder import RunFolder
 from deepvit.engine.loggers import Draw, Loggers
+from deepvit.engine.profile import StepProfile
 from deepvit.engine.progress import Display, Meter, clock
 from deepvit.engine.saver import Saver
 from deepvit.engine.schedule import Plan, is_due
@@ -47,6 +49,8 @@ class Fit:
         self._ranks = stepper.ranks
         self._display = Display(self._ranks.is_main)
         self._bar = self._display.bar("train", plan.total, state.step)
+        self._profile = StepProfile(folder.path / "profile", self._ranks.device, plan.profile, state.step,
+                                    plan.total - state.step) if plan.profile and self._ranks.is_main else None
         self._skips = SkipWatch(state, folder, self._ranks, plan.max_skipped, self._give_up)
         self._newest: Update | None = None
         self._limit = stepper.limit
@@ -57,7 +61,7 @@ class Fit:
     def run(self) -> bool:
         """Trains to the end. True: finished; False: stopped on request, with a checkpoint of this very step."""
         state, plan = self.state, self.plan
-        with self._display:
+        with self._display, self._profile or nullcontext():
             if not self._begin():
                 return False
             with closing(self._make_batches(state.step, plan.total - state.step)) as stream:
@@ -74,12 +78,16 @@ class Fit:
                     if not self._evaluate_if_due():
                         return False
                     self._save_if_due()
+                    if self._profile:
+                        self.meter.pause()
+                        self._profile.step()
+                        self.meter.resume()
         return True
 
     def _begin(self) -> bool:
         """What comes before the first step; False if a request to stop came meanwhile."""
         if self.state.step == 0:
-            self._saver.warn_of_small_disk(self.state)
+            self._saver.say_what_stays(self.state)
             self._saver.save_last(self.state, must=True)  # what cannot be saved should not start
             self._measure_attention()
         elif self._is_evaluation_due() and self.state.evaluated < self.state.step:  # a request to stop cut it short
@@ -93,7 +101,8 @@ class Fit:
         start = time.perf_counter()
         self._ranks.beat(self.state.step)
         try:
-            batches = next(stream)
+            with record_function("wait for data"):
+                batches = next(stream)
         except (UserError, Failure) as error:
             self._error = error
             return None

@@ -18,7 +18,7 @@ from typing import IO, Any, ClassVar
 
 import yaml
 
-from deepvit.engine.checkpoint import write_text_synced
+from deepvit.engine.checkpoint import digest_path, write_text_synced
 from deepvit.engine.ranks import Ranks
 from deepvit.errors import UserError
 
@@ -181,6 +181,13 @@ class RunFolder:
         yield from sorted(checkpoints, key=lambda path: path != base / "checkpoints" / self.last.name)
         yield from (path for name in self.OWN if (path := base / name).exists())
         yield from base.glob("events.out.tfevents.*")
+
+    def drop_all_but_best(self) -> None:
+        """Of a finished run: the checkpoints that would continue it go, if the best weights are there."""
+        if self.best.exists():
+            for path in (self.last, self.previous):
+                digest_path(path).unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
 
     def is_finished(self) -> bool:
         result = self.read_result()

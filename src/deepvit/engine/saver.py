@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from deepvit.engine import checkpoint
 from deepvit.engine.folder import RunFolder
 from deepvit.engine.ranks import Ranks
@@ -47,14 +49,18 @@ class Saver:
     def save_nonfinite(self, state: TrainState) -> None:
         self._write(self._folder.nonfinite, state, self._whole(state), "The weights cannot be looked at later.")
 
-    def warn_of_small_disk(self, state: TrainState) -> None:
-        """Three full checkpoints may lie there for a moment (two optimizer moments each), and the best weights."""
+    def say_what_stays(self, state: TrainState) -> None:
+        """What the run leaves on the disk, and a warning where that has no room."""
+        if not self._ranks.is_main:
+            return
         weights = checkpoint.size_of(state.weights())
-        moments = 2 * sum(weight.nbytes for weight in state.model.parameters())
-        needed, free = 3 * (weights + moments) + weights, shutil.disk_usage(self._folder.path).free
-        if self._ranks.is_main and needed > free:
-            log.warning("The checkpoints of this run may need %.0f MiB, and %.0f MiB are free at %s.", needed / 2**20,
-                        free / 2**20, self._folder.path)
+        whole = weights + _size_of_moments(state.optimizer)
+        log.info("Checkpoints: last and previous of %s each, best of %s; engine.keep=best leaves the best alone.",
+                 _size(whole), _size(weights))
+        needed, free = 3 * whole + weights, shutil.disk_usage(self._folder.path).free  # a third while one is written
+        if needed > free:
+            log.warning("The checkpoints of this run may need %s, and %s are free at %s.", _size(needed), _size(free),
+                        self._folder.path)
 
     def _whole(self, state: TrainState) -> dict[str, Any]:
         return {**state.state_dict(), "world": self._ranks.world}
@@ -71,3 +77,13 @@ class Saver:
             self._folder.log_event("save_failed", step=state.step, reason=str(error))
             return error
         return None
+
+
+def _size_of_moments(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes; as many as Adam's where the optimizer allocates its own only at its first update."""
+    held = checkpoint.size_of(optimizer.state_dict()["state"])
+    return held or 2 * sum(weight.nbytes for group in optimizer.param_groups for weight in group["params"])
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**20:,.0f} MiB" if count >= 2**20 else f"{count / 2**10:,.0f} KiB"

@@ -59,6 +59,7 @@ class Plan:
         total: steps of the run.
         batch_size, epoch_size: images of a global batch and of an epoch.
         max_skipped: updates skipped in a row (loss or gradient not finite) after which the run stops.
+        profile: steps to record, near the start; None: none.
     """
 
     total: int
@@ -70,3 +71,4 @@ class Plan:
     keep_every: int | None = None
     probe_every: int | None = None
     max_skipped: int = 20
+    profile: int | None = None

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from deepvit.engine.nonfinite import Examination, examine
 from deepvit.engine.ranks import Ranks
@@ -158,7 +159,7 @@ class Stepper:
                     raise
             status = Status(self.ranks.max(status))  # outside `except`, whose frames hold the activations
             if status <= Status.STOP:
-                return status, self._apply(state, loss, statistics)
+                return status, self._apply(state, self._exchange(state, loss, statistics), statistics)
             state.optimizer.zero_grad(set_to_none=True)
             statistics.put_back()
             if status is not Status.OUT_OF_MEMORY:
@@ -199,21 +200,28 @@ class Stepper:
             if number and self.ranks.any_asked_to_stop(bool(stop)):
                 return Status.GIVEN_UP, None
             self._place(start, start + len(batch))
-            x, y = self.prepare(batch, state.step, self.ranks.device, training=True)
-            with self.precision.autocast(self.ranks.device):
+            with record_function("prepare"):
+                x, y = self.prepare(batch, state.step, self.ranks.device, training=True)
+            with record_function("forward"), self.precision.autocast(self.ranks.device):
                 loss = self.objective(self.network, x, y) / (share / len(x))
-            state.scaler.scale(loss).backward()
+            with record_function("backward"):
+                state.scaler.scale(loss).backward()
             statistics.take(len(x) / share)
             total += loss.detach()
             start += len(batch)
         return Status.STOP if stop else Status.DONE, total
 
-    def _apply(self, state: TrainState, local_loss: Tensor, statistics: RunningStatistics) -> Update:
+    @record_function("exchange")
+    def _exchange(self, state: TrainState, local_loss: Tensor, statistics: RunningStatistics) -> Update:
+        """Means over the ranks of loss, statistics and gradients, which are then clipped."""
         gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
         loss = local_loss.clone()
         self.ranks.average([loss, *statistics.moved, *gradients])
         state.scaler.unscale_(state.optimizer)
-        update = Update(state.step, loss, local_loss, self._clip(state.model, gradients))
+        return Update(state.step, loss, local_loss, self._clip(state.model, gradients))
+
+    @record_function("optimizer")
+    def _apply(self, state: TrainState, update: Update, statistics: RunningStatistics) -> Update:
         statistics.move(unless=update.found_nonfinite)
         self._set_rate(state)
         if _skips_on_the_device(state.optimizer):

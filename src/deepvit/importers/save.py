@@ -31,10 +31,14 @@ def save_model(model: nn.Module, path: str | Path, classes: Sequence[str] | None
     Raises:
         UserError: another kind of model, one whose layers were changed by hand, a path that cannot be written.
     """
-    model, path = unwrap_model(model), Path(path)
+    write(Path(path), described(unwrap_model(model), classes))
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    """A file of `described`'s content, which may have more to tell in plain JSON."""
     if path.suffix not in SUFFIXES:
-        raise UserError(f"save_model writes {', '.join(SUFFIXES)}, and {path} is none: choose another name.")
-    content, aside = described(model, classes), path.with_name(path.name + ".tmp")
+        raise UserError(f"Models are written as {', '.join(SUFFIXES)}, and {path} is none: choose another name.")
+    aside = path.with_name(path.name + ".tmp")
     try:
         if path.suffix == ".safetensors":
             save_tensors(aside, content.pop("model"), {"deepvit": json.dumps(content)})

@@ -10,9 +10,9 @@ from typing import Any
 from deepvit.report.runs import Run
 
 # Settings that change no result, or that another one repeats.
-NOT_COMPARED = ("engine.", "probe.", "fresh", "dry", "logger", "seed", "data.root", "data.workers", "data.eval_batch_size",
-                "data.in_memory_mb", "data.max_bad", "data.on_error", "data.decoder", "data.img_size",
-                "data.on_device", "model.num_classes", "model.depth", "model.attention.")
+NOT_COMPARED = ("engine.", "probe.", "fresh", "dry", "logger", "seed", "data.root", "data.workers",
+                "data.eval_batch_size", "data.in_memory_mb", "data.max_bad", "data.on_error", "data.decoder",
+                "data.img_size", "data.on_device", "model.num_classes", "model.depth", "model.attention.")
 NAMED_GROUPS = ("augment", "precision")
 ATTENTION_ORDER = ("self", "norm_only", "reattention_fc", "reattention", "reattention_identity", "reattention_ln")
 

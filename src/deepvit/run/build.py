@@ -286,5 +286,5 @@ def schedule_and_plan(settings: Settings, epoch_size: int) -> tuple[Schedule, Pl
                 eval_every=max(1, steps(chosen.eval_epochs, chosen.eval_steps)),
                 keep_every=engine.keep_epochs and engine.keep_epochs * epoch,
                 probe_every=settings.probe.every_epochs and settings.probe.every_epochs * epoch,
-                max_skipped=engine.max_skipped)
+                max_skipped=engine.max_skipped, profile=engine.profile)
     return schedule, plan

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from deepvit.config.provenance import versions
+from deepvit.config.settings import Settings
 from deepvit.data import resolve_decoder
 from deepvit.engine import checkpoint
 from deepvit.engine.checkpoint import write_text_synced
@@ -50,6 +51,7 @@ def train(config: Mapping[str, Any], path: Path, ranks: Ranks, stop: StopRequest
             with ranks.together():
                 refuse_finished(folder, config, identity(settings, splits, folder))
             _say_finished(folder)
+            _cut_down(folder, settings, ranks)
             return True
 
         # Where a run's weights come from: its own checkpoint; in a new run `init`; else random ones, from the seed.
@@ -78,6 +80,7 @@ def train(config: Mapping[str, Any], path: Path, ranks: Ranks, stop: StopRequest
                 folder.write_result(metrics)
                 folder.log_event("finished", step=built.state.step)
                 loggers.log_result(headline(metrics), built.state.step)
+                _cut_down(folder, settings, ranks)
                 log.info("Finished: top-1 %.2f %%; results in %s", metrics["top1"], folder.path)
         return finished
 
@@ -120,6 +123,12 @@ def _refuse_different_folders(steps: list[int], folder: RunFolder) -> None:
         found = ", ".join(f"rank {rank} step {step}" for rank, step in enumerate(steps))
         raise UserError(f"The ranks found different checkpoints in {folder.path} ({found}): all machines must see the "
                         f"same folder, on a file system that they share.")
+
+
+def _cut_down(folder: RunFolder, settings: Settings, ranks: Ranks) -> None:
+    """What is left of a finished run's checkpoints."""
+    if ranks.is_main and settings.engine.keep == "best":
+        folder.drop_all_but_best()
 
 
 def _say_finished(folder: RunFolder) -> None:

@@ -1,0 +1,60 @@
+"""`deepvit average`: the mean of weights, as a checkpoint that tells where it came from."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import deepvit
+from deepvit.commands.main import main
+from deepvit.engine import checkpoint
+from deepvit.errors import BAD_INPUT, DONE
+from deepvit.importers.save import described
+
+SMALL = {"img_size": 8, "patch_size": 4, "embed_dim": 12, "num_heads": 2, "num_classes": 3}
+
+
+def written(path: Path, seed: int, depth: int = 2, **said) -> dict[str, torch.Tensor]:
+    """A checkpoint of random weights, as a run writes it; returns the weights."""
+    torch.manual_seed(seed)
+    model = deepvit.create_model("deepvit16", depth=depth, **SMALL)
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            tensor.copy_(torch.full_like(tensor, seed) if not tensor.is_floating_point() else torch.randn_like(tensor))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint.save(path, {**described(model, ["a", "b", "c"]), "step": 10 * seed, **said})
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_the_last_weights_of_a_run_are_averaged_and_named(tmp_path, suffix):
+    names = {1: "step-10.pt", 2: "step-20.pt", 3: "previous.pt", 4: "last.pt"}
+    weights = [written(tmp_path / "run" / "checkpoints" / name, seed) for seed, name in names.items()]
+    out = tmp_path / f"out.{suffix}"
+    assert main(["average", str(tmp_path / "run"), "--last", "3", "--out", str(out)]) == DONE
+    model = deepvit.load_model(out)
+    for name, tensor in model.state_dict().items():
+        parts = [one[name] for one in weights[1:]]
+        expected = sum(parts[1:], parts[0]) / 3 if tensor.is_floating_point() else parts[-1]
+        torch.testing.assert_close(tensor, expected)
+    said = model.load_report.said
+    assert said["classes"] == ["a", "b", "c"] and [one["step"] for one in said["averaged"]] == [20, 30, 40]
+    assert main(["average", str(tmp_path / "run"), "--last", "3", "--out", str(out)]) == BAD_INPUT  # it is there
+
+
+@pytest.mark.parametrize(("words", "expected"), [
+    (["run"], "engine.keep_epochs=1"),
+    (["a.pt"], "two or more"),
+    (["a.pt", "deeper.pt"], "different models"),
+    (["a.pt", "gone.pt"], "gone.pt"),
+    (["a.pt", "a.pt", "--out", "x.txt"], "x.txt"),
+    (["a.pt", "a.pt", "--weights", "ema"], "no EMA"),
+])
+def test_what_has_no_average_is_one_sentence(tmp_path, monkeypatch, capsys, words, expected):
+    monkeypatch.chdir(tmp_path)
+    written(Path("run/checkpoints/last.pt"), 1)
+    written(Path("a.pt"), 1)
+    written(Path("deeper.pt"), 1, depth=3)
+    assert main(["average", *words]) == BAD_INPUT
+    sentence = capsys.readouterr().err
+    assert expected in sentence and sentence.count("\n") == 1
