@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from deepvit.data.exclude import write_list
+
 
 def save_images(folder: Path, count: int, seed: int) -> None:
     folder.mkdir(parents=True)
@@ -17,8 +19,8 @@ def save_images(folder: Path, count: int, seed: int) -> None:
 
 def make_data(root: Path) -> dict[str, Path]:
     """PHOTOS: 18 and 6 images of 3 classes; OTHER: of other classes; FLAT: not split; BAD: with one bad image in each
-    split; TARS: 6, 4 and 8 images in train.tar, validation.tar and more.tar."""
-    found = {name: root / name.lower() for name in ("PHOTOS", "OTHER", "FLAT", "BAD", "TARS")}
+    split; TARS: 6, 4 and 8 images in train.tar, validation.tar and more.tar; UNUSED: a list of one of PHOTOS' images."""
+    found = {name: root / name.lower() for name in ("PHOTOS", "OTHER", "FLAT", "BAD", "TARS", "UNUSED")}
     for name, split, classes, count in (
             ("PHOTOS", "train", "a b c", 6), ("PHOTOS", "val", "a b c", 2), ("OTHER", "train", "one two", 3),
             ("OTHER", "val", "one two", 2), ("FLAT", ".", "a b", 4), ("BAD", "train", "a b", 6),
@@ -32,4 +34,5 @@ def make_data(root: Path) -> dict[str, Path]:
         with tarfile.open(found["TARS"] / f"{split}.tar", "w") as tar:
             for one in "ab":
                 tar.add(found["TARS"] / split / one, arcname=one)
+    write_list(found["UNUSED"], [(f"{found['PHOTOS']}/train/a/0.png", "blurred")], str(found["PHOTOS"]))
     return found

@@ -184,6 +184,7 @@ def whole(run):
     lines = list(read_json_lines(folder / "metrics.jsonl"))
     return {"files": sorted(path.name.partition(".out.")[0] for path in folder.glob("*")),  # without the clock
             "kept": sorted(path.name for path in folder.glob("checkpoints/step-*.pt")),
+            "checkpoints": sorted(path.name for path in folder.glob("checkpoints/*.pt")),
             "logged": [line["step"] for line in lines if "lr" in line],
             "probed": [line["step"] for line in lines if "probe" in line],
             "probe": [line["probe"] for line in lines if "probe" in line],

@@ -15,14 +15,15 @@ from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from PIL import Image
 
-from deepvit.commands.main import expanded
-from deepvit.commands.main import main
+from deepvit.commands.main import expanded, main
 from deepvit.config.sweep_record import missing_cells, read_lines
 from deepvit.errors import BAD_INPUT, DONE, FAILED, UserError
 from deepvit.report import runs
 from deepvit.run.launch import joined
 
 OLD = Path(__file__).parent / "data" / "run_d1218dd"
+OLD_NAME = ("data.batch_size=64-model.depth=2-model.drop_path_rate=0.2-model.embed_dim=16-model.num_heads=2-"
+            "model-attention=-9208cdbb")
 TINY = ["model=vit", "model.depth=1", "model.embed_dim=8", "model.num_heads=1", "data.batch_size=512",
         "data.fraction=0.05", "schedule.epochs=1", "schedule.warmup_epochs=0", "probe.images=0"]
 IMAGES = [*(word for word in TINY if "fraction" not in word), "recipe=folder", "augment=none", "model.img_size=8",
@@ -92,18 +93,22 @@ def test_a_cell_of_a_sweep_has_the_name_that_it_has_alone(run, tmp_path):
 
 
 def test_a_run_of_revision_d1218dd_is_continued_and_reported(run, tmp_path):
-    """It tells no origin, has no mark, and its folder is named by the overrides as typed."""
-    typed = ["model=vit", "model.depth=2", "model.embed_dim=16", "model.num_heads=2", "schedule.epochs=1",
-             "engine.log_every=1", "engine.save_every=5", "probe.images=0", "data.workers=0"]
-    folder = tmp_path / "runs/digits/vit" / (
-        "model.depth=2-model.embed_dim=16-model.num_heads=2-model=vit-probe.images=0-schedule.epochs=1")
+    """It tells no origin, has no mark, and its folder is named by the overrides as typed. It took re-attention's
+    statistics over the whole micro-batch and drew the masks of stochastic depth on each rank: cut at step 20 it goes on
+    along the curve that the same revision logged without a cut."""
+    typed = ["model=vit", "model/attention=reattention", "model.depth=2", "model.embed_dim=16", "model.num_heads=2",
+             "model.drop_path_rate=0.2", "data.batch_size=64", "schedule.epochs=2", "engine.log_every=1",
+             "engine.save_every=20", "probe.images=0"]
+    folder = tmp_path / "runs/digits/vit" / OLD_NAME
     shutil.copytree(OLD, folder)
     code, said, _ = run("report", "runs", "--out", "report")
-    assert code == DONE and "recipe not recorded" in said and "stopped, step 7/23" in said
+    assert code == DONE and "recipe not recorded" in said and "step 21/45" in said
     code, said, _ = run("train", *typed)
-    assert code == DONE and "Continuing from step 7 in" in said
-    steps = [line["step"] for line in read_lines(folder / "metrics.jsonl") if "lr" in line]
-    assert steps == list(range(1, 24)) and config_of(folder)["origin"]["overrides"] == typed
+    assert code == DONE and "Continuing from step 20 in" in said
+    losses = [line["loss"] for line in read_lines(folder / "metrics.jsonl") if "lr" in line]
+    assert losses == pytest.approx(json.loads((OLD / "uncut_losses.json").read_text()), rel=1e-5)
+    config = config_of(folder)
+    assert config["origin"]["overrides"] == typed and config["model"]["attention"]["norm_batch"] is None
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
     assert "is finished" in run("train", *typed)[1]
 
@@ -263,18 +268,3 @@ def test_a_launchers_variables_are_whole_or_refused(monkeypatch, variables, word
 def test_the_home_folder_is_meant_by_its_sign(monkeypatch, word, expected):
     monkeypatch.setenv("HOME", "/home/me")
     assert expanded(word) == expected
-
-
-def test_an_old_run_of_reattention_goes_on_with_its_own_statistics_and_masks(run, tmp_path):
-    """Revision d1218dd took the norm's statistics over the whole micro-batch and drew the masks of stochastic depth on
-    each rank: its run, cut at step 20, goes on along the curve that the same revision logged without a cut."""
-    old = OLD.with_name("run_d1218dd_reattention")
-    shutil.copytree(old, tmp_path / "run")
-    code, said, _ = run("train", "model=vit", "model/attention=reattention", "model.depth=2", "model.embed_dim=16",
-                        "model.num_heads=2", "model.drop_path_rate=0.2", "data.batch_size=64", "schedule.epochs=2",
-                        "engine.log_every=1", "engine.save_every=20", "probe.images=0", "hydra.run.dir=run")
-    assert code == 0 and "Continuing from step 20" in said
-    logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    expected = json.loads((old / "uncut_losses.json").read_text())
-    assert [line["loss"] for line in logged if "lr" in line] == pytest.approx(expected, rel=1e-5)
-    assert config_of(tmp_path / "run")["model"]["attention"]["norm_batch"] is None

@@ -42,6 +42,7 @@ ERASING, MIXING, STEPS = ("augment.random_erasing=1",), ("augment.mixup=1", "aug
     "schedule.epochs=null", "schedule.steps=10", "schedule.warmup_epochs=null", "schedule.warmup_steps=2",
     "schedule.eval_epochs=null", "schedule.eval_steps=4")
 SHORT = ("schedule.epochs=2", "schedule.warmup_epochs=0")
+FLIPPED_THERE, JITTERED = ("augment.hflip=0.5", "data.on_device=true"), ("augment.color_jitter=0.4",)
 INIT, SGD = ("init=WEIGHTS",), ("optimizer=sgd",)
 TARS = ("data=timm", "data.root=TARS", "data.workers=0", "data.batch_size=6")
 CASES: dict[str, Case | list[Case]] = {
@@ -63,10 +64,12 @@ CASES: dict[str, Case | list[Case]] = {
     "data.decoder": Case(see.decoders, "pil", wanted=("pil", "pil")),
     "data.max_bad": Case(see.trained, "0", ("data.root=BAD",)),
     "data.on_error": Case(see.evaluated, "report", ("data.root=BAD",)),
-    "data.in_memory_mb": [Case(see.in_memory, "0", wanted=False),
+    "data.in_memory_mb": [Case(see.in_memory, "0", wanted=False), Case(see.images, "0", FLIPPED_THERE),  # refused
                           Case(see.kept_batches, "0", ("recipe=digits", "data.root=null"), wanted=False)],
-    "data.on_device": Case(lambda run: type(next(run.built.make_batches(0, 1))[0].erasures).__name__, "true",
-                           wanted="Rectangles"),
+    "data.on_device": [Case(lambda run: type(next(run.built.make_batches(0, 1))[0].erasures).__name__, "true",
+                            wanted="Rectangles"),
+                       Case(see.images, "true", ("augment.hflip=0.5",)), Case(see.images, "true", JITTERED)],
+    "data.exclude": Case(see.sizes, "UNUSED", wanted=(17, 6)),
     "data.name": Case(see.classes, "wds", TARS),
     "data.train_split": Case(see.sizes, "more", TARS, wanted=(8, 4)),
     "data.val_split": Case(see.sizes, "more", TARS, wanted=(6, 8)),
@@ -125,19 +128,24 @@ CASES: dict[str, Case | list[Case]] = {
     "engine.compile": Case(lambda run: type(run.built.stepper.network).__name__, "true", wanted="OptimizedModule"),
     "engine.timeout_s": Case(see.joined, "60", wanted=("cpu", 60)),
     "engine.max_restarts": Case(see.launched, "1", ("engine.devices=2",), (2, 1)),
+    "engine.keep": Case(see.whole, "best", SHORT),
+    "engine.profile": Case(see.whole, "1", SHORT),
     "engine.max_skipped": Case(see.plan("max_skipped"), "7", wanted=7),
     "ema.decay": [Case(see.trained, "0.5"), Case(see.trained, "0.5", ("ema.decay=0.9",))],
     "ema.warmup": Case(see.trained, "true", ("ema.decay=0.999",)),
+    "loss.kind": Case(see.trained, "bce"),
     "loss.cosine_blocks": Case(see.trained, "1"),
     "loss.cosine_weight": Case(see.trained, "9", ("loss.cosine_blocks=1",)),
     "probe.images": Case(see.whole, "5", (*SHORT, "probe.images=2")),
     "probe.every_epochs": Case(see.whole, "1", (*SHORT, "probe.images=2"), {"probed": [0, 3, 6]}),
-    "seed": [Case(see.initial, "1"), Case(see.indices, "1"), Case(see.mixing, "1", MIXING),
-             Case(see.branch_masks, "1", ("model.drop_path_rate=0.5",)),
+    "seed": [Case(see.initial, "1"), Case(see.images, "1", FLIPPED_THERE), Case(see.indices, "1"),
+             Case(see.mixing, "1", MIXING), Case(see.branch_masks, "1", ("model.drop_path_rate=0.5",)),
              Case(lambda run: run.built.stepper.seed, "1", wanted=1)],  # of dropout
     "init": Case(see.initial, "WEIGHTS"),
     "dialect": Case(see.initial, "google", INIT),
     "head": Case(lambda run: run.built.model.head.weight.abs().sum().item(), "zero", INIT, 0),
+    "calibrate": Case(see.evaluated, "6", ("model/attention=reattention",)),
+    "logger": Case(see.whole, "null", SHORT),
     "fresh": Case(see.made_again, "true", SHORT, True),
     "origin": Case(see.recorded_origin, "{recipe: ours}", SHORT, {"recipe": "ours"}),
     "dry": Case(see.whole, "true", SHORT, {"files": []}),
@@ -207,4 +215,4 @@ def names(settings: type, prefix: str = "") -> set[str]:
 
 
 def test_every_setting_has_an_entry():
-    assert set(CASES) == names(Settings) - {"model", "origin"}  # `origin` says where a run came from
+    assert set(CASES) == names(Settings) - {"model"}

@@ -42,8 +42,9 @@ def _decode(images: ImageSet, workers: int, display: Display) -> list[Bad]:
     bar = display.bar(str(Path(images.name(0)).parent.parent), len(images))
     for batch in eval_batches(images, LOOK, batch_size=BATCH, workers=workers, on_error="report"):
         found, done, refused = found + batch.bad, done + len(batch), refused + batch.refused
-        bar.show(done, f"{len(found)} bad")
-        if not display.terminal and time.monotonic() - last > PAUSE:
+        bar.show([f"{len(found)} bad"])
+        bar.advance(len(batch))
+        if not display.replaces_lines and time.monotonic() - last > PAUSE:
             say(f"{done:,} of {len(images):,} decoded, {len(found)} cannot be used")
             last = time.monotonic()
     bar.close()

@@ -1,6 +1,7 @@
 """What a sweep does around its cells: opens its record before Hydra writes anything, and sums up from it."""
 
 import hashlib
+import os
 import re
 import shlex
 import sys
@@ -73,7 +74,7 @@ def _open(config: DictConfig) -> OpenSweep:
     params = OmegaConf.to_container(hydra.sweeper).get("params") or {}
     typed = [*(f"{key}={value}" for key, value in params.items()), *as_typed(hydra.overrides.task)]
     sweep, session, is_kept = hydra.runtime.choices.get("sweep"), uuid4().hex[:8], config.get("dry") is False
-    digest = hashlib.sha256("\n".join(sorted(word for word in typed if not word.startswith(UNHASHED))).encode())
+    digest = hashlib.sha256(os.fsencode("\n".join(sorted(word for word in typed if not word.startswith(UNHASHED)))))
     name = f"{sweep or 'cells'}-{digest.hexdigest()[:8] if is_kept else session}.jsonl"
     record = SweepRecord(folder / FOLDER / name, session)
     with open_dict(config):

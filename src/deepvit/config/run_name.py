@@ -1,6 +1,7 @@
 """Where a run lives: a pure function of what changes its results, without a clock and however it was asked for."""
 
 import hashlib
+import os
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -139,7 +140,7 @@ def _joined(words: Iterable[tuple[str, str]]) -> str:
 
 
 def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+    return hashlib.sha256(os.fsencode(text)).hexdigest()[:8]
 
 
 def as_typed(words: "ListConfig") -> list[str]:

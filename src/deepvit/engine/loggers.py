@@ -58,8 +58,6 @@ class Logger(Protocol):
 class JsonLines:
     """`metrics.jsonl`, the record that reports are made from: a line for each call; no images, no text."""
 
-    needs = "json"
-
     def __init__(self, run: LoggedRun):
         self._folder = run.folder
 

@@ -39,7 +39,7 @@ def fold(mix: Tensor, bias: Tensor | None = None, norm: HeadNorm | None = None,
         gain = norm.gamma.to(mix.dtype) * (norm.running_var.to(mix.dtype) + norm.eps).rsqrt()  # [H]
         mix = gain[:, None] * mix
         shift = norm.beta.to(mix.dtype) + gain * (shift - norm.running_mean.to(mix.dtype))
-    return mix * map_scale, shift * map_scale
+    return (mix, shift) if map_scale == 1.0 else (mix * map_scale, shift * map_scale)
 
 
 def at_least_float(t: Tensor) -> Tensor:

@@ -81,7 +81,8 @@ def _by_affine(path, q, k, v, mix, bias, norm, scale, map_scale, training, norm_
         return affine.affine_out(u, None, total, shift)
     u, sumsq, total = compute(q, k, v, LIFT * mix, scale, True)[:3]
     gain = affine.batch_gain(sumsq / LIFT**2, N, mix, bias, norm, norm_batch, map_scale) / LIFT
-    shift = norm.beta.to(wide) * map_scale
+    shift = norm.beta.to(wide)
+    shift = shift if map_scale == 1.0 else shift * map_scale  # a product by 1 breaks inductor's recomputation (2.15)
     if bias is not None:
         shift = shift + 0 * bias.to(wide)  # it cancels; DDP wants the gradient of zeros that it has
     return affine.normalised(u, gain, total, shift)
