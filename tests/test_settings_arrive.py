@@ -42,6 +42,7 @@ ERASING, MIXING, STEPS = ("augment.random_erasing=1",), ("augment.mixup=1", "aug
     "schedule.epochs=null", "schedule.steps=10", "schedule.warmup_epochs=null", "schedule.warmup_steps=2",
     "schedule.eval_epochs=null", "schedule.eval_steps=4")
 SHORT = ("schedule.epochs=2", "schedule.warmup_epochs=0")
+NORM = ("model/attention=norm_only", "model.attention.norm_batch=6")
 INIT, SGD = ("init=WEIGHTS",), ("optimizer=sgd",)
 TARS = ("data=timm", "data.root=TARS", "data.workers=0", "data.batch_size=6")
 CASES: dict[str, Case | list[Case]] = {
@@ -126,6 +127,7 @@ CASES: dict[str, Case | list[Case]] = {
     "engine.max_skipped": Case(see.plan("max_skipped"), "7", wanted=7),
     "ema.decay": [Case(see.trained, "0.5"), Case(see.trained, "0.5", ("ema.decay=0.9",))],
     "ema.warmup": Case(see.trained, "true", ("ema.decay=0.999",)),
+    "loss.kind": Case(see.trained, "bce"),
     "loss.cosine_blocks": Case(see.trained, "1"),
     "loss.cosine_weight": Case(see.trained, "9", ("loss.cosine_blocks=1",)),
     "probe.images": Case(see.whole, "5", (*SHORT, "probe.images=2")),
@@ -136,6 +138,7 @@ CASES: dict[str, Case | list[Case]] = {
     "init": Case(see.initial, "WEIGHTS"),
     "dialect": Case(see.initial, "google", INIT),
     "head": Case(lambda run: run.built.model.head.weight.abs().sum().item(), "zero", INIT, 0),
+    "calibrate": [Case(see.evaluated, "12", NORM), Case(see.evaluated, "12", (*NORM, "ema.decay=0.9"))],
     "fresh": Case(see.made_again, "true", SHORT, True),
     "origin": Case(see.recorded_origin, "{recipe: ours}", SHORT, {"recipe": "ours"}),
     "dry": Case(see.whole, "true", SHORT, {"files": []}),
