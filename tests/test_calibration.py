@@ -5,14 +5,20 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import yaml
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
 from deepvit.commands import main
+from deepvit.config.compose import compose
 from deepvit.engine.calibrate import calibrate
+from deepvit.engine.folder import RunFolder
 from deepvit.engine.ranks import Ranks
 from deepvit.engine.step import Precision
 from deepvit.models import build_model, model_config
+from deepvit.run.build import read_settings
+from deepvit.run.calibration import images_to_calibrate
+from deepvit.run.resume import as_begun
 
 CPU = torch.device("cpu")
 ALONE = Ranks(0, 1, CPU)
@@ -129,6 +135,30 @@ def test_a_run_keeps_both_numbers_and_the_checkpoint_has_what_was_evaluated(trai
                       "engine.accelerator=cpu"])
     again = json.loads(next(tmp_path.glob("*/metrics.json")).read_text())
     assert code == 0 and again["loss"] == again["uncalibrated_loss"] == result["loss"] and again["calibrate"] == 96
+
+
+@pytest.mark.parametrize(("attention", "decay", "count"), [("reattention", "0.9", 512), ("reattention", "null", 0),
+                                                           ("self", "0.9", 0)])
+def test_left_open_it_is_for_averages_of_models_with_batch_statistics(attention, decay, count):
+    settings = read_settings(compose([f"model/attention={attention}", f"ema.decay={decay}"]))
+    model = network(attention=settings.model["attention"]["name"], stem="patch")
+    assert images_to_calibrate(settings, model, 1437) == count
+    assert images_to_calibrate(settings, model, 100) == (96 if count else 0)  # whole groups of 32
+    assert images_to_calibrate(settings, model, 20) == 0
+
+
+def test_an_older_run_is_evaluated_as_it_was(tmp_path):
+    folder, now = RunFolder(tmp_path), compose([])
+    before = {name: value for name, value in now.items() if name != "calibrate"}
+    folder.config.write_text(yaml.safe_dump(before))
+    assert now["calibrate"] == "auto" and as_begun(now, folder)["calibrate"] == 0
+    assert as_begun({**now, "calibrate": 96}, folder)["calibrate"] == 96
+
+
+def test_a_run_that_cannot_be_calibrated_leaves_nothing_behind(tmp_path, capsys):
+    code = main.main(["train", "model=deepvit16", "calibrate=20", "data.batch_size=32", "engine.accelerator=cpu",
+                      f"hydra.run.dir={tmp_path}/run"])
+    assert code == 2 and "calibrate=20" in capsys.readouterr().err and not (tmp_path / "run" / "config.yaml").exists()
 
 
 @pytest.mark.parametrize(("setting", "words"), [("calibrate=20", ["calibrate=20", "norm_batch=32"]),

@@ -43,6 +43,7 @@ ERASING, MIXING, STEPS = ("augment.random_erasing=1",), ("augment.mixup=1", "aug
     "schedule.eval_epochs=null", "schedule.eval_steps=4")
 SHORT = ("schedule.epochs=2", "schedule.warmup_epochs=0")
 FLIPPED_THERE, JITTERED = ("augment.hflip=0.5", "data.on_device=true"), ("augment.color_jitter=0.4",)
+NORM = ("model/attention=norm_only", "model.attention.norm_batch=6")
 INIT, SGD = ("init=WEIGHTS",), ("optimizer=sgd",)
 TARS = ("data=timm", "data.root=TARS", "data.workers=0", "data.batch_size=6")
 CASES: dict[str, Case | list[Case]] = {
@@ -144,7 +145,7 @@ CASES: dict[str, Case | list[Case]] = {
     "init": Case(see.initial, "WEIGHTS"),
     "dialect": Case(see.initial, "google", INIT),
     "head": Case(lambda run: run.built.model.head.weight.abs().sum().item(), "zero", INIT, 0),
-    "calibrate": Case(see.evaluated, "6", ("model/attention=reattention",)),
+    "calibrate": [Case(see.evaluated, "12", NORM), Case(see.evaluated, "12", (*NORM, "ema.decay=0.9"))],
     "logger": Case(see.whole, "null", SHORT),
     "fresh": Case(see.made_again, "true", SHORT, True),
     "origin": Case(see.recorded_origin, "{recipe: ours}", SHORT, {"recipe": "ours"}),

@@ -119,9 +119,9 @@ class Ema:
 
 @dataclass(frozen=True, kw_only=True)
 class Loss:
-    kind: Literal["cross_entropy", "bce"]
     cosine_blocks: int
     cosine_weight: float
+    kind: Literal["cross_entropy", "bce"] = "cross_entropy"  # the default is for the configs of earlier versions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,10 +148,10 @@ class Settings:
     init: str | None
     dialect: str | None
     head: Literal["keep", "reset", "zero"]
-    calibrate: int
     fresh: bool
     dry: bool
-    logger: str | list[str] | None = None  # the default is for the configs of earlier versions
+    calibrate: int | Literal["auto"] = 0  # the defaults are for the configs of earlier versions
+    logger: str | list[str] | None = None
     origin: Mapping[str, Any] | None = None  # what was chosen and typed: see `config.provenance.origin`
 
 

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from deepvit import data as pictures
-from deepvit.config.settings import Data
+from deepvit.config.settings import Data, Settings
 from deepvit.engine.calibrate import calibrate
 from deepvit.engine.evaluate import Evaluation
 from deepvit.engine.ranks import Ranks
@@ -18,13 +19,15 @@ from deepvit.errors import UserError
 from deepvit.run import build
 from deepvit.run.micro_batches import norm_group
 
+AUTO = 512  # images that are enough: docs/results/calibration.md
 UNGROUPED = 256  # images at once where a norm has no group of its own: the published code's calibration
 
 Once = Callable[[], Evaluation | None]  # an evaluation; None: it was asked to stop
 
 
 def calibration(count: int, data: Data, train: pictures.ImageSet | None, config: Mapping[str, Any], prepare: Prepare,
-                ranks: Ranks, precision: Precision, stop: StopRequest) -> Callable[[nn.Module, Once], Evaluation | None]:
+                ranks: Ranks, precision: Precision, stop: StopRequest
+                ) -> Callable[[nn.Module, Once], Evaluation | None]:
     """`(model, once) -> Evaluation`, which calls `once`, calibrates the model and calls `once` again.
 
     The model keeps its new statistics, so that a checkpoint has what was evaluated; asked to stop, it keeps the old.
@@ -52,6 +55,16 @@ def calibration(count: int, data: Data, train: pictures.ImageSet | None, config:
         return replace(second, uncalibrated=first)
 
     return run
+
+
+def images_to_calibrate(settings: Settings, model: nn.Module, in_training_set: int) -> int:
+    """`settings.calibrate`, or what it is where it is left open: `AUTO` images, as many as there are in whole groups,
+    for averaged weights of a model with batch statistics; none for others."""
+    if settings.calibrate != "auto":
+        return settings.calibrate
+    group = norm_group(model.config) or 1
+    needed = settings.ema.decay and any(isinstance(module, _BatchNorm) for module in model.modules())
+    return min(max(AUTO, group), in_training_set // group * group) if needed else 0
 
 
 def _batches(count: int, data: Data, train: pictures.ImageSet, group: int | None, ranks: Ranks

@@ -16,15 +16,20 @@ from deepvit.engine.ranks import Ranks
 from deepvit.engine.signals import StopRequest
 from deepvit.run import build
 from deepvit.run.build import Built
-from deepvit.run.calibration import calibration
+from deepvit.run.calibration import calibration, images_to_calibrate
 
 
 def evaluator(built: Built, stop: StopRequest) -> Callable[[nn.Module, Display], Evaluation | None]:
-    """`(model, display) -> Evaluation` of the validation set, calibrated if asked for; None if a rank was asked to stop."""
+    """`(model, display) -> Evaluation` of the validation set, calibrated if asked for; None: a rank was asked to stop.
+
+    Raises:
+        UserError: too few images to calibrate.
+    """
     settings, ranks, images = built.settings, built.ranks, built.splits.val
     prepare = build.prepare(settings.data, len(built.splits.class_ids))
     precision, batches = build.precision(settings.precision), build.eval_batches(settings.data, images, ranks)
-    calibrated = calibration(settings.calibrate, settings.data, built.splits.train, built.model.config, prepare, ranks,
+    count = images_to_calibrate(settings, built.model, len(built.splits.train))
+    calibrated = calibration(count, settings.data, built.splits.train, built.model.config, prepare, ranks,
                              precision, stop)
 
     def run(model: nn.Module, display: Display) -> Evaluation | None:

@@ -46,17 +46,20 @@ def upgraded(config: Mapping[str, Any]) -> dict[str, Any]:
     idle = {name: None for name in ("momentum", "betas", "eps") if not getattr(info, f"has_{name}")}
     rest = {"cooldown_epochs": 0} if schedule["steps"] is not None else {}
     attention = {name: value for name, value in attention.items() if (name, value) != ("sync_norm", False)}
-    return {**config, "optimizer": {"kwargs": None, **optimizer, **idle}, "schedule": {**schedule, **rest},
+    return {**config, "loss": {"kind": "cross_entropy", **config["loss"]}, "optimizer": {"kwargs": None, **optimizer, **idle}, "schedule": {**schedule, **rest},
             "model": {**config["model"], "attention": attention}}
 
 
 def as_begun(config: Mapping[str, Any], folder: RunFolder) -> Mapping[str, Any]:
-    """`config`, but for a run begun before `norm_batch` existed: it keeps the batch statistics that it had, those of
-    all images that a device takes at once."""
+    """`config`, but a run begun before `norm_batch` existed keeps the batch statistics that it had, those of all images
+    that a device takes at once, and one begun before `calibrate` existed is evaluated as it was."""
     try:
-        before = yaml.safe_load(folder.config.read_text())["model"]["attention"]
+        run = yaml.safe_load(folder.config.read_text())
+        before = run["model"]["attention"]
     except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError):
         return config
+    if "calibrate" not in run and config["calibrate"] == "auto":
+        config = {**config, "calibrate": 0}
     model = config["model"]
     if "norm_batch" in before or "norm_batch" not in model["attention"]:
         return config
