@@ -59,8 +59,10 @@ def study(model: ViT, pictures: Pictures, name: str, initial: bool = True) -> St
     kinds = list(dict.fromkeys(type(module).__name__ for module in attention_modules(model)))
     before = probe(_untrained(model, x), x, matrix=True) if initial else None
     return Study(tensors, {
-        "name": printable(name), "attention": (getattr(model, "config", {}).get("attention") or {}).get("name", " + ".join(kinds)),
-        "pictures": [*map(printable, pictures.names)], "top": tops, "probe": probe(model, x, matrix=True), "initial": before})
+        "name": printable(name), "attention": (getattr(model, "config", {}).get("attention") or {}).get(
+            "name", " + ".join(kinds)),
+        "pictures": [*map(printable, pictures.names)], "top": tops, "probe": probe(model, x, matrix=True),
+        "initial": before})
 
 
 def _untrained(model: ViT, x: Tensor) -> ViT:

@@ -31,7 +31,8 @@ def measure(images: int = IMAGENET, files: int = 100_000) -> list[dict]:
             (folder / name).mkdir(parents=True)
         index.write_index(path, simulated(folder, classes, images))
         ms, own = _apart(path, folder, classes)
-        rows = [{"name": f"{images:,} names from the index", "ms": ms, "mb_node": path.stat().st_size / 1e6 + RANKS * own}]
+        rows = [{"name": f"{images:,} names from the index", "ms": ms,
+                 "mb_node": path.stat().st_size / 1e6 + RANKS * own}]
         for number in range(files):
             (folder / classes[number % len(classes)] / f"{number}.jpg").touch()
         start = time.perf_counter()
@@ -46,7 +47,8 @@ def simulated(folder: Path, classes: list[str], images: int) -> Listing:
     places = np.sort(np.arange(images) % len(classes))
     names = [f"{classes[place]}_{number % 20_000}.JPEG".encode() for number, place in enumerate(places)]
     changed = {name: os.stat(folder / name).st_mtime_ns for name in classes}
-    return Listing(np.frombuffer(b"".join(names), np.uint8), np.cumsum([0, *map(len, names)]), places, {}, False, changed)
+    starts = np.cumsum([0, *map(len, names)])
+    return Listing(np.frombuffer(b"".join(names), np.uint8), starts, places, {}, False, changed)
 
 
 def _apart(path: Path, folder: Path, classes: list[str]) -> tuple[float, float]:

@@ -82,7 +82,7 @@ def decode(data: bytearray, decoder: str) -> tuple[Picture, bool]:
         if is_jpeg and image.mode in ("RGB", "L"):  # no CMYK
             try:
                 return _jpeg_pixels(data), False
-            except RuntimeError:  # torchvision's only exception for a JPEG it refuses; PIL decides whether it is readable
+            except RuntimeError:  # torchvision's only exception for a JPEG it refuses; PIL decides
                 pass
         return to_tensor(_to_rgb(image)), is_jpeg
 
@@ -134,7 +134,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         raise BadPicture("its pixels are floating-point numbers, whose range is unknown")
     if image.mode == "I" or image.mode.startswith("I;16"):  # PIL's own convert() would clip 16 bits at 255: all white
         pixels = np.asarray(image).astype(np.int64)
-        image = Image.fromarray(np.clip(pixels >> _surplus_bits(image.mode, int(pixels.max())), 0, 255).astype(np.uint8))
+        surplus = _surplus_bits(image.mode, int(pixels.max()))
+        image = Image.fromarray(np.clip(pixels >> surplus, 0, 255).astype(np.uint8))
     return image.convert("RGB")
 
 

@@ -1,6 +1,7 @@
 """Listings of many images kept as files, which all processes of a machine map: one of them lists, once.
 
-An index lies in the user's cache folder, `$XDG_CACHE_HOME/deepvit` or `~/.cache/deepvit`, and may be deleted at any time.
+An index lies in the user's cache folder, `$XDG_CACHE_HOME/deepvit` or `~/.cache/deepvit`, and may be deleted at any
+time.
 It holds as long as no folder that was listed has another time of change. So files that come, go or get another name are
 seen, in any folder; a file whose content changes is not, nor need it be: a listing holds names alone.
 """

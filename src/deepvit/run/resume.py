@@ -46,7 +46,8 @@ def upgraded(config: Mapping[str, Any]) -> dict[str, Any]:
     idle = {name: None for name in ("momentum", "betas", "eps") if not getattr(info, f"has_{name}")}
     rest = {"cooldown_epochs": 0} if schedule["steps"] is not None else {}
     attention = {name: value for name, value in attention.items() if (name, value) != ("sync_norm", False)}
-    return {**config, "loss": {"kind": "cross_entropy", **config["loss"]}, "optimizer": {"kwargs": None, **optimizer, **idle}, "schedule": {**schedule, **rest},
+    return {**config, "loss": {"kind": "cross_entropy", **config["loss"]},
+            "optimizer": {"kwargs": None, **optimizer, **idle}, "schedule": {**schedule, **rest},
             "model": {**config["model"], "attention": attention}}
 
 
