@@ -19,7 +19,8 @@ def save_images(folder: Path, count: int, seed: int) -> None:
 
 def make_data(root: Path) -> dict[str, Path]:
     """PHOTOS: 18 and 6 images of 3 classes; OTHER: of other classes; FLAT: not split; BAD: with one bad image in each
-    split; TARS: 6, 4 and 8 images in train.tar, validation.tar and more.tar; UNUSED: a list of one of PHOTOS' images."""
+    split; TARS: 6, 4 and 8 images in train.tar, validation.tar and more.tar; UNUSED: a list of one image of
+    PHOTOS."""
     found = {name: root / name.lower() for name in ("PHOTOS", "OTHER", "FLAT", "BAD", "TARS", "UNUSED")}
     for name, split, classes, count in (
             ("PHOTOS", "train", "a b c", 6), ("PHOTOS", "val", "a b c", 2), ("OTHER", "train", "one two", 3),

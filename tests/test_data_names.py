@@ -233,7 +233,8 @@ def test_what_the_grammar_reads_stays(word):
 def test_the_home_folder(monkeypatch):
     monkeypatch.setenv("HOME", "/home/x")
     for word, expected in (("~/a", "/home/x/a"), ("init=~/a", "init=/home/x/a"), ("out='~/a b'", "out='/home/x/a b'"),
-                           ("checkpoint=[~/a, ~/b]", "checkpoint=[/home/x/a, /home/x/b]"), ("--out=~/a", "--out=/home/x/a"),
+                           ("checkpoint=[~/a, ~/b]", "checkpoint=[/home/x/a, /home/x/b]"),
+                           ("--out=~/a", "--out=/home/x/a"),
                            ("data.root=~", "data.root=/home/x"), ("a~/b", "a~/b"), ("~model/stem", "~model/stem")):
         assert expanded(word) == expected
 
@@ -255,11 +256,12 @@ def test_every_command_takes_a_name_that_is_not_utf8(tmp_path, monkeypatch, capf
     for split in ("train", "val"):
         classes(tmp_path / root / split, "b", odd)
         (tmp_path / root / split / odd / "0.png").rename(tmp_path / root / split / odd / f"{odd}.png")
-    small = ["model=vit", "model.depth=2", "model.embed_dim=16", "model.num_heads=2", "model.img_size=8", "augment=none",
-             "model.patch_size=4", "recipe=folder", "data.workers=0", "data.batch_size=4", "schedule.epochs=1",
-             "schedule.warmup_epochs=0", "probe.images=0", f"data.root={root}"]
-    for words in (["train", *small, f"hydra.run.dir={root}/run"], ["eval", f"checkpoint=[{root}/run]", f"out={root}/out"],
-                  ["predict", f"{root}/run", f"{root}/val"], ["figures", f"{root}/run", f"{root}/val", "--out", f"{root}/f"],
+    small = ["model=vit", "model.depth=2", "model.embed_dim=16", "model.num_heads=2", "model.img_size=8",
+             "augment=none", "model.patch_size=4", "recipe=folder", "data.workers=0", "data.batch_size=4",
+             "schedule.epochs=1", "schedule.warmup_epochs=0", "probe.images=0", f"data.root={root}"]
+    for words in (["train", *small, f"hydra.run.dir={root}/run"],
+                  ["eval", f"checkpoint=[{root}/run]", f"out={root}/out"], ["predict", f"{root}/run", f"{root}/val"],
+                  ["figures", f"{root}/run", f"{root}/val", "--out", f"{root}/f"],
                   ["export", f"{root}/run", "--to", "timm", "--out", f"{root}/x"], ["report", f"{root}/run"],
                   ["preview", f"{root}/p.png", *small], ["replay", f"{root}/run", "--batch", "0"],
                   ["train", *small, f"init={root}/run", f"hydra.run.dir={root}/fine-tuned"]):

@@ -62,11 +62,12 @@ def _rest(images: ImageSet, names: set[str], class_ids: list[str], file: str) ->
     kept = np.setdiff1d(np.arange(len(images)), at)
     empty = np.setdiff1d(images.targets, images.targets[kept])
     if len(empty):
-        raise UserError(f"data.exclude={file} leaves no image of class {class_ids[empty[0]]}: remove the class, or names "
-                        f"from the list.")
+        raise UserError(f"data.exclude={file} leaves no image of class {class_ids[empty[0]]}: remove the class, or "
+                        f"names from the list.")
     return images.take(kept) if len(at) else images, {images.name(index) for index in at.tolist()}
 
 
 def _say_unknown(file: str, names: set[str]) -> None:
     if names:
-        log.warning("%d of the names in data.exclude=%s are not in the data: %s.", len(names), file, some(sorted(names)))
+        log.warning("%d of the names in data.exclude=%s are not in the data: %s.", len(names), file,
+                    some(sorted(names)))

@@ -186,8 +186,8 @@ def _digits(*, root: str | None, val_fraction: float | None, decoder: str, **_: 
     return Splits(*sets, names, names)
 
 
-def _imagenet(*, root: str | None, val_fraction: float | None, decoder: str, in_memory_mb: int, classes: int | str | None,
-              **_: object) -> Splits:
+def _imagenet(*, root: str | None, val_fraction: float | None, decoder: str, in_memory_mb: int,
+              classes: int | str | None, **_: object) -> Splits:
     path = existing(root, "imagenet")
     if val_fraction:
         raise UserError("data=imagenet has its own val/ folder and takes no data.val_fraction: use data=folder.")
@@ -212,8 +212,9 @@ def _folder(*, root: str | None, val_fraction: float | None, decoder: str, in_me
         check_has_classes(train or path, class_folders(train or path))
         raise UserError(f"{path} has no val/ folder: give data.val_fraction=0.1 to hold out a tenth of each class.")
     if val is not None and class_folders(val):
-        raise UserError(f"data.root={root} has {val.name}/, which data.val_fraction={val_fraction} would not use: leave "
-                        f"data.val_fraction out, or give data.root={train} to hold out a part of the training images.")
+        raise UserError(f"data.root={root} has {val.name}/, which data.val_fraction={val_fraction} would not use: "
+                        f"leave data.val_fraction out, or give data.root={train} to hold out a part of the "
+                        f"training images.")
     if val is not None:
         log.warning("%s has no class folders and is not used.", val)
     return _held_out(train or path, val_fraction, seed, **options)

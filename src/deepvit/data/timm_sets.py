@@ -87,8 +87,8 @@ def _tar_splits(path: Path, webdataset: bool, train_split: str, val_split: str, 
     val_tars = [] if path.is_file() else _find_shards(path, val_split)
     unused = sorted({*val_tars} - {*train_tars})
     if val_fraction and unused:
-        raise UserError(f"data.root={path} has {unused[0]}, which data.val_fraction={val_fraction} would not use: leave "
-                        f"data.val_fraction out, or move it away.")
+        raise UserError(f"data.root={path} has {unused[0]}, which data.val_fraction={val_fraction} would not use: "
+                        f"leave data.val_fraction out, or move it away.")
     if val_fraction:
         return hold_out(train, ids, val_fraction, seed, str(path))
     if path.is_file():

@@ -38,8 +38,8 @@ def _fetched(repository: str) -> Path:
         download_from_hf(repository, CONFIG)
         return Path(download_from_hf(repository, WEIGHTS))
     except Exception as error:  # of the network, in a dozen kinds
-        raise UserError(f"{repository} cannot be fetched from the Hugging Face hub ({_reason(error)}): check the name and the "
-                        f"network, or give the path of a file.") from None
+        raise UserError(f"{repository} cannot be fetched from the Hugging Face hub ({_reason(error)}): check the name "
+                        f"and the network, or give the path of a file.") from None
 
 
 @cache

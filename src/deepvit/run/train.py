@@ -73,8 +73,8 @@ def train(config: Mapping[str, Any], path: Path, ranks: Ranks, stop: StopRequest
         with ranks.together():
             loggers = _open(folder, config, built, viewers, resumed=found is not None)
         with closing(loggers):
-            fit = Fit(built.state, built.stepper, built.plan, built.make_batches, evaluate, folder, saver, loggers, stop,
-                      attention_metrics(built))
+            fit = Fit(built.state, built.stepper, built.plan, built.make_batches, evaluate, folder, saver, loggers,
+                      stop, attention_metrics(built))
             finished = fit.run()
             if finished and ranks.is_main:
                 metrics = {**metrics_of(built, fit.meter, folder), "origin": config.get("origin"), "made_of": made_of}
