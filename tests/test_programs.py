@@ -141,7 +141,7 @@ def test_weights_of_other_classes_are_refused_unless_the_head_is_reset(run, tmp_
     (["checkpoint={torn}"], "torn.pt"),
     (["checkpoint={torn}", "weights=best"], "weights=best"),
     ([], "no checkpoint under runs/"),
-    (["checkpoint=[a"], "no checkpoint at [a"), (["check point=a"], "'check point=a' cannot be read"),
+    (["checkpoint=[a"], "checkpoint=[a does not exist"), (["check point=a"], "'check point=a' cannot be read"),
     (["chekpoint=x"], "Did you mean 'checkpoint'"),
 ])
 def test_bad_input_to_eval_is_one_sentence(run, tmp_path, words, expected):

@@ -91,7 +91,8 @@ def test_one_of_two_ranks_runs_out_of_memory(reference, tmp_path, precision, whe
 
 
 def test_moments_that_do_not_fit_on_one_rank_are_refused_on_both(tmp_path):
-    ranks = faults.start_ranks(2, faults.train_short_of_memory, soak.compose(*WITHOUT_DROPOUT), tmp_path / "run",
+    config = soak.compose(*WITHOUT_DROPOUT, "engine.device_batch=auto")
+    ranks = faults.start_ranks(2, faults.train_short_of_memory, config, tmp_path / "run",
                                "optimizer", 0)
     assert [run.wait(180) for run in ranks] == [2, 2], ranks[0].words()
     assert "optimizer.opt=adamw" in ranks[0].words() and "Traceback" not in ranks[0].words()

@@ -38,7 +38,7 @@ def screens_of_a_run(tmp_path, columns: int) -> list[list[str]]:
     code = run.wait()
     os.close(slave)
     reader.join()
-    assert code == 0, seen[-1]
+    assert code == 0, "\n".join(seen[-1])
     os.close(master)
     return seen
 

@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+from contextlib import suppress
 from typing import TextIO
 
 
@@ -19,7 +20,8 @@ def print_any_name() -> None:
     """A name that the terminal's encoding does not know is printed with escapes, where Python would stop."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+            with suppress(OSError):  # what it stands on was changed beneath it, and cannot be sought in
+                stream.reconfigure(errors="backslashreplace")
 
 
 def _drop(stream: TextIO) -> None:

@@ -60,12 +60,13 @@ def as_begun(config: Mapping[str, Any], folder: RunFolder) -> Mapping[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError):
         return config
     if "calibrate" not in run and config["calibrate"] == "auto":
-        config = {**config, "calibrate": 0}
+        config = {name: value for name, value in config.items() if name != "calibrate"}
     model = config["model"]
     if "norm_batch" in before or "norm_batch" not in model["attention"]:
         return config
     log.info("This run was begun before model.attention.norm_batch existed, and goes on without it (null).")
-    return {**config, "model": {**model, "attention": {**model["attention"], "norm_batch": None}}}
+    attention = {name: value for name, value in model["attention"].items() if name != "norm_batch"}
+    return {**config, "model": {**model, "attention": attention}}
 
 
 def identity(settings: Settings, splits: Splits, folder: RunFolder) -> dict[str, Any]:
