@@ -18,7 +18,7 @@ demo: install ## depth x attention on the built-in digits: trains 9 small models
 	@OMP_NUM_THREADS=1 $(PYTHON) train.py -m sweep=digits_depth
 	@$(RUN) deepvit.report runs/digits/vit --out runs/digits/report
 
-test: install ## the tests, in under 6 minutes on two cores
+test: install ## the tests, about 7 minutes on two cores
 	@$(RUN) pytest -m "not slow"
 
 test-all: install ## the long tests too, and on a GPU if there is one
