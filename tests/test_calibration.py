@@ -151,8 +151,8 @@ def test_an_older_run_is_evaluated_as_it_was(tmp_path):
     folder, now = RunFolder(tmp_path), compose([])
     before = {name: value for name, value in now.items() if name != "calibrate"}
     folder.config.write_text(yaml.safe_dump(before))
-    assert now["calibrate"] == "auto" and as_begun(now, folder)["calibrate"] == 0
-    assert as_begun({**now, "calibrate": 96}, folder)["calibrate"] == 96
+    assert now["calibrate"] == "auto" and read_settings(as_begun(now, folder)).calibrate == 0
+    assert read_settings(as_begun({**now, "calibrate": 96}, folder)).calibrate == 96
 
 
 def test_a_run_that_cannot_be_calibrated_leaves_nothing_behind(tmp_path, capsys):
