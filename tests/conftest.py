@@ -28,3 +28,20 @@ def pytest_collection_modifyitems(items):
 def device(request) -> torch.device:
     """The CPU, and the first GPU for `-m gpu`: one body serves both."""
     return torch.device(request.param, 0 if request.param == "cuda" else None)
+
+
+@pytest.fixture
+def run(monkeypatch, capfd, tmp_path):
+    """`run("train", "model=vit", ...)` -> (exit code, standard output, standard error), started in an empty folder."""
+    from hydra.core.global_hydra import GlobalHydra
+
+    from deepvit.commands.main import main
+    monkeypatch.chdir(tmp_path)
+
+    def start(program: str, *words: str) -> tuple[int, str, str]:
+        GlobalHydra.instance().clear()
+        code = main([program, *words])
+        torch.set_num_threads(1)
+        return code, *capfd.readouterr()
+
+    return start

@@ -9,9 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
-from hydra.core.global_hydra import GlobalHydra
 from PIL import Image
 
 from deepvit.commands.main import main
@@ -21,20 +19,6 @@ from deepvit.run.launch import BAD_INPUT, DONE
 ROOT = Path(__file__).parent.parent
 TINY = ["model=vit", "model.depth=2", "model.embed_dim=16", "model.num_heads=2", "data.batch_size=256",
         "schedule.epochs=2", "engine.log_every=4", "probe.images=4", "logger=null"]
-
-
-@pytest.fixture
-def run(monkeypatch, capfd, tmp_path):
-    """`run("train", "model=vit", ...)` -> (exit code, standard output, standard error), started in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-
-    def start(program: str, *words: str) -> tuple[int, str, str]:
-        GlobalHydra.instance().clear()
-        code = main([program, *words])
-        torch.set_num_threads(1)
-        return code, *capfd.readouterr()
-
-    return start
 
 
 def lines(path: Path) -> list[dict]:

@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from PIL import Image
 
-from deepvit.commands.main import expanded, main
+from deepvit.commands.main import expanded
 from deepvit.config.sweep_record import missing_cells, read_lines
 from deepvit.errors import BAD_INPUT, DONE, FAILED, UserError
 from deepvit.report import runs
@@ -28,20 +27,6 @@ TINY = ["model=vit", "model.depth=1", "model.embed_dim=8", "model.num_heads=1", 
         "data.fraction=0.05", "schedule.epochs=1", "schedule.warmup_epochs=0", "probe.images=0"]
 IMAGES = [*(word for word in TINY if "fraction" not in word), "recipe=folder", "augment=none", "model.img_size=8",
           "model.patch_size=4", "data.batch_size=4", "data.root=images", "hydra.run.dir=run"]
-
-
-@pytest.fixture
-def run(monkeypatch, capfd, tmp_path):
-    """`run("train", "model=vit", ...)` -> (exit code, standard output, standard error), started in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-
-    def start(program: str, *words: str) -> tuple[int, str, str]:
-        GlobalHydra.instance().clear()
-        code = main([program, *words])
-        torch.set_num_threads(1)
-        return code, *capfd.readouterr()
-
-    return start
 
 
 def config_of(folder: Path) -> dict:
