@@ -11,7 +11,7 @@ import pytest
 import soak
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
-from test_programs import TINY, run  # noqa: F401  (a fixture)
+from test_programs import TINY
 
 from deepvit.config.compose import compose
 from deepvit.engine import loggers
