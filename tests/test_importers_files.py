@@ -18,6 +18,7 @@ from safetensors.torch import save as save_safetensors
 
 import deepvit
 from deepvit.errors import UserError
+from deepvit.importers.files import open_weights
 from deepvit.importers import npz
 
 FORMS = ["pth", "legacy pth", "ours", "by name", "npz", "deflated npz", "msgpack", "safetensors"]
@@ -198,6 +199,15 @@ def test_msgpack_that_is_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "msgpack", None)
     with pytest.raises(UserError, match="pip install 'deepvit\\[flax\\]'"):
         deepvit.load_model(DATA / "other/deepvit_flax_cls.msgpack")
+
+
+@pytest.mark.parametrize("length", [128, 640, 896])
+def test_safetensors_whose_length_begins_like_a_pickle(tmp_path, length):
+    bare = struct.unpack("<Q", save_safetensors({"a": torch.ones(1)}, {"pad": ""})[:8])[0]
+    content = save_safetensors({"a": torch.ones(1)}, {"pad": "x" * (length - bare)})
+    assert content[0] == 0x80 and struct.unpack("<Q", content[:8])[0] == length
+    (tmp_path / "a.safetensors").write_bytes(content)
+    assert open_weights(tmp_path / "a.safetensors").kind == "safetensors"
 
 
 def test_safetensors_with_a_huge_header(tmp_path):

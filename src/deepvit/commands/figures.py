@@ -14,6 +14,7 @@ from deepvit.analysis.pictures import read_pictures
 from deepvit.analysis.study import Study, load_studies, save_studies, study
 from deepvit.errors import BAD_INPUT, DONE, UserError
 from deepvit.importers import load_model, takes_average
+from deepvit.importers.files import is_safetensors
 
 
 def compute(checkpoints: Sequence[Path], paths: Sequence[Path], *, weights: str = "auto",
@@ -98,10 +99,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _drawn_before(path: Path) -> list[Study]:
-    """What --save-maps wrote, or the published code's pickle, told by its first byte."""
+    """What --save-maps wrote, or the published code's pickle, told by its first bytes."""
     try:
         with path.open("rb") as file:
-            is_pickle = file.read(1) == b"\x80"
+            start = file.read(9)
+        is_pickle = start[:1] == b"\x80" and not is_safetensors(start)
     except OSError:
         is_pickle = False  # `load_studies` says why
     return [study_of_maps(read_pickled_maps(path), path.name)] if is_pickle else load_studies(path)

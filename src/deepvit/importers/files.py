@@ -113,13 +113,19 @@ def _hub_config(path: Path) -> dict[str, Any]:
 def _reader(path: Path, start: bytes) -> Callable[[Path, bool], WeightsFile]:
     if start[:2] == b"PK":
         return _open_npz if npz.is_npz(path) else _open_torch
+    if is_safetensors(start):
+        return _open_safetensors
     if start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05":
         return _open_torch  # a pickle: torch before 1.6
-    if start[8:9] == b"{":
-        return _open_safetensors
     if start[:1] and (0x81 <= start[0] <= 0x8F or start[0] in (0xDE, 0xDF)):
         return _open_msgpack
     raise UserError(f"{path} is no weights file known here: give a PyTorch, safetensors, .npz or flax msgpack file.")
+
+
+def is_safetensors(start: bytes) -> bool:
+    """Whether a file begins so: the header's length in 8 bytes, then JSON. To be asked before what looks at the first
+    bytes alone: a header of 640 bytes begins like a pickle."""
+    return start[8:9] == b"{"
 
 
 def _open_npz(path: Path, ema: bool) -> WeightsFile:
