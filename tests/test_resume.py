@@ -46,7 +46,9 @@ def test_killed_twenty_times(config, uncut, tmp_path):
         number += 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda number: number.name)
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+                                    pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)],
+                         ids=lambda number: number.name)
 def test_asked_to_stop(config, uncut, tmp_path, number):
     """Within one step of the request: a checkpoint of that step, PREEMPTED, 75; then it goes on to the same bits."""
     folder = tmp_path / "run"
