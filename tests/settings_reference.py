@@ -1,0 +1,84 @@
+"""Writes docs/settings.md from the YAML files of conf/ and their comments: `python tests/settings_reference.py`."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+CONF = ROOT / "conf"
+PAGE = ROOT / "docs" / "settings.md"
+GROUPS = {  # group -> the file whose values are shown, and a file that has more of them
+    "model": ("vit", None), "data": ("folder", "timm"), "augment": ("none", None), "optimizer": ("adamw", None),
+    "schedule": ("cosine", None), "precision": ("fp32", None), "engine": ("default", None)}
+START = """# All settings
+
+Made from the YAML files in `conf/` by `python tests/settings_reference.py`. Each is set as `name=value` on the command
+line of `train.py`; `python train.py --cfg job` prints the values of a run. A group is chosen as `group=name`, and sets
+the values that its file names.
+"""
+
+
+def read(path: Path) -> tuple[str, list[tuple[str, str, str]]]:
+    """What a file says of itself in its first comments, and its settings: (name, value, remark).
+
+    A setting's remark stands behind it and goes on in the lines below that hold nothing else. Those of a mapping have
+    its name in front.
+    """
+    about, rows, parent = [], [], ""
+    for line in path.read_text().splitlines():
+        found = re.fullmatch(r"(\s*)([\w/]+):\s*([^#]*?)\s*(?:#\s*(.*))?", line)
+        if line.startswith("# ") and not rows:
+            about.append(line[2:])
+        elif found and not line.startswith("-"):
+            indent, name, value, remark = found.groups()
+            parent = parent if indent else ""
+            rows.append((f"{parent}{name}", value.strip("'\""), remark or ""))
+            if not value and not indent:
+                parent = f"{name}."
+        elif rows and (more := re.fullmatch(r"\s+#\s*(.*)", line)):
+            name, value, remark = rows[-1]
+            rows[-1] = (name, value, f"{remark} {more[1]}".strip())
+    about = [line for line in about if line != "@package _global_" and not line.startswith(("  python", "python"))]
+    return " ".join(about), rows
+
+
+def settings_of(path: Path) -> list[tuple[str, str, str]]:
+    """A file's settings alone, without what chooses other files and what is Hydra's."""
+    left_out = ("defaults", "hydra") + (("name", "class") if path.parent.name == "attention" else ())
+    return [row for row in read(path)[1] if row[0].split(".")[0] not in left_out
+            and not any(other[0].startswith(f"{row[0]}.") for other in read(path)[1])]
+
+
+def table(rows: list[tuple[str, str, str]], prefix: str = "") -> list[str]:
+    lines = ["| setting | default | |", "|:--|:--|:--|"]
+    for name, value, remark in rows:
+        lines.append(f"| `{prefix}{name}` | `{value or repr(value)}` | {remark.replace(' | ', ', ')} |")
+    return lines
+
+
+def choices(folder: Path) -> list[str]:
+    lines = ["| choice | |", "|:--|:--|"]
+    return lines + [f"| `{path.stem}` | {read(path)[0]} |" for path in sorted(folder.glob("*.yaml"))]
+
+
+def page() -> str:
+    parts = [START, "## The run", *table(settings_of(CONF / "train.yaml"))]
+    for group, (base, more) in GROUPS.items():
+        rows = settings_of(CONF / group / f"{base}.yaml")
+        known = {name for name, _, _ in rows}
+        rows += [row for row in settings_of(CONF / group / f"{more}.yaml") if row[0] not in known] if more else []
+        parts += [f"\n## {group}\n", f"Values of `{group}={base}`.\n", *table(rows, f"{group}."), "",
+                  f"Choices of `{group}=`:\n", *choices(CONF / group)]
+    attentions, seen = [], set()
+    for path in sorted((CONF / "model" / "attention").glob("*.yaml")):
+        attentions += [row for row in settings_of(path) if row[0] not in seen]
+        seen |= {row[0] for row in settings_of(path)}
+    parts += ["\n## model/attention\n", *table(attentions, "model.attention."), "", "Choices of `model/attention=`:\n",
+              *choices(CONF / "model" / "attention")]
+    for group in ("recipe", "sweep"):
+        parts += [f"\n## {group}\n", *choices(CONF / group)]
+    parts += ["\n## eval.py\n", *table(settings_of(CONF / "eval.yaml"))]
+    return "\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
