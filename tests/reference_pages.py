@@ -87,8 +87,8 @@ def settings_page() -> str:
 
 
 def api_page() -> str:
-    parts = ["# Public names\n\nMade from the docstrings by `python tests/reference_pages.py`. What is not here may change\n"
-             "without notice.\n"]
+    parts = ["# Public names\n\nMade from the docstrings by `python tests/reference_pages.py`. What is not here may\n"
+             "change without notice.\n"]
     seen = set()
     for name in MODULES:
         module = importlib.import_module(name)
