@@ -31,7 +31,8 @@ PROGRAMS = ("python ", "python3 ", "bash ", "deepvit ", "make ", "torchrun ", "t
             "pip ", "git ", "cd ", "OMP_NUM_THREADS")
 PLACEHOLDERS = {
     "/path/to/imagenet": "{data}/images", "/path/to/images": "{data}/images",
-    "data.root=...": "data.root={data}/images", "/path/to/cifar100": "{data}/cifar", "/path/to/cifar10": "{data}/cifar", "FOLDER_OF_JPEGS": "{data}/images",
+    "data.root=...": "data.root={data}/images",
+    "/path/to/cifar100": "{data}/cifar", "/path/to/cifar10": "{data}/cifar", "FOLDER_OF_JPEGS": "{data}/images",
     "CHECKPOINT": "runs/one/checkpoints/best.pt", "A.pt": "runs/one/checkpoints/best.pt",
     "B.pt": "runs/two/checkpoints/best.pt", "image.jpg": "{data}/images/val/n01440764/0.png"}
 SMALL = ["model.img_size=16", "model.patch_size=8", "model.depth=2", "model.embed_dim=24", "model.num_heads=2",
