@@ -72,7 +72,7 @@ def commands_of(text: str) -> list[str]:
 def typed(block: Block, data: Path) -> list[str]:
     """A block's commands with the comment's replacements and settings, and with data that is here."""
     changes, settings = [], ""
-    for part in (block.mark or "").removeprefix("typed with:").removeprefix("typed").split(";"):
+    for part in re.sub(r"^typed( with)?:", "", block.mark or "").split(";"):
         if "=>" in part:
             changes.append([side.strip() for side in part.split("=>")])
         elif part.strip().startswith("+"):
