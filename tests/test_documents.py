@@ -80,7 +80,7 @@ def typed(block: Block, data: Path) -> list[str]:
     found = []
     for command in block.commands:
         for old, new in changes:
-            command = command.replace(old, new)
+            command = command.replace(old, new.replace("{data}", str(data)))
         for old, new in PLACEHOLDERS.items():
             command = command.replace(old, new.format(data=data))
         trains = re.search(r"train\.py|eval\.py|eval\.sh|deepvit (train|eval)", command)
@@ -137,7 +137,7 @@ def fresh(**more: str) -> dict[str, str]:
 def train_two(place: Path, program: str, environment: dict[str, str], data: Path) -> None:
     for name in ("one", "two"):
         done = shell(f"{program} model=deepvit16 recipe=folder data.root={data}/images {' '.join(SMALL)} "
-                     f"hydra.run.dir=runs/{name}", place, environment)
+                     f"schedule.epochs=2 engine.keep_epochs=1 hydra.run.dir=runs/{name}", place, environment)
         assert done.returncode == 0, done.stdout + done.stderr
 
 
