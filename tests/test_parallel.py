@@ -76,7 +76,7 @@ def test_numbers_are_the_same_alone_one_after_another_and_side_by_side(run, tmp_
 
 
 def test_one_is_killed_and_ctrl_c_reaches_the_others_and_the_same_command_does_the_rest(tmp_path):
-    words = ["schedule.epochs=8", "seed=0,1,2,3,4"]
+    words = ["schedule.epochs=6", "seed=0,1,2,3"]
     sweep = start(tmp_path, *words)
     cells = Path(tmp_path, "runs/digits/vit")
     begun = await_until(lambda: [path.parent for path in cells.glob("*/metrics.jsonl") if len(lines(path)) > 2])
@@ -93,8 +93,8 @@ def test_one_is_killed_and_ctrl_c_reaches_the_others_and_the_same_command_does_t
 
     sweep = start(tmp_path, *words)
     said = sweep.communicate()[0]
-    assert sweep.returncode == DONE and "5 of 5 cells are done" in said, said
-    assert len(list(cells.glob("*/metrics.json"))) == 5
+    assert sweep.returncode == DONE and "4 of 4 cells are done" in said, said
+    assert len(list(cells.glob("*/metrics.json"))) == 4
     for folder, step in steps.items():
         assert any(line["event"] == "resume" and line["step"] == step for line in lines(folder / "events.jsonl"))
 

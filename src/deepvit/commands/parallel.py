@@ -180,7 +180,7 @@ class Crew:
                     if self._stop and not told:
                         told = True
                         for cell in self._running:
-                            os.kill(cell.process.pid, signal.Signals[self._stop.name])
+                            os.kill(cell.process.pid, self._signal())
                     while cell := self._next():
                         self._start(cell)
                     for cell in [cell for cell in self._running if not cell.process.is_alive()]:
@@ -190,6 +190,10 @@ class Crew:
         finally:
             for cell in self._running:  # after a defect here
                 cell.process.terminate()
+
+    def _signal(self) -> int:
+        """That asked to stop."""
+        return signal.Signals[self._stop.name]
 
     def _call_off(self) -> None:
         for cell in self._waiting:
@@ -234,10 +238,10 @@ class Crew:
             os.killpg(cell.process.pid, signal.SIGKILL)  # what it may have left on a device
         self._running.remove(cell)
         self._machine.give_back(cell.places)
+        code = cell.process.exitcode
         if cell.number not in self._outcomes():
-            self._note(cell, *((STOPPED, "Not started.") if self._stop else (
-                FAILED, f"Its process {end_of(cell.process.exitcode)}; its last words are in {cell.log}. The same "
-                        f"command continues it.")))
+            self._note(cell, *((STOPPED, "Not started.") if self._stop and code in (STOPPED, -self._signal()) else (
+                FAILED, f"Its process {end_of(code)}; its last words are in {cell.log}. The same command continues it.")))
         self._table.end(cell.row, self._outcomes()[cell.number]["code"], cell.log)
         if not self._sweep.is_kept:
             say(cell.log.read_text(errors="replace"))
