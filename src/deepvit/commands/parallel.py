@@ -239,9 +239,11 @@ class Crew:
         self._running.remove(cell)
         self._machine.give_back(cell.places)
         code = cell.process.exitcode
-        if cell.number not in self._outcomes():
-            self._note(cell, *((STOPPED, "Not started.") if self._stop and code in (STOPPED, -self._signal()) else (
-                FAILED, f"Its process {end_of(code)}; its last words are in {cell.log}. The same command continues it.")))
+        if cell.number not in self._outcomes() and self._stop and code in (STOPPED, -self._signal()):
+            self._note(cell, STOPPED, "Not started.")
+        elif cell.number not in self._outcomes():
+            self._note(cell, FAILED, f"Its process {end_of(code)}; its last words are in {cell.log}. The same command "
+                                     f"continues it.")
         self._table.end(cell.row, self._outcomes()[cell.number]["code"], cell.log)
         if not self._sweep.is_kept:
             say(cell.log.read_text(errors="replace"))
