@@ -60,6 +60,7 @@ class Attention(nn.Module):
         self.map_scale, self.attn_drop = map_scale, attn_drop
         inner = self.num_heads * self.head_dim
         self.qkv = nn.Linear(dim, 3 * inner, bias=qkv_bias, **factory)  # rows: all q, all k, all v; heads outer
+        self.qk_norm = qk_norm
         make_norm = norm_layer or partial(nn.LayerNorm, eps=1e-6)
         self.q_norm, self.k_norm = (make_norm(self.head_dim, **factory) if qk_norm else nn.Identity() for _ in "qk")
         self.proj = nn.Linear(inner, dim, bias=proj_bias, **factory)
