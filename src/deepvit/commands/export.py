@@ -128,7 +128,7 @@ def _refuse_attention(attention: Attention, rule: Mapping[str, Any]) -> None:
             raise UserError(f"The published DeepViT class has no map_scale={attention.map_scale:g} in plain attention: "
                             f"{instead}.")
         return
-    if not isinstance(attention, ReAttention) or None in (attention.mix, attention.norm) or attention.qk_norm:
+    if not isinstance(attention, ReAttention) or not attention.mix or not attention.norm or attention.qk_norm:
         raise UserError(f"The published DeepViT class has no attention '{name}': {instead}.")
     if attention.norm.eps != 1e-5:
         raise UserError(f"The published DeepViT class has no norm_eps={attention.norm.eps:g} in its attention (only "
@@ -140,8 +140,8 @@ def _refuse_attention(attention: Attention, rule: Mapping[str, Any]) -> None:
 
 def _is_plain(attention: Attention) -> bool:
     """Whether this is softmax attention and nothing else."""
-    return type(attention) is SelfAttention and not attention.qk_norm and ops.is_plain(attention.gain, attention.centre) \
-        and attention.contrast is attention.mix is attention.norm is None
+    return (type(attention) is SelfAttention and ops.is_plain(attention.gain, attention.centre)
+            and not any((attention.qk_norm, attention.contrast is not None, attention.mix, attention.norm)))
 
 
 def _write_timm(model: ViT, path: Path) -> tuple[Reader, str]:

@@ -2,8 +2,8 @@
 
 Each has `forward(x)`, which may be fused, and `weights(x)`, which says what it means. One law holds for all, in eval
 mode: `merge(weights(x) @ v) == forward(x)`, where `q, k, v = split(x)`.
-A variant of the maps is a YAML file in `conf/model/attention` with settings of `SelfAttention`. What it cannot say needs
-a subclass of `Attention`: a rule for the logits, or a norm across heads at each entry.
+A variant of the maps is a YAML file in `conf/model/attention` with settings of `SelfAttention`. What it cannot say
+needs a subclass of `Attention`: a rule for the logits, or a norm across heads at each entry.
 """
 
 import math
@@ -166,8 +166,8 @@ class SelfAttention(Attention):
         if norm_batch is not None and norm_batch < 1:
             raise UserError(f"norm_batch={norm_batch} must be at least 1 image, or null for the whole batch.")
         if norm and (learn_gain or not ops.is_plain(gain, centre)):
-            raise UserError("The norm over heads centres the maps and has a gain of its own: leave gain, learn_gain and "
-                            "centre out, or set norm=false; the norm's dose is norm_eps.")
+            raise UserError("The norm over heads centres the maps and has a gain of its own: leave gain, learn_gain "
+                            "and centre out, or set norm=false; the norm's dose is norm_eps.")
         self.gain, self.centre, self.norm_batch, self.frozen = gain, centre, norm_batch, norm == "frozen"
         if self.frozen and self.attn_drop:
             raise UserError("norm=frozen goes without dropout on the maps: set attn_drop_rate (or attn_drop) to 0.")
@@ -180,9 +180,8 @@ class SelfAttention(Attention):
         self.track_stats = True  # off while a checkpointed block is recomputed: see models/recompute.py
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        by_batch = self._by_batch
-        track = by_batch and self.track_stats
-        if track and self.norm is not None:
+        by_batch, track = self._by_batch, self.track_stats
+        if track and self.norm is not None and self.norm.training:
             self.norm.num_batches_tracked.add_(1)
         return ops.reattention(q, k, v, *self._theta(), norm=self._head_norm(track), gain=self._gain(),
                                centre=self.centre, scale=self.scale, map_scale=self.map_scale, training=by_batch,
