@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from deepvit.analysis.gradients import block_norms
 from deepvit.analysis.recording import record, unwrap
+from deepvit.engine.calibrate import statistics_of_the_batch
 from deepvit.errors import UserError
 from deepvit.models.registry import build_model
 
@@ -36,15 +37,15 @@ def at_initialisation(model: nn.Module, seed: int = 0, pictures: Tensor | None =
     return fresh if pictures is None else with_statistics_of(fresh, pictures)
 
 
+@torch.no_grad()
 def with_statistics_of(model: nn.Module, pictures: Tensor) -> nn.Module:
     """A copy of `model` in eval mode whose running statistics are those of `pictures`; random state is left alone.
 
     What a norm computes in the first training steps, before its running statistics mean anything.
     """
     model = deepcopy(unwrap(model))
-    devices = [pictures.device] if pictures.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        _set_statistics(model, pictures)
+    with statistics_of_the_batch(model):
+        model(pictures)
     return model.eval()
 
 
@@ -71,14 +72,3 @@ def regime(model: nn.Module, pictures: Tensor) -> dict[str, list[float]]:
 def _std(maps: Tensor) -> float:
     """Of the entries of each head, the mean variance over heads."""
     return float(maps.var((0, 2, 3), correction=0).mean().sqrt())
-
-
-def _set_statistics(model: nn.Module, pictures: Tensor) -> None:
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum = 1.0  # the running statistics become this batch's
-    with torch.no_grad():
-        model.train()(pictures)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum

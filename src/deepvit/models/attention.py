@@ -188,9 +188,7 @@ class SelfAttention(Attention):
                                dropout_p=self.attn_drop if self.training else 0.0, norm_batch=self.norm_batch)
 
     def maps(self, q: Tensor, k: Tensor) -> Tensor:
-        maps = self.softmax(q, k)
-        maps = maps if self.contrast is None and ops.is_plain(self.gain, self.centre) else ops.contrast(
-            maps, self._gain(), self.centre)
+        maps = ops.contrast(self.softmax(q, k), self._gain(), self.centre)
         return ops.exchange_heads(maps, *self._theta(), norm=self._head_norm(track=False), map_scale=self.map_scale,
                                   training=self._by_batch, norm_batch=self.norm_batch)
 

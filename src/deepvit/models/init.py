@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Generator, Tensor, nn
@@ -19,18 +20,15 @@ def draw_seed() -> int:
     return int(torch.randint(2**31, (), device="cpu"))
 
 
-def streams(seed: int, path: str, device: torch.device) -> Stream:
-    """The generators of the parameters of a module at `path` in its model, functions of (seed, full name) alone.
+def stream(seed: int, path: str, device: torch.device, name: str) -> Generator | None:
+    """The generator of parameter `name` of the module at `path`, a function of (seed, full name) alone.
 
     So models of one seed share all parameters that they have in common, whatever else they are made of.
     """
-    def stream(name: str) -> Generator | None:
-        if device.type == "meta":
-            return None
-        full = f"{seed}/{path}.{name}" if path else f"{seed}/{name}"
-        return Generator(device).manual_seed(int.from_bytes(hashlib.blake2b(full.encode(), digest_size=4).digest()))
-
-    return stream
+    if device.type == "meta":
+        return None
+    digest = hashlib.blake2b(f"{seed}/{path}.{name}".encode(), digest_size=4).digest()  # what a CPU's generator takes
+    return Generator(device).manual_seed(int.from_bytes(digest))
 
 
 def init_weights(model: nn.Module, seed: int | None = None, std: float = STD, mimetic: bool = False) -> None:
@@ -53,34 +51,35 @@ def init_weights(model: nn.Module, seed: int | None = None, std: float = STD, mi
         seed: of the parameters' streams; None: drawn.
     """
     seed = draw_seed() if seed is None else seed
-    modules = [(module, streams(seed, path, next(model.parameters()).device)) for path, module in model.named_modules()]
-    for module, stream in modules:
-        _start(module, stream, std)
-    for module, stream in modules:  # after the parts that they are made of
+    device = next(model.parameters()).device
+    modules = [(module, partial(stream, seed, path, device)) for path, module in model.named_modules()]
+    for module, draws in modules:
+        _start(module, draws, std)
+    for module, draws in modules:  # after the parts that they are made of
         if isinstance(module, DeepNormBlock):
-            module.reset_parameters(stream)
+            module.reset_parameters(draws)
         elif mimetic and isinstance(module, Attention):
-            mimic(module, stream)
+            mimic(module, draws)
 
 
-def _start(module: nn.Module, stream: Stream, std: float) -> None:
+def _start(module: nn.Module, draws: Stream, std: float) -> None:
     if isinstance(module, nn.Linear):
-        nn.init.normal_(module.weight, std=std, generator=stream("weight"))
+        nn.init.normal_(module.weight, std=std, generator=draws("weight"))
         if module.bias is not None:
             nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Conv2d):
         bound = module.weight[0].numel() ** -0.5
         for name, parameter in module.named_parameters():
-            nn.init.uniform_(parameter, -bound, bound, stream(name))
+            nn.init.uniform_(parameter, -bound, bound, draws(name))
     elif isinstance(module, HeadMix):
-        module.reset_parameters(stream)
+        module.reset_parameters(draws)
     for name in ("pos_embed", "cls_token"):
         if isinstance(parameter := getattr(module, name, None), nn.Parameter):
-            nn.init.normal_(parameter, std=STD, generator=stream(name))
+            nn.init.normal_(parameter, std=STD, generator=draws(name))
 
 
 @torch.no_grad()
-def mimic(attention: Attention, stream: Stream) -> None:
+def mimic(attention: Attention, draws: Stream) -> None:
     """Trockman & Kolter, "Mimetic Initialization of Self-Attention Layers" (arXiv:2305.09828), with their ViT's values.
 
     `W_q^T W_k` of each head is the best of its rank for 0.7 Z + 0.7, `W_proj W_v` for 0.4 Z - 0.4; Z is normal with
@@ -94,10 +93,10 @@ def mimic(attention: Attention, stream: Stream) -> None:
         raise UserError(f"weight_init=mimetic needs heads that together are no wider than the tokens: num_heads * "
                         f"head_dim = {inner} is above embed_dim = {dim}.")
     q, k, v = attention.qkv.weight.view(3, attention.num_heads, attention.head_dim, dim)
-    generator = stream("qkv.weight")
+    generator = draws("qkv.weight")
     for head in range(attention.num_heads):
         _factorise(q[head], k[head], 0.7, 0.7, generator)
-    _factorise(attention.proj.weight.T, v.flatten(0, 1), 0.4, -0.4, stream("proj.weight"))
+    _factorise(attention.proj.weight.T, v.flatten(0, 1), 0.4, -0.4, draws("proj.weight"))
 
 
 def _factorise(left: Tensor, right: Tensor, noise: float, diagonal: float, generator: Generator | None) -> None:

@@ -38,16 +38,18 @@ def softmax_maps(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
     return (q * scale @ k.mT).softmax(dim=-1)
 
 
-def contrast(maps: Tensor, gain: Tensor | float = 1.0, centre: float = 0.0) -> Tensor:
-    """`(1 - centre) / N + gain (A - 1/N)` of softmax maps A `[B, H, N, N]`; gain: one number, or `[H]`."""
-    uniform = 1 / maps.shape[-1]
-    gain = gain[:, None, None] if isinstance(gain, Tensor) else gain
-    return (1 - centre) * uniform + gain * (maps - uniform)
-
-
 def is_plain(gain: Tensor | float, centre: float) -> bool:
     """Whether `contrast` leaves the maps as they are."""
     return not isinstance(gain, Tensor) and gain == 1.0 and centre == 0.0
+
+
+def contrast(maps: Tensor, gain: Tensor | float = 1.0, centre: float = 0.0) -> Tensor:
+    """`(1 - centre) / N + gain (A - 1/N)` of softmax maps A `[B, H, N, N]`; gain: one number, or `[H]`."""
+    if is_plain(gain, centre):
+        return maps
+    uniform = 1 / maps.shape[-1]
+    gain = gain[:, None, None] if isinstance(gain, Tensor) else gain
+    return (1 - centre) * uniform + gain * (maps - uniform)
 
 
 def mix_heads(maps: Tensor, mix: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -108,9 +110,6 @@ def reattention(q: Tensor, k: Tensor, v: Tensor, mix: Tensor | None = None, bias
     Returns:
         `[B, H, N, d]`.
     """
-    maps = softmax_maps(q, k, scale)
-    if not is_plain(gain, centre):
-        maps = contrast(maps, gain, centre)
-    maps = F.dropout(maps, dropout_p, training)
+    maps = F.dropout(contrast(softmax_maps(q, k, scale), gain, centre), dropout_p, training)
     return exchange_heads(maps, mix, bias, norm=norm, map_scale=map_scale, training=training,
                           norm_batch=norm_batch) @ v
