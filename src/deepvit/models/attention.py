@@ -220,7 +220,10 @@ class SelfAttention(Attention):
 
 
 class ReAttention(SelfAttention):
-    """Re-attention: the softmax maps mixed over heads by Theta, then BatchNorm over heads (arXiv:2103.11886, eq. 3)."""
+    """Re-attention: the softmax maps mixed over heads by Theta, then BatchNorm over heads (arXiv:2103.11886, eq. 3).
+
+    All arguments are `SelfAttention`'s: theta_init, norm_eps, norm_batch, head_dim, qk_scale, attn_drop ...
+    """
 
     def __init__(self, dim: int, num_heads: int = 8, mix: bool | Literal["frozen"] = True,
                  norm: bool | Literal["frozen"] = True, **kwargs):
