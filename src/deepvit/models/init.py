@@ -51,7 +51,7 @@ def init_weights(model: nn.Module, seed: int | None = None, std: float = STD, mi
         seed: of the parameters' streams; None: drawn.
     """
     seed = draw_seed() if seed is None else seed
-    device = next(model.parameters()).device
+    device = next(model.parameters(), torch.empty(0)).device
     modules = [(module, partial(stream, seed, path, device)) for path, module in model.named_modules()]
     for module, draws in modules:
         _start(module, draws, std)
