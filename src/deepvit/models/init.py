@@ -16,8 +16,8 @@ Stream = Callable[[str], Generator | None]  # name of a parameter -> its own gen
 
 
 def draw_seed() -> int:
-    """A seed from torch's generator: one number, whatever is built with it."""
-    return int(torch.randint(2**31, (), device="cpu"))
+    """A seed from torch's generator: one number, whatever is built with it; on the meta device, where is nothing, none."""
+    return 0 if torch.get_default_device().type == "meta" else int(torch.randint(2**31, (), device="cpu"))
 
 
 def stream(seed: int, path: str, device: torch.device, name: str) -> Generator | None:
