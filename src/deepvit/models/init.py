@@ -16,7 +16,7 @@ Stream = Callable[[str], Generator | None]  # name of a parameter -> its own gen
 
 
 def draw_seed() -> int:
-    """A seed from torch's generator: one number, whatever is built with it; on the meta device, where is nothing, none."""
+    """One number from torch's generator, whatever is built with it; on the meta device, where nothing is drawn, none."""
     return 0 if torch.get_default_device().type == "meta" else int(torch.randint(2**31, (), device="cpu"))
 
 
