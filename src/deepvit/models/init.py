@@ -16,7 +16,7 @@ Stream = Callable[[str], Generator | None]  # name of a parameter -> its own gen
 
 
 def draw_seed() -> int:
-    """One number from torch's generator, whatever is built with it; on the meta device, where nothing is drawn, none."""
+    """A number of torch's generator, whatever is built with it; none on the meta device, where nothing is drawn."""
     return 0 if torch.get_default_device().type == "meta" else int(torch.randint(2**31, (), device="cpu"))
 
 
