@@ -30,12 +30,12 @@ import resource
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.special import stdtr, stdtrit
+
+from deepvit.report.statistics import equivalence
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = {"lr": 1e-3, "weight_decay": 0.05, "warmup_lr": 1e-6, "min_lr": 1e-5}
@@ -53,28 +53,12 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-@dataclass(frozen=True)
-class Equivalence:
-    """Of two means: `difference` with its 90 % interval, and the larger p of the two one-sided tests."""
-
-    difference: float
-    low: float
-    high: float
-    p: float
-
-
-def equivalence(first: Sequence[float], second: Sequence[float], margin: float) -> Equivalence:
-    """Two one-sided t-tests that the means differ by less than `margin` (D. J. Schuirmann, J. Pharmacokinet. Biopharm.
-    15, 1987), with Welch's degrees of freedom. Each sample has two values or more."""
+def difference(first: Sequence[float], second: Sequence[float]) -> tuple[float, float, float]:
+    """Of two means: itself, its standard error, and Welch's degrees of freedom. Each sample has two values or more."""
     a, b = (np.asarray(values, float) for values in (first, second))
     parts = [values.var(ddof=1) / len(values) for values in (a, b)]
-    error, difference = float(np.sqrt(sum(parts))), float(a.mean() - b.mean())
-    if error == 0:
-        return Equivalence(difference, difference, difference, float(abs(difference) >= margin))
-    freedom = sum(parts) ** 2 / sum(part**2 / (len(values) - 1) for part, values in zip(parts, (a, b), strict=True))
-    half = float(stdtrit(freedom, 0.95)) * error
-    p = float(stdtr(freedom, (abs(difference) - margin) / error))
-    return Equivalence(difference, difference - half, difference + half, p)
+    scale = sum(part**2 / (len(values) - 1) for part, values in zip(parts, (a, b), strict=True))
+    return float(a.mean() - b.mean()), float(np.sqrt(sum(parts))), sum(parts) ** 2 / scale if scale else 1.0
 
 
 def subset(source: Path, folder: Path, counts: dict[str, int | None]) -> None:
@@ -166,9 +150,10 @@ def table(rows: Sequence[dict[str, Any]], margin: float) -> str:
                          if row["trainer"] == name] for name in TRAINERS)
         if min(len(theirs), len(ours)) < 2:
             return "Two seeds of each trainer are needed for a table."
-        found = equivalence(ours, theirs, bound or 0.0)
+        mean, error, freedom = difference(ours, theirs)
+        found = equivalence(mean, error, freedom, bound or 0.0)
         lines.append(f"| {title} | {_spread(theirs, digits)} | {_spread(ours, digits)} | "
-                     f"{found.difference:+.{digits}f} ({found.low:+.{digits}f} to {found.high:+.{digits}f}) | "
+                     f"{mean:+.{digits}f} ({found.low:+.{digits}f} to {found.high:+.{digits}f}) | "
                      f"{f'{found.p:.3g} (margin {bound:g})' if bound else ''} |")
         if place == 2:
             verdict = "lies" if found.p < 0.05 else "does not lie"

@@ -25,6 +25,7 @@ from deepvit.config.provenance import choices_of
 from deepvit.config.run_name import as_typed
 from deepvit.config.sweep_record import FOLDER, SweepRecord
 from deepvit.errors import DONE, FAILED, STOPPED, UserError
+from deepvit.report.contrasts import read_plan
 from deepvit.run.console import say
 from deepvit.run.launch import joined
 
@@ -42,13 +43,18 @@ class Refused(BaseException):
 
 
 class Recorder(Callback):
-    """Hydra's callback in the process that starts a sweep. `record` reaches each cell through its config, wherever a
-    launcher runs it: path and session of the sweep's record."""
+    """Hydra's callback in the process that starts a sweep.
+
+    Args:
+        record: path and session of the sweep's record; it reaches each cell through its config, wherever it runs.
+        statistics: the sweep's contrasts (`deepvit.report.contrasts`), which its record keeps for the report.
+    """
 
     opened: ClassVar["OpenSweep | None"] = None  # by this process
 
-    def __init__(self, record: Sequence[str] | None = None):
+    def __init__(self, record: Sequence[str] | None = None, statistics: DictConfig | None = None):
         self.record = record
+        self.statistics = statistics
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         try:
@@ -78,6 +84,9 @@ def _open(config: DictConfig) -> OpenSweep:
     digest = hashlib.sha256(os.fsencode("\n".join(sorted(word for word in typed if not word.startswith(UNHASHED)))))
     name = f"{sweep or 'cells'}-{digest.hexdigest()[:8] if is_kept else session}.jsonl"
     record = SweepRecord(folder / FOLDER / name, session)
+    statistics = OmegaConf.to_container(hydra.callbacks.sweep).get("statistics")
+    if statistics:
+        read_plan(statistics)
     with open_dict(config):
         hydra.overrides.hydra.append(f"hydra.callbacks.sweep.record=[{in_quotes(str(record.path.absolute()))},"
                                      f"'{record.session}']")
@@ -86,7 +95,7 @@ def _open(config: DictConfig) -> OpenSweep:
             hydra.overrides.hydra.append("hydra.sweep.subdir=${run_folder:'',true}")
     cells = _cells(typed) if hydra.sweeper._target_ == BASIC else []
     shared, described = _described(config, cells) if is_kept else ({}, [])
-    record.open(shlex.join(["deepvit", hydra.job.config_name, *sys.argv[1:]]), sweep, described, shared)
+    record.open(shlex.join(["deepvit", hydra.job.config_name, *sys.argv[1:]]), sweep, described, shared, statistics)
     return OpenSweep(record, len(cells), is_kept)
 
 

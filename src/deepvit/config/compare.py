@@ -1,6 +1,6 @@
 """Two configs side by side: which settings differ, and which of them matter."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 # Settings that change no result: in no run's name, and not compared when a run is continued.
@@ -15,6 +15,13 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield from flat(value, f"{prefix}{name}.")
         else:
             yield prefix + str(name), value
+
+
+def normal(value: Any) -> Any:
+    """A setting's one form: `3.0` -> `3`, in lists too."""
+    if isinstance(value, list):
+        return [normal(one) for one in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def nested(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -47,3 +54,19 @@ def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tupl
     pairs = {name: (old.get(name), new.get(name)) for name in sorted({*old, *new})}
     return {name: pair for name, pair in pairs.items()
             if pair[0] != pair[1] and (name in old and name in new or any(pair))}
+
+
+def labels(configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What tells flat configs apart, in three words at most: `self`, `reattention, seed 1`; empty where all agree."""
+    names = [name for name in dict.fromkeys(name for config in configs for name in config) if not has_no_effect(name)
+             and any(normal(config.get(name)) != normal(configs[0].get(name)) for config in configs)]
+    if "model.attention.name" in names:
+        names = [name for name in names if not name.startswith("model.attention.") or name.endswith(".name")]
+    names.sort(key=lambda name: (name != "model.attention.name", name != "model.depth", name == "seed"))
+    return [", ".join(_in_words(name, normal(config.get(name))) for name in names[:3]) for config in configs]
+
+
+def _in_words(name: str, value: Any) -> str:
+    if name == "model.attention.name":
+        return str(value)
+    return f"{value} blocks" if name == "model.depth" else f"{name.rpartition('.')[2]} {value}"

@@ -28,11 +28,13 @@ class SweepRecord:
     session: str
 
     def open(self, command: str, sweep: str | None, cells: Sequence[Mapping[str, Any]],
-             shared: Mapping[str, Any]) -> None:
+             shared: Mapping[str, Any], statistics: Mapping[str, Any] | None = None) -> None:
         """The first line: `cells` have their `overrides` and, where known, `folder` and (flat) `settings`; empty where
-        the sweeper decides as it goes. `shared`: the settings that all cells have."""
+        the sweeper decides as it goes. `shared`: the settings that all cells have. `statistics`: the contrasts
+        that its results are for (`deepvit.report.contrasts`)."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._append({"command": command, "sweep": sweep, "shared": shared, "cells": cells})
+        self._append({"command": command, "sweep": sweep, "shared": shared, "cells": cells,
+                      "statistics": statistics})
 
     def add(self, number: int, overrides: Sequence[str], code: int, sentence: str, folder: Path, value: Any) -> None:
         """How cell `number` ended: exit code, what was said, where it ran, what it found."""

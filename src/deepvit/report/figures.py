@@ -4,7 +4,9 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
 
+from deepvit.report.contrasts import plan_of
 from deepvit.report.curves import blocks_picture, curves_picture
+from deepvit.report.forest import forest_picture
 from deepvit.report.grid import Cell, Grid
 from deepvit.report.picture import Picture, brief, legend, look, unit_range
 from deepvit.report.published import Published, entries
@@ -21,7 +23,7 @@ from deepvit.report.tables import (
 
 def pictures(grid: Grid, threshold: float, prefix: str = "") -> list[Picture]:
     """What can be drawn of a grid; nothing of one without a finished or begun run."""
-    drawn = []
+    drawn = [forest_picture(grid, prefix)] if plan_of(grid) else []
     if any(cell.finished for cell in grid.cells):
         drawn.append(depth_picture(grid, threshold, prefix))
     if any(run.lines for run in grid.runs):

@@ -1,30 +1,34 @@
 """Which runs belong in one table, what its axes are, and which of its runs are missing."""
 
-import json
-from collections import defaultdict
+import re
+from collections import Counter, defaultdict
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from deepvit.report.runs import Run
+from deepvit.config.compare import normal
+from deepvit.report.runs import Run, Sweep, without_paths
 
+WIDEST = 3  # settings beside depth, attention and seed in which runs that were started alone may differ in one table
 # Settings that change no result, or that another one repeats.
 NOT_COMPARED = ("engine.", "probe.", "fresh", "dry", "logger", "seed", "data.root", "data.workers",
                 "data.eval_batch_size", "data.in_memory_mb", "data.max_bad", "data.on_error", "data.decoder",
-                "data.img_size", "data.on_device", "model.num_classes", "model.depth", "model.attention.")
+                "data.img_size", "data.on_device", "model.num_classes")
 NAMED_GROUPS = ("augment", "precision")
 ATTENTION_ORDER = ("self", "norm_only", "reattention_fc", "reattention", "reattention_identity", "reattention_ln")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """All seeds of one configuration. `extras`: the values of the table's further columns."""
+    """All seeds of one configuration. `extras`: the values of the table's further columns; `settings`: of all that
+    differ in the table."""
 
     depth: int
     attention: str
     extras: tuple[Any, ...]
     runs: tuple[Run, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def finished(self) -> list[Run]:
@@ -39,23 +43,28 @@ class Cell:
 
 @dataclass(frozen=True)
 class Grid:
-    """Runs of one data set and recipe.
+    """Runs of one experiment.
 
     Args:
         extras: names of the settings that differ beside depth, attention and seed.
+        followers: of each of `extras` the settings that always change together with it.
         shared: what all runs have in common, flat.
+        label: what tells the experiment from others of the same data and recipe.
     """
 
     data: str
     recipe: str | None
     extras: tuple[str, ...]
+    followers: Mapping[str, Sequence[str]]
     cells: list[Cell]
     shared: dict[str, Any] = field(repr=False)
     duplicates: list[str] = field(default_factory=list)
+    sweep: Sweep | None = None
+    label: str = ""
 
     @property
     def name(self) -> str:
-        return f"{self.data}, recipe {self.recipe or 'not recorded'}"
+        return f"{self.data}, recipe {self.recipe or 'not recorded'}{self.label and f', {self.label}'}"
 
     @cached_property
     def runs(self) -> list[Run]:
@@ -72,47 +81,106 @@ class Grid:
 
 
 def grids(runs: Sequence[Run]) -> list[Grid]:
-    """One grid for each data set and recipe: results of different ones do not compare."""
-    groups: dict[tuple[str, str], list[Run]] = defaultdict(list)
+    """One grid for each experiment: a sweep file's runs, or runs of the same data and recipe started by hand (alone or
+    as cells of a command) while they differ in few settings."""
+    started: dict[tuple[str, ...], list[Run]] = defaultdict(list)
     for run in runs:
-        groups[data_name(run.config["data"]), run.origin.get("recipe") or ""].append(run)
-    return [_grid(data, recipe or None, group) for (data, recipe), group in sorted(groups.items())]
+        started[_where_from(run)].append(run)
+    found: list[list[Run]] = []
+    for (*of, name, _), group in sorted(started.items()):
+        home = next((other for other in found if _where_from(other[0])[:3] == (*of, "") and not name
+                     and _fit(other, group)), None)
+        if home is None:
+            found.append(group)
+        else:
+            home += group
+    return _labelled([_grid(group) for group in found])
+
+
+def _where_from(run: Run) -> tuple[str, str, str, str]:
+    """Data, recipe, sweep file, and what was started."""
+    data = run.config["data"]
+    return (f"{data_name(data)} {data.get('root') if data['source'] in ('folder', 'timm') else ''}",
+            run.origin.get("recipe") or "", run.sweep and run.sweep.name or "",
+            run.sweep.key if run.sweep else run.place)
+
+
+def _fit(first: Sequence[Run], second: Sequence[Run]) -> bool:
+    """Whether two groups differ from each other in no more than is readable, or than one of them does by itself."""
+    return len(_differing([*first, *second])) <= max(WIDEST, len(_differing(first)), len(_differing(second)))
 
 
 def data_name(data: Mapping[str, Any]) -> str:
-    """Which pictures: the built-in sets by name, folders by where they are."""
+    """Which images: the built-in sets by name, folders by theirs."""
     parts = [data["source"]]
     if data["source"] in ("folder", "timm"):
-        parts += [str(data[key]) for key in ("name", "root") if data.get(key)]
+        parts += [str(data[key]).rstrip("/").rpartition("/")[2] for key in ("name", "root") if data.get(key)]
     if data.get("classes"):
         parts.append(data["classes"] if isinstance(data["classes"], str) else f"first {data['classes']} classes")
     return " ".join(parts)
 
 
-def _grid(data: str, recipe: str | None, runs: Sequence[Run]) -> Grid:
-    compared = _compared(runs)
+def _labelled(made: Sequence[Grid]) -> list[Grid]:
+    """Those of the same data and recipe by their sweep's file, or by what was typed for all of their runs."""
+    same = Counter((grid.data, grid.recipe) for grid in made)
+    labels = [f"sweep {grid.sweep.name}" if grid.sweep and grid.sweep.name else
+              _typed(grid.runs) if same[grid.data, grid.recipe] > 1 else "" for grid in made]
+    named = [replace(grid, label=label) for grid, label in zip(made, labels)]
+    seen = Counter()
+    for index, grid in enumerate(named):
+        seen[grid.name] += 1
+        if seen[grid.name] > 1:
+            named[index] = replace(grid, label=f"{grid.label} ({seen[grid.name]})".strip())
+    return named
+
+
+def _typed(runs: Sequence[Run]) -> str:
+    """The settings given for all of `runs` on their command lines."""
+    first, *others = [run.origin.get("overrides", ()) for run in runs]
+    words = [word for word in first if all(word in other for other in others)
+             and not re.match(r"(\+*)(recipe|data|seed|engine|probe|logger|fresh|hydra)\b", word)]
+    return without_paths(" ".join(words))
+
+
+def _grid(runs: Sequence[Run]) -> Grid:
+    compared = compared_settings(runs)
     names = list(dict.fromkeys(name for settings in compared for name in settings))
-    differing = [name for name in names if len({_text(settings.get(name)) for settings in compared}) > 1]
-    shared = {name: compared[0].get(name) for name in names if name not in differing}
-    columns = _merged(differing, compared)
-    labels = _attention_labels(runs)
+    varying = _differing(runs)
+    typed = {word.lstrip("+").split("=")[0] for run in runs for word in run.origin.get("overrides", ())}
+    columns = [sorted(column, key=lambda name: name not in typed) for column in merged(varying, compared)]
     found: dict[tuple, list[Run]] = defaultdict(list)
-    duplicates = []
-    for run, settings, attention in zip(runs, compared, labels):
-        key = (run.config["model"]["depth"], attention, tuple(_value(column, settings) for column in columns))
+    settings_of, duplicates = {}, []
+    for run, settings, attention in zip(runs, compared, _attention_labels(runs)):
+        key = (run.config["model"]["depth"], attention, tuple(_value(settings.get(column[0])) for column in columns))
         twin = next((other for other in found[key] if other.config.get("seed") == run.config.get("seed")), None)
+        settings_of[key] = {name: settings.get(name) for name in varying}
         if twin is None:
             found[key].append(run)
         elif not run.is_missing:
-            duplicates.append(f"{run.path} repeats {twin.path} (same settings and seed); it is left out.")
-    extras = tuple(" / ".join(_short(name) for name in column) for column in columns)
-    return Grid(data, recipe, extras, _cells(found), shared, duplicates)
+            duplicates.append(f"{run.place} repeats {twin.place} (same settings and seed); it is left out.")
+    extras = tuple(_short(column[0]) for column in columns)
+    return Grid(data_name(runs[0].config["data"]), runs[0].origin.get("recipe"), extras,
+                {extra: column[1:] for extra, column in zip(extras, columns)},
+                [Cell(*key, runs=tuple(sorted(found[key], key=lambda run: run.config.get("seed", 0))),
+                      settings=settings_of[key]) for key in sorted(found, key=_order)],
+                {name: compared[0].get(name) for name in names if name not in differing(compared)}, duplicates, runs[-1].sweep)
 
 
-def _compared(runs: Sequence[Run]) -> list[dict[str, Any]]:
+def _differing(runs: Sequence[Run]) -> list[str]:
+    """Settings beside depth, attention and seed in which runs differ."""
+    return [name for name in differing(compared_settings(runs))
+            if not name.startswith(("model.depth", "model.attention."))]
+
+
+def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    names = dict.fromkeys(name for one in settings for name in one)
+    return [name for name in names if any(one.get(name) != settings[0].get(name) for one in settings)]
+
+
+def compared_settings(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """The settings that make a difference, of each run. A group of settings goes by its name where all tell theirs."""
-    compared = [{name: value for name, value in run.settings.items()
-                 if not name.startswith(NOT_COMPARED) or name == "model.attention"} for run in runs]
+    compared = [{name: value for name, value in run.settings.items() if not name.startswith(NOT_COMPARED)}
+                for run in runs]
     typed = {word.lstrip("+").split("=")[0] for run in runs for word in run.origin.get("overrides", ())}
     for group in NAMED_GROUPS:
         names = [run.origin.get("choices", {}).get(group) for run in runs]
@@ -125,30 +193,25 @@ def _by_name(group: str, names: Sequence[str], compared: Sequence[dict[str, Any]
              ) -> list[dict[str, Any]]:
     """`group` as the chosen name, and beside it what was typed or differs between runs of one name."""
     keys = {key for settings in compared for key in settings if key.startswith(f"{group}.")} - {*typed}
-    told = {key for key in keys if len({(name, _text(settings.get(key)))
+    told = {key for key in keys if len({(name, str(settings.get(key)))
                                         for name, settings in zip(names, compared)}) == len({*names})}
     return [{**{key: value for key, value in settings.items() if key not in told}, group: name}
             for name, settings in zip(names, compared)]
 
 
-def _text(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, default=str)
-
-
-def _merged(names: Sequence[str], settings: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    """Settings that always change together share a column (such as embed_dim / num_heads)."""
+def merged(names: Sequence[str], settings: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Settings that always change together share a column (such as embed_dim and num_heads)."""
     columns: dict[tuple[int, ...], list[str]] = {}
     for name in names:
-        values = [_text(setting.get(name)) for setting in settings]
+        values = [setting.get(name) for setting in settings]
         columns.setdefault(tuple(values.index(value) for value in values), []).append(name)
-    return [tuple(column) for column in columns.values()]
+    return [*columns.values()]
 
 
-def _value(column: Sequence[str], settings: Mapping[str, Any]) -> Any:
-    values = [settings.get(name) for name in column]
-    if len(values) == 1 and isinstance(values[0], int | float) and not isinstance(values[0], bool):
-        return values[0]
-    return " / ".join("–" if value is None else str(value) for value in values)
+def _value(value: Any) -> Any:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return value
+    return "–" if value is None else without_paths(str(value))
 
 
 def _short(name: str) -> str:
@@ -162,8 +225,7 @@ def _attention_labels(runs: Sequence[Run]) -> list[str]:
     labels = []
     for variant in variants:
         same = [other for other in variants if other["name"] == variant["name"]]
-        differing = [key for key in variant if len({_text(other.get(key)) for other in same}) > 1]
-        details = ", ".join(f"{key}={variant[key]}" for key in differing)
+        details = ", ".join(f"{key}={variant.get(key)}" for key in differing(same))
         labels.append(f"{variant['name']} ({details})" if details else variant["name"])
     return labels
 
@@ -172,12 +234,8 @@ def _attention(run: Run) -> dict[str, Any]:
     attention = run.config["model"]["attention"]
     if isinstance(attention, str):
         return {"name": attention}
-    return {"name": attention.get("name") or attention.get("class", "unnamed"), **attention}
-
-
-def _cells(found: Mapping[tuple, list[Run]]) -> list[Cell]:
-    return [Cell(*key, runs=tuple(sorted(found[key], key=lambda run: run.config.get("seed", 0))))
-            for key in sorted(found, key=_order)]
+    return {"name": attention.get("name") or attention.get("class", "unnamed"),
+            **{name: normal(value) for name, value in attention.items() if name != "name"}}
 
 
 def _order(key: tuple[int, str, tuple]) -> tuple:

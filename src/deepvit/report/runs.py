@@ -6,16 +6,26 @@ import os
 import re
 import socket
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from deepvit.config.compare import flat
+from deepvit.config.compare import flat, normal
 from deepvit.config.sweep_record import FOLDER, missing_cells, read_lines
 from deepvit.errors import UserError
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What its record tells. `key`: the same for all starts of a sweep file, or of a command without one;
+    `statistics`: the contrasts of the last start, as they were given."""
+
+    key: str
+    name: str | None
+    statistics: Mapping[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -23,6 +33,7 @@ class Run:
     """A run folder's content.
 
     Args:
+        place: the folder as the report names it.
         config: the resolved config, nested; `settings` has it flat.
         result: `metrics.json`, empty unless the run is finished.
         lines: the whole lines of `metrics.jsonl`.
@@ -35,10 +46,16 @@ class Run:
     result: Mapping[str, Any]
     lines: list[dict[str, Any]] = field(repr=False)
     state: str
+    place: str = ""
+    sweep: Sweep | None = None
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        return dict(flat({name: value for name, value in self.config.items() if name != "origin"}))
+        return {name: normal(value) for name, value in flat(self.config) if not name.startswith("origin")}
+
+    def chosen(self, name: str) -> Any:
+        """A setting's value (`model.depth`), or what was chosen of a group (`model/attention`)."""
+        return self.settings[name] if name in self.settings else self.origin.get("choices", {}).get(name)
 
     @property
     def origin(self) -> Mapping[str, Any]:
@@ -89,32 +106,55 @@ def read_runs(paths: Iterable[Path]) -> tuple[list[Run], list[str]]:
     Raises:
         UserError: a path is missing, or there is no readable run in any.
     """
-    paths, folders, runs, problems = [*map(Path, paths)], [], [], []
-    for path in paths:
-        if not path.exists():
-            raise UserError(f"{path} does not exist: give run folders, or a folder above them such as runs/.")
-        folders += _run_folders(path, problems)
-    for folder in dict.fromkeys(folder.resolve() for folder in folders):
-        try:
-            runs.append(read_run(folder))
-        except UserError as error:
-            problems.append(str(error))
-    if not runs:
+    tops, runs, problems = [Path(path) for path in paths], {}, []
+    for top in tops:
+        if not top.exists():
+            raise UserError(f"{top} does not exist: give run folders, or a folder above them such as runs/.")
+    records = _records(tops)
+    sweeps = _sweeps(records)
+    for top in map(Path.resolve, tops):
+        for folder in _run_folders(top, problems):
+            try:
+                runs[folder] = replace(read_run(folder), place=_place(folder, top), sweep=sweeps.get(folder))
+            except UserError as error:
+                problems.append(_place(error, top))
+        missing = [cell for record in records for cell in missing_cells(record) if cell.folder.is_relative_to(top)]
+        for cell in missing:
+            reason = f" ({cell.sentence.rstrip('.')})" if cell.sentence else ""
+            runs[cell.folder] = Run(cell.folder, cell.config, {}, [], f"missing{reason}", _place(cell.folder, top),
+                                    sweeps.get(cell.folder))
+    if all(run.is_missing for run in runs.values()):
         why = " ".join(problems) or "No config.yaml was found there or below."
-        raise UserError(f"No runs to report in {', '.join(map(str, paths))}. {why}")
-    return [*runs, *_missing_runs(paths)], problems
+        raise UserError(f"No runs to report in {', '.join(map(str, tops))}. {why}")
+    return [*runs.values()], [*dict.fromkeys(problems)]
 
 
-def _missing_runs(paths: Iterable[Path]) -> Iterator[Run]:
-    """Cells below `paths` that a sweep was to run, from the sweeps' own records there, below and above."""
-    tops = [path.resolve() for path in paths]
-    records = {record for top in tops for place in (top.rglob, *(above.glob for above in top.parents))
-               for record in place(f"{FOLDER}/*.jsonl")}
-    for record in sorted(records):
-        for cell in missing_cells(record):
-            if any(cell.folder.is_relative_to(top) for top in tops):
-                reason = f" ({cell.sentence.rstrip('.')})" if cell.sentence else ""
-                yield Run(cell.folder, cell.config, {}, [], f"missing{reason}")
+def _place(text: object, top: Path) -> str:
+    """Without the folders above `top`."""
+    return str(text).replace(f"{top.parent}/", "")
+
+
+def without_paths(text: str) -> str:
+    """`root=/mnt/me/flowers` -> `root=.../flowers`: where things lie on a machine concerns no reader."""
+    return re.sub(r"(?<![\w.])/(?:[^\s/'\"=,]+/)*([^\s/'\"=,]+)", r".../\1", text)
+
+
+def _records(tops: Iterable[Path]) -> list[Path]:
+    """Of sweeps: there, below and above."""
+    return sorted({record for top in map(Path.resolve, tops)
+                   for place in (top.rglob, *(above.glob for above in top.parents))
+                   for record in place(f"{FOLDER}/*.jsonl")})
+
+
+def _sweeps(records: Iterable[Path]) -> dict[Path, Sweep]:
+    """The sweep of each cell's folder; where it is in several, the one that was started last."""
+    starts = [(line["time"], record, line) for record in records for line in read_lines(record) if "cells" in line]
+    sweeps, folders = {}, {}
+    for _, record, line in sorted(starts, key=lambda start: start[:2]):
+        key = str(record.parent / (line["sweep"] or record.stem))
+        sweeps[key] = Sweep(key, line["sweep"], line.get("statistics"))
+        folders |= {record.parent.parent / cell["folder"]: key for cell in line["cells"] if cell.get("folder")}
+    return {folder: sweeps[key] for folder, key in folders.items()}
 
 
 def _run_folders(top: Path, problems: list[str]) -> list[Path]:

@@ -1,11 +1,11 @@
-"""Means over seeds, with what they leave open."""
+"""Means over seeds with what they leave open, and tests of paired differences."""
 
 import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scipy.special import stdtrit
+from scipy.special import stdtr, stdtrit
 
 
 @dataclass(frozen=True)
@@ -35,3 +35,39 @@ def summarise(values: Sequence[float | None]) -> Summary | None:
     std = statistics.stdev(values)
     half = float(stdtrit(len(values) - 1, 0.975)) * std / math.sqrt(len(values))
     return Summary(len(values), mean, std, mean - half, mean + half)
+
+
+@dataclass(frozen=True)
+class Equivalence:
+    """`low` to `high`: the 90 % interval of a mean; `p`: the larger of the two one-sided tests'."""
+
+    low: float
+    high: float
+    p: float
+
+
+def equivalence(mean: float, error: float, freedom: float, margin: float) -> Equivalence:
+    """Two one-sided t-tests that a mean lies within `margin` of 0 (D. J. Schuirmann, J. Pharmacokinet. Biopharm. 15,
+    1987).
+
+    Args:
+        error: standard error of the mean, with `freedom` degrees of freedom.
+    """
+    if error == 0:
+        return Equivalence(mean, mean, float(abs(mean) >= margin))
+    half = float(stdtrit(freedom, 0.95)) * error
+    return Equivalence(mean - half, mean + half, float(stdtr(freedom, (abs(mean) - margin) / error)))
+
+
+def p_of_no_difference(mean: float, error: float, freedom: float) -> float:
+    """Student's two-sided test that a mean is 0."""
+    return float(2 * stdtr(freedom, -abs(mean) / error)) if error else float(mean == 0)
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """Each p adjusted for the number of tests, step by step (S. Holm, Scand. J. Statist. 6, 1979)."""
+    adjusted, largest = [0.0] * len(ps), 0.0
+    for done, index in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
+        largest = max(largest, min(1.0, (len(ps) - done) * ps[index]))
+        adjusted[index] = largest
+    return adjusted

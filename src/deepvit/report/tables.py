@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from deepvit.report.contrasts import OUTCOMES, Finding, Plan, find, plan_of
 from deepvit.report.grid import Cell, Grid
 from deepvit.report.published import IMAGENET_VAL, Published, others, published_of, sources
 from deepvit.report.runs import Run
@@ -69,7 +70,55 @@ def _is_part_of_imagenet(run: Run) -> bool:
 def tables(grid: Grid, threshold: float) -> list[Table]:
     """The grid's results, the similarities behind them, and on ImageNet what others report."""
     more = [_others()] if grid.data == "imagenet" else []
-    return [_results(grid, threshold), _similarities(grid), _costs(grid), *more]
+    return [*_contrasts(grid), _results(grid, threshold), _similarities(grid), _costs(grid), *more]
+
+
+def _contrasts(grid: Grid) -> list[Table]:
+    """None where the sweep names none."""
+    plan = plan_of(grid)
+    if plan is None:
+        return []
+    findings = find(plan, grid.runs)
+    headers = ["contrast", "claim", "n", "points", "95 %", "p", "Holm", "90 %", "p equal", "log-loss", "verdict"]
+    rows = [[one.contrast.name, one.contrast.claim + " (primary)" * one.contrast.primary, str(len(one.points)), *_tests(one), one.verdict]
+            for one in findings]
+    unfinished = sum(not run.finished for cell in grid.cells for run in cell.runs)
+    notes = [f"{one.contrast.name}: {one.contrast.meaning}." + (
+        f" Left out, since a run is not finished: seed {', '.join(map(str, one.left_out))}." if one.left_out else "")
+        for one in findings]
+    notes += [_outcome(plan, grid), f"Differences are paired by seed, and the seed is the unit: n seeds, Student's "
+              f"intervals. p: of no difference; Holm: p of the claim, over the primary contrasts; 90 % and p equal: "
+              f"two one-sided tests of a difference of {plan.margin:g} points or more."]
+    notes += [f"An interim look: {unfinished} runs are not finished."] if unfinished else []
+    return [_without_empty(Table(f"Contrasts: {grid.name}", headers, rows, notes))]
+
+
+def _tests(one: Finding) -> list[str]:
+    loss = summarise([*one.losses.values()])
+    if not one.is_enough:
+        return [f"{one.difference.mean:+.2f}" if one.difference else NONE, *[NONE] * 5,
+                f"{loss.mean:+.3f}" if loss else NONE]
+    inner = one.equivalence
+    return [f"{one.difference.mean:+.2f}", _range(one.difference.low, one.difference.high, 2), _p(one.p_different),
+            NONE if one.adjusted is None else _p(one.adjusted), _range(inner.low, inner.high, 2), _p(inner.p),
+            f"{loss.mean:+.3f} ({_range(loss.low, loss.high, 3)})" if loss and loss.n > 1 else NONE]
+
+
+def _range(low: float, high: float, digits: int) -> str:
+    return f"{low:+.{digits}f} to {high:+.{digits}f}"
+
+
+def _p(p: float) -> str:
+    return f"{p:.3f}" if p >= 0.001 else "< 0.001"
+
+
+def _outcome(plan: Plan, grid: Grid) -> str:
+    """Of which weights and statistics the numbers are, as the runs recorded it."""
+    weights = dict.fromkeys(f"averaged weights (ema.decay={run.settings['ema.decay']})" if run.settings.get("ema.decay")
+                            else "raw weights" for run in grid.runs)
+    norms = dict.fromkeys("norms calibrated" if "uncalibrated_top1" in run.result and plan.outcome == "top1" else
+                          "norms as training left them" for run in grid.runs if run.finished)
+    return f"Outcome: {OUTCOMES[plan.outcome]}, {' or '.join(weights)}, {' or '.join(norms)}; second: log-loss."
 
 
 def _results(grid: Grid, threshold: float) -> Table:
@@ -83,32 +132,34 @@ def _results(grid: Grid, threshold: float) -> Table:
             for cell in grid.cells]
     notes = [f"similar: pairs of adjacent blocks whose maps have a mean similarity M above {threshold:g}, of depth - 1 "
              f"pairs; final: the maps that multiply the values, softmax: before heads are mixed and normalised. "
-             f"95 %: over seeds (t) for n > 1, else over the test pictures of the one run."]
+             f"95 %: over seeds (Student's t) for n > 2, over the test images for n = 1; n = 2: no interval worth "
+             f"reading."]
+    notes += [f"With {extra} changes: {', '.join(names)}." for extra, names in grid.followers.items() if names]
     return _without_empty(Table(f"Accuracy and similar blocks: {grid.name}", headers, rows,
-                                notes + _published_notes(grid)), ("status",))
+                                notes + _published_notes(grid)))
 
 
 def _similarities(grid: Grid) -> Table:
     headers = [*_axes(grid), *(f"{kind} {moment}" for kind in KINDS.values() for moment in MOMENTS.values())]
     rows = [[*_place(cell), *(_text(over_seeds(cell, lambda run, m=moment, k=kind: mean_similarity(run, m, k)), 2)
                               for kind in KINDS for moment in MOMENTS)] for cell in grid.cells if cell.finished]
-    return Table(f"Mean similarity M of adjacent blocks: {grid.name}", headers, rows, [
+    return _without_empty(Table(f"Mean similarity M of adjacent blocks: {grid.name}", headers, rows, [
         "final-1/N, softmax-1/N: of maps minus their uniform part. A norm over heads lowers M of the final maps "
-        "by construction: it does so untrained, before anything was learned."])
+        "by construction: it does so untrained, before anything was learned."]))
 
 
 def _costs(grid: Grid) -> Table:
-    headers = [*_axes(grid), "parameters", "GFLOP a picture", "images/s", "epochs", "device"]
+    headers = [*_axes(grid), "parameters", "GFLOP an image", "images/s", "epochs", "device"]
     rows = [[*_place(cell), *_counts(cell)] for cell in grid.cells if cell.finished]
-    return Table(f"Size and speed: {grid.name}", headers, rows, [
-        "GFLOP: forward, one picture. images/s: training, as these runs met their machines; not a benchmark."])
+    return _without_empty(Table(f"Size and speed: {grid.name}", headers, rows, [
+        "GFLOP: forward, one image. images/s: training, as these runs met their machines; not a benchmark."]))
 
 
 def _others() -> Table:
     rows = [[one.model, f"{one.img_size}", f"{one.top1:.1f} [{one.source}]", f"{one.params / 1e6:.0f}M",
              NONE if one.gflops is None else f"{one.gflops:g}", one.remark] for one in others()]
     named = dict.fromkeys(one.source for one in others())
-    headers = ["model", "pixels", "top-1 %", "parameters", "GFLOP a picture", "remark"]
+    headers = ["model", "pixels", "top-1 %", "parameters", "GFLOP an image", "remark"]
     return Table("Others' models, as others trained them", headers, rows,
                  [f"[{name}] {sources()[name]}." for name in named])
 
@@ -153,11 +204,13 @@ def _interval(cell: Cell) -> str:
 
 
 def interval(cell: Cell) -> tuple[float | None, float | None]:
-    """95 % interval of the top-1: of the mean over seeds, or of the one run's share of right pictures."""
+    """95 % interval of the top-1: of the mean over three seeds or more, or of the one run's share of right images."""
     summary = over_seeds(cell, of_result("top1"))
     if summary is None:
         return None, None
-    if summary.n > 1:
+    if summary.n == 2:
+        return None, None
+    if summary.n > 2:
         return max(summary.low, 0.0), min(summary.high, 100.0)
     result = cell.finished[0].result
     return result.get("top1_low"), result.get("top1_high")
@@ -172,7 +225,7 @@ def _millions(summary: Summary | None) -> str:
 def _published(cell: Cell, grid: Grid) -> list[str]:
     found = published_for(cell, grid)
     if not found:
-        return ["not in the paper" if grid.data == "imagenet" else f"not on {grid.data}", NONE]
+        return [NONE, NONE]
     top1 = over_seeds(cell, of_result("top1"))
     return [f"{found[0].top1:.2f} [{found[0].source}]", f"{top1.mean - found[0].top1:+.2f}" if top1 else NONE]
 
@@ -197,9 +250,8 @@ def _published_notes(grid: Grid) -> list[str]:
     return notes
 
 
-def _without_empty(table: Table, names: Sequence[str]) -> Table:
-    """Without those of the named columns that say nothing."""
-    kept = [index for index, header in enumerate(table.headers)
-            if header not in names or any(row[index] for row in table.rows)]
+def _without_empty(table: Table) -> Table:
+    """Without columns that say nothing."""
+    kept = [index for index in range(len(table.headers)) if any(row[index] not in ("", NONE) for row in table.rows)]
     return Table(table.title, [table.headers[index] for index in kept],
                  [[row[index] for index in kept] for row in table.rows], table.notes)

@@ -1,0 +1,205 @@
+"""Contrasts of a study, named in its sweep file before it runs: paired by seed, tested, and put into a word.
+
+    hydra:
+      callbacks:
+        sweep:
+          statistics:
+            outcome: top1      # of metrics.json
+            margin: 0.5        # points of top-1 within which two arms are called equivalent
+            contrasts:
+              mixing:
+                plus: {model/attention: reattention}    # settings or groups that choose runs, as on a command line
+                minus: {model/attention: norm_only}
+                at: {model.depth: 32}                   # of both; without it the mean over all depths
+                against: {model.depth: 16}              # an interaction: less the same difference there
+                claim: equal                            # or greater, less; default: different
+                primary: true                           # at most three
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from typing import Any
+
+from deepvit.config.compare import normal
+from deepvit.errors import UserError, did_you_mean
+from deepvit.report.grid import Grid, compared_settings, differing, merged
+from deepvit.report.runs import Run
+from deepvit.report.statistics import Equivalence, Summary, equivalence, holm, p_of_no_difference, summarise
+
+WHERE = "hydra.callbacks.sweep.statistics"
+OUTCOMES = {"top1": "top-1 of the last step", "uncalibrated_top1": "top-1 of the last step",
+            "best_top1": "the best top-1 of each run, chosen on the images that it is measured on"}
+CLAIMS = ("different", "greater", "less", "equal")
+LEVEL = 0.05
+MOST_PRIMARY = 3
+ENOUGH = 3  # seeds of which an interval says something
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """A difference of means, `plus` less `minus`, at the settings `at`; with `against` less the same difference there."""
+
+    name: str
+    plus: Mapping[str, Any]
+    minus: Mapping[str, Any]
+    at: Mapping[str, Any] = field(default_factory=dict)
+    against: Mapping[str, Any] = field(default_factory=dict)
+    claim: str = "different"
+    primary: bool = False
+
+    @property
+    def arms(self) -> list[tuple[int, dict[str, Any]]]:
+        """Sign and settings of each."""
+        arms = [(1, {**self.at, **self.plus}), (-1, {**self.at, **self.minus})]
+        return arms + [(-sign, {**arm, **self.against}) for sign, arm in arms if self.against]
+
+    @property
+    def meaning(self) -> str:
+        plus, minus, at, against = (", ".join(f"{name}={value}" for name, value in settings.items())
+                                    for settings in (self.plus, self.minus, self.at, self.against))
+        return f"{plus} minus {minus}{at and f', at {at}'}{against and f', less the same at {against}'}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    outcome: str
+    margin: float
+    contrasts: list[Contrast]
+
+    @property
+    def loss(self) -> str:
+        """The second outcome, of the same evaluation."""
+        return "uncalibrated_loss" if self.outcome.startswith("uncalibrated") else "loss"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What came of a contrast. `points`: the difference of each seed; `left_out`: seeds with a run missing;
+    `adjusted`: Holm's p, of the primary ones."""
+
+    contrast: Contrast
+    margin: float
+    points: Mapping[int, float]
+    losses: Mapping[int, float]
+    left_out: Sequence[int]
+    adjusted: float | None = None
+
+    @cached_property
+    def difference(self) -> Summary | None:
+        return summarise([*self.points.values()])
+
+    @cached_property
+    def is_enough(self) -> bool:
+        return len(self.points) >= ENOUGH
+
+    @cached_property
+    def p_different(self) -> float:
+        return p_of_no_difference(*self._student)
+
+    @property
+    def p(self) -> float:
+        """Of what the claim denies: no difference, or one of the margin or more."""
+        return self.equivalence.p if self.contrast.claim == "equal" else self.p_different
+
+    @cached_property
+    def equivalence(self) -> Equivalence:
+        return equivalence(*self._student, self.margin)
+
+    @property
+    def _student(self) -> tuple[float, float, int]:
+        n = self.difference.n
+        return self.difference.mean, self.difference.std / math.sqrt(n), n - 1
+
+    @property
+    def verdict(self) -> str:
+        if not self.is_enough:
+            return f"n = {len(self.points)}: no interval worth reading"
+        claim, mean = self.contrast.claim, self.difference.mean
+        is_sure = (self.p if self.adjusted is None else self.adjusted) < LEVEL
+        if claim == "equal" and is_sure:
+            return f"equal within {self.margin:g} points, as claimed"
+        if claim != "equal" and is_sure:
+            side = "greater" if mean > 0 else "less"
+            return side + {"different": "", side: ", as claimed"}.get(claim, ", against the claim")
+        if claim == "equal":
+            return "different, against the claim" if self.p_different < LEVEL else "undecided"
+        return f"equal within {self.margin:g} points" if self.equivalence.p < LEVEL else "undecided"
+
+
+def read_plan(given: Mapping[str, Any]) -> Plan:
+    """
+    Raises:
+        UserError: an unknown key or word, or more than three primary contrasts.
+    """
+    _refuse_unknown(given, ("outcome", "margin", "contrasts"), WHERE)
+    outcome, margin = given.get("outcome", "top1"), given.get("margin", 0.5)
+    if outcome not in OUTCOMES:
+        raise UserError(f"{WHERE}.outcome={outcome} is none: give one of {', '.join(OUTCOMES)}.")
+    if not isinstance(margin, int | float) or margin <= 0:
+        raise UserError(f"{WHERE}.margin={margin} is no margin: give points of top-1 above 0.")
+    contrasts = [_read_contrast(name, one) for name, one in (given.get("contrasts") or {}).items()]
+    if sum(one.primary for one in contrasts) > MOST_PRIMARY:
+        raise UserError(f"{WHERE}.contrasts has more than {MOST_PRIMARY} with primary: true; decide which carry the study.")
+    return Plan(outcome, margin, sorted(contrasts, key=lambda one: not one.primary))
+
+
+def _read_contrast(name: str, given: Mapping[str, Any]) -> Contrast:
+    where = f"{WHERE}.contrasts.{name}"
+    _refuse_unknown(given, [one.name for one in fields(Contrast)][1:], where)
+    for side in ("plus", "minus"):
+        if not given.get(side):
+            raise UserError(f"{where} has no {side}: give the settings of its runs, such as "
+                            f"{side}: {{model/attention: self}}.")
+    if given.get("claim", "different") not in CLAIMS:
+        raise UserError(f"{where}.claim={given['claim']} is none: give one of {', '.join(CLAIMS)}.")
+    return Contrast(name, **given)
+
+
+def _refuse_unknown(given: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    for key in given:
+        if key not in known:
+            raise UserError(f"There is no {where}.{key}.{did_you_mean(key, known)}")
+
+
+def plan_of(grid: Grid) -> Plan | None:
+    """As its sweep's record has it."""
+    return read_plan(grid.sweep.statistics) if grid.sweep and grid.sweep.statistics else None
+
+
+def find(plan: Plan, runs: Sequence[Run]) -> list[Finding]:
+    """The contrasts of a plan in the runs of its sweep."""
+    found = []
+    for contrast in plan.contrasts:
+        points, left_out = _paired(contrast, runs, plan.outcome)
+        found.append(Finding(contrast, plan.margin, points, _paired(contrast, runs, plan.loss)[0], left_out))
+    primary = [one for one in found if one.contrast.primary]
+    adjusted = holm([one.p if one.is_enough else 1.0 for one in primary])
+    return [replace(one, adjusted=p) for one, p in zip(primary, adjusted)] + found[len(primary):]
+
+
+def _paired(contrast: Contrast, runs: Sequence[Run], outcome: str) -> tuple[dict[int, float], list[int]]:
+    """The difference of each seed (the mean over what the contrast leaves open), and seeds that lack a run."""
+    seeds: dict[int, dict[tuple, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+    for run, place in zip(runs, _places(contrast, runs)):
+        for index, (_, arm) in enumerate(contrast.arms):
+            if all(run.chosen(name) == normal(value) for name, value in arm.items()):
+                value = run.result.get(outcome)
+                seeds[run.config.get("seed", 0)][place][index] = math.nan if value is None else value
+    everywhere = {place for places in seeds.values() for place in places}
+    signs = [sign for sign, _ in contrast.arms]
+    values = {seed: sum(sign * places.get(place, {}).get(index, math.nan) for place in everywhere
+                        for index, sign in enumerate(signs)) / len(everywhere) for seed, places in sorted(seeds.items())}
+    return ({seed: value for seed, value in values.items() if math.isfinite(value)},
+            [seed for seed, value in values.items() if not math.isfinite(value)])
+
+
+def _places(contrast: Contrast, runs: Sequence[Run]) -> list[str]:
+    """What tells runs apart beside the settings that the contrast names, and those that change with them."""
+    named = tuple(name.replace("/", ".") for _, arm in contrast.arms for name in arm)
+    compared = compared_settings(runs)
+    columns = [column for column in merged(differing(compared), compared)
+               if not any(name == one or name.startswith(f"{one}.") for name in column for one in named)]
+    return [str([settings.get(column[0]) for column in columns]) for settings in compared]

@@ -1,0 +1,43 @@
+"""The contrasts of a study as a forest plot."""
+
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+
+from deepvit.report.contrasts import Finding, find, plan_of
+from deepvit.report.grid import Grid
+from deepvit.report.picture import COLOURS, Picture
+from deepvit.report.statistics import summarise
+
+
+def forest_picture(grid: Grid, prefix: str) -> Picture:
+    """
+    Args:
+        grid: of a sweep that names contrasts.
+    """
+    plan = plan_of(grid)
+    findings = [one for one in find(plan, grid.runs) if one.points]
+    outcomes = [("difference in points of top-1", [one.points for one in findings], plan.margin),
+                ("difference in test log-loss", [one.losses for one in findings], None)]
+    return Picture(f"{prefix}contrasts", "Differences paired by seed: mean, 95 % interval from three seeds on, one hollow "
+                   f"dot a seed. Shaded: the margin of {plan.margin:g} points.",
+                   [lambda axes, o=outcome: _forest(axes, findings, *o) for outcome in outcomes])
+
+
+def _forest(axes: Axes, findings: Sequence[Finding], label: str, seeds: Sequence[dict[int, float]],
+            margin: float | None) -> None:
+    if margin:
+        axes.axvspan(-margin, margin, color="0.92", zorder=0)
+    axes.axvline(0, color="0.4", linewidth=0.8)
+    for row, (one, values) in enumerate(zip(findings, map(dict.values, seeds))):
+        colour = COLOURS[0] if one.contrast.primary else COLOURS[7]
+        axes.plot(values, [row] * len(values), "o", markersize=3, markerfacecolor="none", color=colour, alpha=0.6)
+        found = summarise([*values])
+        bounds = [[found.mean - found.low], [found.high - found.mean]] if found and one.is_enough else None
+        if found:
+            axes.errorbar(found.mean, row, xerr=bounds, fmt="D", capsize=4, markersize=6, color=colour)
+        axes.annotate(one.contrast.name + " (primary)" * one.contrast.primary, (0, row - 0.3), fontsize=8, va="bottom",
+                      xycoords=("axes fraction", "data"))
+    axes.set_ylim(len(findings) - 0.5, -0.8)
+    axes.set_yticks([])
+    axes.set_xlabel(label)

@@ -1,0 +1,129 @@
+"""Contrasts of a study: from the sweep file through its record to tests that are scipy's."""
+
+import json
+
+import numpy as np
+import pytest
+import yaml
+from scipy import stats
+from test_provenance import TINY
+from test_report import attention, make, template, the_grid  # noqa: F401  fixtures
+
+from deepvit.commands.main import main
+from deepvit.config.compare import flat
+from deepvit.config.sweep_record import SweepRecord, read_lines
+from deepvit.errors import BAD_INPUT, DONE, UserError
+from deepvit.report.contrasts import Contrast, Finding, find, read_plan
+from deepvit.report.statistics import holm
+
+PLAN = {"outcome": "top1", "margin": 0.5, "contrasts": {
+    "mixing": {"plus": {"model/attention": "reattention"}, "minus": {"model/attention": "norm_only"},
+               "claim": "equal", "primary": True},
+    "re-attention at 32": {"plus": {"model/attention": "reattention"}, "minus": {"model/attention": "self"},
+                           "at": {"model.depth": 32.0}, "claim": "greater", "primary": True},
+    "interaction": {"plus": {"model/attention": "reattention"}, "minus": {"model/attention": "self"},
+                    "at": {"model.depth": 32}, "against": {"model.depth": 16}, "claim": "greater"}}}
+ARMS = ("self", "norm_only", "reattention")
+
+
+@pytest.fixture
+def study(make, tmp_path):  # noqa: F811
+    """`study(seeds)`: runs of every arm at 16 and 32 blocks under a sweep's record, and their top-1 and log-loss."""
+    def runs_of(seeds: int, plan: dict = PLAN) -> dict[str, np.ndarray]:
+        draw = np.random.default_rng(0)
+        by_seed = draw.normal(0, 2, seeds)
+        top1 = {(arm, depth): 50 + by_seed + 2 * (arm != "self") + draw.normal(0, 0.2, seeds) + (depth == 32)
+                * (arm == "reattention") for arm in ARMS for depth in (16, 32)}
+        cells = []
+        for (arm, depth), values in top1.items():
+            for seed, value in enumerate(values):
+                folder = make(f"{arm}-{depth}-{seed}", model__depth=depth, model__attention=attention(arm), seed=seed,
+                              result={"top1": value, "loss": 2 - value / 100, "seed": seed})
+                config = yaml.safe_load((folder / "config.yaml").read_text())
+                config["origin"]["choices"]["model/attention"] = arm
+                (folder / "config.yaml").write_text(yaml.safe_dump(config))
+                cells.append({"overrides": [folder.name], "folder": str(folder.relative_to(tmp_path / "runs")),
+                              "settings": dict(flat(config))})
+        SweepRecord(tmp_path / "runs" / "sweeps" / "study-0.jsonl", "1").open("deepvit", "study", cells, {}, plan)
+        return top1
+    return runs_of
+
+
+def test_differences_are_paired_by_seed_and_the_seed_is_the_unit(study, tmp_path):
+    top1 = study(6)
+    mixing, at_32, interaction = find(read_plan(PLAN), the_grid(tmp_path / "runs").runs)
+    over_depths = [(top1["reattention", 16] + top1["reattention", 32]) / 2,
+                   (top1["norm_only", 16] + top1["norm_only", 32]) / 2]
+    paired = stats.ttest_rel(*over_depths)
+    assert mixing.p_different == pytest.approx(paired.pvalue)
+    assert (mixing.difference.low, mixing.difference.high) == pytest.approx(tuple(paired.confidence_interval(0.95)))
+    gap = over_depths[0] - over_depths[1]
+    assert mixing.equivalence.p == pytest.approx(max(stats.ttest_1samp(gap, -0.5, alternative="greater").pvalue,
+                                                     stats.ttest_1samp(gap, 0.5, alternative="less").pvalue))
+    assert (mixing.equivalence.low, mixing.equivalence.high) == pytest.approx(
+        tuple(stats.ttest_1samp(gap, 0).confidence_interval(0.9)))
+    gain = {depth: top1["reattention", depth] - top1["self", depth] for depth in (16, 32)}
+    assert at_32.p == pytest.approx(stats.ttest_1samp(gain[32], 0).pvalue)
+    assert [*interaction.points.values()] == pytest.approx(gain[32] - gain[16])
+    assert [*interaction.losses.values()] == pytest.approx((gain[16] - gain[32]) / 100)
+    assert [mixing.adjusted, at_32.adjusted] == pytest.approx(holm([mixing.p, at_32.p])) and interaction.adjusted is None
+    assert (at_32.verdict, interaction.verdict) == ("greater, as claimed", "greater, as claimed")
+    assert mixing.verdict == ("different, against the claim" if paired.pvalue < 0.05 else "undecided")
+
+
+def test_holm_steps_down():
+    """The example of Wright (Biometrics 48, 1992, table 1), by hand."""
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.5, 0.9]) == [1.0, 1.0] and holm([]) == []
+
+
+@pytest.mark.parametrize(("claim", "shift", "verdict"), [
+    ("equal", 0.0, "equal within 0.5 points, as claimed"), ("equal", 3.0, "different, against the claim"),
+    ("less", 3.0, "greater, against the claim"), ("greater", 3.0, "greater, as claimed"), ("different", -3.0, "less"),
+    ("greater", 0.0, "equal within 0.5 points")])
+def test_a_verdict_follows_from_the_tests(claim, shift, verdict):
+    points = {seed: shift + 0.2 * (-1) ** seed for seed in range(8)}
+    contrast = Contrast("one", {"model/attention": "norm_only"}, {"model/attention": "self"}, claim=claim)
+    assert Finding(contrast, 0.5, points, {}, []).verdict == verdict
+
+
+def test_the_report_of_a_study(study, tmp_path, capsys):
+    study(2)
+    next((tmp_path / "runs").rglob("reattention-32-1/metrics.json")).unlink()
+    assert main(["report", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert "n = 1: no interval" in said and "seed 1" in said and "interim" in said
+    assert (tmp_path / "out" / "figures" / "contrasts.png").exists()
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"outcom": "top1"}, "outcome"), ({"outcome": "accuracy"}, "uncalibrated_top1"), ({"margin": 0}, "margin"),
+    ({"contrasts": {"a": {"plus": {"seed": 1}}}}, "minus"),
+    ({"contrasts": {"a": {"plus": {"x": 1}, "minus": {"x": 2}, "claim": "same"}}}, "equal"),
+    ({"contrasts": {str(at): {"plus": {"x": 1}, "minus": {"x": 2}, "primary": True} for at in range(4)}}, "primary")])
+def test_a_plan_that_cannot_be_meant_is_refused(change, words):
+    with pytest.raises(UserError, match=words):
+        read_plan(change)
+
+
+def test_a_sweep_file_names_its_contrasts(run, tmp_path):
+    """As conf/sweep/study_dose.yaml does."""
+    path = tmp_path / "conf" / "sweep" / "study_dose.yaml"
+    path.parent.mkdir(parents=True)
+    params = dict(word.split("=") for word in TINY)
+    file = {"hydra": {"mode": "MULTIRUN", "sweep": {"dir": "runs/study"}, "callbacks": {"sweep": {"statistics": {
+        "margin": 0.5, "contrasts": {"the norm": {
+            "plus": {"model/attention": "norm_only"}, "minus": {"model/attention": "self"}, "primary": True}}}}},
+        "sweeper": {"params": {**params, "model/attention": "self,norm_only", "seed": "0,1"}}}}
+    path.write_text("# @package _global_\n" + yaml.safe_dump(file))
+    sweep = ["--config-dir", str(tmp_path / "conf"), "sweep=study_dose"]
+    assert run("train", "-m", *sweep)[0] == DONE
+    record, = (tmp_path / "runs/study/sweeps").glob("*.jsonl")
+    assert read_lines(record)[0]["statistics"] == file["hydra"]["callbacks"]["sweep"]["statistics"]
+    code, said, _ = run("report", "runs/study")
+    results = {path.parent.name: json.loads(path.read_text()) for path in (tmp_path / "runs").rglob("metrics.json")}
+    tops = {(one["attention"], one["seed"]): one["top1"] for one in results.values()}
+    mean = sum(tops["norm_only", seed] - tops["self", seed] for seed in (0, 1)) / 2
+    assert code == DONE and f"{mean:+.2f}" in said and "n = 2: no interval worth reading" in said
+    code, _, sentence = run("train", "-m", *sweep, "hydra.callbacks.sweep.statistics.margin=-1")
+    assert code == BAD_INPUT and "margin" in sentence
