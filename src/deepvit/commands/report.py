@@ -4,6 +4,7 @@ Imports neither torch nor the engine, so it starts at once and runs anywhere.
 """
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return _report(_parser().parse_args(arguments))
+    words = sys.argv[1:] if arguments is None else arguments
+    return _report(_parser().parse_args(words), shlex.join(["deepvit", "report", *words]))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -40,7 +42,7 @@ def _share(text: str) -> float:
     return value
 
 
-def _report(options: argparse.Namespace) -> int:
+def _report(options: argparse.Namespace, command: str) -> int:
     from deepvit.report.runs import read_runs
     from deepvit.report.write import write_report
     paths = options.runs or list(options.compare or [])
@@ -49,7 +51,7 @@ def _report(options: argparse.Namespace) -> int:
     runs, problems = read_runs(paths)
     pair, missing = _pair(options.compare or ())
     out = options.out or (paths[0] if paths[0].is_dir() else paths[0].parent) / "report"
-    for line in write_report(runs, problems, out, options.threshold, pair):
+    for line in write_report(runs, problems, out, options.threshold, pair, command):
         print(line)
     for sentence in dict.fromkeys(missing):
         print(f"--compare is left out: {sentence}", file=sys.stderr)

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 
-from deepvit.report.curves import CURVES, curve
-from deepvit.report.picture import COLOURS, Picture
-from deepvit.report.runs import Run
+from deepvit.config.compare import labels
+from deepvit.report.curves import CURVES, draw_curve
+from deepvit.report.picture import COLOURS, Picture, legend
+from deepvit.report.runs import Run, without_paths
 from deepvit.report.tables import NONE, Table, mean_similarity
 
 RESULTS = ("top1", "top5", "loss", "best_top1", "n", "params", "flops", "steps", "epochs", "images_per_s", "git")
@@ -22,10 +23,17 @@ def comparison(runs: Sequence[Run]) -> Table:
     rows += [[name, *(_text(run.result.get(name)) for run in runs)] for name in RESULTS]
     rows += [[f"mean M, {stage}, trained", *(_text(mean_similarity(run, "final", stage)) for run in runs)]
              for stage in ("final", "softmax")]
-    notes = [f"{letter}: {run.path}" for letter, run in zip("AB", runs)]
+    notes = [f"{letter}: {without_paths(str(run.path))}" for letter, run in zip("AB", runs)]
     if not names:
         notes.append("All settings are the same.")
-    return Table("Two runs compared", ["setting", "A", "B"], rows, notes)
+    rows = [[name, *map(without_paths, values)] for name, *values in rows if {*values} != {NONE}]
+    return Table("Two runs compared", ["setting", *_labels(runs)], rows, notes)
+
+
+def _labels(runs: Sequence[Run]) -> list[str]:
+    """`A: self`, `B: reattention`."""
+    return [f"{letter}{label and f': {without_paths(label)}'}"
+            for letter, label in zip("AB", labels([run.settings for run in runs]))]
 
 
 def _text(value: object) -> str:
@@ -35,13 +43,13 @@ def _text(value: object) -> str:
 
 
 def comparison_picture(runs: Sequence[Run]) -> Picture:
-    return Picture("compare", "Run A (solid) and run B (dashed).",
+    return Picture("compare", " and ".join(f"{label} ({style})" for label, style in zip(_labels(runs), ("solid", "dashed"))),
                    [lambda axes, n=name: _curves(axes, runs, n) for name in CURVES])
 
 
 def _curves(axes: Axes, runs: Sequence[Run], name: str) -> None:
-    for letter, run, colour, style in zip("AB", runs, COLOURS, ("-", "--")):
-        axes.plot(*curve(run, name), color=colour, linestyle=style, label=f"run {letter}")
+    for label, run, colour, style in zip(_labels(runs), runs, COLOURS, ("-", "--")):
+        draw_curve(axes, run, name, color=colour, linestyle=style, label=label)
     axes.set_xlabel("epoch")
     axes.set_ylabel(CURVES[name])
-    axes.legend()
+    legend(axes)

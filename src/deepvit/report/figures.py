@@ -1,5 +1,6 @@
 """The report's pictures of a grid, and the first of them: accuracy and similarity against depth."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
@@ -8,7 +9,7 @@ from deepvit.report.contrasts import plan_of
 from deepvit.report.curves import blocks_picture, curves_picture
 from deepvit.report.forest import forest_picture
 from deepvit.report.grid import Cell, Grid
-from deepvit.report.picture import Picture, brief, legend, look, unit_range
+from deepvit.report.picture import Picture, legend, look, unit_range
 from deepvit.report.published import Published, entries
 from deepvit.report.tables import (
     interval,
@@ -43,7 +44,7 @@ def depth_picture(grid: Grid, threshold: float, prefix: str) -> Picture:
     if any(similarity(run, "final", "final") for run in grid.runs):
         panels += [lambda axes: _similarity(axes, grid, axis, "final"),
                    lambda axes: _similarity(axes, grid, axis, "softmax")]
-    return Picture(f"{prefix}depth", f"Accuracy and mean similarity M of adjacent blocks against {brief(axis)}. "
+    return Picture(f"{prefix}depth", f"Accuracy and mean similarity M of adjacent blocks against {axis}. "
                    f"Filled: trained; hollow, dotted: untrained. Bars: 95 %.", panels)
 
 
@@ -65,8 +66,7 @@ def _series(grid: Grid, axis: str) -> dict[str, list[Cell]]:
     lines: dict[str, list[Cell]] = {}
     for cell in grid.cells:
         parts = [cell.attention] if axis != "attention" else []
-        parts += [f"{brief(name)} {brief(name, value)}" for name, value in zip(grid.extras, cell.extras)
-                  if name != axis]
+        parts += cell.details(grid, but=axis)
         parts += [f"{cell.depth} blocks"] if axis != "depth" and len(grid.depths) > 1 else []
         lines.setdefault(", ".join(parts), []).append(cell)
     return lines
@@ -87,13 +87,13 @@ def _span(grid: Grid, axis: str) -> float:
 
 def _label_axis(axes: Axes, grid: Grid, axis: str) -> None:
     values = list(dict.fromkeys(_position(cell, grid, axis) for cell in grid.cells))
-    axes.set_xlabel("depth (blocks)" if axis == "depth" else brief(axis))
+    axes.set_xlabel("depth (blocks)" if axis == "depth" else axis)
     positions, margin = _positions(grid.cells, grid, axis), 0.06 * _span(grid, axis) or 0.5
     axes.set_xlim(min(positions) - margin, max(positions) + margin)  # room for cells that are not finished too
     if all(isinstance(value, int | float) for value in values):
         axes.set_xticks(values, [f"{value:g}" for value in values])
         return
-    words = [brief(axis, value) for value in values]
+    words = [textwrap.fill(str(value), 16) for value in values]
     slanted = max(map(len, words)) * len(words) > 40
     axes.set_xticks(range(len(words)), words, rotation=20 if slanted else 0, ha="right" if slanted else "center")
 

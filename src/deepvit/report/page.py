@@ -18,7 +18,18 @@ th { vertical-align: bottom; white-space: normal; min-width: 3.2rem; background:
 .left { text-align: left; } td.open { color: #9a3412; font-weight: 600; white-space: normal; min-width: 9rem; }
 .notes { font-size: .875rem; color: #424a53; padding-left: 1.2rem; } figure { margin: 1.5rem 0; }
 figure img { width: 100%; height: auto; } figcaption { font-size: .875rem; color: #424a53; }
-details { margin: .5rem 0; font-size: .875rem; } code { overflow-wrap: anywhere; }
+details { margin: .5rem 0; font-size: .875rem; } code, p, li { overflow-wrap: anywhere; }
+td.long { white-space: normal; min-width: 9rem; }
+@media (max-width: 700px) {
+  body { padding: .6rem; } table { font-size: .75rem; } th, td { padding: .2rem .35rem; }
+  th { min-width: 2.2rem; } td.long { min-width: 7rem; }
+}
+@media print {
+  @page { size: A4 landscape; margin: 12mm; }
+  body { max-width: none; padding: 0; font-size: 10pt; } .scroll { overflow: visible; } table { font-size: 7pt; }
+  th, td { padding: 1pt 3pt; min-width: 0; } td.long, td.open { min-width: 0; } tr, figure { break-inside: avoid; }
+  h2, h3 { break-after: avoid; } figure img { max-height: 170mm; object-fit: contain; }
+}
 """
 
 

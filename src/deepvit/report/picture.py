@@ -112,20 +112,6 @@ def legend(axes: Axes) -> None:
     axes.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2 if longest <= 24 else 1)
 
 
-def brief(name: str, value: object = None) -> str:
-    """Of settings that change together the first: `schedule.epochs / schedule.steps` -> `schedule.epochs ...`.
-
-    Args:
-        value: the column's, to be shortened as its name is; the first alone tells the cells apart.
-    """
-    if len(name) <= 24:
-        return str(name if value is None else value)
-    if value is not None:
-        return str(value).split(" / ")[0]
-    first, *others = name.split(" / ")
-    return f"{first} ..." if others else first
-
-
 def title(axes: Axes, text: str) -> None:
     axes.set_title(textwrap.fill(text, 52))
 

@@ -3,13 +3,19 @@
 import csv
 import html
 import io
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
+
+import rich.table
+from rich import box
+from rich.console import Console
 
 from deepvit.report.grid import Cell, Grid
 from deepvit.report.statistics import Summary
 from deepvit.report.tables import (
     KINDS,
     MOMENTS,
+    NONE,
     Table,
     interval,
     mean_similarity,
@@ -19,40 +25,54 @@ from deepvit.report.tables import (
     similar_blocks,
 )
 
-LEFT_ALIGNED = ("attention", "published", "status", "device", "setting", "A", "B")
+NUMBER = re.compile(r"[-+<]? ?\d|$|" + NONE)  # what begins so is set to the right
+
+
+def printed(headers: Sequence[str], rows: Sequence[Sequence[str]], shape: box.Box = box.SIMPLE_HEAD) -> str:
+    """A table as lines of text; for `box.MARKDOWN` as markdown.
+
+    Args:
+        headers: in a terminal broken into lines at spaces, so that columns are as narrow as they can be.
+    """
+    drawn = rich.table.Table(box=shape, pad_edge=shape is box.MARKDOWN)
+    right = [_is_number(row[index] for row in rows) for index in range(len(headers))]
+    for header, is_right in zip(headers, right, strict=True):
+        text = header if shape is box.MARKDOWN else header.replace(" ", "\n")
+        drawn.add_column(text, justify="right" if is_right else "left", vertical="bottom", no_wrap=True)
+    for row in rows:
+        drawn.add_row(*row)
+    console = Console(file=io.StringIO(), width=100_000, markup=False, emoji=False, highlight=False)
+    console.print(drawn)
+    lines = [line.rstrip() for line in console.file.getvalue().strip("\n ").split("\n")]
+    if shape is box.MARKDOWN:
+        marks = [f"{'-' * (len(rule) - is_right)}{':' * is_right}" for rule, is_right in zip(lines[1].split("|")[1:], right)]
+        lines[1] = f"|{'|'.join(marks)}|"
+    return "\n".join(lines)
+
+
+def _is_number(cells: Iterable[str]) -> bool:
+    return all(map(NUMBER.match, cells))
 
 
 def as_text(table: Table) -> str:
-    """For a terminal: headers broken into lines at spaces, columns as narrow as they can be."""
-    headers = [header.split(" ") for header in table.headers]
-    height = max(map(len, headers))
-    padded = [[""] * (height - len(words)) + words for words in headers]
-    lines = [list(line) for line in zip(*padded)]
-    widths = [max(len(row[index]) for row in [*lines, *table.rows]) for index in range(len(headers))]
-    drawn = [_line(line, widths, table.headers) for line in lines]
-    drawn += ["  ".join("-" * width for width in widths)]
-    drawn += [_line(row, widths, table.headers) for row in table.rows]
-    return "\n".join([table.title, *drawn])
-
-
-def _line(words: Sequence[str], widths: Sequence[int], headers: Sequence[str]) -> str:
-    return "  ".join(word.ljust(width) if header in LEFT_ALIGNED else word.rjust(width)
-                     for word, width, header in zip(words, widths, headers)).rstrip()
+    return f"{table.title}\n{printed(table.headers, table.rows)}"
 
 
 def as_markdown(table: Table) -> str:
-    def row(words: Sequence[str]) -> str:
-        return "| " + " | ".join(word.replace("|", "\\|") for word in words) + " |"
+    def escaped(words: Sequence[str]) -> list[str]:
+        return [word.replace("|", "\\|") for word in words]
 
-    ruler = row([":--" if header in LEFT_ALIGNED else "--:" for header in table.headers])
     notes = "\n".join(f"- {note}" for note in table.notes)
-    return "\n".join([f"### {table.title}", "", row(table.headers), ruler, *map(row, table.rows), "", notes, ""])
+    grid = printed(escaped(table.headers), [*map(escaped, table.rows)], box.MARKDOWN)
+    return f"### {table.title}\n\n{grid}\n\n{notes}\n"
 
 
 def as_html(table: Table) -> str:
+    left = [not _is_number(row[index] for row in table.rows) for index in range(len(table.headers))]
+
     def row(words: Sequence[str], tag: str) -> str:
-        cells = (f'<{tag}{_class(header, word)}>{html.escape(word)}</{tag}>'
-                 for header, word in zip(table.headers, words))
+        cells = (f'<{tag}{_class(header, word, is_left)}>{html.escape(word)}</{tag}>'
+                 for header, word, is_left in zip(table.headers, words, left))
         return f"<tr>{''.join(cells)}</tr>"
 
     notes = "".join(f"<li>{html.escape(note)}</li>" for note in table.notes)
@@ -61,13 +81,13 @@ def as_html(table: Table) -> str:
             f'<ul class="notes">{notes}</ul>')
 
 
-def _class(header: str, word: str) -> str:
-    names = ["left"] * (header in LEFT_ALIGNED) + ["open"] * (header == "status" != word)
+def _class(header: str, word: str, is_left: bool) -> str:
+    names = ["left"] * is_left + ["open"] * (header == "status" != word) + ["long"] * (len(word) > 24)
     return f' class="{" ".join(names)}"' if names else ""
 
 
 def as_csv(grids: Sequence[Grid], threshold: float) -> str:
-    """A row for each cell: plain numbers, a column for each mean, deviation, count and bound."""
+    """A row for each cell: plain numbers, a column for each setting, mean, deviation, count and bound."""
     rows = [_csv_row(grid, cell, threshold) for grid in grids for cell in grid.cells]
     names = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO()
@@ -78,8 +98,8 @@ def as_csv(grids: Sequence[Grid], threshold: float) -> str:
 
 
 def _csv_row(grid: Grid, cell: Cell, threshold: float) -> dict[str, object]:
-    row = {"data": grid.data, "recipe": grid.recipe, "depth": cell.depth, "attention": cell.attention,
-           **dict(zip(grid.extras, cell.extras)), "n": len(cell.finished), "status": cell.status or "finished",
+    row = {"data": grid.data, "recipe": grid.recipe, "experiment": grid.label, "depth": cell.depth, "attention": cell.attention,
+           **cell.settings, "n": len(cell.finished), "status": cell.status or "finished",
            "seeds": " ".join(str(run.config.get("seed")) for run in cell.finished)}
     row |= _summary_columns("top1", over_seeds(cell, of_result("top1")))
     row["top1_low"], row["top1_high"] = interval(cell)

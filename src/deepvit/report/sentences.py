@@ -1,17 +1,43 @@
 """What a table shows and what it does not, and the recipe its cells share."""
 
+from collections import Counter
+from collections.abc import Sequence
+
 from deepvit.report.grid import Grid
-from deepvit.report.runs import flat
+from deepvit.report.runs import flat, without_paths
+from deepvit.report.tables import of_result, over_seeds
 
 RECIPE = {  # what a reader asks for first, and how it is said
     "model.embed_dim": "width {}", "model.num_heads": "{} heads", "model.mlp_ratio": "MLP x {:g}",
-    "model.img_size": "pictures of {} pixels", "model.patch_size": "patches of {}", "model.stem": "{} stem",
+    "model.img_size": "images of {} pixels", "model.patch_size": "patches of {}", "model.stem": "{} stem",
     "model.reattention_blocks": "the attention in blocks {}", "model.drop_path_rate": "drop path {:g}",
-    "data.fraction": "{:.0%} of the training pictures", "data.batch_size": "batches of {}",
+    "data.fraction": "{:.0%} of the training images", "data.batch_size": "batches of {}",
     "schedule.epochs": "{:g} epochs", "schedule.steps": "{:,} steps", "schedule.kind": "{} schedule",
     "optimizer.opt": "{}", "optimizer.lr": "learning rate {:g}", "optimizer.weight_decay": "weight decay {:g}",
     "augment": "augmentation {}", "precision": "precision {}", "ema.decay": "weights averaged over {:g}",
     "loss.cosine_blocks": "cosine regularisation of {} pairs of maps", "init": "started from {}"}
+
+
+def summary(grids: Sequence[Grid]) -> str:
+    """How many runs there are, how they went, and the best of each experiment's cells."""
+    runs = [run for grid in grids for cell in grid.cells for run in cell.runs]
+    states = Counter(run.state.split(" (")[0] for run in runs)
+    told = f"{len(runs)} runs ({', '.join(f'{count} {state}' for state, count in states.items())})"
+    if len(grids) > 1:
+        told += f" in {len(grids)} experiments, each with a table of its own, since their numbers do not compare"
+    bests = [(summary.mean, cell, grid) for grid in grids for cell in grid.cells
+             if (summary := over_seeds(cell, of_result("top1")))]
+    if len(grids) > 1 or not bests:
+        return f"{told}."
+    mean, cell, grid = max(bests, key=lambda best: best[0])
+    where = ", ".join([cell.attention, f"{cell.depth} blocks", *cell.details(grid)])
+    return f"{told}. The highest top-1 is {mean:.2f} %: {where}."
+
+
+def revisions(grids: Sequence[Grid]) -> str:
+    """Of the code that made the runs."""
+    named = dict.fromkeys(run.result.get("git") or "unknown" for grid in grids for run in grid.runs if run.finished)
+    return f"The runs are of revision {', '.join(named)}." if named else ""
 
 
 def shared_recipe(grid: Grid) -> str:
@@ -19,13 +45,14 @@ def shared_recipe(grid: Grid) -> str:
     known = dict(flat(grid.shared))
     said = [phrase.format(known[name]) for name, phrase in RECIPE.items() if known.get(name)]
     said += [f"{name}={value}" for name, value in known.items() if name.split(".")[0] in known and "." in name]
-    return f"All cells share: {', '.join(said)}; seed{'s' * (len(grid.seeds) > 1)} {', '.join(map(str, grid.seeds))}."
+    seeds = f"seed{'s' * (len(grid.seeds) > 1)} {', '.join(map(str, grid.seeds))}"
+    return without_paths(f"All cells share: {', '.join(said)}; {seeds}.")
 
 
 def reading(grid: Grid) -> list[str]:
     """Two lines: what the table shows, and what it does not."""
     axes = ["depth"] * (len(grid.depths) > 1) + ["attention"] * (len({c.attention for c in grid.cells}) > 1)
-    shows = (f"It shows: how accuracy and the similarity of adjacent blocks' attention go with "
+    shows = (f"What this shows: how accuracy and the similarity of adjacent blocks' attention go with "
              f"{' and '.join([*axes, *grid.extras]) or 'nothing, as there is one cell'}, under one recipe, each "
              f"similarity beside its value before training.")
     limits = ["similarity alone is no merit: the norm over heads lowers it by construction, as norm_only shows"]
@@ -33,9 +60,9 @@ def reading(grid: Grid) -> list[str]:
         limits.insert(0, f"one seed, so differences within the 95 % bounds may be chance{_sample(grid)}")
     if grid.data == "digits":
         limits.insert(0, "digits of 8 x 8 pixels, a small width and a short training are not ImageNet")
-    return [shows, f"It does not show more: {'; '.join(limits)}."]
+    return [shows, f"Limits: {'; '.join(limits)}."]
 
 
 def _sample(grid: Grid) -> str:
     counts = {run.result["n"] for run in grid.runs if "n" in run.result}
-    return f" ({counts.pop()} test pictures)" if len(counts) == 1 else ""
+    return f" ({counts.pop()} test images)" if len(counts) == 1 else ""

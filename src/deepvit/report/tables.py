@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from deepvit.report.contrasts import OUTCOMES, Finding, Plan, find, plan_of
-from deepvit.report.grid import Cell, Grid
+from deepvit.report.grid import Cell, Grid, plain
 from deepvit.report.published import IMAGENET_VAL, Published, others, published_of, sources
 from deepvit.report.runs import Run
 from deepvit.report.statistics import Summary, summarise
@@ -179,11 +179,7 @@ def _axes(grid: Grid) -> list[str]:
 
 
 def _place(cell: Cell) -> list[str]:
-    return [str(cell.depth), cell.attention, *map(_plain, cell.extras)]
-
-
-def _plain(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return [str(cell.depth), cell.attention, *map(plain, cell.extras)]
 
 
 def _text(summary: Summary | None, digits: int) -> str:

@@ -2,44 +2,44 @@
 
 import itertools
 import re
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from deepvit.config.provenance import git_revision
 from deepvit.errors import UserError
 from deepvit.report import page, render, sentences
 from deepvit.report.compare import comparison, comparison_picture
 from deepvit.report.figures import pictures
 from deepvit.report.grid import Grid, grids
 from deepvit.report.picture import Picture
-from deepvit.report.runs import Run
+from deepvit.report.runs import Run, without_paths
 from deepvit.report.tables import tables
 
 TITLE = "# Depth and attention: report"
 ANY_NAME = {"encoding": "utf-8", "errors": "backslashreplace"}  # a folder's name may be no UTF-8
 
+
 @dataclass(frozen=True)
 class Report:
-    """What goes into every form of it. `pair`: two runs to compare, or none."""
+    """What goes into every form of it. `pair`: two runs to compare, or none; `made`: when, by what command."""
 
     grids: list[Grid]
     pictures: list[list[Picture]]  # of each grid
     problems: list[str]
     threshold: float
     pair: Sequence[Run]
+    made: str
 
     @property
     def remarks(self) -> list[str]:
         """What a reader must know of the whole."""
-        if len(self.grids) == 1:
-            return self.problems
-        names = "; ".join(grid.name for grid in self.grids)
-        return [f"The runs are of {len(self.grids)} kinds of data or recipe ({names}): a table for each, since their "
-                f"numbers do not compare.", *self.problems]
+        return [sentences.summary(self.grids), f"{self.made} {sentences.revisions(self.grids)}", *self.problems]
 
 
 def write_report(runs: Sequence[Run], problems: Sequence[str], out: Path, threshold: float,
-                 pair: Sequence[Run] = ()) -> Iterator[str]:
+                 pair: Sequence[Run] = (), command: str = "deepvit report") -> Iterator[str]:
     """Writes everything into `out` and gives the lines to print.
 
     Raises:
@@ -48,7 +48,10 @@ def write_report(runs: Sequence[Run], problems: Sequence[str], out: Path, thresh
     _refuse_strange(out)
     found = grids(runs)
     drawn = [pictures(grid, threshold, _prefix(grid, found)) for grid in found]
-    report = Report(found, drawn, [*problems, *(line for grid in found for line in grid.duplicates)], threshold, pair)
+    made = f"Made {time.strftime('%Y-%m-%d %H:%M %z')} by `{without_paths(command)}` at revision " \
+           f"{git_revision() or 'unknown'}."
+    report = Report(found, drawn, [*problems, *(line for grid in found for line in grid.duplicates)], threshold, pair,
+                    made)
     extra = [comparison_picture(pair)] if pair else []
     try:
         (out / "figures").mkdir(parents=True, exist_ok=True)
@@ -79,18 +82,16 @@ def _prefix(grid: Grid, found: Sequence[Grid]) -> str:
     """Of the names of a grid's figures, where there are several grids."""
     if len(found) == 1:
         return ""
-    return re.sub(r"[^A-Za-z0-9]+", "-", f"{grid.data}-{grid.recipe or 'own'}") + "-"
+    return re.sub(r"[^A-Za-z0-9]+", "-", f"{grid.data}-{grid.recipe or 'own'}-{grid.label}")[:60].strip("-") + f"-{found.index(grid) + 1}-"
 
 
 def _terminal(report: Report) -> Iterator[str]:
     yield from report.remarks
     for grid in report.grids:
-        results, similarities, *_ = tables(grid, report.threshold)
-        yield "\n" + render.as_text(results)
-        yield from results.notes
-        if similarities.rows:
-            yield "\n" + render.as_text(similarities)
-            yield from similarities.notes
+        for table in tables(grid, report.threshold):
+            if table.rows and not table.title.startswith("Size"):
+                yield "\n" + render.as_text(table)
+                yield from table.notes
         yield "\n" + sentences.shared_recipe(grid)
         yield from sentences.reading(grid)
     if report.pair:
@@ -119,7 +120,7 @@ def _html(report: Report, extra: Sequence[Picture]) -> str:
     for grid, drawn in zip(report.grids, report.pictures):
         results, *others = [render.as_html(table) for table in tables(grid, report.threshold) if table.rows]
         texts = [page.paragraph(text) for text in (sentences.shared_recipe(grid), *sentences.reading(grid))]
-        folders = page.listing(f"The {len(grid.runs)} run folders", [str(run.path) for run in grid.runs])
+        folders = page.listing(f"The {len(grid.runs)} run folders", [run.place for run in grid.runs])
         parts += [page.heading(grid.name), results, *texts, *map(page.figure, drawn), *others, folders]
     if report.pair:
         parts += [render.as_html(comparison(report.pair)), *map(page.figure, extra)]
