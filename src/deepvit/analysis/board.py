@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from deepvit.analysis.draw_depth import KINDS, MEASURES
+from deepvit.analysis.draw_depth import KINDS, MEASURES, scale, whole_blocks
 from deepvit.analysis.draw_maps import SIGNED
 
 
@@ -45,29 +45,22 @@ def _similarity(found: Mapping[str, Any]) -> Figure:
 
 def _by_block(values: Mapping[str, Any]) -> Figure:
     figure = Figure(figsize=(13, 5.4), dpi=90)
-    axes = figure.subplots(2, len(MEASURES) // 2).ravel()
+    axes = figure.subplots(2, -(-len(MEASURES) // 2)).ravel()
     figure.subplots_adjust(left=0.05, right=0.99, bottom=0.09, top=0.91, wspace=0.25, hspace=0.45)
-    for ax, (title, unit, measure) in zip(axes, MEASURES, strict=True):
+    for ax, (title, unit, least, measure) in zip(axes, MEASURES, strict=False):
         found = [np.nan if value is None else value for value in measure(values)]
         ax.plot(range(1, len(found) + 1), found, marker=".")
-        _widen(ax)
+        scale(ax, unit, least)
         _label(ax, f"{title}\n({unit})", "block")
     return figure
-
-
-def _widen(ax: Axes) -> None:
-    """Differences of less than a tenth are not to look like a trend."""
-    low, high = ax.get_ylim()
-    middle, half = (low + high) / 2, max(high - low, 0.1 * abs(low + high) / 2) / 2
-    ax.set_ylim(middle - half, middle + half)
 
 
 def _label(ax: Axes, title: str, x: str) -> None:
     ax.set_title(title, fontsize=8)
     ax.set_xlabel(x, fontsize=8)
     ax.tick_params(labelsize=7)
-    for axis in (ax.xaxis, ax.yaxis) if ax.images else (ax.xaxis,):
-        axis.get_major_locator().set_params(integer=True)
+    if ax.images:
+        whole_blocks(ax.xaxis, ax.yaxis)
 
 
 def _pixels(figure: Figure) -> np.ndarray:

@@ -1,11 +1,15 @@
 """Figures against depth: similarity, as a matrix and as curves, and the other measures. Studies in, figures out."""
 
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import NullFormatter
 
 from deepvit.analysis.draw_maps import SIGNED, caption, side_by_side
 from deepvit.analysis.study import Study
@@ -20,7 +24,7 @@ WIDTHS = {"final": 7, "softmax": 2.5, "final_centred": 4, "softmax_centred": 1.2
 def similarity_matrices(studies: Sequence[Study]) -> Figure:
     """Mean M between all pairs of blocks, for the four kinds of maps, one row per model."""
     figure = Figure(figsize=(3.3 * len(KINDS) + 1.4, 3.5 * len(studies) + 0.7), layout="constrained", dpi=130)
-    figure.suptitle("Similarity M of the attention maps of two blocks (mean over pictures, heads and tokens)",
+    figure.suptitle("Similarity M of the attention maps of two blocks (mean over images, heads and tokens)",
                     fontsize=12)
     axes = figure.subplots(len(studies), len(KINDS), squeeze=False)
     for row, one in zip(axes, studies, strict=True):
@@ -33,7 +37,8 @@ def similarity_matrices(studies: Sequence[Study]) -> Figure:
             image = ax.imshow(found["matrix"], cmap=SIGNED, vmin=-1, vmax=1, extent=(0.5, L + 0.5, L + 0.5, 0.5))
             ax.set_title(f"{title}\n{found['similar_blocks']} of {L - 1} adjacent pairs above 0.9", fontsize=8)
             ax.tick_params(labelsize=7)
-        row[0].set_ylabel(f"{caption(one)}\n\nblock", fontsize=8)
+            whole_blocks(ax.xaxis, ax.yaxis)
+        row[0].set_ylabel(f"{textwrap.fill(caption(one), 34)}\n\nblock", fontsize=8)
     for ax in axes[-1]:
         ax.set_xlabel("block", fontsize=8)
     figure.colorbar(image, ax=list(axes.ravel()), shrink=0.6, pad=0.01, label="M (cosine)")
@@ -58,49 +63,77 @@ def similarity_with_depth(studies: Sequence[Study]) -> Figure:
         ax.text(0.99, 0.9, "0.9", transform=ax.get_yaxis_transform(), fontsize=7, color="0.4", va="bottom", ha="right")
         if one.facts["initial"]:
             ax.plot([], [], color="0.3", linestyle=":", label="before training")
-        ax.set(xlabel="between block b and b + 1", ylabel="M (cosine, mean over pictures, heads, tokens)",
+        ax.set(xlabel="between block b and b + 1", ylabel="M (cosine, mean over images, heads, tokens)",
                ylim=(min(-0.3, ax.get_ylim()[0]), 1.05))
         ax.legend(fontsize=7, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
-        _whole_blocks(ax)
+        ax.grid(alpha=0.3)
+        whole_blocks(ax.xaxis)
     return figure
 
 
-# title, unit, where the probe has it
-MEASURES: list[tuple[str, str, Callable[[dict[str, Any]], list[float | None]]]] = [
-    ("Entropy of the softmax maps", "nats", lambda p: p.get("entropy", [])),
-    ("Attention distance", "patches", lambda p: p.get("distance", [])),
-    ("Effective rank of the final maps", "directions", lambda p: p["rank"]["final"]),
-    ("Similarity of heads in a block, final maps", "cosine", lambda p: p["head_similarity"]["final"]),
-    ("Similarity of tokens in a picture", "cosine", lambda p: p.get("token_similarity", [])),
-    ("Tokens against the first block's input", "linear CKA", lambda p: p.get("cka_first", [])),
-    ("Variance before the norm over heads / eps", "ratio", lambda p: [
+# title, unit, the least span of its axis (a factor where it is logarithmic), where the probe has it
+MEASURES: list[tuple[str, str, float, Callable[[dict[str, Any]], list[float | None]]]] = [
+    ("Entropy of the softmax maps", "nats", 0.2, lambda p: p.get("entropy", [])),
+    ("Attention distance", "patches", 0.5, lambda p: p.get("distance", [])),
+    ("Effective rank of the final maps", "directions", 1.0, lambda p: p["rank"]["final"]),
+    ("Similarity of heads in a block, final maps", "cosine", 0.2, lambda p: p["head_similarity"]["final"]),
+    ("Similarity of tokens in an image", "cosine", 0.2, lambda p: p.get("token_similarity", [])),
+    ("Tokens against the first block's input", "linear CKA", 0.2, lambda p: p.get("cka_first", [])),
+    ("Variance before the norm over heads / eps", "ratio", 10, lambda p: [
         None if variance is None or eps is None else variance / eps
         for variance, eps in zip(p.get("norm_variance", []), p.get("norm_eps", []), strict=True)]),
-    ("Share of Theta's diagonal", "1: heads apart, 1/H: random", lambda p: p.get("theta_diagonal_share", [])),
+    ("Share of Theta's diagonal", "1: heads apart, 1/H: random", 0.2, lambda p: p.get("theta_diagonal_share", [])),
 ]
 
 
 def measures_with_depth(studies: Sequence[Study]) -> Figure:
     """The other measures against depth, all models in one panel each, before training dotted."""
-    shown = [entry for entry in MEASURES if any(_has(entry[2](one.facts["probe"])) for one in studies)]
+    shown = [entry for entry in MEASURES if any(_has(entry[3](one.facts["probe"])) for one in studies)]
     rows = -(-len(shown) // 2)
-    figure = Figure(figsize=(10, 2.7 * rows + 0.8), layout="constrained", dpi=130)
+    figure = Figure(figsize=(10, 2.7 * rows + 1.2), layout="constrained", dpi=130)
     figure.suptitle("What attention does, against depth (dotted: before training)", fontsize=12)
     axes = figure.subplots(rows, 2, squeeze=False).ravel()
-    for ax, (title, unit, values) in zip(axes, shown, strict=False):
-        for one, colour, marker in zip(studies, COLOURS, MARKERS, strict=False):
-            _curve(ax, values(one.facts["probe"]), color=colour, marker=marker, markersize=4, label=one.facts["name"])
+    for ax, (title, unit, least, values) in zip(axes, shown, strict=False):
+        for one, colour, marker, width in zip(studies, COLOURS, MARKERS, (4, 1.5), strict=False):  # coinciding ones show
+            _curve(ax, values(one.facts["probe"]), color=colour, marker=marker, markersize=width + 2, linewidth=width,
+                   alpha=0.5 if width > 2 and len(studies) > 1 else 1)
             if one.facts["initial"]:
                 _curve(ax, values(one.facts["initial"]), color=colour, linestyle=":")
         ax.set_title(title, fontsize=9)
         ax.set_xlabel("block", fontsize=8)
         ax.set_ylabel(unit, fontsize=8)
-        ax.set_yscale("log" if unit == "ratio" else "linear")
-        _whole_blocks(ax)
-    axes[0].legend(fontsize=8)
+        ax.tick_params(labelsize=7)
+        ax.grid(alpha=0.3)
+        scale(ax, unit, least)
+    names = [Line2D([], [], color=colour, marker=marker, label=caption(one))
+             for one, colour, marker in zip(studies, COLOURS, MARKERS, strict=False)]
+    figure.legend(handles=names, fontsize=8, ncols=len(names), loc="outside lower center", frameon=False)
     for ax in axes[len(shown):]:
         ax.set_axis_off()
     return figure
+
+
+def scale(ax: Axes, unit: str, least: float) -> None:
+    """A y axis of `least` span or more, or noise would look like a trend, with whole numbers at its ticks; whole blocks
+    below."""
+    whole_blocks(ax.xaxis)
+    if unit == "ratio":
+        ax.set_yscale("log")
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter(NullFormatter())
+        low, high = np.log(ax.get_ylim())
+        least = np.log(least)
+    else:
+        ax.ticklabel_format(axis="y", useOffset=False)
+        low, high = ax.get_ylim()
+    middle, half = (low + high) / 2, max(high - low, least) / 2
+    ends = middle - half, middle + half
+    ax.set_ylim(*(np.exp(ends) if unit == "ratio" else ends))
+
+
+def whole_blocks(*axes: Axis) -> None:
+    for axis in axes:
+        axis.get_major_locator().set_params(integer=True, min_n_ticks=1)
 
 
 def _pairs(values: Sequence[float]) -> np.ndarray:
@@ -114,9 +147,3 @@ def _has(values: Sequence[float | None]) -> bool:
 def _curve(ax: Axes, values: Sequence[float | None], **style: Any) -> None:
     if _has(values):
         ax.plot(_pairs(values), [np.nan if value is None else value for value in values], **style)
-
-
-def _whole_blocks(ax: Axes) -> None:
-    ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.tick_params(labelsize=7)
-    ax.grid(alpha=0.3)

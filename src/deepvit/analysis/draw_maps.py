@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import torch.nn.functional as F
+from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colorbar import Colorbar
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.image import AxesImage
 from torch import Tensor
@@ -15,14 +17,16 @@ from torch import Tensor
 from deepvit.analysis.study import Study
 
 POSITIVE, SIGNED = "viridis", "RdBu_r"  # both readable without telling red from green
-LEAST_WIDTH = 6.5  # inches that a title takes
+LEAST_WIDTH = 7  # inches that a title takes
+FLAT = 1.1  # highest over lowest weight of a map in which nothing is looked at more than the rest
 QUANTILE = 0.995  # of the absolute weights, where the colours end: a few entries would leave the rest dark
+SCALE = f"max: each panel's {QUANTILE:.1%} quantile; grey: flat (max/min below {FLAT:g}), drawn from min to max"
 
 
 def side_by_side(studies: Sequence[Study], width: float, height: float, title: str) -> tuple[Figure, list[SubFigure]]:
     """A figure with a titled part for each study; inches for one part."""
-    figure = Figure(figsize=(width * len(studies), height), layout="constrained", dpi=130)
-    figure.suptitle(title, fontsize=12)
+    figure = Figure(figsize=(max(LEAST_WIDTH, width * len(studies)), height), layout="constrained", dpi=130)
+    figure.suptitle(title, fontsize=11)
     parts = figure.subfigures(1, len(studies), squeeze=False)[0]
     for part, one in zip(parts, studies, strict=True):
         part.suptitle(caption(one), fontsize=10)
@@ -31,7 +35,9 @@ def side_by_side(studies: Sequence[Study], width: float, height: float, title: s
 
 def caption(one: Study) -> str:
     blocks, count = one.facts["probe"]["blocks"], one.facts["probe"]["images"]
-    return f"{one.facts['name']}: {blocks} blocks, {one.facts['attention']} ({count} picture{'s' * (count > 1)})"
+    attention = one.facts["attention"]
+    known = [f"{blocks} blocks", attention] if attention not in one.facts["name"] else [f"{blocks} blocks"]
+    return f"{one.facts['name']}: {', '.join(known)} ({count} image{'s' * (count > 1)})"
 
 
 def mean_maps(studies: Sequence[Study]) -> Figure:
@@ -40,41 +46,42 @@ def mean_maps(studies: Sequence[Study]) -> Figure:
     columns = 4 if deepest <= 16 else 6
     rows = math.ceil(deepest / columns)
     figure, parts = side_by_side(studies, 1.7 * columns + 0.6, 1.85 * rows + 1,
-                                 "Attention maps by block, mean over heads and pictures (rows: queries, columns: keys)")
+                                 "Attention maps by block, mean over heads and images (rows: queries, columns: keys)\n"
+                                 f"{SCALE}")
     for part, one in zip(parts, studies, strict=True):
         axes = part.subplots(rows, columns, squeeze=False).ravel()
         maps = one.tensors["mean_maps"]
+        signed = bool((maps < 0).any())
         for i, (ax, block) in enumerate(zip(axes, maps, strict=False)):
-            image = _heatmap(ax, block, signed=bool((maps < 0).any()))
-            ax.set_title(f"block {i + 1} (max {image.norm.vmax:.2g})", fontsize=8)
+            said = _heatmap(ax, block, signed)
+            ax.set_title(f"block {i + 1}\n{said}", fontsize=7)
         _rest_off(axes[len(maps):])
-        _relative_scale(part.colorbar(image, ax=list(axes), shrink=0.5, pad=0.02))
+        _relative_scale(part, list(axes), signed, shrink=0.5)
     return figure
 
 
 def head_maps(one: Study) -> Figure:
-    """The final maps of every block and head for the first picture, as one sheet: blocks down, heads across."""
+    """The final maps of every block and head for the first image, as one sheet: blocks down, heads across."""
     maps = one.tensors["head_maps"].float()  # [L, H, N, N]
     L, H = maps.shape[:2]
     signed = bool((maps < 0).any())
     size = min(maps.shape[-1], 160)
     step = size + max(1, size // 12)  # with the gap
-    sheet = np.full((L * step, H * step), np.nan)
+    sheet = np.ones((L * step, H * step, 4))
     for i in range(L):
         tiles = F.adaptive_avg_pool2d(maps[i], size)
         for h in range(H):
-            sheet[i * step:i * step + size, h * step:h * step + size] = tiles[h] / _most(tiles[h])
+            sheet[i * step:i * step + size, h * step:h * step + size] = coloured(tiles[h], signed)
     figure = Figure(figsize=(max(LEAST_WIDTH, 0.85 * H + 1.6), 0.85 * L + 1.2), layout="constrained", dpi=150)
     figure.suptitle(f"Attention maps by block and head\n{caption(one)}\n"
-                    f"first picture: {_short(Path(one.facts['pictures'][0]).name, 40)}", fontsize=8)
+                    f"first image: {_short(Path(one.facts['pictures'][0]).name, 40)}\n{SCALE}", fontsize=8)
     ax = figure.subplots()
-    image = ax.imshow(sheet, cmap=SIGNED if signed else POSITIVE, vmin=-1 if signed else 0, vmax=1,
-                      interpolation="nearest")
+    ax.imshow(sheet, interpolation="nearest")
     ax.set_yticks([i * step + size / 2 for i in range(L)], labels=[f"block {i + 1}" for i in range(L)], fontsize=7)
     ax.set_xticks([h * step + size / 2 for h in range(H)], labels=[f"head {h + 1}" for h in range(H)], fontsize=7)
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
-    _relative_scale(figure.colorbar(image, ax=ax, shrink=min(1, 4 / L), pad=0.02))
+    _relative_scale(figure, ax, signed, shrink=min(1, 4 / L))
     return figure
 
 
@@ -126,22 +133,46 @@ def _most(values: Tensor) -> float:
     return float(np.quantile(values.abs().numpy(), QUANTILE)) or 1.0
 
 
-def _heatmap(ax: Axes, values: Tensor, signed: bool) -> AxesImage:
-    """A map on its own scale; large maps are averaged down first."""
+def coloured(values: Tensor, signed: bool) -> np.ndarray:
+    """A map `[rows, columns]` as RGBA on its own scale: from 0 to its `_most`, but one that is flat in grey from its
+    lowest to its highest weight, where it would be a single colour."""
+    if is_flat(values):
+        return colormaps["gray"](Normalize()(values.numpy()))
+    return colormaps[SIGNED if signed else POSITIVE](Normalize(-_most(values) if signed else 0, _most(values))(
+        values.numpy()))
+
+
+def is_flat(values: Tensor) -> bool:
+    return 1 / FLAT < _ratio(values) < FLAT
+
+
+def _ratio(values: Tensor) -> float:
+    """Highest over lowest weight."""
+    low, high = values.min().item(), values.max().item()
+    return high / low if low else np.inf
+
+
+def in_words(values: Tensor) -> str:
+    return f"flat, max/min = {max(_ratio(values), 1 / _ratio(values)):.2f}" if is_flat(values) else (
+        f"max {_most(values):.2g}")
+
+
+def _heatmap(ax: Axes, values: Tensor, signed: bool) -> str:
+    """Draws a map and says its scale; large maps are averaged down first."""
     if values.shape[-1] > 300:
         values = F.adaptive_avg_pool2d(values[None], 300)[0]
     ax.set_xticks([])
     ax.set_yticks([])
-    return ax.imshow(values.numpy(), cmap=SIGNED if signed else POSITIVE, vmin=-_most(values) if signed else 0,
-                     vmax=_most(values), interpolation="nearest")
+    ax.imshow(coloured(values, signed), interpolation="nearest")
+    return in_words(values)
 
 
-def _relative_scale(bar: Colorbar) -> None:
+def _relative_scale(figure: Figure | SubFigure, axes: Axes | list[Axes], signed: bool, shrink: float) -> None:
     """One bar for panels with their own scales: its ends are each panel's."""
-    low, high = bar.vmin, bar.vmax
-    ticks = [low, 0, high] if low < 0 else [0, high]
-    bar.set_ticks(ticks, labels=["-max", "0", "max"][-len(ticks):])
-    bar.set_label(f"weight; max: each panel's {QUANTILE:.1%} quantile", fontsize=8)
+    shades = ScalarMappable(Normalize(-1 if signed else 0, 1), SIGNED if signed else POSITIVE)
+    bar = figure.colorbar(shades, ax=axes, shrink=shrink, pad=0.02)
+    bar.set_ticks([-1, 0, 1] if signed else [0, 1], labels=["-max", "0", "max"][-3 if signed else -2:])
+    bar.set_label("weight", fontsize=8)
 
 
 def _rest_off(axes: Sequence[Axes]) -> None:
@@ -161,10 +192,10 @@ def _overlay(ax: Axes, one: Study, i: int) -> AxesImage:
     lowest, highest = mask.min().item(), mask.max().item()
     mask = F.interpolate(mask[None, None], size=pixels.shape[-2:], mode="bilinear", align_corners=False)[0, 0]
     ax.imshow(pixels.mean(0).numpy(), cmap="gray", vmin=0, vmax=255)
-    image = ax.imshow(mask.numpy(), cmap=POSITIVE, vmin=lowest, vmax=highest, alpha=0.6)
+    image = ax.imshow(mask.numpy(), cmap=POSITIVE, vmin=lowest, vmax=highest, alpha=0.25 if is_flat(mask) else 0.6)
     ax.set_xticks([])
     ax.set_yticks([])
-    ax.set_title(f"{_short(one.facts['name'], 26)}\nlowest {lowest / highest:.2g} of highest", fontsize=7)
+    ax.set_title(f"{_short(one.facts['name'], 26)}\n{in_words(one.tensors['rollout'][i])}", fontsize=7)
     names = [f"{chance:6.1%} {_short(name, 24)}" for name, chance in one.facts["top"][i]] if one.facts["top"] else []
     ax.set_xlabel("\n".join(names), fontsize=6, family="monospace", loc="left")
     return image

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,9 +13,11 @@ from deepvit.analysis import draw_depth, draw_maps
 from deepvit.analysis.pickled import read_pickled_maps, study_of_maps
 from deepvit.analysis.pictures import read_pictures
 from deepvit.analysis.study import Study, load_studies, save_studies, study
+from deepvit.config.compare import flat, labels
 from deepvit.errors import BAD_INPUT, DONE, UserError
 from deepvit.importers import load_model, takes_average
 from deepvit.importers.files import is_safetensors
+from deepvit.models import ViT
 
 
 def compute(checkpoints: Sequence[Path], paths: Sequence[Path], *, weights: str = "auto",
@@ -24,9 +27,9 @@ def compute(checkpoints: Sequence[Path], paths: Sequence[Path], *, weights: str 
     Raises:
         UserError: an unreadable checkpoint, one without attention, no usable picture.
     """
+    models = [load_model(path, ema=takes_average(path, weights)).eval() for path in checkpoints]
     studies, refused = [], []
-    for path, name in zip(checkpoints, _labels(checkpoints), strict=True):
-        model = load_model(path, ema=takes_average(path, weights)).eval()
+    for model, name in zip(models, _names(models, checkpoints), strict=True):
         pictures = read_pictures(model, paths)
         studies.append(study(model, pictures, name, initial))
         refused = pictures.refused
@@ -75,11 +78,13 @@ def _default_out(given: argparse.Namespace) -> Path:
     return Path("figures", "-and-".join(name[:120] for name in names))
 
 
-def _labels(checkpoints: Sequence[Path]) -> list[str]:
-    """The shortest names that tell the checkpoints apart."""
-    names = [_name(path) for path in checkpoints]
-    names = [name if len(name) <= 40 else f"{name[:18]}...{name[-19:]}" for name in names]
-    return names if len(set(names)) == len(names) else [f"{name} ({i + 1})" for i, name in enumerate(names)]
+def _names(models: Sequence[ViT], checkpoints: Sequence[Path]) -> list[str]:
+    """What differs between the models' settings, or the attention of one alone; of files that tell none, theirs."""
+    told = [dict(flat({**(model.load_report.said.get("run") or {}), "model": model.config})) for model in models]
+    names = labels(told) if len(told) > 1 else [told[0].get("model.attention.name", "")]
+    files = [path.name if path.parent.name != "checkpoints" else path.parent.parent.name for path in checkpoints]
+    return names if all(names) and len({*names}) == len(names) else [
+        textwrap.fill(f"{'AB'[at]}: {name}" if len(files) > 1 else name, 40) for at, name in enumerate(files)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
