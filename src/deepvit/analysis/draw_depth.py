@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from deepvit.analysis.draw_maps import SIGNED, caption, side_by_side
 from deepvit.analysis.study import Study
@@ -119,6 +119,7 @@ def scale(ax: Axes, unit: str, least: float) -> None:
     whole_blocks(ax.xaxis)
     if unit == "ratio":
         ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.yaxis.set_major_formatter("{x:g}")
         ax.yaxis.set_minor_formatter(NullFormatter())
         low, high = np.log(ax.get_ylim())

@@ -37,13 +37,13 @@ def printed(headers: Sequence[str], rows: Sequence[Sequence[str]], shape: box.Bo
     drawn = rich.table.Table(box=shape, pad_edge=shape is box.MARKDOWN)
     right = [_is_number(row[index] for row in rows) for index in range(len(headers))]
     for header, is_right in zip(headers, right, strict=True):
-        text = header if shape is box.MARKDOWN else header.replace(" ", "\n")
+        text = header if shape is box.MARKDOWN else header.replace(" %", "\N{NO-BREAK SPACE}%").replace(" ", "\n")
         drawn.add_column(text, justify="right" if is_right else "left", vertical="bottom", no_wrap=True)
     for row in rows:
         drawn.add_row(*row)
     console = Console(file=io.StringIO(), width=100_000, markup=False, emoji=False, highlight=False)
     console.print(drawn)
-    lines = [line.rstrip() for line in console.file.getvalue().strip("\n ").split("\n")]
+    lines = [line.rstrip() for line in console.file.getvalue().split("\n") if line.strip()]
     if shape is box.MARKDOWN:
         marks = [f"{'-' * (len(rule) - is_right)}{':' * is_right}" for rule, is_right in zip(lines[1].split("|")[1:], right)]
         lines[1] = f"|{'|'.join(marks)}|"

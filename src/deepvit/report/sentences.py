@@ -49,18 +49,13 @@ def shared_recipe(grid: Grid) -> str:
     return without_paths(f"All cells share: {', '.join(said)}; {seeds}.")
 
 
-def reading(grid: Grid) -> list[str]:
-    """Two lines: what the table shows, and what it does not."""
-    axes = ["depth"] * (len(grid.depths) > 1) + ["attention"] * (len({c.attention for c in grid.cells}) > 1)
-    shows = (f"What this shows: how accuracy and the similarity of adjacent blocks' attention go with "
-             f"{' and '.join([*axes, *grid.extras]) or 'nothing, as there is one cell'}, under one recipe, each "
-             f"similarity beside its value before training.")
-    limits = ["similarity alone is no merit: the norm over heads lowers it by construction, as norm_only shows"]
+def limits(grid: Grid) -> str:
+    """What the tables do not show."""
+    told = ["digits of 8 x 8 pixels, a small width and a short training are not ImageNet"] * (grid.data == "digits")
     if len(grid.seeds) == 1:
-        limits.insert(0, f"one seed, so differences within the 95 % bounds may be chance{_sample(grid)}")
-    if grid.data == "digits":
-        limits.insert(0, "digits of 8 x 8 pixels, a small width and a short training are not ImageNet")
-    return [shows, f"Limits: {'; '.join(limits)}."]
+        told.append(f"one seed, so differences within the 95 % bounds may be chance{_sample(grid)}")
+    told.append("similarity alone is no merit: the norm over heads lowers it by construction, as norm_only shows")
+    return f"Limits: {'; '.join(told)}."
 
 
 def _sample(grid: Grid) -> str:

@@ -70,7 +70,8 @@ def _is_part_of_imagenet(run: Run) -> bool:
 def tables(grid: Grid, threshold: float) -> list[Table]:
     """The grid's results, the similarities behind them, and on ImageNet what others report."""
     more = [_others()] if grid.data == "imagenet" else []
-    return [*_contrasts(grid), _results(grid, threshold), _similarities(grid), _costs(grid), *more]
+    found = [*_contrasts(grid), _results(grid, threshold), _similarities(grid), _costs(grid), *more]
+    return [_without_empty(table) for table in found if table.rows]
 
 
 def _contrasts(grid: Grid) -> list[Table]:
@@ -80,8 +81,8 @@ def _contrasts(grid: Grid) -> list[Table]:
         return []
     findings = find(plan, grid.runs)
     headers = ["contrast", "claim", "n", "points", "95 %", "p", "Holm", "90 %", "p equal", "log-loss", "verdict"]
-    rows = [[one.contrast.name, one.contrast.claim + " (primary)" * one.contrast.primary, str(len(one.points)), *_tests(one), one.verdict]
-            for one in findings]
+    rows = [[one.contrast.name, one.contrast.claim + " (primary)" * one.contrast.primary, str(len(one.points)),
+             *_tests(one), one.verdict] for one in findings]
     unfinished = sum(not run.finished for cell in grid.cells for run in cell.runs)
     notes = [f"{one.contrast.name}: {one.contrast.meaning}." + (
         f" Left out, since a run is not finished: seed {', '.join(map(str, one.left_out))}." if one.left_out else "")
@@ -90,7 +91,7 @@ def _contrasts(grid: Grid) -> list[Table]:
               f"intervals. p: of no difference; Holm: p of the claim, over the primary contrasts; 90 % and p equal: "
               f"two one-sided tests of a difference of {plan.margin:g} points or more."]
     notes += [f"An interim look: {unfinished} runs are not finished."] if unfinished else []
-    return [_without_empty(Table(f"Contrasts: {grid.name}", headers, rows, notes))]
+    return [Table(f"Contrasts: {grid.name}", headers, rows, notes)]
 
 
 def _tests(one: Finding) -> list[str]:
@@ -124,35 +125,34 @@ def _outcome(plan: Plan, grid: Grid) -> str:
 def _results(grid: Grid, threshold: float) -> Table:
     headers = [*_axes(grid), "top-1 %", "n", "95 %", *(f"similar {moment} {kind}" for moment in MOMENTS.values()
                                                      for kind in ("final", "softmax")),
-               "parameters", "published", "difference", "status"]
+               "M parameters", "published", "difference", "status"]
     rows = [[*_place(cell), _top1(cell), str(len(cell.finished)), _interval(cell),
              *(_text(over_seeds(cell, lambda run, m=moment, k=kind: similar_blocks(run, m, k, threshold)), 1)
                for moment in MOMENTS for kind in ("final", "softmax")),
-             _millions(over_seeds(cell, of_result("params"))), *_published(cell, grid), cell.status]
+             _text(over_seeds(cell, lambda run: run.result["params"] / 1e6), 2), *_published(cell, grid), cell.status]
             for cell in grid.cells]
     notes = [f"similar: pairs of adjacent blocks whose maps have a mean similarity M above {threshold:g}, of depth - 1 "
              f"pairs; final: the maps that multiply the values, softmax: before heads are mixed and normalised. "
              f"95 %: over seeds (Student's t) for n > 2, over the test images for n = 1; n = 2: no interval worth "
              f"reading."]
     notes += [f"With {extra} changes: {', '.join(names)}." for extra, names in grid.followers.items() if names]
-    return _without_empty(Table(f"Accuracy and similar blocks: {grid.name}", headers, rows,
-                                notes + _published_notes(grid)))
+    return Table(f"Accuracy and similar blocks: {grid.name}", headers, rows, notes + _published_notes(grid))
 
 
 def _similarities(grid: Grid) -> Table:
     headers = [*_axes(grid), *(f"{kind} {moment}" for kind in KINDS.values() for moment in MOMENTS.values())]
     rows = [[*_place(cell), *(_text(over_seeds(cell, lambda run, m=moment, k=kind: mean_similarity(run, m, k)), 2)
                               for kind in KINDS for moment in MOMENTS)] for cell in grid.cells if cell.finished]
-    return _without_empty(Table(f"Mean similarity M of adjacent blocks: {grid.name}", headers, rows, [
+    return Table(f"Mean similarity M of adjacent blocks: {grid.name}", headers, rows, [
         "final-1/N, softmax-1/N: of maps minus their uniform part. A norm over heads lowers M of the final maps "
-        "by construction: it does so untrained, before anything was learned."]))
+        "by construction: it does so untrained, before anything was learned."])
 
 
 def _costs(grid: Grid) -> Table:
     headers = [*_axes(grid), "parameters", "GFLOP an image", "images/s", "epochs", "device"]
     rows = [[*_place(cell), *_counts(cell)] for cell in grid.cells if cell.finished]
-    return _without_empty(Table(f"Size and speed: {grid.name}", headers, rows, [
-        "GFLOP: forward, one image. images/s: training, as these runs met their machines; not a benchmark."]))
+    return Table(f"Size and speed: {grid.name}", headers, rows, [
+        "GFLOP: forward, one image. images/s: training, as these runs met their machines; not a benchmark."])
 
 
 def _others() -> Table:
@@ -166,8 +166,8 @@ def _others() -> Table:
 
 def _counts(cell: Cell) -> list[str]:
     flops = over_seeds(cell, lambda run: run.result.get("flops") and run.result["flops"] / 1e9)
-    devices = dict.fromkeys(f"{run.result.get('devices', 1)} x {run.result.get('device', NONE)}"
-                            for run in cell.finished)
+    devices = dict.fromkeys(f"{run.result.get('devices', 1)} {run.result.get('device', NONE)}".replace(
+        " 1 threads", " 1 thread") for run in cell.finished)
     params = over_seeds(cell, of_result("params"))
     return [f"{params.mean:,.0f}" if params else NONE, f"{flops.mean:.3g}" if flops else NONE,
             _text(over_seeds(cell, of_result("images_per_s")), 0), _text(over_seeds(cell, of_result("epochs")), 1),
@@ -202,20 +202,12 @@ def _interval(cell: Cell) -> str:
 def interval(cell: Cell) -> tuple[float | None, float | None]:
     """95 % interval of the top-1: of the mean over three seeds or more, or of the one run's share of right images."""
     summary = over_seeds(cell, of_result("top1"))
-    if summary is None:
-        return None, None
-    if summary.n == 2:
+    if summary is None or summary.n == 2:
         return None, None
     if summary.n > 2:
         return max(summary.low, 0.0), min(summary.high, 100.0)
     result = cell.finished[0].result
     return result.get("top1_low"), result.get("top1_high")
-
-
-def _millions(summary: Summary | None) -> str:
-    if summary is None:
-        return NONE
-    return f"{summary.mean / 1e6:.2f}M"
 
 
 def _published(cell: Cell, grid: Grid) -> list[str]:

@@ -89,11 +89,11 @@ def _terminal(report: Report) -> Iterator[str]:
     yield from report.remarks
     for grid in report.grids:
         for table in tables(grid, report.threshold):
-            if table.rows and not table.title.startswith("Size"):
+            if not table.title.startswith("Size"):
                 yield "\n" + render.as_text(table)
                 yield from table.notes
         yield "\n" + sentences.shared_recipe(grid)
-        yield from sentences.reading(grid)
+        yield sentences.limits(grid)
     if report.pair:
         compared = comparison(report.pair)
         yield "\n" + render.as_text(compared)
@@ -103,8 +103,8 @@ def _terminal(report: Report) -> Iterator[str]:
 def _markdown(report: Report, extra: Sequence[Picture]) -> str:
     parts = [TITLE, *(f"- {remark}" for remark in report.remarks)]
     for grid, drawn in zip(report.grids, report.pictures):
-        parts += [f"## {grid.name}", sentences.shared_recipe(grid), *sentences.reading(grid)]
-        parts += [render.as_markdown(table) for table in tables(grid, report.threshold) if table.rows]
+        parts += [f"## {grid.name}", sentences.shared_recipe(grid), sentences.limits(grid)]
+        parts += [render.as_markdown(table) for table in tables(grid, report.threshold)]
         parts += map(_markdown_picture, drawn)
     if report.pair:
         parts += [render.as_markdown(comparison(report.pair)), *map(_markdown_picture, extra)]
@@ -118,8 +118,8 @@ def _markdown_picture(picture: Picture) -> str:
 def _html(report: Report, extra: Sequence[Picture]) -> str:
     parts = [page.paragraph(text) for text in report.remarks]
     for grid, drawn in zip(report.grids, report.pictures):
-        results, *others = [render.as_html(table) for table in tables(grid, report.threshold) if table.rows]
-        texts = [page.paragraph(text) for text in (sentences.shared_recipe(grid), *sentences.reading(grid))]
+        results, *others = [render.as_html(table) for table in tables(grid, report.threshold)]
+        texts = [page.paragraph(text) for text in (sentences.shared_recipe(grid), sentences.limits(grid))]
         folders = page.listing(f"The {len(grid.runs)} run folders", [run.place for run in grid.runs])
         parts += [page.heading(grid.name), results, *texts, *map(page.figure, drawn), *others, folders]
     if report.pair:
