@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from deepvit.engine.folder import read_json_lines
+from deepvit.report.render import printed
 
 Results = dict[str, dict[str, Any]]  # bench -> {"provenance": where and when, "rows": [...]}
 
@@ -33,11 +34,7 @@ def read(path: Path) -> Results:
 def table(rows: list[dict]) -> str:
     """Rows as a markdown table, the columns in the order they first appear."""
     columns = list(dict.fromkeys(name for row in rows for name in row if name != "case"))
-    cells = [columns, *([_cell(row.get(name)) for name in columns] for row in rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
-             for row in cells]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+    return printed(columns, [[_cell(row.get(name)) for name in columns] for row in rows], markdown=True)
 
 
 def tables(rows: list[dict]) -> str:

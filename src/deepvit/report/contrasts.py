@@ -1,20 +1,4 @@
-"""Contrasts of a study, named in its sweep file before it runs: paired by seed, tested, and put into a word.
-
-    hydra:
-      callbacks:
-        sweep:
-          statistics:
-            outcome: top1      # of metrics.json
-            margin: 0.5        # points of top-1 within which two arms are called equivalent
-            contrasts:
-              mixing:
-                plus: {model/attention: reattention}    # settings or groups that choose runs, as on a command line
-                minus: {model/attention: norm_only}
-                at: {model.depth: 32}                   # of both; without it the mean over all depths
-                against: {model.depth: 16}              # an interaction: less the same difference there
-                claim: equal                            # or greater, less; default: different
-                primary: true                           # at most three
-"""
+"""Contrasts of a study, named in its sweep file before it runs (docs/tables.md has the keys): paired by seed and tested."""
 
 import math
 from collections import defaultdict
@@ -87,31 +71,26 @@ class Finding:
     left_out: Sequence[int]
     adjusted: float | None = None
 
+    @property
+    def is_enough(self) -> bool:
+        return len(self.points) >= ENOUGH
+
     @cached_property
     def difference(self) -> Summary | None:
         return summarise([*self.points.values()])
 
     @cached_property
-    def is_enough(self) -> bool:
-        return len(self.points) >= ENOUGH
+    def p_different(self) -> float:
+        return p_of_no_difference(*self.difference.student)
 
     @cached_property
-    def p_different(self) -> float:
-        return p_of_no_difference(*self._student)
+    def equivalence(self) -> Equivalence:
+        return equivalence(*self.difference.student, self.margin)
 
     @property
     def p(self) -> float:
         """Of what the claim denies: no difference, or one of the margin or more."""
         return self.equivalence.p if self.contrast.claim == "equal" else self.p_different
-
-    @cached_property
-    def equivalence(self) -> Equivalence:
-        return equivalence(*self._student, self.margin)
-
-    @property
-    def _student(self) -> tuple[float, float, int]:
-        n = self.difference.n
-        return self.difference.mean, self.difference.std / math.sqrt(n), n - 1
 
     @property
     def verdict(self) -> str:

@@ -40,7 +40,6 @@ class Cell:
         return "; ".join(f"seed {run.config.get('seed')}: {run.progress}" if len(self.runs) > 1 else run.progress
                          for run in self.runs if not run.finished)
 
-
     def details(self, grid: "Grid", but: str = "") -> list[str]:
         """Its further columns in words, without the one called `but`: `optimizer.lr 0.001`."""
         return [f"{name} {plain(value)}" for name, value in zip(grid.extras, self.extras) if name != but]

@@ -28,25 +28,25 @@ from deepvit.report.tables import (
 NUMBER = re.compile(r"[-+<]? ?\d|$|" + NONE)  # what begins so is set to the right
 
 
-def printed(headers: Sequence[str], rows: Sequence[Sequence[str]], shape: box.Box = box.SIMPLE_HEAD) -> str:
-    """A table as lines of text; for `box.MARKDOWN` as markdown.
+def printed(headers: Sequence[str], rows: Sequence[Sequence[str]], markdown: bool = False) -> str:
+    """A table as lines of text, columns of numbers to the right.
 
     Args:
-        headers: in a terminal broken into lines at spaces, so that columns are as narrow as they can be.
+        headers: for a terminal broken into lines at spaces, so that columns are as narrow as they can be.
     """
-    drawn = rich.table.Table(box=shape, pad_edge=shape is box.MARKDOWN)
+    drawn = rich.table.Table(box=box.MARKDOWN if markdown else box.SIMPLE_HEAD, pad_edge=markdown)
     right = [_is_number(row[index] for row in rows) for index in range(len(headers))]
     for header, is_right in zip(headers, right, strict=True):
-        text = header if shape is box.MARKDOWN else header.replace(" %", "\N{NO-BREAK SPACE}%").replace(" ", "\n")
+        text = header if markdown else header.replace(" %", "\N{NO-BREAK SPACE}%").replace(" ", "\n")
         drawn.add_column(text, justify="right" if is_right else "left", vertical="bottom", no_wrap=True)
     for row in rows:
         drawn.add_row(*row)
     console = Console(file=io.StringIO(), width=100_000, markup=False, emoji=False, highlight=False)
     console.print(drawn)
     lines = [line.rstrip() for line in console.file.getvalue().split("\n") if line.strip()]
-    if shape is box.MARKDOWN:
-        marks = [f"{'-' * (len(rule) - is_right)}{':' * is_right}" for rule, is_right in zip(lines[1].split("|")[1:], right)]
-        lines[1] = f"|{'|'.join(marks)}|"
+    if markdown:
+        rules = zip(lines[1].split("|")[1:], right)
+        lines[1] = f"|{'|'.join(rule[is_right:] + ':' * is_right for rule, is_right in rules)}|"
     return "\n".join(lines)
 
 
@@ -63,7 +63,7 @@ def as_markdown(table: Table) -> str:
         return [word.replace("|", "\\|") for word in words]
 
     notes = "\n".join(f"- {note}" for note in table.notes)
-    grid = printed(escaped(table.headers), [*map(escaped, table.rows)], box.MARKDOWN)
+    grid = printed(escaped(table.headers), [*map(escaped, table.rows)], markdown=True)
     return f"### {table.title}\n\n{grid}\n\n{notes}\n"
 
 

@@ -18,6 +18,11 @@ class Summary:
     low: float | None
     high: float | None
 
+    @property
+    def student(self) -> tuple[float, float, int]:
+        """Mean, its standard error, and degrees of freedom."""
+        return self.mean, self.std / math.sqrt(self.n), self.n - 1
+
     def text(self, digits: int) -> str:
         """`81.94 ± 0.35`, or `81.94` for one value."""
         spread = f" ± {self.std:.{digits}f}" if self.std is not None else ""

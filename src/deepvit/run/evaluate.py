@@ -33,6 +33,7 @@ from deepvit.importers.settings import checked
 from deepvit.models import ViT
 from deepvit.models.cost import count_flops, count_parameters
 from deepvit.report.published import IMAGENET_VAL, published_of, sources
+from deepvit.report.render import printed
 from deepvit.report.runs import flat
 from deepvit.run import build
 from deepvit.run.calibration import calibration
@@ -268,7 +269,7 @@ def _say_published(result: Mapping[str, Any]) -> None:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """The results as a markdown table, widths aligned."""
+    """The results as a markdown table."""
     head = ["checkpoint", "weights", "data", "top-1 %", "95 % interval", "top-5 %", "loss", "pictures", "images/s"]
     more = {"uncalibrated_top1": "uncalibrated top-1 %", "real_top1": "ReaL top-1 %"}
     more = {name: text for name, text in more.items() if any(name in result for result in results)}
@@ -276,12 +277,7 @@ def table(results: list[dict[str, Any]]) -> str:
              f"{result['top1_low']:.2f} to {result['top1_high']:.2f}", f"{result['top5']:.2f}", f"{result['loss']:.4f}",
              f"{result['n']:,}", f"{result['eval_images_per_s']:.1f}",
              *(f"{result.get(name, float('nan')):.2f}" for name in more)] for result in results]
-    rows.insert(0, [*head, *more.values()])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
-             for row in rows]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(lines)
+    return printed([*head, *more.values()], rows, markdown=True)
 
 
 def label(path: str | Path) -> str:
