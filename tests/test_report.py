@@ -243,7 +243,8 @@ def test_a_sweeps_runs_stay_in_one_table(make, tmp_path):
                     optimizer__weight_decay=0.1 * (at % 4), model__embed_dim=48 * (at % 5 + 1)) for at in range(6)]
     alone = len(grids(runs.read_runs([tmp_path])[0]))
     SweepRecord(tmp_path / "runs/sweeps/mine-0.jsonl", "1").open("deepvit", "mine", [
-        {"overrides": [], "folder": str(folder.relative_to(tmp_path / "runs")), "settings": {}} for folder in folders], {})
+        {"overrides": [], "folder": str(folder.relative_to(tmp_path / "runs")), "settings": {}}
+        for folder in folders], {})
     assert alone > 1 and the_grid(tmp_path).name.endswith("sweep mine")
 
 

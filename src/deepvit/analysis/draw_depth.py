@@ -94,7 +94,7 @@ def measures_with_depth(studies: Sequence[Study]) -> Figure:
     figure.suptitle("What attention does, against depth (dotted: before training)", fontsize=12)
     axes = figure.subplots(rows, 2, squeeze=False).ravel()
     for ax, (title, unit, least, values) in zip(axes, shown, strict=False):
-        for one, colour, marker, width in zip(studies, COLOURS, MARKERS, (4, 1.5), strict=False):  # coinciding ones show
+        for one, colour, marker, width in zip(studies, COLOURS, MARKERS, (4, 1.5), strict=False):
             _curve(ax, values(one.facts["probe"]), color=colour, marker=marker, markersize=width + 2, linewidth=width,
                    alpha=0.5 if width > 2 and len(studies) > 1 else 1)
             if one.facts["initial"]:

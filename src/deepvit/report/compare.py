@@ -43,7 +43,8 @@ def _text(value: object) -> str:
 
 
 def comparison_picture(runs: Sequence[Run]) -> Picture:
-    return Picture("compare", " and ".join(f"{label} ({style})" for label, style in zip(_labels(runs), ("solid", "dashed"))),
+    first, second = _labels(runs)
+    return Picture("compare", f"{first} (solid) and {second} (dashed).",
                    [lambda axes, n=name: _curves(axes, runs, n) for name in CURVES])
 
 

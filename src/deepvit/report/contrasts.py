@@ -1,4 +1,4 @@
-"""Contrasts of a study, named in its sweep file before it runs (docs/tables.md has the keys): paired by seed and tested."""
+"""Contrasts of a study, named in its sweep file before it runs (docs/tables.md has the keys), paired by seed."""
 
 import math
 from collections import defaultdict
@@ -24,7 +24,7 @@ ENOUGH = 3  # seeds of which an interval says something
 
 @dataclass(frozen=True)
 class Contrast:
-    """A difference of means, `plus` less `minus`, at the settings `at`; with `against` less the same difference there."""
+    """`plus` less `minus`, at the settings `at`; with `against` less the same difference there."""
 
     name: str
     plus: Mapping[str, Any]
@@ -121,7 +121,8 @@ def read_plan(given: Mapping[str, Any]) -> Plan:
         raise UserError(f"{WHERE}.margin={margin} is no margin: give points of top-1 above 0.")
     contrasts = [_read_contrast(name, one) for name, one in (given.get("contrasts") or {}).items()]
     if sum(one.primary for one in contrasts) > MOST_PRIMARY:
-        raise UserError(f"{WHERE}.contrasts has more than {MOST_PRIMARY} with primary: true; decide which carry the study.")
+        raise UserError(f"{WHERE}.contrasts has more than {MOST_PRIMARY} with primary: true: choose those that carry "
+                        f"the study.")
     return Plan(outcome, margin, sorted(contrasts, key=lambda one: not one.primary))
 
 
@@ -170,7 +171,8 @@ def _paired(contrast: Contrast, runs: Sequence[Run], outcome: str) -> tuple[dict
     everywhere = {place for places in seeds.values() for place in places}
     signs = [sign for sign, _ in contrast.arms]
     values = {seed: sum(sign * places.get(place, {}).get(index, math.nan) for place in everywhere
-                        for index, sign in enumerate(signs)) / len(everywhere) for seed, places in sorted(seeds.items())}
+                        for index, sign in enumerate(signs)) / len(everywhere)
+              for seed, places in sorted(seeds.items())}
     return ({seed: value for seed, value in values.items() if math.isfinite(value)},
             [seed for seed, value in values.items() if not math.isfinite(value)])
 

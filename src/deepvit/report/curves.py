@@ -16,7 +16,8 @@ CURVES = {"top1": "top-1 (%)", "loss": "training loss"}
 def curves_picture(grid: Grid, prefix: str) -> Picture:
     facets = _facets(grid, lambda run: bool(run.lines))
     panels = [lambda axes, f=facet, n=name: _curves(axes, facets[f], f, n) for name in CURVES for facet in facets]
-    return Picture(f"{prefix}curves", "Training, one line a run; further seeds of a cell are pale.", panels, columns=min(len(facets), 4))
+    return Picture(f"{prefix}curves", "Training, one line a run; further seeds of a cell are pale.", panels,
+                   columns=min(len(facets), 4))
 
 
 def blocks_picture(grid: Grid, prefix: str) -> Picture:

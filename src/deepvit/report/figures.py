@@ -141,7 +141,8 @@ class _Plot:
         points: Mapping[tuple[str, int], float | None] = {
             (entry.match["model.attention.name"], entry.match["model.depth"]): value(entry) for entry in entries}
         for attention in ("self", "reattention") if self.axis == "depth" else ():
-            found = sorted((depth, top) for (name, depth), top in points.items() if name == attention and top is not None)
+            found = sorted((depth, told) for (name, depth), told in points.items()
+                           if name == attention and told is not None)
             if found:
                 axes.plot(*zip(*found), linestyle="--", alpha=0.8, label=f"{attention}, the paper",
                           markerfacecolor="none", **look(attention, [attention]))

@@ -19,8 +19,8 @@ def forest_picture(grid: Grid, prefix: str) -> Picture:
     findings = [one for one in find(plan, grid.runs) if one.points]
     outcomes = [("difference in points of top-1", [one.points for one in findings], plan.margin),
                 ("difference in test log-loss", [one.losses for one in findings], None)]
-    return Picture(f"{prefix}contrasts", "Differences paired by seed: mean, 95 % interval from three seeds on, one hollow "
-                   f"dot a seed. Shaded: the margin of {plan.margin:g} points.",
+    return Picture(f"{prefix}contrasts", f"Differences paired by seed: mean, 95 % interval from three seeds on, one "
+                   f"hollow dot a seed. Shaded: the margin of {plan.margin:g} points.",
                    [lambda axes, o=outcome: _forest(axes, findings, *o) for outcome in outcomes])
 
 

@@ -171,7 +171,8 @@ def _grid(runs: Sequence[Run]) -> Grid:
                 {extra: column[1:] for extra, column in zip(extras, columns)},
                 [Cell(*key, runs=tuple(sorted(found[key], key=lambda run: run.config.get("seed", 0))),
                       settings=settings_of[key]) for key in sorted(found, key=_order)],
-                {name: compared[0].get(name) for name in names if name not in differing(compared)}, duplicates, runs[-1].sweep)
+                {name: compared[0].get(name) for name in names if name not in differing(compared)}, duplicates,
+                runs[-1].sweep)
 
 
 def _differing(runs: Sequence[Run]) -> list[str]:

@@ -56,8 +56,3 @@ def paragraph(text: str) -> str:
 
 def heading(text: str) -> str:
     return f"<h2>{html.escape(text)}</h2>"
-
-
-def listing(summary: str, lines: Sequence[str]) -> str:
-    items = "".join(f"<li><code>{html.escape(line)}</code></li>" for line in lines)
-    return f"<details><summary>{html.escape(summary)}</summary><ul>{items}</ul></details>"

@@ -98,9 +98,10 @@ def as_csv(grids: Sequence[Grid], threshold: float) -> str:
 
 
 def _csv_row(grid: Grid, cell: Cell, threshold: float) -> dict[str, object]:
-    row = {"data": grid.data, "recipe": grid.recipe, "experiment": grid.label, "depth": cell.depth, "attention": cell.attention,
-           **cell.settings, "n": len(cell.finished), "status": cell.status or "finished",
-           "seeds": " ".join(str(run.config.get("seed")) for run in cell.finished)}
+    row = {"data": grid.data, "recipe": grid.recipe, "experiment": grid.label, "depth": cell.depth,
+           "attention": cell.attention, **cell.settings, "n": len(cell.finished), "status": cell.status or "finished",
+           "seeds": " ".join(str(run.config.get("seed")) for run in cell.finished),
+           "folders": " ".join(run.place for run in cell.runs)}
     row |= _summary_columns("top1", over_seeds(cell, of_result("top1")))
     row["top1_low"], row["top1_high"] = interval(cell)
     for moment in MOMENTS:

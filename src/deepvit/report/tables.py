@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from deepvit.report.contrasts import OUTCOMES, Finding, Plan, find, plan_of
 from deepvit.report.grid import Cell, Grid, plain
