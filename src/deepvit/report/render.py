@@ -34,7 +34,8 @@ def printed(headers: Sequence[str], rows: Sequence[Sequence[str]], markdown: boo
     Args:
         headers: for a terminal broken into lines at spaces, so that columns are as narrow as they can be.
     """
-    drawn = rich.table.Table(box=box.MARKDOWN if markdown else box.SIMPLE_HEAD, pad_edge=markdown)
+    drawn = rich.table.Table(box=box.MARKDOWN if markdown else box.SIMPLE_HEAD, pad_edge=markdown,
+                             padding=(0, 1) if markdown else (0, 1, 0, 0))
     right = [_is_number(row[index] for row in rows) for index in range(len(headers))]
     for header, is_right in zip(headers, right, strict=True):
         text = header if markdown else header.replace(" %", "\N{NO-BREAK SPACE}%").replace(" ", "\n")

@@ -36,7 +36,8 @@ def write_report(runs: Sequence[Run], problems: Sequence[str], out: Path, thresh
     found = grids(runs)
     made = f"Made {time.strftime('%Y-%m-%d %H:%M %z')} by `{without_paths(command)}` at revision " \
            f"{git_revision() or 'unknown'}. {sentences.revisions(found)}"
-    parts = [sentences.summary(found), made.strip(), *problems, *itertools.chain(*(grid.duplicates for grid in found))]
+    parts = [sentences.summary(found), made.strip(), *problems,
+             *itertools.chain.from_iterable(grid.duplicates for grid in found)]
     for number, grid in enumerate(found, 1):
         prefix = re.sub(r"[^A-Za-z0-9]+", "-", f"{grid.data}-{grid.recipe}-{grid.label}")[:40].strip("-") + f"-{number}-"
         parts += [f"## {grid.name}", sentences.shared_recipe(grid), sentences.limits(grid), *tables(grid, threshold),
