@@ -1,6 +1,8 @@
 """Contrasts of a study: from the sweep file through its record to tests that are scipy's."""
 
 import json
+import re
+import shutil
 
 import numpy as np
 import pytest
@@ -51,7 +53,7 @@ def study(make, tmp_path):  # noqa: F811
 
 def test_differences_are_paired_by_seed_and_the_seed_is_the_unit(study, tmp_path):
     top1 = study(6)
-    mixing, at_32, interaction = find(read_plan(PLAN), the_grid(tmp_path / "runs").runs)
+    mixing, at_32, interaction = find(read_plan(PLAN), the_grid(tmp_path / "runs"))
     over_depths = [(top1["reattention", 16] + top1["reattention", 32]) / 2,
                    (top1["norm_only", 16] + top1["norm_only", 32]) / 2]
     paired = stats.ttest_rel(*over_depths)
@@ -70,6 +72,21 @@ def test_differences_are_paired_by_seed_and_the_seed_is_the_unit(study, tmp_path
     assert interaction.adjusted is None
     assert (at_32.verdict, interaction.verdict) == ("greater, as claimed", "greater, as claimed")
     assert mixing.verdict == ("different, against the claim" if paired.pvalue < 0.05 else "undecided")
+
+
+def test_like_is_compared_with_like(study, tmp_path):
+    """An arm that has more cells than the other counts where both are; one that is not told apart is refused."""
+    arms = {"norm": {"plus": {"model/attention": "norm_only"}, "minus": {"model/attention": "self"}},
+            "typo": {"plus": {"model/attention": "norm"}, "minus": {"model/attention": "self"}},
+            "same": {"plus": {"model/attention": "norm_only"}, "minus": {"model.qkv_bias": True}}}
+    top1 = study(3, {"contrasts": arms})
+    for folder in (tmp_path / "runs").rglob("norm_only-32-*"):
+        shutil.rmtree(folder)
+    record = tmp_path / "runs/sweeps/study-0.jsonl"
+    record.write_text(re.sub(r'{"overrides": \["norm_only-32-.*?}}, ', "", record.read_text()))
+    norm, typo, same = find(read_plan({"contrasts": arms}), the_grid(tmp_path / "runs"))
+    assert [*norm.points.values()] == pytest.approx(top1["norm_only", 16] - top1["self", 16])
+    assert "no run is model/attention=norm" in typo.verdict and "several runs of one seed" in same.verdict
 
 
 def test_holm_steps_down():

@@ -42,8 +42,7 @@ class Contrast:
 
     @property
     def meaning(self) -> str:
-        plus, minus, at, against = (", ".join(f"{name}={value}" for name, value in settings.items())
-                                    for settings in (self.plus, self.minus, self.at, self.against))
+        plus, minus, at, against = map(_said, (self.plus, self.minus, self.at, self.against))
         return f"{plus} minus {minus}{at and f', at {at}'}{against and f', less the same at {against}'}"
 
 
@@ -62,7 +61,7 @@ class Plan:
 @dataclass(frozen=True)
 class Finding:
     """What came of a contrast. `points`: the difference of each seed; `left_out`: seeds with a run missing;
-    `adjusted`: Holm's p, of the primary ones."""
+    `adjusted`: Holm's p, of the primary ones; `problem`: why there are no pairs."""
 
     contrast: Contrast
     margin: float
@@ -70,6 +69,7 @@ class Finding:
     losses: Mapping[int, float]
     left_out: Sequence[int]
     adjusted: float | None = None
+    problem: str = ""
 
     @property
     def is_enough(self) -> bool:
@@ -94,6 +94,8 @@ class Finding:
 
     @property
     def verdict(self) -> str:
+        if self.problem:
+            return self.problem
         if not self.is_enough:
             return f"n = {len(self.points)}: no interval worth reading"
         claim, mean = self.contrast.claim, self.difference.mean
@@ -149,32 +151,51 @@ def plan_of(grid: Grid) -> Plan | None:
     return read_plan(grid.sweep.statistics) if grid.sweep and grid.sweep.statistics else None
 
 
-def find(plan: Plan, runs: Sequence[Run]) -> list[Finding]:
-    """The contrasts of a plan in the runs of its sweep."""
+def find(plan: Plan, grid: Grid) -> list[Finding]:
+    """The contrasts of a plan in the cells of its sweep."""
+    runs = [run for cell in grid.cells for run in cell.runs]
     found = []
     for contrast in plan.contrasts:
-        points, left_out = _paired(contrast, runs, plan.outcome)
-        found.append(Finding(contrast, plan.margin, points, _paired(contrast, runs, plan.loss)[0], left_out))
+        try:
+            (points, left_out), (losses, _) = (_paired(contrast, runs, name) for name in (plan.outcome, plan.loss))
+            found.append(Finding(contrast, plan.margin, points, losses, left_out))
+        except LookupError as error:
+            found.append(Finding(contrast, plan.margin, {}, {}, [], problem=error.args[0]))
     primary = [one for one in found if one.contrast.primary]
     adjusted = holm([one.p if one.is_enough else 1.0 for one in primary])
     return [replace(one, adjusted=p) for one, p in zip(primary, adjusted)] + found[len(primary):]
 
 
 def _paired(contrast: Contrast, runs: Sequence[Run], outcome: str) -> tuple[dict[int, float], list[int]]:
-    """The difference of each seed (the mean over what the contrast leaves open), and seeds that lack a run."""
-    seeds: dict[int, dict[tuple, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
-    for run, place in zip(runs, _places(contrast, runs)):
-        for index, (_, arm) in enumerate(contrast.arms):
+    """The difference of each seed, the mean over what all arms have in common and the contrast leaves open; and the
+    seeds that lack a run.
+
+    Raises:
+        LookupError: an arm is no run's, or two runs' of one seed.
+    """
+    places, arms, seeds = _places(contrast, runs), [], set()
+    for _, arm in contrast.arms:
+        values: dict[str, dict[int, float]] = defaultdict(dict)
+        for run, place in zip(runs, places):
             if all(run.chosen(name) == normal(value) for name, value in arm.items()):
-                value = run.result.get(outcome)
-                seeds[run.config.get("seed", 0)][place][index] = math.nan if value is None else value
-    everywhere = {place for places in seeds.values() for place in places}
+                seed = run.config.get("seed", 0)
+                if seed in values[place]:
+                    raise LookupError(f"several runs of one seed are {_said(arm)}: name what tells them apart")
+                values[place][seed] = run.result.get(outcome, math.nan)
+                seeds.add(seed)
+        arms.append(values)
+    common = set.intersection(*map(set, arms))
+    if not common:
+        raise LookupError(f"no run is {' or '.join(_said(arm) for _, arm in contrast.arms)}, all else alike")
     signs = [sign for sign, _ in contrast.arms]
-    values = {seed: sum(sign * places.get(place, {}).get(index, math.nan) for place in everywhere
-                        for index, sign in enumerate(signs)) / len(everywhere)
-              for seed, places in sorted(seeds.items())}
-    return ({seed: value for seed, value in values.items() if math.isfinite(value)},
-            [seed for seed, value in values.items() if not math.isfinite(value)])
+    found = {seed: sum(sign * values[place].get(seed, math.nan) for place in common
+                       for sign, values in zip(signs, arms)) / len(common) for seed in sorted(seeds)}
+    return ({seed: value for seed, value in found.items() if math.isfinite(value)},
+            [seed for seed, value in found.items() if not math.isfinite(value)])
+
+
+def _said(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in settings.items())
 
 
 def _places(contrast: Contrast, runs: Sequence[Run]) -> list[str]:

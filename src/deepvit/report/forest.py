@@ -16,7 +16,7 @@ def forest_picture(grid: Grid, prefix: str) -> Picture:
         grid: of a sweep that names contrasts.
     """
     plan = plan_of(grid)
-    findings = [one for one in find(plan, grid.runs) if one.points]
+    findings = [one for one in find(plan, grid) if one.points]
     outcomes = [("difference in points of top-1", [one.points for one in findings], plan.margin),
                 ("difference in test log-loss", [one.losses for one in findings], None)]
     return Picture(f"{prefix}contrasts", f"Differences paired by seed: mean, 95 % interval from three seeds on, one "

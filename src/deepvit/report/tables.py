@@ -78,7 +78,7 @@ def _contrasts(grid: Grid) -> list[Table]:
     plan = plan_of(grid)
     if plan is None:
         return []
-    findings = find(plan, grid.runs)
+    findings = find(plan, grid)
     headers = ["contrast", "claim", "n", "points", "95 %", "p", "Holm", "90 %", "p equal", "log-loss", "verdict"]
     rows = [[one.contrast.name, one.contrast.claim + " (primary)" * one.contrast.primary, str(len(one.points)),
              *_tests(one), one.verdict] for one in findings]
