@@ -9,6 +9,7 @@ from PIL import Image
 
 import deepvit
 from deepvit import analysis
+from deepvit.analysis import draw_depth, draw_maps
 from deepvit.analysis.pictures import read_pictures, top_classes
 from deepvit.analysis.study import load_studies
 from deepvit.commands import figures
@@ -81,6 +82,36 @@ def test_drawing_from_kept_maps(place, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
         path.with_suffix(".svg").name for path in (place / "out").iterdir())
     assert capsys.readouterr().out.count(".svg") == 8
+
+
+def test_a_flat_map_is_grey_and_says_so():
+    flat, steep = 0.02 + 1e-4 * torch.rand(9, 9), torch.rand(9, 9)
+    assert np.ptp(draw_maps.coloured(flat, signed=False)[..., :3], axis=-1).max() == 0  # grey
+    assert np.ptp(draw_maps.coloured(flat, signed=False)[..., 0]) == 1  # its structure shows
+    assert np.ptp(draw_maps.coloured(steep, signed=False)[..., :3], axis=-1).max() > 0.2
+    assert draw_maps.in_words(flat) == "flat, max/min = 1.00" == draw_maps.in_words(-flat)
+    assert draw_maps.in_words(steep).startswith("max 0.9")
+    assert not draw_maps.is_flat(steep - 0.5) and draw_maps.is_flat(torch.ones(2, 2))
+
+
+def test_axes_make_no_trend_of_noise(place):
+    studies = load_studies(place / "maps.safetensors")
+    figure = draw_depth.measures_with_depth(studies)
+    figure.draw_without_rendering()
+    least = {title: span for title, _, span, _ in draw_depth.MEASURES}
+    for ax in figure.axes:
+        low, high = ax.get_ylim()
+        if ax.get_title() in least:
+            span = high / low if ax.get_yscale() == "log" else high - low
+            assert span >= 0.999 * least[ax.get_title()]
+            assert not ax.yaxis.get_offset_text().get_text() and all(tick % 1 == 0 for tick in ax.get_xticks())
+    assert [text.get_text().split(":")[0] for text in figure.legends[0].get_texts()] == ["self", "reattention"]
+
+
+def test_blocks_of_a_matrix_are_whole(place):
+    figure = draw_depth.similarity_matrices(load_studies(place / "maps.safetensors"))
+    figure.draw_without_rendering()
+    assert all(tick % 1 == 0 for ax in figure.axes if ax.images for tick in (*ax.get_xticks(), *ax.get_yticks()))
 
 
 def test_broken_picture_is_named_and_the_rest_drawn(place, monkeypatch, capsys):
