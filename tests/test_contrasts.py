@@ -115,13 +115,14 @@ def test_the_report_of_a_study(study, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("change", "words"), [
-    ({"outcom": "top1"}, "outcome"), ({"outcome": "accuracy"}, "uncalibrated_top1"), ({"margin": 0}, "margin"),
+    ({"outcom": "top1"}, "outcome"), ({"outcome": "accuracy"}, "uncalibrated_top1"), ({"margin": 0.0}, "margin"),
+    ({"contrasts": {"a": {"plus": {"seed": 1}, "minus": {"seed": 2}, "primari": True}}}, "primary"),
     ({"contrasts": {"a": {"plus": {"seed": 1}}}}, "minus"),
     ({"contrasts": {"a": {"plus": {"x": 1}, "minus": {"x": 2}, "claim": "same"}}}, "equal"),
     ({"contrasts": {str(at): {"plus": {"x": 1}, "minus": {"x": 2}, "primary": True} for at in range(4)}}, "primary")])
 def test_a_plan_that_cannot_be_meant_is_refused(change, words):
     with pytest.raises(UserError, match=words):
-        read_plan(change)
+        read_plan({"contrasts": {}, **change})
 
 
 def test_a_sweep_file_names_its_contrasts(run, tmp_path):

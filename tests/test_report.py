@@ -308,7 +308,7 @@ def test_different_data_and_recipes_get_tables_of_their_own(make, tmp_path, caps
     assert main(["report", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
     assert "2 experiments" in printed and printed.count("Accuracy and similar blocks") == 2
-    assert len(list((tmp_path / "out" / "figures").glob("imagenet-imagenet-32b*depth.png"))) == 1
+    assert len(list((tmp_path / "out" / "figures").glob("imagenet-imagenet-32b*curves.png"))) == 1
 
 
 # The paper's numbers

@@ -67,6 +67,7 @@ def similarity_with_depth(studies: Sequence[Study]) -> Figure:
                ylim=(min(-0.3, ax.get_ylim()[0]), 1.05))
         ax.legend(fontsize=7, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
         ax.grid(alpha=0.3)
+        ax.set_xlim(left=0.5)
         whole_blocks(ax.xaxis)
     return figure
 
@@ -116,6 +117,7 @@ def measures_with_depth(studies: Sequence[Study]) -> Figure:
 def scale(ax: Axes, unit: str, least: float) -> None:
     """A y axis of `least` span or more, or noise would look like a trend, with whole numbers at its ticks; whole blocks
     below."""
+    ax.set_xlim(left=0.5)
     whole_blocks(ax.xaxis)
     if unit == "ratio":
         ax.set_yscale("log")

@@ -18,7 +18,7 @@ from deepvit.analysis.study import Study
 
 POSITIVE, SIGNED = "viridis", "RdBu_r"  # both readable without telling red from green
 LEAST_WIDTH = 7  # inches that a title takes
-FLAT = 1.5  # highest over lowest weight of a map in which nothing is looked at more than the rest
+FLAT = 2  # highest over lowest weight of a map in which nothing is looked at more than the rest
 QUANTILE = 0.995  # of the absolute weights, where the colours end: a few entries would leave the rest dark
 SCALE = f"max: each panel's {QUANTILE:.1%} quantile; grey: flat (max/min below {FLAT:g}), drawn from min to max"
 

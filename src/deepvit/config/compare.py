@@ -62,11 +62,15 @@ def labels(configs: Sequence[Mapping[str, Any]]) -> list[str]:
              and any(normal(config.get(name)) != normal(configs[0].get(name)) for config in configs)]
     if "model.attention.name" in names:
         names = [name for name in names if not name.startswith("model.attention.") or name.endswith(".name")]
-    names.sort(key=lambda name: (name != "model.attention.name", name != "model.depth", name == "seed"))
+    first, last = ("model.attention.name", "model.depth", "init", "optimizer.lr"), ("seed",)
+    names.sort(key=lambda name: first.index(name) if name in first else len(first) + (name in last))
     return [", ".join(_in_words(name, normal(config.get(name))) for name in names[:3]) for config in configs]
 
 
 def _in_words(name: str, value: Any) -> str:
     if name == "model.attention.name":
         return str(value)
-    return f"{value} blocks" if name == "model.depth" else f"{name.rpartition('.')[2]} {value}"
+    if name == "model.depth":
+        return f"{value} blocks"
+    short = name.rpartition(".")[2]
+    return f"no {short}" if value is None else f"{short} {str(value).rpartition('/')[2]}"

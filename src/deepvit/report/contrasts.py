@@ -3,12 +3,13 @@
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from deepvit.config.compare import normal
-from deepvit.errors import UserError, did_you_mean
+from deepvit.config.signature import ABOVE_ZERO, check_arguments, check_ranges
+from deepvit.errors import UserError
 from deepvit.report.grid import Grid, compared_settings, differing, merged
 from deepvit.report.runs import Run
 from deepvit.report.statistics import Equivalence, Summary, equivalence, holm, p_of_no_difference, summarise
@@ -16,7 +17,6 @@ from deepvit.report.statistics import Equivalence, Summary, equivalence, holm, p
 WHERE = "hydra.callbacks.sweep.statistics"
 OUTCOMES = {"top1": "top-1 of the last step", "uncalibrated_top1": "top-1 of the last step",
             "best_top1": "the best top-1 of each run, chosen on the images that it is measured on"}
-CLAIMS = ("different", "greater", "less", "equal")
 LEVEL = 0.05
 MOST_PRIMARY = 3
 ENOUGH = 3  # seeds of which an interval says something
@@ -31,7 +31,7 @@ class Contrast:
     minus: Mapping[str, Any]
     at: Mapping[str, Any] = field(default_factory=dict)
     against: Mapping[str, Any] = field(default_factory=dict)
-    claim: str = "different"
+    claim: Literal["different", "greater", "less", "equal"] = "different"
     primary: bool = False
 
     @property
@@ -48,9 +48,11 @@ class Contrast:
 
 @dataclass(frozen=True)
 class Plan:
-    outcome: str
-    margin: float
-    contrasts: list[Contrast]
+    """`contrasts`: as given under their names, then read, the primary ones first; `margin`: points of top-1."""
+
+    contrasts: Mapping[str, Any] | Sequence[Contrast]
+    outcome: Literal["top1", "uncalibrated_top1", "best_top1"] = "top1"
+    margin: float = 0.5
 
     @property
     def loss(self) -> str:
@@ -115,35 +117,16 @@ def read_plan(given: Mapping[str, Any]) -> Plan:
     Raises:
         UserError: an unknown key or word, or more than three primary contrasts.
     """
-    _refuse_unknown(given, ("outcome", "margin", "contrasts"), WHERE)
-    outcome, margin = given.get("outcome", "top1"), given.get("margin", 0.5)
-    if outcome not in OUTCOMES:
-        raise UserError(f"{WHERE}.outcome={outcome} is none: give one of {', '.join(OUTCOMES)}.")
-    if not isinstance(margin, int | float) or margin <= 0:
-        raise UserError(f"{WHERE}.margin={margin} is no margin: give points of top-1 above 0.")
-    contrasts = [_read_contrast(name, one) for name, one in (given.get("contrasts") or {}).items()]
+    check_arguments(Plan, given, WHERE)
+    check_ranges(given, {"margin": (ABOVE_ZERO, math.inf)}, WHERE)
+    contrasts = []
+    for name, one in given["contrasts"].items():
+        check_arguments(Contrast, one, f"{WHERE}.contrasts.{name}", ignore_missing=("name",))
+        contrasts.append(Contrast(**{**one, "name": name}))
     if sum(one.primary for one in contrasts) > MOST_PRIMARY:
         raise UserError(f"{WHERE}.contrasts has more than {MOST_PRIMARY} with primary: true: choose those that carry "
                         f"the study.")
-    return Plan(outcome, margin, sorted(contrasts, key=lambda one: not one.primary))
-
-
-def _read_contrast(name: str, given: Mapping[str, Any]) -> Contrast:
-    where = f"{WHERE}.contrasts.{name}"
-    _refuse_unknown(given, [one.name for one in fields(Contrast)][1:], where)
-    for side in ("plus", "minus"):
-        if not given.get(side):
-            raise UserError(f"{where} has no {side}: give the settings of its runs, such as "
-                            f"{side}: {{model/attention: self}}.")
-    if given.get("claim", "different") not in CLAIMS:
-        raise UserError(f"{where}.claim={given['claim']} is none: give one of {', '.join(CLAIMS)}.")
-    return Contrast(name, **given)
-
-
-def _refuse_unknown(given: Mapping[str, Any], known: Sequence[str], where: str) -> None:
-    for key in given:
-        if key not in known:
-            raise UserError(f"There is no {where}.{key}.{did_you_mean(key, known)}")
+    return Plan(**{**given, "contrasts": sorted(contrasts, key=lambda one: not one.primary)})
 
 
 def plan_of(grid: Grid) -> Plan | None:

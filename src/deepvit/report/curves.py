@@ -17,7 +17,7 @@ def curves_picture(grid: Grid, prefix: str) -> Picture:
     facets = _facets(grid, lambda run: bool(run.lines))
     panels = [lambda axes, f=facet, n=name: _curves(axes, facets[f], f, n) for name in CURVES for facet in facets]
     return Picture(f"{prefix}curves", "Training, one line a run; further seeds of a cell are pale.", panels,
-                   columns=min(len(facets), 4))
+                   columns=min(max(len(facets), 2), 4))
 
 
 def blocks_picture(grid: Grid, prefix: str) -> Picture:
@@ -25,7 +25,8 @@ def blocks_picture(grid: Grid, prefix: str) -> Picture:
     kinds = list(KINDS) if len(facets) <= 4 else ["final", "softmax"]
     panels = [lambda axes, f=facet, k=kind: _blocks(axes, facets[f], f, k) for kind in kinds for facet in facets]
     return Picture(f"{prefix}blocks", "Similarity M of each block's maps to the next block's, mean over images, "
-                   "heads, tokens and seeds. Solid: trained; dotted: untrained.", panels, columns=min(len(facets), 4))
+                   "heads, tokens and seeds. Solid: trained; dotted: untrained.", panels,
+                   columns=min(max(len(facets), 2), 4))
 
 
 def _facets(grid: Grid, wanted: Callable[[Run], bool]) -> dict[str, list[Cell]]:

@@ -31,7 +31,7 @@ LEAST_POINTS = 4  # that the axis of accuracies spans
 def pictures(grid: Grid, threshold: float, prefix: str = "") -> list[Picture]:
     """What can be drawn of a grid; nothing of one without a finished or begun run."""
     drawn = [forest_picture(grid, prefix)] if plan_of(grid) else []
-    if any(cell.finished for cell in grid.cells):
+    if sum(bool(cell.finished) for cell in grid.cells) > 1:
         drawn.append(depth_picture(grid, threshold, prefix))
     if any(run.lines for run in grid.runs):
         drawn.append(curves_picture(grid, prefix))
@@ -68,7 +68,7 @@ class _Plot:
         """Cells by what tells their lines apart."""
         lines: dict[str, list[Cell]] = {}
         for cell in self.grid.cells:
-            parts = [cell.attention] * (self.axis != "attention") + cell.details(self.grid, but=self.axis)
+            parts = [cell.attention, *cell.details(self.grid, but=self.axis)]
             parts += [f"{cell.depth} blocks"] * (self.axis != "depth" and len(self.grid.depths) > 1)
             lines.setdefault(", ".join(parts), []).append(cell)
         return lines
@@ -97,7 +97,7 @@ class _Plot:
         for label, cells in self.lines.items():
             found = [(self.ticks[self._value(cell)], summary.mean) for cell in cells
                      if (summary := over_seeds(cell, measure))]
-            axes.plot([x for x, _ in found], [mean for _, mean in found], label=(label or None) if labelled else None,
+            axes.plot([x for x, _ in found], [mean for _, mean in found], label=label if labelled else None,
                       **{**look(label, list(self.lines)), **self.style, **style})
 
     def accuracy(self, axes: Axes) -> None:
@@ -111,7 +111,7 @@ class _Plot:
                     [0 if high is None else max(high - mean, 0) for mean, (_, high) in zip(means, bounds)]]
             shift = (index - (len(self.lines) - 1) / 2) * 0.012 * self.span  # so that bars do not hide each other
             axes.errorbar([self.ticks[self._value(cell)] + shift for cell in cells], means, yerr=bars, capsize=3,
-                          label=label or None, **self.style, **look(label, list(self.lines)))
+                          label=label, **self.style, **look(label, list(self.lines)))
         self._paper(axes, lambda entry: entry.top1)
         low, high = axes.get_ylim()
         more = max(LEAST_POINTS - (high - low), 0) / 2

@@ -13,11 +13,11 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #1b1f24; background: #fff; m
 h1 { font-size: 1.5rem; line-height: 1.2; } h2 { font-size: 1.25rem; margin-top: 2.5rem; } h3 { font-size: 1rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid #d8dee4; white-space: nowrap; }
+th, td { padding: .3rem .45rem; text-align: right; border-bottom: 1px solid #d8dee4; white-space: nowrap; }
 th { vertical-align: bottom; white-space: normal; min-width: 3.2rem; background: #f6f8fa; font-weight: 600; }
-.left { text-align: left; } td.open { color: #9a3412; font-weight: 600; white-space: normal; min-width: 9rem; }
+.left { text-align: left; } td.open { color: #9a3412; font-weight: 600; white-space: normal; min-width: 7rem; }
 .notes { font-size: .875rem; color: #424a53; padding-left: 1.2rem; } figure { margin: 1.5rem 0; }
-figure img { width: 100%; height: auto; } figcaption { font-size: .875rem; color: #424a53; }
+figure img { max-width: 100%; height: auto; } figcaption { font-size: .875rem; color: #424a53; }
 details { margin: .5rem 0; font-size: .875rem; } code, p, li { overflow-wrap: anywhere; }
 td.long { white-space: normal; min-width: 9rem; }
 @media (max-width: 700px) {

@@ -4,6 +4,7 @@ import csv
 import html
 import io
 import re
+import textwrap
 from collections.abc import Iterable, Sequence
 
 import rich.table
@@ -32,14 +33,17 @@ def printed(headers: Sequence[str], rows: Sequence[Sequence[str]], markdown: boo
     """A table as lines of text, columns of numbers to the right.
 
     Args:
-        headers: for a terminal broken into lines at spaces, so that columns are as narrow as they can be.
+        headers: for a terminal broken into lines at spaces where they are wider than their column.
     """
     drawn = rich.table.Table(box=box.MARKDOWN if markdown else box.SIMPLE_HEAD, pad_edge=markdown,
                              padding=(0, 1) if markdown else (0, 1, 0, 0))
-    right = [_is_number(row[index] for row in rows) for index in range(len(headers))]
-    for header, is_right in zip(headers, right, strict=True):
-        text = header if markdown else header.replace(" %", "\N{NO-BREAK SPACE}%").replace(" ", "\n")
-        drawn.add_column(text, justify="right" if is_right else "left", vertical="bottom", no_wrap=True)
+    right = []
+    for index, header in enumerate(headers):
+        cells = [row[index] for row in rows]
+        width = max(map(len, [*header.split(" "), *cells]))
+        right.append(_is_number(cells))
+        drawn.add_column(header if markdown else textwrap.fill(header, width, break_on_hyphens=False),
+                         justify="right" if right[-1] else "left", vertical="bottom", no_wrap=True)
     for row in rows:
         drawn.add_row(*row)
     console = Console(file=io.StringIO(), width=100_000, markup=False, emoji=False, highlight=False)

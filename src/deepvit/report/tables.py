@@ -90,7 +90,7 @@ def _contrasts(grid: Grid) -> list[Table]:
               f"intervals. p: of no difference; Holm: p of the claim, over the primary contrasts; 90 % and p equal: "
               f"two one-sided tests of a difference of {plan.margin:g} points or more."]
     notes += [f"An interim look: {unfinished} runs are not finished."] if unfinished else []
-    return [Table(f"Contrasts: {grid.name}", headers, rows, notes)]
+    return [Table("Contrasts", headers, rows, notes)]
 
 
 def _tests(one: Finding) -> list[str]:
@@ -128,21 +128,21 @@ def _results(grid: Grid, threshold: float) -> Table:
     rows = [[*_place(cell), _top1(cell), str(len(cell.finished)), _interval(cell),
              *(_text(over_seeds(cell, lambda run, m=moment, k=kind: similar_blocks(run, m, k, threshold)), 1)
                for moment in MOMENTS for kind in ("final", "softmax")),
-             _text(over_seeds(cell, lambda run: run.result["params"] / 1e6), 2), *_published(cell, grid), cell.status]
+             f"{params.mean / 1e6:.2f}" if (params := over_seeds(cell, of_result("params"))) else NONE, *_published(cell, grid), cell.status]
             for cell in grid.cells]
     notes = [f"similar: pairs of adjacent blocks whose maps have a mean similarity M above {threshold:g}, of depth - 1 "
              f"pairs; final: the maps that multiply the values, softmax: before heads are mixed and normalised. "
              f"95 %: over seeds (Student's t) for n > 2, over the test images for n = 1; n = 2: no interval worth "
              f"reading."]
     notes += [f"With {extra} changes: {', '.join(names)}." for extra, names in grid.followers.items() if names]
-    return Table(f"Accuracy and similar blocks: {grid.name}", headers, rows, notes + _published_notes(grid))
+    return Table("Accuracy and similar blocks", headers, rows, notes + _published_notes(grid))
 
 
 def _similarities(grid: Grid) -> Table:
     headers = [*_axes(grid), *(f"{kind} {moment}" for kind in KINDS.values() for moment in MOMENTS.values())]
     rows = [[*_place(cell), *(_text(over_seeds(cell, lambda run, m=moment, k=kind: mean_similarity(run, m, k)), 2)
                               for kind in KINDS for moment in MOMENTS)] for cell in grid.cells if cell.finished]
-    return Table(f"Mean similarity M of adjacent blocks: {grid.name}", headers, rows, [
+    return Table("Mean similarity M of adjacent blocks", headers, rows, [
         "final-1/N, softmax-1/N: of maps minus their uniform part. A norm over heads lowers M of the final maps "
         "by construction: it does so untrained, before anything was learned."])
 
@@ -150,7 +150,7 @@ def _similarities(grid: Grid) -> Table:
 def _costs(grid: Grid) -> Table:
     headers = [*_axes(grid), "parameters", "GFLOP an image", "images/s", "epochs", "device"]
     rows = [[*_place(cell), *_counts(cell)] for cell in grid.cells if cell.finished]
-    return Table(f"Size and speed: {grid.name}", headers, rows, [
+    return Table("Size and speed", headers, rows, [
         "GFLOP: forward, one image. images/s: training, as these runs met their machines; not a benchmark."])
 
 

@@ -39,9 +39,9 @@ def write_report(runs: Sequence[Run], problems: Sequence[str], out: Path, thresh
     parts = [sentences.summary(found), made.strip(), *problems,
              *itertools.chain.from_iterable(grid.duplicates for grid in found)]
     for number, grid in enumerate(found, 1):
-        prefix = re.sub(r"[^A-Za-z0-9]+", "-", f"{grid.data}-{grid.recipe}-{grid.label}")[:40].strip("-") + f"-{number}-"
+        name = re.sub(r"[^A-Za-z0-9]+", "-", f"{grid.data}-{grid.recipe}-{grid.label}")[:40].strip("-")
         parts += [f"## {grid.name}", sentences.shared_recipe(grid), sentences.limits(grid), *tables(grid, threshold),
-                  *pictures(grid, threshold, prefix if len(found) > 1 else "")]
+                  *pictures(grid, threshold, f"{name}-{number}-" if len(found) > 1 else "")]
     parts += [comparison(pair), comparison_picture(pair)] if pair else []
     try:
         (out / "figures").mkdir(parents=True, exist_ok=True)
@@ -69,8 +69,9 @@ def _refuse_strange(out: Path) -> None:
 
 
 def _as_text(part: Part) -> str:
+    """For a terminal: without figures and what is seldom asked for."""
     if isinstance(part, Table):
-        return "\n".join(["", render.as_text(part), *part.notes])
+        return "\n".join(["", render.as_text(part), *part.notes]) if part.title != "Size and speed" else ""
     return part.replace("## ", "\n") if isinstance(part, str) else ""
 
 
