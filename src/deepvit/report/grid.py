@@ -42,7 +42,8 @@ class Cell:
 
     def details(self, grid: "Grid", but: str = "") -> list[str]:
         """Its further columns in words, without the one called `but`: `lr 0.001`."""
-        return [f"{name.rpartition('.')[2]} {plain(value)}" for name, value in zip(grid.extras, self.extras) if name != but]
+        return [f"{name.rpartition('.')[2]} {plain(value)}" for name, value in zip(grid.extras, self.extras)
+                if name != but]
 
 
 def plain(value: Any) -> str:

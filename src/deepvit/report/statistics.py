@@ -25,7 +25,7 @@ class Summary:
 
     def text(self, digits: int) -> str:
         """`81.94 ± 0.35`, or `81.94` for one value."""
-        spread = f" ± {self.std:.{digits}f}" if self.std is not None else ""
+        spread = f" ± {self.std:.{digits}f}" if self.std else ""
         return f"{round(self.mean, digits) + 0.0:.{digits}f}{spread}"  # + 0.0: no minus before a zero
 
 

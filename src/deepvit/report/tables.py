@@ -128,7 +128,7 @@ def _results(grid: Grid, threshold: float) -> Table:
     rows = [[*_place(cell), _top1(cell), str(len(cell.finished)), _interval(cell),
              *(_text(over_seeds(cell, lambda run, m=moment, k=kind: similar_blocks(run, m, k, threshold)), 1)
                for moment in MOMENTS for kind in ("final", "softmax")),
-             f"{params.mean / 1e6:.2f}" if (params := over_seeds(cell, of_result("params"))) else NONE, *_published(cell, grid), cell.status]
+             _text(over_seeds(cell, lambda run: run.result["params"] / 1e6), 2), *_published(cell, grid), cell.status]
             for cell in grid.cells]
     notes = [f"similar: pairs of adjacent blocks whose maps have a mean similarity M above {threshold:g}, of depth - 1 "
              f"pairs; final: the maps that multiply the values, softmax: before heads are mixed and normalised. "
