@@ -48,11 +48,13 @@ class Contrast:
 
 @dataclass(frozen=True)
 class Plan:
-    """`contrasts`: as given under their names, then read, the primary ones first; `margin`: points of top-1."""
+    """`contrasts`: as given under their names, then read, the primary ones first; `margin`: points of top-1;
+    `preregistered`: the file that said all this before the runs."""
 
     contrasts: Mapping[str, Any] | Sequence[Contrast]
     outcome: Literal["top1", "uncalibrated_top1", "best_top1"] = "top1"
     margin: float = 0.5
+    preregistered: str | None = None
 
     @property
     def loss(self) -> str:
