@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
-from deepvit.config.compare import normal
 from deepvit.config.signature import ABOVE_ZERO, check_arguments, check_ranges
 from deepvit.errors import UserError
 from deepvit.report.grid import Grid, compared_settings, differing, merged
@@ -160,7 +159,7 @@ def _paired(contrast: Contrast, runs: Sequence[Run], outcome: str) -> tuple[dict
     for _, arm in contrast.arms:
         values: dict[str, dict[int, float]] = defaultdict(dict)
         for run, place in zip(runs, places):
-            if all(run.chosen(name) == normal(value) for name, value in arm.items()):
+            if all(run.chosen(name) == value for name, value in arm.items()):
                 seed = run.config.get("seed", 0)
                 if seed in values[place]:
                     raise LookupError(f"several runs of one seed are {_said(arm)}: name what tells them apart")

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from deepvit.config.compare import normal
 from deepvit.report.runs import Run, Sweep, without_paths
 
 WIDEST = 3  # settings beside depth, attention and seed in which runs that were started alone may differ in one table
@@ -203,8 +202,9 @@ def _by_name(group: str, names: Sequence[str], compared: Sequence[dict[str, Any]
              ) -> list[dict[str, Any]]:
     """`group` as the chosen name, and beside it what was typed or differs between runs of one name."""
     keys = {key for settings in compared for key in settings if key.startswith(f"{group}.")} - {*typed}
-    told = {key for key in keys if len({(name, str(settings.get(key)))
-                                        for name, settings in zip(names, compared)}) == len({*names})}
+    one_of = dict(zip(names, compared))
+    told = {key for key in keys if all(settings.get(key) == one_of[name].get(key)
+                                       for name, settings in zip(names, compared))}
     return [{**{key: value for key, value in settings.items() if key not in told}, group: name}
             for name, settings in zip(names, compared)]
 
@@ -244,8 +244,7 @@ def _attention(run: Run) -> dict[str, Any]:
     attention = run.config["model"]["attention"]
     if isinstance(attention, str):
         return {"name": attention}
-    return {"name": attention.get("name") or attention.get("class", "unnamed"),
-            **{name: normal(value) for name, value in attention.items() if name != "name"}}
+    return {"name": attention.get("name") or attention.get("class", "unnamed"), **attention}
 
 
 def _order(key: tuple[int, str, tuple]) -> tuple:
