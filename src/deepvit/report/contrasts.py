@@ -135,11 +135,10 @@ def plan_of(grid: Grid) -> Plan | None:
 
 def find(plan: Plan, grid: Grid) -> list[Finding]:
     """The contrasts of a plan in the cells of its sweep."""
-    runs = [run for cell in grid.cells for run in cell.runs]
     found = []
     for contrast in plan.contrasts:
         try:
-            (points, left_out), (losses, _) = (_paired(contrast, runs, name) for name in (plan.outcome, plan.loss))
+            (points, left_out), (losses, _) = (_paired(contrast, grid.planned, name) for name in (plan.outcome, plan.loss))
             found.append(Finding(contrast, plan.margin, points, losses, left_out))
         except LookupError as error:
             found.append(Finding(contrast, plan.margin, {}, {}, [], problem=error.args[0]))

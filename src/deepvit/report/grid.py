@@ -75,9 +75,13 @@ class Grid:
         return f"{self.data}, recipe {self.recipe or 'not recorded'}{self.label and f', {self.label}'}"
 
     @cached_property
+    def planned(self) -> list[Run]:
+        """All, with those that a sweep was to run and did not."""
+        return [run for cell in self.cells for run in cell.runs]
+
+    @cached_property
     def runs(self) -> list[Run]:
-        """All that were begun."""
-        return [run for cell in self.cells for run in cell.runs if not run.is_missing]
+        return [run for run in self.planned if not run.is_missing]
 
     @property
     def depths(self) -> list[int]:
@@ -85,7 +89,7 @@ class Grid:
 
     @property
     def seeds(self) -> list[int]:
-        return sorted({run.config.get("seed", 0) for cell in self.cells for run in cell.runs})
+        return sorted({run.config.get("seed", 0) for run in self.planned})
 
 
 def grids(runs: Sequence[Run]) -> list[Grid]:
@@ -132,7 +136,7 @@ def _labelled(made: Sequence[Grid]) -> list[Grid]:
     """Those of the same data and recipe by their sweep's file, or by what was typed for all of their runs."""
     same = Counter((grid.data, grid.recipe) for grid in made)
     labels = [f"sweep {grid.sweep.name}" if grid.sweep and grid.sweep.name else
-              _typed(grid.runs) if same[grid.data, grid.recipe] > 1 else "" for grid in made]
+              _typed(grid.planned) if same[grid.data, grid.recipe] > 1 else "" for grid in made]
     named = [replace(grid, label=label) for grid, label in zip(made, labels)]
     seen = Counter()
     for index, grid in enumerate(named):
