@@ -138,8 +138,8 @@ def find(plan: Plan, grid: Grid) -> list[Finding]:
     found = []
     for contrast in plan.contrasts:
         try:
-            (points, left_out), (losses, _) = (_paired(contrast, grid.planned, name) for name in (plan.outcome, plan.loss))
-            found.append(Finding(contrast, plan.margin, points, losses, left_out))
+            points, left_out = _paired(contrast, grid.planned, plan.outcome)
+            found.append(Finding(contrast, plan.margin, points, _paired(contrast, grid.planned, plan.loss)[0], left_out))
         except LookupError as error:
             found.append(Finding(contrast, plan.margin, {}, {}, [], problem=error.args[0]))
     primary = [one for one in found if one.contrast.primary]
@@ -162,7 +162,8 @@ def _paired(contrast: Contrast, runs: Sequence[Run], outcome: str) -> tuple[dict
                 seed = run.config.get("seed", 0)
                 if seed in values[place]:
                     raise LookupError(f"several runs of one seed are {_said(arm)}: name what tells them apart")
-                values[place][seed] = run.result.get(outcome, math.nan)
+                plain = outcome.removeprefix("uncalibrated_")  # a model without batch statistics has this alone
+                values[place][seed] = run.result.get(outcome, run.result.get(plain, math.nan))
                 seeds.add(seed)
         arms.append(values)
     common = set.intersection(*map(set, arms))
