@@ -139,7 +139,8 @@ def find(plan: Plan, grid: Grid) -> list[Finding]:
     for contrast in plan.contrasts:
         try:
             points, left_out = _paired(contrast, grid.planned, plan.outcome)
-            found.append(Finding(contrast, plan.margin, points, _paired(contrast, grid.planned, plan.loss)[0], left_out))
+            losses, _ = _paired(contrast, grid.planned, plan.loss)
+            found.append(Finding(contrast, plan.margin, points, losses, left_out))
         except LookupError as error:
             found.append(Finding(contrast, plan.margin, {}, {}, [], problem=error.args[0]))
     primary = [one for one in found if one.contrast.primary]
