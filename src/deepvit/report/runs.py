@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from deepvit.config.compare import flat, normal
+from deepvit.config.compare import flat
 from deepvit.config.sweep_record import FOLDER, missing_cells, read_lines
 from deepvit.errors import UserError
 
@@ -51,7 +51,7 @@ class Run:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        return {name: normal(value) for name, value in flat(self.config) if not name.startswith("origin")}
+        return {name: value for name, value in flat(self.config) if not name.startswith("origin")}
 
     def chosen(self, name: str) -> Any:
         """A setting's value (`model.depth`), or what was chosen of a group (`model/attention`)."""
