@@ -38,7 +38,7 @@ def tf32_as_it_was():
 
 def build_on(device: torch.device, *overrides: str) -> Built:
     settings, ranks = build.read_settings(compose([*SMALL, *overrides])), Ranks(0, 1, device)
-    prepare_device(build.precision(settings.precision), ranks)
+    prepare_device(build.precision(settings.precision, device), ranks)
     built = build.build(settings, ranks)
     if settings.precision.scale_gradients:  # torch's 2^16 overflows in the first step, which is then skipped
         built.state.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**10)
@@ -85,7 +85,7 @@ def test_twenty_steps_are_those_of_the_cpu(device, on_the_cpu, precision, bound)
 def evaluation(built: Built, model: torch.nn.Module, ranks: Ranks) -> Evaluation:
     data, images = built.settings.data, built.splits.val
     return evaluate(model, build.eval_batches(data, images, ranks)(), build.prepare(data, 10), ranks,
-                    build.precision(built.settings.precision), n=len(images))
+                    build.precision(built.settings.precision, ranks.device), n=len(images))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -98,7 +98,7 @@ def test_the_folded_evaluation_is_the_definition(device, precision):
     for block in exact.blocks:
         block.attn.attend = lambda q, k, v, attention=block.attn: attention.maps(q, k) @ v
     x = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad(), build.precision(built.settings.precision).autocast(device):
+    with torch.no_grad(), build.precision(built.settings.precision, device).autocast(device):
         assert relative(model(x.to(device)), exact(x.double())) < (1e-4 if precision == "fp32" else 2e-2)
     here, there = (evaluation(built, one, ranks) for one, ranks in (
         (model, built.ranks), (copy.deepcopy(model).cpu(), Ranks(0, 1, CPU))))
@@ -107,8 +107,7 @@ def test_the_folded_evaluation_is_the_definition(device, precision):
 
 @pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.slow),
                                     pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
-@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.xfail(
-    strict=False, reason="torch 2.15's partitioner loses a parameter that was multiplied by 1: ops' map_scale"))])
+@pytest.mark.parametrize("checkpointing", [False, True])
 def test_compiled_with_and_without_checkpointing(device, on_the_cpu, checkpointing):
     built = build_on(device, "engine.compile=true", f"engine.grad_checkpointing={checkpointing}")
     assert furthest(train(built), on_the_cpu[0]) < 1e-3 and relative(average_of(built), on_the_cpu[1]) < 1e-2
