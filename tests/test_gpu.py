@@ -113,6 +113,16 @@ def test_compiled_with_and_without_checkpointing(device, on_the_cpu, checkpointi
     assert furthest(train(built), on_the_cpu[0]) < 1e-3 and relative(average_of(built), on_the_cpu[1]) < 1e-2
 
 
+@pytest.mark.parametrize("mixing", ["augment.mixup=0.8", "augment.cutmix=1.0"])
+def test_channels_stay_last_to_the_end_of_the_stem(device, mixing):
+    built, layouts = build_on(device, "model.stem=conv", "augment.mixup=0", mixing), []
+    for part in built.model.patch_embed.children():
+        part.register_forward_pre_hook(
+            lambda module, inputs: layouts.append(inputs[0].is_contiguous(memory_format=torch.channels_last)))
+    train(built, 1)
+    assert layouts == [True] * 5 * 2  # parts, micro-batches
+
+
 def test_checkpointing_changes_nothing_but_rounding(device, on_the_cpu):
     assert furthest(train(build_on(device, "engine.grad_checkpointing=true")), on_the_cpu[0]) < 1e-3
 

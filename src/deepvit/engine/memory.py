@@ -1,5 +1,6 @@
 """How many images fit at once: what a pass takes, measured on a few images, against what this process may have."""
 
+import ctypes
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -81,6 +82,13 @@ def peak_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return _field("/proc/self/status", "VmHWM") or 0
+
+
+def give_back() -> None:
+    """To the system, what a C library keeps of the memory that was freed: often more than training can use of it."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim:
+        trim(0)
 
 
 def _field(path: str, name: str) -> int | None:
