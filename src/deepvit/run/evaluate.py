@@ -69,7 +69,7 @@ def evaluate_all(config: Mapping[str, Any], ranks: Ranks, stop: StopRequest) -> 
                             f"leave the statistics as they are.")
         if config["labels"] not in (None, "real"):
             raise UserError(f"labels={config['labels']} is not known: give labels=real or null.")
-    prepare_device(precision, ranks, config["engine"]["threads"])
+    prepare_device(precision, ranks, config["engine"]["threads"], config["engine"]["deterministic"])
     results, seen, refusals = [], [], []
     for path in paths:
         try:
