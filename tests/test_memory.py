@@ -16,9 +16,10 @@ from deepvit.config.settings import Settings, read_settings
 from deepvit.engine import memory
 from deepvit.engine.device import sharing
 from deepvit.engine.schedule import Schedule
+from deepvit.engine.signals import StopRequest
 from deepvit.engine.step import Stepper
 from deepvit.errors import UserError
-from deepvit.run import build, micro_batches
+from deepvit.run import build, forecast, micro_batches
 
 GIB = 2**30
 
@@ -157,3 +158,17 @@ def test_what_does_not_fit_and_cannot_be_cut_is_refused_with_what_helps(monkeypa
         r"precision=bf16, a smaller model.attention.norm_batch.", said).groups())
     assert images == count and less < needs < 1 < there
     assert not built.model.grad_checkpointing and all(map(torch.equal, before, built.model.parameters()))
+
+
+def test_a_forecast_tells_the_memory_of_its_own_run(monkeypatch):
+    """And none that a larger one needed before in the same process: cells of a dry sweep."""
+    monkeypatch.setattr(forecast, "ENOUGH_S", 0.0)
+    monkeypatch.setattr(forecast, "FEWEST", 1)
+
+    def needed(*overrides: str) -> float:
+        config = compose(["model=vit", "model.depth=1", "model.num_heads=4", "data.batch_size=64", *overrides])
+        return forecast.forecast(config, ALONE, StopRequest())["memory_mib"]
+
+    wide, narrow = needed("model.embed_dim=1024"), needed("model.embed_dim=48")
+    weights = 4 * 10 * 1024**2 / 2**20  # MiB: 10 D^2 of a block of width D in float32
+    assert narrow < 60 < 4 * weights < wide < 16 * weights  # gradients and two moments; activations, workspace

@@ -10,7 +10,7 @@ import torch
 from deepvit.bench.apart import apart
 from deepvit.config.compose import compose
 from deepvit.engine.folder import read_json_lines
-from deepvit.engine.memory import peak_bytes, used_bytes
+from deepvit.engine.memory import peak_bytes, reset_peak
 from deepvit.engine.ranks import Ranks
 from deepvit.engine.signals import StopRequest
 from deepvit.run.forecast import forecast
@@ -49,7 +49,7 @@ def _forecast(config: dict, device: str) -> tuple[float, float]:
 def _run(config: dict, device: str) -> tuple[float, float]:
     """MiB, and seconds a step (median)."""
     ranks = _alone(device)
-    before = used_bytes(ranks.device)
+    before = reset_peak(ranks.device)
     with tempfile.TemporaryDirectory() as folder:
         train(config, Path(folder), ranks, StopRequest())
         lines = [line for line in read_json_lines(Path(folder) / "metrics.jsonl") if "lr" in line]

@@ -7,7 +7,7 @@ import torch
 from deepvit.bench.apart import apart
 from deepvit.bench.contestants import BASE, TrainStep, contestants
 from deepvit.bench.timing import fitting, reason
-from deepvit.engine.memory import peak_bytes, used_bytes
+from deepvit.engine.memory import peak_bytes, reset_peak
 
 
 def measure(device: str = "cpu", *, depth: int = 32, batch: int | None = None, img_size: int = 224) -> Iterator[dict]:
@@ -39,9 +39,7 @@ def _one(name: str, device: str, depth: int, batch: int, img_size: int) -> tuple
     def make(images: int) -> TrainStep:
         nonlocal idle
         step = TrainStep(contestants(depth, img_size)[name], images, img_size, device)
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        idle = used_bytes(torch.device(device))
+        idle = reset_peak(torch.device(device))
         return step
 
     step, batch = fitting(make, batch)

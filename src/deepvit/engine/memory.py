@@ -3,7 +3,7 @@
 import ctypes
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -75,13 +75,23 @@ def used_bytes(device: torch.device) -> int:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most that this process held so far, or on a GPU since `torch.cuda.reset_peak_memory_stats`.
+    """The most that this process held since `reset_peak`.
 
     On a host this is Linux's own number: getrusage's would be that of the process that started this one.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return _field("/proc/self/status", "VmHWM") or 0
+
+
+def reset_peak(device: torch.device) -> int:
+    """Has the peak begin at what is held now, which is returned."""
+    give_back()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    return used_bytes(device)
 
 
 def give_back() -> None:

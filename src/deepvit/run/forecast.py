@@ -12,7 +12,7 @@ import torch
 
 from deepvit.engine.device import prepare_device
 from deepvit.engine.evaluate import scores
-from deepvit.engine.memory import peak_bytes, used_bytes
+from deepvit.engine.memory import peak_bytes, reset_peak
 from deepvit.engine.ranks import Ranks
 from deepvit.engine.signals import StopRequest
 from deepvit.models.cost import count_flops, count_parameters
@@ -31,7 +31,7 @@ def forecast(config: Mapping[str, Any], ranks: Ranks, stop: StopRequest) -> dict
     prepare_device(build.precision(settings.precision, ranks.device), ranks, settings.engine.threads,
                    settings.engine.deterministic)
     build.check(settings, ranks)
-    before = used_bytes(ranks.device)
+    before = reset_peak(ranks.device)
     built = build.build(settings, ranks)
     seconds = list(_steps(built, stop))
     if not seconds or ranks.any_asked_to_stop(bool(stop)):
