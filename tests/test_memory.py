@@ -3,6 +3,7 @@
 import multiprocessing
 import re
 import resource
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -166,9 +167,18 @@ def test_a_forecast_tells_the_memory_of_its_own_run(monkeypatch):
     monkeypatch.setattr(forecast, "FEWEST", 1)
 
     def needed(*overrides: str) -> float:
-        config = compose(["model=vit", "model.depth=1", "model.num_heads=4", "data.batch_size=64", *overrides])
+        config = compose(["model=vit", "model.depth=1", "model.num_heads=4", "data.batch_size=16", *overrides])
         return forecast.forecast(config, ALONE, StopRequest())["memory_mib"]
 
     wide, narrow = needed("model.embed_dim=1024"), needed("model.embed_dim=48")
     weights = 4 * 10 * 1024**2 / 2**20  # MiB: 10 D^2 of a block of width D in float32
     assert narrow < 60 < 4 * weights < wide < 16 * weights  # gradients and two moments; activations, workspace
+
+
+@pytest.mark.parametrize(("batch", "most", "repeats", "wanted"), [
+    (64, 64, 1, (1, 1)), (64, 16, 1, (4, 4)), (1024, 32, 1, (32, 4)), (96, 8, 3, (12, 6))])
+def test_a_forecast_times_a_few_micro_batches(batch, most, repeats, wanted):
+    """As many as hold whole sets of an image's copies."""
+    settings = settings_of(f"data.batch_size={batch}", f"engine.device_batch={most}", f"augment.repeats={repeats}")
+    built = SimpleNamespace(settings=settings, micro_batch=most, ranks=ALONE)
+    assert forecast._parts(built) == wanted

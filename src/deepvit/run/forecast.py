@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from deepvit.run.build import Built
 from deepvit.run.result import summary_of
 
 WARM_UP, FEWEST, MOST, ENOUGH_S = 1, 3, 50, 2.0  # steps not timed, and timed: at least, at most, and until so long
+FEW_PARTS = 4  # micro-batches
 
 log = logging.getLogger(__name__)
 
@@ -53,17 +55,29 @@ def forecast(config: Mapping[str, Any], ranks: Ranks, stop: StopRequest) -> dict
 def _steps(built: Built, stop: StopRequest) -> Iterator[float]:
     """Seconds of each step, with what it waited for data; none where it was asked to stop."""
     ranks, total = built.ranks, 0.0
-    with closing(built.make_batches(0, WARM_UP + MOST)) as stream:
+    parts, few = _parts(built)
+    data = replace(built.settings.data, batch_size=few * built.micro_batch * ranks.world)
+    make_batches = build.batch_maker(replace(built.settings, data=data), built.splits.train, ranks)
+    with closing(make_batches(0, WARM_UP + MOST, built.micro_batch)) as stream:
         for number in range(1, WARM_UP + MOST + 1):
             start = time.perf_counter()
             _, update = built.stepper.update(built.state, next(stream), stop)
             if update is None:
                 return
             float(update.loss)  # waits for the device
-            yield time.perf_counter() - start
-            total += time.perf_counter() - start
+            taken = time.perf_counter() - start
+            yield taken * parts / few
+            total += taken
             if number >= WARM_UP + FEWEST and ranks.max(int(total > ENOUGH_S)):
                 return
+
+
+def _parts(built: Built) -> tuple[int, int]:
+    """Micro-batches of a step, and of those the few that are timed: beside them the rest of an update is nothing."""
+    settings, whole = built.settings, built.micro_batch * built.ranks.world
+    parts = settings.data.batch_size // whole
+    return parts, next(few for few in range(min(parts, FEW_PARTS), parts + 1)
+                       if few * whole % settings.augment.repeats == 0)
 
 
 @torch.no_grad()
