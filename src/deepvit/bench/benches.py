@@ -34,8 +34,9 @@ BENCHES: dict[str, Callable[[argparse.Namespace], Iterable[dict]]] = {
 
 
 def all_of(given: argparse.Namespace) -> list[str]:
-    """The benches that `all` means: no hours of ImageNet on a CPU, and the loader where there are files for it."""
-    without = {*([] if given.data else ["loader"]), *([] if given.device == "cuda" else ["imagenet"])}
+    """The benches that `all` means: no hours of ImageNet on a CPU, the loader where there are files for it, and not the
+    quarter of an hour of `forecast`."""
+    without = {"forecast", *([] if given.data else ["loader"]), *([] if given.device == "cuda" else ["imagenet"])}
     return [name for name in BENCHES if name not in without]
 
 
