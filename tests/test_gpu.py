@@ -36,8 +36,9 @@ def tf32_as_it_was():
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
-def build_on(device: torch.device, *overrides: str) -> Built:
-    settings, ranks = build.read_settings(compose([*SMALL, *overrides])), Ranks(0, 1, device)
+def build_on(device: torch.device, *overrides: str, precision: str = "fp32") -> Built:
+    settings = build.read_settings(compose([*SMALL, f"precision={precision}", *overrides]))
+    ranks = Ranks(0, 1, device)
     prepare_device(build.precision(settings.precision, device), ranks)
     built = build.build(settings, ranks)
     if settings.precision.scale_gradients:  # torch's 2^16 overflows in the first step, which is then skipped
@@ -76,7 +77,7 @@ def on_the_cpu() -> tuple[torch.Tensor, torch.Tensor]:
 def test_twenty_steps_are_those_of_the_cpu(device, on_the_cpu, precision, bound):
     """Within rounding: losses, and the average of the weights. (Of the keys' bias, whose gradient is nothing but
     rounding, Adam makes whole steps: 0.3 % of the weights.)"""
-    built = build_on(device, f"precision={precision}")
+    built = build_on(device, precision=precision)
     losses = train(built)
     assert losses[-5:].mean() < losses[:5].mean() - 0.05
     assert furthest(losses, on_the_cpu[0]) < bound and relative(average_of(built), on_the_cpu[1]) < 1e-2
@@ -91,7 +92,7 @@ def evaluation(built: Built, model: torch.nn.Module, ranks: Ranks) -> Evaluation
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_folded_evaluation_is_the_definition(device, precision):
     """With the statistics of a run: against the same weights in float64, whose maps are made and kept."""
-    built = build_on(device, f"precision={precision}")
+    built = build_on(device, precision=precision)
     train(built, 10)
     model = built.state.evaluated_model.eval()
     exact = copy.deepcopy(model).cpu().double()
@@ -164,7 +165,7 @@ def no_waiting(device: torch.device):
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_the_host_waits_for_nothing_in_a_steady_step(device, precision):
     """The whole of it, from the loader's batch to the average."""
-    built = build_on(device, f"precision={precision}")
+    built = build_on(device, precision=precision)
     updates, batches = [], built.make_batches(0, 8)
     for number in range(8):
         with no_waiting(device if number >= 4 else CPU):  # the first ones make what stays
