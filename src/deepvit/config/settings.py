@@ -89,8 +89,8 @@ class ScheduleSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class PrecisionSettings:
-    dtype: Literal["float32", "bfloat16", "float16"]
-    tf32: bool
+    dtype: Literal["auto", "float32", "bfloat16", "float16"]
+    tf32: bool | Literal["auto"]
     scale_gradients: bool
 
 
@@ -107,9 +107,10 @@ class Engine:
     timeout_s: float
     max_restarts: int
     max_skipped: int
-    keep: Literal["all", "best"] = "all"  # this default and the next are for the configs of earlier versions
+    keep: Literal["all", "best"] = "all"  # this default and those below are for the configs of earlier versions
     profile: int | None = None
     threads: int | None = None
+    deterministic: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

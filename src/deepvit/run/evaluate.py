@@ -63,13 +63,13 @@ def evaluate_all(config: Mapping[str, Any], ranks: Ranks, stop: StopRequest) -> 
     """
     with ranks.together():
         paths = checkpoints(config["checkpoint"])
-        precision = build.precision(read_group("precision", config["precision"]))
+        precision = build.precision(read_group("precision", config["precision"]), ranks.device)
         if not fits(config["calibrate"], int) or config["calibrate"] < 0:
             raise UserError(f"calibrate={config['calibrate']} is not a number of training images: give one, or 0 to "
                             f"leave the statistics as they are.")
         if config["labels"] not in (None, "real"):
             raise UserError(f"labels={config['labels']} is not known: give labels=real or null.")
-    prepare_device(precision, ranks, config["engine"]["threads"])
+    prepare_device(precision, ranks, config["engine"]["threads"], config["engine"]["deterministic"])
     results, seen, refusals = [], [], []
     for path in paths:
         try:
@@ -222,7 +222,8 @@ def _run(candidate: Candidate, data: Data, images: ImageSet, calibrate: int, tra
          precision: Precision, stop: StopRequest) -> Evaluation | None:
     model = candidate.model.to(ranks.device)
     prepare, batches = build.prepare(data, model.num_classes), build.eval_batches(data, images, ranks)
-    calibrated = calibration(calibrate, data, train, model.config, prepare, ranks, precision, stop)
+    calibrated = calibration(calibrate, data, train, model.norm_batches, prepare, ranks, precision,
+                             stop)
     with Display(ranks.is_main) as display:
         def once() -> Evaluation | None:
             bar = display.bar(candidate.path.name, len(images))

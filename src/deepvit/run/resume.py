@@ -11,7 +11,7 @@ import yaml
 from timm.optim import get_optimizer_info
 
 from deepvit.config.compare import changed
-from deepvit.config.settings import Settings
+from deepvit.config.settings import Settings, read_group
 from deepvit.data import Splits
 from deepvit.engine import checkpoint
 from deepvit.engine.folder import RunFolder
@@ -41,6 +41,7 @@ def settings_of(folder: RunFolder) -> Settings:
 
 def upgraded(config: Mapping[str, Any]) -> dict[str, Any]:
     """A run's config in today's settings: what had no effect, and was accepted then, is left out."""
+    config = _with_its_stem(config, config)
     optimizer, schedule, attention = config["optimizer"], config["schedule"], config["model"]["attention"]
     info = get_optimizer_info(optimizer["opt"])
     idle = {name: None for name in ("momentum", "betas", "eps") if not getattr(info, f"has_{name}")}
@@ -52,21 +53,32 @@ def upgraded(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def as_begun(config: Mapping[str, Any], folder: RunFolder) -> Mapping[str, Any]:
-    """`config`, but a run begun before `norm_batch` existed keeps the batch statistics that it had, those of all images
-    that a device takes at once, and one begun before `calibrate` existed is evaluated as it was."""
+    """`config`, but a run keeps the precision that `auto` was when it began, one begun before `norm_batch` existed
+    the batch statistics that it had, those of all images that a device takes at once, and one begun before
+    `calibrate` existed its evaluation."""
     try:
         run = yaml.safe_load(folder.config.read_text())
-        before = run["model"]["attention"]
+        before, precision = run["model"]["attention"], run["precision"]
     except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError):
         return config
+    if read_group("precision", config["precision"]).dtype == "auto":
+        config = {**config, "precision": precision}
     if "calibrate" not in run and config["calibrate"] == "auto":
         config = {name: value for name, value in config.items() if name != "calibrate"}
+    config = _with_its_stem(config, run)
     model = config["model"]
     if "norm_batch" in before or "norm_batch" not in model["attention"]:
         return config
     log.info("This run was begun before model.attention.norm_batch existed, and goes on without it (null).")
     attention = {name: value for name, value in model["attention"].items() if name != "norm_batch"}
     return {**config, "model": {**model, "attention": attention}}
+
+
+def _with_its_stem(config: Mapping[str, Any], run: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`config` with the stem's statistics as they were, if `run` began before `calibrate` and `norm_batch` existed."""
+    if "calibrate" in run or config["model"].get("stem") != "conv":
+        return config
+    return {**config, "model": {**config["model"], "stem": {"name": "conv", "norm_batch": None}}}
 
 
 def identity(settings: Settings, splits: Splits, folder: RunFolder) -> dict[str, Any]:
