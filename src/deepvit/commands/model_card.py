@@ -4,8 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from deepvit.engine.folder import RunFolder, read_json_lines
 from deepvit.models import ViT
 
@@ -28,8 +26,7 @@ def write_card(path: Path, model: ViT, exported: Path, form: str, parity: str, r
         shown, whose = {"data": result.get("data", "its data"), **measured}, f"`{report.path.name}`"
     else:
         shown, whose = result, "the run's last checkpoint"
-    config = yaml.safe_load((run / "config.yaml").read_text()) if run and (run / "config.yaml").exists() else {}
-    config = config or report.said.get("run") or {}
+    config = (RunFolder(run).read_config() if run else {}) or report.said.get("run") or {}
     parts = [f"# {exported.name}", f"Form: {form}. {parity}.", f"{weights} weights of `{report.path}`.",
              *(f"Note: {note}." for note in report.notes),
              "## Model", _table({"parameters": f"{sum(p.numel() for p in model.parameters()):,}", **model.config}),

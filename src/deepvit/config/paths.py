@@ -18,7 +18,8 @@ def refuse_missing(config: Mapping[str, Any], folder: Path) -> None:
     Raises:
         UserError: `data.root`, `init` or a `checkpoint` is not there.
     """
-    source, root = config["data"]["source"], config["data"]["root"]
+    data = config.get("data", {})
+    source, root = data.get("source"), data.get("root")
     if source in READ_A_FOLDER:
         if not root:
             raise UserError(f"data={source} needs the folder of the images: give data.root=/path/to/it.")

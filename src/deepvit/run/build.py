@@ -15,13 +15,14 @@ from torch import nn
 from deepvit import data as pictures
 from deepvit.config import settings as asked
 from deepvit.config.settings import Augment, Data, PrecisionSettings, Settings
+from deepvit.config.signature import parameters_of
 from deepvit.engine.ranks import Ranks
 from deepvit.engine.schedule import Plan, Schedule
 from deepvit.engine.state import TrainState
 from deepvit.engine.step import OBJECTIVES, Objective, Precision, Stepper, allocate_moments, is_out_of_memory
 from deepvit.errors import UserError
 from deepvit.models import ViT, build_model
-from deepvit.models.registry import check_model
+from deepvit.models.registry import check_model, without_effect
 from deepvit.models.stochastic_depth import BranchMasks
 from deepvit.run.micro_batches import allowed, unit
 from deepvit.run.micro_batches import choose as choose_micro_batch
@@ -46,6 +47,7 @@ def check(settings: Settings, ranks: Ranks) -> None:
         UserError: on every rank alike.
     """
     with ranks.together():
+        _check_complete(settings.model)
         _check_images(settings.data.img_size, settings.model["img_size"], settings.model["in_chans"])
         train_transform(settings.data, settings.augment)
         eval_transform(settings.data)
@@ -55,6 +57,14 @@ def check(settings: Settings, ranks: Ranks) -> None:
         with torch.device("meta"):
             _check_memory(build_model({**settings.model, "num_classes": 2}))
         try_out(settings.optimizer, ranks.device)
+    for sentence in without_effect(settings.model) if ranks.is_main else ():
+        log.warning(sentence)
+
+
+def _check_complete(model: Mapping[str, Any]) -> None:
+    for name in parameters_of(ViT)[0]:
+        if name not in model or (name, model[name]) == ("attention", None):
+            raise UserError(f"model.{name} is missing: leave it as its model= and model/attention= have it.")
 
 
 def _check_images(read: Any, wanted: Any, channels: int) -> None:
