@@ -76,11 +76,11 @@ def overrides(config_name: str) -> st.SearchStrategy[str]:
     choice = st.sampled_from([f"{group}={name}" for group, names in GROUPS.items() for name in names])
     odd = st.one_of(words(sorted(GROUPS), values, "{}={}"), words(above, values, "{}={}"),
                     words(ADDED, values, "+{}={}"), st.sampled_from(keys).map("~{}".format), choice)
-    return st.one_of(setting, setting, valid, odd)
+    return st.integers(0, 9).flatmap(lambda kind: setting if kind < 6 else valid if kind < 8 else odd)
 
 
 def commands(config_name: str) -> st.SearchStrategy[list[str]]:
-    return st.lists(overrides(config_name), min_size=1, max_size=4, unique_by=lambda word: word.partition("=")[0])
+    return st.lists(overrides(config_name), min_size=1, max_size=3, unique_by=lambda word: word.partition("=")[0])
 
 
 def checked(config: Mapping[str, Any], ranks: Ranks, stop: Any) -> dict[str, Any]:
@@ -112,9 +112,13 @@ def composed(config_name: str, words: list[str]) -> dict[str, Any] | None:
     try:
         for word in words:
             override = OverridesParser.create().parse_override(word)
-            if override.is_delete() or override.is_sweep_override() or override.key_or_group in GROUPS:
+            if override.is_sweep_override() or override.key_or_group in GROUPS:
                 return None
-            OmegaConf.update(config, override.key_or_group, override.value(), force_add=True)
+            group, _, key = override.key_or_group.rpartition(".")
+            if override.is_delete():
+                (OmegaConf.select(config, group) if group else config).pop(key)
+            else:
+                OmegaConf.update(config, override.key_or_group, override.value(), force_add=True)
         return OmegaConf.to_container(config, resolve=True)
     except (HydraException, OmegaConfBaseException, ValueError, AssertionError):
         return None

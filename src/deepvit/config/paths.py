@@ -1,5 +1,6 @@
 """Paths to nothing, refused before torch is imported: a misspelt folder is answered at once."""
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,10 +27,10 @@ def refuse_missing(config: Mapping[str, Any], folder: Path) -> None:
         _refuse("data.root", root)
     goes_on = (folder / "checkpoints" / "last.pt").exists() and not config.get("fresh")
     given = config.get("checkpoint", None if goes_on else config.get("init"))
-    for path in [given] if isinstance(given, str) else given or []:
+    for path in [given] if isinstance(given, str) else given if isinstance(given, list) else []:
         _refuse("checkpoint" if "checkpoint" in config else "init", path)
 
 
 def _refuse(setting: str, path: str) -> None:
-    if not SCHEME.match(path) and not Path(path).expanduser().exists():
+    if not SCHEME.match(path) and not os.path.exists(os.path.expanduser(path)):
         raise UserError(f"{setting}={path} does not exist: check the path, which is taken from {Path.cwd()}.")
