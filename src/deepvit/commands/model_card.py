@@ -35,6 +35,12 @@ def write_card(path: Path, model: ViT, exported: Path, form: str, parity: str, r
     path.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8", errors="backslashreplace")
 
 
+def is_card(path: Path, exported: str) -> bool:
+    """Whether this module wrote it, for a file of that name."""
+    begin = f"# {exported}\n\nForm: ".encode(errors="backslashreplace")
+    return path.is_file() and path.read_bytes().startswith(begin)
+
+
 def _table(rows: Mapping[str, Any]) -> str:
     lines = [f"| {key} | {_plain(value)} |" for key, value in rows.items() if value is not None]
     return "\n".join(["| setting | value |", "|---|---|", *lines])
