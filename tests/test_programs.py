@@ -123,7 +123,7 @@ def test_weights_of_other_classes_are_refused_unless_the_head_is_reset(run, tmp_
 @pytest.mark.parametrize(("words", "expected"), [
     (["checkpoint=gone.pt"], "gone.pt"),
     (["checkpoint={torn}"], "torn.pt"),
-    (["checkpoint={torn}", "weights=best"], "weights=best"),
+    (["checkpoint={torn}", "weights=best"], "weights is 'best'"),
     ([], "no checkpoint under runs/"),
     (["checkpoint=[a"], "checkpoint=[a does not exist"), (["check point=a"], "'check point=a' cannot be read"),
     (["chekpoint=x"], "Did you mean 'checkpoint'"),

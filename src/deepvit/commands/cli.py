@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,8 +53,7 @@ def run_job(job: Job, config: DictConfig) -> Any:
             say(f"\n[{settings.job.num + 1}] {', '.join(overrides) or 'default'}")
         outcome = _run(job, config, settings, folder)
     _outcomes.append(outcome)
-    if outcome.code != DONE:
-        _remove_if_empty(folder)
+    _remove_if_empty(folder)
     found = outcome.value if isinstance(outcome.value, dict) else {}
     if record:
         if outcome.code != STOPPED and outcome.message:
@@ -138,10 +138,10 @@ def sentences() -> Iterator[None]:
             raise refused.error from None
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(hydra_error(error)) from None
-    except ValueError as error:  # Hydra's own, of a group set to null
-        if "Config group override" not in str(error):
+    except (TypeError, ValueError) as error:  # Hydra's own, of a group set to null or to a list of numbers
+        if Path(traceback.extract_tb(error.__traceback__)[-1].filename).name != "defaults_list.py":
             raise
-        raise UserError("A group of settings cannot be null: choose one of `--help`'s, or leave it out.") from None
+        raise UserError("A group of settings is set to no name: choose one of `--help`'s, or leave it out.") from None
 
 
 def flags_first(words: Iterable[str]) -> list[str]:
@@ -213,7 +213,7 @@ def _unknown_choice(group: str, name: str, text: str) -> str:
 
 
 def _remove_if_empty(folder: Path) -> None:
-    """Hydra makes the folder before the job; a refused job leaves none behind."""
+    """Hydra makes the folder before the job; one that is refused, or dry, leaves none behind."""
     for path in (folder, *list(folder.parents)[:3]):
         try:
             path.rmdir()

@@ -16,7 +16,6 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from deepvit.commands.model_card import is_card, write_card
-from deepvit.engine.folder import RunFolder
 from deepvit.errors import DONE, Failure, UserError
 from deepvit.importers import deepvit as published
 from deepvit.importers import load_model
@@ -73,7 +72,6 @@ def export(source: str | Path, to: str, out: str | Path | None = None, weights: 
     if not difference <= ATOL:
         raise Failure(f"{out} gives logits that differ by {difference:.2g} (more than {ATOL:g}): do not use it.")
     done = Exported(out, card, difference, check)
-    run = run if run and RunFolder(run).is_ours() else None
     write_card(done.card, model, out, to, f"{check}: largest difference of logits {difference:.1e}", run,
                "EMA" if model.load_report.weights == "ema" else "Raw")
     return done

@@ -26,7 +26,7 @@ def write_card(path: Path, model: ViT, exported: Path, form: str, parity: str, r
         shown, whose = {"data": result.get("data", "its data"), **measured}, f"`{report.path.name}`"
     else:
         shown, whose = result, "the run's last checkpoint"
-    config = (RunFolder(run).read_config() if run else {}) or report.said.get("run") or {}
+    config = report.said.get("run") or (RunFolder(run).read_config() if run else {})
     parts = [f"# {exported.name}", f"Form: {form}. {parity}.", f"{weights} weights of `{report.path}`.",
              *(f"Note: {note}." for note in report.notes),
              "## Model", _table({"parameters": f"{sum(p.numel() for p in model.parameters()):,}", **model.config}),

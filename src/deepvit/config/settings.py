@@ -157,7 +157,7 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSettings:
-    """What `deepvit eval` is asked. `data` holds what is not as it was in training, `model` keywords of `load_model`."""
+    """What `deepvit eval` is asked. `data`: what is not as in training; `model`: keywords of `load_model`."""
 
     data: Mapping[str, Any]
     precision: PrecisionSettings

@@ -48,7 +48,7 @@ def launch(job: Job, config: Mapping[str, Any], folder: Path) -> Outcome:
     try:
         read_group("engine", config.get("engine"))
         refuse_missing(config, folder)
-        devices = _launched(config["engine"]) if joined() else _devices(config["engine"])
+        devices = launched(config["engine"]) if joined() else _devices(config["engine"])
     except UserError as error:
         return Outcome(BAD_INPUT, str(error))
     if devices > 1:
@@ -81,7 +81,7 @@ def joined() -> bool:
     return True
 
 
-def _launched(engine: Mapping[str, Any]) -> int:
+def launched(engine: Mapping[str, Any]) -> int:
     """0: no device is left to start. Raises UserError where another number of them was asked for."""
     wanted, started = engine["devices"], os.environ["WORLD_SIZE"]
     if wanted is not None and str(wanted) not in (started, os.environ.get("LOCAL_WORLD_SIZE")):
