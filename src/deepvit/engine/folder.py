@@ -207,7 +207,7 @@ class RunFolder:
             result = json.loads(self.result.read_text())
         except (FileNotFoundError, ValueError):
             return {}
-        return result if isinstance(result, dict) else {}
+        return result if isinstance(result, dict) and isinstance(result.get("top1", 0), int | float) else {}
 
     def write_result(self, result: dict[str, Any]) -> None:
         write_text_synced(self.result, json.dumps(plain(result), indent=1, allow_nan=False) + "\n")

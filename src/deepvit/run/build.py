@@ -125,7 +125,7 @@ def build(settings: Settings, ranks: Ranks, begun: Mapping[str, Any] | None = No
 
 def shared_splits(data: Data, ranks: Ranks) -> pictures.Splits:
     """The images; where they may have to be downloaded, the first rank of each machine goes before the others."""
-    is_first = data.source not in pictures.DOWNLOADING or int(os.environ.get("LOCAL_RANK", 0)) == 0
+    is_first = data.source not in pictures.DOWNLOADING or ranks.world == 1 or os.environ.get("LOCAL_RANK", "0") == "0"
     for mine in (is_first, not is_first):
         with ranks.together():
             if mine:
