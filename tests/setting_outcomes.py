@@ -137,6 +137,15 @@ def tf32(run):
     return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
 
 
+def threads(run):
+    before = torch.get_num_threads()
+    try:
+        finished(run)
+        return torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)
+
+
 def blocks_passed(run):
     """Forward passes of a block in one update: checkpointing repeats them."""
     calls = []

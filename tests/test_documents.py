@@ -20,20 +20,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import settings_reference
+import reference_pages
 from setting_data import save_images
 
 from deepvit.config.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-PROGRAMS = ("python ", "python3 ", "bash ", "deepvit ", "make ", "torchrun ", "tensorboard ", "srun ", "sbatch ", "pip ",
-            "git ", "cd ", "OMP_NUM_THREADS")
-PLACEHOLDERS = {"/path/to/imagenet": "{data}/images", "/path/to/images": "{data}/images", "/path/to/cifar10": "{data}/cifar",
-                "/path/to/cifar100": "{data}/cifar", "FOLDER_OF_JPEGS": "{data}/images",
-                "CHECKPOINT": "runs/one/checkpoints/best.pt", "A.pt": "runs/one/checkpoints/best.pt",
-                "B.pt": "runs/two/checkpoints/best.pt", "image.jpg": "{data}/images/val/n01440764/0.png",
-                "data.root=...": "data.root={data}/images"}
+PROGRAMS = ("python ", "python3 ", "bash ", "deepvit ", "make ", "torchrun ", "tensorboard ", "srun ", "sbatch ",
+            "pip ", "git ", "cd ", "OMP_NUM_THREADS")
+PLACEHOLDERS = {
+    "/path/to/imagenet": "{data}/images", "/path/to/images": "{data}/images",
+    "data.root=...": "data.root={data}/images",
+    "/path/to/cifar100": "{data}/cifar", "/path/to/cifar10": "{data}/cifar", "FOLDER_OF_JPEGS": "{data}/images",
+    "CHECKPOINT": "runs/one/checkpoints/best.pt", "A.pt": "runs/one/checkpoints/best.pt",
+    "B.pt": "runs/two/checkpoints/best.pt", "image.jpg": "{data}/images/val/n01440764/0.png"}
 SMALL = ["model.img_size=16", "model.patch_size=8", "model.depth=2", "model.embed_dim=24", "model.num_heads=2",
          "schedule.epochs=1", "schedule.warmup_epochs=0", "data.batch_size=8", "data.workers=0"]
 
@@ -71,7 +72,7 @@ def commands_of(text: str) -> list[str]:
 def typed(block: Block, data: Path) -> list[str]:
     """A block's commands with the comment's replacements and settings, and with data that is here."""
     changes, settings = [], ""
-    for part in (block.mark or "").removeprefix("typed with:").removeprefix("typed").split(";"):
+    for part in re.sub(r"^typed( with)?:", "", block.mark or "").split(";"):
         if "=>" in part:
             changes.append([side.strip() for side in part.split("=>")])
         elif part.strip().startswith("+"):
@@ -79,7 +80,7 @@ def typed(block: Block, data: Path) -> list[str]:
     found = []
     for command in block.commands:
         for old, new in changes:
-            command = command.replace(old, new)
+            command = command.replace(old, new.replace("{data}", str(data)))
         for old, new in PLACEHOLDERS.items():
             command = command.replace(old, new.format(data=data))
         trains = re.search(r"train\.py|eval\.py|eval\.sh|deepvit (train|eval)", command)
@@ -99,14 +100,18 @@ def test_each_block_is_typed_or_says_why_not(block):
 
 
 def test_the_page_of_settings_is_that_of_conf_and_every_setting_says_what_it_is():
-    page = settings_reference.page()
-    assert settings_reference.PAGE.read_text() == page, "run `python tests/settings_reference.py`"
+    page = reference_pages.settings_page()
+    assert reference_pages.SETTINGS.read_text() == page, "run `python tests/reference_pages.py`"
     assert not re.findall(r"^.*\|\s*\|$", page.replace("| default | |", "").replace("| choice | |", ""), re.MULTILINE)
     names = set(re.findall(r"^\| `([\w.]+)`", page, re.MULTILINE))
     for name, hint in typing.get_type_hints(Settings).items():
         fields = dataclasses.fields(hint) if dataclasses.is_dataclass(hint) else []
         missing = {f"{name}.{field.name}" for field in fields} or {name}
         assert name in ("model", "origin") or not missing - names
+
+
+def test_the_page_of_public_names_is_that_of_the_code():
+    assert reference_pages.API.read_text() == reference_pages.api_page(), "run `python tests/reference_pages.py`"
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +137,7 @@ def fresh(**more: str) -> dict[str, str]:
 def train_two(place: Path, program: str, environment: dict[str, str], data: Path) -> None:
     for name in ("one", "two"):
         done = shell(f"{program} model=deepvit16 recipe=folder data.root={data}/images {' '.join(SMALL)} "
-                     f"hydra.run.dir=runs/{name}", place, environment)
+                     f"schedule.epochs=2 engine.keep_epochs=1 hydra.run.dir=runs/{name}", place, environment)
         assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -74,7 +74,9 @@ def test_all_norms_of_a_model_take_the_same_groups():
 
 def test_norm_batch_of_a_model():
     """32 by the YAML, the stem's from the attention's or its own, null in what was built before it existed."""
-    batches = lambda model: {norm.norm_batch for norm in model.modules() if hasattr(norm, "norm_batch")}  # noqa: E731
+    batches = lambda model: {  # noqa: E731
+        module.norm_batch for module in model.modules()
+        if hasattr(module, "norm_batch") and getattr(module, "norm", module) is not None}
     published = deepvit.models.attention_config("reattention")
     old = {name: value for name, value in published.items() if name != "norm_batch"}
     for attention, stem, want in (("reattention", "conv", {32}), (old, "conv", {None}), ("norm_only", "patch", {32}),

@@ -27,6 +27,17 @@ def test_equals_definition(shape, mixing, norm, training):
     assert_same(outcome(ops.reattention, make(), training=training, map_scale=1.3), slow, EPS[torch.float64])
 
 
+@pytest.mark.parametrize("mixing, norm, training", SWITCHES)
+def test_gain_and_centre_equal_definition(mixing, norm, training):
+    """With the norm too, which undoes them but for its eps and running mean."""
+    results = []
+    for op in (reference.reattention, ops.reattention):
+        gain = torch.linspace(-1, 3, 4, dtype=torch.float64).requires_grad_()
+        found = outcome(op, problem(2, 4, 9, 5, mixing=mixing, norm=norm), gain=gain, centre=0.3, training=training)
+        results.append(found | {"gain": gain.grad} | ({"bias": None} if training and norm and mixing else {}))
+    assert_same(results[1], results[0], EPS[torch.float64])
+
+
 @pytest.mark.parametrize("tile_bytes", [1, 4 * 70 * 12 * 16, 10**9])
 def test_any_tiling_is_the_same(monkeypatch, tile_bytes):
     monkeypatch.setattr(tiles, "CPU_TILE", tile_bytes)

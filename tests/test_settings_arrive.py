@@ -121,6 +121,7 @@ CASES: dict[str, Case | list[Case]] = {
     "engine.devices": Case(see.launched, "2", wanted=(2, 3)),
     "engine.accelerator": Case(see.joined, "auto", wanted=("auto", 1800)),
     "engine.device_batch": Case(lambda run: len(next(run.batches())), "2", wanted=3),
+    "engine.threads": Case(see.threads, "3", SHORT, 3),
     "engine.log_every": Case(see.whole, "4", SHORT, {"logged": [4, 6]}),
     "engine.save_every": Case(see.plan("save_every"), "2", wanted=2),
     "engine.keep_epochs": [Case(see.plan("keep_every"), "2", wanted=2 * EPOCH),

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 import deepvit
 from deepvit.config.signature import parameters_of
 from deepvit.errors import UserError
-from deepvit.models import ATTENTIONS, ViT
+from deepvit.models import ATTENTIONS, AttnScale, ReAttention, SelfAttention, ViT
 from deepvit.models.stem import STEMS
 
 SHAPES, START, OUTPUT = "shapes", "start", "output"
@@ -31,7 +31,8 @@ MODEL: dict[str, Effect] = {
     "pos_drop_rate": (OUTPUT, 0.5), "attn_drop_rate": (OUTPUT, 0.5), "drop_path_rate": (OUTPUT, 0.5),
     "init_values": (START, 0.0, {"init_values": 0.1}), "pool": (OUTPUT, "mean"), "gelu": (OUTPUT, "tanh"),
     "norm_eps": (OUTPUT, 0.1), "patch_norm": (SHAPES, True), "final_norm": (OUTPUT, "after_pool", {"pool": "mean"}),
-    "representation_size": (SHAPES, 9), "block": (OUTPUT, "deepnorm"), "feat_scale": (SHAPES, True)}
+    "representation_size": (SHAPES, 9), "block": (OUTPUT, "deepnorm"), "feat_scale": (SHAPES, True),
+    "init_std": (START, 0.05), "weight_init": (START, "mimetic")}
 
 STEM: dict[str, Effect] = {
     "layers": (SHAPES, [1, 2], HYBRID), "width": (SHAPES, 64, HYBRID), "arithmetic": (OUTPUT, "vit_pytorch", HYBRID),
@@ -41,21 +42,27 @@ OF_THE_MODEL = {"img_size", "patch_size", "in_chans", "embed_dim", "norm_eps"}  
 EVERY: dict[str, Effect] = {  # attention
     "dim": (SHAPES, 32), "num_heads": (OUTPUT, 2), "head_dim": (SHAPES, 5), "qkv_bias": (SHAPES, False),
     "qk_scale": (OUTPUT, 2.0), "attn_drop": (OUTPUT, 0.5), "proj_drop": (OUTPUT, 0.5), "map_scale": (OUTPUT, 0.5),
-    "proj_bias": (SHAPES, False), "dtype": (START, torch.float64), "device": (START, "meta")}
+    "proj_bias": (SHAPES, False), "qk_norm": (SHAPES, True), "dtype": (START, torch.float64), "device": (START, "meta")}
 PER_HEAD: dict[str, Effect] = {"num_heads": (SHAPES, 2)}
 THETA: dict[str, Effect] = {"theta_init": (START, "normal")}
+NORM = {"norm": True}
+ALGEBRA: dict[str, Effect] = {
+    "gain": (OUTPUT, 3.0), "learn_gain": (SHAPES, True), "centre": (OUTPUT, 1.0), "mix": (SHAPES, True),
+    "theta_init": (START, "identity", {"mix": True}), "norm": (SHAPES, True), "norm_eps": (OUTPUT, 1e-2, NORM),
+    "norm_batch": (OUTPUT, 1, NORM)}
 OWN: dict[str, dict[str, Effect]] = {
-    "SelfAttention": {},
-    "ReAttention": PER_HEAD | {
-        "mix": (SHAPES, False), "norm": (SHAPES, False), "norm_eps": (OUTPUT, 1e-2), "norm_batch": (OUTPUT, 1),
-        "theta_init": (START, "identity")},
+    "SelfAttention": ALGEBRA,
+    "ReAttention": PER_HEAD | ALGEBRA | {
+        "mix": (SHAPES, False), "norm": (SHAPES, False), "gain": (OUTPUT, 3.0, {"norm": False}),
+        "learn_gain": (SHAPES, True, {"norm": False}), "centre": (OUTPUT, 1.0, {"norm": False})},
     "ReAttentionLN": PER_HEAD | {"norm_eps": (OUTPUT, 1e-2), "theta_init": (START, "identity")},
-    "LearnedTemperature": PER_HEAD,
-    "DecayedTemperature": {"first": (OUTPUT, 3.0), "last": (OUTPUT, 0.1, {"block_index": 1, "depth": 2}),
+    "LearnedTemperature": PER_HEAD | ALGEBRA,
+    "DecayedTemperature": ALGEBRA | {"first": (OUTPUT, 3.0), "last": (OUTPUT, 0.1, {"block_index": 1, "depth": 2}),
                            "block_index": (OUTPUT, 1, {"depth": 3}), "depth": (OUTPUT, 9, {"block_index": 1})},
     "TalkingHeads": PER_HEAD | THETA,
-    "AttnScale": PER_HEAD}
-REFUSED = {"qk_norm": True, "scale_norm": True}  # of timm's `attn_layer`, whose norm_layer goes with them
+    "AttnScale": PER_HEAD | ALGEBRA | {"learn_gain": (SHAPES, False)} | {
+        name: (effect[0], effect[1], {"learn_gain": False, **(effect[2] if len(effect) > 2 else {})})
+        for name, effect in ALGEBRA.items() if name.startswith("norm")}}
 OURS = {name: cls for name, cls in ATTENTIONS.items() if cls.__module__.startswith("deepvit.models")}
 
 
@@ -64,7 +71,7 @@ def test_every_keyword_has_an_entry():
     assert set(STEM) == {name for stem in STEMS.values() for name in parameters_of(stem)[0]} - OF_THE_MODEL
     assert set(OWN) == set(OURS)
     for name, cls in OURS.items():
-        assert set(EVERY) | set(OWN[name]) == set(parameters_of(cls)[0]) - {*REFUSED, "norm_layer"}, name
+        assert set(EVERY) | set(OWN[name]) == set(parameters_of(cls)[0]) - {"scale_norm", "norm_layer"}  # timm's, name
 
 
 def made(build, *arguments, **settings) -> nn.Module:
@@ -150,8 +157,10 @@ def test_map_scale_is_a_factor_on_the_final_maps(cls):
     assert_close(scaled(x), scaled.merge(0.5 * plain.weights(x) @ plain.split(x)[2]), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("cls", OURS)
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_is_timms_alone_is_refused(cls, name):
-    with pytest.raises(UserError, match=name):
-        OURS[cls](24, num_heads=4, **{name: True})
+def test_what_is_refused():
+    for cls, wrong, word in ((SelfAttention, {"scale_norm": True}, "scale_norm"),
+                             (ReAttention, {"gain": 2.0}, "norm=false"), (ReAttention, {"centre": 1.0}, "norm=false"),
+                             (AttnScale, {"norm": True}, "norm=false"),
+                             (ReAttention, {"norm": "frozen", "attn_drop": 0.1}, "attn_drop")):
+        with pytest.raises(UserError, match=word):
+            cls(24, num_heads=4, **wrong)

@@ -6,7 +6,7 @@ measures of a model on a batch as plain numbers. Formulas and sources: docs/anal
 
 from deepvit.analysis.features import cka_matrix, feature_cosine, linear_cka
 from deepvit.analysis.gradients import block_norms
-from deepvit.analysis.initial import at_initialisation, with_statistics_of
+from deepvit.analysis.initial import at_initialisation, regime, with_statistics_of
 from deepvit.analysis.measures import (
     attention_distance,
     attention_entropy,
@@ -33,5 +33,5 @@ from deepvit.analysis.similarity import (
 __all__ = ["Recording", "adjacent_similarity", "at_initialisation", "attention_distance", "attention_entropy",
            "attention_maps", "block_norms", "centred", "cka_matrix", "class_token_mask", "column_similarity",
            "cross_layer_similarity", "diagonal_share", "effective_rank", "feature_cosine", "head_similarity",
-           "linear_cka", "norm_variance", "patch_grid", "probe", "record", "recordings", "rollout", "similar_blocks",
-           "similarity_matrix", "thetas", "token_similarity", "with_statistics_of"]
+           "linear_cka", "norm_variance", "patch_grid", "probe", "record", "recordings", "regime", "rollout",
+           "similar_blocks", "similarity_matrix", "thetas", "token_similarity", "with_statistics_of"]

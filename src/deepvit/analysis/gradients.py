@@ -11,13 +11,13 @@ from deepvit.analysis.recording import unwrap
 from deepvit.errors import UserError
 
 
-def block_norms(model: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor], *,
+def block_norms(model: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor] | None = None, *,
                 training: bool = True) -> dict[str, list[float | None]]:
     """Residual and gradient norms of every block for one batch.
 
     Args:
         model: anything with `blocks`; x: pictures `[B, C, height, width]`.
-        loss: from the model's output to a scalar, e.g. `lambda logits: F.cross_entropy(logits, y)`.
+        loss: from the model's output to a scalar, e.g. `lambda logits: F.cross_entropy(logits, y)`; None: no gradients.
         training: as the model trains (batch statistics, dropout), which the gradients of an untrained norm need; else
             in eval mode. Buffers, flags, gradients and random state are as before in both cases.
     Returns:
@@ -38,9 +38,15 @@ def block_norms(model: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor], *
         for block, record in zip(model.blocks, seen):
             _watch(stack, block, record)
         model.train(training)
-        value = loss(model(x))
-        gradients = _gradients(value, model, [record["input"] for record in seen])
-    return _table(seen, *gradients)
+        with torch.set_grad_enabled(loss is not None):
+            output = model(x)
+        if loss is None:
+            return _table(seen)
+        streams, weights = _gradients(loss(output), model, [record["input"] for record in seen])
+    return _table(seen) | {
+        "gradient_stream": [float(gradient.norm()) for gradient in streams],
+        "gradient_weights": [float(torch.stack([g.norm() for g in group]).norm()) if group else 0.0
+                             for group in weights]}
 
 
 def _watch(stack: ExitStack, block: nn.Module, record: dict[str, Tensor]) -> None:
@@ -66,16 +72,12 @@ def _gradients(value: Tensor, model: nn.Module, inputs: list[Tensor]) -> tuple[l
     return [next(found) for _ in inputs], [[next(found) for _ in group] for group in groups]
 
 
-def _table(seen: list[dict[str, Tensor]], streams: list[Tensor], weights: list[list[Tensor]]) -> dict[str, Any]:
+def _table(seen: list[dict[str, Tensor]]) -> dict[str, Any]:
     table: dict[str, list[float | None]] = {
         "stream": [_rms(record["input"].detach()) for record in seen],
         "update": [_rms(record["output"] - record["input"].detach()) for record in seen],
         **{branch: [_rms(record[branch]) if branch in record else None for record in seen]
-           for branch in ("attention", "mlp")},
-        "gradient_stream": [float(gradient.norm()) for gradient in streams],
-        "gradient_weights": [float(torch.stack([g.norm() for g in group]).norm()) if group else 0.0
-                             for group in weights],
-    }
+           for branch in ("attention", "mlp")}}
     table["update_ratio"] = [update / stream if stream else None
                              for update, stream in zip(table["update"], table["stream"])]
     return table

@@ -5,7 +5,9 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
-from deepvit.analysis.recording import unwrap
+from deepvit.analysis.gradients import block_norms
+from deepvit.analysis.recording import record, unwrap
+from deepvit.engine.calibrate import statistics_of_the_batch
 from deepvit.errors import UserError
 from deepvit.models.registry import build_model
 
@@ -35,24 +37,38 @@ def at_initialisation(model: nn.Module, seed: int = 0, pictures: Tensor | None =
     return fresh if pictures is None else with_statistics_of(fresh, pictures)
 
 
+@torch.no_grad()
 def with_statistics_of(model: nn.Module, pictures: Tensor) -> nn.Module:
     """A copy of `model` in eval mode whose running statistics are those of `pictures`; random state is left alone.
 
     What a norm computes in the first training steps, before its running statistics mean anything.
     """
     model = deepcopy(unwrap(model))
-    devices = [pictures.device] if pictures.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        _set_statistics(model, pictures)
+    with statistics_of_the_batch(model):
+        model(pictures)
     return model.eval()
 
 
-def _set_statistics(model: nn.Module, pictures: Tensor) -> None:
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum = 1.0  # the running statistics become this batch's
-    with torch.no_grad():
-        model.train()(pictures)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
+def regime(model: nn.Module, pictures: Tensor) -> dict[str, list[float]]:
+    """Where an untrained model stands: how far its maps are from uniform, and how loud its branches are.
+
+    Args:
+        model: anything with `blocks` of one attention each, in the residual form of `models.blocks.Block`.
+        pictures: `[B, C, height, width]`, from which the norms take their statistics, as in the first training step.
+    Returns:
+        lists with an entry per block, in the order of a table's columns. `spread`: N std(A) of the softmax maps, by the
+        variance within each head; `gain`: std of the final maps over that of the softmax maps; `attention` and `mlp`:
+        RMS of the branch, as it is added, over RMS of the stream that enters the block.
+    """
+    model = with_statistics_of(model, pictures)
+    recording, norms = record(model, pictures), block_norms(model, pictures, training=False)
+    softmax, final = ([_std(maps) for maps in recording.maps(stage)] for stage in ("softmax", "final"))
+    tokens = recording.inputs[0].shape[1]
+    return {"spread": [tokens * std for std in softmax], "gain": [b / a for a, b in zip(softmax, final)],
+            **{branch: [rms / stream for rms, stream in zip(norms[branch], norms["stream"])]
+               for branch in ("attention", "mlp")}}
+
+
+def _std(maps: Tensor) -> float:
+    """Of the entries of each head, the mean variance over heads."""
+    return float(maps.var((0, 2, 3), correction=0).mean().sqrt())

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from deepvit import ops
 from deepvit.commands.model_card import is_card, write_card
 from deepvit.errors import DONE, Failure, UserError
 from deepvit.importers import deepvit as published
@@ -125,12 +126,12 @@ def _refuse_attention(attention: Attention, rule: Mapping[str, Any]) -> None:
     """What the published class computes: softmax attention, or mix and BatchNorm together and a factor of 1 or the
     scale of q k^T."""
     name, instead = rule.get("name", rule["class"]), "export to safetensors or onnx"
-    if type(attention) is SelfAttention:
+    if _is_plain(attention):
         if attention.map_scale != 1.0:
             raise UserError(f"The published DeepViT class has no map_scale={attention.map_scale:g} in plain attention: "
                             f"{instead}.")
         return
-    if not isinstance(attention, ReAttention) or attention.mix is None or attention.norm is None:
+    if not isinstance(attention, ReAttention) or not attention.mix or not attention.norm or attention.qk_norm:
         raise UserError(f"The published DeepViT class has no attention '{name}': {instead}.")
     if attention.norm.eps != 1e-5:
         raise UserError(f"The published DeepViT class has no norm_eps={attention.norm.eps:g} in its attention (only "
@@ -138,6 +139,12 @@ def _refuse_attention(attention: Attention, rule: Mapping[str, Any]) -> None:
     if not any(math.isclose(attention.map_scale, factor) for factor in (1.0, attention.scale)):
         raise UserError(f"The published DeepViT class has no map_scale={attention.map_scale:g} (only 1, or "
                         f"{attention.scale:g} as its q k^T): {instead}.")
+
+
+def _is_plain(attention: Attention) -> bool:
+    """Whether this is softmax attention and nothing else."""
+    return (type(attention) is SelfAttention and ops.is_plain(attention.gain, attention.centre)
+            and not any((attention.qk_norm, attention.contrast is not None, attention.mix, attention.norm)))
 
 
 def _write_timm(model: ViT, path: Path) -> tuple[Reader, str]:
@@ -148,7 +155,7 @@ def _write_timm(model: ViT, path: Path) -> tuple[Reader, str]:
         "gelu": "erf", "patch_norm": False, "head_dim": None, "qk_scale": None, "stem": "patch",
         "block": "pre_norm", "feat_scale": False, "representation_size": None, "residual_scale": 1.0, "map_scale": 1.0,
         "final_norm": "after_pool" if average else "before_pool"})
-    if config["pool"] == "mean" or config["attention"]["class"] != "SelfAttention":
+    if config["pool"] == "mean" or not all(_is_plain(block.attn) for block in model.blocks):
         what = "pooling over all tokens" if config["pool"] == "mean" else "re-attention or its like"
         raise UserError(f"timm's VisionTransformer has no {what}: export to safetensors, which "
                         f"timm.create_model takes for our registered names.")

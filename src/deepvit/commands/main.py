@@ -19,6 +19,7 @@ COMMANDS = {  # name -> (module:function, what it does)
     "export": ("export:main", "write a model as safetensors, timm, ONNX or in the published layout"),
     "average": ("average:main", "the average of a run's last weights, or of any checkpoints of one model"),
     "preview": ("preview:main", "an augmented batch as the model sees it"),
+    "regime": ("regime:main", "what attention does in each block before any training"),
     "replay": ("replay:main", "repeat one batch of a run, module by module"),
     "bench": ("bench:main", "speed and memory against peers")}
 USAGE = "usage: deepvit COMMAND ...\n\n" + "\n".join(

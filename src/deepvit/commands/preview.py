@@ -10,6 +10,7 @@ from deepvit.commands.cli import quoted, sentences
 from deepvit.commands.figures import SIGNED, refuse_strange
 from deepvit.config.compose import compose
 from deepvit.config.settings import Settings
+from deepvit.data import Splits
 from deepvit.data.loader import Batch
 from deepvit.data.prepare import Prepare
 from deepvit.engine.folder import RunFolder
@@ -64,13 +65,12 @@ def _caption(target: torch.Tensor, names: Sequence[str], longest: int = 16) -> s
     return "\n".join(f"{name} {share:.2f}" for share, name in shown if share > least)
 
 
-def draw_first_batch(settings: Settings, path: str | Path) -> None:
+def first_batch(settings: Settings) -> tuple[Sequence[Batch], Prepare, Splits]:
     """The first training images of the run that `settings` describe, exactly as it sees them on one device."""
     settings = replace(settings, data=replace(settings.data, workers=0))
     splits, alone = build.splits(settings.data), Ranks(0, 1, torch.device("cpu"))
     prepare = build.prepare(settings.data, len(splits.class_ids), settings.augment, settings.seed)
-    batches = next(build.batch_maker(settings, splits.train, alone)(0, 1, settings.data.batch_size))
-    draw(batches, prepare, path, splits.class_names)
+    return next(build.batch_maker(settings, splits.train, alone)(0, 1, settings.data.batch_size)), prepare, splits
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -83,12 +83,14 @@ def main(arguments: Sequence[str]) -> int:
     if not arguments[0].endswith(".png"):
         raise UserError(f"{arguments[0]} is no .png file: give the image to write a name that ends in .png.")
     refuse_strange(Path(arguments[0]))
-    draw_first_batch(_settings(arguments[1:]), arguments[0])
+    batches, prepare, splits = first_batch(settings_asked(arguments[1:]))
+    draw(batches, prepare, arguments[0], splits.class_names)
     print(f"Wrote {arguments[0]}")
     return DONE
 
 
-def _settings(words: Sequence[str]) -> Settings:
+def settings_asked(words: Sequence[str]) -> Settings:
+    """Those of a run folder, or composed of settings as for train.py."""
     if words and Path(words[0]).is_dir():
         if len(words) > 1:
             raise UserError(f"The settings of the run in {words[0]} are its own: leave out {words[1]}.")

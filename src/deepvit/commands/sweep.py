@@ -5,7 +5,8 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -113,24 +114,32 @@ def _cells(typed: Sequence[str]) -> list[list[str]]:
 
 def _described(config: DictConfig, cells: Sequence[Sequence[str]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The settings that all cells share, and of each its overrides, folder and other settings (0.1 s a cell)."""
-    loader, state = GlobalHydra.instance().config_loader(), HydraConfig.instance()
-    before, settings, folders = state.cfg, [], []
-    try:
-        for number, overrides in enumerate(cells):
-            cell = loader.load_sweep_config(config, list(overrides))
+    settings, folders = [], []
+    for number, overrides in enumerate(cells):
+        with composed_cell(config, number, overrides) as (cell, folder):
             with open_dict(cell):
-                cell.hydra.job.id = cell.hydra.job.num = number
-                state.set_config(cell)
-                folders.append(str(OmegaConf.select(cell, "hydra.sweep.subdir")))
                 origin = choices_of(cell.pop("hydra"))
+            folders.append(folder)
             settings.append(dict(flat({**OmegaConf.to_container(cell, resolve=True), "origin": origin})))
-    finally:
-        state.cfg = before
     shared = {name: value for name, value in (settings or [{}])[0].items()
               if all(other.get(name, ...) == value for other in settings)}
     return shared, [{"overrides": own.pop("origin.overrides"), "folder": folder,
                      "settings": {name: value for name, value in own.items() if name not in shared}}
                     for folder, own in zip(folders, settings)]
+
+
+@contextmanager
+def composed_cell(config: DictConfig, number: int, overrides: Sequence[str]) -> Iterator[tuple[DictConfig, str]]:
+    """Cell `number` as Hydra composes it, and its folder below the sweep's."""
+    state = HydraConfig.instance()
+    before, cell = state.cfg, GlobalHydra.instance().config_loader().load_sweep_config(config, list(overrides))
+    with open_dict(cell):
+        cell.hydra.job.id = cell.hydra.job.num = number
+    try:
+        state.set_config(cell)
+        yield cell, str(OmegaConf.select(cell, "hydra.sweep.subdir"))
+    finally:
+        state.cfg = before
 
 
 def _is_swept(key: str, typed: Sequence[str]) -> bool:

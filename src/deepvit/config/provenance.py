@@ -24,6 +24,8 @@ def origin(config: "DictConfig", hydra: "DictConfig", folder: Path) -> dict[str,
     chosen = choices_of(hydra)
     words = [word for word in chosen["overrides"] if not word.startswith(("fresh=", "dry="))]
     words += ["hydra.mode=RUN"] if chosen["sweep"] else []  # a sweep's file says MULTIRUN
+    if config.engine.threads and not any(word.startswith("engine.threads=") for word in words):
+        words.append(f"engine.threads={config.engine.threads}")  # a launcher's choice
     usual = Path("runs", *(str(chosen["choices"].get(group)) for group in IN_THE_PATH), run_name(config, hydra))
     if folder != usual:
         words.append(f"hydra.run.dir={folder}")

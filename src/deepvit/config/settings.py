@@ -109,6 +109,7 @@ class Engine:
     max_skipped: int
     keep: Literal["all", "best"] = "all"  # this default and the next are for the configs of earlier versions
     profile: int | None = None
+    threads: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,7 +234,8 @@ RANGES: dict[str, Ranges] = {
         **dict.fromkeys(("warmup_epochs", "cooldown_epochs"), (0, 10**6)),
         **dict.fromkeys(("warmup_steps", "warmup_lr", "min_lr"), NOT_NEGATIVE)},
     "engine": {
-        **dict.fromkeys(("device_batch", "log_every", "save_every", "keep_epochs", "max_skipped", "profile"), COUNT),
+        **dict.fromkeys(("device_batch", "log_every", "save_every", "keep_epochs", "max_skipped", "profile",
+                         "threads"), COUNT),
         "devices": (1, 1024), "timeout_s": (ABOVE_ZERO, 10**7), "max_restarts": NOT_NEGATIVE},
     "ema": {"decay": (0, BELOW_ONE)},
     "loss": {"cosine_blocks": NOT_NEGATIVE},

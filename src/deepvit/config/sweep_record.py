@@ -82,10 +82,13 @@ def missing_cells(record: Path) -> Iterator[MissingCell]:
             yield MissingCell(places[0], config, outcome.get("sentence", ""))
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a `.jsonl` file. A torn one is passed over: somebody may be writing it now."""
+def read_lines(path: Path, last: int = 0) -> list[dict[str, Any]]:
+    """The whole lines of a `.jsonl` file, or of its `last` bytes. A torn one is passed over: somebody may be writing
+    it now."""
     try:
-        texts = path.read_text(errors="replace").splitlines()
+        with path.open("rb") as file:
+            file.seek(-min(last, path.stat().st_size), os.SEEK_END if last else os.SEEK_SET)
+            texts = file.read().decode(errors="replace").splitlines()
     except OSError:
         return []
     lines = []

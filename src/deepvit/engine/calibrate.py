@@ -1,6 +1,6 @@
 """Batch statistics taken anew from training images, for weights that no statistics were gathered with: an average."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,13 +27,13 @@ def calibrate(model: nn.Module, batches: Iterable[Any], prepare: Prepare, ranks:
     Raises:
         UserError, Failure: what any rank's `batches` raised, on all ranks.
     """
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    norms = tracking_norms(model)
     statistics = [tensor for norm in norms for tensor in (norm.running_mean, norm.running_var)]
     if not statistics:
         return True
     before = _flat(statistics)
     total, seen, stopped, error = torch.zeros_like(before), 0, False, None
-    with _statistics_of_the_batch(model, norms):
+    with statistics_of_the_batch(model):
         try:
             for batch in batches:
                 if should_stop():
@@ -55,9 +55,14 @@ def calibrate(model: nn.Module, batches: Iterable[Any], prepare: Prepare, ranks:
     return True
 
 
+def tracking_norms(model: nn.Module) -> list[_BatchNorm]:
+    return [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+
+
 @contextmanager
-def _statistics_of_the_batch(model: nn.Module, norms: list[_BatchNorm]):
-    """Inside, a forward pass leaves its batch's own statistics in `norms`; all else is in eval mode."""
+def statistics_of_the_batch(model: nn.Module) -> Iterator[None]:
+    """Inside, a forward pass leaves its batch's own statistics in each BatchNorm; all else is in eval mode."""
+    norms = tracking_norms(model)
     training = {module: module.training for module in model.modules()}
     kept = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
     model.eval()

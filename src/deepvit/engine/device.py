@@ -8,10 +8,12 @@ from deepvit.engine.ranks import Ranks
 from deepvit.engine.step import Precision
 
 
-def prepare_device(precision: Precision, ranks: Ranks) -> None:
-    """Threads of this rank's share of the cores, and the precision of float32 products."""
-    if local_world(ranks) > 1 and ranks.device.type == "cpu":
-        torch.set_num_threads(max(1, usable_cores() // local_world(ranks)))
+def prepare_device(precision: Precision, ranks: Ranks, threads: int | None = None) -> None:
+    """`threads` of this rank (None: on a CPU its share of the cores), and the precision of float32 products."""
+    if threads is None and local_world(ranks) > 1 and ranks.device.type == "cpu":
+        threads = max(1, usable_cores() // local_world(ranks))
+    if threads is not None:
+        torch.set_num_threads(threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision.tf32
 
 

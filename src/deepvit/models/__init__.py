@@ -1,6 +1,14 @@
 """The Vision Transformer, its attention variants and its named configurations."""
 
-from deepvit.models.attention import ATTENTIONS, Attention, HeadMix, ReAttention, ReAttentionLN, SelfAttention
+from deepvit.models.attention import (
+           ATTENTIONS,
+           Attention,
+           AttnScale,
+           HeadMix,
+           ReAttention,
+           ReAttentionLN,
+           SelfAttention,
+)
 from deepvit.models.blocks import Block
 from deepvit.models.registry import (
            attention_config,
@@ -11,7 +19,7 @@ from deepvit.models.registry import (
            model_config,
            register_with_timm,
 )
-from deepvit.models.variants import AttnScale, DecayedTemperature, LearnedTemperature, TalkingHeads
+from deepvit.models.variants import DecayedTemperature, LearnedTemperature, TalkingHeads
 from deepvit.models.vit import ViT
 
 __all__ = ["ATTENTIONS", "Attention", "AttnScale", "Block", "DecayedTemperature", "HeadMix", "LearnedTemperature",

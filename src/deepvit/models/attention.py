@@ -1,11 +1,14 @@
-"""Attention variants as interchangeable modules.
+"""Attention as interchangeable modules: the base, self-attention with all that is done to its maps, two presets of it.
 
 Each has `forward(x)`, which may be fused, and `weights(x)`, which says what it means. One law holds for all, in eval
 mode: `merge(weights(x) @ v) == forward(x)`, where `q, k, v = split(x)`.
-A new variant is one subclass of `Attention` plus one YAML file in `conf/model/attention`.
+A variant of the maps is a YAML file in `conf/model/attention` with settings of `SelfAttention`. What it cannot say
+needs a subclass of `Attention`: a rule for the logits, or a norm across heads at each entry.
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -32,7 +35,9 @@ class Attention(nn.Module):
         qk_scale: factor on `q k^T`; default head_dim^-0.5.
         attn_drop, proj_drop: dropout rates on the maps and after the output projection.
         map_scale: factor on the final maps (the published `transform_scale`).
-        qk_norm, scale_norm, norm_layer: accepted for timm's `attn_layer` and refused if switched on.
+        qk_norm: LayerNorm on each head's q and k before their product (Dehghani et al., arXiv:2302.05442), of the
+            class `norm_layer`.
+        scale_norm: part of timm's `attn_layer`, refused if switched on.
     """
 
     def __init_subclass__(cls, **kwargs):
@@ -44,8 +49,8 @@ class Attention(nn.Module):
                  map_scale: float = 1.0, proj_bias: bool = True, qk_norm: bool = False, scale_norm: bool = False,
                  norm_layer: type | None = None, device=None, dtype=None):
         super().__init__()
-        if qk_norm or scale_norm:
-            raise UserError(f"{type(self).__name__} has no qk_norm or scale_norm; leave them off.")
+        if scale_norm:
+            raise UserError(f"{type(self).__name__} has no scale_norm: leave it off.")
         if head_dim is None and dim % num_heads:
             raise UserError(f"The width {dim} does not divide into {num_heads} heads: "
                             f"change embed_dim or num_heads, or give head_dim.")
@@ -55,14 +60,18 @@ class Attention(nn.Module):
         self.map_scale, self.attn_drop = map_scale, attn_drop
         inner = self.num_heads * self.head_dim
         self.qkv = nn.Linear(dim, 3 * inner, bias=qkv_bias, **factory)  # rows: all q, all k, all v; heads outer
+        self.qk_norm = qk_norm
+        make_norm = norm_layer or partial(nn.LayerNorm, eps=1e-6)
+        self.q_norm, self.k_norm = (make_norm(self.head_dim, **factory) if qk_norm else nn.Identity() for _ in "qk")
         self.proj = nn.Linear(inner, dim, bias=proj_bias, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens `[B, N, D]` -> q, k, v, each `[B, H, N, d]` (views of one tensor)."""
+        """Tokens `[B, N, D]` -> q, k, v, each `[B, H, N, d]` (without `qk_norm` views of one tensor)."""
         B, N, _ = x.shape
         qkv = self.qkv(x).view(B, N, 3, self.num_heads, self.head_dim)
-        return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        return self.q_norm(q), self.k_norm(k), v
 
     def merge(self, heads: Tensor) -> Tensor:
         """Heads' outputs `[B, H, N, d]` -> tokens `[B, N, D]`."""
@@ -97,17 +106,6 @@ class Attention(nn.Module):
         raise TypeError(f"{type(self).__name__} must define maps(q, k)")
 
 
-class SelfAttention(Attention):
-    """Softmax attention (Vaswani et al., arXiv:1706.03762) by torch's fused `scaled_dot_product_attention`."""
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        dropout_p = self.attn_drop if self.training else 0.0
-        return self.scaled(F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=self.scale))
-
-    def maps(self, q: Tensor, k: Tensor) -> Tensor:
-        return self.scaled(self.softmax(q, k))
-
-
 class HeadMix(nn.Module):
     """The learned mix of heads Theta: `weight` `[H, H]` (row = new head, column = source head), `bias` `[H]`."""
 
@@ -118,59 +116,95 @@ class HeadMix(nn.Module):
         self.bias = nn.Parameter(torch.empty(num_heads, device=device, dtype=dtype)) if bias else None
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
+    def reset_parameters(self, stream: Callable[[str], torch.Generator | None] = lambda name: None) -> None:
         """`random`: U(+-1/sqrt(H)), PyTorch's default of the published 1x1 convolution; `normal`: N(0, 1), as
-        vit-pytorch; `identity`: the heads as they are. (Theta of the identity was reported to give similar results.)"""
+        vit-pytorch; `identity`: the heads as they are. (Theta of the identity was reported to give similar results.)
+
+        stream: the generator of a parameter, by its name; None: torch's own.
+        """
         bound = 1 / math.sqrt(len(self.weight))
-        draw = {"random": lambda weight: nn.init.uniform_(weight, -bound, bound), "normal": nn.init.normal_,
+        draw = {"random": lambda weight: nn.init.uniform_(weight, -bound, bound, stream("weight")),
+                "normal": lambda weight: nn.init.normal_(weight, generator=stream("weight")),
                 "identity": nn.init.eye_}
         draw[self.init](self.weight)
         if self.bias is not None:
-            nn.init.uniform_(self.bias, -bound, bound) if self.init == "random" else nn.init.zeros_(self.bias)
+            random = self.init == "random"
+            nn.init.uniform_(self.bias, -bound, bound, stream("bias")) if random else nn.init.zeros_(self.bias)
 
 
-class ReAttention(Attention):
-    """Re-attention: the softmax maps mixed over heads by Theta, then BatchNorm over heads (arXiv:2103.11886, eq. 3).
+class SelfAttention(Attention):
+    """Softmax attention (Vaswani et al., arXiv:1706.03762), and what may be done to its maps A; by default nothing is.
+
+        norm(Theta ((1 - centre) / N + gain (A - 1/N)) + bias) * map_scale
+
+    Self-attention, AttnScale, centred attention, both re-attentions and all rungs between them are settings of this.
+    Nothing of size N x N is kept, whatever the settings, unless there is dropout on the maps: see `ops`.
 
     Args:
-        mix: learn Theta; without it and with `norm` this is the control `norm_only`.
-        norm: BatchNorm over heads after the mix, as the published code; without it: `reattention_fc`.
+        gain: factor on what tells tokens apart.
+        learn_gain: that factor becomes `gain (1 + contrast)`, contrast learned per head from 0: a raw parameter of 300
+            would hardly move under Adam.
+        centre: the share of the uniform map 1/N that is taken away, from 0 to 1.
+        mix: learn Theta and its bias; "frozen": they stay as drawn.
         theta_init: `random` as published, `identity`, or `normal`.
-        norm_eps: eps of that norm. Near initialisation the variance of the maps is far below the published 1e-5,
-            so eps acts as a temperature there.
+        norm: BatchNorm over heads after the mix; "frozen": of which the first training batch fixes the statistics.
+        norm_eps: eps of that norm. Near initialisation the variance of the maps is far below the published 1e-5, so
+            the norm is a constant gain there, 1 / sqrt(norm_eps).
         norm_batch: images whose maps share the norm's batch statistics. Groups of that many consecutive images are
             normalised by themselves, so a result does not depend on how a batch is dealt out to devices as long as
             each gets whole groups; None: the whole batch that the module sees.
+    Raises:
+        UserError: settings that undo each other.
     """
 
-    def __init__(self, dim: int, num_heads: int = 8, mix: bool = True, norm: bool = True,
-                 theta_init: Literal["random", "identity", "normal"] = "random", norm_eps: float = 1e-5,
-                 norm_batch: int | None = None, **kwargs):
+    def __init__(self, dim: int, num_heads: int = 8, gain: float = 1.0, learn_gain: bool = False, centre: float = 0.0,
+                 mix: bool | Literal["frozen"] = False, theta_init: Literal["random", "identity", "normal"] = "random",
+                 norm: bool | Literal["frozen"] = False, norm_eps: float = 1e-5, norm_batch: int | None = None,
+                 **kwargs):
         super().__init__(dim, num_heads, **kwargs)
         factory = {name: kwargs[name] for name in ("device", "dtype") if name in kwargs}
         if norm_batch is not None and norm_batch < 1:
             raise UserError(f"norm_batch={norm_batch} must be at least 1 image, or null for the whole batch.")
-        self.norm_batch = norm_batch
+        if norm and (learn_gain or not ops.is_plain(gain, centre)):
+            raise UserError("The norm over heads centres the maps and has a gain of its own: leave gain, learn_gain "
+                            "and centre out, or set norm=false; the norm's dose is norm_eps.")
+        self.gain, self.centre, self.norm_batch, self.frozen = gain, centre, norm_batch, norm == "frozen"
+        if self.frozen and self.attn_drop:
+            raise UserError("norm=frozen goes without dropout on the maps: set attn_drop_rate (or attn_drop) to 0.")
+        self.contrast = nn.Parameter(torch.zeros(num_heads, **factory)) if learn_gain else None
         self.mix = HeadMix(num_heads, init=theta_init, **factory) if mix else None
-        self.norm = nn.BatchNorm2d(num_heads, eps=norm_eps, **factory) if norm else None
+        if mix == "frozen":
+            self.mix.requires_grad_(False)
+        momentum = 1.0 if self.frozen else 0.1
+        self.norm = nn.BatchNorm2d(num_heads, norm_eps, momentum, **factory) if norm else None
         self.track_stats = True  # off while a checkpointed block is recomputed: see models/recompute.py
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        track = self._by_batch and self.track_stats
-        if track and self.norm is not None:
+        by_batch, track = self._by_batch, self.track_stats
+        if track and self.norm is not None and self.norm.training:
             self.norm.num_batches_tracked.add_(1)
-        return ops.reattention(q, k, v, *self._theta(), norm=self._head_norm(track), scale=self.scale,
-                               map_scale=self.map_scale, dropout_p=self.attn_drop if self.training else 0.0,
-                               training=self._by_batch, norm_batch=self.norm_batch)
+        return ops.reattention(q, k, v, *self._theta(), norm=self._head_norm(track), gain=self._gain(),
+                               centre=self.centre, scale=self.scale, map_scale=self.map_scale, training=by_batch,
+                               dropout_p=self.attn_drop if self.training else 0.0, norm_batch=self.norm_batch)
 
     def maps(self, q: Tensor, k: Tensor) -> Tensor:
-        return ops.exchange_heads(self.softmax(q, k), *self._theta(), norm=self._head_norm(track=False),
-                                  map_scale=self.map_scale, training=self._by_batch, norm_batch=self.norm_batch)
+        maps = ops.contrast(self.softmax(q, k), self._gain(), self.centre)
+        return ops.exchange_heads(maps, *self._theta(), norm=self._head_norm(track=False), map_scale=self.map_scale,
+                                  training=self._by_batch, norm_batch=self.norm_batch)
 
     @property
     def _by_batch(self) -> bool:
-        """Whether the norm takes batch statistics: its own mode, as any BatchNorm's."""
-        return self.training if self.norm is None else self.norm.training
+        """Whether the norm takes batch statistics: its own mode, as any BatchNorm's, and, frozen, before it has any."""
+        if self.norm is None:
+            return self.training
+        return self.norm.training and not (self.frozen and self._has_statistics())
+
+    def _has_statistics(self) -> bool:
+        """Whether a batch was counted, beside the one that is just being recomputed."""
+        return int(self.norm.num_batches_tracked) > (0 if self.track_stats else 1)
+
+    def _gain(self) -> Tensor | float:
+        return self.gain if self.contrast is None else self.gain * (1 + self.contrast)  # [H]
 
     def _theta(self) -> tuple[Tensor | None, Tensor | None]:
         return (None, None) if self.mix is None else (self.mix.weight, self.mix.bias)
@@ -183,6 +217,25 @@ class ReAttention(Attention):
         if self.norm.training and not track:
             return norm._replace(running_mean=norm.running_mean.clone(), running_var=norm.running_var.clone())
         return norm
+
+
+class ReAttention(SelfAttention):
+    """Re-attention: the softmax maps mixed over heads by Theta, then BatchNorm over heads (arXiv:2103.11886, eq. 3).
+
+    All arguments are `SelfAttention`'s: theta_init, norm_eps, norm_batch, head_dim, qk_scale, attn_drop ...
+    """
+
+    def __init__(self, dim: int, num_heads: int = 8, mix: bool | Literal["frozen"] = True,
+                 norm: bool | Literal["frozen"] = True, **kwargs):
+        super().__init__(dim, num_heads, mix=mix, norm=norm, **kwargs)
+
+
+class AttnScale(SelfAttention):
+    """`1/N + (1 + w) (A - 1/N)`, w learned per head from 0 (Wang et al., "Anti-Oversmoothing in Deep Vision
+    Transformers via the Fourier Domain Analysis", arXiv:2203.05962, and its published code)."""
+
+    def __init__(self, dim: int, num_heads: int = 8, learn_gain: bool = True, **kwargs):
+        super().__init__(dim, num_heads, learn_gain=learn_gain, **kwargs)
 
 
 class ReAttentionLN(Attention):

@@ -1,6 +1,6 @@
 """Transformer blocks: how attention and MLP are joined to the residual stream."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from timm.layers import LayerScale, Mlp
@@ -89,13 +89,13 @@ class DeepNormBlock(Block):
         x = self.norm1(self.alpha * x + self.drop_path1(self.ls1(self.feat_scale(self.attn(x)))))
         return self.norm2(self.alpha * x + self.drop_path2(self.ls2(self.mlp(x))))
 
-    def reset_parameters(self) -> None:
-        """The start of the weights that the scheme needs; biases and norms stay as they are."""
-        q, k, v = self.attn.qkv.weight.detach().chunk(3)  # views: rows are all q, all k, all v
-        for weight in (q, k):
-            nn.init.xavier_normal_(weight)
-        for weight in (v, self.attn.proj.weight, self.mlp.fc1.weight, self.mlp.fc2.weight):
-            nn.init.xavier_normal_(weight, gain=self.beta)
+    def reset_parameters(self, stream: Callable[[str], torch.Generator | None]) -> None:
+        """The start of the weights that the scheme needs, each from its stream; biases and norms stay as they are."""
+        generator = stream("attn.qkv.weight")
+        for weight, gain in zip(self.attn.qkv.weight.detach().chunk(3), (1.0, 1.0, self.beta)):  # views: q, k, v
+            nn.init.xavier_normal_(weight, gain, generator)
+        for name in ("attn.proj.weight", "mlp.fc1.weight", "mlp.fc2.weight"):
+            nn.init.xavier_normal_(self.get_parameter(name), self.beta, stream(name))
 
 
 BLOCKS: dict[str, type[Block]] = {"pre_norm": Block, "deepnorm": DeepNormBlock}

@@ -1,4 +1,4 @@
-"""Gradient checkpointing that leaves a re-attention's BatchNorm statistics as if nothing had been recomputed."""
+"""Gradient checkpointing that leaves the head norm's statistics as if nothing had been recomputed."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from deepvit.models.attention import ReAttention
+from deepvit.models.attention import SelfAttention
 
 
 def checkpoint_block(block: nn.Module, x: Tensor) -> Tensor:
@@ -19,7 +19,7 @@ def checkpoint_block(block: nn.Module, x: Tensor) -> Tensor:
 
 @contextmanager
 def _without_tracking(block: nn.Module) -> Iterator[None]:
-    norms = [module for module in block.modules() if isinstance(module, ReAttention)]
+    norms = [module for module in block.modules() if isinstance(module, SelfAttention)]
     for module in norms:
         module.track_stats = False
     try:

@@ -68,11 +68,11 @@ def build_model(config: Mapping[str, Any]) -> ViT:
 RANGES = {
     **dict.fromkeys(("img_size", "patch_size", "in_chans", "embed_dim", "num_heads", "head_dim",
                      "representation_size"), (1, 2**16)),
-    **dict.fromkeys(("norm_eps", "qk_scale", "residual_scale", "first", "last"), (ABOVE_ZERO, math.inf)),
+    **dict.fromkeys(("norm_eps", "qk_scale", "residual_scale", "first", "last", "init_std"), (ABOVE_ZERO, math.inf)),
     "mlp_ratio": (ABOVE_ZERO, 1000), "depth": (1, 10_000), "norm_batch": (1, math.inf),
     **dict.fromkeys(("drop_rate", "pos_drop_rate", "attn_drop_rate", "drop_path_rate", "attn_drop", "proj_drop"),
                     (0, 1)),
-    **dict.fromkeys(("num_classes", "init_values"), (0, math.inf))}
+    **dict.fromkeys(("num_classes", "init_values", "gain"), (0, math.inf)), "centre": (0, 1)}
 SWITCHED = ("norm", "norm_eps"), ("mix", "theta_init")  # of an attention: a switch, what it needs when it is on
 
 

@@ -1,4 +1,4 @@
-"""Alternatives to re-attention: other ways to keep attention from becoming the same in every block.
+"""Alternatives to re-attention that change the logits, which no setting of `SelfAttention` does.
 
 Same contract as in `attention`: `maps(q, k)` says what it is, `attend(q, k, v)` may be faster, one YAML file each.
 """
@@ -6,11 +6,10 @@ Same contract as in `attention`: `maps(q, k)` says what it is, `attend(q, k, v)`
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepvit import ops
-from deepvit.models.attention import HeadMix, SelfAttention
+from deepvit.models.attention import Attention, HeadMix, SelfAttention
 
 
 class LearnedTemperature(SelfAttention):
@@ -54,7 +53,7 @@ class DecayedTemperature(SelfAttention):
         self.scale = self.scale / self.temperature
 
 
-class TalkingHeads(SelfAttention):
+class TalkingHeads(Attention):
     """Heads mixed before and after the softmax: `P_w softmax(P_l q k^T / sqrt(d))` (Shazeer et al., arXiv:2003.02436).
 
     No bias and no norm, as there. `stage="softmax"` are the maps between the two mixes. Both start as the identity,
@@ -73,30 +72,3 @@ class TalkingHeads(SelfAttention):
 
     def maps(self, q: Tensor, k: Tensor) -> Tensor:
         return self.scaled(ops.mix_heads(self.softmax(q, k), self.mix.weight))
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.dropout(self.maps(q, k), self.attn_drop, self.training) @ v
-
-
-class AttnScale(SelfAttention):
-    """`1/N + (1 + w) (A - 1/N)`: what tells tokens apart is scaled per head, w learned from 0.
-
-    The low-pass part of a softmax map is the uniform map 1/N (Wang et al., "Anti-Oversmoothing in Deep Vision
-    Transformers via the Fourier Domain Analysis", arXiv:2203.05962, and its published code). On the output that is
-    `(1 + w) A v - w mean(v)`, so the fused attention serves; with dropout on the maps it is computed as written.
-    """
-
-    def __init__(self, dim: int, num_heads: int = 8, **kwargs):
-        super().__init__(dim, num_heads, **kwargs)
-        factory = {name: kwargs[name] for name in ("device", "dtype") if name in kwargs}
-        self.contrast = nn.Parameter(torch.zeros(num_heads, **factory))  # w
-
-    def maps(self, q: Tensor, k: Tensor) -> Tensor:
-        uniform = 1 / k.shape[-2]
-        return self.scaled(uniform + (1 + self.contrast[:, None, None]) * (self.softmax(q, k) - uniform))
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if self.training and self.attn_drop:
-            return F.dropout(self.maps(q, k), self.attn_drop) @ v
-        w = self.contrast[:, None, None].to(v.dtype)
-        return (1 + w) * super().attend(q, k, v) - w * self.scaled(v.mean(-2, keepdim=True))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from deepvit.errors import UserError, did_you_mean
 from deepvit.models.attention import ATTENTIONS, Attention
 from deepvit.models.blocks import BLOCKS
-from deepvit.models.init import init_weights
+from deepvit.models.init import STD, draw_seed, init_weights
 from deepvit.models.recompute import checkpoint_block
 from deepvit.models.stem import PatchStem, pair, plain, stem_of
 
@@ -49,6 +49,8 @@ class ViT(nn.Module):
         representation_size: width of the tanh layer before the head (`pre_logits`); None: no such layer.
         block: "pre_norm", or "deepnorm" for very deep models: see `blocks.DeepNormBlock`.
         feat_scale: see `blocks.FeatScale`.
+        init_std: initial standard deviation of all Linear weights; None: 0.02, as published.
+        weight_init: "mimetic": see `init.mimic`; None: the published one, see `init.init_weights`.
     """
 
     img_size = property(lambda self: self.patch_embed.img_size)
@@ -74,9 +76,11 @@ class ViT(nn.Module):
                  norm_eps: float = 1e-6, patch_norm: bool = False,
                  final_norm: Literal["before_pool", "after_pool"] = "before_pool",
                  representation_size: int | None = None, block: Literal["pre_norm", "deepnorm"] = "pre_norm",
-                 feat_scale: bool = False):
+                 feat_scale: bool = False, init_std: float | None = None,
+                 weight_init: Literal["mimetic"] | None = None):
         config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
+        seed, before = draw_seed(), torch.get_rng_state()
         self.config: dict[str, Any] = config
         self.in_chans, self.num_classes, self.embed_dim, self.depth = in_chans, num_classes, embed_dim, depth
         self.pool, self.final_norm = pool, final_norm
@@ -111,7 +115,10 @@ class ViT(nn.Module):
         self.pre_logits = (nn.Sequential(nn.Linear(embed_dim, representation_size), nn.Tanh())
                            if representation_size else nn.Identity())
         self.head = _head(self.head_hidden_size, num_classes)
-        init_weights(self)
+        if weight_init and block == "deepnorm":
+            raise UserError(f"block=deepnorm has an initialisation of its own: leave weight_init={weight_init} out.")
+        init_weights(self, seed, STD if init_std is None else init_std, mimetic=weight_init == "mimetic")
+        torch.set_rng_state(before)  # what the layers drew as they were built differs from model to model
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))

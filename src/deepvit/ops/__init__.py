@@ -2,6 +2,7 @@
 
 from deepvit.ops.affine import fold
 from deepvit.ops.dispatch import reattention
-from deepvit.ops.reference import HeadNorm, batch_norm, exchange_heads, mix_heads, softmax_maps
+from deepvit.ops.reference import HeadNorm, batch_norm, contrast, exchange_heads, is_plain, mix_heads, softmax_maps
 
-__all__ = ["HeadNorm", "batch_norm", "exchange_heads", "fold", "mix_heads", "reattention", "softmax_maps"]
+__all__ = ["HeadNorm", "batch_norm", "contrast", "exchange_heads", "fold", "is_plain", "mix_heads", "reattention",
+           "softmax_maps"]

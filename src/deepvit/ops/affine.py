@@ -9,6 +9,9 @@ BatchNorm over heads stands between two linear maps, so it is an affine on the *
                          the sum over the n = norm_batch N^2 entries of a group of images
     else (folded):       gain = 1, with mix and shift from `fold`
 
+Before the mix, A may become `(1 - centre) / N + gain (A - 1/N)`: U takes `mix diag(gain)`, and the uniform part of the
+maps is `(1 - centre) sum_g mix[h, g] / N`.
+
 The core sums per image; groups are formed here and nowhere else, so gain is `[B, H]`, equal within a group. The bias
 cancels in training but for the running mean. Centring before any rounding is what keeps bf16 exact.
 """
@@ -63,24 +66,24 @@ def group_mean(x: Tensor, size: int | None) -> tuple[Tensor, Tensor | int]:
     return (member @ x.double() / images).to(x.dtype), images.to(x.dtype)
 
 
-def batch_gain(sumsq: Tensor, tokens: int, mix: Tensor, bias: Tensor | None, norm: HeadNorm, norm_batch: int | None,
+def batch_gain(sumsq: Tensor, tokens: int, mean: Tensor, norm: HeadNorm, norm_batch: int | None,
                map_scale: float) -> Tensor:
-    """`gain [B, H]` from each image's `sumsq [B, H] = sum M^2` over tokens^2 entries; moves the running statistics."""
+    """`gain [B, H]` from each image's `sumsq [B, H] = sum M^2` over tokens^2 entries; moves the running statistics.
+
+    mean: of the maps that the norm sees, `[H]`, the same in every group: rows of A sum to one.
+    """
     last = (sumsq.shape[0] - 1) % (norm_batch or sumsq.shape[0]) + 1  # images of the last group
     if tokens == 1 and last == 1:
         raise UserError("Batch statistics of one entry do not exist: train the head norm on more than one token.")
     var, images = group_mean(sumsq / tokens**2, norm_batch)  # [B, H], biased
     if norm.running_mean is not None and norm.running_var is not None:
-        update_running(norm, var, images * tokens**2, mix, bias, tokens)
+        update_running(norm, var, images * tokens**2, mean)
     return norm.gamma.to(var.dtype) * (var + norm.eps).rsqrt() * map_scale
 
 
 @torch.no_grad()
-def update_running(norm: HeadNorm, var: Tensor, count: Tensor | int, mix: Tensor, bias: Tensor | None,
-                   tokens: int) -> None:
+def update_running(norm: HeadNorm, var: Tensor, count: Tensor | int, mean: Tensor) -> None:
     """One move, to the mean over the images of their groups' statistics: linear, so averages of moves are exact."""
-    mean = mix.sum(dim=1) / tokens  # [H], of every group: rows of A sum to one
-    mean = mean if bias is None else mean + bias.to(mean.dtype)
     unbiased = (var * (count / (count - 1))).mean(dim=0)  # [H]
     norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
     norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), norm.momentum)

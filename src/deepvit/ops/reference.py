@@ -38,6 +38,20 @@ def softmax_maps(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
     return (q * scale @ k.mT).softmax(dim=-1)
 
 
+def is_plain(gain: Tensor | float, centre: float) -> bool:
+    """Whether `contrast` leaves the maps as they are."""
+    return not isinstance(gain, Tensor) and gain == 1.0 and centre == 0.0
+
+
+def contrast(maps: Tensor, gain: Tensor | float = 1.0, centre: float = 0.0) -> Tensor:
+    """`(1 - centre) / N + gain (A - 1/N)` of softmax maps A `[B, H, N, N]`; gain: one number, or `[H]`."""
+    if is_plain(gain, centre):
+        return maps
+    uniform = 1 / maps.shape[-1]
+    gain = gain[:, None, None] if isinstance(gain, Tensor) else gain
+    return (1 - centre) * uniform + gain * (maps - uniform)
+
+
 def mix_heads(maps: Tensor, mix: Tensor, bias: Tensor | None = None) -> Tensor:
     """`out[o] = sum_h mix[o, h] maps[h] + bias[o]`. maps `[B, H, N, N]`, mix `[H, H]`, bias `[H]`."""
     return F.conv2d(maps, mix[:, :, None, None], bias)
@@ -77,23 +91,25 @@ def exchange_heads(maps: Tensor, mix: Tensor | None = None, bias: Tensor | None 
 
 
 def reattention(q: Tensor, k: Tensor, v: Tensor, mix: Tensor | None = None, bias: Tensor | None = None, *,
-                norm: HeadNorm | None = None, scale: float | None = None, map_scale: float = 1.0,
-                dropout_p: float = 0.0, training: bool = False, norm_batch: int | None = None) -> Tensor:
+                norm: HeadNorm | None = None, gain: Tensor | float = 1.0, centre: float = 0.0,
+                scale: float | None = None, map_scale: float = 1.0, dropout_p: float = 0.0, training: bool = False,
+                norm_batch: int | None = None) -> Tensor:
     """Re-attention by its definition; materialises the `[B, H, N, N]` maps.
 
     Args:
         q, k, v: `[B, H, N, d]`.
         mix, bias: Theta `[H, H]` (row = new head, column = source head) and its bias `[H]`; None: no mixing.
         norm: BatchNorm over heads, or None.
+        gain, centre: see `contrast`, which acts before dropout and mix.
         scale: factor on `q k^T`; default d^-0.5.
         map_scale: factor on the maps after the norm (the published `transform_scale`).
-        dropout_p: dropout on the softmax maps, in training only.
+        dropout_p: dropout on the maps before the mix, in training only.
         training: batch statistics and dropout; else running statistics.
         norm_batch: batch statistics are those of groups of so many consecutive images (the last one holds what is
             left), so that they do not depend on how a batch is dealt out; None: of the whole batch.
     Returns:
         `[B, H, N, d]`.
     """
-    maps = F.dropout(softmax_maps(q, k, scale), dropout_p, training)
+    maps = F.dropout(contrast(softmax_maps(q, k, scale), gain, centre), dropout_p, training)
     return exchange_heads(maps, mix, bias, norm=norm, map_scale=map_scale, training=training,
                           norm_batch=norm_batch) @ v

@@ -62,7 +62,7 @@ def evaluate_all(config: Mapping[str, Any], ranks: Ranks, stop: StopRequest) -> 
     with ranks.together():
         asked = read_evaluation(config)
         paths, precision = checkpoints(asked.checkpoint), build.precision(asked.precision)
-    prepare_device(precision, ranks)
+    prepare_device(precision, ranks, asked.engine.threads)
     results, seen, refusals = [], [], []
     for path in paths:
         try:

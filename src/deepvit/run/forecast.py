@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 def forecast(config: Mapping[str, Any], ranks: Ranks, stop: StopRequest) -> dict[str, float] | None:
     """Says and returns what the run would take; None: asked to stop."""
     settings = build.read_settings(config)
-    prepare_device(build.precision(settings.precision), ranks)
+    prepare_device(build.precision(settings.precision), ranks, settings.engine.threads)
     build.check(settings, ranks)
     built = build.build(settings, ranks)
     seconds = []

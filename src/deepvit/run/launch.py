@@ -145,7 +145,7 @@ def _launch_elastic(job: Job, config: Mapping[str, Any], folder: Path, devices: 
         return outcomes[0]
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        return Outcome(FAILED, f"Rank {rank} {_end(failure.exitcode)}, and {engine['max_restarts']} restarts did not "
+        return Outcome(FAILED, f"Rank {rank} {end_of(failure.exitcode)}, and {engine['max_restarts']} restarts did not "
                                f"help (engine.max_restarts); its last words are above and in {folder}/train.log. The "
                                f"same command continues from the last checkpoint.")
     except SignalException as error:
@@ -155,7 +155,8 @@ def _launch_elastic(job: Job, config: Mapping[str, Any], folder: Path, devices: 
             signal.signal(number, handler)
 
 
-def _end(exitcode: int) -> str:
+def end_of(exitcode: int) -> str:
+    """How a process ended, in words."""
     return f"was killed by {signal.Signals(-exitcode).name}" if exitcode < 0 else f"died (exit code {exitcode})"
 
 

@@ -43,7 +43,7 @@ def train(config: Mapping[str, Any], path: Path, ranks: Ranks, stop: StopRequest
     config = config if config["fresh"] else as_begun(config, folder)
     settings = build.read_settings(config)
     viewers = chosen(settings.logger)
-    prepare_device(build.precision(settings.precision), ranks)
+    prepare_device(build.precision(settings.precision), ranks, settings.engine.threads)
     build.check(settings, ranks)
     with folder.claimed(ranks, settings.fresh, restarted=_restarts() > 0) as starts_over:
         if not starts_over and ranks.from_main(folder.is_finished()):
@@ -97,8 +97,8 @@ def _open(folder: RunFolder, config: Mapping[str, Any], built: Built, viewers: l
     write_text_synced(folder.config, yaml.safe_dump(dict(config), sort_keys=False))
     logging.getLogger("deepvit").addHandler(LogFile(folder.path / "train.log"))
     folder.drop_metrics_after(step if resumed and step else -1)  # step 0 writes its own lines again
-    folder.log_event("resume" if resumed else "start", step=step, run_id=run_id, processes=processes,
-                     restarts=_restarts(), decoder=resolve_decoder(config["data"]["decoder"]),
+    folder.log_event("resume" if resumed else "start", step=step, steps=built.plan.total, run_id=run_id,
+                     processes=processes, restarts=_restarts(), decoder=resolve_decoder(config["data"]["decoder"]),
                      micro_batch=built.micro_batch, **versions())
     log.info("%s", summary := summary_of(built))
     log.info("%s %s", f"Continuing from step {step} in" if resumed else "Starting in", folder.path)

@@ -1,17 +1,23 @@
-"""Writes docs/settings.md from the YAML files of conf/ and their comments: `python tests/settings_reference.py`."""
+"""Writes docs/settings.md from the YAML files of conf/ and their comments, and docs/api.md from the docstrings of the
+public names: `python tests/reference_pages.py`."""
 
+import importlib
+import inspect
 import re
+import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"
-PAGE = ROOT / "docs" / "settings.md"
+SETTINGS, API = ROOT / "docs" / "settings.md", ROOT / "docs" / "api.md"
+MODULES = ("deepvit", "deepvit.analysis", "deepvit.models", "deepvit.ops")
 GROUPS = {  # group -> the file whose values are shown, and a file that has more of them
     "model": ("vit", None), "data": ("folder", "timm"), "augment": ("none", None), "optimizer": ("adamw", None),
     "schedule": ("cosine", None), "precision": ("fp32", None), "engine": ("default", None)}
 START = """# All settings
 
-Made from the YAML files in `conf/` by `python tests/settings_reference.py`. Each is set as `name=value` on the command
+Made from the YAML files in `conf/` by `python tests/reference_pages.py`. Each is set as `name=value` on the command
 line of `train.py`; `python train.py --cfg job` prints the values of a run. A group is chosen as `group=name`, and sets
 the values that its file names.
 """
@@ -60,7 +66,7 @@ def choices(folder: Path) -> list[str]:
     return lines + [f"| `{path.stem}` | {read(path)[0]} |" for path in sorted(folder.glob("*.yaml"))]
 
 
-def page() -> str:
+def settings_page() -> str:
     parts = [START, "## The run", *table(settings_of(CONF / "train.yaml"))]
     for group, (base, more) in GROUPS.items():
         rows = settings_of(CONF / group / f"{base}.yaml")
@@ -80,5 +86,40 @@ def page() -> str:
     return "\n".join(parts) + "\n"
 
 
+def api_page() -> str:
+    parts = ["# Public names\n\nMade from the docstrings by `python tests/reference_pages.py`. What is not here may\n"
+             "change without notice.\n"]
+    seen = set()
+    for name in MODULES:
+        module = importlib.import_module(name)
+        parts.append(f"## {name}\n")
+        for public in module.__all__:
+            value = getattr(module, public)
+            if (inspect.isfunction(value) or inspect.isclass(value)) and value not in seen:
+                seen.add(value)
+                parts += [f"### {name}.{public}\n", f"```python\n{public}{_signature(value)}\n```\n",
+                          f"{_described(value)}\n"]
+    return "\n".join(parts)
+
+
+def _signature(value: type | Callable) -> str:
+    try:
+        signature = inspect.signature(value)
+    except ValueError:
+        return "(...)"
+    bare = [one.replace(annotation=inspect.Parameter.empty) for one in signature.parameters.values()]
+    text = str(signature.replace(parameters=bare, return_annotation=inspect.Signature.empty))
+    return textwrap.fill(text, 116, subsequent_indent="    ", break_long_words=False)
+
+
+def _described(value: type | Callable) -> str:
+    """The docstring; lists of arguments and errors keep their lines."""
+    text = re.sub(r"^(Args|Raises|Returns|Yields):\n((?:[ ]+.*\n?)+)",
+                  lambda found: f"{found[1]}:\n```text\n{found[2].rstrip()}\n```\n", inspect.getdoc(value) or "",
+                  flags=re.MULTILINE)
+    return text.rstrip()
+
+
 if __name__ == "__main__":
-    PAGE.write_text(page())
+    SETTINGS.write_text(settings_page())
+    API.write_text(api_page())
