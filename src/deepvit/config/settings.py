@@ -234,9 +234,8 @@ RANGES: dict[str, Ranges] = {
         **dict.fromkeys(("warmup_epochs", "cooldown_epochs"), (0, 10**6)),
         **dict.fromkeys(("warmup_steps", "warmup_lr", "min_lr"), NOT_NEGATIVE)},
     "engine": {
-        **dict.fromkeys(("device_batch", "log_every", "save_every", "keep_epochs", "max_skipped", "profile",
-                         "threads"), COUNT),
-        "devices": (1, 1024), "timeout_s": (ABOVE_ZERO, 10**7), "max_restarts": NOT_NEGATIVE},
+        **dict.fromkeys(("device_batch", "log_every", "save_every", "keep_epochs", "max_skipped", "profile"), COUNT),
+        **dict.fromkeys(("devices", "threads"), (1, 1024)), "timeout_s": (ABOVE_ZERO, 10**7), "max_restarts": NOT_NEGATIVE},
     "ema": {"decay": (0, BELOW_ONE)},
     "loss": {"cosine_blocks": NOT_NEGATIVE},
     "probe": {"images": NOT_NEGATIVE, "every_epochs": COUNT}}
