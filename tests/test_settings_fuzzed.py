@@ -139,7 +139,8 @@ def outcome(config_name: str, words: list[str]) -> str:
     return "built"
 
 
-def test_a_config_is_built_or_refused_in_a_sentence():
+@pytest.mark.parametrize("count", [100, pytest.param(2000, marks=pytest.mark.slow)])
+def test_a_config_is_built_or_refused_in_a_sentence(count):
     seen = Counter()
 
     def one(config_name: str, words: list[str]) -> None:
@@ -147,9 +148,9 @@ def test_a_config_is_built_or_refused_in_a_sentence():
         assert "\n" not in found and len(found) < 1500, words
         seen[found] += 1
 
-    fuzzed(0, 80)(given(st.just("train"), commands("train"))(one))()
-    fuzzed(0, 20)(given(st.just("eval"), commands("eval"))(one))()
-    assert seen.total() == 100 and len(seen) > 30 and seen["built"] > 5
+    fuzzed(count, count * 4 // 5)(given(st.just("train"), commands("train"))(one))()
+    fuzzed(count, count // 5)(given(st.just("eval"), commands("eval"))(one))()
+    assert seen.total() == count and len(seen) > count / 5 and seen["built"] > count / 20
 
 
 # The programs themselves, up to the first update or the first batch of an evaluation
@@ -164,7 +165,7 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first", range(1, 11))
+@pytest.mark.parametrize("first", range(1, 4))
 def test_a_command_is_run_or_refused_in_a_sentence(first, checkpoint, tmp_path, monkeypatch):
     def unconnected(*_: Any, **__: Any) -> None:
         raise OSError("no network in this test")
@@ -186,17 +187,17 @@ def test_a_command_is_run_or_refused_in_a_sentence(first, checkpoint, tmp_path, 
         assert code == good or sentence and len(sentence.splitlines()) == 1, (words, sentence)
         codes[code] += 1
 
-    @fuzzed(first, 170)
+    @fuzzed(first, 110)
     @given(commands("train"))
     def trains(words):
         check(["train", *SMALL, *words, "dry=true"], DONE)
         assert not [*tmp_path.iterdir()], words
 
-    @fuzzed(first, 30)
+    @fuzzed(first, 20)
     @given(commands("eval"))
     def evaluates(words):
         check(["eval", f"checkpoint={checkpoint}", *words], STOPPED)
 
     trains()
     evaluates()
-    assert codes.total() == 200 and min(codes.values()) > 1
+    assert codes.total() == 130 and min(codes.values()) > 1

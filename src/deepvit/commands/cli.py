@@ -23,7 +23,7 @@ from deepvit.config.provenance import origin
 from deepvit.config.run_name import as_typed, run_folder
 from deepvit.config.suggest import PLUGINS, setting_meant
 from deepvit.config.sweep_record import SweepRecord
-from deepvit.errors import DONE, FAILED, STOPPED, UserError, did_you_mean
+from deepvit.errors import BAD_INPUT, DONE, FAILED, STOPPED, UserError, did_you_mean
 from deepvit.run.console import say
 from deepvit.run.launch import Job, Outcome, eval_job, launch, train_job, unexpected
 
@@ -75,6 +75,8 @@ def _run(job: Job, config: DictConfig, settings: DictConfig, folder: Path) -> Ou
         if job is train_job:
             plain["origin"] = origin(config, settings, folder)
         return launch(job, plain, folder)
+    except OmegaConfBaseException as error:  # a reference to nothing, such as ${oc.env:UNSET}
+        return Outcome(BAD_INPUT, hydra_error(error))
     except Exception as error:  # a defect in one cell must not end the others; its traceback is printed
         return unexpected(error)
 
