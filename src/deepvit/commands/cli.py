@@ -201,9 +201,18 @@ def hydra_error(error: Exception) -> str:
         return _unknown_choice(*group.groups(), text)
     override = re.search(r"Could not override '([^']+)'", text)
     if override:
-        meant = setting_meant(RENAMED.get(override[1], override[1]))
-        return f"There is no setting '{override[1]}'.{meant} `--cfg job` lists them all."
+        return _unknown_setting(override[1])
     return " ".join(line.strip() for line in text.splitlines() if line.strip())
+
+
+def _unknown_setting(name: str) -> str:
+    meant = setting_meant(RENAMED.get(name, name))
+    if f"'{name}'" not in meant:
+        return f"There is no setting '{name}'.{meant} `--cfg job` lists them all."
+    if any(word.startswith(("--config-path", "--config-name", "-cp", "-cn")) for word in sys.argv):
+        return (f"The config that --config-path and --config-name give has no setting '{name}': leave them out, and add "
+                f"your own files with --config-dir FOLDER.")
+    return f"'{name}' is a setting of another program. `--cfg job` lists those of this one."
 
 
 def _unknown_choice(group: str, name: str, text: str) -> str:
