@@ -189,7 +189,7 @@ STEMS: dict[str, type[Stem]] = {"patch": PatchStem, "conv": ConvStem, "hybrid": 
 def stem_of(stem: str | Mapping[str, Any]) -> tuple[type[Stem], dict[str, Any]]:
     """Class and options of `"hybrid"` or `{"name": "hybrid", "layers": [3, 4, 9]}`."""
     options = {"name": stem} if isinstance(stem, str) else dict(stem)
-    name = options.pop("name", None)
+    name = str(options.pop("name", None))
     if name not in STEMS:
         raise UserError(f"stem={name} is not known: choose from {', '.join(STEMS)}.{did_you_mean(name, STEMS)}")
     return STEMS[name], options

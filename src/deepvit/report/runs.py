@@ -174,7 +174,7 @@ def read_run(folder: Path) -> Run:
     result = _read_json(folder / "metrics.json")
     events = [line.get("event") for line in read_lines(folder / "events.jsonl")]
     lines = [line for line in read_lines(folder / "metrics.jsonl") if isinstance(line.get("step"), int)]
-    if result.get("finished") and "top1" in result:
+    if result.get("finished") and isinstance(result.get("top1"), int | float):
         return Run(folder, config, result, lines, "finished")
     return Run(folder, config, {}, lines, _unfinished_state(folder, events))
 

@@ -15,6 +15,7 @@ from torch import nn
 from deepvit import data as pictures
 from deepvit.config import settings as asked
 from deepvit.config.settings import Augment, Data, PrecisionSettings, Settings
+from deepvit.config.signature import parameters_of
 from deepvit.engine.device import has_bf16, sharing
 from deepvit.engine.ranks import Ranks
 from deepvit.engine.schedule import Plan, Schedule
@@ -22,7 +23,7 @@ from deepvit.engine.state import TrainState
 from deepvit.engine.step import OBJECTIVES, Objective, Precision, Stepper, allocate_moments, is_out_of_memory
 from deepvit.errors import UserError
 from deepvit.models import ViT, build_model
-from deepvit.models.registry import check_model
+from deepvit.models.registry import check_model, without_effect
 from deepvit.models.stochastic_depth import BranchMasks
 from deepvit.run.micro_batches import advice, allowed, unit
 from deepvit.run.micro_batches import choose as choose_micro_batch
@@ -47,6 +48,7 @@ def check(settings: Settings, ranks: Ranks) -> None:
         UserError: on every rank alike.
     """
     with ranks.together():
+        _check_complete(settings.model)
         _check_images(settings.data.img_size, settings.model["img_size"], settings.model["in_chans"])
         train_transform(settings.data, settings.augment)
         eval_transform(settings.data)
@@ -58,6 +60,14 @@ def check(settings: Settings, ranks: Ranks) -> None:
         sharing()
         _check_memory(network)
         try_out(settings.optimizer, ranks.device)
+    for sentence in without_effect(settings.model) if ranks.is_main else ():
+        log.warning(sentence)
+
+
+def _check_complete(model: Mapping[str, Any]) -> None:
+    for name in parameters_of(ViT)[0]:
+        if name not in model or (name, model[name]) == ("attention", None):
+            raise UserError(f"model.{name} is missing: leave it as its model= and model/attention= have it.")
 
 
 def _check_images(read: Any, wanted: Any, channels: int) -> None:
@@ -121,7 +131,7 @@ def build(settings: Settings, ranks: Ranks, begun: Mapping[str, Any] | None = No
 
 def shared_splits(data: Data, ranks: Ranks) -> pictures.Splits:
     """The images; where they may have to be downloaded, the first rank of each machine goes before the others."""
-    is_first = data.source not in pictures.DOWNLOADING or int(os.environ.get("LOCAL_RANK", 0)) == 0
+    is_first = data.source not in pictures.DOWNLOADING or ranks.world == 1 or os.environ.get("LOCAL_RANK", "0") == "0"
     for mine in (is_first, not is_first):
         with ranks.together():
             if mine:

@@ -7,7 +7,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import yaml
 from timm.optim import get_optimizer_info
 
 from deepvit.config.compare import changed
@@ -33,9 +32,14 @@ def settings_of(folder: RunFolder) -> Settings:
     """
     if not folder.config.exists():
         raise UserError(f"There is no run in {folder.path}: it has no config.yaml.")
+    return build.read_settings(_config_of(folder))
+
+
+def _config_of(folder: RunFolder) -> dict[str, Any]:
+    """A run's own config, in today's settings."""
     try:
-        return build.read_settings(upgraded(yaml.safe_load(folder.config.read_text())))
-    except (OSError, yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError):
+        return upgraded(folder.read_config())
+    except (AttributeError, KeyError, TypeError, ValueError):
         raise UserError(f"{folder.config} is torn or not the config of a run: restore it from a copy.") from None
 
 
@@ -56,13 +60,12 @@ def as_begun(config: Mapping[str, Any], folder: RunFolder) -> Mapping[str, Any]:
     """`config`, but a run keeps the precision that `auto` was when it began, one begun before `norm_batch` existed
     the batch statistics that it had, those of all images that a device takes at once, and one begun before
     `calibrate` existed its evaluation."""
-    try:
-        run = yaml.safe_load(folder.config.read_text())
-        before, precision = run["model"]["attention"], run["precision"]
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError):
+    run = folder.read_config()
+    before = run["model"].get("attention") if isinstance(run.get("model"), dict) else None
+    if not isinstance(before, dict):
         return config
-    if read_group("precision", config["precision"]).dtype == "auto":
-        config = {**config, "precision": precision}
+    if "precision" in run and read_group("precision", config["precision"]).dtype == "auto":
+        config = {**config, "precision": run["precision"]}
     if "calibrate" not in run and config["calibrate"] == "auto":
         config = {name: value for name, value in config.items() if name != "calibrate"}
     config = _with_its_stem(config, run)
@@ -104,13 +107,13 @@ def refuse_finished(folder: RunFolder, config: Mapping[str, Any], now: Mapping[s
 
     now: the command's `identity`.
     """
-    before = yaml.safe_load(folder.config.read_text())
+    before = _config_of(folder)
     known = folder.read_result().get("made_of")
     if known is None:  # an earlier version's
         with suppress(UserError):
             known = (checkpoint.load_newest(folder.last, folder.previous) or (None, None))[1]
     known = known or {}
-    differences = _same_init(changed(upgraded(before), config), known, now) | _other_pictures(known, now)
+    differences = _same_init(changed(before, config), known, now) | _other_pictures(known, now)
     if differences:
         raise UserError(f"The run in {folder.path} is finished with other settings: {_listed(differences)}. To train "
                         f"with these, {ADVICE}")
