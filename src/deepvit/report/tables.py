@@ -131,9 +131,9 @@ def _results(grid: Grid, threshold: float) -> Table:
              _text(over_seeds(cell, lambda run: run.result["params"] / 1e6), 2), *_published(cell, grid), cell.status]
             for cell in grid.cells]
     notes = [f"similar: pairs of adjacent blocks whose maps have a mean similarity M above {threshold:g}, of depth - 1 "
-             f"pairs; final: the maps that multiply the values, softmax: before heads are mixed and normalised. "
-             f"95 %: over seeds (Student's t) for n > 2, over the test images for n = 1; n = 2: no interval worth "
-             f"reading."]
+             f"pairs (the paper leaves its rule open: it may count a share of token vectors); final: the maps that "
+             f"multiply the values, softmax: before heads are mixed and normalised. 95 %: over seeds (Student's t) for "
+             f"n > 2, over the test images for n = 1; n = 2: no interval worth reading."]
     notes += [f"With {extra} changes: {', '.join(names)}." for extra, names in grid.followers.items() if names]
     return Table("Accuracy and similar blocks", headers, rows, notes + _published_notes(grid))
 
