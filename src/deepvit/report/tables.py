@@ -90,7 +90,15 @@ def _contrasts(grid: Grid) -> list[Table]:
               f"intervals. p: of no difference; Holm: p of the claim, over the primary contrasts; 90 % and p equal: "
               f"two one-sided tests of a difference of {plan.margin:g} points or more."]
     notes += [f"An interim look: {unfinished} runs are not finished."] if unfinished else []
+    notes += [_preregistration(plan, grid)] if plan.preregistered else []
     return [Table("Contrasts", headers, rows, notes)]
+
+
+def _preregistration(plan: Plan, grid: Grid) -> str:
+    digests = {(run.origin.get("preregistered") or {}).get("sha256") for run in grid.runs}
+    same = f"sha256 {digests.copy().pop()}, as every run noted" if len(digests) == 1 and None not in digests else (
+        "but not every run noted the same text of it")
+    return f"Preregistered in {plan.preregistered}, {same}."
 
 
 def _tests(one: Finding) -> list[str]:
