@@ -96,7 +96,7 @@ def _contrasts(grid: Grid) -> list[Table]:
 
 def _preregistration(plan: Plan, grid: Grid) -> str:
     digests = {(run.origin.get("preregistered") or {}).get("sha256") for run in grid.runs}
-    same = f"sha256 {digests.copy().pop()}, as every run noted" if len(digests) == 1 and None not in digests else (
+    same = f"sha256 {next(iter(digests))}, as every run noted" if len(digests) == 1 and None not in digests else (
         "but not every run noted the same text of it")
     return f"Preregistered in {plan.preregistered}, {same}."
 
