@@ -140,8 +140,8 @@ def test_a_plan_that_cannot_be_meant_is_refused(change, words):
 
 
 def test_a_sweep_file_names_its_contrasts(run, tmp_path):
-    """As conf/sweep/dose.yaml does."""
-    path = tmp_path / "conf" / "sweep" / "dose.yaml"
+    """As conf/sweep/dose.yaml does it."""
+    path = tmp_path / "conf" / "sweep" / "tiny_study.yaml"
     path.parent.mkdir(parents=True)
     params = dict(word.split("=") for word in TINY)
     file = {"hydra": {"mode": "MULTIRUN", "sweep": {"dir": "runs/study"}, "callbacks": {"sweep": {"statistics": {
@@ -149,7 +149,7 @@ def test_a_sweep_file_names_its_contrasts(run, tmp_path):
             "plus": {"model/attention": "norm_only"}, "minus": {"model/attention": "self"}, "primary": True}}}}},
         "sweeper": {"params": {**params, "model/attention": "self,norm_only", "seed": "0,1"}}}}
     path.write_text("# @package _global_\n" + yaml.safe_dump(file))
-    sweep = ["--config-dir", str(tmp_path / "conf"), "sweep=dose"]
+    sweep = ["--config-dir", str(tmp_path / "conf"), "sweep=tiny_study"]
     code, _, sentence = run("train", "-m", *sweep)
     assert code == BAD_INPUT and "plan.md" in sentence and not (tmp_path / "runs").exists()
     (tmp_path / "plan.md").write_text("what is asked")
