@@ -176,3 +176,14 @@ def test_an_image_of_the_users_is_not_drawn_over(tmp_path):
     for name in ("ours.png", "ours.svg"):
         Figure().savefig(tmp_path / name, metadata=SIGNED)
         refuse_strange(tmp_path / name)
+
+
+@pytest.mark.parametrize("values", [[0.0, 0.0], [math.nan], [], [0.0, 3.0]])
+def test_a_figure_of_ratios_is_drawn_whatever_was_measured(values):
+    """A look at two blocks has one pair of maps, or none that is not flat."""
+    figure = Figure()
+    ax = figure.subplots()
+    ax.plot(range(1, len(values) + 1), values)
+    draw_depth.scale(ax, "ratio", 2.0)
+    figure.canvas.draw()
+    assert all(map(math.isfinite, ax.get_ylim()))
