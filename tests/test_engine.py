@@ -160,9 +160,8 @@ def test_folder_has_one_owner_and_mends_torn_lines(tmp_path):
 
 def test_meter_leaves_pauses_out():
     meter = Meter()
-    meter.pause()
-    threading.Event().wait(0.05)
-    meter.resume()
+    with meter.paused():
+        threading.Event().wait(0.05)
     meter.add(10, 0.0)
     assert meter.read()["images_per_s"] > 10 / 0.05
 

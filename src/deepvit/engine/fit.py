@@ -7,6 +7,7 @@ from contextlib import closing, nullcontext
 from typing import Any
 
 import torch
+from torch import nn
 from torch.profiler import record_function
 
 from deepvit.engine.evaluate import Evaluation
@@ -41,9 +42,9 @@ class Fit:
 
     def __init__(self, state: TrainState, stepper: Stepper, plan: Plan,
                  make_batches: Callable[[int, int], Iterator[Batches]],
-                 evaluate: Callable[[torch.nn.Module, Display], Evaluation | None], folder: RunFolder, saver: Saver,
+                 evaluate: Callable[[nn.Module, Display], Evaluation | None], folder: RunFolder, saver: Saver,
                  loggers: Loggers, stop: StopRequest,
-                 attention_metrics: Callable[[torch.nn.Module, int], Measures] | None = None):
+                 attention_metrics: Callable[[nn.Module, int], Measures] | None = None):
         self.state, self.stepper, self.plan, self.meter = state, stepper, plan, Meter()
         self._make_batches, self._evaluate, self._attention_metrics = make_batches, evaluate, attention_metrics
         self._folder, self._saver, self._loggers, self._stop = folder, saver, loggers, stop
@@ -54,7 +55,7 @@ class Fit:
                                     plan.total - state.step) if plan.profile and self._ranks.is_main else None
         self._skips = SkipWatch(state, folder, self._ranks, plan.max_skipped, self._give_up)
         self._newest: Update | None = None
-        self._limit = stepper.limit
+        self._limit = stepper.limit  # the last that was told
         self._error: UserError | Failure | None = None  # of making the next batch
         self._seen_bad: set[int] = set()
         self._refused = 0  # images that the fast decoder refused, since the last log line
@@ -77,13 +78,11 @@ class Fit:
                     if status is not Status.DONE:
                         self._preempt()
                         return False
-                    if not self._evaluate_if_due():
+                    if not self._evaluate_and_save():
                         return False
-                    self._save_if_due()
                     if self._profile:
-                        self.meter.pause()
-                        self._profile.step()
-                        self.meter.resume()
+                        with self.meter.paused():
+                            self._profile.step()
         return True
 
     def _begin(self) -> bool:
@@ -93,9 +92,7 @@ class Fit:
             self._saver.save_last(self.state, must=True)  # what cannot be saved should not start
             self._measure_attention()
         elif self._is_evaluation_due() and self.state.evaluated < self.state.step:  # a request to stop cut it short
-            if not self._evaluate_if_due():
-                return False
-            self._save_if_due()
+            return self._evaluate_and_save()
         return True
 
     def _next(self, stream: Iterator[Batches]) -> Batches | None:
@@ -147,7 +144,7 @@ class Fit:
                 **({"decoder_refused": refused} if refused else {})}
         if not self._ranks.is_main:
             return
-        self._loggers.log_scalars("train", line, state.step, self._epoch())
+        self._log_scalars("train", line)
         left = (plan.total - state.step) * plan.batch_size / max(self.meter.images_per_s, 1e-9)
         details = [f"loss {line['loss']:.4f}", f"{line['images_per_s']:.1f} img/s", f"epoch {self._epoch():.2f}",
                    f"data wait {line['data_wait']:.0%}", f"lr {line['lr']:.3g}"]
@@ -168,55 +165,50 @@ class Fit:
     def _measure_attention(self) -> None:
         if self._attention_metrics is None or not self._ranks.is_main:
             return
-        self.meter.pause()
-        values, draw = self._attention_metrics(self.state.evaluated_model, self.state.step)
-        self._loggers.log_scalars("attention", values, self.state.step, self._epoch())
-        self._loggers.log_images(draw, self.state.step)
-        give_back()
-        self.meter.resume()
+        with self.meter.paused():
+            values, draw = self._attention_metrics(self.state.evaluated_model, self.state.step)
+            self._log_scalars("attention", values)
+            self._loggers.log_images(draw, self.state.step)
+            give_back()
 
-    def _evaluate_if_due(self) -> bool:
-        """False if a request to stop came meanwhile; the evaluation is then made when the run continues."""
-        if not self._is_evaluation_due():
-            return True
-        state = self.state
-        self._skips.catch_up()
-        self.meter.pause()
-        evaluation = self._evaluate(state.evaluated_model, self._display)
-        self.meter.resume()
-        if evaluation is None:
-            self._preempt()
-            return False
-        state.evaluated = state.step
-        summary = evaluation.summary()
-        is_best = summary["top1"] > state.best.get("top1", -1.0)
-        if is_best:
-            state.best = {"top1": summary["top1"], "step": state.step}
-        if self._ranks.is_main:
-            self._note_evaluation(summary, is_best)
+    def _evaluate_and_save(self) -> bool:
+        """Where it is due. False if a request to stop came meanwhile; the run then evaluates when it continues."""
+        state, plan = self.state, self.plan
+        evaluates, saves = self._is_evaluation_due(), is_due(state.step, plan.save_every, plan.total)
+        if evaluates or saves:
+            self._skips.catch_up()
+        with self.meter.paused():
+            if evaluates:
+                evaluation = self._evaluate(state.evaluated_model, self._display)
+                if evaluation is None:
+                    self._preempt()
+                    return False
+                self._note_evaluation(evaluation.summary())
+            if saves:
+                self._saver.save_last(state, must=state.step == plan.total)
+            if plan.keep_every and state.step % plan.keep_every == 0:
+                self._saver.save_epoch(state)
         return True
 
     def _is_evaluation_due(self) -> bool:
         return is_due(self.state.step, self.plan.eval_every, self.plan.total)
 
-    def _note_evaluation(self, summary: dict[str, Any], is_best: bool) -> None:
-        self._loggers.log_scalars("val", summary, self.state.step, self._epoch())
-        log.info("step %d  epoch %.2f  top-1 %.2f %%  top-5 %.2f %%  loss %.4f%s", self.state.step, self._epoch(),
+    def _note_evaluation(self, summary: dict[str, Any]) -> None:
+        state = self.state
+        state.evaluated = state.step
+        is_best = summary["top1"] > state.best.get("top1", -1.0)
+        if is_best:
+            state.best = {"top1": summary["top1"], "step": state.step}
+        if not self._ranks.is_main:
+            return
+        self._log_scalars("val", summary)
+        log.info("step %d  epoch %.2f  top-1 %.2f %%  top-5 %.2f %%  loss %.4f%s", state.step, self._epoch(),
                  summary["top1"], summary["top5"], summary["loss"], "  best so far" if is_best else "")
         if is_best:
-            self.meter.pause()
-            self._saver.save_best(self.state, summary)
-            self.meter.resume()
+            self._saver.save_best(state, summary)
 
-    def _save_if_due(self) -> None:
-        state, plan = self.state, self.plan
-        self.meter.pause()
-        if is_due(state.step, plan.save_every, plan.total):
-            self._skips.catch_up()
-            self._saver.save_last(state, must=state.step == plan.total)
-        if plan.keep_every and state.step % plan.keep_every == 0:
-            self._saver.save_epoch(state)
-        self.meter.resume()
+    def _log_scalars(self, group: str, values: dict[str, Any]) -> None:
+        self._loggers.log_scalars(group, values, self.state.step, self._epoch())
 
     # What may go wrong
 

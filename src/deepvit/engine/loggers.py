@@ -37,7 +37,10 @@ class LoggedRun:
 
 
 class Logger(Protocol):
-    """Told on rank 0 alone. Its constructor takes a `LoggedRun`; `needs` names the package that it imports there."""
+    """Told on rank 0 alone. Its constructor takes a `LoggedRun`; `needs` names the package that it imports there.
+
+    Whoever derives from this class need not define what it has no place for.
+    """
 
     needs: str
 
@@ -55,7 +58,7 @@ class Logger(Protocol):
     def close(self) -> None: ...
 
 
-class JsonLines:
+class JsonLines(Logger):
     """`metrics.jsonl`, the record that reports are made from: a line for each call; no images, no text."""
 
     def __init__(self, run: LoggedRun):
@@ -64,14 +67,6 @@ class JsonLines:
     def log_scalars(self, group: str, values: Mapping[str, Any], step: int, epoch: float) -> None:
         values = {"probe": values} if group == "attention" else values
         self._folder.log_metrics({"step": step, "epoch": epoch, **values})
-
-    def log_images(self, draw: Draw, step: int) -> None: ...
-
-    def log_text(self, name: str, text: str, step: int) -> None: ...
-
-    def log_result(self, metrics: Mapping[str, float], step: int) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class TensorBoard:
@@ -169,25 +164,18 @@ class Loggers:
         for viewer in viewers if run else ():
             self._try(viewer, lambda make=viewer: self._loggers.append(make(run)))
 
-    def log_scalars(self, group: str, values: Mapping[str, Any], step: int, epoch: float) -> None:
-        self._tell("log_scalars", group, values, step, epoch)
-
-    def log_images(self, draw: Draw, step: int) -> None:
-        self._tell("log_images", functools.cache(draw), step)
-
-    def log_text(self, name: str, text: str, step: int) -> None:
-        self._tell("log_text", name, text, step)
-
-    def log_result(self, metrics: Mapping[str, float], step: int) -> None:
-        self._tell("log_result", metrics, step)
-
-    def close(self) -> None:
-        self._tell("close")
-
     def _tell(self, method: str, *arguments: Any) -> None:
         for logger in list(self._loggers):
             if not self._try(type(logger), functools.partial(getattr(logger, method), *arguments)):
                 self._loggers.remove(logger)
+
+    log_scalars = functools.partialmethod(_tell, "log_scalars")
+    log_text = functools.partialmethod(_tell, "log_text")
+    log_result = functools.partialmethod(_tell, "log_result")
+    close = functools.partialmethod(_tell, "close")
+
+    def log_images(self, draw: Draw, step: int) -> None:
+        self._tell("log_images", functools.cache(draw), step)  # drawn once for all
 
     @staticmethod
     def _try(kind: type[Logger], action: Callable[[], Any]) -> bool:

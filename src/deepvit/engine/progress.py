@@ -2,21 +2,12 @@
 
 import sys
 import time
-from collections.abc import Sequence
-from types import TracebackType
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TextIO
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Column
 from rich.text import Text
 
@@ -47,11 +38,11 @@ class Display:
         self._bars.start()
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self._bars.stop()
 
     def bar(self, title: str, total: int, done: int = 0) -> "Bar":
-        return Bar(self._bars, self._bars.add_task(title, total=total, completed=done, details=()))
+        return Bar(self._bars, title, total, done)
 
 
 class Bar:
@@ -59,8 +50,9 @@ class Bar:
 
     INTERVAL_S = 0.1  # between two drawings
 
-    def __init__(self, bars: Progress, task: TaskID):
-        self._bars, self._task, self._drawn = bars, task, 0.0
+    def __init__(self, bars: Progress, title: str, total: int, done: int):
+        self._bars, self._drawn = bars, 0.0
+        self._task = bars.add_task(title, total=total, completed=done, details=())
 
     def advance(self, amount: int = 1) -> None:
         self._bars.advance(self._task, amount)
@@ -118,12 +110,12 @@ class Meter:
         self._restart()
         return reading
 
-    def pause(self) -> None:
-        """Leaves out what follows until `resume` (an evaluation, a save)."""
-        self._paused = time.perf_counter()
-
-    def resume(self) -> None:
-        self._start += time.perf_counter() - self._paused
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves the time inside out of the rate (an evaluation, a save)."""
+        start = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - start
 
     @property
     def images_per_s(self) -> float:
