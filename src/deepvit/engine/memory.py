@@ -29,20 +29,18 @@ def largest_batch(sizes: Sequence[int], state: TrainState, stepper: Stepper, exa
     """
     device = stepper.ranks.device
     with _traceless(state):
-        fixed, each = _needed(state, stepper, example)
+        fixed, each = _needed_bytes(state, stepper, example)
         budget = available_bytes(device, sharing)
         most = budget if device.type == "cuda" else min(budget, USEFUL)
         fitting = [size for size in sizes if fixed + size * each <= most] or sizes[-1:]
-        for size in fitting:
-            if size == sizes[-1] or not _is_too_much(state, stepper, example, size):
-                return size, f"{(fixed + size * each) / 2**30:.3g} of {budget / 2**30:.3g} GiB"
-    raise AssertionError("the smallest size is always returned")
+        size = next(one for one in fitting if one == sizes[-1] or not _is_too_much(state, stepper, example, one))
+        return size, f"{(fixed + size * each) / 2**30:.3g} of {budget / 2**30:.3g} GiB"
 
 
 def needed_bytes(count: int, state: TrainState, stepper: Stepper, example: Example) -> int:
     """What an update with `count` images at once takes beside the state; nothing is left changed."""
     with _traceless(state):
-        fixed, each = _needed(state, stepper, example)
+        fixed, each = _needed_bytes(state, stepper, example)
     return fixed + count * each
 
 
@@ -63,9 +61,8 @@ def _host_memory() -> tuple[int, int]:
     available = _field("/proc/meminfo", "MemAvailable")
     free = total if available is None else available
     limit, used = (Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory.current"))
-    if limit.exists() and limit.read_text().strip() != "max":
-        total = min(total, int(limit.read_text()))
-        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    if limit.exists() and (most := limit.read_text().strip()) != "max":
+        total, free = min(total, int(most)), min(free, int(most) - int(used.read_text()))
     return free, total
 
 
@@ -75,13 +72,9 @@ def used_bytes(device: torch.device) -> int:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most that this process held since `reset_peak`.
-
-    On a host this is Linux's own number: getrusage's would be that of the process that started this one.
-    """
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return _field("/proc/self/status", "VmHWM") or 0
+    """The most that this process held since `reset_peak`. (getrusage's could be that of the process's parent.)"""
+    on_gpu = device.type == "cuda"
+    return torch.cuda.max_memory_allocated(device) if on_gpu else _field("/proc/self/status", "VmHWM") or 0
 
 
 def reset_peak(device: torch.device) -> int:
@@ -96,9 +89,8 @@ def reset_peak(device: torch.device) -> int:
 
 def give_back() -> None:
     """To the system, what a C library keeps of the memory that was freed: often more than training can use of it."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
-    if trim:
-        trim(0)
+    with suppress(AttributeError):  # glibc's alone
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _field(path: str, name: str) -> int | None:
@@ -119,8 +111,7 @@ def kept_storages(compute: Callable[[], Tensor], own: Iterable[Tensor]) -> list[
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        value = compute()
-    del value
+        compute()
     return [size for address, size in kept.items() if address not in known]
 
 
@@ -141,11 +132,13 @@ def _loss(network: nn.Module, stepper: Stepper, x: Tensor, y: Tensor) -> Tensor:
         return stepper.objective(network, x, y)
 
 
-def _needed(state: TrainState, stepper: Stepper, example: Example) -> tuple[int, int]:
-    """Bytes of an update whatever it holds, and for each image at once."""
+def _needed_bytes(state: TrainState, stepper: Stepper, example: Example) -> tuple[int, int]:
+    """Of an update whatever it holds, and for each image at once."""
     two, four = (_bytes_of(state, stepper, example, count) for count in (2, 4))
     each = max(1, (four - two) // 2)
-    return max(0, two - 2 * each) + _bytes_to_come(state, stepper), each
+    weights = sum(weight.nbytes for weight in state.model.parameters())
+    # Beside its passes: the average's steps, and the one exchange between ranks.
+    return max(0, two - 2 * each) + weights * ((state.ema is not None) + 2 * (stepper.ranks.world > 1)), each
 
 
 def _bytes_of(state: TrainState, stepper: Stepper, example: Example, count: int) -> int:
@@ -159,12 +152,6 @@ def _bytes_of(state: TrainState, stepper: Stepper, example: Example, count: int)
     _loss(state.model, stepper, x, y).backward()
     state.optimizer.zero_grad(set_to_none=True)
     return torch.cuda.max_memory_allocated(x.device) - before
-
-
-def _bytes_to_come(state: TrainState, stepper: Stepper) -> int:
-    """What an update adds to its passes: the average's steps, and the one exchange between ranks."""
-    weights = sum(weight.nbytes for weight in state.model.parameters())
-    return weights * ((state.ema is not None) + 2 * (stepper.ranks.world > 1))
 
 
 def _is_too_much(state: TrainState, stepper: Stepper, example: Example, size: int) -> bool:

@@ -137,10 +137,9 @@ class Stepper:
                ) -> tuple[Status, Update | None]:
         """One update from this rank's micro-batches of a global batch (None: they could not be made).
 
-        The ranks first agree that every pass of each of them fitted into memory; until then nothing is exchanged that
-        one of them could miss. Then loss, statistics and gradients are averaged in one exchange. A loss or gradient
-        that is not finite leaves parameters, moments, average and running statistics as they were, by masks on the
-        device: the host waits for none of it. `state.step` counts the batch all the same.
+        Nothing is exchanged before the ranks agree that every pass of each of them fitted into memory. A loss or
+        gradient that is not finite leaves parameters, moments, average and running statistics as they were, by masks
+        on the device: the host waits for none of it. `state.step` counts the batch all the same.
 
         Args:
             stop: true once this rank was asked to stop. Then all ranks give the batch up between two micro-batches.
@@ -171,7 +170,7 @@ class Stepper:
         """Repeats the passes of a rank (by default this one) over its micro-batches of a global batch, watched module
         by module; nothing is updated."""
         rank = self.ranks.rank if rank is None else rank
-        share = sum(map(len, batches))
+        share = sum(map(len, batches))  # images
         self._seed(batch_index, share, rank)
         state.model.train()
 
@@ -218,16 +217,18 @@ class Stepper:
         loss = local_loss.clone()
         self.ranks.average([loss, state.statistics.moved, *gradients])
         state.scaler.unscale_(state.optimizer)
-        return Update(state.step, loss, local_loss, self._clip(state.parameters, gradients))
+        norm = nn.utils.get_total_norm(gradients) if self.clip_grad is None else nn.utils.clip_grad_norm_(
+            state.parameters, self.clip_grad)
+        return Update(state.step, loss, local_loss, norm)
 
     @record_function("optimizer")
     def _apply(self, state: TrainState, update: Update) -> Update:
         state.statistics.move(unless=update.found_nonfinite)
-        self._set_rate(state)
-        if _skips_on_the_device(state.optimizer):
-            state.optimizer.grad_scale, state.optimizer.found_inf = None, update.found_nonfinite.float()
-            state.optimizer.step()
-            del state.optimizer.grad_scale, state.optimizer.found_inf
+        rate = self.schedule(state.step + 1)
+        for group in state.optimizer.param_groups:
+            group["lr"] = rate * group.get("lr_scale", 1.0)
+        if state.optimizer.state and _is_fused(state.optimizer):  # SGD's first momentum would be garbage
+            _step_unless(update.found_nonfinite, state.optimizer)
         elif not update.skipped:
             state.optimizer.step()
         state.scaler.update()
@@ -236,17 +237,6 @@ class Stepper:
             _average(state, unless=update.found_nonfinite)
         update.mark_queued()
         return update
-
-    def _clip(self, parameters: list[nn.Parameter], gradients: list[Tensor]) -> Tensor:
-        """The global norm of the gradients before they are clipped, if they are."""
-        if self.clip_grad is not None:
-            return nn.utils.clip_grad_norm_(parameters, self.clip_grad)
-        return nn.utils.get_total_norm(gradients)
-
-    def _set_rate(self, state: TrainState) -> None:
-        rate = self.schedule(state.step + 1)
-        for group in state.optimizer.param_groups:
-            group["lr"] = rate * group.get("lr_scale", 1.0)
 
     def _seed(self, batch_index: int, share: int, rank: int) -> None:
         seed_randomness(self.seed, batch_index, rank)  # element-wise dropout
@@ -268,9 +258,8 @@ class Stepper:
             torch.cuda.empty_cache()
         largest = max(len(batch) for batch in self._cut(batches))
         if largest <= self.unit:
-            raise UserError(
-                f"{largest} images at once do not fit into the memory of this device, and fewer cannot be taken "
-                f"together: {self.advice(state, largest)}.")
+            raise UserError(f"{largest} images at once do not fit into the memory of this device, and fewer cannot be "
+                            f"taken together: {self.advice(state, largest)}.")
         self.limit = max(1, largest // self.unit // 2) * self.unit
 
 
@@ -287,14 +276,12 @@ def _average(state: TrainState, unless: Tensor) -> None:
 
 def allocate_moments(optimizer: torch.optim.Optimizer) -> None:
     """Has a fused optimizer allocate its moments now, by a step that it skips; the others do at their first update."""
-    if not getattr(optimizer, "_step_supports_amp_scaling", False) or "betas" not in optimizer.defaults:
+    if not _is_fused(optimizer) or "betas" not in optimizer.defaults:
         return
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     for weight in weights:
         weight.grad = torch.zeros_like(weight)
-    optimizer.grad_scale, optimizer.found_inf = None, torch.ones((), device=weights[0].device)
-    optimizer.step()
-    del optimizer.grad_scale, optimizer.found_inf
+    _step_unless(torch.ones((), device=weights[0].device), optimizer)
     optimizer.zero_grad(set_to_none=True)
 
 
@@ -312,9 +299,15 @@ def _event(like: Tensor) -> torch.cuda.Event | None:
     return event
 
 
-def _skips_on_the_device(optimizer: torch.optim.Optimizer) -> bool:
-    """Torch's fused optimizers do, as GradScaler asks them to; but SGD's first momentum would then be garbage."""
-    return bool(optimizer.state) and getattr(optimizer, "_step_supports_amp_scaling", False)
+def _is_fused(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it is one of torch's whose steps the device can leave out, as GradScaler asks them to."""
+    return getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
+def _step_unless(skip: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.grad_scale, optimizer.found_inf = None, skip.float()
+    optimizer.step()
+    del optimizer.grad_scale, optimizer.found_inf
 
 
 def seed_randomness(*words: int) -> None:
