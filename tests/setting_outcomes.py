@@ -61,7 +61,7 @@ def decoders(run):
 
 
 def rates(run):
-    schedule = run.built.schedule
+    schedule = run.built.stepper.schedule
     return [schedule(step) for step in range(1, schedule.total + 1)]
 
 

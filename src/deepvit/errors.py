@@ -23,6 +23,11 @@ def unusable(error: OSError) -> UserError:
     return UserError(f"{error.filename} cannot be used ({error.strerror}): mend it or give another.")
 
 
+def first_line(error: BaseException) -> str:
+    """Of a library's words; its name where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """`" Did you mean 'depth'?"` for the nearest of `choices`, or an empty string where none is near."""
     near = difflib.get_close_matches(str(word), [str(choice) for choice in choices], n=1, cutoff=0.6)

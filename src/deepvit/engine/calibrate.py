@@ -50,8 +50,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any], prepare: Prepare, ranks:
             _write(before, statistics)
     if ranks.agree(error, stopped):
         return False
-    *sums, images = ranks.sum(torch.cat([total.cpu(), torch.tensor([float(seen)], dtype=total.dtype)]))
-    _write(torch.stack(sums).to(before.device) / images, statistics)
+    sums = ranks.sum(torch.cat([total.cpu(), total.new_tensor([seen], device="cpu")]))
+    _write((sums[:-1] / sums[-1]).to(before.device), statistics)
     return True
 
 

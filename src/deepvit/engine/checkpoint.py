@@ -5,19 +5,20 @@ import logging
 import os
 import pickle
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
-from deepvit.errors import Failure, UserError
+from deepvit.errors import Failure, UserError, first_line
 
 FORMAT, VERSION = "deepvit", 1
 log = logging.getLogger(__name__)
 
 
 def save(path: Path, content: dict[str, Any], previous: Path | None = None) -> None:
-    """Writes `content` to `path`; a kill at any moment leaves the old or the new file, never half of one.
+    """Writes `content` to `path`; a kill at any moment leaves the old or the new file whole.
 
     Args:
         previous: where the file that stands at `path` goes, so that two good checkpoints exist.
@@ -26,15 +27,14 @@ def save(path: Path, content: dict[str, Any], previous: Path | None = None) -> N
     """
     partial, partial_digest = (_aside(one) for one in (path, digest_path(path)))
     try:
-        digest = _write_synced(partial, {"format": FORMAT, "version": VERSION, **content})
-        _write_text(partial_digest, f"{digest}  {path.name}\n")
+        _write(partial, lambda file: torch.save({"format": FORMAT, "version": VERSION, **content}, file))
+        _write(partial_digest, lambda file: file.write(f"{_digest(partial)}  {path.name}\n".encode()))
     except (OSError, RuntimeError) as error:  # torch wraps a full disk in a RuntimeError
-        needed = size_of(content)
         partial.unlink(missing_ok=True)
         partial_digest.unlink(missing_ok=True)
         free = shutil.disk_usage(path.parent).free
-        raise Failure(f"The checkpoint {path} could not be written ({_reason(error)}): about {_size(needed)} are "
-                      f"needed, {_size(free)} are free.") from error
+        raise Failure(f"The checkpoint {path} could not be written ({_reason(error)}): about {_size(size_of(content))} "
+                      f"are needed, {_size(free)} are free.") from error
     # A kill between any two of these lines leaves a pair that verifies, or a file without digest that loads.
     if previous is not None and path.exists():
         digest_path(previous).unlink(missing_ok=True)
@@ -70,16 +70,11 @@ def load(path: Path, map_location: str | torch.device = "cpu") -> dict[str, Any]
 def load_newest(*candidates: Path, advice: str = "") -> tuple[Path, dict[str, Any]] | None:
     """The first of `candidates` that is whole; each one that is not is named. None if none exists.
 
-    Args:
-        advice: said where none is whole.
-
     Raises:
-        UserError: some exist and none is whole.
+        UserError: some exist and none is whole; ends with `advice`.
     """
     broken = []
-    for path in candidates:
-        if not path.exists():
-            continue
+    for path in filter(Path.exists, candidates):
         try:
             content = load(path)
         except UserError as error:
@@ -95,7 +90,7 @@ def load_newest(*candidates: Path, advice: str = "") -> tuple[Path, dict[str, An
 
 def write_text_synced(path: Path, text: str) -> None:
     """Replaces a small file atomically."""
-    _write_text(_aside(path), text)
+    _write(_aside(path), lambda file: file.write(text.encode()))
     os.replace(_aside(path), path)
     _sync_folder(path.parent)
 
@@ -119,19 +114,11 @@ def _aside(path: Path) -> Path:
     return path.with_name(path.name + ".tmp")
 
 
-def _write_text(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _write_synced(path: Path, content: dict[str, Any]) -> str:
+def _write(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     with path.open("wb") as file:
-        torch.save(content, file)
+        write(file)
         file.flush()
         os.fsync(file.fileno())
-    return _digest(path)
 
 
 def _digest(path: Path) -> str:
@@ -154,8 +141,4 @@ def _size(count: int) -> str:
 
 def _reason(error: BaseException) -> str:
     cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch's hides it
-    return cause.strerror if isinstance(cause, OSError) and cause.strerror else _first_line(cause)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    return getattr(cause, "strerror", None) or first_line(cause).rstrip(".")

@@ -1,4 +1,4 @@
-"""Exact evaluation: every picture once on any number of ranks, integer counts, one division at the end."""
+"""Exact evaluation: every image once on any number of ranks, integer counts, one division at the end."""
 
 import math
 import time
@@ -19,14 +19,14 @@ from deepvit.errors import Failure, UserError
 
 @dataclass
 class Evaluation:
-    """Counts over a data set, and per picture (in the order of their indices) what was predicted."""
+    """Counts over a data set, and per image (in the order of their indices) what was predicted."""
 
     n: int
     correct1: int
     correct5: int
     loss: float  # mean cross-entropy, nats
     seconds: float
-    bad: list[Any] = field(default_factory=list)  # pictures that could not be read, counted wrong
+    bad: list[Any] = field(default_factory=list)  # images that could not be read, counted wrong
     indices: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # [n]
     targets: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # [n]
     predictions: np.ndarray = field(default_factory=lambda: np.empty((0, 5), np.int64))  # [n, 5], best first
@@ -59,15 +59,15 @@ class Evaluation:
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Iterable[Any], prepare: Prepare, ranks: Ranks, precision: Precision, *,
              n: int, should_stop: Callable[[], bool] = lambda: False,
-             advance: Callable[[int], None] = lambda pictures: None) -> Evaluation | None:
+             advance: Callable[[int], None] = lambda images: None) -> Evaluation | None:
     """Top-1, top-5 and mean cross-entropy of `model` over this rank's `batches`, summed over all ranks.
 
     Args:
-        n: size of the whole set; every picture must have come exactly once.
+        n: size of the whole set; every image must have come exactly once.
         should_stop: asked before each batch; if any rank says yes, all give up and None is returned.
-        advance: told the number of pictures done, for a progress bar.
+        advance: told the number of images done, for a progress bar.
     Raises:
-        UserError, Failure: what any rank's `batches` raised, on all ranks; or the pictures seen are not the whole set.
+        UserError, Failure: what any rank's `batches` raised, on all ranks; or the images seen are not the whole set.
     """
     training, start = model.training, time.perf_counter()
     model.eval()
@@ -125,14 +125,14 @@ def _gather(parts: list[dict[str, Tensor]], bad: list[Any], ranks: Ranks, n: int
     shares = [share for share in ranks.gather((mine, bad)) if share[0]]
     whole = {name: np.concatenate([share[name] for share, _ in shares]) for name in shares[0][0]}
     order = np.argsort(whole["indices"], kind="stable")
-    indices, targets, predictions = whole["indices"][order], whole["targets"][order], whole["predictions"][order]
+    indices, targets, predictions, confidences, losses = (whole[name][order] for name in (
+        "indices", "targets", "predictions", "confidences", "losses"))
     if not np.array_equal(indices, np.arange(n)):
-        raise Failure(f"The evaluation saw {len(indices)} pictures ({len(np.unique(indices))} different ones) of a set "
+        raise Failure(f"The evaluation saw {len(indices)} images ({len(np.unique(indices))} different ones) of a set "
                       f"of {n}: its numbers are not to be trusted.")
     hits = predictions == targets[:, None]  # [n, 5]
-    return Evaluation(n, int(hits[:, 0].sum()), int(hits.any(1).sum()), float(whole["losses"][order].mean(dtype=float)),
-                      seconds, [one for _, some in shares for one in some], indices, targets, predictions,
-                      whole["confidences"][order])
+    return Evaluation(n, int(hits[:, 0].sum()), int(hits.any(1).sum()), float(losses.mean(dtype=float)), seconds,
+                      [one for _, some in shares for one in some], indices, targets, predictions, confidences)
 
 
 def wilson_interval(correct: int, n: int, level: float = 0.95) -> tuple[float, float]:
@@ -144,10 +144,10 @@ def wilson_interval(correct: int, n: int, level: float = 0.95) -> tuple[float, f
 
 
 def mcnemar(first_correct: np.ndarray, second_correct: np.ndarray) -> dict[str, float]:
-    """Exact two-sided McNemar test between two models on the same pictures (Q. McNemar, Psychometrika 12, 1947).
+    """Exact two-sided McNemar test between two models on the same images (Q. McNemar, Psychometrika 12, 1947).
 
     Args:
-        first_correct, second_correct: bool `[n]`, the same pictures in the same order.
+        first_correct, second_correct: bool `[n]`, the same images in the same order.
     Returns:
         how many only the first and only the second got right, and the p value of "equally good".
     """

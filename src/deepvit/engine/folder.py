@@ -51,7 +51,7 @@ class RunFolder:
         self.result, self.config = self.path / "metrics.json", self.path / "config.yaml"
         self.mark, self.aside = self.path / MARK, self.path / ".replaced"
         self._lock: IO[str] | None = None
-        self._waiting: dict[Path, list[str]] = {}
+        self._waiting: dict[Path, str] = {}
 
     def claim(self, fresh: bool = False, restarted: bool = False) -> bool:
         """Creates the folder, marks it as a run's, proves that it can be written, and takes its lock.
@@ -62,12 +62,14 @@ class RunFolder:
         Returns:
             whether an earlier run is still to be replaced.
         Raises:
-            UserError: a folder of somebody else's, not writable, or another process works in it (which is named).
+            UserError: somebody else's folder, not writable, or another process (which is named) works in it.
         """
         if self.path.resolve() in self._claimed:
             raise UserError(f"The run folder {self.path} is in use by this very process.")
         try:
-            self._refuse_strange()
+            if self.path.is_dir() and not self.is_ours():
+                raise UserError(f"The folder {self.path} holds files that are not of a run, such as "
+                                f"{min(self.path.iterdir()).name}: give an empty or a new one with hydra.run.dir=...")
             self.path.mkdir(parents=True, exist_ok=True)
             self.mark.touch()
             self.checkpoints.mkdir(exist_ok=True)
@@ -91,26 +93,19 @@ class RunFolder:
         for partial in self._own_files(self.path):
             if partial.suffix == ".tmp":
                 partial.unlink()
-        starts_over = self._settle_replacement() or not restarted
-        if fresh and starts_over:
+        starts_over = (self._finish_replacement() or not restarted) and fresh
+        if starts_over:
             self.aside.mkdir(exist_ok=True)
-        return fresh and starts_over
-
-    def _refuse_strange(self) -> None:
-        if self.path.is_dir() and not self.is_ours():
-            raise UserError(f"The folder {self.path} holds files that are not of a run, such as "
-                            f"{min(self.path.iterdir()).name}: give an empty or a new one with hydra.run.dir=...")
+        return starts_over
 
     def is_ours(self) -> bool:
         """Empty, marked by a run, or begun by one of a version that set no mark."""
         if self.mark.exists() or not any(self.path.iterdir()):
             return True
-        try:
-            events = list(read_json_lines(self.events))
-        except (OSError, ValueError):
-            return False
-        begun = any(isinstance(event, dict) and event.get("event") in ("start", "resume") for event in events)
-        return begun and self.read_config().keys() >= SETTINGS
+        with suppress(OSError, ValueError):
+            begun = any(event.get("event") in ("start", "resume") for event in read_json_lines(self.events))
+            return begun and self.read_config().keys() >= SETTINGS
+        return False
 
     def read_config(self) -> dict[str, Any]:
         """The settings in config.yaml, which may be anything; empty where it is missing, torn or no mapping."""
@@ -142,7 +137,7 @@ class RunFolder:
         """Gives the lock back; a folder in which nothing was begun is left as it was found."""
         if self._lock is None:
             return
-        self._settle_replacement()
+        self._finish_replacement()
         if not self.config.exists():
             (self.path / "lock").unlink(missing_ok=True)
             with suppress(OSError):
@@ -168,7 +163,7 @@ class RunFolder:
             with suppress(OSError):
                 folder.rmdir()
 
-    def _settle_replacement(self) -> bool:
+    def _finish_replacement(self) -> bool:
         """Ends what a `fresh=true` that was cut began; whether the earlier run stands (again)."""
         if not self.aside.exists():
             return False
@@ -192,10 +187,9 @@ class RunFolder:
 
     def drop_all_but_best(self) -> None:
         """Of a finished run: the checkpoints that would continue it go, if the best weights are there."""
-        if self.best.exists():
-            for path in (self.last, self.previous):
-                digest_path(path).unlink(missing_ok=True)
-                path.unlink(missing_ok=True)
+        for path in (self.last, self.previous) if self.best.exists() else ():
+            digest_path(path).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
 
     def is_finished(self) -> bool:
         result = self.read_result()
@@ -220,15 +214,14 @@ class RunFolder:
 
     def _append(self, path: Path, line: dict[str, Any]) -> None:
         """Adds a line now or, where the disk refuses, together with the next one: none is lost while we live."""
-        waiting = self._waiting.setdefault(path, [])
-        waiting.append(json.dumps(plain(line), allow_nan=False) + "\n")
+        waiting = self._waiting.get(path, "") + json.dumps(plain(line), allow_nan=False) + "\n"
         try:
-            _append_whole(path, "".join(waiting).encode())
+            _append_whole(path, waiting.encode())
+            waiting = ""
         except OSError as error:
             log.warning("%s cannot be written (%s); its lines are kept in memory and tried again.", path,
                         error.strerror)
-            return
-        waiting.clear()
+        self._waiting[path] = waiting
 
     def run_id(self) -> str:
         """What viewers know the run by: the same however often it is resumed, another after `fresh=true`."""
@@ -259,12 +252,9 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
         return
     with path.open(errors="replace") as file:
         for text in file:
-            try:
-                line = json.loads(text)
-            except json.JSONDecodeError:
-                continue
-            if isinstance(line, dict):
-                yield line
+            with suppress(ValueError):
+                if isinstance(line := json.loads(text), dict):
+                    yield line
 
 
 def plain(value: Any) -> Any:

@@ -1,8 +1,8 @@
 """Where numbers went wrong: the first module of a model whose output or gradient is not finite."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,16 +12,11 @@ from torch import Tensor, nn
 
 @dataclass
 class Examination:
-    """What one or several forward and backward passes showed.
+    """What one or several forward and backward passes showed."""
 
-    Attributes:
-        loss: their sum.
-        first: in words, what was the first to be not finite; None if everything was.
-        ranges: module name -> (smallest, largest, largest gradient) of its output, in the order of the forward pass.
-    """
-
-    loss: float = 0.0
-    first: str | None = None
+    loss: float = 0.0  # their sum
+    first: str | None = None  # in words, what was the first to be not finite
+    # Module name -> [smallest, largest, largest gradient] of its output, in the order of the forward pass
     ranges: dict[str, list[float]] = field(default_factory=dict)
 
 
@@ -33,7 +28,10 @@ def examine(model: nn.Module, losses: Iterable[Tensor], scale: Callable[[Tensor]
     found = Examination()
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
-        with _watched(model, found):
+        with ExitStack() as hooks:
+            for name, module in model.named_modules():
+                if name:
+                    hooks.callback(module.register_forward_hook(_look(name, found)).remove)
             _note(found, "an input weight", dict(model.named_parameters()))
             for loss in losses:
                 found.loss += float(loss.detach())
@@ -50,16 +48,6 @@ def examine(model: nn.Module, losses: Iterable[Tensor], scale: Callable[[Tensor]
     return found
 
 
-@contextmanager
-def _watched(model: nn.Module, found: Examination) -> Iterator[None]:
-    handles = [module.register_forward_hook(_look(name, found)) for name, module in model.named_modules() if name]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def _look(name: str, found: Examination) -> Callable[..., None]:
     def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         if not isinstance(output, Tensor) or not output.is_floating_point():
@@ -69,7 +57,7 @@ def _look(name: str, found: Examination) -> Callable[..., None]:
         found.ranges[name] = [min(low, float(values.min())), max(high, float(values.max())), gradient]
         _note(found, "the output of", {name: values})
         if output.requires_grad:
-            output.register_hook(lambda gradient: look_back(gradient))
+            output.register_hook(look_back)
 
     def look_back(gradient: Tensor) -> None:
         found.ranges[name][2] = max(found.ranges[name][2], float(gradient.abs().max()))
@@ -79,10 +67,6 @@ def _look(name: str, found: Examination) -> Callable[..., None]:
 
 
 def _note(found: Examination, what: str, tensors: dict[str, Tensor]) -> None:
-    if found.first is not None:
-        return
     for name, values in tensors.items():
-        wrong = int((~torch.isfinite(values)).sum())
-        if wrong:
+        if found.first is None and (wrong := int((~torch.isfinite(values)).sum())):
             found.first = f"{what} {name} ({wrong} of {values.numel()} values)"
-            return

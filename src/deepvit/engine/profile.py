@@ -1,7 +1,7 @@
 """Where a step goes: torch's trace of some steps, and a table of it."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -58,7 +58,7 @@ class StepProfile:
         log.info("The trace, for ui.perfetto.dev: %s.json.gz", name)
 
 
-def _parts(averages: EventList) -> Iterable[str]:
+def _parts(averages: EventList) -> Iterator[str]:
     """Time on the host by part of a step; on a GPU, to which the host only hands work, mostly of waiting for it."""
     times = {event.key: event.cpu_time_total for event in averages if event.key in PARTS}  # microseconds
     step = next(event for event in averages if event.key.startswith("ProfilerStep"))
@@ -70,7 +70,7 @@ def _parts(averages: EventList) -> Iterable[str]:
     yield f"{title:40} {step.cpu_time_total / step.count / 1000:10.2f}"
 
 
-def _operators(averages: EventList, on_gpu: bool) -> Iterable[str]:
+def _operators(averages: EventList, on_gpu: bool) -> Iterator[str]:
     """The operators that take the device longest, by themselves."""
     own = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     steps = next(event.count for event in averages if event.key.startswith("ProfilerStep"))

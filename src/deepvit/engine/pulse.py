@@ -40,19 +40,15 @@ class Pulse:
 
         Every rank that noticed a loss calls this; it takes `ROLL_CALL_S` if one does not.
         """
+        deadline, absent = time.monotonic() + ROLL_CALL_S, list(range(self._world))
         try:
             self._store.set(f"here/{self._rank}", "1")
-            absent = self._absent()
+            while absent and time.monotonic() < deadline:
+                absent = [rank for rank in absent if not self._store.check([f"here/{rank}"])]
+                time.sleep(0.05)
             return [f"rank {rank} ({self._last_words(rank)})" for rank in absent]
         except dist.DistError:  # the store lived in rank 0, without a launcher's
             return ["rank 0 (which kept the ranks' common notes)"]
-
-    def _absent(self) -> list[int]:
-        deadline, absent = time.monotonic() + ROLL_CALL_S, list(range(self._world))
-        while absent and time.monotonic() < deadline:
-            absent = [rank for rank in absent if not self._store.check([f"here/{rank}"])]
-            time.sleep(0.05)
-        return absent
 
     def _last_words(self, rank: int) -> str:
         known = [self._store.get(key).decode() for key in (f"who/{rank}", f"step/{rank}") if self._store.check([key])]

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deepvit.engine.pulse import Pulse, connect
-from deepvit.errors import Failure, UserError, unusable
+from deepvit.errors import Failure, UserError, first_line, unusable
 
 CONNECT_S = 60  # for ranks that are all there to connect
 
@@ -77,10 +77,8 @@ class Ranks:
         error = None
         try:
             yield
-        except (UserError, Failure) as raised:
-            error = raised
-        except OSError as raised:
-            error = unusable(raised)
+        except (UserError, Failure, OSError) as raised:
+            error = unusable(raised) if isinstance(raised, OSError) else raised
         self.agree(error)
 
     def agree(self, error: UserError | Failure | None, flag: bool = False) -> bool:
@@ -99,12 +97,10 @@ class Ranks:
             self.pulse.beat(step)
 
     def any_asked_to_stop(self, asked: bool) -> bool:
-        """Whether this or any other rank was asked to stop; unlike `any` it may be called at any time by any rank."""
-        if self.pulse is None:
-            return asked
-        if asked:
+        """Whether this or any other rank was asked to stop; not collective: any rank may call it at any time."""
+        if asked and self.pulse is not None:
             self.pulse.ask_to_stop()
-        return asked or self.pulse.asked_to_stop()
+        return asked or self.pulse is not None and self.pulse.asked_to_stop()
 
     def broadcast(self, tensors: list[Tensor]) -> None:
         """Sets each tensor to rank 0's."""
@@ -139,14 +135,11 @@ def join(accelerator: str, timeout_s: float) -> Iterator[Ranks]:
     ranks = _meet(device, timedelta(seconds=timeout_s))
     try:
         yield ranks
-    except LostRank:
-        raise
     except RuntimeError as error:
         if not _is_about_ranks(error):
             raise
         raise LostRank(_lost(ranks, error)) from error
-    else:
-        dist.destroy_process_group()  # after a loss it could wait for the one that is gone
+    dist.destroy_process_group()  # after a loss it could wait for the one that is gone
 
 
 def _meet(device: torch.device, timeout: timedelta) -> Ranks:
@@ -166,9 +159,8 @@ def _meet(device: torch.device, timeout: timedelta) -> Ranks:
 
 
 def _is_about_ranks(error: RuntimeError) -> bool:
-    text = str(error).lower()
-    return isinstance(error, dist.DistError) or any(word in text for word in (
-        "gloo", "nccl", "connection", "timed out", "timeout", "socket", "broken pipe"))
+    words = "gloo|nccl|connection|timed out|timeout|socket|broken pipe"
+    return isinstance(error, dist.DistError) or re.search(words, str(error), re.IGNORECASE) is not None
 
 
 def _lost(ranks: Ranks, error: RuntimeError) -> str:
@@ -179,8 +171,7 @@ def _lost(ranks: Ranks, error: RuntimeError) -> str:
 
 def _reason(error: Exception) -> str:
     """The library's words without its source line and advice."""
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return re.sub(r"^(\[[^]]*\] )+", "", line).split(". ")[0].rstrip(".")
+    return re.sub(r"^(\[[^]]*\] )+", "", first_line(error)).split(". ")[0].rstrip(".")
 
 
 def pick_device(accelerator: str) -> torch.device:

@@ -31,7 +31,7 @@ class Saver:
     def save_last(self, state: TrainState, must: bool = False,
                   otherwise: str = "Training goes on and tries again at the next save.") -> bool:
         """Whether the whole state was written; where it `must` be and was not, all ranks fail together."""
-        error = self._write(self._folder.last, state, self._whole(state), otherwise, previous=self._folder.previous)
+        error = self._write(self._folder.last, state, self._whole(state), otherwise, self._folder.previous)
         if must:
             self._ranks.agree(error)
         if error is None and self._ranks.is_main:
@@ -43,8 +43,8 @@ class Saver:
         self._write(self._folder.best, state, content, "The best weights so far are not kept.")
 
     def save_epoch(self, state: TrainState) -> None:
-        self._write(self._folder.checkpoints / f"step-{state.step}.pt", state, {**state.weights(), "step": state.step},
-                    "This epoch's are not kept.")
+        content = {**state.weights(), "step": state.step}
+        self._write(self._folder.checkpoints / f"step-{state.step}.pt", state, content, "This epoch's are not kept.")
 
     def save_nonfinite(self, state: TrainState) -> None:
         self._write(self._folder.nonfinite, state, self._whole(state), "The weights cannot be looked at later.")
@@ -66,17 +66,17 @@ class Saver:
         return {**state.state_dict(), "world": self._ranks.world}
 
     def _write(self, path: Path, state: TrainState, content: dict[str, Any], otherwise: str,
-               **options: Any) -> Failure | None:
+               previous: Path | None = None) -> Failure | None:
         """A checkpoint that cannot be written does not end a run that may write its next one."""
         if not self._ranks.is_main:
             return None
         try:
-            checkpoint.save(path, {**content, **self._identity}, **options)
+            checkpoint.save(path, {**content, **self._identity}, previous)
+            return None
         except Failure as error:
             log.error("%s %s", error, otherwise)
             self._folder.log_event("save_failed", step=state.step, reason=str(error))
             return error
-        return None
 
 
 def _size_of_moments(optimizer: torch.optim.Optimizer) -> int:

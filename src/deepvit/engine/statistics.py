@@ -8,7 +8,7 @@ class RunningStatistics:
     """A model's buffers. Every micro-batch moves them from where they stood before the update, and the update moves
     them by the mean of these moves: exact, since a running mean moves linearly. Counters move by one.
 
-    Copies of all buffers lie in one piece of memory, of which the parts are views; so each turn is one call or two.
+    Copies lie in one piece of memory, of which the parts are views, so that each turn is one call or two.
 
     Attributes:
         moved: where this rank's micro-batches have moved the floating-point buffers to (flat; empty without any).

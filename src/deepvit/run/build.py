@@ -5,7 +5,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -28,6 +28,8 @@ from deepvit.models.stochastic_depth import BranchMasks
 from deepvit.run.micro_batches import advice, allowed, unit
 from deepvit.run.micro_batches import choose as choose_micro_batch
 from deepvit.run.optimizer import optimizer, try_out
+
+MIXING = ("mixup", "cutmix", "mix_prob", "switch_prob", "label_smoothing")  # of `augment`: done to whole batches
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +93,6 @@ class Built:
     settings: Settings
     ranks: Ranks
     splits: pictures.Splits
-    schedule: Schedule
     plan: Plan
     model: ViT
     state: TrainState
@@ -99,6 +100,11 @@ class Built:
     make_batches: Callable[[int, int], Iterator[list[pictures.Batch]]]
     micro_batch: int  # images that a device takes at once
     memory: str  # what they take of it, in words, where that was measured
+
+    @cached_property
+    def prepare(self) -> pictures.Prepare:
+        """What evaluation does to a batch; training's is the stepper's."""
+        return prepare(self.settings.data, len(self.splits.class_ids))
 
 
 def build(settings: Settings, ranks: Ranks, begun: Mapping[str, Any] | None = None) -> Built:
@@ -111,20 +117,20 @@ def build(settings: Settings, ranks: Ranks, begun: Mapping[str, Any] | None = No
     """
     found = shared_splits(settings.data, ranks)
     with ranks.together():
-        made_schedule, plan = schedule_and_plan(settings, len(found.train))
+        schedule, plan = schedule_and_plan(settings, len(found.train))
         network = model(settings, len(found.class_ids), continued=begun is not None, classes=found.class_ids)
         # A run begun before masks belonged to images draws them on each rank, as it began.
         masks = begun is None or begun.get("masks") == "image"
         made = state(settings, network, ranks)
-        called = stepper(settings, network, made_schedule, len(found.class_ids), ranks, masks)
+        called = stepper(settings, network, schedule, len(found.class_ids), ranks, masks)
         make_batches = batch_maker(settings, found.train, ranks)
     ranks.broadcast([weight.detach() for weight in made.all_weights()])
     micro_batch, memory = choose_micro_batch(settings, made, called, begun)
     called.advice = lambda state, count: advice(settings, state, called, count)
     if None in network.norm_batches:
         called.unit = micro_batch  # half of it would have other statistics
-    return Built(settings, ranks, found, made_schedule, plan, network, made, called,
-                 partial(make_batches, micro_batch=micro_batch), micro_batch, memory)
+    return Built(settings, ranks, found, plan, network, made, called, partial(make_batches, micro_batch=micro_batch),
+                 micro_batch, memory)
 
 
 # Data
@@ -150,8 +156,7 @@ def splits(data: Data) -> pictures.Splits:
 
 
 def train_transform(data: Data, augment: Augment) -> pictures.Transform:
-    mixing = ("repeats", "mixup", "cutmix", "mix_prob", "switch_prob", "label_smoothing")
-    options = {name: value for name, value in vars(augment).items() if name not in mixing}
+    options = {name: value for name, value in vars(augment).items() if name not in ("repeats", *MIXING)}
     mean, _ = pictures.norm_values(data.norm)
     return pictures.train_transform(data.img_size, crop_pct=data.crop_pct, mean=mean, **options)
 
@@ -162,8 +167,7 @@ def eval_transform(data: Data) -> pictures.Transform:
 
 def prepare(data: Data, num_classes: int, augment: Augment | None = None, seed: int = 0) -> pictures.Prepare:
     """Normalisation, and in training the mixing that `augment` names."""
-    mixing = {} if augment is None else {name: getattr(augment, name) for name in (
-        "mixup", "cutmix", "mix_prob", "switch_prob", "label_smoothing")}
+    mixing = {} if augment is None else {name: getattr(augment, name) for name in MIXING}
     return pictures.Prepare(*pictures.norm_values(data.norm), num_classes, seed=seed, **mixing)
 
 
@@ -244,10 +248,8 @@ def stepper(settings: Settings, network: ViT, schedule: Schedule, num_classes: i
 
 
 def compiled(network: nn.Module, mode: bool | str) -> nn.Module:
-    """As it is called in training; mode: one of torch.compile's, true for its default, or false.
-
-    Only sizes that stay the same can be replayed as CUDA graphs: half a micro-batch is compiled anew.
-    """
+    """As it is called in training; mode: one of torch.compile's, true for its default, or false."""
+    # Only sizes that stay the same can be replayed as CUDA graphs: half a micro-batch is compiled anew.
     return torch.compile(network, mode="default" if mode is True else mode, dynamic=False) if mode else network
 
 
@@ -270,8 +272,8 @@ def decided(chosen: PrecisionSettings, device: torch.device) -> PrecisionSetting
 
 def precision(chosen: PrecisionSettings, device: torch.device) -> Precision:
     chosen = decided(chosen, device)
-    dtype = getattr(torch, chosen.dtype)
-    return Precision(None if dtype is torch.float32 else dtype, chosen.scale_gradients, chosen.tf32)
+    dtype = None if chosen.dtype == "float32" else getattr(torch, chosen.dtype)
+    return Precision(dtype, chosen.scale_gradients, chosen.tf32)
 
 
 def objective(settings: Settings) -> Objective:
@@ -280,7 +282,6 @@ def objective(settings: Settings) -> Objective:
     if blocks < 0 or blocks >= settings.model["depth"]:
         raise UserError(f"loss.cosine_blocks={blocks} compares pairs of adjacent blocks: give 0 (off) to "
                         f"{settings.model['depth'] - 1} for a model of {settings.model['depth']} blocks.")
-
     plain = OBJECTIVES[settings.loss.kind]
     if not blocks:
         return plain

@@ -9,11 +9,10 @@ from typing import TextIO
 
 def say(sentence: str, stream: TextIO | None = None) -> None:
     """Prints a line at once."""
-    stream = stream or sys.stdout
     try:
         print(sentence, file=stream, flush=True)
     except BrokenPipeError:
-        _drop(stream)
+        _drop(stream or sys.stdout)
 
 
 def print_any_name() -> None:

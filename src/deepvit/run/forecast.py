@@ -83,7 +83,6 @@ def _parts(built: Built) -> tuple[int, int]:
 @torch.no_grad()
 def _evaluate_once(built: Built) -> None:
     """A batch of the evaluation, which may need more memory than training does."""
-    settings, ranks = built.settings, built.ranks
-    prepare = build.prepare(settings.data, len(built.splits.class_ids))
-    with closing(build.eval_batches(settings.data, built.splits.val, ranks)()) as batches:
-        scores(built.state.evaluated_model.eval(), next(batches), prepare, ranks, built.stepper.precision, [])
+    with closing(build.eval_batches(built.settings.data, built.splits.val, built.ranks)()) as batches:
+        scores(built.state.evaluated_model.eval(), next(batches), built.prepare, built.ranks, built.stepper.precision,
+               [])

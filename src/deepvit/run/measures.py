@@ -25,18 +25,16 @@ def evaluator(built: Built, stop: StopRequest) -> Callable[[nn.Module, Display],
     Raises:
         UserError: too few images to calibrate.
     """
-    settings, ranks, images = built.settings, built.ranks, built.splits.val
-    prepare = build.prepare(settings.data, len(built.splits.class_ids))
-    precision = build.precision(settings.precision, ranks.device)
+    settings, ranks, images, precision = built.settings, built.ranks, built.splits.val, built.stepper.precision
     batches = build.eval_batches(settings.data, images, ranks)
     count = images_to_calibrate(settings, built.model, len(built.splits.train))
-    calibrated = calibration(count, settings.data, built.splits.train, built.model.norm_batches, prepare, ranks,
+    calibrated = calibration(count, settings.data, built.splits.train, built.model.norm_batches, built.prepare, ranks,
                              precision, stop)
 
     def run(model: nn.Module, display: Display) -> Evaluation | None:
         def once() -> Evaluation | None:
             bar = display.bar("evaluate", len(images))
-            result = evaluate(model, batches(), prepare, ranks, precision, n=len(images), advance=bar.advance,
+            result = evaluate(model, batches(), built.prepare, ranks, precision, n=len(images), advance=bar.advance,
                               should_stop=lambda: ranks.any_asked_to_stop(bool(stop)))
             bar.close()
             return result
@@ -54,10 +52,9 @@ def attention_metrics(built: Built) -> Callable[[nn.Module, int], Measures] | No
         return None
     chosen = images.take(_spread(images.targets, wanted))
     batches = build.eval_batches(settings.data, chosen, Ranks(0, 1, ranks.device))
-    prepare = build.prepare(settings.data, len(built.splits.class_ids))
 
     def measure(model: nn.Module, step: int) -> Measures:
-        x = torch.cat([prepare(batch, 0, ranks.device, training=False)[0] for batch in batches()])
+        x = torch.cat([built.prepare(batch, 0, ranks.device, training=False)[0] for batch in batches()])
         if not step and not settings.init:
             model = analysis.with_statistics_of(model, x)  # an untrained norm has none yet
         values = analysis.probe(model, x, matrix=True)

@@ -35,10 +35,10 @@ def allowed(settings: Settings, norm_batches: Collection[int | None], world: int
         UserError: the global batch does not divide over the devices, or a device's share not into whole units.
     """
     batch, most, whole = settings.data.batch_size, settings.engine.device_batch, unit(settings, norm_batches)
-    if batch % world:
+    share, rest = divmod(batch, world)
+    if rest:
         raise UserError(f"data.batch_size={batch} (of all devices together) does not divide over {world} devices: give "
                         f"a multiple of {world}.")
-    share = batch // world
     if share % whole:
         raise UserError(_refusal(settings, norm_batches, world))
     sizes = [share // parts for parts in range(1, share // whole + 1) if share % (parts * whole) == 0]
@@ -68,16 +68,14 @@ def choose(settings: Settings, state: TrainState, stepper: Stepper,
     sizes = allowed(settings, state.model.norm_batches, ranks.world)
     if len(sizes) == 1 or settings.engine.device_batch != "auto":
         return sizes[0], ""
-    before = begun or {}
-    if before.get("device") == device_name(ranks.device) and before.get("micro_batch") in sizes:
-        return before["micro_batch"], ""
+    if begun and begun.get("device") == device_name(ranks.device) and begun.get("micro_batch") in sizes:
+        return begun["micro_batch"], ""
     fitting, words = largest_batch(sizes, state, stepper, _example(state.model, ranks.device), sharing())
     return -ranks.max(-fitting), words
 
 
 def advice(settings: Settings, state: TrainState, stepper: Stepper, count: int) -> str:
-    """What helps where `count` images at once are too many: what they need, what is there, and the settings, best
-    first."""
+    """What helps where `count` images at once are too many: what they need, what is there, the settings, best first."""
     network, device = state.model, stepper.ranks.device
 
     def needed(checkpointing: bool) -> str:
@@ -93,12 +91,8 @@ def advice(settings: Settings, state: TrainState, stepper: Stepper, count: int) 
 
 
 def _example(network: ViT, device: torch.device) -> Example:
-    shape = network.in_chans, *network.img_size
-
-    def example(count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return (torch.zeros(count, *shape, device=device), torch.zeros(count, dtype=torch.int64, device=device))
-
-    return example
+    return lambda count: (torch.zeros(count, network.in_chans, *network.img_size, device=device),
+                          torch.zeros(count, dtype=torch.int64, device=device))
 
 
 def norm_group(norm_batches: Collection[int | None]) -> int:

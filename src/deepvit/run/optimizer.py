@@ -16,9 +16,8 @@ REFUSALS = AssertionError, ImportError, RuntimeError, TypeError, ValueError  # w
 
 
 def optimizer(network: nn.Module, chosen: Optimizer) -> torch.optim.Optimizer:
-    """By timm's factory: no decay on biases, norms and the embeddings that the model names.
-
-    A layer-wise decay gives each group its `lr_scale`.
+    """By timm's factory: no decay on biases, norms and the embeddings that the model names; a layer-wise decay gives
+    each group its `lr_scale`.
 
     Raises:
         UserError: timm has no such optimizer, or that one does not take these settings.

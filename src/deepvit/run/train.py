@@ -39,7 +39,7 @@ def train(config: Mapping[str, Any], path: Path, ranks: Ranks, stop: StopRequest
     Raises:
         UserError, Failure: on every rank alike where the cause is common.
     """
-    folder = RunFolder(path)
+    folder, restarts = RunFolder(path), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     config = config if config["fresh"] else as_begun(config, folder)
     config = build.with_precision(config, ranks.device)
     settings = build.read_settings(config)
@@ -47,12 +47,13 @@ def train(config: Mapping[str, Any], path: Path, ranks: Ranks, stop: StopRequest
     prepare_device(build.precision(settings.precision, ranks.device), ranks, settings.engine.threads,
                    settings.engine.deterministic)
     build.check(settings, ranks)
-    with folder.claimed(ranks, settings.fresh, restarted=_restarts() > 0) as starts_over:
+    with folder.claimed(ranks, settings.fresh, restarted=restarts > 0) as starts_over:
         if not starts_over and ranks.from_main(folder.is_finished()):
             splits = build.shared_splits(settings.data, ranks)
             with ranks.together():
                 refuse_finished(folder, config, identity(settings, splits, folder))
-            _say_finished(folder)
+            log.info("The run in %s is finished (top-1 %.2f %% after %d steps); fresh=true starts over.", folder.path,
+                     *(folder.read_result()[name] for name in ("top1", "steps")))
             _cut_down(folder, settings, ranks)
             return True
 
@@ -73,7 +74,7 @@ def train(config: Mapping[str, Any], path: Path, ranks: Ranks, stop: StopRequest
             folder.set_aside()  # until the first checkpoint stands
         saver = Saver(folder, ranks, {**_description(config, built), **made_of})
         with ranks.together():
-            loggers = _open(folder, config, built, viewers, resumed=found is not None)
+            loggers = _open(folder, config, built, viewers, resumed=found is not None, restarts=restarts)
         with closing(loggers):
             fit = Fit(built.state, built.stepper, built.plan, built.make_batches, evaluate, folder, saver, loggers,
                       stop, attention_metrics(built))
@@ -88,8 +89,8 @@ def train(config: Mapping[str, Any], path: Path, ranks: Ranks, stop: StopRequest
         return finished
 
 
-def _open(folder: RunFolder, config: Mapping[str, Any], built: Built, viewers: list[type[Logger]], resumed: bool
-          ) -> Loggers:
+def _open(folder: RunFolder, config: Mapping[str, Any], built: Built, viewers: list[type[Logger]], resumed: bool,
+          restarts: int) -> Loggers:
     """The first writes, once nothing can be refused any more."""
     step, processes = built.state.step, built.ranks.gather(os.getpid())
     if not built.ranks.is_main:
@@ -100,7 +101,7 @@ def _open(folder: RunFolder, config: Mapping[str, Any], built: Built, viewers: l
     logging.getLogger("deepvit").addHandler(LogFile(folder.path / "train.log"))
     folder.drop_metrics_after(step if resumed and step else -1)  # step 0 writes its own lines again
     folder.log_event("resume" if resumed else "start", step=step, steps=built.plan.total, run_id=run_id,
-                     processes=processes, restarts=_restarts(), decoder=resolve_decoder(config["data"]["decoder"]),
+                     processes=processes, restarts=restarts, decoder=resolve_decoder(config["data"]["decoder"]),
                      micro_batch=built.micro_batch, **versions())
     log.info("%s", summary := summary_of(built))
     log.info("%s %s", f"Continuing from step {step} in" if resumed else "Starting in", folder.path)
@@ -116,11 +117,6 @@ def _description(config: Mapping[str, Any], built: Built) -> dict[str, Any]:
             "device": device_name(built.ranks.device)}
 
 
-def _restarts() -> int:
-    """How often the launcher started all ranks again in this very run."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-
-
 def _refuse_different_folders(steps: list[int], folder: RunFolder) -> None:
     if len(set(steps)) > 1:
         found = ", ".join(f"rank {rank} step {step}" for rank, step in enumerate(steps))
@@ -133,8 +129,3 @@ def _cut_down(folder: RunFolder, settings: Settings, ranks: Ranks) -> None:
     if ranks.is_main and settings.engine.keep == "best":
         folder.drop_all_but_best()
 
-
-def _say_finished(folder: RunFolder) -> None:
-    result = folder.read_result()
-    log.info("The run in %s is finished (top-1 %.2f %% after %d steps); fresh=true starts over.", folder.path,
-             result["top1"], result["steps"])
