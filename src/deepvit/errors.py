@@ -10,6 +10,10 @@ class UserError(Exception):
     """What the user gave is wrong: one sentence that names it and says what to do. Programs print it and exit 2."""
 
 
+class Untold(UserError):
+    """A weights file does not tell a setting of its model: the sentence asks for it."""
+
+
 class Failure(Exception):
     """Something broke that is not the user's input (a full disk, a lost rank). Programs print it and exit 1."""
 

@@ -19,9 +19,9 @@ from deepvit import ops
 from deepvit.commands.model_card import is_card, write_card
 from deepvit.errors import DONE, Failure, UserError
 from deepvit.importers import deepvit as published
-from deepvit.importers import load_model
+from deepvit.importers import load_model, open_model
 from deepvit.importers import timm as timm_dialect
-from deepvit.importers.files import find_checkpoint, takes_average
+from deepvit.importers.files import find_checkpoint
 from deepvit.importers.save import described, save_tensors
 from deepvit.importers.settings import as_keywords
 from deepvit.importers.table import write
@@ -40,7 +40,7 @@ class Exported(NamedTuple):
 
 
 def export(source: str | Path, to: str, out: str | Path | None = None, weights: str = "auto",
-           dialect: str | None = None, **keywords: Any) -> Exported:
+           **keywords: Any) -> Exported:
     """Writes the model of a run or checkpoint in another form, reads it back and compares logits.
 
     Args:
@@ -48,8 +48,7 @@ def export(source: str | Path, to: str, out: str | Path | None = None, weights: 
         to: `safetensors` (our names, settings in the metadata), `timm` (a timm VisionTransformer's state dict),
             `onnx` (dynamic batch), `deepvit` (the published layout).
         out: the file to write; default: beside the source's.
-        weights: `ema`, `raw`, or `auto` (EMA if the file has it).
-        dialect, **keywords: as `load_model`.
+        weights, **keywords: as `open_model`.
     Raises:
         UserError: an unreadable source, or a model that the form cannot hold.
         Failure: the exported file does not give the same logits.
@@ -57,7 +56,7 @@ def export(source: str | Path, to: str, out: str | Path | None = None, weights: 
     if to not in WRITERS:
         raise UserError(f"--to {to} is not known: choose from {', '.join(WRITERS)}.")
     path, run = find_checkpoint(source)
-    model = load_model(path, dialect=dialect, ema=takes_average(path, weights), **keywords).eval()
+    model = open_model(path, weights, **keywords)
     out = Path(out) if out else path.with_name(f"{path.name.split('.')[0]}.{SUFFIX[to]}")
     if out.resolve() == path.resolve():
         raise UserError(f"--out {out} is the source itself: choose another file.")
@@ -208,11 +207,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--to", required=True, choices=list(WRITERS), help="the form to write")
     parser.add_argument("--out", type=Path, help="the file to write (default: beside the checkpoint)")
     parser.add_argument("--weights", choices=["auto", "ema", "raw"], default="auto", help="auto: EMA if there is one")
-    parser.add_argument("--dialect", help="the source's dialect (default: found out)")
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE",
-                        help="what the file does not tell of its model, e.g. num_heads=12")
+                        help="what the file does not tell of its model, e.g. num_heads=12 or dialect=vit_pytorch")
     given = parser.parse_intermixed_args(arguments)
-    done = export(given.source, given.to, given.out, given.weights, given.dialect, **as_keywords(given.settings))
+    done = export(given.source, given.to, given.out, given.weights, **as_keywords(given.settings))
     print(f"{done.path} ({done.path.stat().st_size / 2**20:.1f} MiB)\n{done.check}: largest difference of logits "
           f"{done.difference:.1e}\ncard: {done.card}")
     return DONE

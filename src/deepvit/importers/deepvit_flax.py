@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Size
 
-from deepvit.errors import UserError
+from deepvit.errors import Untold
 from deepvit.importers.dialect import Dialect, Told
 from deepvit.importers.files import WeightsFile
 from deepvit.importers.positions import first_rows
@@ -35,7 +35,7 @@ def in_channels(patch_dim: int, positions: Sequence[int], given: Mapping[str, An
     if len(found) == 1:
         return found[0]
     known = " or ".join(f"in_chans={channels} (patches of {side} pixels)" for channels, side in found)
-    raise UserError(f"{source} has patches of {patch_dim} numbers: give {known or 'an in_chans that makes a square'}.")
+    raise Untold(f"{source} has patches of {patch_dim} numbers: give {known or 'an in_chans that makes a square'}.")
 
 
 def _is_square(size: Any, side: int) -> bool:

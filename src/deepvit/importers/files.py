@@ -105,9 +105,12 @@ def _hub_config(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{config} is no JSON ({_first_sentence(error)}): get it again.") from None
     told = content if isinstance(content, dict) else {}
-    found = {"arch": told.get("architecture"), "model_args": told.get("model_args"), "classes": told.get("label_names")}
-    kinds = {"arch": str, "model_args": dict, "classes": list}
-    return {key: value for key, value in found.items() if isinstance(value, kinds[key])}
+    images = told.get("pretrained_cfg") if isinstance(told.get("pretrained_cfg"), dict) else {}
+    found = {"arch": told.get("architecture"), "model_args": told.get("model_args"), "classes": told.get("label_names"),
+             "mean": images.get("mean"), "std": images.get("std")}
+    kinds = {"arch": str, "model_args": dict, "classes": list, "mean": list, "std": list}
+    return {key: value for key, value in found.items() if isinstance(value, kinds[key])
+            and (kinds[key] is not list or key == "classes" or all(isinstance(one, float) for one in value))}
 
 
 def _reader(path: Path, start: bytes) -> Callable[[Path, bool], WeightsFile]:

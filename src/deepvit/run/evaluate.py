@@ -26,8 +26,8 @@ from deepvit.engine.ranks import Ranks
 from deepvit.engine.signals import StopRequest
 from deepvit.engine.step import Precision
 from deepvit.errors import UserError
-from deepvit.importers import load_model
-from deepvit.importers.files import find_checkpoint, takes_average
+from deepvit.importers import open_model
+from deepvit.importers.files import find_checkpoint
 from deepvit.importers.settings import checked
 from deepvit.models import ViT
 from deepvit.models.cost import count_flops, count_parameters
@@ -148,7 +148,7 @@ def _say_left_out(error: OSError) -> None:
 
 def load(path: Path, config: Mapping[str, Any]) -> Candidate:
     keywords = checked({name: value for name, value in config["model"].items() if value is not None})
-    model = load_model(path, dialect=config["dialect"], ema=takes_average(path, config["weights"]), **keywords)
+    model = open_model(path, config["weights"], dialect=config["dialect"], **keywords)
     said = model.load_report.said
     run = said.get("run")
     return Candidate(path, model, model.load_report.weights, said.get("classes"), run and run["data"], said)
