@@ -7,6 +7,7 @@ import os
 import pytest
 import timm
 import torch
+import yaml
 from oracles import DATA, keys, oracle, part
 from torch.testing import assert_close
 
@@ -129,6 +130,40 @@ def test_files_have_the_mode_of_the_umask(tmp_path):
             assert {path.stat().st_mode & 0o777 for path in (done.path, done.card)} == {0o640}, to
     finally:
         os.umask(before)
+
+
+@pytest.mark.parametrize("settings", [{"num_heads": 3, "init_values": 0.1, "pool": "avg", "final_norm": "after_pool"},
+                                      {"attention": "reattention", "stem": "conv", "img_size": [16, 32]}],
+                         ids=["a ViT of timm's", "ours"])
+def test_a_folder_for_the_hub_loads_in_timm(tmp_path, settings):
+    model, run = make_run(tmp_path / "run", **settings)
+    done = export(run, "hub-folder", tmp_path / "mine")
+    assert done.difference == 0
+    theirs = timm.create_model(f"local-dir:{tmp_path}/mine", pretrained=True).eval()
+    x = torch.randn(2, 3, *model.img_size)
+    assert torch.equal(theirs(x), model(x)) and isinstance(theirs, deepvit.ViT) == ("attention" in settings)
+    assert deepvit.load_model(tmp_path / "mine").load_report.said["classes"] == ["ant", "bee", "cat"]
+    card = done.card.read_text()
+    assert yaml.safe_load(card.split("---")[1])["library_name"] == "timm" and str(tmp_path) not in card
+    monkey = {"timm": timm, "deepvit": deepvit}
+    code = card.split("```")[1].removeprefix("python").replace("local-dir:mine", f"local-dir:{tmp_path}/mine")
+    exec(code, monkey)
+    assert torch.equal(monkey["model"](x), model(x)) and monkey["transform"]
+    export(run, "hub-folder", tmp_path / "mine")  # its own files are replaced, others' not
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="--out.*other files"):
+        export(run, "hub-folder", tmp_path / "mine")
+
+
+@pytest.mark.parametrize("to", ["safetensors", "timm", "deepvit"])
+def test_the_card_tells_how_to_load(tmp_path, monkeypatch, to):
+    model, run = make_run(tmp_path / "run", num_heads=3)
+    done = export(run, to)
+    monkeypatch.chdir(done.path.parent)
+    found = {}
+    exec(done.card.read_text().split("```")[1].removeprefix("python"), found)
+    x = torch.randn(2, 3, 16, 16)
+    assert_close(found["model"].eval()(x), model(x), atol=1e-6, rtol=0)
 
 
 def test_published_checkpoint_there_and_back(tmp_path):
