@@ -73,10 +73,11 @@ def _recipe(config: Mapping[str, Any]) -> str:
 def _evaluation(result: Mapping[str, Any], whose: str) -> str:
     if "top1" not in result:
         return "Not known here: evaluate with `python eval.py checkpoint=...`."
+    top5 = f"{result['top5']:.2f}" if "top5" in result else ""
     interval = f"{result['top1_low']:.2f} to {result['top1_high']:.2f}" if "top1_low" in result else ""
     return (f"Of {whose}, on the validation part of `{result.get('data', 'its data')}`.\n\n"
-            "| top-1 % | 95 % interval | top-5 % | loss | pictures |\n|---|---|---|---|---|\n"
-            f"| {result['top1']:.2f} | {interval} | {result['top5']:.2f} | {result['loss']:.4f} | {result['n']:,} |"
+            "| top-1 % | 95 % interval | top-5 % | loss | images |\n|---|---|---|---|---|\n"
+            f"| {result['top1']:.2f} | {interval} | {top5} | {result['loss']:.4f} | {result['n']:,} |"
             + (f"\n\nBest top-1 of the run: {result['best_top1']:.2f} % at step {result['best_step']:,}."
                if "best_top1" in result else ""))
 

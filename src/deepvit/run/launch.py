@@ -195,6 +195,6 @@ def train_job(config: Mapping[str, Any], folder: Path, ranks: Any, stop: Any) ->
 
 
 def eval_job(config: Mapping[str, Any], folder: Path, ranks: Any, stop: Any) -> Outcome:
-    from deepvit.run import evaluate
-    results = evaluate.evaluate_all(config, ranks, stop)
+    from deepvit.run import evaluate, knn
+    results = (evaluate.evaluate_all if config["knn"] is None else knn.neighbours_of_all)(config, ranks, stop)
     return Outcome(STOPPED if results is None else DONE, "" if results else "Stopped on request.", results)
