@@ -90,3 +90,47 @@ def test_timms_names_tell_what_tensors_do_not():
     clip = named_model("vit_base_patch16_clip_224.openai")
     assert clip.blocks[0].norm1.eps == 1e-5 and clip.blocks[0].attn.num_heads == 12
     assert named_model("resnet50") is named_model("hf-hub:a/b") is named_model("vit_nothing_patch16") is None
+
+
+# What stays as it is
+
+SGD = ("optimizer=sgd", "optimizer.weight_decay=0")
+FREEZE = ("model.drop_path_rate=0.5", "model.drop_rate=0.5", "schedule.steps=4", "schedule.epochs=null",
+          "schedule.warmup_epochs=null", "schedule.warmup_steps=1")
+
+
+@pytest.mark.parametrize("freeze, more", [("backbone", ()), ("1", SGD), ("1", ("optimizer.layer_decay=0.7",)),
+                                          ("1", ("ema.decay=0.9", "engine.grad_checkpointing=true"))])
+def test_what_is_frozen_keeps_every_bit(run, file, freeze, more):
+    code, out, _ = run(*SHORT, f"init={file}", *FREEZE, f"freeze={freeze}", "head=reset", *more)
+    assert code == DONE and "trained)" in out
+    before, saved = deepvit.load_model(file).state_dict(), torch.load("run/checkpoints/last.pt")
+    after = saved["model"]
+    moves = ("blocks.1.", "norm.", "head.") if freeze == "1" else ("head.",)
+    changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    assert all(name.startswith(moves) for name in changed)
+    assert {"head.weight", *(["norm.weight", "blocks.1.mlp.fc1.weight", "blocks.1.attn.norm.running_var"]
+                             if freeze == "1" else [])} <= changed
+    trained = sum(name.startswith(moves) for name, _ in deepvit.load_model(file).named_parameters())
+    assert len(saved["optimizer"]["state"]) == trained
+    if "ema" in saved:
+        assert all(torch.equal(saved["ema"][name], before[name]) for name in before if not name.startswith(moves))
+
+
+def test_a_frozen_run_goes_on_with_what_was_frozen(run, file):
+    words = (*SHORT, f"init={file}", *FREEZE, "head=reset")
+    assert run(*words, "freeze=1")[0] == DONE
+    assert run(*words, "freeze=1", "schedule.steps=6")[0] == BAD_INPUT  # finished
+    code, _, sentence = run(*words, "freeze=2")
+    assert code == BAD_INPUT and "freeze was 1 and is now 2" in sentence
+
+
+@pytest.mark.parametrize("freeze", ["3", "-1", "head", "1.5", "true"])
+def test_wrong_values_are_refused(run, file, freeze):
+    code, _, sentence = run(*SHORT, f"init={file}", f"freeze={freeze}")
+    assert code == BAD_INPUT and "freeze" in sentence and "backbone" in sentence
+
+
+def test_freezing_random_weights_is_refused(run):
+    code, _, sentence = run(*SHORT, "freeze=backbone")
+    assert code == BAD_INPUT and "init=" in sentence

@@ -250,8 +250,12 @@ class ViT(nn.Module):
         whole = part == "backbone"
         self._frozen = [self.patch_embed, self.pos_drop, *self.blocks[:None if whole else part],
                         *([self.norm, self.pre_logits] if whole else [])]
-        for tensor in (self.cls_token, self.pos_embed, *nn.ModuleList(self._frozen).parameters()):
+        kept = nn.ModuleList(self._frozen)
+        for tensor in (self.cls_token, self.pos_embed, *kept.parameters()):
             tensor.requires_grad_(False)
+        for norm in kept.modules():
+            if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+                norm.track_running_stats = False  # nor are they taken anew for an average
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "ViT":
