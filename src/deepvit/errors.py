@@ -27,6 +27,11 @@ def unusable(error: OSError) -> UserError:
     return UserError(f"{error.filename} cannot be used ({error.strerror}): mend it or give another.")
 
 
+def reason(error: Exception) -> str:
+    """An error's kind and its first sentence, for a sentence of ours."""
+    return f"{type(error).__name__}: {error}".splitlines()[0].split(". ")[0][:100].rstrip(": .")
+
+
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """`" Did you mean 'depth'?"` for the nearest of `choices`, or an empty string where none is near."""
     near = difflib.get_close_matches(str(word), [str(choice) for choice in choices], n=1, cutoff=0.6)

@@ -4,7 +4,6 @@ What was written is read back and must give the same logits; a model card lands 
 """
 
 import argparse
-import json
 import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +27,7 @@ from deepvit.importers import deepvit as published
 from deepvit.importers import load_model, open_model
 from deepvit.importers import timm as timm_dialect
 from deepvit.importers.files import find_checkpoint
-from deepvit.importers.save import described, save_tensors
+from deepvit.importers.save import save_model, save_tensors
 from deepvit.importers.settings import as_keywords
 from deepvit.importers.table import write
 from deepvit.models import Attention, ReAttention, SelfAttention, ViT
@@ -53,7 +52,8 @@ def export(source: str | Path, to: str, out: str | Path | None = None, weights: 
     Args:
         source: a run folder (its best checkpoint) or a weights file of any dialect.
         to: `safetensors` (our names, settings in the metadata), `timm` (a timm VisionTransformer's state dict),
-            `hub-folder` (what timm's `local-dir:` and `hf-hub:` load), `onnx` (dynamic batch), `deepvit` (the published layout).
+            `hub-folder` (what timm's `local-dir:` and `hf-hub:` load), `onnx` (dynamic batch), `deepvit` (the
+            published layout).
         out: the file to write; default: beside the source's.
         weights, **keywords: as `open_model`.
     Raises:
@@ -111,8 +111,7 @@ Reader = Callable[[Tensor], Tensor]
 
 
 def _write_safetensors(model: ViT, path: Path) -> tuple[Reader, str, str]:
-    content = described(model)
-    save_tensors(path, content.pop("model"), {"deepvit": json.dumps(content)})
+    save_model(model, path)
     return (load_model(path).eval(), "read back by deepvit.load_model",
             f'import deepvit\nmodel = deepvit.load_model("{path.name}").eval()')
 

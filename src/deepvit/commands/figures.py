@@ -102,8 +102,8 @@ def _names(models: Sequence[ViT], checkpoints: Sequence[Path]) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="deepvit figures", description=__doc__)
     parser.add_argument("checkpoint", type=Path, nargs="?", help="a run folder, or a checkpoint of any dialect")
-    parser.add_argument("images", nargs="*", metavar="IMAGE|KEY=VALUE", help="images or folders of them (none: built-in "
-                        "examples), and settings for what a file does not tell of its model, such as num_heads=12")
+    parser.add_argument("images", nargs="*", metavar="IMAGE|KEY=VALUE", help="images or folders of them (none: "
+                        "built-in examples), and settings for what a file does not tell, such as num_heads=12")
     parser.add_argument("--out", type=Path, help="folder of the figures (default: figures/<run or file name>)")
     parser.add_argument("--compare", type=Path, help="a second checkpoint, drawn beside the first")
     parser.add_argument("--format", choices=("png", "svg"), default="png")

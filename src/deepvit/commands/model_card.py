@@ -8,6 +8,7 @@ from typing import Any
 from deepvit.config.compare import flat, has_no_effect
 from deepvit.engine.folder import RunFolder, read_json_lines
 from deepvit.models import ViT
+from deepvit.report.render import aligned
 
 FRONT = """---
 library_name: timm
@@ -54,8 +55,8 @@ def is_card(path: Path, exported: str) -> bool:
 
 
 def _table(rows: Mapping[str, Any]) -> str:
-    lines = [f"| {key} | {_plain(value)} |" for key, value in rows.items() if value is not None]
-    return "\n".join(["| setting | value |", "|---|---|", *lines])
+    return aligned([["setting", "value"],
+                    *([key, _plain(value)] for key, value in rows.items() if value is not None)])
 
 
 def _plain(value: Any) -> str:
@@ -67,7 +68,8 @@ def _plain(value: Any) -> str:
 def _recipe(config: Mapping[str, Any]) -> str:
     rows = {name: value for name, value in flat({key: config.get(key) for key in RECIPE})
             if value and not has_no_effect(name)}
-    return f"{_table(rows)}\n\nWhat is off is left out." if rows else "Not known: the weights did not come from a run of this framework."
+    return f"{_table(rows)}\n\nWhat is off is left out." if rows else (
+        "Not known: the weights did not come from a run of this framework.")
 
 
 def _evaluation(result: Mapping[str, Any], whose: str) -> str:
@@ -76,8 +78,8 @@ def _evaluation(result: Mapping[str, Any], whose: str) -> str:
     top5 = f"{result['top5']:.2f}" if "top5" in result else ""
     interval = f"{result['top1_low']:.2f} to {result['top1_high']:.2f}" if "top1_low" in result else ""
     return (f"Of {whose}, on the validation part of `{result.get('data', 'its data')}`.\n\n"
-            "| top-1 % | 95 % interval | top-5 % | loss | images |\n|---|---|---|---|---|\n"
-            f"| {result['top1']:.2f} | {interval} | {top5} | {result['loss']:.4f} | {result['n']:,} |"
+            + aligned([["top-1 %", "95 % interval", "top-5 %", "loss", "images"],
+                       [f"{result['top1']:.2f}", interval, top5, f"{result['loss']:.4f}", f"{result['n']:,}"]])
             + (f"\n\nBest top-1 of the run: {result['best_top1']:.2f} % at step {result['best_step']:,}."
                if "best_top1" in result else ""))
 
@@ -92,9 +94,9 @@ def _curve(run: Path | None) -> str:
         return "The run has not been evaluated."
     last = len(evaluations) - 1
     picked = sorted({round(i * last / max(1, LINES - 1)) for i in range(LINES)})
-    rows = [f"| {line['step']:,} | {line['epoch']:.1f} | {line['top1']:.2f} | {line['loss']:.4f} |"
-            for line in (evaluations[i] for i in picked)]
-    return "\n".join(["| step | epoch | top-1 % | loss |", "|---|---|---|---|", *rows])
+    rows = ([f"{line['step']:,}", f"{line['epoch']:.1f}", f"{line['top1']:.2f}", f"{line['loss']:.4f}"]
+            for line in (evaluations[i] for i in picked))
+    return aligned([["step", "epoch", "top-1 %", "loss"], *rows])
 
 
 def _origin(config: Mapping[str, Any], result: Mapping[str, Any]) -> str:

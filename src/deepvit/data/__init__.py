@@ -13,4 +13,5 @@ from deepvit.data.transforms import Transform, eval_transform, name_of_norm, nor
 
 __all__ = ["DOWNLOADING", "Bad", "Batch", "ImageSet", "OnDevice", "Prepare", "Splits", "Transform", "ahead",
            "epoch_steps", "eval_batches", "eval_batches_again", "eval_folder", "eval_transform", "every_set", "load",
-           "name_of_norm", "norm_values", "open_picture", "real_top1", "resolve_decoder", "train_batches", "train_transform"]
+           "name_of_norm", "norm_values", "open_picture", "real_top1", "resolve_decoder", "train_batches",
+           "train_transform"]

@@ -41,8 +41,9 @@ def norm_values(norm: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
 def name_of_norm(mean: Sequence[float] | None, std: Sequence[float] | None) -> str | None:
     """The opposite of `norm_values`; None for others."""
     told = [*(mean or ()), *(std or ())]
-    return next((name for name, values in NORMS.items()
-                 if len(told) == 6 and all(abs(a - b) < 2e-3 for a, b in zip(sum(values, ()), told, strict=True))), None)
+    near = [name for name, values in NORMS.items()
+            if len(told) == 6 and all(abs(a - b) < 2e-3 for a, b in zip(sum(values, ()), told, strict=True))]
+    return near[0] if near else None
 
 
 def resize(picture: Picture, size: tuple[int, int], interpolation: str) -> Picture:

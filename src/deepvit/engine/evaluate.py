@@ -123,7 +123,8 @@ def _score(model: nn.Module, batch: Any, prepare: Prepare, ranks: Ranks, precisi
     present = {} if among is None else {"present": (among[logits[:, among].argmax(-1)] == y) & ~unusable}
     # They stay on the device: fetching them here would have it wait for each batch.
     return {"indices": batch.indices, "targets": y, "predictions": best, "confidences": confidences,
-            **present, "classes": torch.tensor(logits.shape[-1:]), "losses": F.cross_entropy(logits, y, reduction="none")}
+            "losses": F.cross_entropy(logits, y, reduction="none"),
+            "classes": torch.tensor(logits.shape[-1:]), **present}
 
 
 def _gather(parts: list[dict[str, Tensor]], bad: list[Any], ranks: Ranks, n: int, seconds: float) -> Evaluation:

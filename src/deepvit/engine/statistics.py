@@ -5,8 +5,9 @@ from torch import Tensor, nn
 
 
 class RunningStatistics:
-    """The buffers of what is in training mode. Every micro-batch moves them from where they stood before the update, and the update moves
-    them by the mean of these moves: exact, since a running mean moves linearly. Counters move by one.
+    """The buffers of what is in training mode. Every micro-batch moves them from where they stood before the update,
+    and the update moves them by the mean of these moves: exact, since a running mean moves linearly. Counters move by
+    one.
 
     Copies of all buffers lie in one piece of memory, of which the parts are views; so each turn is one call or two.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from deepvit.errors import UserError, did_you_mean
+from deepvit.errors import UserError, did_you_mean, reason
 
 SCHEMES = ("timm:", "hf-hub:", "google:", "local-dir:")
 GOOGLE = "https://storage.googleapis.com/vit_models"  # google-research/vision_transformer's README
@@ -38,7 +38,7 @@ def _fetched(repository: str) -> Path:
         download_from_hf(repository, CONFIG)
         return Path(download_from_hf(repository, WEIGHTS))
     except Exception as error:  # of the network, in a dozen kinds
-        raise UserError(f"{repository} cannot be fetched from the Hugging Face hub ({_reason(error)}): check the name "
+        raise UserError(f"{repository} cannot be fetched from the Hugging Face hub ({reason(error)}): check the name "
                         f"and the network, or give the path of a file.") from None
 
 
@@ -55,13 +55,9 @@ def _of_google(name: str) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(f"{GOOGLE}/{name}", str(path), progress=False)
     except Exception as error:  # of the network or the disk, in a dozen kinds
-        raise UserError(f"google:{name} cannot be fetched from {GOOGLE}/{name} ({_reason(error)}): check the name and "
+        raise UserError(f"google:{name} cannot be fetched from {GOOGLE}/{name} ({reason(error)}): check the name and "
                         f"the network, or download that address elsewhere and give the file's path.") from None
     return path
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:100].rstrip(" .:") or type(error).__name__
 
 
 def _of_timm(name: str) -> str:

@@ -10,7 +10,7 @@ import torch
 import yaml
 from torch import Size
 
-from deepvit.errors import UserError, did_you_mean
+from deepvit.errors import UserError, did_you_mean, reason
 from deepvit.models import ViT, attention_config, build_model
 
 Shapes = Mapping[str, Size]
@@ -93,7 +93,7 @@ def empty_model(config: Mapping[str, Any], source: str) -> ViT:
     except UserError as error:
         raise UserError(f"{source} with the settings given makes no model: {error}") from None
     except (RuntimeError, ValueError, TypeError, OverflowError, ZeroDivisionError, IndexError) as error:
-        raise UserError(f"{source} has settings that make no model ({str(error).splitlines()[0][:100]}).") from None
+        raise UserError(f"{source} has settings that make no model ({reason(error)}).") from None
 
 
 def _depth(shapes: Shapes, source: str) -> int:

@@ -40,9 +40,9 @@ def _tells(file: WeightsFile, told: Mapping[str, Any], shapes: Mapping[str, Size
     if heads is None:
         raise Untold(f"{file.path} does not tell its number of heads: give num_heads=..., or arch=NAME of timm's or "
                      f"of deepvit's models{_readings(told['embed_dim'])}.")
-    averaged = "fc_norm.weight" in file.shapes
-    return Told({"gelu": _gelu(file, named), "norm_eps": named.blocks[0].norm1.eps if named else 1e-6, "num_heads": heads,
-                 "pool": "avg" if averaged else "cls", "final_norm": "after_pool" if averaged else "before_pool"})
+    averaged, eps = "fc_norm.weight" in file.shapes, named.blocks[0].norm1.eps if named else 1e-6
+    return Told({"gelu": _gelu(file, named), "norm_eps": eps, "num_heads": heads, "pool": "avg" if averaged else "cls",
+                 "final_norm": "after_pool" if averaged else "before_pool"})
 
 
 @cache

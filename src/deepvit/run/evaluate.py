@@ -226,8 +226,8 @@ def _run(candidate: Candidate, data: Data, images: ImageSet, calibrate: int, tra
     with Display(ranks.is_main) as display:
         def once() -> Evaluation | None:
             bar = display.bar(candidate.path.name, len(images))
-            return evaluate(model, batches(), prepare, ranks, precision, n=len(images), advance=bar.advance, among=among,
-                            should_stop=lambda: ranks.any_asked_to_stop(bool(stop)))
+            return evaluate(model, batches(), prepare, ranks, precision, n=len(images), among=among,
+                            advance=bar.advance, should_stop=lambda: ranks.any_asked_to_stop(bool(stop)))
 
         return calibrated(model, once)
 
@@ -242,8 +242,9 @@ def _result(candidate: Candidate, data: Data, images: ImageSet, evaluation: Eval
     return {"checkpoint": str(candidate.path), "weights": candidate.weights, "calibrate": config["calibrate"],
             **evaluation.summary(), **real,
             "worst_classes": eval_results.by_class(evaluation, _names(candidate))[:3],
-            "data": Path(root).name if root else data.source, "root": data.root, "decoder": resolve_decoder(data.decoder),
-            "img_size": list(model.img_size), "params": count_parameters(model), "flops": count_flops(model),
+            "data": Path(root).name if root else data.source, "root": data.root,
+            "decoder": resolve_decoder(data.decoder), "img_size": list(model.img_size),
+            "params": count_parameters(model), "flops": count_flops(model),
             "depth": model.depth, "dialect": model.load_report.dialect, "step": candidate.said.get("step"),
             "arch": candidate.said.get("arch"), "published": _published(candidate, data),
             "device": device_name(ranks.device), "devices": ranks.world, **versions()}

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -12,9 +11,9 @@ from deepvit.engine.folder import RunFolder
 from deepvit.errors import Untold
 from deepvit.models import model_config
 
-TRAINING = ("num_classes", "drop_rate", "pos_drop_rate", "attn_drop_rate", "drop_path_rate")  # the run's, not the file's
-ADVICE = ("To train from it give settings as model.num_heads=... and a model's name as model=NAME; or write them into a "
-          "file once: deepvit export FILE --to safetensors KEY=VALUE.")
+TRAINING = ("num_classes", "drop_rate", "pos_drop_rate", "attn_drop_rate", "drop_path_rate")  # not the file's
+ADVICE = ("To train from it give settings as model.num_heads=... and a model's name as model=NAME; or write them into "
+          "a file once: deepvit export FILE --to safetensors KEY=VALUE.")
 log = logging.getLogger(__name__)
 
 
@@ -66,10 +65,11 @@ def _told(config: Mapping[str, Any], own: Mapping[str, Any]) -> tuple[dict[str, 
     wanted = config["model"]["img_size"]
     if wanted != usual and _pixels(wanted) > _pixels(told["img_size"]):
         told["img_size"] = wanted
-    norm = said["run"]["data"]["norm"] if said.get("run") else name_of_norm(said.get("mean"), said.get("std"))
-    if norm is None and said.get("mean"):
-        log.warning("init=%s was trained on images of mean %s and std %s, for which data.norm has no name: taken is %s.",
-                    config["init"], said["mean"], said.get("std"), config["data"]["norm"])
+    mean, std = said.get("mean"), said.get("std")
+    norm = (said.get("run") or {}).get("data", {}).get("norm") or name_of_norm(mean, std)
+    if norm is None and mean:
+        log.warning("init=%s was trained on images of mean %s and std %s, for which there is no data.norm: it stays %s.",
+                    config["init"], mean, std, config["data"]["norm"])
     return told, norm
 
 

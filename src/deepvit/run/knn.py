@@ -19,6 +19,7 @@ from deepvit.engine.signals import StopRequest
 from deepvit.engine.step import Precision, Prepare
 from deepvit.errors import UserError
 from deepvit.models import ViT
+from deepvit.report.render import aligned
 from deepvit.run import build, eval_results
 from deepvit.run.evaluate import checkpoints, data_settings, load, out_folder
 
@@ -51,19 +52,18 @@ def neighbours_of_all(config: Mapping[str, Any], ranks: Ranks, stop: StopRequest
                 raise UserError(f"knn={k} is more than the {len(splits.train)} training images: give fewer.")
             folder = out_folder(candidate, f"{chosen.source}-knn", config["out"])
         model, prepare = candidate.model.to(ranks.device), build.prepare(chosen, len(splits.class_ids))
-        parts = []
-        for part in (splits.train, splits.val):
-            features = _features(model, build.eval_batches(chosen, part, ranks)(), prepare, ranks, precision, stop)
-            if features is None:
-                return None
-            parts.append(features)
+        parts = [_features(model, build.eval_batches(chosen, part, ranks)(), prepare, ranks, precision, stop)
+                 for part in (splits.train, splits.val)]
+        if None in parts:
+            return None
         top1 = _by_block(*parts, k, len(splits.class_ids), ranks)
         results.append({"checkpoint": str(path), "weights": candidate.weights, "data": chosen.source, "k": k,
                         "temperature": TEMPERATURE, "train_images": len(splits.train), "n": len(splits.val),
                         "top1_by_block": top1})
         if ranks.is_main:
-            rows = [["block", f"top-1 % by {k} neighbours"], *([str(i), f"{value:.2f}"] for i, value in enumerate(top1))]
-            log.info("%s on %s\n%s", eval_results.label(path), chosen.source, eval_results.aligned(rows))
+            rows = [[str(i), f"{value:.2f}"] for i, value in enumerate(top1)]
+            log.info("%s on %s\n%s", eval_results.label(path), chosen.source,
+                     aligned([["block", f"top-1 % by {k} neighbours"], *rows]))
             folder.mkdir(parents=True, exist_ok=True)
             write_text_synced(folder / "knn.json", json.dumps(results[-1], indent=1) + "\n")
     return results
@@ -72,7 +72,7 @@ def neighbours_of_all(config: Mapping[str, Any], ranks: Ranks, stop: StopRequest
 @torch.no_grad()
 def _features(model: ViT, batches: Iterable[images.Batch], prepare: Prepare, ranks: Ranks, precision: Precision,
               stop: StopRequest) -> tuple[Tensor, Tensor] | None:
-    """Of this rank's images: `[L, n, D]` unit vectors, on the CPU, and classes `[n]`; None: a rank was asked to stop."""
+    """Of this rank's images: `[L, n, D]` unit vectors, on the CPU, and classes `[n]`; None: one was asked to stop."""
     features, targets = [], []
     for batch in batches:
         if ranks.any_asked_to_stop(bool(stop)):
@@ -106,7 +106,7 @@ def _by_block(train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor], k: int, 
 
 
 def vote(queries: Tensor, bank: Tensor, labels: Tensor, k: int, classes: int) -> Tensor:
-    """The class of each query `[m, D]` by its `k` nearest of `bank` `[n, D]`, unit vectors, classes `labels` `[n]`: each
+    """The class of each query `[m, D]` by its `k` nearest of `bank` `[n, D]`, unit vectors of classes `labels`; each
     has a vote of exp(cosine / TEMPERATURE)."""
     guesses = []
     for some in queries.split(QUERIES):

@@ -4,7 +4,7 @@ import logging
 import re
 from collections.abc import MutableMapping
 
-from deepvit.errors import UserError
+from deepvit.errors import UserError, reason
 
 PORTS = range(20000, 40000)  # of which a job step takes one by its number
 log = logging.getLogger(__name__)
@@ -25,16 +25,17 @@ def take_place(environ: MutableMapping[str, str]) -> None:
         step = 31 * int(environ["SLURM_JOB_ID"]) + int(environ["SLURM_STEP_ID"])
         place = {"RANK": environ["SLURM_PROCID"], "WORLD_SIZE": environ["SLURM_STEP_NUM_TASKS"],
                  "LOCAL_RANK": environ["SLURM_LOCALID"], "LOCAL_WORLD_SIZE": str(here),
-                 "MASTER_ADDR": first_host(environ["SLURM_STEP_NODELIST"]), "MASTER_PORT": str(PORTS[step % len(PORTS)])}
+                 "MASTER_ADDR": first_host(environ["SLURM_STEP_NODELIST"]),
+                 "MASTER_PORT": str(PORTS[step % len(PORTS)])}
     except (AttributeError, IndexError, KeyError, ValueError) as error:
         raise UserError(f"SLURM_STEP_NUM_TASKS={environ['SLURM_STEP_NUM_TASKS']} is set, but the place of this task "
-                        f"cannot be told ({type(error).__name__}: {error}): start with srun, or through torchrun.") from None
+                        f"cannot be told ({reason(error)}): start with srun, or through torchrun.") from None
     for name, value in place.items():
         environ.setdefault(name, value)
     gpus = environ.get("SLURM_GPUS_ON_NODE", "")
     if gpus.isdecimal() and int(gpus) > here and place["LOCAL_RANK"] == "0":
-        log.warning("%s GPUs are on this machine and %d tasks of srun, each of which uses one: start a task for each GPU "
-                    "(--ntasks-per-node).", gpus, here)
+        log.warning("%s GPUs are on this machine and %d tasks of srun, each of which uses one: start a task for each "
+                    "GPU (--ntasks-per-node).", gpus, here)
 
 
 def first_host(nodes: str) -> str:
