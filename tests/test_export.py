@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 
 import pytest
 import timm
@@ -63,7 +64,7 @@ def test_safetensors_of_a_run_and_its_card(tmp_path):
     x = torch.randn(2, 3, 16, 16)
     assert torch.equal(again(x), model(x)) and again.config == model.config
     assert again.load_report.said["classes"] == ["ant", "bee", "cat"]
-    card = done.card.read_text()
+    card = re.sub(" +", " ", done.card.read_text())
     for told in ("69.00", "60.00 to 77.00", "insects", "abc123", "2.15.0", "adamw", "ant, bee, cat", "reattention",
                  "| 1 | 0.1 | 31.00", "| 39 | 3.9 | 69.00", "difference of logits 0.0e+00"):
         assert told in card, told
@@ -74,8 +75,8 @@ def test_the_card_of_a_best_checkpoint_has_its_own_evaluation(tmp_path):
     _, run = make_run(tmp_path / "run")
     best = run / "checkpoints" / "best.pt"
     torch.save({**torch.load(best), "metrics": {"top1": 71.25, "top5": 99.0, "loss": 0.4, "n": 90}}, best)
-    card = export(run, "safetensors").card.read_text()
-    assert "Of `best.pt`" in card and "| 71.25 |" in card and "69.00 |  " not in card
+    card = re.sub(" +", " ", export(run, "safetensors").card.read_text())
+    assert "Of `best.pt`" in card and "| 71.25 |" in card and "| 69.00 | 60.00" not in card
 
 
 def test_averaged_weights_are_taken_unless_asked_otherwise(tmp_path):

@@ -1,5 +1,5 @@
 """Names that stand where a path does: `timm:NAME`, `hf-hub:OWNER/NAME[@REVISION]`, `google:COLLECTION/NAME`,
-`local-dir:FOLDER`."""
+`local-dir:FOLDER`, `deepvit:NAME` (weights of ours that came with the package)."""
 
 import re
 from functools import cache
@@ -9,7 +9,8 @@ import torch
 
 from deepvit.errors import UserError, did_you_mean, reason
 
-SCHEMES = ("timm:", "hf-hub:", "google:", "local-dir:")
+SCHEMES = ("timm:", "hf-hub:", "google:", "local-dir:", "deepvit:")
+RELEASED = Path(__file__).parents[1] / "weights"
 GOOGLE = "https://storage.googleapis.com/vit_models"  # google-research/vision_transformer's README
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
@@ -28,7 +29,17 @@ def located(source: str | Path) -> Path:
         return Path(source)
     if scheme == "local-dir":
         return Path(name)
+    if scheme == "deepvit":
+        return _released(name)
     return _of_google(name) if scheme == "google" else _fetched(_of_timm(name) if scheme == "timm" else name)
+
+
+def _released(name: str) -> Path:
+    there = {path.stem: path for path in sorted(RELEASED.glob("*.safetensors"))}
+    if name not in there:
+        raise UserError(f"deepvit:{name} is not among the weights that came with the package, which are: "
+                        f"{', '.join(there) or 'none yet'}.{did_you_mean(name, there)}")
+    return there[name]
 
 
 @cache

@@ -68,7 +68,7 @@ def _told(config: Mapping[str, Any], own: Mapping[str, Any]) -> tuple[dict[str, 
     mean, std = said.get("mean"), said.get("std")
     norm = (said.get("run") or {}).get("data", {}).get("norm") or name_of_norm(mean, std)
     if norm is None and mean:
-        log.warning("init=%s was trained on images of mean %s and std %s, for which there is no data.norm: it stays %s.",
+        log.warning("init=%s was trained on images of mean %s and std %s, which no data.norm has: it stays %s.",
                     config["init"], mean, std, config["data"]["norm"])
     return told, norm
 
