@@ -99,10 +99,10 @@ def train(arguments: Sequence[str]) -> int:
 
 def evaluate(arguments: Sequence[str]) -> int:
     """`deepvit eval SETTING=VALUE ...`; returns the exit code."""
-    return _start(_evaluate, [_of_the_model(word) for word in arguments])
+    return _start(_evaluate, [of_the_model(word) for word in arguments])
 
 
-def _of_the_model(word: str) -> str:
+def of_the_model(word: str) -> str:
     """`num_heads=3` as `++model.num_heads=3`: Hydra asks for the signs where conf/eval.yaml does not list a setting."""
     name, equals, value = word.partition("=")
     name = re.sub(r"^\+*(?:model[./])?", "", name)

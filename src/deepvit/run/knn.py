@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepvit import data as images
-from deepvit.config.settings import read_evaluation
+from deepvit.config.settings import Data, read_evaluation
 from deepvit.engine.checkpoint import write_text_synced
 from deepvit.engine.device import prepare_device
 from deepvit.engine.ranks import Ranks
@@ -21,7 +22,7 @@ from deepvit.errors import UserError
 from deepvit.models import ViT
 from deepvit.report.render import aligned
 from deepvit.run import build, eval_results
-from deepvit.run.evaluate import checkpoints, data_settings, load, out_folder
+from deepvit.run.evaluate import Candidate, checkpoints, data_settings, load, out_folder
 
 TEMPERATURE = 0.07  # Wu et al., arXiv:1805.01978, as in DINO, arXiv:2104.14294
 QUERIES = 1024  # images whose similarities to the training set are held at once
@@ -46,27 +47,39 @@ def neighbours_of_all(config: Mapping[str, Any], ranks: Ranks, stop: StopRequest
         with ranks.together():
             candidate = load(path, config)
             chosen = data_settings(candidate, config)
-        splits = build.shared_splits(chosen, ranks)
-        with ranks.together():
-            if k > len(splits.train):
-                raise UserError(f"knn={k} is more than the {len(splits.train)} training images: give fewer.")
             folder = out_folder(candidate, f"{chosen.source}-knn", config["out"])
-        model, prepare = candidate.model.to(ranks.device), build.prepare(chosen, len(splits.class_ids))
-        parts = [_features(model, build.eval_batches(chosen, part, ranks)(), prepare, ranks, precision, stop)
-                 for part in (splits.train, splits.val)]
-        if None in parts:
+        found = _of_one(candidate, chosen, k, ranks, precision, stop)
+        if found is None:
             return None
-        top1 = _by_block(*parts, k, len(splits.class_ids), ranks)
-        results.append({"checkpoint": str(path), "weights": candidate.weights, "data": chosen.source, "k": k,
-                        "temperature": TEMPERATURE, "train_images": len(splits.train), "n": len(splits.val),
-                        "top1_by_block": top1})
+        results.append(found)
         if ranks.is_main:
-            rows = [[str(i), f"{value:.2f}"] for i, value in enumerate(top1)]
-            log.info("%s on %s\n%s", eval_results.label(path), chosen.source,
-                     aligned([["block", f"top-1 % by {k} neighbours"], *rows]))
-            folder.mkdir(parents=True, exist_ok=True)
-            write_text_synced(folder / "knn.json", json.dumps(results[-1], indent=1) + "\n")
+            _tell(found, folder)
     return results
+
+
+def _of_one(candidate: Candidate, chosen: Data, k: int, ranks: Ranks, precision: Precision, stop: StopRequest
+            ) -> dict[str, Any] | None:
+    splits = build.shared_splits(chosen, ranks)
+    if k > len(splits.train):
+        raise UserError(f"knn={k} is more than the {len(splits.train)} training images: give fewer.")
+    model, prepare = candidate.model.to(ranks.device), build.prepare(chosen, len(splits.class_ids))
+    train, val = (_features(model, build.eval_batches(chosen, part, ranks)(), prepare, ranks, precision, stop)
+                  for part in (splits.train, splits.val))
+    return None if train is None or val is None else {
+        "checkpoint": str(candidate.path), "weights": candidate.weights, "data": chosen.source, "k": k,
+        "temperature": TEMPERATURE, "train_images": len(splits.train), "n": len(splits.val),
+        "top1_by_block": _by_block(train, val, k, len(splits.class_ids), ranks)}
+
+
+def _tell(found: Mapping[str, Any], folder: Path) -> None:
+    rows = [[str(i), f"{top1:.2f}"] for i, top1 in enumerate(found["top1_by_block"])]
+    log.info("%s on %s\n%s", eval_results.label(found["checkpoint"]), found["data"],
+             aligned([["block", f"top-1 % by {found['k']} neighbours"], *rows]))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text_synced(folder / "knn.json", json.dumps(found, indent=1) + "\n")
+    except OSError as error:
+        raise eval_results.unwritable(folder, error) from error
 
 
 @torch.no_grad()
