@@ -8,7 +8,7 @@ from typing import Any
 from deepvit.config.compare import flat, has_no_effect
 from deepvit.engine.folder import RunFolder, read_json_lines
 from deepvit.models import ViT
-from deepvit.report.render import aligned
+from deepvit.report.render import printed
 
 FRONT = """---
 library_name: timm
@@ -55,8 +55,8 @@ def is_card(path: Path, exported: str) -> bool:
 
 
 def _table(rows: Mapping[str, Any]) -> str:
-    return aligned([["setting", "value"],
-                    *([key, _plain(value)] for key, value in rows.items() if value is not None)])
+    return printed(["setting", "value"], [[key, _plain(value)] for key, value in rows.items() if value is not None],
+                   markdown=True)
 
 
 def _plain(value: Any) -> str:
@@ -78,8 +78,9 @@ def _evaluation(result: Mapping[str, Any], whose: str) -> str:
     top5 = f"{result['top5']:.2f}" if "top5" in result else ""
     interval = f"{result['top1_low']:.2f} to {result['top1_high']:.2f}" if "top1_low" in result else ""
     return (f"Of {whose}, on the validation part of `{result.get('data', 'its data')}`.\n\n"
-            + aligned([["top-1 %", "95 % interval", "top-5 %", "loss", "images"],
-                       [f"{result['top1']:.2f}", interval, top5, f"{result['loss']:.4f}", f"{result['n']:,}"]])
+            + printed(["top-1 %", "95 % interval", "top-5 %", "loss", "images"],
+                      [[f"{result['top1']:.2f}", interval, top5, f"{result['loss']:.4f}", f"{result['n']:,}"]],
+                      markdown=True)
             + (f"\n\nBest top-1 of the run: {result['best_top1']:.2f} % at step {result['best_step']:,}."
                if "best_top1" in result else ""))
 
@@ -94,9 +95,9 @@ def _curve(run: Path | None) -> str:
         return "The run has not been evaluated."
     last = len(evaluations) - 1
     picked = sorted({round(i * last / max(1, LINES - 1)) for i in range(LINES)})
-    rows = ([f"{line['step']:,}", f"{line['epoch']:.1f}", f"{line['top1']:.2f}", f"{line['loss']:.4f}"]
-            for line in (evaluations[i] for i in picked))
-    return aligned([["step", "epoch", "top-1 %", "loss"], *rows])
+    rows = [[f"{line['step']:,}", f"{line['epoch']:.1f}", f"{line['top1']:.2f}", f"{line['loss']:.4f}"]
+            for line in (evaluations[i] for i in picked)]
+    return printed(["step", "epoch", "top-1 %", "loss"], rows, markdown=True)
 
 
 def _origin(config: Mapping[str, Any], result: Mapping[str, Any]) -> str:

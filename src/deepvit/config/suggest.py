@@ -23,8 +23,6 @@ PLUGINS = {  # of hydra/launcher and hydra/sweeper -> the package that brings it
 def setting_meant(word: str) -> str:
     """`" Did you mean 'schedule.epochs'?"` for `epochs`, or an empty string where nothing is near."""
     keys = sorted({*_keys(compose()), *_keys(compose(config_name="eval"))})
-    if word in keys:
-        return " It is one of the other program's: `deepvit train` or `deepvit eval`."
     by_last = defaultdict(list)
     for key in keys:
         by_last[key.rpartition(".")[2]].append(key)

@@ -72,14 +72,6 @@ def as_markdown(table: Table) -> str:
     return f"### {table.title}\n\n{grid}\n\n{notes}\n"
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Rows, the first of which is the head, as a markdown table that is read as it stands."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
-             for row in rows]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
-
-
 def as_html(table: Table) -> str:
     left = [not _is_number(row[index] for row in table.rows) for index in range(len(table.headers))]
 

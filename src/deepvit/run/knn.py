@@ -20,7 +20,7 @@ from deepvit.engine.signals import StopRequest
 from deepvit.engine.step import Precision, Prepare
 from deepvit.errors import UserError
 from deepvit.models import ViT
-from deepvit.report.render import aligned
+from deepvit.report.render import printed
 from deepvit.run import build, eval_results
 from deepvit.run.evaluate import Candidate, checkpoints, data_settings, load, out_folder
 
@@ -74,7 +74,7 @@ def _of_one(candidate: Candidate, chosen: Data, k: int, ranks: Ranks, precision:
 def _tell(found: Mapping[str, Any], folder: Path) -> None:
     rows = [[str(i), f"{top1:.2f}"] for i, top1 in enumerate(found["top1_by_block"])]
     log.info("%s on %s\n%s", eval_results.label(found["checkpoint"]), found["data"],
-             aligned([["block", f"top-1 % by {found['k']} neighbours"], *rows]))
+             printed(["block", f"top-1 % by {found['k']} neighbours"], rows, markdown=True))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_text_synced(folder / "knn.json", json.dumps(found, indent=1) + "\n")
