@@ -106,7 +106,7 @@ def test_features_of_the_last_block_are_what_the_classifier_sees():
 def test_knn_of_any_checkpoint_on_other_classes(run, folders):
     words = ("eval", "checkpoint=m.pt", "data=folder", "out=out")
     code, said, _ = run(*words, "data.root=other", "data.val_fraction=0.5", "knn=3")
-    assert code == DONE and "3 neighbours" in said and "| 2 " in said
+    assert code == DONE and "3 neighbours" in said and " 2 |" in said
     (found,) = results(folders / "out", "knn.json")
     assert found["n"] == found["train_images"] == 6 and found["top1_by_block"] == [100.0] * 3
     code, _, sentence = run(*words, "data.root=data", "knn=19")
