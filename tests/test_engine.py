@@ -23,7 +23,7 @@ from deepvit.engine.ranks import Ranks
 from deepvit.engine.schedule import Schedule, is_due
 from deepvit.engine.step import Precision
 from deepvit.errors import Failure, UserError
-from deepvit.run.evaluate import _compare
+from deepvit.run.eval_results import compare
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 DATA = Path(__file__).parent / "data" / "engine"
@@ -271,7 +271,7 @@ def test_the_comparison_names_the_right_model(caplog, monkeypatch):
 
     monkeypatch.setattr(logging.getLogger("deepvit"), "propagate", True)
     caplog.set_level(logging.INFO)
-    _compare([(Path("A.pt"), "same", None, seen([0, 1, 2, 3, 4, 5, 6, 9])),
+    compare([(Path("A.pt"), "same", None, seen([0, 1, 2, 3, 4, 5, 6, 9])),
               (Path("B.pt"), "same", None, seen([7, 8, 9]))])
     said = caplog.messages[0]
     assert re.search(r"A\.pt.*B\.pt.*only the first .*\b2\b.*only the second .*\b7\b", said)

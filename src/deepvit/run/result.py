@@ -18,8 +18,10 @@ def summary_of(built: Built) -> str:
     parts = plan.batch_size // ranks.world // built.micro_batch
     source = settings.data.source
     source = "the built-in digits (recipe= chooses others)" if source == "digits" else source
+    trained = sum(weight.numel() for weight in built.model.parameters() if weight.requires_grad)
     remarks = [
-        f"{count_parameters(built.model):,} parameters, {built.model.depth} blocks",
+        f"{count_parameters(built.model):,} parameters"
+        f"{f' ({trained:,} trained)' if settings.freeze is not None else ''}, {built.model.depth} blocks",
         f"{len(splits.train):,} images in {len(splits.class_ids)} classes from {source}, {len(splits.val):,} to "
         f"evaluate",
         f"{plan.total:,} steps of {plan.batch_size} images ({ranks.world} x {ranks.device.type}"
