@@ -13,7 +13,8 @@ from test_report import attention, make, template, the_grid  # noqa: F401  fixtu
 
 from deepvit.commands.main import main
 from deepvit.config.compare import flat
-from deepvit.config.sweep_record import SweepRecord, read_lines
+from deepvit.config.json_lines import read_json_lines
+from deepvit.config.sweep_record import SweepRecord
 from deepvit.errors import BAD_INPUT, DONE, UserError
 from deepvit.report.contrasts import Contrast, Finding, find, read_plan
 from deepvit.report.statistics import holm
@@ -138,7 +139,7 @@ def test_a_sweep_file_names_its_contrasts(run, tmp_path):
     sweep = ["--config-dir", str(tmp_path / "conf"), "sweep=study_dose"]
     assert run("train", "-m", *sweep)[0] == DONE
     record, = (tmp_path / "runs/study/sweeps").glob("*.jsonl")
-    assert read_lines(record)[0]["statistics"] == file["hydra"]["callbacks"]["sweep"]["statistics"]
+    assert read_json_lines(record)[0]["statistics"] == file["hydra"]["callbacks"]["sweep"]["statistics"]
     code, said, _ = run("report", "runs/study")
     results = {path.parent.name: json.loads(path.read_text()) for path in (tmp_path / "runs").rglob("metrics.json")}
     tops = {(one["attention"], one["seed"]): one["top1"] for one in results.values()}

@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from deepvit.commands import parallel
 from deepvit.commands.parallel import Machine
 from deepvit.commands.sweep_table import Row, SweepTable
+from deepvit.engine import device
 from deepvit.errors import BAD_INPUT, DONE, STOPPED
 
 TRAIN = Path(__file__).parents[1] / "train.py"
@@ -134,17 +135,20 @@ def four_gpus(monkeypatch):
 def test_every_cell_has_gpus_of_its_own(four_gpus):
     machine, alone, pair = Machine(engine(), 1), engine(), engine(devices=2)
     assert (machine.at_once(alone), machine.at_once(pair)) == (4, 2)
-    taken = [machine.take(pair), machine.take(alone), machine.take(alone)]
-    assert sorted(sum(taken, [])) == ["4", "5", "6", "7"] and not machine.take(alone)
-    machine.give_back(taken[1])
-    assert not machine.take(pair) and machine.take(alone) == taken[1]
+    taken = []
+    for asked in (pair, alone, alone):
+        taken.append(machine.free(asked, taken))
+    assert sorted(sum(taken, [])) == ["4", "5", "6", "7"] and not machine.free(alone, taken)
+    assert not machine.free(pair, taken[:2]) and machine.free(alone, taken[:2]) == taken[2]
 
 
 def test_cells_share_a_gpu_where_that_is_asked_for_but_none_has_one_twice(four_gpus):
     machine = Machine(engine(), 2)
     assert machine.at_once(engine()) == 8
-    assert machine.take(engine(devices=4)) == machine.take(engine(devices=4)) == ["4", "5", "6", "7"]
-    assert not machine.take(engine())
+    assert machine.free(engine(devices=2), [["4", "5"]]) == ["6", "7"]  # the emptiest first
+    all_four = machine.free(engine(devices=4), [])
+    assert all_four == machine.free(engine(devices=4), [all_four]) == ["4", "5", "6", "7"]
+    assert not machine.free(engine(), [all_four, all_four])
 
 
 @pytest.mark.parametrize("threads, omp, at_once, used", [(None, None, 8, 1), (3, None, 2, 3), (3, "2", 2, 3),
@@ -155,6 +159,22 @@ def test_cells_on_a_cpu_have_a_core_for_each_of_their_threads(monkeypatch, threa
     monkeypatch.setenv("OMP_NUM_THREADS", omp) if omp else monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     machine, asked = Machine(engine(), 1), engine(threads=threads)
     assert (machine.at_once(asked), machine.threads(asked)) == (at_once, used)
+
+
+@pytest.mark.parametrize("own, inner, outer, cores", [
+    ("pod/box", "200000 100000", "max 100000", [2]), ("pod/box", "max 100000", "350000 100000", [3]),
+    ("pod/box", "50000 100000", "400000 100000", [0, 4]), ("", "200000 100000", "400000 100000", [4]),
+    ("elsewhere/box", "200000 100000", "400000 100000", [4])])
+def test_cores_are_those_that_the_container_is_given(tmp_path, monkeypatch, own, inner, outer, cores):
+    """`elsewhere`: of a container that sees its own group alone, by its name outside."""
+    (tmp_path / "pod" / "box").mkdir(parents=True)
+    (tmp_path / "pod" / "box" / "cpu.max").write_text(inner)
+    (tmp_path / "cpu.max").write_text(outer)
+    (tmp_path / "cgroup").write_text(f"1:name=systemd:/\n0::/{own}\n")
+    assert list(device._quotas(tmp_path, tmp_path / "cgroup")) == cores
+    monkeypatch.setattr(device, "_quotas", lambda: cores)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(64)))
+    assert device.usable_cores() == max(1, min(cores))
 
 
 # Time left

@@ -13,6 +13,7 @@ from PIL import Image
 from timm.data import create_transform
 from torchvision.transforms import Compose
 
+from deepvit.bench.timing import Call, paired
 from deepvit.data.decode import decode
 from deepvit.data.randomness import generators_kept, seed_sample
 from deepvit.data.transforms import eval_transform, mend_posterize, train_transform
@@ -51,9 +52,9 @@ def contenders() -> list[Contender]:
 
 
 def measure(folder: str, seconds: float = 60.0) -> list[dict]:
-    """Rows with `task`, `name`, `images_per_s` (median over rounds, per core: process CPU time), `ratio` to the first
-    row of the task, `spread` (quartiles of images_per_s) and `difference` to PIL (mean over pixels, of 255; tasks
-    without a PIL-only stage that amplifies rounding).
+    """Rows with `task`, `name`, `images_per_s` (median over rounds, per core: process CPU time), `spread` (its
+    quartiles), `ratio` to the first row of the task and `pairs` as in `timing.paired`, and `difference` to PIL (mean
+    over pixels, of 255; tasks without a PIL-only stage that amplifies rounding).
 
     folder: any folder of JPEGs; up to 200 are held in memory, so that the disk is not measured.
     """
@@ -77,8 +78,9 @@ def _files(folder: str) -> list[bytearray]:
     return [bytearray(path.read_bytes()) for path in chosen]
 
 
-def _rounds(candidates: list[Contender], files: list[bytearray], seconds: float) -> list[list[float]]:
-    """CPU seconds per picture, a list per contender; each round gives all the same pictures and seeds."""
+def _rounds(candidates: list[Contender], files: list[bytearray], seconds: float) -> list[list[Call]]:
+    """CPU seconds per picture, so nothing is waited for, a list per contender; each round gives all the same pictures
+    and seeds."""
     times, deadline, turn = [[] for _ in candidates], time.monotonic() + seconds, -1
     while turn < 3 or time.monotonic() < deadline:
         chosen = [(turn * ROUND + place) % len(files) for place in range(ROUND)]
@@ -88,7 +90,8 @@ def _rounds(candidates: list[Contender], files: list[bytearray], seconds: float)
                 seed_sample(0, turn + 1, index, 0)
                 candidates[at].make(files[index])
             if turn >= 0:  # the first round warms up
-                times[at].append((time.process_time() - start) / ROUND)
+                seconds = (time.process_time() - start) / ROUND
+                times[at].append(Call(seconds, seconds))
         turn += 1
     return times
 
@@ -108,15 +111,14 @@ def _differences(files: list[bytearray]) -> dict[str, float]:
     return result
 
 
-def _rows(candidates: list[Contender], times: list[list[float]], differences: dict[str, float]) -> list[dict]:
+def _rows(candidates: list[Contender], times: list[list[Call]], differences: dict[str, float]) -> list[dict]:
     rows, base = [], {}
-    for one, spent in zip(candidates, times, strict=True):
-        rate = 1 / statistics.median(spent)
-        base.setdefault(one.task, rate)
-        low, _, high = statistics.quantiles([1 / value for value in spent], n=4)
+    for one, calls in zip(candidates, times, strict=True):
+        low, rate, high = statistics.quantiles([1 / call.computed for call in calls], n=4)
         fast = one.name == "deepvit, torchvision"
-        rows.append({"task": one.task, "name": one.name, "images_per_s": rate, "ratio": rate / base[one.task],
-                     "spread": [low, high], "difference": differences.get(one.task) if fast else None})
+        rows.append({"task": one.task, "name": one.name, "images_per_s": rate, "spread": [low, high],
+                     **paired(base.setdefault(one.task, calls), calls),
+                     "difference": differences.get(one.task) if fast else None})
     return rows
 
 

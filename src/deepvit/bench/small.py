@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from deepvit.config.compose import compose
-from deepvit.engine.folder import read_json_lines
+from deepvit.config.json_lines import read_json_lines
 from deepvit.engine.ranks import Ranks
 from deepvit.engine.signals import StopRequest
 from deepvit.run.train import train
@@ -34,7 +34,7 @@ def measure(device: str = "cpu", *, depth: int = 32, batch: int | None = None, c
     here = torch.device(device, 0 if device == "cuda" else None)
     with tempfile.TemporaryDirectory() as folder:
         train(config, Path(folder), Ranks(0, 1, here), StopRequest())
-        lines = list(read_json_lines(Path(folder) / "metrics.jsonl"))
+        lines = read_json_lines(Path(folder) / "metrics.jsonl")
     steady = [line for line in lines if "lr" in line][2:]
     source = "CIFAR-10" if cifar10 else "digits"
     yield {"case": f"{'compiled ' if compiled else ''}training on {source}, {depth} blocks of width 192, 65 tokens, "

@@ -6,7 +6,8 @@ from typing import Any
 
 import yaml
 
-from deepvit.engine.folder import RunFolder, read_json_lines
+from deepvit.config.json_lines import read_json_lines
+from deepvit.engine.folder import RunFolder
 from deepvit.models import ViT
 
 LINES = 12  # of a curve in the card; the whole one is in the run's metrics.jsonl
