@@ -1,37 +1,46 @@
 """`hydra/launcher=parallel`: cells side by side end as they would alone, whatever becomes of the others.
 
-A sweep is started as a program, since a process that has trained cannot fork others that train.
+A sweep is started as a process of its own, since one that has trained cannot fork others that train.
 """
 
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+import soak
 import torch
 import yaml
 from omegaconf import OmegaConf
 
 from deepvit.commands import parallel
+from deepvit.commands.main import main
 from deepvit.commands.parallel import Machine
 from deepvit.commands.sweep_table import Row, SweepTable
 from deepvit.engine import device
 from deepvit.errors import BAD_INPUT, DONE, STOPPED
 
-TRAIN = Path(__file__).parents[1] / "train.py"
 TINY = ["model=vit", "model.depth=2", "model.embed_dim=16", "model.num_heads=2", "data.batch_size=256",
         "engine.log_every=1", "probe.images=0", "logger=null", "schedule.warmup_epochs=0"]
 CLOCKS = {"images_per_s", "eval_images_per_s", "data_wait"}
 
 
-def start(tmp_path: Path, *words: str) -> subprocess.Popen:
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    return subprocess.Popen([sys.executable, str(TRAIN), "-m", *TINY, "hydra/launcher=parallel", *words], cwd=tmp_path,
-                            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def start(tmp_path: Path, *words: str) -> soak.Run:
+    return soak.start(sweep, tmp_path, words, folder=tmp_path, log=tmp_path / f"{len(list(tmp_path.iterdir()))}.said")
+
+
+def sweep(folder: Path, words: tuple[str, ...]) -> int:
+    os.chdir(folder)
+    os.environ.pop("OMP_NUM_THREADS", None)
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
+    return main(["train", "-m", *TINY, "hydra/launcher=parallel", *words])
+
+
+def ended(run: soak.Run) -> tuple[int, str]:
+    """Exit code, and what was said."""
+    return run.wait(120), run.words()
 
 
 def lines(path: Path) -> list[dict]:
@@ -55,9 +64,8 @@ def await_until(condition, seconds: float = 60.0):
 
 def test_numbers_are_the_same_alone_one_after_another_and_side_by_side(run, tmp_path):
     words = ["schedule.epochs=1", "model.num_heads=2,3", "seed=0,1"]
-    sweep = start(tmp_path, *words)
-    said = sweep.communicate()[0]
-    assert sweep.returncode == BAD_INPUT and "2 of 4 cells are done" in said, said
+    code, said = ended(start(tmp_path, *words))
+    assert code == BAD_INPUT and "2 of 4 cells are done" in said, said
     assert said.count("failed: ") == 2 and "does not divide into 3 heads" in said
     found = {folder.name: numbers(folder) for folder in tmp_path.glob("runs/digits/vit/*")}
     assert len(found) == 2  # a refused cell leaves no folder
@@ -78,23 +86,22 @@ def test_numbers_are_the_same_alone_one_after_another_and_side_by_side(run, tmp_
 
 def test_one_is_killed_and_ctrl_c_reaches_the_others_and_the_same_command_does_the_rest(tmp_path):
     words = ["schedule.epochs=6", "seed=0,1,2,3"]
-    sweep = start(tmp_path, *words)
+    run = start(tmp_path, *words)
     cells = Path(tmp_path, "runs/digits/vit")
     begun = await_until(lambda: [path.parent for path in cells.glob("*/metrics.jsonl") if len(lines(path)) > 2])
     victim = begun[0]
     os.kill(lines(victim / "events.jsonl")[0]["processes"][0], signal.SIGKILL)
     await_until(lambda: [path for path in cells.glob("*/metrics.jsonl") if len(lines(path)) > 2
                          and path.parent != victim])
-    sweep.send_signal(signal.SIGINT)
-    said = sweep.communicate()[0]
-    assert sweep.returncode == STOPPED and "SIGKILL" in said and "Not started." in said, said
+    run.send(signal.SIGINT)
+    code, said = ended(run)
+    assert code == STOPPED and "SIGKILL" in said and "Not started." in said, said
     told = [path.parent for path in cells.glob("*/events.jsonl") if lines(path)[-1]["event"] == "PREEMPTED"]
     assert told and victim not in told
     steps = {folder: lines(folder / "events.jsonl")[-1]["step"] for folder in told}
 
-    sweep = start(tmp_path, *words)
-    said = sweep.communicate()[0]
-    assert sweep.returncode == DONE and "4 of 4 cells are done" in said, said
+    code, said = ended(start(tmp_path, *words))
+    assert code == DONE and "4 of 4 cells are done" in said, said
     assert len(list(cells.glob("*/metrics.json"))) == 4
     for folder, step in steps.items():
         assert any(line["event"] == "resume" and line["step"] == step for line in lines(folder / "events.jsonl"))
@@ -102,22 +109,20 @@ def test_one_is_killed_and_ctrl_c_reaches_the_others_and_the_same_command_does_t
 
 @pytest.mark.slow
 def test_no_cell_outlives_a_sweep_that_is_killed(tmp_path):
-    sweep = start(tmp_path, "schedule.epochs=500", "seed=0,1")
+    run = start(tmp_path, "schedule.epochs=500", "seed=0,1")
     cells = Path(tmp_path, "runs/digits/vit")
     await_until(lambda: sum(len(lines(path)) > 2 for path in cells.glob("*/metrics.jsonl")) == 2)
-    sweep.kill()
+    run.send(signal.SIGKILL)
     await_until(lambda: all(lines(folder / "events.jsonl")[-1]["event"] == "PREEMPTED" for folder in cells.iterdir()))
 
 
 @pytest.mark.slow
 def test_cells_of_one_folder_run_one_after_the_other_and_a_dry_sweep_writes_nothing(tmp_path):
-    sweep = start(tmp_path, "schedule.epochs=1", "data.eval_batch_size=180,360")
-    said = sweep.communicate()[0]
-    assert sweep.returncode == DONE and "2 of 2 cells are done" in said, said
+    code, said = ended(start(tmp_path, "schedule.epochs=1", "data.eval_batch_size=180,360"))
+    assert code == DONE and "2 of 2 cells are done" in said, said
     assert len(list(tmp_path.glob("runs/digits/vit/*"))) == 1
-    sweep = start(tmp_path, "seed=0,1", "dry=true", "hydra.sweep.dir=dry")
-    said = sweep.communicate()[0]
-    assert sweep.returncode == DONE and said.count("Dry run:") == 2 and "device-hours" in said, said
+    code, said = ended(start(tmp_path, "seed=0,1", "dry=true", "hydra.sweep.dir=dry"))
+    assert code == DONE and said.count("Dry run:") == 2 and "device-hours" in said, said
     assert [path.name for path in (tmp_path / "dry").rglob("*") if path.is_file()] == ["multirun.yaml"]
 
 

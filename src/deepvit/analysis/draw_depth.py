@@ -124,6 +124,8 @@ def scale(ax: Axes, unit: str, least: float) -> None:
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.yaxis.set_major_formatter("{x:g}")
         ax.yaxis.set_minor_formatter(NullFormatter())
+        if min(ax.get_ylim()) <= 0:  # self-attention has no norm, and the axis no value
+            return
         low, high = np.log(ax.get_ylim())
         least = np.log(least)
     else:

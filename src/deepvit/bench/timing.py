@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -10,6 +10,7 @@ import torch
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
 MOST_QUEUED, QUEUED_S = 20, 0.2  # calls in a row on a GPU: so many, or so long if that is fewer
 
+Name = TypeVar("Name", bound=Hashable)
 Step = TypeVar("Step", bound=Callable[[], object])
 
 
@@ -21,10 +22,10 @@ class Call(NamedTuple):
     computed: float
 
 
-def interleaved(steps: dict[str, Callable[[], object]], device: str, seconds: float) -> dict[str, list[Call]]:
+def interleaved(steps: dict[Name, Callable[[], object]], device: str, seconds: float) -> dict[Name, list[Call]]:
     """A call of every step in every round, after one round to warm up. One that finds no memory beside the
     others is left out."""
-    times: dict[str, list[Call]] = {name: [] for name in steps}
+    times: dict[Name, list[Call]] = {name: [] for name in steps}
     calls = dict.fromkeys(steps, 1)
     end = time.perf_counter() + seconds
     for turn in range(-1, MAX_ROUNDS):
