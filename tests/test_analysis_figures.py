@@ -5,6 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from PIL import Image
 
 import deepvit
@@ -164,3 +166,13 @@ def test_pictures_as_the_model_wants_them(place):
     assert [name for name in read_pictures(model, []).names] == ["china.jpg", "flower.jpg"]
     best = top_classes(torch.tensor([[0.0, math.log(3), 0.0]]), ["a", "b", "c"], count=2)
     assert best[0][0] == ("b", pytest.approx(0.6)) and len(best[0]) == 2
+
+
+def test_an_axis_without_values_is_drawn_empty():
+    """Of the norm's variance in a model without re-attention."""
+    figure = Figure()
+    for ax, values in zip(figure.subplots(1, 2), ([float("nan")] * 3, [1e-3, float("nan"), 1e-2]), strict=True):
+        ax.plot(range(1, 4), values)
+        draw_depth.scale(ax, "ratio", 2.0)
+    FigureCanvasAgg(figure).draw()
+    assert [ax.get_yscale() for ax in figure.axes] == ["linear", "log"]

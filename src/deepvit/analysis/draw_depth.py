@@ -119,13 +119,13 @@ def scale(ax: Axes, unit: str, least: float) -> None:
     below."""
     ax.set_xlim(left=0.5)
     whole_blocks(ax.xaxis)
+    if not np.isfinite(ax.dataLim.intervaly).all():
+        return  # self-attention has no norm whose variance could be shown
     if unit == "ratio":
         ax.set_yscale("log")
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.yaxis.set_major_formatter("{x:g}")
         ax.yaxis.set_minor_formatter(NullFormatter())
-        if min(ax.get_ylim()) <= 0:  # self-attention has no norm, and the axis no value
-            return
         low, high = np.log(ax.get_ylim())
         least = np.log(least)
     else:
