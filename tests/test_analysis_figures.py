@@ -15,7 +15,9 @@ from deepvit.analysis import draw_depth, draw_maps
 from deepvit.analysis.pictures import read_pictures, top_classes
 from deepvit.analysis.study import load_studies
 from deepvit.commands import figures
+from deepvit.commands.figures import SIGNED, refuse_strange
 from deepvit.commands.main import main
+from deepvit.errors import UserError
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 4, "num_classes": 5}
 NAMES = ["ant", "bee", "cat", "dog", "eel"]
@@ -176,3 +178,12 @@ def test_an_axis_without_values_is_drawn_empty():
         draw_depth.scale(ax, "ratio", 2.0)
     FigureCanvasAgg(figure).draw()
     assert [ax.get_yscale() for ax in figure.axes] == ["linear", "log"]
+
+
+def test_an_image_of_the_users_is_not_drawn_over(tmp_path):
+    (tmp_path / "mine.png").write_bytes(b"\x89PNG")
+    with pytest.raises(UserError, match="mine.png is there already"):
+        refuse_strange(tmp_path / "mine.png")
+    for name in ("ours.png", "ours.svg"):
+        Figure().savefig(tmp_path / name, metadata=SIGNED)
+        refuse_strange(tmp_path / name)

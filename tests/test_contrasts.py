@@ -1,5 +1,6 @@
 """Contrasts of a study: from the sweep file through its record to tests that are scipy's."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -132,12 +133,18 @@ def test_a_sweep_file_names_its_contrasts(run, tmp_path):
     path.parent.mkdir(parents=True)
     params = dict(word.split("=") for word in TINY)
     file = {"hydra": {"mode": "MULTIRUN", "sweep": {"dir": "runs/study"}, "callbacks": {"sweep": {"statistics": {
-        "margin": 0.5, "contrasts": {"the norm": {
+        "margin": 0.5, "preregistered": "plan.md", "contrasts": {"the norm": {
             "plus": {"model/attention": "norm_only"}, "minus": {"model/attention": "self"}, "primary": True}}}}},
         "sweeper": {"params": {**params, "model/attention": "self,norm_only", "seed": "0,1"}}}}
     path.write_text("# @package _global_\n" + yaml.safe_dump(file))
     sweep = ["--config-dir", str(tmp_path / "conf"), "sweep=study_dose"]
+    code, _, sentence = run("train", "-m", *sweep)
+    assert code == BAD_INPUT and "plan.md" in sentence and not (tmp_path / "runs").exists()
+    (tmp_path / "plan.md").write_text("what is asked")
     assert run("train", "-m", *sweep)[0] == DONE
+    digest = hashlib.sha256(b"what is asked").hexdigest()
+    configs = [yaml.safe_load(path.read_text()) for path in (tmp_path / "runs").rglob("config.yaml")]
+    assert [one["origin"]["preregistered"]["sha256"] for one in configs] == [digest] * 4
     record, = (tmp_path / "runs/study/sweeps").glob("*.jsonl")
     assert read_json_lines(record)[0]["statistics"] == file["hydra"]["callbacks"]["sweep"]["statistics"]
     code, said, _ = run("report", "runs/study")

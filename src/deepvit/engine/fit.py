@@ -12,6 +12,7 @@ from torch.profiler import record_function
 from deepvit.engine.evaluate import Evaluation
 from deepvit.engine.folder import RunFolder
 from deepvit.engine.loggers import Draw, Loggers
+from deepvit.engine.memory import give_back
 from deepvit.engine.profile import StepProfile
 from deepvit.engine.progress import Display, Meter, clock
 from deepvit.engine.saver import Saver
@@ -159,6 +160,7 @@ class Fit:
         values, draw = self._attention_metrics(self.state.evaluated_model, self.state.step)
         self._loggers.log_scalars("attention", values, self.state.step, self._epoch())
         self._loggers.log_images(draw, self.state.step)
+        give_back()
         self.meter.resume()
 
     def _evaluate_if_due(self) -> bool:

@@ -20,7 +20,7 @@ RECIPE = {  # what a reader asks for first, and how it is said
 
 def summary(grids: Sequence[Grid]) -> str:
     """How many runs there are, how they went, and the best of each experiment's cells."""
-    runs = [run for grid in grids for cell in grid.cells for run in cell.runs]
+    runs = [run for grid in grids for run in grid.planned]
     states = Counter(run.state.split(" (")[0] for run in runs)
     told = f"{len(runs)} runs ({', '.join(f'{count} {state}' for state, count in states.items())})"
     if len(grids) > 1:

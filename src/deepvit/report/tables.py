@@ -82,7 +82,7 @@ def _contrasts(grid: Grid) -> list[Table]:
     headers = ["contrast", "claim", "n", "points", "95 %", "p", "Holm", "90 %", "p equal", "log-loss", "verdict"]
     rows = [[one.contrast.name, one.contrast.claim + " (primary)" * one.contrast.primary, str(len(one.points)),
              *_tests(one), one.verdict] for one in findings]
-    unfinished = sum(not run.finished for cell in grid.cells for run in cell.runs)
+    unfinished = sum(not run.finished for run in grid.planned)
     notes = [f"{one.contrast.name}: {one.contrast.meaning}." + (
         f" Left out, since a run is not finished: seed {', '.join(map(str, one.left_out))}." if one.left_out else "")
         for one in findings]
