@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ def _told(path: str, pattern: str) -> str | None:
     return None
 
 
+@cache
 def _matrix_library() -> str:
     """As MKL names itself and its instructions; on an AMD processor it tells none."""
     said = subprocess.run([sys.executable, "-c", PRODUCT], env={**os.environ, "MKL_VERBOSE": "1"}, capture_output=True,

@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Collection, Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
@@ -16,7 +16,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import sklearn.datasets  # noqa: F401  before the cells are forked, for all of them, as is what follows
+import sklearn.model_selection  # noqa: F401
 import torch
+import torch.utils.tensorboard  # noqa: F401
 from hydra.core.utils import JobReturn, JobStatus, run_job
 from omegaconf import DictConfig, OmegaConf
 
@@ -27,7 +30,7 @@ from deepvit.engine.signals import StopRequest, heeded, stop_requests
 from deepvit.errors import FAILED, STOPPED, UserError
 from deepvit.models.cost import count_flops
 from deepvit.models.registry import build_model
-from deepvit.run import evaluate, train  # noqa: F401  before the cells are forked, for all of them
+from deepvit.run import evaluate, train  # noqa: F401
 from deepvit.run.console import say
 from deepvit.run.launch import end_of
 
@@ -93,12 +96,11 @@ def _work(config: DictConfig) -> float:
 
 
 class Machine:
-    """Its places for cells: GPUs, each for as many cells as may share it, or cores."""
+    """Its places for cells: GPUs, each as often as cells may share it, or cores."""
 
     def __init__(self, engine: DictConfig, cells_per_device: int):
         self._gpus = [] if engine.accelerator == "cpu" else _visible_gpus()
-        self._places = self._gpus or [str(core) for core in range(usable_cores())]
-        self._cells_per_place = cells_per_device if self._gpus else 1
+        self._places = Counter(self._gpus * cells_per_device or map(str, range(usable_cores())))
 
     def threads(self, engine: DictConfig) -> int | None:
         """Of a cell; on a CPU never a consequence of how many run, or so would be its numbers."""
@@ -111,16 +113,15 @@ class Machine:
         return min((engine.devices or 1) * (1 if self._gpus else self.threads(engine)), len(self._places))
 
     def at_once(self, engine: DictConfig) -> int:
-        return len(self._places) * self._cells_per_place // self._size(engine)
+        return self._places.total() // self._size(engine)
 
-    def free(self, engine: DictConfig, taken: Iterable[Collection[str]]) -> list[str]:
+    def free(self, engine: DictConfig, taken: Iterable[Sequence[str]]) -> list[str]:
         """Places for a cell beside those that are taken, the emptiest first; none where too few are free."""
-        cells = Counter(place for places in taken for place in places)
-        free = sorted((place for place in self._places if cells[place] < self._cells_per_place), key=cells.__getitem__)
-        return free[:self._size(engine)] if len(free) >= self._size(engine) else []
+        left = self._places - Counter(place for places in taken for place in places)
+        return [place for place, _ in left.most_common(size)] if len(left) >= (size := self._size(engine)) else []
 
     def environment(self, cell: Cell) -> dict[str, str]:
-        sharing = self._cells_per_place if self._gpus else self.at_once(cell.config.engine)
+        sharing = max(self._places.values()) if self._gpus else self.at_once(cell.config.engine)
         devices = {"CUDA_VISIBLE_DEVICES": ",".join(cell.places)} if self._gpus else {}
         return {**devices, "DEEPVIT_SHARE": f"1/{sharing}"}
 

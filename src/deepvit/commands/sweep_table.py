@@ -1,6 +1,5 @@
 """What a person sees of cells side by side: a live table in a terminal, plain lines elsewhere."""
 
-import heapq
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -129,17 +128,9 @@ class SweepTable:
         return sum(row.seconds for row in begun) / sum(row.work_done for row in begun) if begun else None
 
     def _left(self) -> float | None:
-        """Seconds until the last cell ends, each starting in the first place that becomes free."""
-        left = [(row, row.left(self._pace())) for row in self._rows if row.ended is None]
-        if any(seconds is None for _, seconds in left):
-            return None
-        ends = [seconds for row, seconds in left if row.started is not None]
-        ends += [0.0] * (self._at_once - len(ends))
-        heapq.heapify(ends)
-        for row, seconds in left:
-            if row.started is None:
-                heapq.heapreplace(ends, ends[0] + seconds)
-        return max(ends)
+        """Seconds until the last cell ends: no less than the longest takes, nor than all take side by side."""
+        left = [row.left(self._pace()) for row in self._rows if row.ended is None]
+        return None if None in left else max([*left, sum(left) / self._at_once])
 
 
 def _say(words: Iterable[str]) -> None:
