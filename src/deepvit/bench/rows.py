@@ -38,12 +38,9 @@ def table(rows: list[dict]) -> str:
 
 
 def tables(rows: list[dict]) -> str:
-    """A table for each case, under its name and what it was made on."""
-    cases: dict[str, list[dict]] = {}
-    for row in rows:
-        cases.setdefault(", ".join(filter(None, (row["case"], row.get("on")))), []).append(
-            {key: value for key, value in row.items() if key != "on"})
-    return "\n\n".join(f"{case}\n\n{table(rows)}" for case, rows in cases.items())
+    """A table for each case, under its name."""
+    cases = dict.fromkeys(row["case"] for row in rows)
+    return "\n\n".join(f"{case}\n\n{table([row for row in rows if row['case'] == case])}" for case in cases)
 
 
 def _cell(value: Any) -> str:
