@@ -82,8 +82,9 @@ class SweepTable:
 
     def __init__(self, rows: Sequence[Row], at_once: int):
         self._rows, self._at_once, self._failed = rows, at_once, 0
-        self.live = Live(console=Console(file=sys.stdout), auto_refresh=False, transient=True, redirect_stderr=False)
-        self._draws = self.live.console.is_terminal
+        console = Console(file=sys.stdout, markup=False, highlight=False)
+        self.live = Live(console=console, auto_refresh=False, transient=True, redirect_stderr=False)
+        self._draws = console.is_terminal
         self._shown = time.monotonic()
 
     def start(self, row: Row) -> None:
