@@ -103,4 +103,4 @@ def paired(taken: list[Call], base: list[Call], size: float = 1.0) -> dict:
     longer than they computed, `waited`."""
     low, middle, high = statistics.quantiles([a.wall / b.wall / size for a, b in zip(taken, base, strict=True)], n=4)
     wall, computed = map(sum, zip(*taken, *base))
-    return {"ratio": middle, "pairs": (low, high), "waited": wall / computed - 1}
+    return {"ratio": middle, "pairs": (low, high), "waited": max(0.0, wall / computed - 1)}

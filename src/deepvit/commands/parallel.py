@@ -28,7 +28,7 @@ from deepvit.commands.sweep_table import Row, SweepTable
 from deepvit.engine.device import usable_cores
 from deepvit.engine.signals import StopRequest, heeded, stop_requests
 from deepvit.errors import FAILED, STOPPED, UserError
-from deepvit.models.cost import count_flops
+from deepvit.models.cost import count_parameters
 from deepvit.models.registry import build_model
 from deepvit.run import evaluate, train  # noqa: F401
 from deepvit.run.console import say
@@ -86,11 +86,13 @@ def _cell(config: DictConfig, number: int, overrides: list[str], shared: Contain
 
 
 def _work(config: DictConfig) -> float:
-    """Operations of a training but for what all cells share; 0 where its settings do not hold or nothing is trained."""
+    """Of a training, but for a factor that all cells share: parameters x tokens x length; 0 where its settings do not
+    hold or nothing is trained."""
     try:
         with torch.device("meta"):
-            flops = count_flops(build_model(OmegaConf.to_container(config.model, resolve=True)))
-        return flops * (config.schedule.steps or config.schedule.epochs * config.data.fraction)
+            model = build_model(OmegaConf.to_container(config.model, resolve=True))
+        length = config.schedule.steps or config.schedule.epochs * config.data.fraction
+        return count_parameters(model) * model.pos_embed.shape[1] * length
     except Exception:  # of any kind that settings can lead to; the cell itself will say it
         return 0.0
 

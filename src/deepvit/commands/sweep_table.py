@@ -22,7 +22,7 @@ TAIL = 1 << 16  # bytes at the end of a file in which its newest lines stand
 
 @dataclass(eq=False)
 class Row:
-    """A cell as it is shown. `work`: its training's operations but for a factor that all cells share. Times are
+    """A cell as it is shown. `work`: its training's, but for a factor that all cells share. Times are
     monotonic seconds; `first`, `step` and `steps`: where the run began this time, is and ends."""
 
     title: str
