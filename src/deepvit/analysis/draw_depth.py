@@ -126,6 +126,8 @@ def scale(ax: Axes, unit: str, least: float) -> None:
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.yaxis.set_major_formatter("{x:g}")
         ax.yaxis.set_minor_formatter(NullFormatter())
+        if ax.get_ylim()[0] <= 0:
+            return  # no ratio above 0 to draw
         low, high = np.log(ax.get_ylim())
         least = np.log(least)
     else:

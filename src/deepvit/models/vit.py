@@ -88,7 +88,7 @@ class ViT(nn.Module):
 
         (make_stem, options), make_block = stem_of(stem), _choose("block", block, BLOCKS)
         rule = {"map_scale": map_scale, **(attention or {"class": "SelfAttention"})}
-        if "norm_batch" in inspect.signature(_attention_class(rule)).parameters:  # the same images for all batch norms
+        if rule.get("norm") or "norm_batch" in rule:  # all batch norms take the same images
             options = {**_wanted(make_stem, norm_batch=rule.get("norm_batch")), **options}
         if patch_norm:
             if make_stem is not PatchStem:
@@ -279,12 +279,8 @@ def _choose(setting: str, name: str, choices: Mapping[str, Any]) -> Any:
 def _attention(rule: Mapping[str, Any], dim: int, shared: Mapping[str, Any], **place: int) -> Attention:
     """An attention by its rule; a class that has parameters `block_index` or `depth` is told where it stands."""
     options = {name: value for name, value in rule.items() if name not in ("class", "name")}
-    cls = _attention_class(rule)
+    cls = _choose("attention.class", rule.get("class", ""), ATTENTIONS)
     return cls(dim, **{**shared, **options, **_wanted(cls, **place)})
-
-
-def _attention_class(rule: Mapping[str, Any]) -> type[Attention]:
-    return _choose("attention.class", rule.get("class", ""), ATTENTIONS)
 
 
 def _wanted(cls: type, **offered: Any) -> dict[str, Any]:
