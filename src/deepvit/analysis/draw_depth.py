@@ -119,15 +119,12 @@ def scale(ax: Axes, unit: str, least: float) -> None:
     below."""
     ax.set_xlim(left=0.5)
     whole_blocks(ax.xaxis)
-    if not np.isfinite(ax.dataLim.intervaly).all():
-        return  # self-attention has no norm whose variance could be shown
-    if unit == "ratio":
+    ratio = unit == "ratio" and any(np.nanmax(line.get_ydata(), initial=0) > 0 for line in ax.lines)
+    if ratio:
         ax.set_yscale("log")
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.yaxis.set_major_formatter("{x:g}")
         ax.yaxis.set_minor_formatter(NullFormatter())
-        if ax.get_ylim()[0] <= 0:
-            return  # no ratio above 0 to draw
         low, high = np.log(ax.get_ylim())
         least = np.log(least)
     else:
@@ -135,7 +132,7 @@ def scale(ax: Axes, unit: str, least: float) -> None:
         low, high = ax.get_ylim()
     middle, half = (low + high) / 2, max(high - low, least) / 2
     ends = middle - half, middle + half
-    ax.set_ylim(*(np.exp(ends) if unit == "ratio" else ends))
+    ax.set_ylim(*(np.exp(ends) if ratio else ends))
 
 
 def whole_blocks(*axes: Axis) -> None:
