@@ -15,9 +15,10 @@ import torch
 from scipy import stats
 from torch import nn
 
+from deepvit.config.json_lines import read_json_lines
 from deepvit.engine import checkpoint
 from deepvit.engine.evaluate import Evaluation, evaluate, mcnemar, wilson_interval
-from deepvit.engine.folder import RunFolder, plain, read_json_lines
+from deepvit.engine.folder import RunFolder, plain
 from deepvit.engine.progress import Meter
 from deepvit.engine.ranks import Ranks
 from deepvit.engine.schedule import Schedule, is_due
@@ -148,7 +149,7 @@ def test_folder_has_one_owner_and_mends_torn_lines(tmp_path):
         file.write('{"step": 4, "lo')
     folder.drop_metrics_after(2)
     folder.log_metrics({"step": 3})
-    assert list(read_json_lines(folder.metrics)) == [{"step": 1, "loss": 1 / 3, "grad_norm": None},
+    assert read_json_lines(folder.metrics) == [{"step": 1, "loss": 1 / 3, "grad_norm": None},
                                                      {"step": 2, "loss": 1 / 3, "grad_norm": None}, {"step": 3}]
     (folder.checkpoints / "last.pt.tmp").write_text("half")
     folder.release()
