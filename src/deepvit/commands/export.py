@@ -107,7 +107,8 @@ def _write_deepvit(model: ViT, path: Path) -> tuple[Reader, str]:
     config = model.config
     _refuse(config, "the published DeepViT class", {
         "pool": "cls", "gelu": "erf", "norm_eps": 1e-6, "final_norm": "before_pool", "patch_norm": False,
-        "head_dim": None, "block": "pre_norm", "feat_scale": False, "representation_size": None, "init_values": None})
+        "head_dim": None, "block": "pre_norm", "feat_scale": False, "representation_size": None, "init_values": None,
+        "share_maps": 1})
     for block in model.blocks:
         _refuse_attention(block.attn, config["attention"])
     arch = next((arch for arch, name in published.ARCHS.items() if published.is_named(name, model)), None)
@@ -149,7 +150,7 @@ def _write_timm(model: ViT, path: Path) -> tuple[Reader, str]:
     config = model.config
     average = config["pool"] == "avg"
     _refuse(config, "timm's VisionTransformer", {
-        "gelu": "erf", "patch_norm": False, "head_dim": None, "qk_scale": None, "stem": "patch",
+        "share_maps": 1, "gelu": "erf", "patch_norm": False, "head_dim": None, "qk_scale": None, "stem": "patch",
         "block": "pre_norm", "feat_scale": False, "representation_size": None, "residual_scale": 1.0, "map_scale": 1.0,
         "final_norm": "after_pool" if average else "before_pool"})
     if config["pool"] == "mean" or not all(_is_plain(block.attn) for block in model.blocks):
