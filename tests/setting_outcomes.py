@@ -146,6 +146,11 @@ def threads(run):
         torch.set_num_threads(before)
 
 
+def deterministic(run):
+    finished(run)
+    return torch.are_deterministic_algorithms_enabled()
+
+
 def blocks_passed(run):
     """Forward passes of a block in one update: checkpointing repeats them."""
     calls = []

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 import deepvit
@@ -13,7 +14,9 @@ from deepvit.analysis import draw_depth, draw_maps
 from deepvit.analysis.pictures import read_pictures, top_classes
 from deepvit.analysis.study import load_studies
 from deepvit.commands import figures
+from deepvit.commands.figures import SIGNED, refuse_strange
 from deepvit.commands.main import main
+from deepvit.errors import UserError
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 4, "num_classes": 5}
 NAMES = ["ant", "bee", "cat", "dog", "eel"]
@@ -164,3 +167,23 @@ def test_pictures_as_the_model_wants_them(place):
     assert [name for name in read_pictures(model, []).names] == ["china.jpg", "flower.jpg"]
     best = top_classes(torch.tensor([[0.0, math.log(3), 0.0]]), ["a", "b", "c"], count=2)
     assert best[0][0] == ("b", pytest.approx(0.6)) and len(best[0]) == 2
+
+
+def test_an_image_of_the_users_is_not_drawn_over(tmp_path):
+    (tmp_path / "mine.png").write_bytes(b"\x89PNG")
+    with pytest.raises(UserError, match="mine.png is there already"):
+        refuse_strange(tmp_path / "mine.png")
+    for name in ("ours.png", "ours.svg"):
+        Figure().savefig(tmp_path / name, metadata=SIGNED)
+        refuse_strange(tmp_path / name)
+
+
+@pytest.mark.parametrize("values", [[0.0, 0.0], [math.nan], [], [0.0, 3.0]])
+def test_a_figure_of_ratios_is_drawn_whatever_was_measured(values):
+    """A look at two blocks has one pair of maps, or none that is not flat."""
+    figure = Figure()
+    ax = figure.subplots()
+    ax.plot(range(1, len(values) + 1), values)
+    draw_depth.scale(ax, "ratio", 2.0)
+    figure.canvas.draw()
+    assert all(map(math.isfinite, ax.get_ylim()))

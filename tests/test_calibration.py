@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim.swa_utils import update_bn
 
 from deepvit.commands import main
+from deepvit.config.compare import changed
 from deepvit.config.compose import compose
 from deepvit.engine.calibrate import calibrate
 from deepvit.engine.folder import RunFolder
@@ -18,7 +19,7 @@ from deepvit.engine.step import Precision
 from deepvit.models import build_model, model_config
 from deepvit.run.build import read_settings
 from deepvit.run.calibration import images_to_calibrate
-from deepvit.run.resume import as_begun
+from deepvit.run.resume import as_begun, upgraded
 
 CPU = torch.device("cpu")
 ALONE = Ranks(0, 1, CPU)
@@ -155,6 +156,21 @@ def test_an_older_run_is_evaluated_as_it_was(tmp_path):
     assert read_settings(as_begun({**now, "calibrate": 96}, folder)).calibrate == 96
 
 
+@pytest.mark.parametrize("attention", ["self", "reattention"])
+def test_an_older_run_keeps_the_statistics_of_its_stem(tmp_path, attention):
+    """Those of all images that a device takes at once; what it was is what it is now."""
+    folder, now = RunFolder(tmp_path), compose(["model.stem=conv", f"model/attention={attention}"])
+    before = {name: value for name, value in now.items() if name != "calibrate"}
+    before["model"] = {**now["model"], "attention": {**now["model"]["attention"]}}
+    before["model"]["attention"].pop("norm_batch", None)
+    folder.config.write_text(yaml.safe_dump(before))
+    settings = read_settings(as_begun(now, folder))
+    assert network(attention=settings.model["attention"], stem=settings.model["stem"]).norm_batches == {None}
+    assert changed(upgraded(before), as_begun(now, folder)) == {}
+    folder.config.write_text(yaml.safe_dump(now))
+    assert as_begun(now, folder) == now
+
+
 def test_a_run_that_cannot_be_calibrated_leaves_nothing_behind(tmp_path, capsys):
     code = main.main(["train", "model=deepvit16", "calibrate=20", "data.batch_size=32", "engine.accelerator=cpu",
                       f"hydra.run.dir={tmp_path}/run"])
@@ -163,7 +179,7 @@ def test_a_run_that_cannot_be_calibrated_leaves_nothing_behind(tmp_path, capsys)
 
 @pytest.mark.parametrize(("setting", "words"), [("calibrate=20", ["calibrate=20", "norm_batch=32"]),
                                                 ("calibrate=-1", ["calibrate=-1"]),
-                                                ("calibrate=many", ["calibrate=many"])])
+                                                ("calibrate=many", ["calibrate", "many"])])
 def test_what_cannot_be_calibrated_is_refused(trained, tmp_path, capsys, setting, words):
     code = main.main(["eval", f"checkpoint={trained}/checkpoints/last.pt", setting, f"out={tmp_path}"])
     said = capsys.readouterr().err

@@ -16,7 +16,8 @@ STEPS = 8
 def built(mode: bool | str, device: str = "cpu") -> build.Built:
     """Re-attention with stochastic depth and the average on, in two micro-batches; no dropout, which is drawn anew."""
     config = soak.compose("data.on_device=true", "augment.auto_augment=null", "model.drop_rate=0.0", "model.depth=2",
-                          "schedule.warmup_steps=1", f"schedule.steps={STEPS}", f"engine.compile={mode}")
+                          "schedule.warmup_steps=1", f"schedule.steps={STEPS}", f"engine.compile={mode}",
+                          "precision=fp32")
     return build.build(read_settings(config), Ranks(0, 1, torch.device(device)))
 
 

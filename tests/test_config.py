@@ -3,6 +3,8 @@
 import re
 
 import pytest
+import torch
+import yaml
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
@@ -11,10 +13,12 @@ from omegaconf import OmegaConf
 from deepvit.commands import cli
 from deepvit.config import CONF, run_name
 from deepvit.config.compose import compose
+from deepvit.engine.folder import RunFolder
 from deepvit.errors import UserError
 from deepvit.models import list_models, model_config
 from deepvit.run import build, micro_batches
 from deepvit.run.build import read_settings
+from deepvit.run.resume import as_begun
 
 
 def choices(group: str) -> list[str]:
@@ -171,14 +175,14 @@ def test_a_run_of_the_old_name_is_continued(tmp_path, monkeypatch):
 def test_a_share_is_cut_into_whole_units(batch, world, most, mixup, sizes):
     config = compose([f"data.batch_size={batch}", f"engine.device_batch={most or 'null'}",
                       f"augment.mixup={mixup}", "model/attention=self"])
-    assert micro_batches.allowed(read_settings(config), world) == sizes
+    assert micro_batches.allowed(read_settings(config), set(), world) == sizes
 
 
 @pytest.mark.parametrize(("batch", "world", "mixup"), [(63, 2, 0.0), (3, 3, 0.8), (10, 2, 0.8)])
 def test_a_batch_that_does_not_divide_is_refused(batch, world, mixup):
     settings = read_settings(compose([f"data.batch_size={batch}", f"augment.mixup={mixup}", "model/attention=self"]))
     with pytest.raises(UserError, match=f"data.batch_size={batch}"):
-        micro_batches.allowed(settings, world)
+        micro_batches.allowed(settings, set(), world)
 
 
 def test_epochs_become_steps():
@@ -195,3 +199,23 @@ def test_epochs_become_steps():
     ("init='a=b'", "init='a=b'"), ("--config-dir=a=b", "--config-dir=a=b")])
 def test_paths_with_an_equals_sign_need_no_quotes(word, expected):
     assert cli.quoted(word) == expected
+
+
+@pytest.mark.parametrize(("has", "name", "dtype"), [(True, "bf16", "bfloat16"), (False, "fp32", "float32")])
+def test_automatic_precision_is_decided_once(tmp_path, monkeypatch, has, name, dtype):
+    """By the device that the run begins on; another one later, and another default, change nothing."""
+    asked = {**compose([]), "origin": {"choices": {"precision": "auto"}}}
+    monkeypatch.setattr(build, "has_bf16", lambda device: has)
+    begun = build.with_precision(asked, torch.device("cpu"))
+    assert begun["precision"] == {"dtype": dtype, "tf32": has, "scale_gradients": False}
+    assert begun["origin"]["choices"]["precision"] == name
+    monkeypatch.setattr(build, "has_bf16", lambda device: not has)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(begun))
+    assert build.with_precision(as_begun(asked, RunFolder(tmp_path)), torch.device("cpu")) == begun
+    typed = {**asked, "precision": {**begun["precision"], "dtype": "float16"}}
+    assert as_begun(typed, RunFolder(tmp_path))["precision"] == typed["precision"]
+
+
+@pytest.mark.parametrize("recipe", ["digits", "cifar10", "folder", "finetune_folder"])
+def test_recipes_that_name_no_precision_leave_it_to_the_device(recipe):
+    assert compose([f"recipe={recipe}", "data.root=x", "init=x"])["precision"]["dtype"] == "auto"

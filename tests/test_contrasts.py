@@ -1,5 +1,6 @@
 """Contrasts of a study: from the sweep file through its record to tests that are scipy's."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -17,6 +18,7 @@ from deepvit.config.sweep_record import SweepRecord, read_lines
 from deepvit.errors import BAD_INPUT, DONE, UserError
 from deepvit.report.contrasts import Contrast, Finding, find, read_plan
 from deepvit.report.statistics import holm
+from deepvit.report.tables import tables
 
 PLAN = {"outcome": "top1", "margin": 0.5, "contrasts": {
     "mixing": {"plus": {"model/attention": "reattention"}, "minus": {"model/attention": "norm_only"},
@@ -105,6 +107,18 @@ def test_a_verdict_follows_from_the_tests(claim, shift, verdict):
     assert Finding(contrast, 0.5, points, {}, []).verdict == verdict
 
 
+def test_a_preregistration_is_named_and_a_changed_one_too(study, tmp_path):
+    study(3, {**PLAN, "preregistered": "docs/plan.md"})
+    configs = list((tmp_path / "runs").rglob("config.yaml"))
+    for path in configs:
+        config = yaml.safe_load(path.read_text())
+        config["origin"]["preregistered"] = {"file": "docs/plan.md", "sha256": "ab" * 32}
+        path.write_text(yaml.safe_dump(config))
+    assert any(f"docs/plan.md, sha256 {'ab' * 32}" in note for note in tables(the_grid(tmp_path), 0.9)[0].notes)
+    configs[0].write_text(configs[0].read_text().replace("ab" * 32, "cd" * 32))
+    assert any("not every run" in note for note in tables(the_grid(tmp_path), 0.9)[0].notes)
+
+
 def test_the_report_of_a_study(study, tmp_path, capsys):
     study(2)
     next((tmp_path / "runs").rglob("reattention-32-1/metrics.json")).unlink()
@@ -126,17 +140,23 @@ def test_a_plan_that_cannot_be_meant_is_refused(change, words):
 
 
 def test_a_sweep_file_names_its_contrasts(run, tmp_path):
-    """As conf/sweep/study_dose.yaml does."""
-    path = tmp_path / "conf" / "sweep" / "study_dose.yaml"
+    """As conf/sweep/dose.yaml does it."""
+    path = tmp_path / "conf" / "sweep" / "tiny_study.yaml"
     path.parent.mkdir(parents=True)
     params = dict(word.split("=") for word in TINY)
     file = {"hydra": {"mode": "MULTIRUN", "sweep": {"dir": "runs/study"}, "callbacks": {"sweep": {"statistics": {
-        "margin": 0.5, "contrasts": {"the norm": {
+        "margin": 0.5, "preregistered": "plan.md", "contrasts": {"the norm": {
             "plus": {"model/attention": "norm_only"}, "minus": {"model/attention": "self"}, "primary": True}}}}},
         "sweeper": {"params": {**params, "model/attention": "self,norm_only", "seed": "0,1"}}}}
     path.write_text("# @package _global_\n" + yaml.safe_dump(file))
-    sweep = ["--config-dir", str(tmp_path / "conf"), "sweep=study_dose"]
+    sweep = ["--config-dir", str(tmp_path / "conf"), "sweep=tiny_study"]
+    code, _, sentence = run("train", "-m", *sweep)
+    assert code == BAD_INPUT and "plan.md" in sentence and not (tmp_path / "runs").exists()
+    (tmp_path / "plan.md").write_text("what is asked")
     assert run("train", "-m", *sweep)[0] == DONE
+    digest = hashlib.sha256(b"what is asked").hexdigest()
+    configs = [yaml.safe_load(path.read_text()) for path in (tmp_path / "runs").rglob("config.yaml")]
+    assert [one["origin"]["preregistered"]["sha256"] for one in configs] == [digest] * 4
     record, = (tmp_path / "runs/study/sweeps").glob("*.jsonl")
     assert read_lines(record)[0]["statistics"] == file["hydra"]["callbacks"]["sweep"]["statistics"]
     code, said, _ = run("report", "runs/study")

@@ -196,8 +196,8 @@ def test_files_that_vanish_are_bad_images(tmp_path):
         list(data.eval_batches(val, data.eval_transform(4), batch_size=2))
 
 
-SPECIAL = ["données", "图片", "set (1)", "run#2", "a[1]", "a=b", "it's", "a,b", "2024", "null", "[x]", "a b ", "x'", "\\",
-           "a\\'b", "{a}", 'say "x"', "tab\tx", "M\udcf6we"]
+SPECIAL = ["données", "图片", "set (1)", "run#2", "a[1]", "a=b", "it's", "a,b", "2024", "null", "[x]", "a b ", "x'",
+           "\\", "a\\'b", "{a}", 'say "x"', "tab\tx", "M\udcf6we"]
 
 
 def value_of(word: str):

@@ -42,6 +42,17 @@ def make_run(folder, ema: bool = False, **settings):
     return model.eval(), folder
 
 
+def test_an_export_replaces_earlier_exports_alone(tmp_path):
+    _, run = make_run(tmp_path / "run")
+    for mine in ("best.safetensors", "best.safetensors.md"):
+        (path := run / "checkpoints" / mine).write_text("mine")
+        with pytest.raises(UserError, match=f"{mine} is there already.*--out"):
+            export(run, "safetensors")
+        assert path.read_text() == "mine"
+        path.unlink()
+    assert export(run, "safetensors").path == export(run, "safetensors").path
+
+
 def test_safetensors_of_a_run_and_its_card(tmp_path):
     model, run = make_run(tmp_path / "run", attention="reattention", reattention_blocks=[1], map_scale=0.5)
     done = export(run, "safetensors")

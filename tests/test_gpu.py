@@ -36,9 +36,10 @@ def tf32_as_it_was():
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
-def build_on(device: torch.device, *overrides: str) -> Built:
-    settings, ranks = build.read_settings(compose([*SMALL, *overrides])), Ranks(0, 1, device)
-    prepare_device(build.precision(settings.precision), ranks)
+def build_on(device: torch.device, *overrides: str, precision: str = "fp32") -> Built:
+    settings = build.read_settings(compose([*SMALL, f"precision={precision}", *overrides]))
+    ranks = Ranks(0, 1, device)
+    prepare_device(build.precision(settings.precision, device), ranks)
     built = build.build(settings, ranks)
     if settings.precision.scale_gradients:  # torch's 2^16 overflows in the first step, which is then skipped
         built.state.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**10)
@@ -76,7 +77,7 @@ def on_the_cpu() -> tuple[torch.Tensor, torch.Tensor]:
 def test_twenty_steps_are_those_of_the_cpu(device, on_the_cpu, precision, bound):
     """Within rounding: losses, and the average of the weights. (Of the keys' bias, whose gradient is nothing but
     rounding, Adam makes whole steps: 0.3 % of the weights.)"""
-    built = build_on(device, f"precision={precision}")
+    built = build_on(device, precision=precision)
     losses = train(built)
     assert losses[-5:].mean() < losses[:5].mean() - 0.05
     assert furthest(losses, on_the_cpu[0]) < bound and relative(average_of(built), on_the_cpu[1]) < 1e-2
@@ -85,20 +86,20 @@ def test_twenty_steps_are_those_of_the_cpu(device, on_the_cpu, precision, bound)
 def evaluation(built: Built, model: torch.nn.Module, ranks: Ranks) -> Evaluation:
     data, images = built.settings.data, built.splits.val
     return evaluate(model, build.eval_batches(data, images, ranks)(), build.prepare(data, 10), ranks,
-                    build.precision(built.settings.precision), n=len(images))
+                    build.precision(built.settings.precision, ranks.device), n=len(images))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_folded_evaluation_is_the_definition(device, precision):
     """With the statistics of a run: against the same weights in float64, whose maps are made and kept."""
-    built = build_on(device, f"precision={precision}")
+    built = build_on(device, precision=precision)
     train(built, 10)
     model = built.state.evaluated_model.eval()
     exact = copy.deepcopy(model).cpu().double()
     for block in exact.blocks:
         block.attn.attend = lambda q, k, v, attention=block.attn: attention.maps(q, k) @ v
     x = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad(), build.precision(built.settings.precision).autocast(device):
+    with torch.no_grad(), build.precision(built.settings.precision, device).autocast(device):
         assert relative(model(x.to(device)), exact(x.double())) < (1e-4 if precision == "fp32" else 2e-2)
     here, there = (evaluation(built, one, ranks) for one, ranks in (
         (model, built.ranks), (copy.deepcopy(model).cpu(), Ranks(0, 1, CPU))))
@@ -107,11 +108,20 @@ def test_the_folded_evaluation_is_the_definition(device, precision):
 
 @pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.slow),
                                     pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
-@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.xfail(
-    strict=False, reason="torch 2.15's partitioner loses a parameter that was multiplied by 1: ops' map_scale"))])
+@pytest.mark.parametrize("checkpointing", [False, True])
 def test_compiled_with_and_without_checkpointing(device, on_the_cpu, checkpointing):
     built = build_on(device, "engine.compile=true", f"engine.grad_checkpointing={checkpointing}")
     assert furthest(train(built), on_the_cpu[0]) < 1e-3 and relative(average_of(built), on_the_cpu[1]) < 1e-2
+
+
+@pytest.mark.parametrize("mixing", ["augment.mixup=0.8", "augment.cutmix=1.0"])
+def test_channels_stay_last_to_the_end_of_the_stem(device, mixing):
+    built, layouts = build_on(device, "model.stem=conv", "augment.mixup=0", mixing), []
+    for part in built.model.patch_embed.children():
+        part.register_forward_pre_hook(
+            lambda module, inputs: layouts.append(inputs[0].is_contiguous(memory_format=torch.channels_last)))
+    train(built, 1)
+    assert layouts == [True] * 5 * 2  # parts, micro-batches
 
 
 def test_checkpointing_changes_nothing_but_rounding(device, on_the_cpu):
@@ -155,7 +165,7 @@ def no_waiting(device: torch.device):
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_the_host_waits_for_nothing_in_a_steady_step(device, precision):
     """The whole of it, from the loader's batch to the average."""
-    built = build_on(device, f"precision={precision}")
+    built = build_on(device, precision=precision)
     updates, batches = [], built.make_batches(0, 8)
     for number in range(8):
         with no_waiting(device if number >= 4 else CPU):  # the first ones make what stays

@@ -79,7 +79,7 @@ def test_every_step_on_a_gpu_has_a_command_that_exists(tmp_path, cifar10):
     """What the miniature leaves out differs from it in these words alone."""
     steps = gpu_session.on_a_gpu(tmp_path, tmp_path, cifar10)
     benches = [step.arguments[1] for step in steps if step.arguments[0] == "bench"]
-    assert set(benches) == BENCHES.keys() - {"loader", "listing", "startup"} and len(steps) == 16
+    assert set(benches) == BENCHES.keys() - {"loader", "listing", "startup", "forecast"} and len(steps) == 16
     assert len({step.log for step in steps}) <= 7
     words = {word for step in steps for word in step.arguments if str(word).startswith("--")}
     assert words - {"--cifar10"} == {"--seconds", "--compile", "--json"}

@@ -73,15 +73,13 @@ def test_all_norms_of_a_model_take_the_same_groups():
 
 
 def test_norm_batch_of_a_model():
-    """32 by the YAML, the stem's from the attention's or its own, null in what was built before it existed."""
-    batches = lambda model: {  # noqa: E731
-        module.norm_batch for module in model.modules()
-        if hasattr(module, "norm_batch") and getattr(module, "norm", module) is not None}
+    """32 by the YAML; the stem's is the attention's if that has one; null in what was built before it existed."""
     published = deepvit.models.attention_config("reattention")
     old = {name: value for name, value in published.items() if name != "norm_batch"}
     for attention, stem, want in (("reattention", "conv", {32}), (old, "conv", {None}), ("norm_only", "patch", {32}),
-                                  ("self", "conv", {None}), ("self", {"name": "conv", "norm_batch": 8}, {8})):
-        assert batches(deepvit.create_model("vit", **SMALL, attention=attention, stem=stem)) == want
+                                  ("self", "conv", {32}), ("reattention_fc", "patch", set()),
+                                  ("self", {"name": "conv", "norm_batch": 8}, {8})):
+        assert deepvit.create_model("vit", **SMALL, attention=attention, stem=stem).norm_batches == want
     for wrong in ({"norm_batch": 0}, {"norm_batch": 2.5}, {"sync_norm": False}):
         with pytest.raises(UserError, match="norm_batch"):
             deepvit.create_model("vit", **SMALL, attention={**published, **wrong})

@@ -477,3 +477,10 @@ def test_names_are_fetched_from_the_hub(tmp_path):
                                          "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "127.0.0.1"})
     finally:
         server.shutdown()
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_a_file_whose_name_is_not_utf8(tmp_path, suffix):
+    model, path = trained(), tmp_path / f"M\udcf6we{suffix}"
+    deepvit.save_model(model, path)
+    assert_same(deepvit.load_model(path), model)

@@ -13,6 +13,7 @@ from hydra.core.global_hydra import GlobalHydra
 from deepvit.commands.main import main
 from deepvit.engine.folder import MARK, RunFolder
 from deepvit.errors import UserError
+from deepvit.run.resume import as_begun, settings_of
 
 TINY = ["model=vit", "model.depth=1", "model.embed_dim=8", "model.num_heads=1", "data.batch_size=512",
         "data.fraction=0.05", "schedule.epochs=1", "schedule.warmup_epochs=0", "probe.images=0"]
@@ -73,7 +74,8 @@ def fill(top: Path, chance: random.Random, finished: Path) -> None:
             path.write_bytes(chance.choice(TEXTS))
 
 
-@pytest.mark.parametrize(("first", "count"), [(0, 30), pytest.param(30, 2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("first", "count"), [
+    (0, 30), *(pytest.param(first, 500, marks=pytest.mark.slow) for first in range(30, 2030, 500))])
 def test_no_command_changes_what_is_not_of_its_run(first, count, finished, tmp_path, monkeypatch, capfd):
     codes = set()
     for case in range(first, first + count):
@@ -117,6 +119,16 @@ def test_a_folder_begun_by_a_version_without_a_mark_is_ours(finished, tmp_path):
     folder.claim()
     folder.release()
     assert folder.is_ours() and folder.is_finished()
+
+
+@pytest.mark.parametrize("text", ["", "torn: [", "mine", "2020-13-99", "[1]", "model: 1", "\udcff"])
+def test_a_config_may_be_anything(tmp_path, text):
+    folder = RunFolder(tmp_path)
+    folder.config.write_text(text, errors="surrogateescape")
+    asked = {"model": {"attention": {}}, "calibrate": "auto"}
+    assert as_begun(asked, folder) is asked
+    with pytest.raises(UserError, match="config.yaml is torn"):
+        settings_of(folder)
 
 
 def test_a_refused_run_leaves_an_empty_folder_as_it_was(tmp_path):

@@ -123,10 +123,12 @@ def test_weights_of_other_classes_are_refused_unless_the_head_is_reset(run, tmp_
 @pytest.mark.parametrize(("words", "expected"), [
     (["checkpoint=gone.pt"], "gone.pt"),
     (["checkpoint={torn}"], "torn.pt"),
-    (["checkpoint={torn}", "weights=best"], "weights=best"),
+    (["checkpoint={torn}", "weights=best"], "weights is 'best'"),
     ([], "no checkpoint under runs/"),
     (["checkpoint=[a"], "checkpoint=[a does not exist"), (["check point=a"], "'check point=a' cannot be read"),
-    (["chekpoint=x"], "Did you mean 'checkpoint'"),
+    (["chekpoint=x"], "Did you mean 'checkpoint'"), (["checkpoint=[[${oc.env:UNSET}]]"], "UNSET"),
+        (["schedule.epochs=3"], "'schedule.epochs' is a setting of another program"),
+        (["--config-name", "train", "labels=real"], "--config-dir"),
 ])
 def test_bad_input_to_eval_is_one_sentence(run, tmp_path, words, expected):
     (tmp_path / "torn.pt").write_bytes(b"PK\x03\x04" + bytes(100))

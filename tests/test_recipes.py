@@ -109,5 +109,5 @@ def test_copies_of_an_image_fill_deit3s_batches_on_one_node():
     settings = build.read_settings(compose(["model=vit_s16", "model/attention=reattention", "recipe=imagenet_deit3",
                                             "data.root=x"]))
     for world in (1, 2, 4, 8):
-        assert allowed(settings, world)[0] == settings.data.batch_size // world
+        assert allowed(settings, {32}, world)[0] == settings.data.batch_size // world
     assert settings.data.batch_size % settings.augment.repeats == 0

@@ -217,9 +217,11 @@ def test_settings_that_differ_become_columns(make, tmp_path):
 
 
 def test_one_number_is_one_value(make, tmp_path):
-    make("a", model__mlp_ratio=3, seed=0)
-    make("b", model__mlp_ratio=3.0, seed=1)
+    make("a", model__mlp_ratio=3, seed=0, augment__mixup=0)
+    make("b", model__mlp_ratio=3.0, seed=1, augment__mixup=0.0)
     assert the_grid(tmp_path).extras == () and len(the_grid(tmp_path).cells) == 1
+    make("c", model__mlp_ratio=4.0, seed=1)
+    assert [cell.details(the_grid(tmp_path)) for cell in the_grid(tmp_path).cells] == [["mlp_ratio 3"], ["mlp_ratio 4"]]
 
 
 def test_runs_that_differ_in_many_settings_become_several_tables(make, tmp_path, capsys):

@@ -11,9 +11,10 @@ from deepvit.data import load
 from deepvit.engine.ranks import Ranks
 from deepvit.engine.signals import StopRequest
 from deepvit.errors import BAD_INPUT, UserError
+from deepvit.models.registry import without_effect
 from deepvit.run import build, resume
 from deepvit.run.forecast import forecast
-from deepvit.run.launch import launch, train_job
+from deepvit.run.launch import launch, launched, train_job
 from deepvit.run.train import train
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -58,12 +59,32 @@ def check(*overrides: str) -> None:
     (["model/attention=temperature_decay", "model.attention.first=0"], ["model.attention.first=0", "above 0"]),
     (["+model.attention.attn_drop=2"], ["model.attention.attn_drop=2", "at most 1"]),
     (["model.stem={name: conv, norm: true}"], ["model.stem.norm"]),
+    (["model.stem={name: [patch]}"], ["stem=['patch']", "conv"]),
+    (["~model.in_chans"], ["model.in_chans", "missing"]),
+    (["optimizer.layer_decay=1e38"], ["optimizer.layer_decay", "at most 1"]),
+    (["data.fraction=" + "x" * 999], ["data.fraction is 'xx", "xx...", "a number"]),
 ], ids=lambda value: value[-1] if isinstance(value, list) else "")
 def test_a_sentence_names_it(overrides, words):
     with pytest.raises(UserError) as refused:
         check(*overrides)
     assert all(word in str(refused.value) for word in words), refused.value
     assert "\n" not in str(refused.value)
+
+
+NORM_ONLY, DROPOUT = "model/attention=norm_only", "model/attention=attention_dropout"
+
+
+@pytest.mark.parametrize(("overrides", "words"), [
+    (["model/attention=reattention_fc", "+model.attention.norm_eps=0.1"], ["attention.norm_eps", ".norm=false"]),
+    ([NORM_ONLY, "+model.attention.theta_init=identity"], ["attention.theta_init", ".mix=false"]),
+    ([DROPOUT, "model.attn_drop_rate=0.2"], ["model.attn_drop_rate", "attention.attn_drop=0.1"]),
+    (["model.reattention_blocks=[0]"], ["model.reattention_blocks", "model/attention=self"]),
+    (["model/attention=reattention", "model.attention.norm=false"], []), ([NORM_ONLY], []), ([DROPOUT], []),
+    ([DROPOUT, "model.attn_drop_rate=0.2", "model.reattention_blocks=[0]"], []),
+], ids=lambda value: value[-1] if value and "=" in value[0] else "")
+def test_what_a_model_does_not_heed_is_said(overrides, words):
+    found = " ".join(without_effect(compose(["model=vit", *overrides])["model"]))
+    assert bool(found) == bool(words) and all(word in found for word in words)
 
 
 @pytest.mark.parametrize("overrides", [
@@ -102,6 +123,22 @@ def test_settings_of_other_data_are_refused():
     for given in ({"name": "wds"}, {"train_split": "all"}, {"val_split": "test"}):
         with pytest.raises(UserError, match="data=timm"):
             load("digits", **given)
+
+
+def test_images_of_the_set_itself_are_not_held_out(tmp_path):
+    with pytest.raises(UserError, match="data.val_fraction=0.1.*own test images"):
+        load("cifar10", root=str(tmp_path), val_fraction=0.1)
+
+
+def test_another_number_of_devices_than_the_launcher_started(tmp_path, monkeypatch):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "4"), ("LOCAL_WORLD_SIZE", "2"), ("MASTER_ADDR", "here"),
+                        ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
+    config = compose(["engine.devices=3"])
+    outcome = launch(train_job, config, tmp_path)
+    assert outcome.code == BAD_INPUT and "engine.devices=3" in outcome.message and "torchrun" in outcome.message
+    for devices in (None, 2, 4):
+        assert launched({"devices": devices}) == 0
 
 
 def test_more_repeats_than_images():

@@ -65,7 +65,7 @@ def test_a_table_in_small_is_the_same_cells_with_another_recipe(sweep):
 def test_everything_stands_in_the_parameters(sweep):
     """Where `--help` and the report look for it."""
     content = body(sweep)
-    assert list(content) == ["hydra"] and set(content["hydra"]) <= {"mode", "sweep", "sweeper"}
+    assert list(content) == ["hydra"] and set(content["hydra"]) <= {"mode", "sweep", "sweeper", "callbacks"}
     assert content["hydra"]["mode"] == "MULTIRUN" and list(content["hydra"]["sweeper"]) == ["params"]
     assert {"model", "recipe"} <= set(content["hydra"]["sweeper"]["params"])
 
@@ -76,7 +76,8 @@ def test_header_names_the_command_and_the_shared_recipe(sweep):
     params = body(sweep)["hydra"]["sweeper"]["params"]
     assert header[0] == "# @package _global_"
     if sweep != "digits_depth":
-        assert body(sweep)["hydra"]["sweep"] == {"dir": f"runs/{sweep}"}  # so that a table's runs are by themselves
+        folders = (f"runs/{sweep}", f"docs/results/{sweep}/runs")  # so that a table's runs are by themselves
+        assert body(sweep)["hydra"]["sweep"]["dir"] in folders
         assert any(f"python train.py -m sweep={sweep} " in line for line in header)
         assert f"recipe={params['recipe']}" in " ".join(header)
 

@@ -16,6 +16,8 @@ class Failure(Exception):
 
 def unusable(error: OSError) -> UserError:
     """A file or folder of the user's that could not be opened, in a sentence; raises an error that names no file."""
+    if isinstance(error, FileNotFoundError) and error.filename is None:  # of os.getcwd
+        return UserError("The folder that this was started in is gone: change to another one.")
     if error.filename is None:
         raise error
     return UserError(f"{error.filename} cannot be used ({error.strerror}): mend it or give another.")

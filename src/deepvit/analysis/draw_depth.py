@@ -108,7 +108,8 @@ def scale(ax: Axes, unit: str, least: float) -> None:
     below."""
     ax.set_xlim(left=0.5)
     whole_blocks(ax.xaxis)
-    if unit == "ratio":
+    ratio = unit == "ratio" and any(np.nanmax(line.get_ydata(), initial=0) > 0 for line in ax.lines)
+    if ratio:
         ax.set_yscale("log")
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.yaxis.set_major_formatter("{x:g}")
@@ -120,7 +121,7 @@ def scale(ax: Axes, unit: str, least: float) -> None:
         low, high = ax.get_ylim()
     middle, half = (low + high) / 2, max(high - low, least) / 2
     ends = middle - half, middle + half
-    ax.set_ylim(*(np.exp(ends) if unit == "ratio" else ends))
+    ax.set_ylim(*(np.exp(ends) if ratio else ends))
 
 
 def whole_blocks(*axes: Axis) -> None:

@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from deepvit.bench import attention, ceilings, listing, loader, memory, models, rows, scaling, small, startup
+from deepvit.bench import attention, ceilings, forecast, listing, loader, memory, models, rows, scaling, small, startup
 from deepvit.bench.timing import reason
 from deepvit.errors import UserError
 
@@ -20,6 +20,7 @@ BENCHES: dict[str, Callable[[argparse.Namespace], Iterable[dict]]] = {
     "precision": lambda given: [{"case": "op under bf16 autocast at initialisation, against float64", **row}
                                 for row in attention.half_precision_error(device=given.device)],
     "memory": lambda given: memory.measure(given.device, **_given(given, "depth", "batch")),
+    "forecast": lambda given: forecast.measure(given.device, **_given(given, "depth", "batch")),
     "imagenet": lambda given: models.imagenet(given.device, **_given(given, "depth", "batch", "seconds"),
                                               compiled=given.compile),
     "small": lambda given: small.measure(given.device, **_given(given, "depth", "batch", "cifar10"),
@@ -33,8 +34,9 @@ BENCHES: dict[str, Callable[[argparse.Namespace], Iterable[dict]]] = {
 
 
 def all_of(given: argparse.Namespace) -> list[str]:
-    """The benches that `all` means: no hours of ImageNet on a CPU, and the loader where there are files for it."""
-    without = {*([] if given.data else ["loader"]), *([] if given.device == "cuda" else ["imagenet"])}
+    """The benches that `all` means: no hours of ImageNet on a CPU, the loader where there are files for it, and not the
+    quarter of an hour of `forecast`."""
+    without = {"forecast", *([] if given.data else ["loader"]), *([] if given.device == "cuda" else ["imagenet"])}
     return [name for name in BENCHES if name not in without]
 
 

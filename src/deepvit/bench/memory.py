@@ -1,13 +1,13 @@
 """What a train step keeps and needs: bytes saved for backward, and the peak of a fresh process."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 
 from deepvit.bench.apart import apart
 from deepvit.bench.contestants import BASE, TrainStep, contestants
 from deepvit.bench.timing import fitting, reason
+from deepvit.engine.memory import peak_bytes, reset_peak
 
 
 def measure(device: str = "cpu", *, depth: int = 32, batch: int | None = None, img_size: int = 224) -> Iterator[dict]:
@@ -39,30 +39,13 @@ def _one(name: str, device: str, depth: int, batch: int, img_size: int) -> tuple
     def make(images: int) -> TrainStep:
         nonlocal idle
         step = TrainStep(contestants(depth, img_size)[name], images, img_size, device)
-        idle = _resident(device)
+        idle = reset_peak(torch.device(device))
         return step
 
     step, batch = fitting(make, batch)
     step()
-    peak, kept = _peak(device) - idle, step.kept()
+    peak, kept = peak_bytes(torch.device(device)) - idle, step.kept()
     heads, tokens = 12, (img_size // 16) ** 2 + 1
     maps = batch * heads * tokens**2 * (2 if device == "cuda" else 4)  # bytes; nothing else a block keeps is so large
     return {"kept_mib": sum(kept) / 2**20, "maps_mib": sum(size for size in kept if size >= maps) / 2**20,
             "peak_mib": peak / 2**20}, batch
-
-
-def _resident(device: str) -> int:
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    return _status("VmRSS")
-
-
-def _peak(device: str) -> int:
-    return torch.cuda.max_memory_allocated() if device == "cuda" else _status("VmHWM")
-
-
-def _status(field: str) -> int:
-    """Bytes, from Linux: of this program alone; getrusage's peak would be that of the process that started it."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field + ":"))
-    return int(line.split()[1]) * 1024

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from deepvit.bench.timing import reason
 from deepvit.config.compose import compose
 from deepvit.engine.folder import read_json_lines
 from deepvit.engine.ranks import Ranks
@@ -14,21 +15,35 @@ from deepvit.engine.signals import StopRequest
 from deepvit.run.train import train
 
 LOGGED = 8  # lines of the log, of which the first two warm up
+BATCH = {"cuda": 512, "cpu": 32}
 
 
 def measure(device: str = "cpu", *, depth: int = 32, batch: int | None = None, cifar10: str | None = None,
             compiled: bool = False) -> Iterator[dict]:
-    """A row with `case`, `name`, `images_per_s` and `data_wait` (both medians over the lines of the log) and `top1`.
+    """Rows with `case`, `name`, `images_per_s` and `data_wait` (both medians over the lines of the log) and `top1`; or
+    `failed`.
 
     Args:
         batch: default 512, on a CPU 32; cifar10: its folder; without it the built-in digits, enlarged.
+        compiled: by torch.compile, on a GPU in its default mode and as CUDA graphs.
     """
-    batch = batch or (512 if device == "cuda" else 32)
+    batch = batch or BATCH[device]
+    case = f"training on {'CIFAR-10' if cifar10 else 'digits'}, {depth} blocks of width 192, 65 tokens, batch {batch}"
+    modes = (("default", "reduce-overhead") if device == "cuda" else ("default",)) if compiled else (False,)
+    for mode in modes:
+        named = {"name": "deepvit, re-attention", "case": f"{case}, compiled: {mode}" if mode else case}
+        try:
+            yield named | _train(device, depth, batch, cifar10, mode)
+        except Exception as error:  # one mode's failure is a row, and the other goes on
+            yield named | {"failed": reason(error)}
+
+
+def _train(device: str, depth: int, batch: int, cifar10: str | None, mode: str | bool) -> dict[str, float]:
     data = [f"data.root={cifar10}"] if cifar10 else ["data=digits"]
     every = 20 if device == "cuda" else 1
     config = compose(["recipe=cifar10", *data, "model=deepvit32", f"model.depth={depth}", "model.embed_dim=192",
                       "model.num_heads=6", "precision=bf16", "data.on_device=true", f"data.batch_size={batch}",
-                      f"engine.log_every={every}", f"engine.compile={str(compiled).lower()}", "probe.images=0",
+                      f"engine.log_every={every}", f"engine.compile={str(mode).lower()}", "probe.images=0",
                       "schedule.epochs=null", "schedule.warmup_epochs=null", f"schedule.steps={LOGGED * every}",
                       "schedule.warmup_steps=0"])
     here = torch.device(device, 0 if device == "cuda" else None)
@@ -36,8 +51,5 @@ def measure(device: str = "cpu", *, depth: int = 32, batch: int | None = None, c
         train(config, Path(folder), Ranks(0, 1, here), StopRequest())
         lines = list(read_json_lines(Path(folder) / "metrics.jsonl"))
     steady = [line for line in lines if "lr" in line][2:]
-    source = "CIFAR-10" if cifar10 else "digits"
-    yield {"case": f"{'compiled ' if compiled else ''}training on {source}, {depth} blocks of width 192, 65 tokens, "
-                   f"batch {batch}", "name": "deepvit, re-attention",
-           **{field: statistics.median(line[field] for line in steady) for field in ("images_per_s", "data_wait")},
-           "top1": next(line["top1"] for line in reversed(lines) if "top1" in line)}
+    return {**{field: statistics.median(line[field] for line in steady) for field in ("images_per_s", "data_wait")},
+            "top1": next(line["top1"] for line in reversed(lines) if "top1" in line)}

@@ -57,7 +57,7 @@ def _processor() -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="deepvit bench", description=__doc__)
     parser.add_argument("benches", nargs="+", choices=[*BENCHES, "all"], metavar="BENCH",
-                        help=f"{', '.join(BENCHES)}, or all (loader with --data, imagenet on a GPU)")
+                        help=f"{', '.join(BENCHES)}, or all (without forecast; loader with --data, imagenet on a GPU)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, help="to spend on each bench (attention, scaling: on each case)")
     parser.add_argument("--depth", type=int, help="blocks of the models (default 32)")

@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,7 @@ from deepvit.config.provenance import origin
 from deepvit.config.run_name import as_typed, run_folder
 from deepvit.config.suggest import PLUGINS, setting_meant
 from deepvit.config.sweep_record import SweepRecord
-from deepvit.errors import DONE, FAILED, STOPPED, UserError, did_you_mean
+from deepvit.errors import BAD_INPUT, DONE, FAILED, STOPPED, UserError, did_you_mean
 from deepvit.run.console import say
 from deepvit.run.launch import Job, Outcome, eval_job, launch, train_job, unexpected
 
@@ -52,8 +53,7 @@ def run_job(job: Job, config: DictConfig) -> Any:
             say(f"\n[{settings.job.num + 1}] {', '.join(overrides) or 'default'}")
         outcome = _run(job, config, settings, folder)
     _outcomes.append(outcome)
-    if outcome.code != DONE:
-        _remove_if_empty(folder)
+    _remove_if_empty(folder)
     found = outcome.value if isinstance(outcome.value, dict) else {}
     if record:
         if outcome.code != STOPPED and outcome.message:
@@ -75,6 +75,8 @@ def _run(job: Job, config: DictConfig, settings: DictConfig, folder: Path) -> Ou
         if job is train_job:
             plain["origin"] = origin(config, settings, folder)
         return launch(job, plain, folder)
+    except OmegaConfBaseException as error:  # a reference to nothing, such as ${oc.env:UNSET}
+        return Outcome(BAD_INPUT, hydra_error(error))
     except Exception as error:  # a defect in one cell must not end the others; its traceback is printed
         return unexpected(error)
 
@@ -138,10 +140,10 @@ def sentences() -> Iterator[None]:
             raise refused.error from None
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(hydra_error(error)) from None
-    except ValueError as error:  # Hydra's own, of a group set to null
-        if "Config group override" not in str(error):
+    except (TypeError, ValueError) as error:  # Hydra's own, of a group set to null or to a list of numbers
+        if Path(traceback.extract_tb(error.__traceback__)[-1].filename).name != "defaults_list.py":
             raise
-        raise UserError("A group of settings cannot be null: choose one of `--help`'s, or leave it out.") from None
+        raise UserError("A group of settings is set to no name: choose one of `--help`'s, or leave it out.") from None
 
 
 def flags_first(words: Iterable[str]) -> list[str]:
@@ -199,9 +201,18 @@ def hydra_error(error: Exception) -> str:
         return _unknown_choice(*group.groups(), text)
     override = re.search(r"Could not override '([^']+)'", text)
     if override:
-        meant = setting_meant(RENAMED.get(override[1], override[1]))
-        return f"There is no setting '{override[1]}'.{meant} `--cfg job` lists them all."
+        return _unknown_setting(override[1])
     return " ".join(line.strip() for line in text.splitlines() if line.strip())
+
+
+def _unknown_setting(name: str) -> str:
+    meant = setting_meant(RENAMED.get(name, name))
+    if f"'{name}'" not in meant:
+        return f"There is no setting '{name}'.{meant} `--cfg job` lists them all."
+    if any(word.startswith(("--config-path", "--config-name", "-cp", "-cn")) for word in sys.argv):
+        return (f"The config that --config-path and --config-name give has no setting '{name}': leave them out, and "
+                f"add your own files with --config-dir FOLDER.")
+    return f"'{name}' is a setting of another program. `--cfg job` lists those of this one."
 
 
 def _unknown_choice(group: str, name: str, text: str) -> str:
@@ -213,7 +224,7 @@ def _unknown_choice(group: str, name: str, text: str) -> str:
 
 
 def _remove_if_empty(folder: Path) -> None:
-    """Hydra makes the folder before the job; a refused job leaves none behind."""
+    """Hydra makes the folder before the job; one that is refused, or dry, leaves none behind."""
     for path in (folder, *list(folder.parents)[:3]):
         try:
             path.rmdir()

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from deepvit import ops
-from deepvit.commands.model_card import write_card
+from deepvit.commands.model_card import is_card, write_card
 from deepvit.errors import DONE, Failure, UserError
 from deepvit.importers import deepvit as published
 from deepvit.importers import load_model
@@ -61,10 +61,10 @@ def export(source: str | Path, to: str, out: str | Path | None = None, weights: 
     out = Path(out) if out else path.with_name(f"{path.name.split('.')[0]}.{SUFFIX[to]}")
     if out.resolve() == path.resolve():
         raise UserError(f"--out {out} is the source itself: choose another file.")
-    pictures = _pictures(model)
+    card, pictures = out.with_name(out.name + ".md"), _pictures(model)
     with torch.no_grad():
         try:
-            _prove_writable(out)
+            _prove_writable(out, card)
             read_back, check = WRITERS[to](model, out)
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error
@@ -72,16 +72,19 @@ def export(source: str | Path, to: str, out: str | Path | None = None, weights: 
         difference = max((read_back(x) - model(x)).abs().max().item() for x in (pictures[:1], pictures))
     if not difference <= ATOL:
         raise Failure(f"{out} gives logits that differ by {difference:.2g} (more than {ATOL:g}): do not use it.")
-    done = Exported(out, out.with_name(out.name + ".md"), difference, check)
+    done = Exported(out, card, difference, check)
     write_card(done.card, model, out, to, f"{check}: largest difference of logits {difference:.1e}", run,
                "EMA" if model.load_report.weights == "ema" else "Raw")
     return done
 
 
-def _prove_writable(out: Path) -> None:
-    """An --out that cannot be written is refused before anything is computed."""
+def _prove_writable(out: Path, card: Path) -> None:
+    """An --out that cannot be written is refused before anything is computed; only an earlier export is replaced."""
     if out.is_dir():
         raise UserError(f"--out {out} is a folder: name the file to write in it.")
+    strange = next((path for path in (out, card) if path.exists() and not is_card(card, out.name)), None)
+    if strange:
+        raise UserError(f"{strange} is there already and no earlier export: give another name with --out.")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=out.parent):
         pass

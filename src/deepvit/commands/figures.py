@@ -19,6 +19,8 @@ from deepvit.importers import load_model, takes_average
 from deepvit.importers.files import is_safetensors
 from deepvit.models import ViT
 
+SIGNED = {"Creator": "deepvit"}  # in every image, which tells our own from a user's
+
 
 def compute(checkpoints: Sequence[Path], paths: Sequence[Path], *, weights: str = "auto",
             initial: bool = True) -> tuple[list[Study], list[str]]:
@@ -52,17 +54,23 @@ def draw(studies: Sequence[Study], folder: Path, suffix: str = "png") -> list[Pa
             "similarity_depth": draw_depth.similarity_with_depth(studies),
             "measures_depth": draw_depth.measures_with_depth(studies),
             "theta": draw_maps.theta(studies)}
-    written = []
+    drawn = {folder / f"{name}.{suffix}": figure for name, figure in figures.items() if figure is not None}
     try:
+        for path in drawn:
+            refuse_strange(path)
         folder.mkdir(parents=True, exist_ok=True)
-        for name, figure in figures.items():
-            if figure is not None:
-                written.append(folder / f"{name}.{suffix}")
-                figure.savefig(written[-1])
+        for path, figure in drawn.items():
+            figure.savefig(path, metadata=SIGNED)
     except OSError as error:
         raise UserError(f"The figures cannot be written to {folder} ({error.strerror or error}): "
                         f"choose another folder with --out.") from error
-    return written
+    return [*drawn]
+
+
+def refuse_strange(path: Path) -> None:
+    """UserError for an image that is there already and that no command of ours has drawn."""
+    if path.exists() and SIGNED["Creator"].encode() not in path.read_bytes():
+        raise UserError(f"{path} is there already and was not drawn here: choose another name or folder.")
 
 
 def _name(checkpoint: Path) -> str:

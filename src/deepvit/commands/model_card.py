@@ -4,8 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from deepvit.engine.folder import RunFolder, read_json_lines
 from deepvit.models import ViT
 
@@ -28,14 +26,19 @@ def write_card(path: Path, model: ViT, exported: Path, form: str, parity: str, r
         shown, whose = {"data": result.get("data", "its data"), **measured}, f"`{report.path.name}`"
     else:
         shown, whose = result, "the run's last checkpoint"
-    config = yaml.safe_load((run / "config.yaml").read_text()) if run and (run / "config.yaml").exists() else {}
-    config = config or report.said.get("run") or {}
+    config = report.said.get("run") or (RunFolder(run).read_config() if run else {})
     parts = [f"# {exported.name}", f"Form: {form}. {parity}.", f"{weights} weights of `{report.path}`.",
              *(f"Note: {note}." for note in report.notes),
              "## Model", _table({"parameters": f"{sum(p.numel() for p in model.parameters()):,}", **model.config}),
              "## Recipe", _recipe(config), "## Evaluation", _evaluation(shown, whose), "## Curve", _curve(run),
              "## Made with", _origin(config, result), "## Classes", _classes(model)]
     path.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8", errors="backslashreplace")
+
+
+def is_card(path: Path, exported: str) -> bool:
+    """Whether this module wrote it, for a file of that name."""
+    begin = f"# {exported}\n\nForm: ".encode(errors="backslashreplace")
+    return path.is_file() and path.read_bytes().startswith(begin)
 
 
 def _table(rows: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from deepvit.commands.cli import quoted, sentences
+from deepvit.commands.figures import SIGNED, refuse_strange
 from deepvit.config.compose import compose
 from deepvit.config.settings import Settings
 from deepvit.data import Splits
@@ -47,7 +48,7 @@ def draw(batches: Sequence[Batch], prepare: Prepare, path: str | Path, class_nam
         axis.set_title(_caption(target, class_names), fontsize=7, parse_math=False)
     figure.tight_layout()
     try:
-        figure.savefig(path, dpi=110)
+        figure.savefig(path, dpi=110, metadata=SIGNED)
     except OSError as error:
         raise UserError(f"The image cannot be written to {path} ({error.strerror}).") from error
     finally:
@@ -81,6 +82,7 @@ def main(arguments: Sequence[str]) -> int:
         raise UserError("Give the image to write first: deepvit preview OUT.png data=cifar10 ...")
     if not arguments[0].endswith(".png"):
         raise UserError(f"{arguments[0]} is no .png file: give the image to write a name that ends in .png.")
+    refuse_strange(Path(arguments[0]))
     batches, prepare, splits = first_batch(settings_asked(arguments[1:]))
     draw(batches, prepare, arguments[0], splits.class_names)
     print(f"Wrote {arguments[0]}")

@@ -6,6 +6,7 @@ from deepvit import analysis
 from deepvit.commands.preview import first_batch, settings_asked
 from deepvit.config.settings import Settings
 from deepvit.errors import DONE
+from deepvit.report.render import printed
 from deepvit.run import build
 
 IMAGES = 32  # the group that a norm over heads takes its statistics from
@@ -26,9 +27,8 @@ def table(settings: Settings) -> str:
     batches, prepare, splits = first_batch(settings)
     images = prepare(batches[0], 0, "cpu", True)[0][:IMAGES]
     found = analysis.regime(build.model(settings, len(splits.class_ids)), images)
-    rows = [f"{block:5d}" + "".join(f"{value:11.4g}" for value in values)
-            for block, values in enumerate(zip(*found.values()))]
-    return "\n".join(["block" + "".join(f"{name:>11}" for name in ("N std(A)", "gain", "attention", "mlp")), *rows])
+    return printed(["block", "N std(A)", "gain", "attention", "mlp"], [
+        [str(block), *(f"{value:.4g}" for value in values)] for block, values in enumerate(zip(*found.values()))])
 
 
 def main(arguments: Sequence[str]) -> int:

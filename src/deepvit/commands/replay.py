@@ -66,7 +66,8 @@ def _share(settings: Settings, content: dict[str, Any], number: int, rank: int) 
     state = build.state(settings, network, alone)
     state.load_state_dict(content)
     schedule, _ = build.schedule_and_plan(settings, len(splits.train))
-    micro_batch = content.get("micro_batch") or micro_batches.allowed(settings, content["world"])[0]
+    micro_batch = content.get("micro_batch") or micro_batches.allowed(settings, network.norm_batches,
+                                                                                 content["world"])[0]
     as_it_was = Ranks(rank, content["world"], alone.device)
     stepper = build.stepper(settings, network, schedule, len(splits.class_ids), alone,
                             masks=content.get("masks") == "image")

@@ -21,7 +21,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from deepvit.config.compare import flat
-from deepvit.config.provenance import choices_of
+from deepvit.config.provenance import choices_of, preregistration
 from deepvit.config.run_name import as_typed
 from deepvit.config.sweep_record import FOLDER, SweepRecord
 from deepvit.errors import DONE, FAILED, STOPPED, UserError
@@ -87,6 +87,7 @@ def _open(config: DictConfig) -> OpenSweep:
     statistics = OmegaConf.to_container(hydra.callbacks.sweep).get("statistics")
     if statistics:
         read_plan(statistics)
+        preregistration(hydra)  # refused before anything is written
     with open_dict(config):
         hydra.overrides.hydra.append(f"hydra.callbacks.sweep.record=[{in_quotes(str(record.path.absolute()))},"
                                      f"'{record.session}']")

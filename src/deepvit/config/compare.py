@@ -17,13 +17,6 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield prefix + str(name), value
 
 
-def normal(value: Any) -> Any:
-    """A setting's one form: `3.0` -> `3`, in lists too."""
-    if isinstance(value, list):
-        return [normal(one) for one in value]
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
 def nested(values: Mapping[str, Any]) -> dict[str, Any]:
     """The opposite of `flat`."""
     config: dict[str, Any] = {}
@@ -59,12 +52,12 @@ def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tupl
 def labels(configs: Sequence[Mapping[str, Any]]) -> list[str]:
     """What tells flat configs apart, in three words at most: `self`, `reattention, seed 1`; empty where all agree."""
     names = [name for name in dict.fromkeys(name for config in configs for name in config) if not has_no_effect(name)
-             and any(normal(config.get(name)) != normal(configs[0].get(name)) for config in configs)]
+             and any(config.get(name) != configs[0].get(name) for config in configs)]
     if "model.attention.name" in names:
         names = [name for name in names if not name.startswith("model.attention.") or name.endswith(".name")]
     first, last = ("model.attention.name", "model.depth", "init", "optimizer.lr"), ("seed",)
     names.sort(key=lambda name: first.index(name) if name in first else len(first) + (name in last))
-    return [", ".join(_in_words(name, normal(config.get(name))) for name in names[:3]) for config in configs]
+    return [", ".join(_in_words(name, config.get(name)) for name in names[:3]) for config in configs]
 
 
 def _in_words(name: str, value: Any) -> str:
@@ -73,4 +66,5 @@ def _in_words(name: str, value: Any) -> str:
     if name == "model.depth":
         return f"{value} blocks"
     short = name.rpartition(".")[2]
-    return f"no {short}" if value is None else f"{short} {str(value).rpartition('/')[2]}"
+    text = f"{value:g}" if isinstance(value, float) else str(value).rpartition("/")[2]
+    return f"no {short}" if value is None else f"{short} {text}"

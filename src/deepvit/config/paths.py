@@ -1,5 +1,6 @@
 """Paths to nothing, refused before torch is imported: a misspelt folder is answered at once."""
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,17 +19,18 @@ def refuse_missing(config: Mapping[str, Any], folder: Path) -> None:
     Raises:
         UserError: `data.root`, `init` or a `checkpoint` is not there.
     """
-    source, root = config["data"]["source"], config["data"]["root"]
+    data = config.get("data", {})
+    source, root = data.get("source"), data.get("root")
     if source in READ_A_FOLDER:
         if not root:
             raise UserError(f"data={source} needs the folder of the images: give data.root=/path/to/it.")
         _refuse("data.root", root)
     goes_on = (folder / "checkpoints" / "last.pt").exists() and not config.get("fresh")
     given = config.get("checkpoint", None if goes_on else config.get("init"))
-    for path in [given] if isinstance(given, str) else given or []:
+    for path in [given] if isinstance(given, str) else given if isinstance(given, list) else []:
         _refuse("checkpoint" if "checkpoint" in config else "init", path)
 
 
 def _refuse(setting: str, path: str) -> None:
-    if not SCHEME.match(path) and not Path(path).expanduser().exists():
+    if not SCHEME.match(path) and not os.path.exists(os.path.expanduser(path)):
         raise UserError(f"{setting}={path} does not exist: check the path, which is taken from {Path.cwd()}.")

@@ -1,5 +1,6 @@
 """Where a number comes from: the command, the code, its libraries, the machine."""
 
+import hashlib
 import platform
 import shlex
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deepvit.config.run_name import IN_THE_PATH, as_typed, run_name
+from deepvit.errors import UserError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -31,7 +33,23 @@ def origin(config: "DictConfig", hydra: "DictConfig", folder: Path) -> dict[str,
         words.append(f"hydra.run.dir={folder}")
     searched = [word for source in hydra.runtime.config_sources if source.provider == "command-line"
                 for word in ("--config-dir", source.path)]
-    return {**chosen, "command": shlex.join(["deepvit", "train", *searched, *words])}
+    return {**chosen, **preregistration(hydra), "command": shlex.join(["deepvit", "train", *searched, *words])}
+
+
+def preregistration(hydra: "DictConfig") -> dict[str, Any]:
+    """Name and sha256 of the file that said beforehand what a sweep's results are for, where its file names one.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    path = ((hydra.callbacks.get("sweep") or {}).get("statistics") or {}).get("preregistered")
+    if not path:
+        return {}
+    try:
+        return {"preregistered": {"file": path, "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()}}
+    except OSError as error:
+        raise UserError(f"The sweep was preregistered in {path}, which cannot be read ({error.strerror}): start it in "
+                        f"the folder that holds that file.") from None
 
 
 def choices_of(hydra: "DictConfig") -> dict[str, Any]:

@@ -89,8 +89,8 @@ class ScheduleSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class PrecisionSettings:
-    dtype: Literal["float32", "bfloat16", "float16"]
-    tf32: bool
+    dtype: Literal["auto", "float32", "bfloat16", "float16"]
+    tf32: bool | Literal["auto"]
     scale_gradients: bool
 
 
@@ -107,9 +107,10 @@ class Engine:
     timeout_s: float
     max_restarts: int
     max_skipped: int
-    keep: Literal["all", "best"] = "all"  # this default and the next are for the configs of earlier versions
+    keep: Literal["all", "best"] = "all"  # this default and those below are for the configs of earlier versions
     profile: int | None = None
     threads: int | None = None
+    deterministic: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,21 +157,47 @@ class Settings:
     origin: Mapping[str, Any] | None = None  # what was chosen and typed: see `config.provenance.origin`
 
 
+@dataclass(frozen=True, kw_only=True)
+class EvalSettings:
+    """What `deepvit eval` is asked. `data`: what is not as in training; `model`: keywords of `load_model`."""
+
+    data: Mapping[str, Any]
+    precision: PrecisionSettings
+    engine: Engine
+    checkpoint: str | list[str] | None
+    weights: Literal["auto", "ema", "raw"]
+    dialect: str | None
+    calibrate: int
+    labels: Literal["real"] | None
+    out: str | None
+    model: Mapping[str, Any]
+
+
+def read_evaluation(config: Mapping[str, Any]) -> EvalSettings:
+    """`read_settings` for an evaluation."""
+    return _read(EvalSettings, config)
+
+
 def read_settings(config: Mapping[str, Any]) -> Settings:
     """A composed, resolved config as typed settings.
 
     Raises:
         UserError: an unknown key, a missing one, a value of the wrong type or out of its range.
     """
-    check_arguments(Settings, {name: value for name, value in config.items() if name not in _GROUPS}, "",
-                    ignore_missing=_GROUPS)
-    groups = {name: read_group(name, config[name]) for name in _GROUPS}
-    settings = Settings(**{**config, **groups})
+    settings = _read(Settings, config)
     if not 0 <= settings.seed <= 2**62:
         raise UserError(f"seed={settings.seed} must be from 0 to 2**62.")
-    check_ranges({"calibrate": settings.calibrate}, {"calibrate": NOT_NEGATIVE})
     _check_pairs(settings)
     return settings
+
+
+def _read(kind: type, config: Mapping[str, Any]) -> Any:
+    """`kind` of a config, with its groups in their typed forms."""
+    groups = [name for name, hint in typing.get_type_hints(kind).items() if dataclasses.is_dataclass(hint)]
+    check_arguments(kind, {name: value for name, value in config.items() if name not in groups}, "",
+                    ignore_missing=groups)
+    check_ranges({"calibrate": config.get("calibrate")}, {"calibrate": NOT_NEGATIVE})
+    return kind(**{**config, **{name: read_group(name, config.get(name)) for name in groups}})
 
 
 def read_group(name: str, values: Mapping[str, Any]) -> Any:
@@ -200,7 +227,7 @@ RANGES: dict[str, Ranges] = {
         "crop_scale": (ABOVE_ZERO, 1), "crop_ratio": POSITIVE, "label_smoothing": (0, BELOW_ONE)},
     "optimizer": {
         **dict.fromkeys(("lr", "weight_decay"), NOT_NEGATIVE),
-        **dict.fromkeys(("eps", "layer_decay", "clip_grad"), POSITIVE),
+        **dict.fromkeys(("eps", "clip_grad"), POSITIVE), "layer_decay": (ABOVE_ZERO, 1),
         "momentum": SHARE, "betas": (0, BELOW_ONE)},
     "schedule": {
         **dict.fromkeys(("steps", "eval_steps"), COUNT),
@@ -208,9 +235,9 @@ RANGES: dict[str, Ranges] = {
         **dict.fromkeys(("warmup_epochs", "cooldown_epochs"), (0, 10**6)),
         **dict.fromkeys(("warmup_steps", "warmup_lr", "min_lr"), NOT_NEGATIVE)},
     "engine": {
-        **dict.fromkeys(("device_batch", "log_every", "save_every", "keep_epochs", "max_skipped", "profile",
-                         "threads"), COUNT),
-        "devices": (1, 1024), "timeout_s": (ABOVE_ZERO, 10**7), "max_restarts": NOT_NEGATIVE},
+        **dict.fromkeys(("device_batch", "log_every", "save_every", "keep_epochs", "max_skipped", "profile"), COUNT),
+        **dict.fromkeys(("devices", "threads"), (1, 1024)), "timeout_s": (ABOVE_ZERO, 10**7),
+        "max_restarts": NOT_NEGATIVE},
     "ema": {"decay": (0, BELOW_ONE)},
     "loss": {"cosine_blocks": NOT_NEGATIVE},
     "probe": {"images": NOT_NEGATIVE, "every_epochs": COUNT}}

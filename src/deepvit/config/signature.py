@@ -30,7 +30,7 @@ def check_arguments(function: Callable, given: Mapping[str, Any], where: str = "
             raise UserError(f"{prefix}{name} is not a setting.{did_you_mean(name, parameters)}"
                             f" The settings are: {', '.join(sorted(parameters))}.")
         if name in hints and not fits(value, hints[name]):
-            raise UserError(f"{prefix}{name} is {value!r}, which is not {describe(hints[name])}.")
+            raise UserError(f"{prefix}{name} is {shown(value)}, which is not {describe(hints[name])}.")
     for name, parameter in parameters.items():
         if parameter.default is parameter.empty and name not in given and name not in ignore_missing:
             raise UserError(f"{prefix}{name} is missing: give it {describe(hints.get(name, Any))}.")
@@ -97,6 +97,12 @@ def _fits_container(value: Any, origin: Any, arguments: tuple) -> bool:
     if origin is tuple and Ellipsis not in arguments:
         return len(value) == len(arguments) and all(map(fits, value, arguments))
     return all(fits(item, arguments[0]) for item in value)
+
+
+def shown(value: Any) -> str:
+    """`value` within a sentence, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", type(None): "null"}

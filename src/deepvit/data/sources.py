@@ -244,6 +244,9 @@ def _cifar(classes_of_it: int, *, root: str | None, val_fraction: float | None, 
     path = Path(root).expanduser()
     if path.is_dir() and find_splits(path)[0] is not None:
         return _folder(root=root, val_fraction=val_fraction, decoder=decoder, **options)
+    if val_fraction:
+        raise UserError(f"data.val_fraction={val_fraction} is for folders without a val/ or test/: torchvision's "
+                        f"{name} has its own test images, so leave it out.")
     from torchvision.datasets import CIFAR10, CIFAR100
     existed = path.exists()
     dataset = {10: CIFAR10, 100: CIFAR100}[classes_of_it]

@@ -6,15 +6,20 @@ import torch
 
 from deepvit.engine.ranks import Ranks
 from deepvit.engine.step import Precision
+from deepvit.errors import UserError
 
 
-def prepare_device(precision: Precision, ranks: Ranks, threads: int | None = None) -> None:
-    """`threads` of this rank (None: on a CPU its share of the cores), and the precision of float32 products."""
+def prepare_device(precision: Precision, ranks: Ranks, threads: int | None = None, deterministic: bool = False) -> None:
+    """`threads` of this rank (None: on a CPU its share of the cores), the precision of float32 products, and whether
+    every operation gives the same bits each time."""
     if threads is None and local_world(ranks) > 1 and ranks.device.type == "cpu":
         threads = max(1, usable_cores() // local_world(ranks))
     if threads is not None:
         torch.set_num_threads(threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision.tf32
+    torch.use_deterministic_algorithms(deterministic)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first product
 
 
 def local_world(ranks: Ranks) -> int:
@@ -25,6 +30,21 @@ def local_world(ranks: Ranks) -> int:
 def usable_cores() -> int:
     """Those that this process may use, where the system tells."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def sharing() -> int:
+    """Runs at once on this process's device, by the environment: DEEPVIT_SHARE=1/4 is a quarter of it. A sweep sets it
+    for cells that run side by side; `engine.device_batch=auto` takes that part of the memory and no more."""
+    value = os.environ.get("DEEPVIT_SHARE") or "1/1"
+    one, _, count = value.partition("/")
+    if one != "1" or not count.isdecimal() or not int(count):
+        raise UserError(f"DEEPVIT_SHARE={value} is no part of a device: give 1/2, 1/3, ..., or unset it.")
+    return int(count)
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether it is a GPU that multiplies in bfloat16 (from Ampere on)."""
+    return device.type == "cuda" and torch.cuda.get_device_properties(device).major >= 8
 
 
 def device_name(device: torch.device) -> str:

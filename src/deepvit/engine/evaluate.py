@@ -77,7 +77,7 @@ def evaluate(model: nn.Module, batches: Iterable[Any], prepare: Prepare, ranks: 
             if should_stop():
                 stopped = True
                 break
-            parts += _scores(model, batch, prepare, ranks, precision, batch.bad)
+            parts += scores(model, batch, prepare, ranks, precision, batch.bad)
             bad += batch.bad
             advance(len(batch) * ranks.world)
     except (UserError, Failure) as raised:
@@ -89,9 +89,9 @@ def evaluate(model: nn.Module, batches: Iterable[Any], prepare: Prepare, ranks: 
     return _gather(parts, bad, ranks, n, time.perf_counter() - start)
 
 
-def _scores(model: nn.Module, batch: Any, prepare: Prepare, ranks: Ranks, precision: Precision, bad: list[Any]
+def scores(model: nn.Module, batch: Any, prepare: Prepare, ranks: Ranks, precision: Precision, bad: list[Any]
             ) -> list[dict[str, Tensor]]:
-    """Of the batch as a whole or, where that does not fit into memory, of its halves."""
+    """What a batch came to, as a whole or, where that does not fit into memory, in halves."""
     try:
         return [_score(model, batch, prepare, ranks, precision, bad)]
     except RuntimeError as error:
@@ -100,7 +100,7 @@ def _scores(model: nn.Module, batch: Any, prepare: Prepare, ranks: Ranks, precis
     if ranks.device.type == "cuda":
         torch.cuda.empty_cache()
     return [score for half in batch.split((len(batch) + 1) // 2)
-            for score in _scores(model, half, prepare, ranks, precision, bad)]
+            for score in scores(model, half, prepare, ranks, precision, bad)]
 
 
 def _score(model: nn.Module, batch: Any, prepare: Prepare, ranks: Ranks, precision: Precision, bad: list[Any]

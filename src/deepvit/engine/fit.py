@@ -12,6 +12,7 @@ from torch.profiler import record_function
 from deepvit.engine.evaluate import Evaluation
 from deepvit.engine.folder import RunFolder
 from deepvit.engine.loggers import Draw, Loggers
+from deepvit.engine.memory import give_back
 from deepvit.engine.profile import StepProfile
 from deepvit.engine.progress import Display, Meter, clock
 from deepvit.engine.saver import Saver
@@ -57,6 +58,7 @@ class Fit:
         self._error: UserError | Failure | None = None  # of making the next batch
         self._seen_bad: set[int] = set()
         self._refused = 0  # images that the fast decoder refused, since the last log line
+        self._first_step, self._warm = state.step, 0.0
 
     def run(self) -> bool:
         """Trains to the end. True: finished; False: stopped on request, with a checkpoint of this very step."""
@@ -128,6 +130,7 @@ class Fit:
         self._newest = update
         self._bar.advance()
         self._skips.add(update, batches)
+        self._say_how_long()
         if self.stepper.limit != self._limit:
             self._note_out_of_memory(update)
         if is_due(state.step, plan.log_every, plan.total):
@@ -152,6 +155,16 @@ class Fit:
         level = logging.DEBUG if self._display.replaces_lines else logging.INFO
         log.log(level, "step %d/%d  %s  left %s", state.step, plan.total, "  ".join(details), clock(left))
 
+    def _say_how_long(self) -> None:
+        """Once, from the second to the fifth step of this process: the first one warms up."""
+        steps = self.state.step - self._first_step
+        if steps == 1:
+            self._warm = time.perf_counter()
+        elif steps == 5 and self._ranks.is_main:
+            seconds = (time.perf_counter() - self._warm) / 4
+            log.info("About %s to go, evaluations apart: %.2g s a step.",
+                     clock((self.plan.total - self.state.step) * seconds), seconds)
+
     def _measure_attention(self) -> None:
         if self._attention_metrics is None or not self._ranks.is_main:
             return
@@ -159,6 +172,7 @@ class Fit:
         values, draw = self._attention_metrics(self.state.evaluated_model, self.state.step)
         self._loggers.log_scalars("attention", values, self.state.step, self._epoch())
         self._loggers.log_images(draw, self.state.step)
+        give_back()
         self.meter.resume()
 
     def _evaluate_if_due(self) -> bool:

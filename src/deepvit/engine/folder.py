@@ -106,11 +106,19 @@ class RunFolder:
         if self.mark.exists() or not any(self.path.iterdir()):
             return True
         try:
-            config, events = yaml.safe_load(self.config.read_text()), list(read_json_lines(self.events))
-        except (OSError, ValueError, yaml.YAMLError):  # somebody else's file may hold anything
+            events = list(read_json_lines(self.events))
+        except (OSError, ValueError):
             return False
         begun = any(isinstance(event, dict) and event.get("event") in ("start", "resume") for event in events)
-        return begun and isinstance(config, dict) and config.keys() >= SETTINGS
+        return begun and self.read_config().keys() >= SETTINGS
+
+    def read_config(self) -> dict[str, Any]:
+        """The settings in config.yaml, which may be anything; empty where it is missing, torn or no mapping."""
+        try:
+            config = yaml.safe_load(self.config.read_text())
+        except (OSError, ValueError, yaml.YAMLError):  # ValueError: not UTF-8, or a date such as 2020-13-99
+            return {}
+        return config if isinstance(config, dict) else {}
 
     @contextmanager
     def claimed(self, ranks: Ranks, fresh: bool = False, restarted: bool = False) -> Iterator[bool]:
@@ -199,7 +207,7 @@ class RunFolder:
             result = json.loads(self.result.read_text())
         except (FileNotFoundError, ValueError):
             return {}
-        return result if isinstance(result, dict) else {}
+        return result if isinstance(result, dict) and isinstance(result.get("top1", 0), int | float) else {}
 
     def write_result(self, result: dict[str, Any]) -> None:
         write_text_synced(self.result, json.dumps(plain(result), indent=1, allow_nan=False) + "\n")

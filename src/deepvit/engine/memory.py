@@ -1,55 +1,112 @@
 """How many images fit at once: what a pass takes, measured on a few images, against what this process may have."""
 
+import ctypes
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from deepvit.engine.state import TrainState
-from deepvit.engine.statistics import RunningStatistics
 from deepvit.engine.step import Stepper, is_out_of_memory
 
-ENOUGH = 2 * 2**30  # bytes kept for the backward pass on a CPU: more images at once bring no speed
-SHARE = 0.9  # of a GPU's memory that training may take; allocators need some air
+USEFUL = 2 * 2**30  # bytes kept for the backward pass on a CPU: more images at once bring no speed
+USABLE = {"cuda": 0.9, "cpu": 0.5}  # of the memory: a GPU's allocator needs some air, a host's other programs half
 
 Example = Callable[[int], tuple[Tensor, Tensor]]  # number of images -> images and targets, as the model takes them
 
 
-def largest_batch(sizes: Sequence[int], state: TrainState, stepper: Stepper, example: Example) -> tuple[int, str]:
+def largest_batch(sizes: Sequence[int], state: TrainState, stepper: Stepper, example: Example, sharing: int = 1
+                  ) -> tuple[int, str]:
     """The largest of `sizes` (descending) that fits on this rank's device, and in words what it takes of what.
 
     The smallest is returned where none fits. Weights, statistics and generators are left as they were.
+
+    Args:
+        sharing: processes that share the device.
     """
+    device = stepper.ranks.device
     with _traceless(state):
-        two, four = (_bytes_of(state, stepper, example, count) for count in (2, 4))
-        each = max(1, (four - two) // 2)
-        fixed, budget = max(0, two - 2 * each) + _bytes_to_come(state, stepper), available_bytes(stepper.ranks.device)
-        fitting = [size for size in sizes if fixed + size * each <= budget] or sizes[-1:]
+        fixed, each = _needed(state, stepper, example)
+        budget = available_bytes(device, sharing)
+        most = budget if device.type == "cuda" else min(budget, USEFUL)
+        fitting = [size for size in sizes if fixed + size * each <= most] or sizes[-1:]
         for size in fitting:
             if size == sizes[-1] or not _is_too_much(state, stepper, example, size):
                 return size, f"{(fixed + size * each) / 2**30:.3g} of {budget / 2**30:.3g} GiB"
     raise AssertionError("the smallest size is always returned")
 
 
-def available_bytes(device: torch.device) -> int:
-    """What this process may still take: a share of what is free on a GPU; of a CPU's half, no more than is of use."""
+def needed_bytes(count: int, state: TrainState, stepper: Stepper, example: Example) -> int:
+    """What an update with `count` images at once takes beside the state; nothing is left changed."""
+    with _traceless(state):
+        fixed, each = _needed(state, stepper, example)
+    return fixed + count * each
+
+
+def available_bytes(device: torch.device, sharing: int = 1) -> int:
+    """What this process may still take: what is free, and no more than its part where several share the device."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(free + cached - (1 - SHARE) * total)
-    return min(ENOUGH, _free_on_host() // 2)
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        part = USABLE["cuda"] * total / sharing - used_bytes(device)
+        return int(min(free - (1 - USABLE["cuda"]) * total, part))
+    free, total = _host_memory()
+    return int(USABLE["cpu"] * min(free, total / sharing))
 
 
-def _free_on_host() -> int:
-    """MemAvailable, or what the control group leaves where that is less."""
-    meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    free = int(meminfo["MemAvailable"].split()[0]) * 1024
+def _host_memory() -> tuple[int, int]:
+    """Free and whole, in bytes: the machine's, or the control group's where that is less."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    available = _field("/proc/meminfo", "MemAvailable")
+    free = total if available is None else available
     limit, used = (Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory.current"))
     if limit.exists() and limit.read_text().strip() != "max":
+        total = min(total, int(limit.read_text()))
         free = min(free, int(limit.read_text()) - int(used.read_text()))
-    return free
+    return free, total
+
+
+def used_bytes(device: torch.device) -> int:
+    """What this process holds now."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else _field("/proc/self/status", "VmRSS") or 0
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most that this process held since `reset_peak`.
+
+    On a host this is Linux's own number: getrusage's would be that of the process that started this one.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return _field("/proc/self/status", "VmHWM") or 0
+
+
+def reset_peak(device: torch.device) -> int:
+    """Has the peak begin at what is held now, which is returned."""
+    give_back()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    return used_bytes(device)
+
+
+def give_back() -> None:
+    """To the system, what a C library keeps of the memory that was freed: often more than training can use of it."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim:
+        trim(0)
+
+
+def _field(path: str, name: str) -> int | None:
+    """Bytes, from one of Linux's files of "name: number kB"; None: another system."""
+    if not Path(path).exists():
+        return None
+    lines = dict(line.split(":", 1) for line in Path(path).read_text().splitlines() if ":" in line)
+    return int(lines[name].split()[0]) * 1024
 
 
 def kept_storages(compute: Callable[[], Tensor], own: Iterable[Tensor]) -> list[int]:
@@ -69,19 +126,26 @@ def kept_storages(compute: Callable[[], Tensor], own: Iterable[Tensor]) -> list[
 
 @contextmanager
 def _traceless(state: TrainState) -> Iterator[None]:
-    statistics = RunningStatistics(state.model)
+    state.statistics.begin()
     state.model.train()
     with torch.random.fork_rng():
         try:
             yield
         finally:
-            statistics.put_back()
+            state.statistics.put_back()
             state.optimizer.zero_grad(set_to_none=True)
 
 
 def _loss(network: nn.Module, stepper: Stepper, x: Tensor, y: Tensor) -> Tensor:
     with stepper.precision.autocast(stepper.ranks.device):
         return stepper.objective(network, x, y)
+
+
+def _needed(state: TrainState, stepper: Stepper, example: Example) -> tuple[int, int]:
+    """Bytes of an update whatever it holds, and for each image at once."""
+    two, four = (_bytes_of(state, stepper, example, count) for count in (2, 4))
+    each = max(1, (four - two) // 2)
+    return max(0, two - 2 * each) + _bytes_to_come(state, stepper), each
 
 
 def _bytes_of(state: TrainState, stepper: Stepper, example: Example, count: int) -> int:

@@ -1,12 +1,14 @@
 """All that changes while a model trains, and nothing else."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from timm.utils import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 
+from deepvit.engine.statistics import RunningStatistics
 from deepvit.errors import UserError
 
 
@@ -31,6 +33,21 @@ class TrainState:
     best: dict[str, float] = field(default_factory=dict)
 
     COUNTERS = ("step", "skipped_in_a_row", "evaluated", "best")
+
+    @cached_property
+    def statistics(self) -> RunningStatistics:
+        return RunningStatistics(self.model)
+
+    @cached_property
+    def parameters(self) -> list[nn.Parameter]:
+        """The model's. To walk through its modules costs milliseconds a step."""
+        return list(self.model.parameters())
+
+    @cached_property
+    def averaged(self) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+        """The average's parameters, the model's; the average's buffers, the model's."""
+        average = self.ema.module
+        return list(average.parameters()), self.parameters, list(average.buffers()), list(self.model.buffers())
 
     @property
     def evaluated_model(self) -> nn.Module:

@@ -7,7 +7,6 @@ from enum import IntEnum
 from typing import Any, Protocol
 
 import torch
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.profiler import record_function
 
@@ -15,7 +14,6 @@ from deepvit.engine.nonfinite import Examination, examine
 from deepvit.engine.ranks import Ranks
 from deepvit.engine.schedule import Schedule
 from deepvit.engine.state import TrainState
-from deepvit.engine.statistics import RunningStatistics
 from deepvit.errors import UserError
 
 Prepare = Callable[..., tuple[Tensor, Tensor]]  # (batch, step, device, training) -> images, targets
@@ -119,6 +117,7 @@ class Stepper:
         unit: images of a micro-batch that must stay together (a group of the head norm, a pair of mixup).
         clip_grad: largest global norm of the gradients; None: as they are.
         limit: images that a micro-batch may have; None: as it comes. Running out of memory halves it.
+        advice: `(state, images) -> what would help` where that is no way out.
     """
 
     network: nn.Module
@@ -132,6 +131,7 @@ class Stepper:
     masks: Masks | None = None
     unit: int = 1
     limit: int | None = None
+    advice: Callable[[TrainState, int], str] = lambda state, images: "take a smaller model"
 
     def update(self, state: TrainState, batches: Sequence[Any] | None, stop: object = None
                ) -> tuple[Status, Update | None]:
@@ -150,21 +150,21 @@ class Stepper:
             UserError: not even one `unit` of images fits into memory.
         """
         while True:
-            statistics = RunningStatistics(state.model)
+            state.statistics.begin()
             status, loss = Status.OUT_OF_MEMORY, None
             try:
-                status, loss = self._passes(state, batches, statistics, stop)
+                status, loss = self._passes(state, batches, stop)
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
             status = Status(self.ranks.max(status))  # outside `except`, whose frames hold the activations
             if status <= Status.STOP:
-                return status, self._apply(state, self._exchange(state, loss, statistics), statistics)
+                return status, self._apply(state, self._exchange(state, loss))
             state.optimizer.zero_grad(set_to_none=True)
-            statistics.put_back()
+            state.statistics.put_back()
             if status is not Status.OUT_OF_MEMORY:
                 return status, None
-            self._halve(batches)
+            self._halve(state, batches)
 
     def examine(self, state: TrainState, batches: Sequence[Any], batch_index: int,
                 rank: int | None = None) -> Examination:
@@ -187,8 +187,8 @@ class Stepper:
 
         return examine(state.model, losses(), state.scaler.scale)
 
-    def _passes(self, state: TrainState, batches: Sequence[Any] | None, statistics: RunningStatistics,
-                stop: object) -> tuple[Status, Tensor | None]:
+    def _passes(self, state: TrainState, batches: Sequence[Any] | None, stop: object
+                ) -> tuple[Status, Tensor | None]:
         """Gradients of this rank's mean loss, which is returned."""
         if batches is None:
             return Status.ERROR, None
@@ -206,23 +206,23 @@ class Stepper:
                 loss = self.objective(self.network, x, y) / (share / len(x))
             with record_function("backward"):
                 state.scaler.scale(loss).backward()
-            statistics.take(len(x) / share)
+            state.statistics.take(len(x) / share)
             total += loss.detach()
             start += len(batch)
         return Status.STOP if stop else Status.DONE, total
 
     @record_function("exchange")
-    def _exchange(self, state: TrainState, local_loss: Tensor, statistics: RunningStatistics) -> Update:
+    def _exchange(self, state: TrainState, local_loss: Tensor) -> Update:
         """Means over the ranks of loss, statistics and gradients, which are then clipped."""
-        gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
+        gradients = [p.grad for p in state.parameters if p.grad is not None]
         loss = local_loss.clone()
-        self.ranks.average([loss, *statistics.moved, *gradients])
+        self.ranks.average([loss, state.statistics.moved, *gradients])
         state.scaler.unscale_(state.optimizer)
-        return Update(state.step, loss, local_loss, self._clip(state.model, gradients))
+        return Update(state.step, loss, local_loss, self._clip(state.parameters, gradients))
 
     @record_function("optimizer")
-    def _apply(self, state: TrainState, update: Update, statistics: RunningStatistics) -> Update:
-        statistics.move(unless=update.found_nonfinite)
+    def _apply(self, state: TrainState, update: Update) -> Update:
+        state.statistics.move(unless=update.found_nonfinite)
         self._set_rate(state)
         if _skips_on_the_device(state.optimizer):
             state.optimizer.grad_scale, state.optimizer.found_inf = None, update.found_nonfinite.float()
@@ -233,14 +233,14 @@ class Stepper:
         state.scaler.update()
         state.step += 1
         if state.ema is not None:
-            _average(state.ema, state.model, state.step, unless=update.found_nonfinite)
+            _average(state, unless=update.found_nonfinite)
         update.mark_queued()
         return update
 
-    def _clip(self, model: nn.Module, gradients: list[Tensor]) -> Tensor:
+    def _clip(self, parameters: list[nn.Parameter], gradients: list[Tensor]) -> Tensor:
         """The global norm of the gradients before they are clipped, if they are."""
         if self.clip_grad is not None:
-            return nn.utils.clip_grad_norm_(model.parameters(), self.clip_grad)
+            return nn.utils.clip_grad_norm_(parameters, self.clip_grad)
         return nn.utils.get_total_norm(gradients)
 
     def _set_rate(self, state: TrainState) -> None:
@@ -262,7 +262,7 @@ class Stepper:
             return batches
         return [part for batch in batches for part in batch.split(self.limit)]
 
-    def _halve(self, batches: Sequence[Any]) -> None:
+    def _halve(self, state: TrainState, batches: Sequence[Any]) -> None:
         """Micro-batches of half as many images, in whole units, from now on."""
         if self.ranks.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -270,21 +270,19 @@ class Stepper:
         if largest <= self.unit:
             raise UserError(
                 f"{largest} images at once do not fit into the memory of this device, and fewer cannot be taken "
-                f"together: set engine.grad_checkpointing=true, precision=bf16 or a smaller "
-                f"model.attention.norm_batch.")
+                f"together: {self.advice(state, largest)}.")
         self.limit = max(1, largest // self.unit // 2) * self.unit
 
 
-def _average(ema: ModelEmaV3, model: nn.Module, step: int, unless: Tensor) -> None:
-    """The average's move after update number `step`, in a few calls for all weights; buffers are copied."""
-    weights, averages = list(model.parameters()), list(ema.module.parameters())
-    with torch.no_grad():
-        steps = torch._foreach_sub(weights, averages)
-        torch._foreach_mul_(steps, (1 - ema.get_decay(step)) * ~unless)
-        torch._foreach_add_(averages, steps)
-        buffers = list(model.buffers())
-        if buffers:
-            torch._foreach_copy_(list(ema.module.buffers()), buffers)
+@torch.no_grad()
+def _average(state: TrainState, unless: Tensor) -> None:
+    """The average's move after an update, in a few calls for all weights; buffers are copied."""
+    averages, weights, copies, buffers = state.averaged
+    steps = torch._foreach_sub(weights, averages)
+    torch._foreach_mul_(steps, (1 - state.ema.get_decay(state.step)) * ~unless)
+    torch._foreach_add_(averages, steps)
+    if buffers:
+        torch._foreach_copy_(copies, buffers)
 
 
 def allocate_moments(optimizer: torch.optim.Optimizer) -> None:

@@ -11,7 +11,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, is_model, r
 from torch import Tensor, nn
 
 from deepvit.config import CONF
-from deepvit.config.signature import ABOVE_ZERO, check_arguments, check_ranges
+from deepvit.config.signature import ABOVE_ZERO, check_arguments, check_ranges, parameters_of
 from deepvit.errors import UserError, did_you_mean
 from deepvit.models.attention import ATTENTIONS
 from deepvit.models.stem import pair, plain, stem_of
@@ -73,6 +73,7 @@ RANGES = {
     **dict.fromkeys(("drop_rate", "pos_drop_rate", "attn_drop_rate", "drop_path_rate", "attn_drop", "proj_drop"),
                     (0, 1)),
     **dict.fromkeys(("num_classes", "init_values", "gain"), (0, math.inf)), "centre": (0, 1)}
+SWITCHED = ("norm", "norm_eps"), ("mix", "theta_init")  # of an attention: a switch, what it needs when it is on
 
 
 def check_model(config: Mapping[str, Any], where: str = "") -> None:
@@ -97,6 +98,19 @@ def check_model(config: Mapping[str, Any], where: str = "") -> None:
                         f"statistics, on whatever devices they are.")
     _check_options(cls, attention, f"{prefix}attention", ("dim", "block_index", "depth", "norm_layer", "device",
                                                           "dtype"))
+
+
+def without_effect(config: Mapping[str, Any]) -> list[str]:
+    """A sentence for each of a model's settings that does nothing beside the others."""
+    rule, path = config["attention"], "model.attention"
+    usual = parameters_of(ATTENTIONS[rule["class"]])[0]
+    found = [(f"{path}.{name}", f"{path}.{switch}=false") for switch, name in SWITCHED
+             if rule.get(switch) is False and rule.get(name, usual[name].default) != usual[name].default]
+    if config["attn_drop_rate"] and "attn_drop" in rule and config["reattention_blocks"] is None:
+        found.append(("model.attn_drop_rate", f"{path}.attn_drop={rule['attn_drop']}"))
+    if config["reattention_blocks"] is not None and {**rule, "name": ""} == {"class": "SelfAttention", "name": ""}:
+        found.append(("model.reattention_blocks", "model/attention=self"))
+    return [f"{name} has no effect beside {other}." for name, other in found]
 
 
 def _check_options(cls: type, options: Mapping[str, Any], where: str, given: Collection[str]) -> None:

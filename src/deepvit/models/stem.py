@@ -135,12 +135,13 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
 class ConvStem(Stem):
     """Three convolutions, the DeepViT-S and -L stem: 7x7/2, 3x3, then patch/2 with stride patch/2 (after T2T-ViT).
 
-    `norm_batch`: see `GroupedBatchNorm2d`. `ViT` gives the attention's, so that both norms are of the same images.
+    `norm_batch`: see `GroupedBatchNorm2d`. `ViT` gives that of an attention which has one, so that all batch norms are
+    of the same images; 32 is what a process of the published code saw.
     """
 
     first_conv = "conv1"
 
-    def __init__(self, img_size: Size, patch_size: Size, in_chans: int, embed_dim: int, norm_batch: int | None = None):
+    def __init__(self, img_size: Size, patch_size: Size, in_chans: int, embed_dim: int, norm_batch: int | None = 32):
         super().__init__(img_size, patch_size, in_chans, stride=2)
         self.conv1 = nn.Conv2d(in_chans, 64, 7, stride=2, padding=3, bias=False)
         self.bn1 = GroupedBatchNorm2d(64, norm_batch)
@@ -188,7 +189,7 @@ STEMS: dict[str, type[Stem]] = {"patch": PatchStem, "conv": ConvStem, "hybrid": 
 def stem_of(stem: str | Mapping[str, Any]) -> tuple[type[Stem], dict[str, Any]]:
     """Class and options of `"hybrid"` or `{"name": "hybrid", "layers": [3, 4, 9]}`."""
     options = {"name": stem} if isinstance(stem, str) else dict(stem)
-    name = options.pop("name", None)
+    name = str(options.pop("name", None))
     if name not in STEMS:
         raise UserError(f"stem={name} is not known: choose from {', '.join(STEMS)}.{did_you_mean(name, STEMS)}")
     return STEMS[name], options

@@ -89,7 +89,8 @@ class ViT(nn.Module):
 
         (make_stem, options), make_block = stem_of(stem), _choose("block", block, BLOCKS)
         rule = {"map_scale": map_scale, **(attention or {"class": "SelfAttention"})}
-        options = {**_wanted(make_stem, norm_batch=rule.get("norm_batch")), **options}
+        if rule.get("norm") or "norm_batch" in rule:  # all batch norms take the same images
+            options = {**_wanted(make_stem, norm_batch=rule.get("norm_batch")), **options}
         if patch_norm:
             if make_stem is not PatchStem:
                 raise UserError("patch_norm goes with stem=patch only: leave it off.")
@@ -123,6 +124,12 @@ class ViT(nn.Module):
             raise UserError(f"block=deepnorm has an initialisation of its own: leave weight_init={weight_init} out.")
         init_weights(self, seed, STD if init_std is None else init_std, mimetic=weight_init == "mimetic")
         torch.set_rng_state(before)  # what the layers drew as they were built differs from model to model
+
+    @property
+    def norm_batches(self) -> set[int | None]:
+        """Images over which its batch norms take their statistics (None: the whole batch); empty: it has none."""
+        return {module.norm_batch for module in self.modules()
+                if hasattr(module, "norm_batch") and getattr(module, "norm", module) is not None}
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
@@ -285,10 +292,7 @@ def _choose(setting: str, name: str, choices: Mapping[str, Any]) -> Any:
 def _attention(rule: Mapping[str, Any], dim: int, shared: Mapping[str, Any], **place: int) -> Attention:
     """An attention by its rule; a class that has parameters `block_index` or `depth` is told where it stands."""
     options = {name: value for name, value in rule.items() if name not in ("class", "name")}
-    cls = ATTENTIONS.get(rule.get("class", ""))
-    if cls is None:
-        raise UserError(f"attention.class={rule.get('class')} is not known: choose from "
-                        f"{', '.join(ATTENTIONS)}.{did_you_mean(rule.get('class', ''), ATTENTIONS)}")
+    cls = _choose("attention.class", rule.get("class", ""), ATTENTIONS)
     return cls(dim, **{**shared, **options, **_wanted(cls, **place)})
 
 

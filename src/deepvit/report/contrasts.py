@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
-from deepvit.config.compare import normal
 from deepvit.config.signature import ABOVE_ZERO, check_arguments, check_ranges
 from deepvit.errors import UserError
 from deepvit.report.grid import Grid, compared_settings, differing, merged
@@ -48,11 +47,13 @@ class Contrast:
 
 @dataclass(frozen=True)
 class Plan:
-    """`contrasts`: as given under their names, then read, the primary ones first; `margin`: points of top-1."""
+    """`contrasts`: as given under their names, then read, the primary ones first; `margin`: points of top-1;
+    `preregistered`: the file that said all this before the runs."""
 
     contrasts: Mapping[str, Any] | Sequence[Contrast]
     outcome: Literal["top1", "uncalibrated_top1", "best_top1"] = "top1"
     margin: float = 0.5
+    preregistered: str | None = None
 
     @property
     def loss(self) -> str:
@@ -136,11 +137,11 @@ def plan_of(grid: Grid) -> Plan | None:
 
 def find(plan: Plan, grid: Grid) -> list[Finding]:
     """The contrasts of a plan in the cells of its sweep."""
-    runs = [run for cell in grid.cells for run in cell.runs]
     found = []
     for contrast in plan.contrasts:
         try:
-            (points, left_out), (losses, _) = (_paired(contrast, runs, name) for name in (plan.outcome, plan.loss))
+            points, left_out = _paired(contrast, grid.planned, plan.outcome)
+            losses, _ = _paired(contrast, grid.planned, plan.loss)
             found.append(Finding(contrast, plan.margin, points, losses, left_out))
         except LookupError as error:
             found.append(Finding(contrast, plan.margin, {}, {}, [], problem=error.args[0]))
@@ -160,11 +161,12 @@ def _paired(contrast: Contrast, runs: Sequence[Run], outcome: str) -> tuple[dict
     for _, arm in contrast.arms:
         values: dict[str, dict[int, float]] = defaultdict(dict)
         for run, place in zip(runs, places):
-            if all(run.chosen(name) == normal(value) for name, value in arm.items()):
+            if all(run.chosen(name) == value for name, value in arm.items()):
                 seed = run.config.get("seed", 0)
                 if seed in values[place]:
                     raise LookupError(f"several runs of one seed are {_said(arm)}: name what tells them apart")
-                values[place][seed] = run.result.get(outcome, math.nan)
+                plain = outcome.removeprefix("uncalibrated_")  # a model without batch statistics has this alone
+                values[place][seed] = run.result.get(outcome, run.result.get(plain, math.nan))
                 seeds.add(seed)
         arms.append(values)
     common = set.intersection(*map(set, arms))

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from deepvit.config.compare import normal
 from deepvit.report.runs import Run, Sweep, without_paths
 
 WIDEST = 3  # settings beside depth, attention and seed in which runs that were started alone may differ in one table
@@ -76,9 +75,13 @@ class Grid:
         return f"{self.data}, recipe {self.recipe or 'not recorded'}{self.label and f', {self.label}'}"
 
     @cached_property
+    def planned(self) -> list[Run]:
+        """All, with those that a sweep was to run and did not."""
+        return [run for cell in self.cells for run in cell.runs]
+
+    @cached_property
     def runs(self) -> list[Run]:
-        """All that were begun."""
-        return [run for cell in self.cells for run in cell.runs if not run.is_missing]
+        return [run for run in self.planned if not run.is_missing]
 
     @property
     def depths(self) -> list[int]:
@@ -86,7 +89,7 @@ class Grid:
 
     @property
     def seeds(self) -> list[int]:
-        return sorted({run.config.get("seed", 0) for cell in self.cells for run in cell.runs})
+        return sorted({run.config.get("seed", 0) for run in self.planned})
 
 
 def grids(runs: Sequence[Run]) -> list[Grid]:
@@ -133,7 +136,7 @@ def _labelled(made: Sequence[Grid]) -> list[Grid]:
     """Those of the same data and recipe by their sweep's file, or by what was typed for all of their runs."""
     same = Counter((grid.data, grid.recipe) for grid in made)
     labels = [f"sweep {grid.sweep.name}" if grid.sweep and grid.sweep.name else
-              _typed(grid.runs) if same[grid.data, grid.recipe] > 1 else "" for grid in made]
+              _typed(grid.planned) if same[grid.data, grid.recipe] > 1 else "" for grid in made]
     named = [replace(grid, label=label) for grid, label in zip(made, labels)]
     seen = Counter()
     for index, grid in enumerate(named):
@@ -203,8 +206,9 @@ def _by_name(group: str, names: Sequence[str], compared: Sequence[dict[str, Any]
              ) -> list[dict[str, Any]]:
     """`group` as the chosen name, and beside it what was typed or differs between runs of one name."""
     keys = {key for settings in compared for key in settings if key.startswith(f"{group}.")} - {*typed}
-    told = {key for key in keys if len({(name, str(settings.get(key)))
-                                        for name, settings in zip(names, compared)}) == len({*names})}
+    one_of = dict(zip(names, compared))
+    told = {key for key in keys if all(settings.get(key) == one_of[name].get(key)
+                                       for name, settings in zip(names, compared))}
     return [{**{key: value for key, value in settings.items() if key not in told}, group: name}
             for name, settings in zip(names, compared)]
 
@@ -244,8 +248,7 @@ def _attention(run: Run) -> dict[str, Any]:
     attention = run.config["model"]["attention"]
     if isinstance(attention, str):
         return {"name": attention}
-    return {"name": attention.get("name") or attention.get("class", "unnamed"),
-            **{name: normal(value) for name, value in attention.items() if name != "name"}}
+    return {"name": attention.get("name") or attention.get("class", "unnamed"), **attention}
 
 
 def _order(key: tuple[int, str, tuple]) -> tuple:

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from deepvit.config.compare import flat, normal
+from deepvit.config.compare import flat
 from deepvit.config.sweep_record import FOLDER, missing_cells, read_lines
 from deepvit.errors import UserError
 
@@ -51,7 +51,7 @@ class Run:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        return {name: normal(value) for name, value in flat(self.config) if not name.startswith("origin")}
+        return {name: value for name, value in flat(self.config) if not name.startswith("origin")}
 
     def chosen(self, name: str) -> Any:
         """A setting's value (`model.depth`), or what was chosen of a group (`model/attention`)."""
@@ -174,7 +174,7 @@ def read_run(folder: Path) -> Run:
     result = _read_json(folder / "metrics.json")
     events = [line.get("event") for line in read_lines(folder / "events.jsonl")]
     lines = [line for line in read_lines(folder / "metrics.jsonl") if isinstance(line.get("step"), int)]
-    if result.get("finished") and "top1" in result:
+    if result.get("finished") and isinstance(result.get("top1"), int | float):
         return Run(folder, config, result, lines, "finished")
     return Run(folder, config, {}, lines, _unfinished_state(folder, events))
 

@@ -19,19 +19,19 @@ RECIPE = {  # what a reader asks for first, and how it is said
 
 
 def summary(grids: Sequence[Grid]) -> str:
-    """How many runs there are, how they went, and the best of each experiment's cells."""
-    runs = [run for grid in grids for cell in grid.cells for run in cell.runs]
+    """How many runs there are and how they went; of one experiment also its best cell."""
+    runs = [run for grid in grids for run in grid.planned]
     states = Counter(run.state.split(" (")[0] for run in runs)
-    told = f"{len(runs)} runs ({', '.join(f'{count} {state}' for state, count in states.items())})"
+    counts = ", ".join(f"{count} {state}" for state, count in states.items())
+    told = f"{len(runs)} run{'s' * (len(runs) != 1)} ({counts})"
     if len(grids) > 1:
-        told += f" in {len(grids)} experiments, each with a table of its own, since their numbers do not compare"
-    bests = [(summary.mean, cell, grid) for grid in grids for cell in grid.cells
-             if (summary := over_seeds(cell, of_result("top1")))]
-    if len(grids) > 1 or not bests:
+        return f"{told} in {len(grids)} experiments, each with tables of its own: their numbers do not compare."
+    means = [(found.mean, cell) for cell in grids[0].cells if (found := over_seeds(cell, of_result("top1")))]
+    if not means:
         return f"{told}."
-    mean, cell, grid = max(bests, key=lambda best: best[0])
-    where = ", ".join([cell.attention, f"{cell.depth} blocks", *cell.details(grid)])
-    return f"{told}. The highest top-1 is {mean:.2f} %: {where}."
+    highest, cell = max(means, key=lambda one: one[0])
+    where = ", ".join([cell.attention, f"{cell.depth} blocks", *cell.details(grids[0])])
+    return f"{told}. The highest top-1 is {highest:.2f} %: {where}."
 
 
 def revisions(grids: Sequence[Grid]) -> str:

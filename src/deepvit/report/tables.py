@@ -82,7 +82,7 @@ def _contrasts(grid: Grid) -> list[Table]:
     headers = ["contrast", "claim", "n", "points", "95 %", "p", "Holm", "90 %", "p equal", "log-loss", "verdict"]
     rows = [[one.contrast.name, one.contrast.claim + " (primary)" * one.contrast.primary, str(len(one.points)),
              *_tests(one), one.verdict] for one in findings]
-    unfinished = sum(not run.finished for cell in grid.cells for run in cell.runs)
+    unfinished = sum(not run.finished for run in grid.planned)
     notes = [f"{one.contrast.name}: {one.contrast.meaning}." + (
         f" Left out, since a run is not finished: seed {', '.join(map(str, one.left_out))}." if one.left_out else "")
         for one in findings]
@@ -90,7 +90,15 @@ def _contrasts(grid: Grid) -> list[Table]:
               f"intervals. p: of no difference; Holm: p of the claim, over the primary contrasts; 90 % and p equal: "
               f"two one-sided tests of a difference of {plan.margin:g} points or more."]
     notes += [f"An interim look: {unfinished} runs are not finished."] if unfinished else []
+    notes += [_preregistration(plan, grid)] if plan.preregistered else []
     return [Table("Contrasts", headers, rows, notes)]
+
+
+def _preregistration(plan: Plan, grid: Grid) -> str:
+    digests = {(run.origin.get("preregistered") or {}).get("sha256") for run in grid.runs}
+    same = f"sha256 {next(iter(digests))}, as every run noted" if len(digests) == 1 and None not in digests else (
+        "but not every run noted the same text of it")
+    return f"Preregistered in {plan.preregistered}, {same}."
 
 
 def _tests(one: Finding) -> list[str]:
@@ -131,9 +139,9 @@ def _results(grid: Grid, threshold: float) -> Table:
              _text(over_seeds(cell, lambda run: run.result["params"] / 1e6), 2), *_published(cell, grid), cell.status]
             for cell in grid.cells]
     notes = [f"similar: pairs of adjacent blocks whose maps have a mean similarity M above {threshold:g}, of depth - 1 "
-             f"pairs; final: the maps that multiply the values, softmax: before heads are mixed and normalised. "
-             f"95 %: over seeds (Student's t) for n > 2, over the test images for n = 1; n = 2: no interval worth "
-             f"reading."]
+             f"pairs (the paper leaves its rule open: it may count a share of token vectors); final: the maps that "
+             f"multiply the values, softmax: before heads are mixed and normalised. 95 %: over seeds (Student's t) for "
+             f"n > 2, over the test images for n = 1; n = 2: no interval worth reading."]
     notes += [f"With {extra} changes: {', '.join(names)}." for extra, names in grid.followers.items() if names]
     return Table("Accuracy and similar blocks", headers, rows, notes + _published_notes(grid))
 

@@ -4,7 +4,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,15 +15,17 @@ from torch import nn
 from deepvit import data as pictures
 from deepvit.config import settings as asked
 from deepvit.config.settings import Augment, Data, PrecisionSettings, Settings
+from deepvit.config.signature import parameters_of
+from deepvit.engine.device import has_bf16, sharing
 from deepvit.engine.ranks import Ranks
 from deepvit.engine.schedule import Plan, Schedule
 from deepvit.engine.state import TrainState
 from deepvit.engine.step import OBJECTIVES, Objective, Precision, Stepper, allocate_moments, is_out_of_memory
 from deepvit.errors import UserError
 from deepvit.models import ViT, build_model
-from deepvit.models.registry import check_model
+from deepvit.models.registry import check_model, without_effect
 from deepvit.models.stochastic_depth import BranchMasks
-from deepvit.run.micro_batches import allowed, unit
+from deepvit.run.micro_batches import advice, allowed, unit
 from deepvit.run.micro_batches import choose as choose_micro_batch
 from deepvit.run.optimizer import optimizer, try_out
 
@@ -46,15 +48,26 @@ def check(settings: Settings, ranks: Ranks) -> None:
         UserError: on every rank alike.
     """
     with ranks.together():
+        _check_complete(settings.model)
         _check_images(settings.data.img_size, settings.model["img_size"], settings.model["in_chans"])
         train_transform(settings.data, settings.augment)
         eval_transform(settings.data)
         prepare(settings.data, 2, settings.augment)
-        allowed(settings, ranks.world)
         objective(settings)
         with torch.device("meta"):
-            _check_memory(build_model({**settings.model, "num_classes": 2}))
+            network = build_model({**settings.model, "num_classes": 2})
+        allowed(settings, network.norm_batches, ranks.world)
+        sharing()
+        _check_memory(network)
         try_out(settings.optimizer, ranks.device)
+    for sentence in without_effect(settings.model) if ranks.is_main else ():
+        log.warning(sentence)
+
+
+def _check_complete(model: Mapping[str, Any]) -> None:
+    for name in parameters_of(ViT)[0]:
+        if name not in model or (name, model[name]) == ("attention", None):
+            raise UserError(f"model.{name} is missing: leave it as its model= and model/attention= have it.")
 
 
 def _check_images(read: Any, wanted: Any, channels: int) -> None:
@@ -106,7 +119,10 @@ def build(settings: Settings, ranks: Ranks, begun: Mapping[str, Any] | None = No
         called = stepper(settings, network, made_schedule, len(found.class_ids), ranks, masks)
         make_batches = batch_maker(settings, found.train, ranks)
     ranks.broadcast([weight.detach() for weight in made.all_weights()])
-    micro_batch, memory = choose_micro_batch(settings, network.config["in_chans"], made, called, begun)
+    micro_batch, memory = choose_micro_batch(settings, made, called, begun)
+    called.advice = lambda state, count: advice(settings, state, called, count)
+    if None in network.norm_batches:
+        called.unit = micro_batch  # half of it would have other statistics
     return Built(settings, ranks, found, made_schedule, plan, network, made, called,
                  partial(make_batches, micro_batch=micro_batch), micro_batch, memory)
 
@@ -115,7 +131,7 @@ def build(settings: Settings, ranks: Ranks, begun: Mapping[str, Any] | None = No
 
 def shared_splits(data: Data, ranks: Ranks) -> pictures.Splits:
     """The images; where they may have to be downloaded, the first rank of each machine goes before the others."""
-    is_first = data.source not in pictures.DOWNLOADING or int(os.environ.get("LOCAL_RANK", 0)) == 0
+    is_first = data.source not in pictures.DOWNLOADING or ranks.world == 1 or os.environ.get("LOCAL_RANK", "0") == "0"
     for mine in (is_first, not is_first):
         with ranks.together():
             if mine:
@@ -222,9 +238,9 @@ def stepper(settings: Settings, network: ViT, schedule: Schedule, num_classes: i
             masks: bool = True) -> Stepper:
     return Stepper(compiled(network, settings.engine.compile),
                    prepare(settings.data, num_classes, settings.augment, settings.seed), schedule,
-                   precision(settings.precision), ranks, settings.seed, objective(settings),
+                   precision(settings.precision, ranks.device), ranks, settings.seed, objective(settings),
                    settings.optimizer.clip_grad, BranchMasks(network, settings.seed, ranks.device) if masks else None,
-                   unit(settings))
+                   unit(settings, network.norm_batches))
 
 
 def compiled(network: nn.Module, mode: bool | str) -> nn.Module:
@@ -235,7 +251,25 @@ def compiled(network: nn.Module, mode: bool | str) -> nn.Module:
     return torch.compile(network, mode="default" if mode is True else mode, dynamic=False) if mode else network
 
 
-def precision(chosen: PrecisionSettings) -> Precision:
+def with_precision(config: Mapping[str, Any], device: torch.device) -> Mapping[str, Any]:
+    """`config` with `precision=auto` decided by the device, also in what it tells of its choices."""
+    precision = vars(decided(asked.read_group("precision", config["precision"]), device))
+    origin = config.get("origin")
+    if origin and origin.get("choices", {}).get("precision") == "auto":
+        name = {"bfloat16": "bf16", "float16": "fp16"}.get(precision["dtype"], "tf32" if precision["tf32"] else "fp32")
+        origin = {**origin, "choices": {**origin["choices"], "precision": name}}
+    return {**config, "precision": precision, "origin": origin}
+
+
+def decided(chosen: PrecisionSettings, device: torch.device) -> PrecisionSettings:
+    """`auto` is bf16 on a GPU that has it, else fp32."""
+    has = has_bf16(device)
+    dtype = {"auto": "bfloat16" if has else "float32"}.get(chosen.dtype, chosen.dtype)
+    return replace(chosen, dtype=dtype, tf32=has if chosen.tf32 == "auto" else chosen.tf32)
+
+
+def precision(chosen: PrecisionSettings, device: torch.device) -> Precision:
+    chosen = decided(chosen, device)
     dtype = getattr(torch, chosen.dtype)
     return Precision(None if dtype is torch.float32 else dtype, chosen.scale_gradients, chosen.tf32)
 

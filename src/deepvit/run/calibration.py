@@ -1,12 +1,10 @@
 """`calibrate=N`: evaluation with batch statistics of N training images, beside that with the statistics of training."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from deepvit import data as pictures
 from deepvit.config.settings import Data, Settings
@@ -16,6 +14,7 @@ from deepvit.engine.ranks import Ranks
 from deepvit.engine.signals import StopRequest
 from deepvit.engine.step import Precision, Prepare
 from deepvit.errors import UserError
+from deepvit.models import ViT
 from deepvit.run import build
 from deepvit.run.micro_batches import norm_group
 
@@ -25,8 +24,8 @@ UNGROUPED = 256  # images at once where a norm has no group of its own: the publ
 Once = Callable[[], Evaluation | None]  # an evaluation; None: it was asked to stop
 
 
-def calibration(count: int, data: Data, train: pictures.ImageSet | None, config: Mapping[str, Any], prepare: Prepare,
-                ranks: Ranks, precision: Precision, stop: StopRequest
+def calibration(count: int, data: Data, train: pictures.ImageSet | None, norm_batches: Collection[int | None],
+                prepare: Prepare, ranks: Ranks, precision: Precision, stop: StopRequest
                 ) -> Callable[[nn.Module, Once], Evaluation | None]:
     """`(model, once) -> Evaluation`, which calls `once`, calibrates the model and calls `once` again.
 
@@ -34,11 +33,11 @@ def calibration(count: int, data: Data, train: pictures.ImageSet | None, config:
 
     Args:
         count: training images, as evaluation sees them; 0: `once` alone.
-        config: settings of the model.
+        norm_batches: the model's (`ViT.norm_batches`).
     Raises:
         UserError: fewer images than one group of the head norm.
     """
-    batches = _batches(count, data, train, norm_group(config), ranks) if count else None
+    batches = _batches(count, data, train, norm_group(norm_batches), ranks) if count else None
 
     def run(model: nn.Module, once: Once) -> Evaluation | None:
         first = once()
@@ -57,23 +56,24 @@ def calibration(count: int, data: Data, train: pictures.ImageSet | None, config:
     return run
 
 
-def images_to_calibrate(settings: Settings, model: nn.Module, in_training_set: int) -> int:
+def images_to_calibrate(settings: Settings, model: ViT, in_training_set: int) -> int:
     """`settings.calibrate`, or what it is where it is left open: `AUTO` images, as many as there are in whole groups,
     for averaged weights of a model with batch statistics; none for others."""
     if settings.calibrate != "auto":
         return settings.calibrate
-    group = norm_group(model.config) or 1
-    needed = settings.ema.decay and any(isinstance(module, _BatchNorm) for module in model.modules())
-    return min(max(AUTO, group), in_training_set // group * group) if needed else 0
+    if not (settings.ema.decay and model.norm_batches):
+        return 0
+    group = norm_group(model.norm_batches)
+    return min(max(AUTO, group), in_training_set // group * group)
 
 
-def _batches(count: int, data: Data, train: pictures.ImageSet, group: int | None, ranks: Ranks
+def _batches(count: int, data: Data, train: pictures.ImageSet, group: int, ranks: Ranks
              ) -> Callable[[], Iterator[pictures.Batch]]:
     """The same shuffled images every time, in whole groups, of which each rank has its share."""
-    size = group or min(UNGROUPED, count)
+    size = group if group > 1 else min(UNGROUPED, count)
     groups = min(count, len(train)) // size
     if not groups:
-        raise UserError(f"calibrate={count} gives fewer images than model.attention.norm_batch={size}, over which the "
+        raise UserError(f"calibrate={count} gives fewer images than norm_batch={size}, over which the "
                         f"norm takes its statistics ({len(train):,} are in the training set): give a multiple of it.")
     first, end = (groups * part // ranks.world for part in (ranks.rank, ranks.rank + 1))
 

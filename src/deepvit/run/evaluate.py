@@ -14,8 +14,7 @@ import numpy as np
 from timm.data import ImageNetInfo
 
 from deepvit.config.provenance import versions
-from deepvit.config.settings import Data, read_group
-from deepvit.config.signature import fits
+from deepvit.config.settings import Data, read_evaluation, read_group
 from deepvit.data import ImageSet, eval_folder, resolve_decoder
 from deepvit.data.real_labels import real_top1
 from deepvit.engine.checkpoint import write_text_synced
@@ -62,14 +61,9 @@ def evaluate_all(config: Mapping[str, Any], ranks: Ranks, stop: StopRequest) -> 
         UserError: no checkpoint, an unreadable one, data that do not fit a model's classes.
     """
     with ranks.together():
-        paths = checkpoints(config["checkpoint"])
-        precision = build.precision(read_group("precision", config["precision"]))
-        if not fits(config["calibrate"], int) or config["calibrate"] < 0:
-            raise UserError(f"calibrate={config['calibrate']} is not a number of training images: give one, or 0 to "
-                            f"leave the statistics as they are.")
-        if config["labels"] not in (None, "real"):
-            raise UserError(f"labels={config['labels']} is not known: give labels=real or null.")
-    prepare_device(precision, ranks, config["engine"]["threads"])
+        asked = read_evaluation(config)
+        paths, precision = checkpoints(asked.checkpoint), build.precision(asked.precision, ranks.device)
+    prepare_device(precision, ranks, asked.engine.threads, asked.engine.deterministic)
     results, seen, refusals = [], [], []
     for path in paths:
         try:
@@ -222,7 +216,8 @@ def _run(candidate: Candidate, data: Data, images: ImageSet, calibrate: int, tra
          precision: Precision, stop: StopRequest) -> Evaluation | None:
     model = candidate.model.to(ranks.device)
     prepare, batches = build.prepare(data, model.num_classes), build.eval_batches(data, images, ranks)
-    calibrated = calibration(calibrate, data, train, model.config, prepare, ranks, precision, stop)
+    calibrated = calibration(calibrate, data, train, model.norm_batches, prepare, ranks, precision,
+                             stop)
     with Display(ranks.is_main) as display:
         def once() -> Evaluation | None:
             bar = display.bar(candidate.path.name, len(images))

@@ -1,51 +1,89 @@
-"""What a run would take: everything is built and three updates are made, nothing is written."""
+"""What a run would take: everything is built, a few updates and the first evaluation's batch are made, nothing is
+written."""
 
 import logging
-import resource
+import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from deepvit.engine.device import prepare_device
+from deepvit.engine.evaluate import scores
+from deepvit.engine.memory import peak_bytes, reset_peak
 from deepvit.engine.ranks import Ranks
 from deepvit.engine.signals import StopRequest
 from deepvit.models.cost import count_flops, count_parameters
 from deepvit.run import build
+from deepvit.run.build import Built
 from deepvit.run.result import summary_of
+
+WARM_UP, FEWEST, MOST, ENOUGH_S = 1, 3, 50, 2.0  # steps not timed, and timed: at least, at most, and until so long
+FEW_PARTS = 4  # micro-batches
 
 log = logging.getLogger(__name__)
 
 
 def forecast(config: Mapping[str, Any], ranks: Ranks, stop: StopRequest) -> dict[str, float] | None:
-    """Says and returns what the run would take; None: asked to stop."""
+    """Says and returns what the run would take, memory over what the process had before; None: asked to stop."""
     settings = build.read_settings(config)
-    prepare_device(build.precision(settings.precision), ranks, settings.engine.threads)
+    prepare_device(build.precision(settings.precision, ranks.device), ranks, settings.engine.threads,
+                   settings.engine.deterministic)
     build.check(settings, ranks)
+    before = reset_peak(ranks.device)
     built = build.build(settings, ranks)
-    seconds = []
-    for batches in built.make_batches(0, 3):
-        start = time.perf_counter()
-        _, update = built.stepper.update(built.state, batches, stop)
-        if update is None or ranks.any_asked_to_stop(bool(stop)):
-            return None
-        float(update.loss)  # waits for the device
-        seconds.append(time.perf_counter() - start)
-    step = min(seconds[1:])  # the first warms up
+    seconds = list(_steps(built, stop))
+    if not seconds or ranks.any_asked_to_stop(bool(stop)):
+        return None
+    _evaluate_once(built)
+    step = statistics.median(seconds[WARM_UP:] or seconds)
     hours = step * built.plan.total / 3600
     found = {"params": count_parameters(built.model), "flops": count_flops(built.model),
-             "memory_mib": _peak_memory_mib(ranks.device), "steps": built.plan.total, "step_s": step,
+             "memory_mib": (peak_bytes(ranks.device) - before) / 2**20, "steps": built.plan.total, "step_s": step,
              "hours": hours, "device_hours": hours * ranks.world}
     if ranks.is_main:
         log.info("%s", summary_of(built))
-        log.info("Dry run: %.3g GFLOP an image forward, %.0f MiB at most so far, %.3g s a step, so %.3g h "
-                 "(%.3g device-hours), evaluation not counted.", found["flops"] / 1e9, found["memory_mib"], step,
-                 hours, found["device_hours"])
+        log.info("Dry run: %.3g GFLOP an image forward, %.0f MiB at most, %.3g s a step, so %.3g h (%.3g "
+                 "device-hours), evaluation not counted.", found["flops"] / 1e9, found["memory_mib"], step, hours,
+                 found["device_hours"])
     return found
 
 
-def _peak_memory_mib(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def _steps(built: Built, stop: StopRequest) -> Iterator[float]:
+    """Seconds of each step, with what it waited for data; none where it was asked to stop."""
+    ranks, total = built.ranks, 0.0
+    parts, few = _parts(built)
+    data = replace(built.settings.data, batch_size=few * built.micro_batch * ranks.world)
+    make_batches = build.batch_maker(replace(built.settings, data=data), built.splits.train, ranks)
+    with closing(make_batches(0, WARM_UP + MOST, built.micro_batch)) as stream:
+        for number in range(1, WARM_UP + MOST + 1):
+            start = time.perf_counter()
+            _, update = built.stepper.update(built.state, next(stream), stop)
+            if update is None:
+                return
+            float(update.loss)  # waits for the device
+            taken = time.perf_counter() - start
+            yield taken * parts / few
+            total += taken
+            if number >= WARM_UP + FEWEST and ranks.max(int(total > ENOUGH_S)):
+                return
+
+
+def _parts(built: Built) -> tuple[int, int]:
+    """Micro-batches of a step, and of those the few that are timed: beside them the rest of an update is nothing."""
+    settings, whole = built.settings, built.micro_batch * built.ranks.world
+    parts = settings.data.batch_size // whole
+    return parts, next(few for few in range(min(parts, FEW_PARTS), parts + 1)
+                       if few * whole % settings.augment.repeats == 0)
+
+
+@torch.no_grad()
+def _evaluate_once(built: Built) -> None:
+    """A batch of the evaluation, which may need more memory than training does."""
+    settings, ranks = built.settings, built.ranks
+    prepare = build.prepare(settings.data, len(built.splits.class_ids))
+    with closing(build.eval_batches(settings.data, built.splits.val, ranks)()) as batches:
+        scores(built.state.evaluated_model.eval(), next(batches), prepare, ranks, built.stepper.precision, [])

@@ -46,9 +46,9 @@ def launch(job: Job, config: Mapping[str, Any], folder: Path) -> Outcome:
         rank 0's outcome. Ranks that die are started again together, `engine.max_restarts` times.
     """
     try:
-        read_group("engine", config["engine"])
+        read_group("engine", config.get("engine"))
         refuse_missing(config, folder)
-        devices = 0 if joined() else _devices(config["engine"])
+        devices = launched(config["engine"]) if joined() else _devices(config["engine"])
     except UserError as error:
         return Outcome(BAD_INPUT, str(error))
     if devices > 1:
@@ -79,6 +79,15 @@ def joined() -> bool:
             raise UserError(f"{name}={value} is no number of a launcher (WORLD_SIZE={os.environ['WORLD_SIZE']}): "
                             f"{advice}")
     return True
+
+
+def launched(engine: Mapping[str, Any]) -> int:
+    """0: no device is left to start. Raises UserError where another number of them was asked for."""
+    wanted, started = engine["devices"], os.environ["WORLD_SIZE"]
+    if wanted is not None and str(wanted) not in (started, os.environ.get("LOCAL_WORLD_SIZE")):
+        raise UserError(f"engine.devices={wanted} has no effect where torchrun started {started} processes: leave it "
+                        f"out, or give torchrun --nproc-per-node={wanted}.")
+    return 0
 
 
 def _below_torchrun() -> bool:

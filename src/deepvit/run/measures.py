@@ -27,9 +27,10 @@ def evaluator(built: Built, stop: StopRequest) -> Callable[[nn.Module, Display],
     """
     settings, ranks, images = built.settings, built.ranks, built.splits.val
     prepare = build.prepare(settings.data, len(built.splits.class_ids))
-    precision, batches = build.precision(settings.precision), build.eval_batches(settings.data, images, ranks)
+    precision = build.precision(settings.precision, ranks.device)
+    batches = build.eval_batches(settings.data, images, ranks)
     count = images_to_calibrate(settings, built.model, len(built.splits.train))
-    calibrated = calibration(count, settings.data, built.splits.train, built.model.config, prepare, ranks,
+    calibrated = calibration(count, settings.data, built.splits.train, built.model.norm_batches, prepare, ranks,
                              precision, stop)
 
     def run(model: nn.Module, display: Display) -> Evaluation | None:

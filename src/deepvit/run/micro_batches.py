@@ -1,43 +1,48 @@
 """How a device's share of the global batch is cut: which sizes are allowed, and the largest of them that fits."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 
 from deepvit.config.settings import Augment, Settings
-from deepvit.engine.device import device_name
-from deepvit.engine.memory import largest_batch
+from deepvit.engine.device import device_name, sharing
+from deepvit.engine.memory import Example, available_bytes, largest_batch, needed_bytes
 from deepvit.engine.state import TrainState
 from deepvit.engine.step import Stepper
 from deepvit.errors import UserError
+from deepvit.models import ViT
 
 
-def unit(settings: Settings) -> int:
-    """Images that no micro-batch may part: a group of the head norm, a pair of mixup or cutmix."""
-    return math.lcm(min(norm_group(settings.model) or 1, settings.data.batch_size), 2 if mixes(settings.augment) else 1)
+def unit(settings: Settings, norm_batches: Collection[int | None]) -> int:
+    """Images that no micro-batch may part: a group of the batch norms, a pair of mixup or cutmix."""
+    group = min(norm_group(norm_batches), settings.data.batch_size)
+    return math.lcm(group, 2 if mixes(settings.augment) else 1)
 
 
 def mixes(augment: Augment) -> bool:
     return augment.mix_prob > 0 and (augment.mixup > 0 or augment.cutmix > 0)
 
 
-def allowed(settings: Settings, world: int) -> list[int]:
+def allowed(settings: Settings, norm_batches: Collection[int | None], world: int) -> list[int]:
     """Images that a device may take at once, largest first: parts of its share of the global batch in whole `unit`s.
 
+    Args:
+        norm_batches: the model's (`ViT.norm_batches`). With None among them the statistics are those of whatever a
+            device takes at once, so that this is no free choice: `auto` is the whole share.
     Raises:
         UserError: the global batch does not divide over the devices, or a device's share not into whole units.
     """
-    batch, most, whole = settings.data.batch_size, settings.engine.device_batch, unit(settings)
+    batch, most, whole = settings.data.batch_size, settings.engine.device_batch, unit(settings, norm_batches)
     if batch % world:
-        raise UserError(f"data.batch_size={batch} (of all devices together) does not divide over {world} devices.")
+        raise UserError(f"data.batch_size={batch} (of all devices together) does not divide over {world} devices: give "
+                        f"a multiple of {world}.")
     share = batch // world
     if share % whole:
-        raise UserError(f"data.batch_size={batch} leaves each of {world} devices {share} images, which is no multiple "
-                        f"of {whole}: {_why(settings)}. Choose a multiple of {world * whole}.")
+        raise UserError(_refusal(settings, norm_batches, world))
     sizes = [share // parts for parts in range(1, share // whole + 1) if share % (parts * whole) == 0]
-    if most is None or (most == "auto" and _depends_on_size(settings)):
+    if most is None or (most == "auto" and None in norm_batches):
         return sizes[:1]
     if most == "auto":
         return sizes
@@ -45,12 +50,12 @@ def allowed(settings: Settings, world: int) -> list[int]:
         raise UserError(f"engine.device_batch={most} is more than a device's share of the global batch, {share} "
                         f"images: give {share} or less, or auto.")
     if most < sizes[-1]:
-        raise UserError(f"engine.device_batch={most} is less than the {whole} images that cannot be parted: "
-                        f"{_why(settings)}.")
+        raise UserError(f"engine.device_batch={most} is less than the {whole} images that cannot be parted "
+                        f"({_why(settings, norm_batches)}): give {whole} or more, or auto.")
     return [size for size in sizes if size <= most]
 
 
-def choose(settings: Settings, in_chans: int, state: TrainState, stepper: Stepper,
+def choose(settings: Settings, state: TrainState, stepper: Stepper,
            begun: Mapping[str, Any] | None = None) -> tuple[int, str]:
     """The size of this run's micro-batches, and in words what they take of the memory where that was measured.
 
@@ -59,39 +64,60 @@ def choose(settings: Settings, in_chans: int, state: TrainState, stepper: Steppe
     Raises:
         UserError: as `allowed`.
     """
-    ranks, sizes = stepper.ranks, allowed(settings, stepper.ranks.world)
+    ranks = stepper.ranks
+    sizes = allowed(settings, state.model.norm_batches, ranks.world)
     if len(sizes) == 1 or settings.engine.device_batch != "auto":
         return sizes[0], ""
     before = begun or {}
     if before.get("device") == device_name(ranks.device) and before.get("micro_batch") in sizes:
         return before["micro_batch"], ""
-    size = settings.data.img_size
-    shape = (in_chans, size, size) if isinstance(size, int) else (in_chans, *size)
-
-    def example(count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return (torch.zeros(count, *shape, device=ranks.device),
-                torch.zeros(count, dtype=torch.int64, device=ranks.device))
-
-    fitting, words = largest_batch(sizes, state, stepper, example)
+    fitting, words = largest_batch(sizes, state, stepper, _example(state.model, ranks.device), sharing())
     return -ranks.max(-fitting), words
 
 
-def norm_group(model: Mapping[str, Any]) -> int | None:
-    """Images that the batch statistics of a model of these settings are taken over: the head norm's, or the convolution
-    stem's own. None: as many as come."""
-    given = [part.get("norm_batch") for part in (model["attention"], model.get("stem")) if isinstance(part, Mapping)]
-    return math.lcm(*filter(None, given)) if any(given) else None
+def advice(settings: Settings, state: TrainState, stepper: Stepper, count: int) -> str:
+    """What helps where `count` images at once are too many: what they need, what is there, and the settings, best
+    first."""
+    network, device = state.model, stepper.ranks.device
+
+    def needed(checkpointing: bool) -> str:
+        network.set_grad_checkpointing(checkpointing)
+        return f"{needed_bytes(count, state, stepper, _example(network, device)) / 2**30:.3g} GiB"
+
+    ways = [] if settings.engine.grad_checkpointing else [f"engine.grad_checkpointing=true ({needed(True)})"]
+    ways += ["precision=bf16"] * (stepper.precision.dtype is None)
+    ways += ["a smaller model.attention.norm_batch"] * (count > 1)
+    there = f"{available_bytes(device, sharing()) / 2**30:.3g} GiB"
+    needs = needed(settings.engine.grad_checkpointing)
+    return f"they need {needs} and {there} are there; set {', '.join(ways) or 'a smaller model'}"
 
 
-def _depends_on_size(settings: Settings) -> bool:
-    """Whether batch statistics are those of whatever a device takes at once, so that its size is no free choice."""
-    stem = settings.model.get("stem")
-    has_norm = settings.model["attention"].get("norm") or "conv" in (stem, isinstance(stem, Mapping) and stem["name"])
-    return bool(has_norm) and norm_group(settings.model) is None
+def _example(network: ViT, device: torch.device) -> Example:
+    shape = network.in_chans, *network.img_size
+
+    def example(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return (torch.zeros(count, *shape, device=device), torch.zeros(count, dtype=torch.int64, device=device))
+
+    return example
 
 
-def _why(settings: Settings) -> str:
-    group = norm_group(settings.model)
-    reasons = [f"model.attention.norm_batch={group} takes its statistics over so many"] * bool(group) + [
-        "mixup and cutmix pair neighbours"] * mixes(settings.augment)
-    return " and ".join(reasons)
+def norm_group(norm_batches: Collection[int | None]) -> int:
+    """Images that the batch norms of a model must see together; 1: as they come."""
+    return math.lcm(*filter(None, norm_batches))
+
+
+def _refusal(settings: Settings, norm_batches: Collection[int | None], world: int) -> str:
+    """Of a share that cannot be cut into whole units, with the sizes that can."""
+    group, pair = norm_group(norm_batches), 2 if mixes(settings.augment) else 1
+    share = settings.data.batch_size // world
+    fitting = [size for size in range(min(group, share), 1, -1) if share % math.lcm(size, pair) == 0]
+    other = f", or model.attention.norm_batch={fitting[0]}" if group > 1 and fitting else ""
+    return (f"data.batch_size={settings.data.batch_size} leaves each of {world} devices {share} images, which is no "
+            f"multiple of {math.lcm(group, pair)} ({_why(settings, norm_batches)}): give a multiple of "
+            f"{world * math.lcm(group, pair)}{other}.")
+
+
+def _why(settings: Settings, norm_batches: Collection[int | None]) -> str:
+    group = norm_group(norm_batches)
+    return " and ".join([f"norm_batch={group} takes batch statistics over so many"] * (group > 1)
+                        + ["mixup and cutmix pair neighbours"] * mixes(settings.augment))

@@ -7,11 +7,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import yaml
 from timm.optim import get_optimizer_info
 
 from deepvit.config.compare import changed
-from deepvit.config.settings import Settings
+from deepvit.config.settings import Settings, read_group
 from deepvit.data import Splits
 from deepvit.engine import checkpoint
 from deepvit.engine.folder import RunFolder
@@ -33,14 +32,20 @@ def settings_of(folder: RunFolder) -> Settings:
     """
     if not folder.config.exists():
         raise UserError(f"There is no run in {folder.path}: it has no config.yaml.")
+    return build.read_settings(_config_of(folder))
+
+
+def _config_of(folder: RunFolder) -> dict[str, Any]:
+    """A run's own config, in today's settings."""
     try:
-        return build.read_settings(upgraded(yaml.safe_load(folder.config.read_text())))
-    except (OSError, yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError):
+        return upgraded(folder.read_config())
+    except (AttributeError, KeyError, TypeError, ValueError):
         raise UserError(f"{folder.config} is torn or not the config of a run: restore it from a copy.") from None
 
 
 def upgraded(config: Mapping[str, Any]) -> dict[str, Any]:
     """A run's config in today's settings: what had no effect, and was accepted then, is left out."""
+    config = _with_its_stem(config, config)
     optimizer, schedule, attention = config["optimizer"], config["schedule"], config["model"]["attention"]
     info = get_optimizer_info(optimizer["opt"])
     idle = {name: None for name in ("momentum", "betas", "eps") if not getattr(info, f"has_{name}")}
@@ -52,21 +57,31 @@ def upgraded(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def as_begun(config: Mapping[str, Any], folder: RunFolder) -> Mapping[str, Any]:
-    """`config`, but a run begun before `norm_batch` existed keeps the batch statistics that it had, those of all images
-    that a device takes at once, and one begun before `calibrate` existed is evaluated as it was."""
-    try:
-        run = yaml.safe_load(folder.config.read_text())
-        before = run["model"]["attention"]
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError):
+    """`config`, but a run keeps the precision that `auto` was when it began, one begun before `norm_batch` existed
+    the batch statistics that it had, those of all images that a device takes at once, and one begun before
+    `calibrate` existed its evaluation."""
+    run = folder.read_config()
+    before = run["model"].get("attention") if isinstance(run.get("model"), dict) else None
+    if not isinstance(before, dict):
         return config
+    if "precision" in run and read_group("precision", config["precision"]).dtype == "auto":
+        config = {**config, "precision": run["precision"]}
     if "calibrate" not in run and config["calibrate"] == "auto":
         config = {name: value for name, value in config.items() if name != "calibrate"}
+    config = _with_its_stem(config, run)
     model = config["model"]
     if "norm_batch" in before or "norm_batch" not in model["attention"]:
         return config
     log.info("This run was begun before model.attention.norm_batch existed, and goes on without it (null).")
     attention = {name: value for name, value in model["attention"].items() if name != "norm_batch"}
     return {**config, "model": {**model, "attention": attention}}
+
+
+def _with_its_stem(config: Mapping[str, Any], run: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`config` with the stem's statistics as they were, if `run` began before `calibrate` and `norm_batch` existed."""
+    if "calibrate" in run or config["model"].get("stem") != "conv":
+        return config
+    return {**config, "model": {**config["model"], "stem": {"name": "conv", "norm_batch": None}}}
 
 
 def identity(settings: Settings, splits: Splits, folder: RunFolder) -> dict[str, Any]:
@@ -92,13 +107,13 @@ def refuse_finished(folder: RunFolder, config: Mapping[str, Any], now: Mapping[s
 
     now: the command's `identity`.
     """
-    before = yaml.safe_load(folder.config.read_text())
+    before = _config_of(folder)
     known = folder.read_result().get("made_of")
     if known is None:  # an earlier version's
         with suppress(UserError):
             known = (checkpoint.load_newest(folder.last, folder.previous) or (None, None))[1]
     known = known or {}
-    differences = _same_init(changed(upgraded(before), config), known, now) | _other_pictures(known, now)
+    differences = _same_init(changed(before, config), known, now) | _other_pictures(known, now)
     if differences:
         raise UserError(f"The run in {folder.path} is finished with other settings: {_listed(differences)}. To train "
                         f"with these, {ADVICE}")

@@ -41,9 +41,11 @@ def train(config: Mapping[str, Any], path: Path, ranks: Ranks, stop: StopRequest
     """
     folder = RunFolder(path)
     config = config if config["fresh"] else as_begun(config, folder)
+    config = build.with_precision(config, ranks.device)
     settings = build.read_settings(config)
     viewers = chosen(settings.logger)
-    prepare_device(build.precision(settings.precision), ranks, settings.engine.threads)
+    prepare_device(build.precision(settings.precision, ranks.device), ranks, settings.engine.threads,
+                   settings.engine.deterministic)
     build.check(settings, ranks)
     with folder.claimed(ranks, settings.fresh, restarted=_restarts() > 0) as starts_over:
         if not starts_over and ranks.from_main(folder.is_finished()):
