@@ -120,7 +120,8 @@ def _write_deepvit(model: ViT, path: Path) -> tuple[Reader, str, str]:
     config = model.config
     _refuse(config, "the published DeepViT class", {
         "pool": "cls", "gelu": "erf", "norm_eps": 1e-6, "final_norm": "before_pool", "patch_norm": False,
-        "head_dim": None, "block": "pre_norm", "feat_scale": False, "representation_size": None, "init_values": None})
+        "head_dim": None, "block": "pre_norm", "feat_scale": False, "representation_size": None, "init_values": None,
+        "share_maps": 1})
     for block in model.blocks:
         _refuse_attention(block.attn, config["attention"])
     arch = next((arch for arch, name in published.ARCHS.items() if published.is_named(name, model)), None)
@@ -174,7 +175,7 @@ def _as_timm(model: ViT) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Arguments of timm's `VisionTransformer` and its state dict."""
     config, average = model.config, model.config["pool"] == "avg"
     _refuse(config, "timm's VisionTransformer", {
-        "gelu": "erf", "patch_norm": False, "head_dim": None, "qk_scale": None, "stem": "patch",
+        "share_maps": 1, "gelu": "erf", "patch_norm": False, "head_dim": None, "qk_scale": None, "stem": "patch",
         "block": "pre_norm", "feat_scale": False, "representation_size": None, "residual_scale": 1.0, "map_scale": 1.0,
         "final_norm": "after_pool" if average else "before_pool"})
     if config["pool"] == "mean" or not all(_is_plain(block.attn) for block in model.blocks):

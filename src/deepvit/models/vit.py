@@ -1,7 +1,7 @@
 """One Vision Transformer of interchangeable parts: stem + blocks + head. DeepViT is a configuration of it."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from deepvit.errors import UserError, did_you_mean
 from deepvit.models.attention import ATTENTIONS, Attention
-from deepvit.models.blocks import BLOCKS
+from deepvit.models.blocks import BLOCKS, share_among
 from deepvit.models.init import STD, draw_seed, init_weights
 from deepvit.models.recompute import checkpoint_block
 from deepvit.models.stem import PatchStem, pair, plain, stem_of
@@ -51,6 +51,7 @@ class ViT(nn.Module):
         feat_scale: see `blocks.FeatScale`.
         init_std: initial standard deviation of all Linear weights; None: 0.02, as published.
         weight_init: "mimetic": see `init.mimic`; None: the published one, see `init.init_weights`.
+        share_maps: in groups of as many blocks all take q and k of the first and have none; 1: each has its own.
     """
 
     img_size = property(lambda self: self.patch_embed.img_size)
@@ -77,7 +78,7 @@ class ViT(nn.Module):
                  final_norm: Literal["before_pool", "after_pool"] = "before_pool",
                  representation_size: int | None = None, block: Literal["pre_norm", "deepnorm"] = "pre_norm",
                  feat_scale: bool = False, init_std: float | None = None,
-                 weight_init: Literal["mimetic"] | None = None):
+                 weight_init: Literal["mimetic"] | None = None, share_maps: int = 1):
         config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
         seed, before = draw_seed(), torch.get_rng_state()
@@ -117,6 +118,9 @@ class ViT(nn.Module):
                            if representation_size else nn.Identity())
         self.head = _head(self.head_hidden_size, num_classes)
         self._frozen: list[nn.Module] = []
+        self.share_maps = share_maps
+        if share_maps > 1:
+            share_among(self.blocks, share_maps, weight_init)
         if weight_init and block == "deepnorm":
             raise UserError(f"block=deepnorm has an initialisation of its own: leave weight_init={weight_init} out.")
         init_weights(self, seed, STD if init_std is None else init_std, mimetic=weight_init == "mimetic")
@@ -134,8 +138,7 @@ class ViT(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """Images -> tokens `[B, 1 + patches, D]` after the last block (and the final norm, if it comes first)."""
         x = self._embed(x)
-        for block in self.blocks:
-            x = self._run(block, x)
+        *_, x = self._after_each(self.blocks, x)
         return self._norm_of_tokens(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -166,8 +169,8 @@ class ViT(nn.Module):
         wanted, last = feature_take_indices(len(self.blocks), indices)
         x = self._embed(x)
         taken = []
-        for i, block in enumerate(self.blocks[:last + 1] if stop_early else self.blocks):
-            x = self._run(block, x)
+        blocks = self.blocks[:last + 1] if stop_early else self.blocks
+        for i, x in enumerate(self._after_each(blocks, x)):  # noqa: B020
             if i in wanted:
                 taken.append(self._norm_of_tokens(x) if norm else x)
         prefixes, features = [tokens[:, :1] for tokens in taken], [tokens[:, 1:] for tokens in taken]
@@ -203,8 +206,18 @@ class ViT(nn.Module):
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
         return self.pos_drop(x + self.pos_embed)
 
-    def _run(self, block: nn.Module, x: Tensor) -> Tensor:
-        return checkpoint_block(block, x) if self.grad_checkpointing and torch.is_grad_enabled() else block(x)
+    def _after_each(self, blocks: nn.Sequential, x: Tensor) -> Iterator[Tensor]:
+        """The tokens `[B, N, D]` after each block."""
+        for i, block in enumerate(blocks):
+            follows = i % self.share_maps > 0
+            if not follows and self.share_maps > 1:
+                qk = block.shared(x)
+            x = self._run(block, x, qk) if follows else self._run(block, x)
+            yield x
+
+    def _run(self, block: nn.Module, *inputs: Any) -> Tensor:
+        recomputes = self.grad_checkpointing and torch.is_grad_enabled()
+        return checkpoint_block(block, *inputs) if recomputes else block(*inputs)
 
     def _norm_of_tokens(self, x: Tensor) -> Tensor:
         return self.norm(x) if self.final_norm == "before_pool" else x
