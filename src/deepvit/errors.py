@@ -10,6 +10,10 @@ class UserError(Exception):
     """What the user gave is wrong: one sentence that names it and says what to do. Programs print it and exit 2."""
 
 
+class Untold(UserError):
+    """A weights file does not tell a setting of its model: the sentence asks for it."""
+
+
 class Failure(Exception):
     """Something broke that is not the user's input (a full disk, a lost rank). Programs print it and exit 1."""
 
@@ -26,6 +30,11 @@ def unusable(error: OSError) -> UserError:
 def first_line(error: BaseException) -> str:
     """Of a library's words; its name where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def reason(error: Exception) -> str:
+    """An error's kind and its first sentence, for a sentence of ours."""
+    return f"{type(error).__name__}: {error}".splitlines()[0].split(". ")[0][:100].rstrip(": .")
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

@@ -202,8 +202,9 @@ class Fit:
         if not self._ranks.is_main:
             return
         self._log_scalars("val", summary)
-        log.info("step %d  epoch %.2f  top-1 %.2f %%  top-5 %.2f %%  loss %.4f%s", state.step, self._epoch(),
-                 summary["top1"], summary["top5"], summary["loss"], "  best so far" if is_best else "")
+        top5 = f"top-5 {summary['top5']:.2f} %  " if "top5" in summary else ""
+        log.info("step %d  epoch %.2f  top-1 %.2f %%  %sloss %.4f%s", state.step, self._epoch(), summary["top1"], top5,
+                 summary["loss"], "  best so far" if is_best else "")
         if is_best:
             self._saver.save_best(state, summary)
 

@@ -18,6 +18,7 @@ from typing import IO, Any, ClassVar
 
 import yaml
 
+from deepvit.config.json_lines import read_json_lines
 from deepvit.engine.checkpoint import digest_path, write_text_synced
 from deepvit.engine.ranks import Ranks
 from deepvit.errors import UserError
@@ -102,7 +103,7 @@ class RunFolder:
         """Empty, marked by a run, or begun by one of a version that set no mark."""
         if self.mark.exists() or not any(self.path.iterdir()):
             return True
-        with suppress(OSError, ValueError):
+        with suppress(OSError):
             begun = any(event.get("event") in ("start", "resume") for event in read_json_lines(self.events))
             return begun and self.read_config().keys() >= SETTINGS
         return False
@@ -244,17 +245,6 @@ class LogFile(logging.FileHandler):
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Nothing: the default prints a traceback for every line."""
-
-
-def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a `.jsonl` file; a torn or foreign one is passed over, a missing file has none."""
-    if not path.exists():
-        return
-    with path.open(errors="replace") as file:
-        for text in file:
-            with suppress(ValueError):
-                if isinstance(line := json.loads(text), dict):
-                    yield line
 
 
 def plain(value: Any) -> Any:
