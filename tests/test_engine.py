@@ -228,7 +228,7 @@ def test_evaluation_counts_every_picture_once(n, world):
 def test_evaluation_refuses_a_picture_too_many_and_scores_nan_as_wrong():
     logits, targets = torch.eye(10)[:4], torch.arange(4)
     batch = Images(logits.clone(), targets, torch.arange(4))
-    with pytest.raises(Failure, match="saw 8 pictures"):
+    with pytest.raises(Failure, match="saw 8 images"):
         evaluate(nn.Identity(), [batch, batch], take, ALONE, Precision(), n=4)
     batch.images[0] = float("nan")
     result = evaluate(nn.Identity(), [batch], take, ALONE, Precision(), n=4)

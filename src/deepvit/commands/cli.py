@@ -6,6 +6,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,11 +93,6 @@ def _evaluate(config: DictConfig) -> Any:
     return run_job(eval_job, config)
 
 
-def train(arguments: Sequence[str]) -> int:
-    """`deepvit train SETTING=VALUE ...`; returns the exit code."""
-    return _start(_train, arguments)
-
-
 def evaluate(arguments: Sequence[str]) -> int:
     """`deepvit eval SETTING=VALUE ...`; returns the exit code."""
     return _start(_evaluate, [of_the_model(word) for word in arguments])
@@ -137,6 +133,9 @@ def _start(program: Callable[[], Any], arguments: Sequence[str]) -> int:
             say(outcome.message, sys.stderr if outcome.code else sys.stdout)
         return outcome.code
     return DONE
+
+
+train = partial(_start, _train)  # `deepvit train SETTING=VALUE ...`; returns the exit code
 
 
 @contextmanager

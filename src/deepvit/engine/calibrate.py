@@ -10,7 +10,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from deepvit.engine.ranks import Ranks
 from deepvit.engine.step import Precision, Prepare
-from deepvit.errors import Failure, UserError
 
 
 @torch.no_grad()
@@ -32,25 +31,23 @@ def calibrate(model: nn.Module, batches: Iterable[Any], prepare: Prepare, ranks:
     if not statistics:
         return True
     before = _flat(statistics)
-    total, seen, stopped, error = torch.zeros_like(before), 0, False, None
+    total, seen = torch.zeros_like(before), before.new_zeros(1)
+
+    def take(batch: Any) -> None:
+        x, _ = prepare(batch, 0, ranks.device, training=False)
+        with precision.autocast(ranks.device):
+            model(x)
+        total.add_(_flat(statistics) * len(batch))
+        seen.add_(len(batch))
+
     with statistics_of_the_batch(model):
         try:
-            for batch in batches:
-                if should_stop():
-                    stopped = True
-                    break
-                x, _ = prepare(batch, 0, ranks.device, training=False)
-                with precision.autocast(ranks.device):
-                    model(x)
-                total += _flat(statistics) * len(batch)
-                seen += len(batch)
-        except (UserError, Failure) as raised:
-            error = raised
+            complete = ranks.for_each(batches, take, should_stop)
         finally:
             _write(before, statistics)
-    if ranks.agree(error, stopped):
+    if not complete:
         return False
-    sums = ranks.sum(torch.cat([total.cpu(), total.new_tensor([seen], device="cpu")]))
+    sums = ranks.sum(torch.cat([total, seen]).cpu())
     _write((sums[:-1] / sums[-1]).to(before.device), statistics)
     return True
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from deepvit.engine.ranks import Ranks
 from deepvit.engine.step import Precision, Prepare, is_out_of_memory
-from deepvit.errors import Failure, UserError
+from deepvit.errors import Failure
 
 
 @dataclass
@@ -75,23 +75,19 @@ def evaluate(model: nn.Module, batches: Iterable[Any], prepare: Prepare, ranks: 
         UserError, Failure: what any rank's `batches` raised, on all ranks; or the images seen are not the whole set.
     """
     training, start = model.training, time.perf_counter()
+    parts, bad = [], []
+
+    def take(batch: Any) -> None:
+        parts.extend(scores(model, batch, prepare, ranks, precision, batch.bad, among))
+        bad.extend(batch.bad)
+        advance(len(batch) * ranks.world)
+
     model.eval()
-    parts, bad, stopped, error = [], [], False, None
     try:
-        for batch in batches:
-            if should_stop():
-                stopped = True
-                break
-            parts += scores(model, batch, prepare, ranks, precision, batch.bad, among)
-            bad += batch.bad
-            advance(len(batch) * ranks.world)
-    except (UserError, Failure) as raised:
-        error = raised
+        complete = ranks.for_each(batches, take, should_stop)
     finally:
         model.train(training)
-    if ranks.agree(error, stopped):
-        return None
-    return _gather(parts, bad, ranks, n, time.perf_counter() - start)
+    return _gather(parts, bad, ranks, n, time.perf_counter() - start) if complete else None
 
 
 def scores(model: nn.Module, batch: Any, prepare: Prepare, ranks: Ranks, precision: Precision, bad: list[Any],

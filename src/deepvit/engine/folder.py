@@ -36,7 +36,7 @@ class RunFolder:
     A folder is a run's only if it says so. In one of ours, only files of our own names are replaced or removed.
 
     The lock is the kernel's (`lockf`): it ends with its process, however that dies, so no lock is ever stale. (Not
-    `flock`, which the processes that load pictures would inherit and hold for seconds after a SIGKILL.)
+    `flock`, which the processes that load images would inherit and hold for seconds after a SIGKILL.)
     """
 
     _claimed: ClassVar[set[Path]] = set()  # by this process, to which its own lockf gives way

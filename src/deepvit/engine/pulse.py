@@ -28,12 +28,11 @@ class Pulse:
         self.step = step
         self._store.set(f"step/{self._rank}", str(step))
 
-    def ask_to_stop(self) -> None:
-        self._store.set("stop", "1")
-
-    def asked_to_stop(self) -> bool:
-        """Whether any rank called `ask_to_stop`."""
-        return self._store.check(["stop"])
+    def any_asked_to_stop(self, asked: bool) -> bool:
+        """Whether this rank says so now, or any other has."""
+        if asked:
+            self._store.set("stop", "1")
+        return asked or self._store.check(["stop"])
 
     def missing(self) -> list[str]:
         """The ranks that do not answer a roll call, in words: `rank 1 (process 71 on n3, begun after step 12)`.

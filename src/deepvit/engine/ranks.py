@@ -2,10 +2,11 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from deepvit.engine.pulse import Pulse, connect
 from deepvit.errors import Failure, UserError, first_line, unusable
 
 CONNECT_S = 60  # for ranks that are all there to connect
+ABOUT_RANKS = re.compile("gloo|nccl|connection|timed out|timeout|socket|broken pipe", re.IGNORECASE)  # in an error
 
 
 class LostRank(Failure):
@@ -91,6 +93,22 @@ class Ranks:
                 raise kind(text) from error
         return any(answer[2] for answer in answers)
 
+    def for_each(self, batches: Iterable[Any], take: Callable[[Any], None], should_stop: Callable[[], bool]) -> bool:
+        """Has `take` each of this rank's batches; False, on all ranks, if `should_stop` said yes before one on any.
+
+        Raises:
+            UserError, Failure: what any rank's `batches` raised, on all ranks.
+        """
+        error, stopped = None, False
+        try:
+            for batch in batches:
+                if stopped := should_stop():
+                    break
+                take(batch)
+        except (UserError, Failure) as raised:
+            error = raised
+        return not self.agree(error, stopped)
+
     def beat(self, step: int) -> None:
         """Leaves a note of the step reached, for those who might miss this rank."""
         if self.pulse is not None:
@@ -98,9 +116,7 @@ class Ranks:
 
     def any_asked_to_stop(self, asked: bool) -> bool:
         """Whether this or any other rank was asked to stop; not collective: any rank may call it at any time."""
-        if asked and self.pulse is not None:
-            self.pulse.ask_to_stop()
-        return asked or self.pulse is not None and self.pulse.asked_to_stop()
+        return asked if self.pulse is None else self.pulse.any_asked_to_stop(asked)
 
     def broadcast(self, tensors: list[Tensor]) -> None:
         """Sets each tensor to rank 0's."""
@@ -136,7 +152,7 @@ def join(accelerator: str, timeout_s: float) -> Iterator[Ranks]:
     try:
         yield ranks
     except RuntimeError as error:
-        if not _is_about_ranks(error):
+        if not isinstance(error, dist.DistError) and not ABOUT_RANKS.search(str(error)):
             raise
         raise LostRank(_lost(ranks, error)) from error
     dist.destroy_process_group()  # after a loss it could wait for the one that is gone
@@ -156,11 +172,6 @@ def _meet(device: torch.device, timeout: timedelta) -> Ranks:
         raise LostRank(f"Rank {os.environ['RANK']} of {os.environ.get('WORLD_SIZE')} did not meet the others: "
                        f"{_reason(error)}.") from error
     return Ranks(rank, world, device, control, Pulse(dist.PrefixStore("pulse", store), rank, world))
-
-
-def _is_about_ranks(error: RuntimeError) -> bool:
-    words = "gloo|nccl|connection|timed out|timeout|socket|broken pipe"
-    return isinstance(error, dist.DistError) or re.search(words, str(error), re.IGNORECASE) is not None
 
 
 def _lost(ranks: Ranks, error: RuntimeError) -> str:

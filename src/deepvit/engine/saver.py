@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from deepvit.engine import checkpoint
 from deepvit.engine.folder import RunFolder
 from deepvit.engine.ranks import Ranks
@@ -54,7 +52,10 @@ class Saver:
         if not self._ranks.is_main:
             return
         weights = checkpoint.size_of(state.weights())
-        whole = weights + _size_of_moments(state.optimizer)
+        trained = [weight for group in state.optimizer.param_groups for weight in group["params"]]
+        # As many moments as Adam's where the optimizer allocates its own only at its first update.
+        moments = checkpoint.size_of(state.optimizer.state_dict()["state"]) or 2 * checkpoint.size_of(trained)
+        whole = weights + moments
         log.info("Checkpoints: last and previous of %s each, best of %s; engine.keep=best leaves the best alone.",
                  _size(whole), _size(weights))
         needed, free = 3 * whole + weights, shutil.disk_usage(self._folder.path).free  # a third while one is written
@@ -77,12 +78,6 @@ class Saver:
             log.error("%s %s", error, otherwise)
             self._folder.log_event("save_failed", step=state.step, reason=str(error))
             return error
-
-
-def _size_of_moments(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes; as many as Adam's where the optimizer allocates its own only at its first update."""
-    held = checkpoint.size_of(optimizer.state_dict()["state"])
-    return held or 2 * sum(weight.nbytes for group in optimizer.param_groups for weight in group["params"])
 
 
 def _size(count: int) -> str:

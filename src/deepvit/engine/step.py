@@ -278,8 +278,7 @@ def allocate_moments(optimizer: torch.optim.Optimizer) -> None:
     """Has a fused optimizer allocate its moments now, by a step that it skips; the others do at their first update."""
     if not _is_fused(optimizer) or "betas" not in optimizer.defaults:
         return
-    weights = [weight for group in optimizer.param_groups for weight in group["params"]
-               if weight.requires_grad]
+    weights = [weight for group in optimizer.param_groups for weight in group["params"] if weight.requires_grad]
     for weight in weights:
         weight.grad = torch.zeros_like(weight)
     _step_unless(torch.ones((), device=weights[0].device), optimizer)

@@ -39,9 +39,10 @@ def reattention(q: Tensor, k: Tensor, v: Tensor, mix: Tensor | None = None, bias
     if mix is None and norm is None and is_plain(gain, centre):
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p if training else 0.0, scale=scale)
         return out if map_scale == 1.0 else out * map_scale
-    parts = (mix, bias, norm, gain, centre, scale, map_scale)
+    rest = {"norm": norm, "gain": gain, "centre": centre, "scale": scale, "map_scale": map_scale, "training": training,
+            "norm_batch": norm_batch}
     if device == "meta":  # shapes and counts of operations, no values
-        return _by_definition(q, k, v, *parts, dropout_p, training, norm_batch)
+        return _by_definition(q, k, v, mix, bias, dropout_p=dropout_p, **rest)
     if torch.is_autocast_enabled(device) and q.dtype != torch.float64:
         q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
     path, why = choose(q, k, v, dropout_p=dropout_p, training=training)
@@ -49,8 +50,8 @@ def reattention(q: Tensor, k: Tensor, v: Tensor, mix: Tensor | None = None, bias
         core.announce(path, f"{why}; it keeps {_map_megabytes(q, k):.1f} MB of maps an image and block")
     with torch.autocast(device, enabled=False):
         if path == "reference":
-            return _by_definition(q, k, v, *parts, dropout_p, training, norm_batch)
-        return _by_affine(path, q, k, v, *parts, training, norm_batch)
+            return _by_definition(q, k, v, mix, bias, dropout_p=dropout_p, **rest)
+        return _by_affine(path, q, k, v, mix, bias, **rest)
 
 
 def _map_megabytes(q: Tensor, k: Tensor) -> float:
@@ -58,16 +59,13 @@ def _map_megabytes(q: Tensor, k: Tensor) -> float:
     return 4 * q.shape[1] * q.shape[2] * k.shape[2] * max(4, q.dtype.itemsize) / 1e6
 
 
-def _by_definition(q, k, v, mix, bias, norm, gain, centre, scale, map_scale, dropout_p, training,
-                   norm_batch) -> Tensor:
+def _by_definition(q, k, v, mix, bias, **rest) -> Tensor:
     """The reference in at least float32: half precision drowns the maps near initialisation (38 to 64 % error)."""
     wide = [None if x is None else affine.at_least_float(x) for x in (q, k, v, mix, bias)]
-    out = reference.reattention(*wide, norm=norm, gain=gain, centre=centre, scale=scale, map_scale=map_scale,
-                                dropout_p=dropout_p, training=training, norm_batch=norm_batch)
-    return out.to(v.dtype)
+    return reference.reattention(*wide, **rest).to(v.dtype)
 
 
-def _by_affine(path, q, k, v, mix, bias, norm, gain, centre, scale, map_scale, training, norm_batch) -> Tensor:
+def _by_affine(path, q, k, v, mix, bias, *, norm, gain, centre, scale, map_scale, training, norm_batch) -> Tensor:
     H, N = q.shape[1:3]
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     if mix is None:

@@ -8,19 +8,8 @@ import triton
 import triton.language as tl
 
 from deepvit.ops.triton_kernels import (
-    HEADS,
-    LIFT,
-    LOG2_LIFT,
-    _centred,
-    _exchange,
-    _load,
-    _load_mix,
-    _load_per_row,
-    _round,
-    _rows_by_rows,
-    _store,
-    _store_per_row,
-)
+    HEADS, LIFT, LOG2_LIFT, _centred, _exchange, _load, _load_mix, _load_per_row, _round, _rows_by_rows, _store,
+    _store_per_row)
 
 
 @triton.jit

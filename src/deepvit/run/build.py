@@ -150,7 +150,7 @@ def shared_splits(data: Data, ranks: Ranks) -> pictures.Splits:
 def splits(data: Data) -> pictures.Splits:
     """The data set that `data` names."""
     if data.source == "digits" and data.root is not None:
-        raise UserError(f"data.root={data.root} is given, but the digits are built in: to train on your pictures add "
+        raise UserError(f"data.root={data.root} is given, but the digits are built in: to train on your images add "
                         f"recipe=imagenet (train/ and val/ folders of classes), recipe=cifar10 or recipe=folder.")
     return pictures.load(data.source, root=data.root, fraction=data.fraction, classes=data.classes,
                          val_fraction=data.val_fraction, decoder=data.decoder, in_memory_mb=data.in_memory_mb,

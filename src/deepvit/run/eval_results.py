@@ -38,13 +38,13 @@ def label(path: str | Path) -> str:
 
 
 def compare(seen: list[tuple[Path, str, list[str] | None, Evaluation]]) -> None:
-    """Each checkpoint against the first of those that saw the same pictures of the same classes."""
-    for path, pictures, classes, other in seen:
-        first_path, _, _, first = next(one for one in seen if one[1:3] == (pictures, classes))
+    """Each checkpoint against the first of those that saw the same images of the same classes."""
+    for path, images, classes, other in seen:
+        first_path, _, _, first = next(one for one in seen if one[1:3] == (images, classes))
         if first is other:
             continue
         test = mcnemar(first.correct, other.correct)
-        log.info("%s against %s on the same %d pictures: only the first is right on %d, only the second on %d; exact "
+        log.info("%s against %s on the same %d images: only the first is right on %d, only the second on %d; exact "
                  "McNemar p = %.3g.", label(first_path), label(path), first.n, test["only_first"],
                  test["only_second"], test["p"])
 

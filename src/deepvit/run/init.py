@@ -2,9 +2,8 @@
 
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
-
-import yaml
 
 from deepvit.data import name_of_norm
 from deepvit.engine.folder import RunFolder
@@ -46,13 +45,12 @@ def with_model_of_init(config: Mapping[str, Any], folder: RunFolder | None = Non
 
 def _begun(folder: RunFolder | None, config: Mapping[str, Any]) -> tuple[dict[str, Any], str] | None:
     """The model and the normalisation of the run that goes on, if one does."""
-    if folder is None or config["fresh"] or not folder.last.exists() or not folder.config.exists():
+    if folder is None or config["fresh"] or not folder.last.exists():
         return None
-    try:
-        run = yaml.safe_load(folder.config.read_text())
+    run = folder.read_config()
+    with suppress(KeyError, TypeError):  # torn: whoever continues the run says so
         return (run["model"], run["data"]["norm"]) if run["init"] is not None else None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError):
-        return None  # whoever continues the run says so
+    return None
 
 
 def _told(config: Mapping[str, Any], own: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:

@@ -87,16 +87,15 @@ def _features(model: ViT, batches: Iterable[images.Batch], prepare: Prepare, ran
               stop: StopRequest) -> tuple[Tensor, Tensor] | None:
     """Of this rank's images: `[L, n, D]` unit vectors, on the CPU, and classes `[n]`; None: one was asked to stop."""
     features, targets = [], []
-    for batch in batches:
-        if ranks.any_asked_to_stop(bool(stop)):
-            break
+
+    def take(batch: images.Batch) -> None:
         x, y = prepare(batch, 0, ranks.device, training=False)
         with precision.autocast(ranks.device):
             features.append(F.normalize(block_features(model, x).float(), dim=-1).cpu())
         targets.append(y.cpu())
-    if ranks.agree(None, bool(stop)):
-        return None
-    return torch.cat(features, 1), torch.cat(targets)
+
+    complete = ranks.for_each(batches, take, lambda: ranks.any_asked_to_stop(bool(stop)))
+    return (torch.cat(features, 1), torch.cat(targets)) if complete else None
 
 
 def block_features(model: ViT, x: Tensor) -> Tensor:
