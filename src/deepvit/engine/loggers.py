@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import yaml
 
+from deepvit.config.compare import flat
 from deepvit.engine.folder import RunFolder
 from deepvit.errors import UserError, did_you_mean
 
@@ -94,7 +95,9 @@ class TensorBoard:
     def log_result(self, metrics: Mapping[str, float], step: int) -> None:
         from torch.utils.tensorboard.summary import hparams
         named = {f"result/{name}": value for name, value in metrics.items()}
-        for summary in hparams(dict(_hparams(self._settings)), named):  # add_hparams would open a run of its own
+        settings = {name: value if isinstance(value, (bool, int, float, str)) else str(value)
+                    for name, value in flat(self._settings) if not isinstance(value, Mapping)}
+        for summary in hparams(settings, named):  # add_hparams would open a run of its own
             self._writer._get_file_writer().add_summary(summary)
         for name, value in named.items():
             self._writer.add_scalar(name, value, step)
@@ -197,11 +200,3 @@ def curves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, f
             known = [one for one in value if one is not None] if isinstance(value, list) else [value]
             if known:
                 yield f"{prefix}{name}", sum(known) / len(known)
-
-
-def _hparams(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, bool | float | str]]:
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from _hparams(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value if isinstance(value, (bool, int, float, str)) else str(value)

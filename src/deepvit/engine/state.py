@@ -56,7 +56,7 @@ class TrainState:
 
     def all_weights(self) -> list[nn.Parameter]:
         """The parameters of the model, and of the average if it is on."""
-        return [*self.model.parameters(), *([] if self.ema is None else self.ema.module.parameters())]
+        return [*self.parameters, *([] if self.ema is None else self.ema.module.parameters())]
 
     def weights(self) -> dict[str, Any]:
         """The tensors of `model`, and of `ema` if it is on."""
