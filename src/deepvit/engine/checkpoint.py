@@ -48,8 +48,8 @@ def save(path: Path, content: dict[str, Any], previous: Path | None = None) -> N
     _sync_folder(path.parent)
 
 
-def load(path: Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:
-    """Reads one of our checkpoints, its digest checked. Nothing but tensors and plain values is ever unpickled.
+def load(path: Path) -> dict[str, Any]:
+    """One of our checkpoints, on the CPU, its digest checked. Nothing but tensors and plain values is ever unpickled.
 
     Raises:
         UserError: missing, torn, altered, poisoned, or not one of ours.
@@ -59,7 +59,7 @@ def load(path: Path, map_location: str | torch.device = "cpu") -> dict[str, Any]
     if digest_path(path).exists() and digest_path(path).read_text().split()[:1] != [_digest(path)]:
         raise UserError(f"The checkpoint {path} does not match its sha256: it is torn or was altered.")
     try:
-        content = torch.load(path, map_location=map_location, weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError, OSError) as error:
         raise UserError(f"The checkpoint {path} cannot be read ({_reason(error)}).") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:

@@ -139,9 +139,9 @@ def _gather(parts: list[dict[str, Tensor]], bad: list[Any], ranks: Ranks, n: int
                       int(whole["classes"][0]), int(whole["present"].sum()) if "present" in whole else None)
 
 
-def wilson_interval(correct: int, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a proportion, both ends in 0..1. E. B. Wilson, JASA 22, 1927."""
-    p, z = correct / n, float(ndtri((1 + level) / 2))
+def wilson_interval(correct: int, n: int) -> tuple[float, float]:
+    """Wilson's 95 % score interval of a proportion, both ends in 0..1. E. B. Wilson, JASA 22, 1927."""
+    p, z = correct / n, float(ndtri(0.975))
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
     return max(0.0, centre - half), min(1.0, centre + half)

@@ -4,7 +4,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -17,16 +16,14 @@ class Display:
 
     Args:
         shown: False on every rank but the first.
-        stream: where the bars are drawn; by default standard error, as it is now.
 
     Attributes:
         replaces_lines: whether a reader of standard output sees the bars, so that no line need repeat them.
     """
 
-    def __init__(self, shown: bool = True, stream: TextIO | None = None):
-        stream = stream or sys.stderr
-        console = Console(file=stream)
-        terminal = shown and stream.isatty() and not console.is_dumb_terminal
+    def __init__(self, shown: bool = True):
+        console = Console(file=sys.stderr)
+        terminal = shown and sys.stderr.isatty() and not console.is_dumb_terminal
         self.replaces_lines = terminal and sys.stdout.isatty()
         self._bars = Progress(
             TextColumn("{task.description}"), MofNCompleteColumn(table_column=Column(no_wrap=True)),
