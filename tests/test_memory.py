@@ -164,7 +164,7 @@ def test_what_does_not_fit_and_cannot_be_cut_is_refused_with_what_helps(monkeypa
 def test_a_forecast_tells_the_memory_of_its_own_run(monkeypatch):
     """And none that a larger one needed before in the same process: cells of a dry sweep."""
     monkeypatch.setattr(forecast, "ENOUGH_S", 0.0)
-    monkeypatch.setattr(forecast, "FEWEST", 1)
+    monkeypatch.setattr(forecast, "MIN_STEPS", 1)
 
     def needed(*overrides: str) -> float:
         config = compose(["model=vit", "model.depth=1", "model.num_heads=4", "data.batch_size=16", *overrides])

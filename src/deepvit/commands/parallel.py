@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from deepvit.commands.sweep import OpenSweep, Recorder, composed_cell
 from deepvit.commands.sweep_table import Row, SweepTable
 from deepvit.engine.device import usable_cores
-from deepvit.engine.signals import StopRequest, heeded, stop_requests
+from deepvit.engine.signals import StopRequest, handled_signals, stop_requests
 from deepvit.errors import FAILED, STOPPED, UserError
 from deepvit.models.cost import count_parameters
 from deepvit.models.registry import build_model
@@ -193,7 +193,7 @@ class Crew:
         """The cell's process."""
         os.setsid()  # Ctrl-C in a terminal reaches the sweep alone, which passes it on
         ctypes.CDLL(None).prctl(SET_PDEATHSIG, signal.SIGTERM)  # no cell outlives its sweep, however that dies
-        for number in heeded():
+        for number in handled_signals():
             signal.signal(number, signal.SIG_DFL)
         if self._stop:  # it came before the line above
             os._exit(STOPPED)

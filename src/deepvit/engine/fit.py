@@ -58,7 +58,7 @@ class Fit:
         self._limit = stepper.limit  # the last that was told
         self._error: UserError | Failure | None = None  # of making the next batch
         self._seen_bad: set[int] = set()
-        self._refused = 0  # images that the fast decoder refused, since the last log line
+        self._pil_fallbacks = 0  # images that the fast decoder refused, since the last log line
         self._first_step, self._warm = state.step, 0.0
 
     def run(self) -> bool:
@@ -72,7 +72,7 @@ class Fit:
                     batches = self._next(stream)
                     status, update = self.stepper.update(state, batches, self._stop)
                     if status is Status.ERROR:
-                        self._ranks.agree(self._error)
+                        self._ranks.raise_together(self._error)
                     if update is not None:
                         self._after_update(update, batches)
                     if status is not Status.DONE:
@@ -98,7 +98,7 @@ class Fit:
     def _next(self, stream: Iterator[Batches]) -> Batches | None:
         """The next global batch; None where it could not be made, which the other ranks learn in the update."""
         start = time.perf_counter()
-        self._ranks.beat(self.state.step)
+        self._ranks.record_step(self.state.step)
         try:
             with record_function("wait for data"):
                 batches = next(stream)
@@ -108,7 +108,7 @@ class Fit:
         waited = time.perf_counter() - start  # while the device may still have been at work
         self.meter.add(self.plan.batch_size, min(waited, self._newest.idle_s()) if self._newest else waited)
         self._note_bad(batches)
-        self._refused += sum(batch.refused for batch in batches)
+        self._pil_fallbacks += sum(batch.refused for batch in batches)
         return batches
 
     def _preempt(self) -> None:
@@ -138,7 +138,7 @@ class Fit:
     def _log(self, update: Update) -> None:
         state, plan = self.state, self.plan
         self._skips.catch_up()
-        refused, self._refused = int(self._ranks.sum(torch.tensor(self._refused))), 0
+        refused, self._pil_fallbacks = int(self._ranks.sum(torch.tensor(self._pil_fallbacks))), 0
         line = {"loss": float(update.loss), "lr": self.stepper.schedule(state.step),
                 "grad_norm": float(update.grad_norm), **self.meter.read(),
                 **({"decoder_refused": refused} if refused else {})}

@@ -120,7 +120,7 @@ class RunFolder:
     def claimed(self, ranks: Ranks, fresh: bool = False, restarted: bool = False) -> Iterator[bool]:
         """Rank 0 owns the folder, on behalf of all; see `claim`."""
         starts_over = False
-        with ranks.together():
+        with ranks.sync_errors():
             if ranks.is_main:
                 starts_over = self.claim(fresh, restarted)
         try:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deepvit.engine.pulse import Pulse, connect
+from deepvit.engine.heartbeat import Heartbeat, connect
 from deepvit.errors import Failure, UserError, first_line, unusable
 
 CONNECT_S = 60  # for ranks that are all there to connect
@@ -34,7 +34,7 @@ class Ranks:
     world: int
     device: torch.device
     control: dist.ProcessGroup | None = None
-    pulse: Pulse | None = None
+    heartbeat: Heartbeat | None = None
 
     @property
     def is_main(self) -> bool:
@@ -71,7 +71,7 @@ class Ranks:
         return values
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def sync_errors(self) -> Iterator[None]:
         """A sentence that ends the block on one rank ends it on all of them, so that none waits for the others.
 
         Nothing collective may stand in the block: the ranks would not meet there.
@@ -81,9 +81,9 @@ class Ranks:
             yield
         except (UserError, Failure, OSError) as raised:
             error = unusable(raised) if isinstance(raised, OSError) else raised
-        self.agree(error)
+        self.raise_together(error)
 
-    def agree(self, error: UserError | Failure | None, flag: bool = False) -> bool:
+    def raise_together(self, error: UserError | Failure | None, flag: bool = False) -> bool:
         """Whether any rank raises `flag`; the first rank's error is raised on all of them."""
         if self.control is None and error is not None:
             raise error
@@ -107,16 +107,16 @@ class Ranks:
                 take(batch)
         except (UserError, Failure) as raised:
             error = raised
-        return not self.agree(error, stopped)
+        return not self.raise_together(error, stopped)
 
-    def beat(self, step: int) -> None:
+    def record_step(self, step: int) -> None:
         """Leaves a note of the step reached, for those who might miss this rank."""
-        if self.pulse is not None:
-            self.pulse.beat(step)
+        if self.heartbeat is not None:
+            self.heartbeat.record_step(step)
 
     def any_asked_to_stop(self, asked: bool) -> bool:
         """Whether this or any other rank was asked to stop; not collective: any rank may call it at any time."""
-        return asked if self.pulse is None else self.pulse.any_asked_to_stop(asked)
+        return asked if self.heartbeat is None else self.heartbeat.any_asked_to_stop(asked)
 
     def broadcast(self, tensors: list[Tensor]) -> None:
         """Sets each tensor to rank 0's."""
@@ -171,13 +171,13 @@ def _meet(device: torch.device, timeout: timedelta) -> Ranks:
     except RuntimeError as error:
         raise LostRank(f"Rank {os.environ['RANK']} of {os.environ.get('WORLD_SIZE')} did not meet the others: "
                        f"{_reason(error)}.") from error
-    return Ranks(rank, world, device, control, Pulse(dist.PrefixStore("pulse", store), rank, world))
+    return Ranks(rank, world, device, control, Heartbeat(dist.PrefixStore("heartbeat", store), rank, world))
 
 
 def _lost(ranks: Ranks, error: RuntimeError) -> str:
-    missing = ranks.pulse.missing()
+    missing = ranks.heartbeat.missing()
     who = f"lost {' and '.join(missing)}" if missing else "lost the connection to the others, though all are there,"
-    return f"Rank {ranks.rank} {who} at its own step {ranks.pulse.step + 1} ({_reason(error)})."
+    return f"Rank {ranks.rank} {who} at its own step {ranks.heartbeat.step + 1} ({_reason(error)})."
 
 
 def _reason(error: Exception) -> str:

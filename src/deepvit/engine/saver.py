@@ -31,7 +31,7 @@ class Saver:
         """Whether the whole state was written; where it `must` be and was not, all ranks fail together."""
         error = self._write(self._folder.last, state, self._whole(state), otherwise, self._folder.previous)
         if must:
-            self._ranks.agree(error)
+            self._ranks.raise_together(error)
         if error is None and self._ranks.is_main:
             self._folder.drop_replaced()
         return error is None

@@ -8,7 +8,7 @@ from types import FrameType
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
-def heeded() -> list[signal.Signals]:
+def handled_signals() -> list[signal.Signals]:
     """Those of `STOP_SIGNALS` that this process was not started to ignore (`nohup` ignores SIGHUP)."""
     return [number for number in STOP_SIGNALS
             if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN]
@@ -30,7 +30,7 @@ class StopRequest:
 def stop_requests() -> Iterator[StopRequest]:
     """Listens for requests to stop; the earlier handlers come back at the end."""
     request = StopRequest()
-    earlier = {number: signal.signal(number, request.receive) for number in heeded()}
+    earlier = {number: signal.signal(number, request.receive) for number in handled_signals()}
     try:
         yield request
     finally:

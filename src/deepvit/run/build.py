@@ -49,7 +49,7 @@ def check(settings: Settings, ranks: Ranks) -> None:
     Raises:
         UserError: on every rank alike.
     """
-    with ranks.together():
+    with ranks.sync_errors():
         _check_complete(settings.model)
         _check_images(settings.data.img_size, settings.model["img_size"], settings.model["in_chans"])
         train_transform(settings.data, settings.augment)
@@ -118,7 +118,7 @@ def build(settings: Settings, ranks: Ranks, begun: Mapping[str, Any] | None = No
         UserError: on every rank alike.
     """
     found = shared_splits(settings.data, ranks)
-    with ranks.together():
+    with ranks.sync_errors():
         schedule, plan = schedule_and_plan(settings, len(found.train))
         network = model(settings, len(found.class_ids), continued=begun is not None, classes=found.class_ids)
         # A run begun before masks belonged to images draws them on each rank, as it began.
@@ -141,7 +141,7 @@ def shared_splits(data: Data, ranks: Ranks) -> pictures.Splits:
     """The images; where they may have to be downloaded, the first rank of each machine goes before the others."""
     is_first = data.source not in pictures.DOWNLOADING or ranks.world == 1 or os.environ.get("LOCAL_RANK", "0") == "0"
     for mine in (is_first, not is_first):
-        with ranks.together():
+        with ranks.sync_errors():
             if mine:
                 found = splits(data)
     return found

@@ -58,7 +58,7 @@ def evaluate_all(config: Mapping[str, Any], ranks: Ranks, stop: StopRequest) -> 
     Raises:
         UserError: no checkpoint, an unreadable one, data that do not fit a model's classes.
     """
-    with ranks.together():
+    with ranks.sync_errors():
         asked = read_evaluation(config)
         paths, precision = checkpoints(asked.checkpoint), build.precision(asked.precision, ranks.device)
         further = [asked.also] if isinstance(asked.also, str) else asked.also or []
@@ -99,7 +99,7 @@ def _open(path: Path, root: str | None, config: Mapping[str, Any], ranks: Ranks
     Returns:
         the model, its data, the images to evaluate, and those of the training set if the model is calibrated on them.
     """
-    with ranks.together():
+    with ranks.sync_errors():
         candidate = load(path, config)
         own = data = data_settings(candidate, config)
         if root is not None:

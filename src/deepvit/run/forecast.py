@@ -22,7 +22,7 @@ from deepvit.run.build import Built
 from deepvit.run.init import with_model_of_init
 from deepvit.run.result import summary_of
 
-WARM_UP, FEWEST, MOST, ENOUGH_S = 1, 3, 50, 2.0  # steps not timed, and timed: at least, at most, and until so long
+WARM_UP, MIN_STEPS, MAX_STEPS, ENOUGH_S = 1, 3, 50, 2.0  # not timed; timed: at least, at most, until so long
 FEW_PARTS = 4  # micro-batches
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 def forecast(config: Mapping[str, Any], ranks: Ranks, stop: StopRequest) -> dict[str, float] | None:
     """Says and returns what the run would take, memory over what the process had before; None: asked to stop."""
-    with ranks.together():
+    with ranks.sync_errors():
         settings = build.read_settings(with_model_of_init(config))
     prepare_device(build.precision(settings.precision, ranks.device), ranks, settings.engine.threads,
                    settings.engine.deterministic)
@@ -60,8 +60,8 @@ def _steps(built: Built, stop: StopRequest) -> Iterator[float]:
     parts, few = _parts(built)
     data = replace(built.settings.data, batch_size=few * built.micro_batch * ranks.world)
     make_batches = build.batch_maker(replace(built.settings, data=data), built.splits.train, ranks)
-    with closing(make_batches(0, WARM_UP + MOST, built.micro_batch)) as stream:
-        for number in range(1, WARM_UP + MOST + 1):
+    with closing(make_batches(0, WARM_UP + MAX_STEPS, built.micro_batch)) as stream:
+        for number in range(1, WARM_UP + MAX_STEPS + 1):
             start = time.perf_counter()
             _, update = built.stepper.update(built.state, next(stream), stop)
             if update is None:
@@ -70,7 +70,7 @@ def _steps(built: Built, stop: StopRequest) -> Iterator[float]:
             taken = time.perf_counter() - start
             yield taken * parts / few
             total += taken
-            if number >= WARM_UP + FEWEST and ranks.max(int(total > ENOUGH_S)):
+            if number >= WARM_UP + MIN_STEPS and ranks.max(int(total > ENOUGH_S)):
                 return
 
 

@@ -38,13 +38,13 @@ def neighbours_of_all(config: Mapping[str, Any], ranks: Ranks, stop: StopRequest
     Raises:
         UserError: as `evaluate_all`; no number of neighbours, or more than there are training images.
     """
-    with ranks.together():
+    with ranks.sync_errors():
         asked = read_evaluation(config)
         paths, precision = checkpoints(asked.checkpoint), build.precision(asked.precision, ranks.device)
     prepare_device(precision, ranks, asked.engine.threads, asked.engine.deterministic)
     k, results = asked.knn, []
     for path in paths:
-        with ranks.together():
+        with ranks.sync_errors():
             candidate = load(path, config)
             chosen = data_settings(candidate, config)
             folder = out_folder(candidate, f"{chosen.source}-knn", config["out"])

@@ -12,7 +12,7 @@ from typing import Any
 
 from deepvit.config.paths import refuse_missing
 from deepvit.config.settings import read_group
-from deepvit.engine.signals import heeded
+from deepvit.engine.signals import handled_signals
 from deepvit.errors import BAD_INPUT, DONE, FAILED, STOPPED, Failure, UserError
 from deepvit.run.console import set_up_logging
 from deepvit.run.slurm import take_place
@@ -133,7 +133,7 @@ def _launch_elastic(job: Job, config: Mapping[str, Any], folder: Path, devices: 
     from torch.distributed.elastic.agent.server.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-    engine, signals = config["engine"], heeded()
+    engine, signals = config["engine"], handled_signals()
     setup = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=devices, run_id=f"deepvit-{os.getpid()}", rdzv_backend="c10d",
         rdzv_endpoint="localhost:0", max_restarts=engine["max_restarts"], start_method=START_METHOD,

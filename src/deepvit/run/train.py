@@ -41,7 +41,7 @@ def train(config: Mapping[str, Any], path: Path, ranks: Ranks, stop: StopRequest
         UserError, Failure: on every rank alike where the cause is common.
     """
     folder, restarts = RunFolder(path), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-    with ranks.together():
+    with ranks.sync_errors():
         config = with_model_of_init(config, folder)
     config = config if config["fresh"] else as_begun(config, folder)
     config = build.with_precision(config, ranks.device)
@@ -53,7 +53,7 @@ def train(config: Mapping[str, Any], path: Path, ranks: Ranks, stop: StopRequest
     with folder.claimed(ranks, settings.fresh, restarted=restarts > 0) as starts_over:
         if not starts_over and ranks.from_main(folder.is_finished()):
             splits = build.shared_splits(settings.data, ranks)
-            with ranks.together():
+            with ranks.sync_errors():
                 refuse_finished(folder, config, identity(settings, splits, folder))
             log.info("The run in %s is finished (top-1 %.2f %% after %d steps); fresh=true starts over.", folder.path,
                      *(folder.read_result()[name] for name in ("top1", "steps")))
@@ -61,11 +61,11 @@ def train(config: Mapping[str, Any], path: Path, ranks: Ranks, stop: StopRequest
             return True
 
         # Where a run's weights come from: its own checkpoint; in a new run `init`; else random ones, from the seed.
-        with ranks.together():
+        with ranks.sync_errors():
             found = None if starts_over else checkpoint.load_newest(folder.last, folder.previous,
                                                                     advice="fresh=true starts over.")
         built = build.build(settings, ranks, begun=found and found[1])
-        with ranks.together():
+        with ranks.sync_errors():
             made_of = identity(settings, built.splits, folder)
             if found:
                 refuse_change(found[1], config, built.splits, made_of)
@@ -76,7 +76,7 @@ def train(config: Mapping[str, Any], path: Path, ranks: Ranks, stop: StopRequest
         if starts_over and ranks.is_main:
             folder.set_aside()  # until the first checkpoint stands
         saver = Saver(folder, ranks, {**_description(config, built), **made_of})
-        with ranks.together():
+        with ranks.sync_errors():
             loggers = _open(folder, config, built, viewers, resumed=found is not None, restarts=restarts)
         with closing(loggers):
             fit = Fit(built.state, built.stepper, built.plan, built.make_batches, evaluate, folder, saver, loggers,

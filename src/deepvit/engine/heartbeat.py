@@ -11,7 +11,7 @@ import torch.distributed as dist
 ROLL_CALL_S = 3.0  # how long the ranks that are left wait for each other before they name those that are not
 
 
-class Pulse:
+class Heartbeat:
     """Notes in the launcher's key-value store, which outlives a rank.
 
     Args:
@@ -23,7 +23,7 @@ class Pulse:
         self.step = 0
         store.set(f"who/{rank}", f"process {os.getpid()} on {socket.gethostname()}")
 
-    def beat(self, step: int) -> None:
+    def record_step(self, step: int) -> None:
         """Says that this rank has done `step` updates and begins the next."""
         self.step = step
         self._store.set(f"step/{self._rank}", str(step))
