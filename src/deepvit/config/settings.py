@@ -169,6 +169,7 @@ class EvalSettings:
     dialect: str | None
     calibrate: int
     labels: Literal["real"] | None
+    ablate: Literal["blocks", "theta"] | None
     out: str | None
     model: Mapping[str, Any]
 

@@ -7,12 +7,14 @@ import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from timm.data import ImageNetInfo
 
+from deepvit.analysis.ablation import ablations
 from deepvit.config.provenance import versions
 from deepvit.config.settings import Data, read_evaluation, read_group
 from deepvit.data import ImageSet, eval_folder, resolve_decoder
@@ -35,6 +37,7 @@ from deepvit.report.published import IMAGENET_VAL, published_of, sources
 from deepvit.report.render import printed
 from deepvit.report.runs import flat
 from deepvit.run import build
+from deepvit.run.ablate import ablate
 from deepvit.run.calibration import calibration
 
 log = logging.getLogger(__name__)
@@ -75,6 +78,11 @@ def evaluate_all(config: Mapping[str, Any], ranks: Ranks, stop: StopRequest) -> 
         if evaluation is None:
             return None
         result = _result(candidate, data, images, evaluation, config, ranks)
+        if config["ablate"]:
+            result["ablations"] = ablate(candidate.model, config["ablate"], evaluation, partial(
+                _run, candidate, data, images, config["calibrate"], train, ranks, precision, stop))
+            if result["ablations"] is None:
+                return None
         results.append(result)
         seen.append((path, images.fingerprint(), candidate.classes, evaluation))
         if ranks.is_main:
@@ -149,6 +157,8 @@ def _say_left_out(error: OSError) -> None:
 def load(path: Path, config: Mapping[str, Any]) -> Candidate:
     keywords = checked({name: value for name, value in config["model"].items() if value is not None})
     model = load_model(path, dialect=config["dialect"], ema=takes_average(path, config["weights"]), **keywords)
+    if config["ablate"]:
+        ablations(model, config["ablate"])  # refuses what it cannot do before anything is evaluated
     said = model.load_report.said
     run = said.get("run")
     return Candidate(path, model, model.load_report.weights, said.get("classes"), run and run["data"], said)
