@@ -25,6 +25,14 @@ def choices(group: str) -> list[str]:
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
+@pytest.mark.parametrize("word, meant", [
+    ("num_heads=3", "++model.num_heads=3"), ("model.arch=vit16", "++model.arch=vit16"), ("weights=raw", "weights=raw"),
+    ("+model.qk_scale=0.2", "++model.qk_scale=0.2"), ("model/attention=self", "++model.attention=self"),
+    ("grid_size=[2,8]", "++model.grid_size=[2,8]"), ("data=digits", "data=digits"), ("-m", "-m")])
+def test_a_setting_of_the_model_in_an_evaluation(word, meant):
+    assert cli.of_the_model(word) == meant
+
+
 @pytest.mark.parametrize("group", ["model", "model/attention", "augment", "optimizer", "schedule", "precision",
                                    "recipe"])
 def test_every_choice_makes_settings(group):

@@ -150,6 +150,7 @@ class Settings:
     init: str | None
     dialect: str | None
     head: Literal["keep", "reset", "zero"]
+    freeze: int | Literal["backbone"] | None = None
     fresh: bool
     dry: bool
     calibrate: int | Literal["auto"] = 0  # the defaults are for the configs of earlier versions
@@ -170,6 +171,8 @@ class EvalSettings:
     calibrate: int
     labels: Literal["real"] | None
     ablate: Literal["blocks", "theta"] | None
+    also: str | list[str] | None
+    knn: int | None
     out: str | None
     model: Mapping[str, Any]
 
@@ -197,7 +200,7 @@ def _read(kind: type, config: Mapping[str, Any]) -> Any:
     groups = [name for name, hint in typing.get_type_hints(kind).items() if dataclasses.is_dataclass(hint)]
     check_arguments(kind, {name: value for name, value in config.items() if name not in groups}, "",
                     ignore_missing=groups)
-    check_ranges({"calibrate": config.get("calibrate")}, {"calibrate": NOT_NEGATIVE})
+    check_ranges({name: config.get(name) for name in ("calibrate", "knn")}, {"calibrate": NOT_NEGATIVE, "knn": COUNT})
     return kind(**{**config, **{name: read_group(name, config.get(name)) for name in groups}})
 
 
@@ -252,7 +255,7 @@ def _check_pairs(settings: Settings) -> None:
         raise UserError(f"augment.repeats={repeats} must divide data.batch_size={batch}.")
     if settings.ema.warmup and settings.ema.decay is None:
         raise UserError("ema.warmup=true has no effect without ema.decay: set ema.decay too.")
-    for name, neutral in (("head", "keep"), ("dialect", None)):
+    for name, neutral in (("head", "keep"), ("dialect", None), ("freeze", None)):
         if getattr(settings, name) != neutral and settings.init is None:
             raise UserError(f"{name}={getattr(settings, name)} is for weights that are loaded: give init=CHECKPOINT "
                             f"too, or leave {name} out to train from random weights.")

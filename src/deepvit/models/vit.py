@@ -117,6 +117,7 @@ class ViT(nn.Module):
         self.pre_logits = (nn.Sequential(nn.Linear(embed_dim, representation_size), nn.Tanh())
                            if representation_size else nn.Identity())
         self.head = _head(self.head_hidden_size, num_classes)
+        self._frozen: list[nn.Module] = []
         self.share_maps = share_maps
         if share_maps > 1:
             share_among(self.blocks, share_maps, weight_init)
@@ -248,6 +249,33 @@ class ViT(nn.Module):
     @_model_args.setter
     def _model_args(self, given: Mapping[str, Any]) -> None:
         """timm's factory notes its keywords; `.config` has them already."""
+
+    def freeze(self, part: int | Literal["backbone"]) -> None:
+        """Keeps the stem and so many first blocks ("backbone": all but the head) as they are: without gradients, and in
+        eval mode whatever mode the rest is in, so that nothing is dropped and no statistics move.
+
+        Raises:
+            UserError: more blocks than there are.
+        """
+        if part != "backbone" and not 0 <= part <= len(self.blocks):
+            raise UserError(f"freeze={part} is no number of blocks of this model, which has {len(self.blocks)}: give 0 "
+                            f"(the stem alone) to {len(self.blocks)}, or backbone (all but the head).")
+        whole = part == "backbone"
+        self._frozen = [self.patch_embed, self.pos_drop, *self.blocks[:None if whole else part],
+                        *([self.norm, self.pre_logits] if whole else [])]
+        kept = nn.ModuleList(self._frozen)
+        for tensor in (self.cls_token, self.pos_embed, *kept.parameters()):
+            tensor.requires_grad_(False)
+        for norm in kept.modules():
+            if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+                norm.track_running_stats = False  # nor are they taken anew for an average
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "ViT":
+        super().train(mode)
+        for module in self._frozen:
+            module.eval()
+        return self
 
     def get_classifier(self) -> nn.Module:
         return self.head
