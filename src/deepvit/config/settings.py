@@ -179,7 +179,11 @@ class EvalSettings:
 
 def read_evaluation(config: Mapping[str, Any]) -> EvalSettings:
     """`read_settings` for an evaluation."""
-    return _read(EvalSettings, config)
+    settings = _read(EvalSettings, config)
+    if settings.ablate and settings.knn:
+        raise UserError(f"ablate={settings.ablate} evaluates the classifier, knn={settings.knn} does not: leave one "
+                        f"of them out.")
+    return settings
 
 
 def read_settings(config: Mapping[str, Any]) -> Settings:
