@@ -253,6 +253,10 @@ RANGES: dict[str, Ranges] = {
 
 def _check_pairs(settings: Settings) -> None:
     """Settings that contradict each other, or have no effect beside each other."""
+    shared, engine = settings.model.get("share_maps", 1), settings.engine
+    if shared > 1 and engine.compile and engine.grad_checkpointing:
+        raise UserError(f"model.share_maps={shared} goes with engine.compile or engine.grad_checkpointing, not with "
+                        f"both: leave one out.")
     _check_durations(settings.schedule)
     batch, repeats = settings.data.batch_size, settings.augment.repeats
     if batch % repeats:
