@@ -130,7 +130,7 @@ def folder_of(*words: str) -> str:
     (["model.depth=8", "seed=1", "engine.devices=2", "data.root=/x", "data.workers=3", "fresh=true", "dry=true",
       "hydra.job.chdir=false", "sweep=digits_depth", "probe.images=3", "data.eval_batch_size=7"],
      "model.depth=8-seed=1"),
-    (["optimizer.lr=0.0010", "seed=0", "schedule.epochs=5.0", "augment=none"], "default"),  # the recipe's own
+    (["optimizer.lr=0.0020", "seed=0", "schedule.epochs=15.0", "augment=none"], "default"),  # the recipe's own
     (["schedule.epochs=3.0"], "schedule.epochs=3"),
     (["model.mlp_ratio=3"], "default"),
     (["model.img_size=16"], "model.img_size=16"),  # data.img_size follows
@@ -164,8 +164,8 @@ def test_run_names_are_safe_short_and_distinct():
 def test_a_run_of_the_old_name_is_continued(tmp_path, monkeypatch):
     """Earlier versions named a run by its overrides as typed."""
     monkeypatch.chdir(tmp_path)
-    words = ["model=vit", "seed=1", "schedule.epochs=5"]
-    old = tmp_path / "runs" / "digits" / "vit" / "model=vit-schedule.epochs=5-seed=1"
+    words = ["model=vit", "seed=1", "schedule.epochs=15"]
+    old = tmp_path / "runs" / "digits" / "vit" / "model=vit-schedule.epochs=15-seed=1"
     new = tmp_path / "runs" / "digits" / "vit" / "seed=1"
     assert folder_of(*words) == str(new.relative_to(tmp_path))
     old.mkdir(parents=True)

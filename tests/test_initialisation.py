@@ -120,4 +120,4 @@ def test_regime(name, gain):
     assert found["attention"][0] == pytest.approx((rms(branch) / rms(stream)).mean().item(), rel=0.01)
     mlp = block.mlp(block.norm2(stream + branch))
     assert found["mlp"][0] == pytest.approx((rms(mlp) / rms(stream)).mean().item(), rel=0.01)
-    assert {len(values) for values in found.values()} == {3}
+    assert {len(values) for values in found.values()} == {3} and [*found] == ["spread", "gain", "attention", "mlp"]

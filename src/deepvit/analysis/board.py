@@ -46,8 +46,10 @@ def _similarity(found: Mapping[str, Any]) -> Figure:
 def _by_block(values: Mapping[str, Any]) -> Figure:
     shown = [(measure, found) for measure in DRAWN if {*(found := measure.found_in(values))} - {None}]
     rows = -(-len(shown) // 4)
-    figure = Figure(figsize=(13, 2.7 * rows), dpi=90, layout="constrained")
-    for ax, (measure, found) in zip(figure.subplots(rows, 4, squeeze=False).ravel(), shown, strict=False):
+    figure = Figure(figsize=(13, 2.7 * rows), dpi=90)
+    axes = figure.subplots(rows, 4, squeeze=False).ravel()
+    figure.subplots_adjust(left=0.05, right=0.99, bottom=0.2 / rows, top=1 - 0.2 / rows, wspace=0.25, hspace=0.5)
+    for ax, (measure, found) in zip(axes, shown, strict=False):
         ax.plot(range(1, len(found) + 1), [np.nan if value is None else value for value in found], marker=".")
         scale(ax, measure.unit, measure.span)
         _label(ax, f"{measure.title}\n({measure.unit})", "block")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from deepvit.analysis.probe import probe
-from deepvit.analysis.recording import unwrap
+from deepvit.analysis.recording import BRANCHES, unwrap
 from deepvit.engine.calibrate import statistics_of_the_batch
 from deepvit.errors import UserError
 from deepvit.models.registry import build_model
@@ -60,4 +60,5 @@ def regime(model: nn.Module, pictures: Tensor) -> dict[str, list[float]]:
         over the softmax maps), `attention` and `mlp` (RMS of the branch over that of the stream): see `measures`.
     """
     found = probe(with_statistics_of(model, pictures), pictures)
-    return {"spread": found["spread"], "gain": found["gain"], **found["branch_over_stream"]}
+    branches = found["branch_over_stream"]
+    return {"spread": found["spread"], "gain": found["gain"], **{name: branches[name] for name in BRANCHES}}

@@ -168,9 +168,9 @@ def rank_residual(tokens: Tensor) -> Tensor:
     return (tokens - tokens.mean(1, keepdim=True)).norm(dim=(1, 2)) / tokens.norm(dim=(1, 2)).clamp_min(1e-30)
 
 
+@measure("branch_over_stream/mlp", "mlp", "before", title="MLP branch over stream", unit="ratio", span=10)
 @measure("branch_over_stream/attention", "attention", "before", title="Attention branch over stream", unit="ratio",
          span=10)
-@measure("branch_over_stream/mlp", "mlp", "before", title="MLP branch over stream", unit="ratio", span=10)
 def branch_over_stream(branch: Tensor, stream: Tensor) -> Tensor:
     """RMS `[B]` of a branch as it is added, over that of the tokens `[B, N, D]` that enter its block."""
     return branch / rms(stream).clamp_min(1e-30)

@@ -170,6 +170,7 @@ class EvalSettings:
     dialect: str | None
     calibrate: int
     labels: Literal["real"] | None
+    ablate: Literal["blocks", "theta"] | None
     also: str | list[str] | None
     knn: int | None
     out: str | None
@@ -178,7 +179,11 @@ class EvalSettings:
 
 def read_evaluation(config: Mapping[str, Any]) -> EvalSettings:
     """`read_settings` for an evaluation."""
-    return _read(EvalSettings, config)
+    settings = _read(EvalSettings, config)
+    if settings.ablate and settings.knn:
+        raise UserError(f"ablate={settings.ablate} evaluates the classifier, knn={settings.knn} does not: leave one "
+                        f"of them out.")
+    return settings
 
 
 def read_settings(config: Mapping[str, Any]) -> Settings:
@@ -248,6 +253,10 @@ RANGES: dict[str, Ranges] = {
 
 def _check_pairs(settings: Settings) -> None:
     """Settings that contradict each other, or have no effect beside each other."""
+    shared, engine = settings.model.get("share_maps", 1), settings.engine
+    if shared > 1 and engine.compile and engine.grad_checkpointing:
+        raise UserError(f"model.share_maps={shared} goes with engine.compile or engine.grad_checkpointing, not with "
+                        f"both: leave one out.")
     _check_durations(settings.schedule)
     batch, repeats = settings.data.batch_size, settings.augment.repeats
     if batch % repeats:

@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from timm.data import ImageNetInfo
 
+from deepvit.analysis.ablation import ablations
 from deepvit.analysis.pictures import class_names
 from deepvit.config.provenance import versions
 from deepvit.config.settings import Data, read_evaluation, read_group
@@ -33,6 +35,7 @@ from deepvit.models.cost import count_flops, count_parameters
 from deepvit.report.published import published_of, sources
 from deepvit.report.runs import flat
 from deepvit.run import build, eval_results
+from deepvit.run.ablate import ablate
 from deepvit.run.calibration import calibration
 
 log = logging.getLogger(__name__)
@@ -74,6 +77,11 @@ def evaluate_all(config: Mapping[str, Any], ranks: Ranks, stop: StopRequest) -> 
         if evaluation is None:
             return None
         result = _result(candidate, data, images, evaluation, root, config, ranks)
+        if config["ablate"]:
+            result["ablations"] = ablate(candidate.model, config["ablate"], evaluation, partial(
+                _run, candidate, data, images, config["calibrate"], train, ranks, precision, stop))
+            if result["ablations"] is None:
+                return None
         results.append(result)
         seen.append((path, images.fingerprint(), candidate.classes, evaluation))
         if ranks.is_main:
@@ -152,6 +160,8 @@ def _say_left_out(error: OSError) -> None:
 def load(path: Path, config: Mapping[str, Any]) -> Candidate:
     keywords = checked({name: value for name, value in config["model"].items() if value is not None})
     model = open_model(path, config["weights"], dialect=config["dialect"], **keywords)
+    if config["ablate"]:
+        ablations(model, config["ablate"])  # refuses what it cannot do before anything is evaluated
     said = model.load_report.said
     run = said.get("run")
     return Candidate(path, model, model.load_report.weights, said.get("classes"), run and run["data"], said)
