@@ -44,16 +44,20 @@ def run_job(job: Job, config: DictConfig) -> Any:
         the top-1 of a training, for sweepers that look for the best.
     """
     settings = HydraConfig.get()
-    if settings.mode is RunMode.RUN and not settings.run.dir:
-        raise UserError("hydra.run.dir is empty: name a folder, or leave it out.")
-    folder = Path(settings.runtime.output_dir)
-    folder = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+    folder = _folder_of(settings)
     record, overrides = record_of(settings), as_typed(settings.overrides.task)
     outcome = Outcome(STOPPED, "Not started.")
     if all(before.code != STOPPED for before in _outcomes):  # who stops a cell means the cells after it, too
         if record:
             say(f"\n[{settings.job.num + 1}] {', '.join(overrides) or 'default'}")
-        outcome = _run(job, config, settings, folder)
+        try:
+            plain = OmegaConf.to_container(config, resolve=True)
+            chosen = {"origin": origin(config, settings, folder)} if job is train_job else {}
+            outcome = launch(job, plain | chosen, folder)
+        except OmegaConfBaseException as error:  # a reference to nothing, such as ${oc.env:UNSET}
+            outcome = Outcome(BAD_INPUT, hydra_error(error))
+        except Exception as error:  # a defect in one cell must not end the others; its traceback is printed
+            outcome = unexpected(error)
     _outcomes.append(outcome)
     _remove_if_empty(folder)
     found = outcome.value if isinstance(outcome.value, dict) else {}
@@ -71,16 +75,11 @@ def _note(record: SweepRecord, number: int, overrides: list[str], outcome: Outco
         say(f"{record.path} cannot be written ({error.strerror}): the summary will lack this cell.", sys.stderr)
 
 
-def _run(job: Job, config: DictConfig, settings: DictConfig, folder: Path) -> Outcome:
-    try:
-        plain = OmegaConf.to_container(config, resolve=True)
-        if job is train_job:
-            plain["origin"] = origin(config, settings, folder)
-        return launch(job, plain, folder)
-    except OmegaConfBaseException as error:  # a reference to nothing, such as ${oc.env:UNSET}
-        return Outcome(BAD_INPUT, hydra_error(error))
-    except Exception as error:  # a defect in one cell must not end the others; its traceback is printed
-        return unexpected(error)
+def _folder_of(settings: DictConfig) -> Path:
+    if settings.mode is RunMode.RUN and not settings.run.dir:
+        raise UserError("hydra.run.dir is empty: name a folder, or leave it out.")
+    folder = Path(settings.runtime.output_dir)
+    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF.resolve()), config_name="train")

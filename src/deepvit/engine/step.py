@@ -186,8 +186,7 @@ class Stepper:
 
         return examine(state.model, losses(), state.scaler.scale)
 
-    def _passes(self, state: TrainState, batches: Sequence[Any] | None, stop: object
-                ) -> tuple[Status, Tensor | None]:
+    def _passes(self, state: TrainState, batches: Sequence[Any] | None, stop: object) -> tuple[Status, Tensor | None]:
         """Gradients of this rank's mean loss, which is returned."""
         if batches is None:
             return Status.ERROR, None

@@ -111,5 +111,4 @@ def reattention(q: Tensor, k: Tensor, v: Tensor, mix: Tensor | None = None, bias
         `[B, H, N, d]`.
     """
     maps = F.dropout(contrast(softmax_maps(q, k, scale), gain, centre), dropout_p, training)
-    return exchange_heads(maps, mix, bias, norm=norm, map_scale=map_scale, training=training,
-                          norm_batch=norm_batch) @ v
+    return exchange_heads(maps, mix, bias, norm=norm, map_scale=map_scale, training=training, norm_batch=norm_batch) @ v

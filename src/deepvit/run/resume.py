@@ -131,8 +131,7 @@ def refuse_change(content: Mapping[str, Any], config: Mapping[str, Any], splits:
         now: the command's `identity`.
     """
     differences = _same_init(changed(upgraded(content["run"]), config), content, now)
-    refused = {name: pair for name, pair in differences.items()
-               if name.split(".")[0] in KEPT and name not in NAMED}
+    refused = {name: pair for name, pair in differences.items() if name.split(".")[0] in KEPT and name not in NAMED}
     refused |= _other_classes(content["classes"], splits.class_ids) or _other_pictures(content, now)
     if refused:
         raise UserError(f"This run cannot be continued with other settings: {_listed(refused)}. Give them as before, "
