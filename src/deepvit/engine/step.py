@@ -171,18 +171,14 @@ class Stepper:
         by module; nothing is updated."""
         rank = self.ranks.rank if rank is None else rank
         share = sum(map(len, batches))  # images
-        self._seed(batch_index, share, rank)
         state.model.train()
 
         def losses() -> Iterator[Tensor]:
-            start = rank * share
-            for batch in batches:
-                self._place(start, start + len(batch))
+            for batch in self._seeded(batches, batch_index, rank):
                 x, y = self.prepare(batch, batch_index, self.ranks.device, training=True)
                 with self.precision.autocast(self.ranks.device):
                     loss = self.objective(state.model, x, y)
                 yield loss * len(x) / share
-                start += len(batch)
 
         return examine(state.model, losses(), state.scaler.scale)
 
@@ -190,14 +186,12 @@ class Stepper:
         """Gradients of this rank's mean loss, which is returned."""
         if batches is None:
             return Status.ERROR, None
-        share = sum(map(len, batches))
-        self._seed(state.step, share, self.ranks.rank)
+        share = sum(map(len, batches))  # images
         state.optimizer.zero_grad(set_to_none=True)
-        total, start = torch.zeros((), device=self.ranks.device), self.ranks.rank * share
-        for number, batch in enumerate(self._cut(batches)):
+        total = torch.zeros((), device=self.ranks.device)
+        for number, batch in enumerate(self._seeded(self._cut(batches), state.step, self.ranks.rank)):
             if number and self.ranks.any_asked_to_stop(bool(stop)):
                 return Status.GIVEN_UP, None
-            self._place(start, start + len(batch))
             with record_function("prepare"):
                 x, y = self.prepare(batch, state.step, self.ranks.device, training=True)
             with record_function("forward"), self.precision.autocast(self.ranks.device):
@@ -206,7 +200,6 @@ class Stepper:
                 state.scaler.scale(loss).backward()
             state.statistics.take(len(x) / share)
             total += loss.detach()
-            start += len(batch)
         return Status.STOP if stop else Status.DONE, total
 
     @record_function("exchange")
@@ -237,14 +230,18 @@ class Stepper:
         update.mark_queued()
         return update
 
-    def _seed(self, batch_index: int, share: int, rank: int) -> None:
+    def _seeded(self, batches: Sequence[Any], batch_index: int, rank: int) -> Iterator[Any]:
+        """A rank's micro-batches of a global batch, each when the model's randomness is that of its images."""
+        share = sum(map(len, batches))
         seed_randomness(self.seed, batch_index, rank)  # element-wise dropout
         if self.masks is not None:
             self.masks.draw(batch_index, share * self.ranks.world)
-
-    def _place(self, start: int, stop: int) -> None:
-        if self.masks is not None:
-            self.masks.place(start, stop)
+        start = rank * share
+        for batch in batches:
+            if self.masks is not None:
+                self.masks.place(start, start + len(batch))
+            yield batch
+            start += len(batch)
 
     def _cut(self, batches: Sequence[Any]) -> Sequence[Any]:
         if self.limit is None:
