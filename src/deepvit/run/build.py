@@ -29,8 +29,7 @@ from deepvit.run.micro_batches import advice, allowed, unit
 from deepvit.run.micro_batches import choose as choose_micro_batch
 from deepvit.run.optimizer import optimizer, try_out
 
-MIXING = ("mixup", "cutmix", "mix_prob", "switch_prob", "label_smoothing")  # of `augment`: done to whole batches
-
+MIXING = ("mixup", "cutmix", "mix_prob", "switch_prob", "label_smoothing")  # settings of the augmentation in `prepare`
 log = logging.getLogger(__name__)
 
 
@@ -150,7 +149,7 @@ def shared_splits(data: Data, ranks: Ranks) -> pictures.Splits:
 def splits(data: Data) -> pictures.Splits:
     """The data set that `data` names."""
     if data.source == "digits" and data.root is not None:
-        raise UserError(f"data.root={data.root} is given, but the digits are built in: to train on your images add "
+        raise UserError(f"data.root={data.root} is given, but the digits are built in: to train on your pictures add "
                         f"recipe=imagenet (train/ and val/ folders of classes), recipe=cifar10 or recipe=folder.")
     return pictures.load(data.source, root=data.root, fraction=data.fraction, classes=data.classes,
                          val_fraction=data.val_fraction, decoder=data.decoder, in_memory_mb=data.in_memory_mb,
@@ -169,7 +168,7 @@ def eval_transform(data: Data) -> pictures.Transform:
 
 def prepare(data: Data, num_classes: int, augment: Augment | None = None, seed: int = 0) -> pictures.Prepare:
     """Normalisation, and in training the mixing that `augment` names."""
-    mixing = {} if augment is None else {name: getattr(augment, name) for name in MIXING}
+    mixing = {name: getattr(augment, name) for name in MIXING} if augment else {}
     return pictures.Prepare(*pictures.norm_values(data.norm), num_classes, seed=seed, **mixing)
 
 
