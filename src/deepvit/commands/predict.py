@@ -17,16 +17,9 @@ from deepvit.importers.settings import as_keywords
 
 def predict(checkpoint: Path, images: Sequence[Path], top: int = 5, **keywords: Any
             ) -> tuple[dict[str, list[tuple[str, float]]], list[str]]:
-    """The `top` classes of each image, by the averaged weights if there are any.
-
-    Args:
-        **keywords: as `load_model`, for what the file does not tell.
-
-    Returns:
-        file -> [(name, probability), ...], best first; and a sentence for each image that could not be read.
-    Raises:
-        UserError: an unreadable checkpoint, or no image that can be used.
-    """
+    """The `top` classes of each image, file -> [(name, probability), ...], best first, by the averaged weights if there
+    are any; and a sentence for each image that could not be read. `keywords`: as `load_model`, for what the file does
+    not tell. Raises UserError for an unreadable checkpoint, or no image that can be used."""
     model = load_model(checkpoint, ema=takes_average(checkpoint), **keywords).eval()
     pictures = read_pictures(model, images)
     with torch.no_grad():

@@ -19,8 +19,8 @@ def comparison(runs: Sequence[Run]) -> Table:
     first, second = (run.settings for run in runs)
     names = [name for name in dict.fromkeys([*first, *second]) if first.get(name) != second.get(name)]
     rows = [[name, _text(first.get(name)), _text(second.get(name))] for name in names]
-    rows += [["command", *(run.origin.get("command", "not recorded") for run in runs)]]
-    rows += [["state", *(run.state if run.finished else run.progress for run in runs)]]
+    rows += [["command", *(run.origin.get("command", "not recorded") for run in runs)],
+             ["state", *(run.state if run.finished else run.progress for run in runs)]]
     rows += [[name, *(_text(run.result.get(name)) for run in runs)] for name in RESULTS]
     rows += [[f"mean M, {stage}, trained", *(_text(mean_similarity(run, "final", stage)) for run in runs)]
              for stage in ("final", "softmax")]

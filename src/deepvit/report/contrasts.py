@@ -114,10 +114,7 @@ class Finding:
 
 
 def read_plan(given: Mapping[str, Any]) -> Plan:
-    """
-    Raises:
-        UserError: an unknown key or word, or more than three primary contrasts.
-    """
+    """Raises UserError for an unknown key or word, or more than three primary contrasts."""
     check_arguments(Plan, given, WHERE)
     check_ranges(given, {"margin": (ABOVE_ZERO, math.inf)}, WHERE)
     contrasts = []
@@ -152,11 +149,7 @@ def find(plan: Plan, grid: Grid) -> list[Finding]:
 
 def _paired(contrast: Contrast, runs: Sequence[Run], outcome: str) -> tuple[dict[int, float], list[int]]:
     """The difference of each seed, the mean over what all arms have in common and the contrast leaves open; and the
-    seeds that lack a run.
-
-    Raises:
-        LookupError: an arm is no run's, or two runs' of one seed.
-    """
+    seeds that lack a run. Raises LookupError where an arm is no run's, or two runs' of one seed."""
     places, arms, seeds = _places(contrast, runs), [], set()
     signs, settings = zip(*contrast.arms)
     for arm in settings:

@@ -56,8 +56,8 @@ def _curves(axes: Axes, cells: Sequence[Cell], place: str, name: str) -> None:
     labels = [cell.attention for cell in cells]
     for cell in cells:
         for index, run in enumerate(run for run in cell.runs if run.lines):
-            first = {"label": cell.attention, "alpha": 1.0} if index == 0 else {"alpha": 0.5}
-            draw_curve(axes, run, name, color=look(cell.attention, labels)["color"], linewidth=1.3, **first)
+            style = {"alpha": 0.5} if index else {"alpha": 1.0, "label": cell.attention}
+            draw_curve(axes, run, name, color=look(cell.attention, labels)["color"], linewidth=1.3, **style)
     axes.set(xlabel="epoch", ylabel=CURVES[name], title=fill(place, WIDTH))
     legend(axes)
 

@@ -51,24 +51,17 @@ def plain(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Grid:
-    """Runs of one experiment.
-
-    Args:
-        extras: names of the settings that differ beside depth, attention and seed.
-        followers: of each of `extras` the settings that always change together with it.
-        shared: what all runs have in common, flat.
-        label: what tells the experiment from others of the same data and recipe.
-    """
+    """Runs of one experiment."""
 
     data: str
     recipe: str | None
-    extras: tuple[str, ...]
-    followers: Mapping[str, Sequence[str]]
+    extras: tuple[str, ...]  # settings that differ beside depth, attention and seed
+    followers: Mapping[str, Sequence[str]]  # of each of `extras`, what always changes together with it
     cells: list[Cell]
-    shared: dict[str, Any] = field(repr=False)
-    duplicates: list[str] = field(default_factory=list)
+    shared: dict[str, Any] = field(repr=False)  # what all runs have in common, flat
+    duplicates: list[str] = field(default_factory=list)  # a sentence for each run that is left out
     sweep: Sweep | None = None
-    label: str = ""
+    label: str = ""  # what tells the experiment from others of the same data and recipe
 
     @property
     def name(self) -> str:

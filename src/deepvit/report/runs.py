@@ -91,11 +91,8 @@ class Run:
 
 
 def read_runs(paths: Iterable[Path]) -> tuple[list[Run], list[str]]:
-    """All runs in and below `paths`, the missing ones of sweeps too, and a sentence for each thing left out.
-
-    Raises:
-        UserError: a path is missing, or there is no readable run in any.
-    """
+    """All runs in and below `paths`, the missing ones of sweeps too, and a sentence for each thing left out. Raises
+    UserError if a path is missing, or there is no readable run in any."""
     tops, runs, problems = [*map(Path, paths)], {}, []
     for top in tops:
         if not top.exists():
@@ -156,10 +153,7 @@ def _run_folders(top: Path, problems: list[str]) -> list[Path]:
 
 
 def read_run(folder: Path) -> Run:
-    """
-    Raises:
-        UserError: no config of a run, or an unreadable one.
-    """
+    """Raises UserError if the folder has no config of a run, or an unreadable one."""
     folder = Path(folder)
     config, result = _read_config(folder / "config.yaml"), _read_json(folder / "metrics.json")
     lines = [line for line in read_lines(folder / "metrics.jsonl") if isinstance(line.get("step"), int)]

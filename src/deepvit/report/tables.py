@@ -106,10 +106,10 @@ def _contrasts(grid: Grid) -> list[Table]:
         "claim": lambda one: one.contrast.claim + " (primary)" * one.contrast.primary,
         "n": lambda one: str(len(one.points)),
         "points": lambda one: f"{one.difference.mean:+.2f}" if one.difference else NONE,
-        "95 %": _if_enough(lambda one: _range(one.difference, 2)),
+        "95 %": _if_enough(lambda one: _range(one.difference)),
         "p": _if_enough(lambda one: _p(one.p_different)),
         "Holm": _if_enough(lambda one: NONE if one.adjusted is None else _p(one.adjusted)),
-        "90 %": _if_enough(lambda one: _range(one.equivalence, 2)),
+        "90 %": _if_enough(lambda one: _range(one.equivalence)),
         "p equal": _if_enough(lambda one: _p(one.equivalence.p)),
         "log-loss": _log_loss,
         "verdict": lambda one: one.verdict}
@@ -136,7 +136,7 @@ def _log_loss(one: Finding) -> str:
     return f"{loss.mean:+.3f}" + (f" ({_range(loss, 3)})" if one.is_enough else "")
 
 
-def _range(found: Summary | Equivalence, digits: int) -> str:
+def _range(found: Summary | Equivalence, digits: int = 2) -> str:
     return f"{found.low:+.{digits}f} to {found.high:+.{digits}f}"
 
 
@@ -233,8 +233,7 @@ def _devices(cell: Cell) -> str:
 
 
 def _published(cell: Cell, grid: Grid) -> str:
-    found = published_for(cell, grid)
-    return f"{found[0].top1:.2f} [{found[0].source}]" if found else NONE
+    return next((f"{one.top1:.2f} [{one.source}]" for one in published_for(cell, grid)), NONE)
 
 
 def _beyond(cell: Cell, grid: Grid) -> str:

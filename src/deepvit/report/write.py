@@ -25,11 +25,8 @@ Part = str | Table | Picture  # of a report; a text that begins with ## is a hea
 
 def write_report(runs: Sequence[Run], problems: Sequence[str], out: Path, threshold: float,
                  pair: Sequence[Run] = (), command: str = "deepvit report") -> Iterator[str]:
-    """Writes everything into `out` and gives the lines to print. `pair`: two runs to compare, or none.
-
-    Raises:
-        UserError: `out` cannot be written, or has files of these names that no report wrote.
-    """
+    """Writes everything into `out` and gives the lines to print. `pair`: two runs to compare, or none. Raises UserError
+    if `out` cannot be written, or has files of these names that no report wrote."""
     _refuse_strange(out)
     found = grids(runs)
     made = f"Made {time.strftime('%Y-%m-%d %H:%M %z')} by `{without_paths(command)}` at revision " \
