@@ -15,7 +15,8 @@ from typing import Any
 import yaml
 
 from deepvit.config.compare import flat
-from deepvit.config.sweep_record import FOLDER, missing_cells, read_lines
+from deepvit.config.json_lines import read_json_lines
+from deepvit.config.sweep_record import FOLDER, missing_cells
 from deepvit.errors import UserError
 
 
@@ -136,7 +137,7 @@ def _records(tops: Iterable[Path]) -> list[Path]:
 
 def _sweeps(records: Iterable[Path]) -> dict[Path, Sweep]:
     """The sweep of each cell's folder; where it is in several, the one that was started last."""
-    starts = [(line["time"], record, line) for record in records for line in read_lines(record) if "cells" in line]
+    starts = [(line["time"], record, line) for record in records for line in read_json_lines(record) if "cells" in line]
     sweeps, folders = {}, {}
     for _, record, line in sorted(starts, key=lambda start: start[:2]):
         key = str(record.parent / (line["sweep"] or record.stem))
@@ -156,7 +157,7 @@ def read_run(folder: Path) -> Run:
     """Raises UserError if the folder has no config of a run, or an unreadable one."""
     folder = Path(folder)
     config, result = _read_config(folder / "config.yaml"), _read_json(folder / "metrics.json")
-    lines = [line for line in read_lines(folder / "metrics.jsonl") if isinstance(line.get("step"), int)]
+    lines = [line for line in read_json_lines(folder / "metrics.jsonl") if isinstance(line.get("step"), int)]
     if result.get("finished") and isinstance(result.get("top1"), int | float):
         return Run(folder, config, result, lines, "finished")
     return Run(folder, config, {}, lines, _unfinished_state(folder))
@@ -189,7 +190,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _unfinished_state(folder: Path) -> str:
     if _is_locked(folder / "lock"):
         return "running"
-    if [line.get("event") for line in read_lines(folder / "events.jsonl")][-1:] == ["PREEMPTED"]:
+    if [line.get("event") for line in read_json_lines(folder / "events.jsonl")][-1:] == ["PREEMPTED"]:
         return "stopped"
     return f"unfinished{_elsewhere(folder / 'lock')}"
 
