@@ -91,15 +91,13 @@ def _is_part_of_imagenet(run: Run) -> bool:
 
 def tables(grid: Grid, threshold: float) -> list[Table]:
     """The grid's results, the similarities behind them, and on ImageNet what others report."""
-    found = [*_contrasts(grid), _results(grid, threshold), _similarities(grid), _costs(grid)]
+    plan = plan_of(grid)
+    found = [_contrasts(plan, grid)] if plan else []
+    found += [_results(grid, threshold), _similarities(grid), _costs(grid)]
     return [table for table in found + [_others()] * (grid.data == "imagenet") if table.rows]
 
 
-def _contrasts(grid: Grid) -> list[Table]:
-    """None where the sweep names none."""
-    plan = plan_of(grid)
-    if plan is None:
-        return []
+def _contrasts(plan: Plan, grid: Grid) -> Table:
     findings = find(plan, grid)
     columns = {
         "contrast": lambda one: one.contrast.name,
@@ -122,7 +120,7 @@ def _contrasts(grid: Grid) -> list[Table]:
     unfinished = sum(not run.finished for run in grid.planned)
     notes += [f"An interim look: {unfinished} runs are not finished."] if unfinished else []
     notes += [_preregistration(plan, grid)] if plan.preregistered else []
-    return [_table("Contrasts", columns, findings, notes)]
+    return _table("Contrasts", columns, findings, notes)
 
 
 def _if_enough(read: Callable[[Finding], str]) -> Callable[[Finding], str]:
@@ -253,11 +251,8 @@ def _published_notes(grid: Grid) -> list[str]:
     notes = _references(chain.from_iterable(found))
     notes += [f"Also published for {first.model}: {', '.join(f'{one.top1:g} [{one.source}]' for one in more)}."
               for first, *more in found if more]
-    counts = [f"{first.model} {first.similar_blocks}" for first, *_ in found if first.similar_blocks is not None]
-    if counts:
+    if counts := [f"{one.model} {one.similar_blocks}" for one, *_ in found if one.similar_blocks is not None]:
         notes.append(f"Similar blocks as published, by a rule that is left open: {', '.join(counts)}.")
-    times = dict.fromkeys(f"{first.model} on {first.match['data.source']} {first.time}" for first, *_ in found
-                          if first.time)
-    if times:
+    if times := dict.fromkeys(f"{one.model} on {one.match['data.source']} {one.time}" for one, *_ in found if one.time):
         notes.append(f"Training time as published, of a GPU that is not named: {', '.join(times)}.")
     return notes
