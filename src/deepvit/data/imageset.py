@@ -13,10 +13,8 @@ import torch
 from PIL import Image
 
 from deepvit.data.decode import BadPicture, Picture, decode, read_bytes, to_tensor
-from deepvit.data.folders import readable_names
 from deepvit.data.listing import Listing
 from deepvit.data.stream import stable_hash
-from deepvit.errors import UserError
 
 IN_MEMORY_MB = 512  # a folder whose decoded pictures fit is decoded once and kept
 
@@ -236,17 +234,3 @@ def balanced_part(targets: np.ndarray, fraction: float, seed: int) -> np.ndarray
         shuffled = np.random.default_rng(stable_hash("part", seed, target)).permutation(len(members))
         chosen.append(members[shuffled[:max(1, round(fraction * len(members)))]])
     return np.sort(np.concatenate(chosen))
-
-
-def hold_out(images: ImageSet, class_ids: list[str], val_fraction: float, seed: int, where: str) -> Splits:
-    """A fixed, class-balanced part of each class for validation, the rest for training."""
-    if not 0 < val_fraction < 1:
-        raise UserError(f"data.val_fraction={val_fraction} must lie between 0 and 1.")
-    alone = np.flatnonzero(np.bincount(images.targets, minlength=len(class_ids)) < 2)
-    if len(alone):
-        raise UserError(f"Class {class_ids[alone[0]]} of {where} has a single picture: data.val_fraction needs two.")
-    held = balanced_part(images.targets, val_fraction, seed)
-    rest = np.setdiff1d(np.arange(len(images)), held)
-    if len(np.unique(images.targets[rest])) < len(class_ids):
-        raise UserError(f"data.val_fraction={val_fraction} leaves a class of {where} without training pictures.")
-    return Splits(images.take(rest), images.take(held), readable_names(class_ids), class_ids)
