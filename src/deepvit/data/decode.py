@@ -122,11 +122,19 @@ def to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1)
 
 
+def as_array(picture: Picture) -> np.ndarray:
+    """Either kind of image as uint8 [H, W, 3]."""
+    return np.asarray(picture) if isinstance(picture, Image.Image) else picture.permute(1, 2, 0).numpy()
+
+
+def as_picture(pixels: np.ndarray, decoder: str) -> Picture:
+    """uint8 [H, W, 3] as the kind of image that `decoder` makes, without a copy for tensors."""
+    return Image.fromarray(pixels) if decoder == "pil" else torch.from_numpy(pixels).permute(2, 0, 1)
+
+
 def to_pil(picture: Picture) -> Image.Image:
     """Either kind of picture as a PIL RGB image."""
-    if isinstance(picture, Image.Image):
-        return picture
-    return Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
+    return picture if isinstance(picture, Image.Image) else Image.fromarray(np.ascontiguousarray(as_array(picture)))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -5,14 +5,14 @@ import os
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
-from deepvit.data.decode import BadPicture, Picture, decode, read_bytes, to_tensor
+from deepvit.data.decode import BadPicture, Picture, as_array, as_picture, decode, read_bytes
 from deepvit.data.listing import Listing
 from deepvit.data.stream import stable_hash
 
@@ -98,8 +98,7 @@ class ArraySet(ImageSet):
         return zlib.crc32(self.pixels[index].tobytes())  # there is no file: the pixels themselves
 
     def picture(self, index: int) -> Picture:
-        pixels = self.pixels[index]  # [H, W, 3]
-        return Image.fromarray(pixels) if self.decoder == "pil" else torch.from_numpy(pixels).permute(2, 0, 1)
+        return as_picture(self.pixels[index], self.decoder)
 
     def take(self, indices: np.ndarray) -> "ArraySet":
         return ArraySet(self.pixels[indices], self.targets[indices], self.label, decoder=self.decoder,
@@ -162,22 +161,17 @@ class FileSet(ImageSet):
                        labels=self.labels, rows=rows)
 
     def prepare(self) -> None:
-        if self.kept is None and self._fits():
+        if self.kept is None and len(self) * self._mean_bytes() <= self.in_memory_mb * 2**20:
             self.kept = Kept.decode_all(self)
 
-    def _fits(self) -> bool:
-        """Estimated from the sizes that 32 files tell in their headers."""
-        sample = np.linspace(0, len(self) - 1, num=min(32, len(self)), dtype=np.int64)
-        return len(self) * self._mean_bytes(sample) <= self.in_memory_mb * 2**20
-
-    def _mean_bytes(self, sample: np.ndarray) -> float:
+    def _mean_bytes(self) -> float:
+        """Of a decoded image, estimated from the headers of 32 files."""
         sizes = []
-        for index in sample:
-            try:
-                with Image.open(self.name(int(index))) as image:
-                    sizes.append(3 * image.width * image.height)
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-                continue  # a bad picture weighs nothing here; it is reported when it is asked for
+        for index in np.linspace(0, len(self) - 1, num=min(32, len(self)), dtype=np.int64).tolist():
+            # A bad image weighs nothing here; it is reported when it is asked for.
+            with suppress(OSError, ValueError, SyntaxError, Image.DecompressionBombError), \
+                    Image.open(self.name(index)) as image:
+                sizes.append(3 * image.width * image.height)
         return float(np.mean(sizes)) if sizes else 0.0
 
 
@@ -200,7 +194,7 @@ class Kept:
             except BadPicture as bad:
                 reasons[index] = str(bad)
                 continue
-            pixels = (to_tensor(picture) if isinstance(picture, Image.Image) else picture).permute(1, 2, 0).numpy()
+            pixels = as_array(picture)
             shapes[index] = pixels.shape[:2]
             parts.append(pixels.reshape(-1))
         lengths = shapes.astype(np.int64).prod(axis=1) * 3
@@ -212,7 +206,7 @@ class Kept:
             raise BadPicture(self.reasons[index])
         (height, width), start = self.shapes[index], self.starts[index]
         pixels = self.pixels[start:start + int(height) * int(width) * 3].reshape(height, width, 3)
-        return Image.fromarray(pixels) if decoder == "pil" else torch.from_numpy(pixels).permute(2, 0, 1)
+        return as_picture(pixels, decoder)
 
 
 @dataclass(frozen=True)
