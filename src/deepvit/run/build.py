@@ -29,6 +29,7 @@ from deepvit.run.micro_batches import advice, allowed, unit
 from deepvit.run.micro_batches import choose as choose_micro_batch
 from deepvit.run.optimizer import optimizer, try_out
 
+MIXING = ("mixup", "cutmix", "mix_prob", "switch_prob", "label_smoothing")  # settings of the augmentation in `prepare`
 log = logging.getLogger(__name__)
 
 
@@ -147,8 +148,7 @@ def splits(data: Data) -> pictures.Splits:
 
 
 def train_transform(data: Data, augment: Augment) -> pictures.Transform:
-    mixing = ("repeats", "mixup", "cutmix", "mix_prob", "switch_prob", "label_smoothing")
-    options = {name: value for name, value in vars(augment).items() if name not in mixing}
+    options = {name: value for name, value in vars(augment).items() if name not in ("repeats", *MIXING)}
     mean, _ = pictures.norm_values(data.norm)
     return pictures.train_transform(data.img_size, crop_pct=data.crop_pct, mean=mean, **options)
 
@@ -159,8 +159,7 @@ def eval_transform(data: Data) -> pictures.Transform:
 
 def prepare(data: Data, num_classes: int, augment: Augment | None = None, seed: int = 0) -> pictures.Prepare:
     """Normalisation, and in training the mixing that `augment` names."""
-    mixing = {} if augment is None else {name: getattr(augment, name) for name in (
-        "mixup", "cutmix", "mix_prob", "switch_prob", "label_smoothing")}
+    mixing = {name: getattr(augment, name) for name in MIXING} if augment else {}
     return pictures.Prepare(*pictures.norm_values(data.norm), num_classes, seed=seed, **mixing)
 
 
