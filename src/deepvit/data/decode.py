@@ -142,13 +142,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         raise BadPicture("its pixels are floating-point numbers, whose range is unknown")
     if image.mode == "I" or image.mode.startswith("I;16"):  # PIL's own convert() would clip 16 bits at 255: all white
         pixels = np.asarray(image).astype(np.int64)
-        surplus = _surplus_bits(image.mode, int(pixels.max()))
+        # Bits of grey beyond 8: a file of 16 may hold 12 (scanners, microscopes), which no header tells.
+        surplus = 0 if image.mode == "I" and pixels.max() < 256 else 4 if pixels.max() < 4096 else 8
         image = Image.fromarray(np.clip(pixels >> surplus, 0, 255).astype(np.uint8))
     return image.convert("RGB")
-
-
-def _surplus_bits(mode: str, largest: int) -> int:
-    """Bits of grey beyond 8. A file of 16 bits may hold 12 (scanners, microscopes), which no header tells."""
-    if mode == "I" and largest < 256:
-        return 0
-    return 4 if largest < 4096 else 8

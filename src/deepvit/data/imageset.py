@@ -6,8 +6,10 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator
 from contextlib import suppress
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar, Self
 
 import numpy as np
 from PIL import Image
@@ -26,6 +28,7 @@ class ImageSet(ABC):
     page, as their reference counts are touched.
     """
 
+    per_image: ClassVar[tuple[str, ...]] = ("targets",)  # the arrays that `take` takes from
     targets: np.ndarray
     decoder: str  # `torchvision` or `pil`
     refused: int = 0  # pictures that the fast decoder refused and PIL read, in this process
@@ -42,9 +45,11 @@ class ImageSet(ABC):
     def picture(self, index: int) -> Picture:
         """RGB picture: PIL, or uint8 [3, H, W]. Raises BadPicture with the reason."""
 
-    @abstractmethod
-    def take(self, indices: np.ndarray) -> "ImageSet":
+    def take(self, indices: np.ndarray) -> Self:
         """The set of the given indices, in their order."""
+        part = copy(self)
+        vars(part).update({name: getattr(self, name)[indices] for name in self.per_image})
+        return part
 
     def _opened(self, data: bytearray) -> Picture:
         """The picture in the bytes of a file; what the fast decoder refuses is counted."""
@@ -84,6 +89,7 @@ class ImageSet(ABC):
 class ArraySet(ImageSet):
     """Pictures already decoded: uint8 [n, H, W, 3]."""
 
+    per_image = ("targets", "pixels", "ids")
     in_memory = True
 
     def __init__(self, pixels: np.ndarray, targets: np.ndarray, label: str, *, decoder: str = "torchvision",
@@ -100,10 +106,6 @@ class ArraySet(ImageSet):
     def picture(self, index: int) -> Picture:
         return as_picture(self.pixels[index], self.decoder)
 
-    def take(self, indices: np.ndarray) -> "ArraySet":
-        return ArraySet(self.pixels[indices], self.targets[indices], self.label, decoder=self.decoder,
-                        ids=self.ids[indices])
-
 
 class FileSet(ImageSet):
     """Images in files `root/<class folder>/<name>`; a small set is decoded once, in `prepare`.
@@ -117,8 +119,8 @@ class FileSet(ImageSet):
                  in_memory_mb: int = IN_MEMORY_MB, labels: np.ndarray | None = None, rows: np.ndarray | None = None):
         self.root, self.folders, self.listing, self.rows = Path(root), folders, listing, rows
         self.labels, self.decoder, self.in_memory_mb = labels, decoder, in_memory_mb
-        places = listing.places if rows is None else listing.places[rows]
-        self.targets = places if labels is None else labels[places].astype(np.int64)
+        self.places = listing.places if rows is None else listing.places[rows]  # of their class folders
+        self.targets = self.places if labels is None else labels[self.places].astype(np.int64)
         self.kept: Kept | None = None
 
     @property
@@ -126,8 +128,8 @@ class FileSet(ImageSet):
         return self.kept is not None
 
     def name(self, index: int) -> str:
-        row = index if self.rows is None else self.rows[index]
-        return f"{self.root}/{self.folders[self.listing.places[row]]}/{os.fsdecode(self.listing.name(row))}"
+        file = self.listing.name(index if self.rows is None else self.rows[index])
+        return f"{self.root}/{self.folders[self.places[index]]}/{os.fsdecode(file)}"
 
     def picture(self, index: int) -> Picture:
         if self.kept is not None:
@@ -142,8 +144,7 @@ class FileSet(ImageSet):
             return -1
 
     def _identity(self) -> Iterator[bytes | np.ndarray]:
-        places = self.listing.places if self.rows is None else self.listing.places[self.rows]
-        yield from (np.ascontiguousarray(self.targets), np.ascontiguousarray(places))
+        yield from (np.ascontiguousarray(self.targets), np.ascontiguousarray(self.places))
         yield from self.listing.padded(range(len(self)) if self.rows is None else self.rows)
         yield os.fsencode("/".join(self.folders))
 
@@ -155,7 +156,7 @@ class FileSet(ImageSet):
         folder, _, file = name.removeprefix(f"{self.root}/").partition("/")
         return self.listing.find(self.folders.index(folder), os.fsencode(file)) if folder in self.folders else None
 
-    def take(self, indices: np.ndarray) -> "FileSet":
+    def take(self, indices: np.ndarray) -> Self:
         rows = indices if self.rows is None else self.rows[indices]
         return FileSet(self.root, self.folders, self.listing, decoder=self.decoder, in_memory_mb=self.in_memory_mb,
                        labels=self.labels, rows=rows)

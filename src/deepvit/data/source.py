@@ -7,6 +7,8 @@ from typing import ClassVar
 
 import numpy as np
 
+from deepvit.config.settings import RANGES
+from deepvit.config.signature import check_ranges
 from deepvit.data.decode import resolve_decoder
 from deepvit.data.exclude import without
 from deepvit.data.folders import readable_names
@@ -38,8 +40,7 @@ class Source(ABC):
     has_class_folders: ClassVar[bool] = False  # and nothing else: `eval_folder` reads it
 
     def __post_init__(self) -> None:
-        if not 0 < self.fraction <= 1:
-            raise UserError(f"data.fraction={self.fraction} must be above 0 and at most 1.")
+        check_ranges(vars(self), RANGES["data"], "data")
         self.decoder = resolve_decoder(self.decoder)
         if self.source != "timm" and (self.name, self.train_split, self.val_split) != (None, "train", "validation"):
             raise UserError(f"data.name, data.train_split and data.val_split are for data=timm, not for "
@@ -70,8 +71,6 @@ class Source(ABC):
 
     def hold_out(self, images: ImageSet, class_ids: list[str], where: str) -> Splits:
         """`val_fraction` of each class for validation, the rest for training."""
-        if not 0 < self.val_fraction < 1:
-            raise UserError(f"data.val_fraction={self.val_fraction} must lie between 0 and 1.")
         alone = np.flatnonzero(np.bincount(images.targets, minlength=len(class_ids)) < 2)
         if len(alone):
             raise UserError(f"Class {class_ids[alone[0]]} of {where} has a single picture: data.val_fraction needs "

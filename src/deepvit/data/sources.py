@@ -4,7 +4,6 @@ import logging
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 
@@ -160,7 +159,6 @@ class Cifar10(Source):
     """root/{train,test}/<class>/*, or torchvision's, which is downloaded to `root` where it is not there."""
 
     source = "cifar10"
-    torchvision: ClassVar[str] = "CIFAR10"
     may_download = True
 
     def whole(self) -> Splits:
@@ -180,7 +178,7 @@ class Cifar10(Source):
 
     def _downloaded(self, path: Path) -> list:
         from torchvision import datasets
-        existed, dataset = path.exists(), getattr(datasets, self.torchvision)
+        existed, dataset = path.exists(), getattr(datasets, self.source.upper())
         try:
             return [dataset(path, train=train, download=True) for train in (True, False)]
         except (OSError, RuntimeError) as error:
@@ -194,7 +192,6 @@ class Cifar10(Source):
 
 class Cifar100(Cifar10):
     source = "cifar100"
-    torchvision = "CIFAR100"
 
 
 SOURCES: dict[str, type[Source]] = {kind.source: kind for kind in (Digits, ImageNet, Folder, Cifar10, Cifar100, Timm)}

@@ -15,16 +15,17 @@ from deepvit.data.source import Source
 from deepvit.errors import UserError
 
 STREAMS = ("hfids", "tfds")  # timm reads these front to back only
-WORDS = {"train": ("train",), "validation": ("val", "validation", "test")}
+WORDS = ("val", "validation", "test")  # for the same split
 
 
 class TimmSet(ImageSet):
     """A map-style data set made by timm.data.create_dataset; `rows` are places in it."""
 
-    def __init__(self, dataset: object, targets: np.ndarray, label: str, decoder: str, rows: np.ndarray | None = None):
+    per_image = ("targets", "rows")
+
+    def __init__(self, dataset: object, targets: np.ndarray, label: str, decoder: str):
         self.dataset, self.label, self.decoder = dataset, label, decoder
-        self.rows = np.arange(len(targets)) if rows is None else rows
-        self.targets = targets.astype(np.int64)
+        self.targets, self.rows = targets.astype(np.int64), np.arange(len(targets))
 
     def name(self, index: int) -> str:
         row = int(self.rows[index])
@@ -41,14 +42,12 @@ class TimmSet(ImageSet):
         except (OSError, ValueError, SyntaxError) as error:
             raise BadPicture(f"it is damaged ({error})") from error
         if isinstance(content, Image.Image):
-            return content.convert("RGB") if self.decoder == "pil" else to_tensor(content.convert("RGB"))
+            image = content.convert("RGB")
+            return image if self.decoder == "pil" else to_tensor(image)
         data = bytearray(content if isinstance(content, bytes) else content.read())
         if not data:
             raise BadPicture("the file is empty")
         return self._opened(data)
-
-    def take(self, indices: np.ndarray) -> "TimmSet":
-        return TimmSet(self.dataset, self.targets[indices], self.label, self.decoder, self.rows[indices])
 
 
 class Timm(Source):
@@ -143,8 +142,7 @@ def _shards(path: Path, split: str) -> list[str]:
 
 def _find_shards(folder: Path, split: str) -> list[str]:
     tars, folders = _tars_in(folder), class_folders(folder)
-    words = next((synonyms for synonyms in WORDS.values() if split in synonyms), (split,))
-    for word in (split, *words):
+    for word in (split, *(WORDS if split in WORDS else ())):
         found = [tar for tar in tars if tar.stem == word] + (_tars_in(folder / word) if word in folders else [])
         if found := found or [tar for tar in tars if _has_word(tar.stem, word)]:
             return [str(tar) for tar in found]
