@@ -59,7 +59,8 @@ class Source(ABC):
         """What is asked for."""
         splits = _first_classes(self.whole(), self.classes)
         if self.exclude is not None:
-            splits = without(splits, self.exclude, self.root)
+            train, val = without([splits.train, splits.val], splits.class_ids, self.exclude, self.root)
+            splits = replace(splits, train=train, val=val)
         if len(splits.class_ids) < 2:
             raise UserError(f"data.root={self.root} has one class only, '{splits.class_ids[0]}', so nothing can be "
                             f"learned: is it one level too high? Each class needs a folder below it, or below train/ "

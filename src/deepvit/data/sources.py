@@ -9,7 +9,7 @@ import numpy as np
 
 from deepvit.config.settings import Data
 from deepvit.data.decode import resolve_decoder
-from deepvit.data.exclude import without_one
+from deepvit.data.exclude import without
 from deepvit.data.folders import check_same_classes, class_folders, classes_of, existing, find_splits, readable_names
 from deepvit.data.imageset import IN_MEMORY_MB, ArraySet, FileSet, ImageSet, Splits
 from deepvit.data.index import kept_listing
@@ -60,7 +60,7 @@ def eval_folder(root: str, class_ids: list[str], *, decoder: str = "auto", in_me
                             f"({', '.join(strangers[:3])}).{did_you_mean(strangers[0], class_ids)}")
         wanted = np.array([class_ids.index(name) for name in names])
     images = _file_set(path, names, decoder=resolve_decoder(decoder), in_memory_mb=in_memory_mb, labels=wanted)
-    return images if exclude is None else without_one(images, class_ids, exclude, root)
+    return images if exclude is None else without([images], class_ids, exclude, root, f"{path}/")[0]
 
 
 def _file_set(folder: Path, classes: list[str], **options: object) -> FileSet:
