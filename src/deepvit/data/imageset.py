@@ -110,17 +110,18 @@ class ArraySet(ImageSet):
 class FileSet(ImageSet):
     """Images in files `root/<class folder>/<name>`; a small set is decoded once, in `prepare`.
 
-    Args:
-        rows: places in the listing; None: all of it.
-        labels: class of each folder; None: its number.
+    labels: class of each folder; None: its number.
     """
 
+    per_image = ("targets", "places")
+
     def __init__(self, root: Path, folders: list[str], listing: Listing, *, decoder: str,
-                 in_memory_mb: int = IN_MEMORY_MB, labels: np.ndarray | None = None, rows: np.ndarray | None = None):
-        self.root, self.folders, self.listing, self.rows = Path(root), folders, listing, rows
-        self.labels, self.decoder, self.in_memory_mb = labels, decoder, in_memory_mb
-        self.places = listing.places if rows is None else listing.places[rows]  # of their class folders
+                 in_memory_mb: int = IN_MEMORY_MB, labels: np.ndarray | None = None):
+        self.root, self.folders, self.listing = Path(root), folders, listing
+        self.decoder, self.in_memory_mb = decoder, in_memory_mb
+        self.places = listing.places  # of their class folders
         self.targets = self.places if labels is None else labels[self.places].astype(np.int64)
+        self.rows: np.ndarray | None = None  # in the listing; None: all of it
         self.kept: Kept | None = None
 
     @property
@@ -157,9 +158,9 @@ class FileSet(ImageSet):
         return self.listing.find(self.folders.index(folder), os.fsencode(file)) if folder in self.folders else None
 
     def take(self, indices: np.ndarray) -> Self:
-        rows = indices if self.rows is None else self.rows[indices]
-        return FileSet(self.root, self.folders, self.listing, decoder=self.decoder, in_memory_mb=self.in_memory_mb,
-                       labels=self.labels, rows=rows)
+        part = super().take(indices)
+        part.rows, part.kept = indices if self.rows is None else self.rows[indices], None
+        return part
 
     def prepare(self) -> None:
         if self.kept is None and len(self) * self._mean_bytes() <= self.in_memory_mb * 2**20:
