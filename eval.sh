@@ -8,7 +8,7 @@ python="$here/.venv/bin/python"
 
 checkpoints="" settings=()
 for argument in "$@"; do
-    if [ -e "$argument" ]; then
+    if [ -e "$argument" ] || [[ "$argument" =~ ^[a-z-]+: ]]; then  # a path, or a name such as timm:NAME
         checkpoints="$checkpoints,'${argument//\'/\\\'}'"
     elif [[ "$argument" == *=* || "$argument" == -* ]]; then
         settings+=("$argument")

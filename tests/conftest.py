@@ -24,6 +24,20 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device and `pytest -m gpu`"))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """What a test printed may be a name that is no UTF-8, which pytest-xdist cannot send to the process that reports."""
+    report = yield
+    report.sections = [(title, _printable(text)) for title, text in report.sections]
+    if report.failed and _printable(report.longreprtext) != report.longreprtext:
+        report.longrepr = _printable(report.longreprtext)
+    return report
+
+
+def _printable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request) -> torch.device:
     """The CPU, and the first GPU for `-m gpu`: one body serves both."""

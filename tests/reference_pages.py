@@ -99,7 +99,17 @@ def api_page() -> str:
                 seen.add(value)
                 parts += [f"### {name}.{public}\n", f"```python\n{public}{_signature(value)}\n```\n",
                           f"{_described(value)}\n"]
-    return "\n".join(parts)
+    return "\n".join([*parts, *measures()])
+
+
+def measures() -> list[str]:
+    """The registered measures of a probe, each with the first sentences of its function."""
+    from deepvit.analysis.registry import MEASURES
+    lines = ["## Measures of a probe\n", "| name | of | what | unit |", "|:--|:--|:--|:--|"]
+    for one in MEASURES.values():
+        about = " ".join(inspect.getdoc(one.function).split("\n\n")[0].split()).replace("|", "\\|")
+        lines.append(f"| `{one.name}` | {', '.join(f'`{name}`' for name in one.takes)} | {about} | {one.unit} |")
+    return [*lines, ""]
 
 
 def _signature(value: type | Callable) -> str:

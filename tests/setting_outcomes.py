@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 import yaml
 
-from deepvit.engine.folder import read_json_lines
+from deepvit.config.json_lines import read_json_lines
 from deepvit.engine.progress import Display
 from deepvit.engine.ranks import Ranks
 from deepvit.engine.signals import StopRequest
@@ -195,7 +195,7 @@ def recorded_origin(run):
 def whole(run):
     """The files of a run's folder and the steps of its metrics."""
     folder = finished(run)
-    lines = list(read_json_lines(folder / "metrics.jsonl"))
+    lines = read_json_lines(folder / "metrics.jsonl")
     return {"files": sorted(path.name.partition(".out.")[0] for path in folder.glob("*")),  # without the clock
             "kept": sorted(path.name for path in folder.glob("checkpoints/step-*.pt")),
             "checkpoints": sorted(path.name for path in folder.glob("checkpoints/*.pt")),

@@ -101,7 +101,7 @@ def test_axes_make_no_trend_of_noise(place):
     studies = load_studies(place / "maps.safetensors")
     figure = draw_depth.measures_with_depth(studies)
     figure.draw_without_rendering()
-    least = {title: span for title, _, span, _ in draw_depth.MEASURES}
+    least = {measure.title: measure.span for measure in draw_depth.DRAWN}
     for ax in figure.axes:
         low, high = ax.get_ylim()
         if ax.get_title() in least:

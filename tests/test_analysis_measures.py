@@ -10,7 +10,9 @@ from torch.nn import functional as F
 
 import deepvit
 from deepvit import analysis
+from deepvit.analysis import measures, registry
 from deepvit.analysis.features import SampledRows
+from deepvit.analysis.registry import MEASURES
 from deepvit.errors import UserError
 
 TINY = dict(img_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=4, num_classes=5)
@@ -232,3 +234,67 @@ def test_at_initialisation(pictures):
     assert seen.blocks[0].attn.norm.momentum == 0.1
     with pytest.raises(UserError, match="does not say how it was built"):
         analysis.at_initialisation(torch.nn.Linear(3, 3))
+
+
+def test_largest_logit_and_sink_mass():
+    logits = torch.zeros(2, 3, 4, 4)
+    logits[0, 1, 2, 3], logits[1, 0, 0, 0] = 5.0, -7.0
+    assert measures.largest_logit(logits).tolist() == [5.0, 0.0]
+    assert measures.sink_mass(UNIFORM).item() == pytest.approx(1 / 7)
+    assert measures.class_token_mass(IDENTITY, torch.zeros(1)).item() == pytest.approx(1 / 7)
+    sink = torch.zeros(1, 1, 4, 4)
+    sink[..., :3, 2], sink[..., 3, 0] = 1.0, 1.0  # three of four queries look at token 2, one at the class token
+    assert measures.sink_mass(sink).item() == 0.75
+    assert measures.class_token_mass(sink, torch.zeros(1)).item() == 0.25
+
+
+def test_rank_residual():
+    """Against singular values where tokens differ in one direction, and its two ends."""
+    same = torch.randn(2, 1, 6).repeat(1, 5, 1)
+    assert measures.rank_residual(same).tolist() == pytest.approx([0, 0], abs=1e-6)
+    apart = torch.eye(5)[None] - 1 / 5  # tokens whose mean is zero
+    assert measures.rank_residual(apart).item() == pytest.approx(1)
+    a, b = torch.randn(6), torch.randn(5)  # 1 a^T + (b - mean) c^T: |residual| is |b - mean| |c|
+    b = b - b.mean()
+    tokens = a + b[:, None] * torch.ones(6)
+    expected = b.norm() * 6**0.5 / torch.linalg.svdvals(tokens).norm()
+    assert measures.rank_residual(tokens[None]).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_probe_has_the_logits_that_the_softmax_sees(pictures):
+    for attention in ("self", "temperature", "temperature_decay", "talking_heads", "qk_norm"):
+        maps = [analysis.attention_maps(tiny(attention), pictures, stage) for stage in ("logits", "softmax")]
+        for logits, softmax in zip(*maps):
+            torch.testing.assert_close(logits.softmax(-1), softmax)
+    model = tiny("temperature")
+    with torch.no_grad():
+        model.blocks[0].attn.log_sharpness.fill_(math.log(3.0))
+    logits = analysis.attention_maps(model, pictures, "logits")[0]
+    assert analysis.probe(model, pictures, batch_size=2)["largest_logit"][0] == pytest.approx(
+        logits.amax((1, 2, 3)).mean().item(), rel=1e-5)
+    torch.testing.assert_close(logits.softmax(-1), analysis.attention_maps(model, pictures, "softmax")[0])
+
+
+def test_branches_over_stream_are_those_of_the_block(pictures):
+    model = tiny("self", init_values=0.5).eval()
+    found = analysis.probe(model, pictures, batch_size=2)["branch_over_stream"]
+    x = model._embed(pictures)
+    block, rms = model.blocks[0], lambda tokens: tokens.square().mean((1, 2)).sqrt()
+    branch = block.ls1(block.attn(block.norm1(x)))
+    mlp = block.ls2(block.mlp(block.norm2(x + branch)))
+    assert found["attention"][0] == pytest.approx((rms(branch) / rms(x)).mean().item(), rel=1e-4)
+    assert found["mlp"][0] == pytest.approx((rms(mlp) / rms(x)).mean().item(), rel=1e-4)
+
+
+def test_a_measure_is_one_function(pictures, monkeypatch):
+    """What is registered stands in the probe, in the figures and in the images of a run, and nothing is left out."""
+    mine = registry.Measure("mine/largest", ("softmax",), torch.amax, "Mine", "x")
+    monkeypatch.setitem(MEASURES, "mine/largest", mine)
+    result = analysis.probe(tiny("self"), pictures)
+    assert result["mine"]["largest"] == [attn.max().item() for attn in analysis.attention_maps(
+        tiny("self"), pictures, "softmax")]
+    for name, one in MEASURES.items():
+        pairs = name.startswith("similarity/")
+        found = result["similarity"][one.name.partition("/")[2]]["adjacent"] if pairs else one.found_in(result)
+        assert len(found) == 3 - pairs, name
+    assert MEASURES["entropy"].found_in({}) == MEASURES["sink_mass/largest"].found_in({"sink_mass": []}) == []

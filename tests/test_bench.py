@@ -1,6 +1,7 @@
 """The bench runs and says what it measured; how fast anything is, no test asks."""
 
 import json
+import time
 from functools import partial
 from pathlib import Path
 
@@ -9,10 +10,11 @@ import torch
 from test_data_sets import PICTURES
 from torch import nn
 
-from deepvit.bench import benches, ceilings, models, rows, timing
+from deepvit.bench import benches, ceilings, machine, models, rows, timing
 from deepvit.bench.contestants import TrainStep
 from deepvit.bench.targets import TARGETS, against_targets
 from deepvit.commands.main import main
+from deepvit.errors import UserError
 
 KEPT = Path(__file__).parent.parent / "docs" / "results" / "bench-cpu.json"
 PEERS = ["timm ViT, fused attention", "deepvit, self-attention", "deepvit, re-attention",
@@ -33,10 +35,14 @@ def test_models_stand_beside_their_peers(bench):
     assert code == 0
     found = {name: bench["rows"] for name, bench in results.items()}
     for name in ("train-step", "eval", "memory"):
-        assert {"cores", "versions", "date", "driver", "triton"} < results[name]["provenance"].keys()
+        made = results[name]["provenance"]
+        assert {"cores", "threads", "caches", "versions", "date", "driver", "triton"} < made.keys()
+        assert made["instructions"].keys() == {"torch", "matrices", "kernel"}
+        assert {row["on"] for row in found[name]} == {machine.made_on("cpu")}
         assert [row["name"] for row in found[name]] == PEERS and found[name][0]["ratio"] == 1
     for target in TARGETS["cpu"]:
-        assert (target.what in said.out) == (target.bench in ("train-step", "eval", "memory")), target
+        if target.on in (None, machine.made_on("cpu")):
+            assert (target.what in said.out) == (target.bench in ("train-step", "eval", "memory")), target
     kept, maps = ({row["name"]: row[field] for row in found["memory"]} for field in ("kept_mib", "maps_mib"))
     assert kept["deepvit, re-attention"] < 1.08 * kept[PEERS[0]] < kept["re-attention, published form"]
     one = 12 * 197**2 * 4 / 2**20  # a block's maps of one image, MiB
@@ -109,7 +115,54 @@ def test_calls_on_a_gpu_are_queued_between_two_marks(monkeypatch):
     made = {"short": 0, "long": 0}
     times = timing.interleaved({"short": partial(step, "short", 1.0), "long": partial(step, "long", 50.0)}, "cuda", 0)
     assert made == {"short": 2 + 5 * 21, "long": 2 + 5 * 5}
-    assert times == {"short": pytest.approx([0.001] * 5), "long": pytest.approx([0.05] * 5)}
+    for name, seconds in (("short", 0.001), ("long", 0.05)):
+        assert [call.wall for call in times[name]] == pytest.approx([seconds] * 5)
+        assert timing.paired(times[name], times["short"])["waited"] == 0  # the clock is the GPU's own
+
+
+def test_what_is_waited_for_is_told_from_what_is_computed():
+    idle, busy = timing.timed(partial(time.sleep, 0.05), "cpu"), timing.timed(partial(sum, range(10**6)), "cpu")
+    assert idle.computed < 0.01 < 0.05 <= idle.wall and busy.computed <= 1.01 * busy.wall
+    base = [timing.Call(1.0, 1.0), timing.Call(1.0, 0.5), timing.Call(2.0, 2.0)]
+    ours = [timing.Call(3.0, 2.0), timing.Call(3.0, 3.0), timing.Call(6.0, 5.5)]
+    found = timing.paired(ours, base, size=2)  # of twice the images
+    assert found == {"ratio": 1.5, "pairs": (1.5, 1.5), "waited": pytest.approx(16 / 14 - 1)}
+
+
+@pytest.mark.parametrize("field, value, decided", [("waited", 0.099, True), ("waited", 0.1, False),
+                                                   ("pairs", (0.98, 1.029), True), ("pairs", (0.98, 1.03), False)])
+def test_a_busy_machine_decides_nothing(field, value, decided):
+    row = {"case": "train step, 32", "on": "AVX512", "name": PEERS[2], "ratio": 1.0, "pairs": (1.0, 1.0), "waited": 0.0}
+    judged, = against_targets({"train-step": [row | {field: value}]}, "cpu")
+    assert judged["met"] == "yes" if decided else judged["met"].startswith("undecided")
+
+
+def test_a_stand_in_is_judged_by_the_same_bound_under_its_own_name():
+    found = {"AVX512": 1.05, "AVX2": 1.09, "AVX2 (stand-in)": 1.11, "AVX2 (stand-in), no compiler": 1.19, "SVE256": 1}
+    rows = [{"case": "train step", "on": on, "name": PEERS[2], "ratio": ratio} for on, ratio in found.items()]
+    judged = against_targets({"train-step": rows}, "cpu")
+    assert [(row["on"], row["target"], row["met"]) for row in judged] == [
+        ("AVX512", "<= 1.05", "yes"), ("AVX2", "<= 1.1", "yes"), ("AVX2 (stand-in)", "<= 1.1", "no"),
+        ("AVX2 (stand-in), no compiler", "<= 1.2", "yes")]
+
+
+@pytest.mark.parametrize("torch_has, flags, kernel, held_back, on", [
+    ("AVX512", "avx2 avx512f", "AVX512", {}, "AVX512"), ("AVX2", "avx avx2 fma", "AVX2", {}, "AVX2"),
+    ("AVX2", "avx2 avx512f", "AVX2", machine.HELD_BACK, "AVX2 (stand-in)"),
+    ("AVX2", "avx2 avx512f", None, machine.HELD_BACK, "AVX2 (stand-in), no compiler"),
+    ("AVX2", "avx2 avx512f", "AVX2", {"ATEN_CPU_CAPABILITY": "avx2"}, UserError)])
+def test_rows_say_what_they_were_made_on(monkeypatch, tmp_path, torch_has, flags, kernel, held_back, on):
+    for name in machine.HELD_BACK:
+        monkeypatch.setenv(name, held_back[name]) if name in held_back else monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: torch_has)
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nmodel name\t: A 9000\nflags\t\t: fpu {flags} clzero\n")
+    monkeypatch.setattr(machine, "PROCESSOR", str(tmp_path / "cpuinfo"))
+    monkeypatch.setattr(machine.native, "instructions", lambda: kernel)
+    if on is UserError:
+        with pytest.raises(UserError, match="MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2"):
+            machine.made_on("cpu")
+    else:
+        assert machine.made_on("cpu") == on
 
 
 def test_the_floor_is_the_larger_of_two_times():
@@ -140,12 +193,15 @@ def test_a_target_is_met_up_to_its_bound_and_no_further(device, number):
     target = TARGETS[device][number]
     beyond = (0.01 if target.at_most else -0.01) * (target.bound or 1)
     for value, met in ((target.bound, "yes"), (target.bound + beyond, "no")):
-        row = {"case": f"{target.case} and more", "name": target.name, target.field: value}
+        row = {"case": f"{target.case} and more", "on": target.on, "name": target.name, target.field: value}
         judged = against_targets({target.bench: [row]}, device)
         assert [one["met"] for one in judged if one["what"] == target.what] == [met]
 
 
 def test_every_target_finds_its_row_in_the_figures_of_the_docs():
     """A bench whose rows were renamed would be judged by nothing."""
-    results = {name: bench["rows"] for name, bench in json.loads(KEPT.read_text()).items()}
-    assert [row["what"] for row in against_targets(results, "cpu")] == [target.what for target in TARGETS["cpu"]]
+    for on in {target.on for target in TARGETS["cpu"]}:
+        results = {name: [{**row, "on": on} for row in bench["rows"]]
+                   for name, bench in json.loads(KEPT.read_text()).items()}
+        assert [row["what"] for row in against_targets(results, "cpu")] == [
+            target.what for target in TARGETS["cpu"] if target.on in (None, on) and "one thread" not in target.what]

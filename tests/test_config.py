@@ -25,6 +25,14 @@ def choices(group: str) -> list[str]:
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
+@pytest.mark.parametrize("word, meant", [
+    ("num_heads=3", "++model.num_heads=3"), ("model.arch=vit16", "++model.arch=vit16"), ("weights=raw", "weights=raw"),
+    ("+model.qk_scale=0.2", "++model.qk_scale=0.2"), ("model/attention=self", "++model.attention=self"),
+    ("grid_size=[2,8]", "++model.grid_size=[2,8]"), ("data=digits", "data=digits"), ("-m", "-m")])
+def test_a_setting_of_the_model_in_an_evaluation(word, meant):
+    assert cli.of_the_model(word) == meant
+
+
 @pytest.mark.parametrize("group", ["model", "model/attention", "augment", "optimizer", "schedule", "precision",
                                    "recipe"])
 def test_every_choice_makes_settings(group):
@@ -122,7 +130,7 @@ def folder_of(*words: str) -> str:
     (["model.depth=8", "seed=1", "engine.devices=2", "data.root=/x", "data.workers=3", "fresh=true", "dry=true",
       "hydra.job.chdir=false", "sweep=digits_depth", "probe.images=3", "data.eval_batch_size=7"],
      "model.depth=8-seed=1"),
-    (["optimizer.lr=0.0010", "seed=0", "schedule.epochs=5.0", "augment=none"], "default"),  # the recipe's own
+    (["optimizer.lr=0.0020", "seed=0", "schedule.epochs=15.0", "augment=none"], "default"),  # the recipe's own
     (["schedule.epochs=3.0"], "schedule.epochs=3"),
     (["model.mlp_ratio=3"], "default"),
     (["model.img_size=16"], "model.img_size=16"),  # data.img_size follows
@@ -156,8 +164,8 @@ def test_run_names_are_safe_short_and_distinct():
 def test_a_run_of_the_old_name_is_continued(tmp_path, monkeypatch):
     """Earlier versions named a run by its overrides as typed."""
     monkeypatch.chdir(tmp_path)
-    words = ["model=vit", "seed=1", "schedule.epochs=5"]
-    old = tmp_path / "runs" / "digits" / "vit" / "model=vit-schedule.epochs=5-seed=1"
+    words = ["model=vit", "seed=1", "schedule.epochs=15"]
+    old = tmp_path / "runs" / "digits" / "vit" / "model=vit-schedule.epochs=15-seed=1"
     new = tmp_path / "runs" / "digits" / "vit" / "seed=1"
     assert folder_of(*words) == str(new.relative_to(tmp_path))
     old.mkdir(parents=True)

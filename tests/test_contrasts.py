@@ -14,7 +14,8 @@ from test_report import attention, make, template, the_grid  # noqa: F401  fixtu
 
 from deepvit.commands.main import main
 from deepvit.config.compare import flat
-from deepvit.config.sweep_record import SweepRecord, read_lines
+from deepvit.config.json_lines import read_json_lines
+from deepvit.config.sweep_record import SweepRecord
 from deepvit.errors import BAD_INPUT, DONE, UserError
 from deepvit.report.contrasts import Contrast, Finding, find, read_plan
 from deepvit.report.statistics import holm
@@ -158,7 +159,7 @@ def test_a_sweep_file_names_its_contrasts(run, tmp_path):
     configs = [yaml.safe_load(path.read_text()) for path in (tmp_path / "runs").rglob("config.yaml")]
     assert [one["origin"]["preregistered"]["sha256"] for one in configs] == [digest] * 4
     record, = (tmp_path / "runs/study/sweeps").glob("*.jsonl")
-    assert read_lines(record)[0]["statistics"] == file["hydra"]["callbacks"]["sweep"]["statistics"]
+    assert read_json_lines(record)[0]["statistics"] == file["hydra"]["callbacks"]["sweep"]["statistics"]
     code, said, _ = run("report", "runs/study")
     results = {path.parent.name: json.loads(path.read_text()) for path in (tmp_path / "runs").rglob("metrics.json")}
     tops = {(one["attention"], one["seed"]): one["top1"] for one in results.values()}

@@ -15,15 +15,16 @@ import torch
 from scipy import stats
 from torch import nn
 
+from deepvit.config.json_lines import read_json_lines
 from deepvit.engine import checkpoint
 from deepvit.engine.evaluate import Evaluation, evaluate, mcnemar, wilson_interval
-from deepvit.engine.folder import RunFolder, plain, read_json_lines
+from deepvit.engine.folder import RunFolder, plain
 from deepvit.engine.progress import Meter
 from deepvit.engine.ranks import Ranks
 from deepvit.engine.schedule import Schedule, is_due
 from deepvit.engine.step import Precision
 from deepvit.errors import Failure, UserError
-from deepvit.run.evaluate import _compare
+from deepvit.run.eval_results import compare
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 DATA = Path(__file__).parent / "data" / "engine"
@@ -148,7 +149,7 @@ def test_folder_has_one_owner_and_mends_torn_lines(tmp_path):
         file.write('{"step": 4, "lo')
     folder.drop_metrics_after(2)
     folder.log_metrics({"step": 3})
-    assert list(read_json_lines(folder.metrics)) == [{"step": 1, "loss": 1 / 3, "grad_norm": None},
+    assert read_json_lines(folder.metrics) == [{"step": 1, "loss": 1 / 3, "grad_norm": None},
                                                      {"step": 2, "loss": 1 / 3, "grad_norm": None}, {"step": 3}]
     (folder.checkpoints / "last.pt.tmp").write_text("half")
     folder.release()
@@ -271,7 +272,7 @@ def test_the_comparison_names_the_right_model(caplog, monkeypatch):
 
     monkeypatch.setattr(logging.getLogger("deepvit"), "propagate", True)
     caplog.set_level(logging.INFO)
-    _compare([(Path("A.pt"), "same", None, seen([0, 1, 2, 3, 4, 5, 6, 9])),
+    compare([(Path("A.pt"), "same", None, seen([0, 1, 2, 3, 4, 5, 6, 9])),
               (Path("B.pt"), "same", None, seen([7, 8, 9]))])
     said = caplog.messages[0]
     assert re.search(r"A\.pt.*B\.pt.*only the first .*\b2\b.*only the second .*\b7\b", said)

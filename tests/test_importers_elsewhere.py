@@ -416,7 +416,8 @@ def test_a_folder_of_the_hub(tmp_path):
 @pytest.mark.parametrize("name, message", [
     ("timm:vit_tyni_patch16_224", "Did you mean"), ("timm:vit_small_patch16_224.mine", "no weights on"),
     ("hf-hub:a/b/c", "cannot be fetched"), ("hf-hub:owner/name", "cannot be fetched.*give the path"),
-    ("local-dir:/nowhere", "/nowhere"), ("google:ViT-B_16", "COLLECTION/NAME"), ("google:../../x", "COLLECTION/NAME"),
+    ("local-dir:/nowhere", "/nowhere"), ("deepvit:../x", "came with the package"),
+    ("google:ViT-B_16", "COLLECTION/NAME"), ("google:../../x", "COLLECTION/NAME"),
     ("google:imagenet21k/ViT-X_1", "http://127.0.0.1:9/imagenet21k/ViT-X_1.npz .*give the file's path")])
 def test_names_that_lead_nowhere(monkeypatch, tmp_path, name, message):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -425,6 +426,14 @@ def test_names_that_lead_nowhere(monkeypatch, tmp_path, name, message):
     with pytest.raises(UserError, match=message) as refusal:
         deepvit.load_model(name)
     assert "\n" not in str(refusal.value)
+
+
+def test_weights_that_came_with_the_package(monkeypatch, tmp_path):
+    deepvit.save_model(trained(), tmp_path / "tiny.safetensors")
+    monkeypatch.setattr("deepvit.importers.hub.RELEASED", tmp_path)
+    assert deepvit.load_model("deepvit:tiny").config["depth"] == 2
+    with pytest.raises(UserError, match="are: tiny. Did you mean 'tiny'"):
+        deepvit.load_model("deepvit:tiyn")
 
 
 def test_googles_files_are_fetched_once(monkeypatch, tmp_path):

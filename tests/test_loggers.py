@@ -14,8 +14,9 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from test_programs import TINY
 
 from deepvit.config.compose import compose
+from deepvit.config.json_lines import read_json_lines
 from deepvit.engine import loggers
-from deepvit.engine.folder import RunFolder, read_json_lines
+from deepvit.engine.folder import RunFolder
 from deepvit.engine.loggers import LoggedRun, Loggers, TensorBoard, chosen
 from deepvit.errors import BAD_INPUT, DONE, UserError
 
@@ -75,7 +76,7 @@ def test_a_viewer_that_cannot_be_written_leaves_the_others_and_the_record(tmp_pa
     monkeypatch.setattr(logging.getLogger("deepvit"), "propagate", True)  # a run before may have set up its own
     told(tmp_path, [Full, TensorBoard]).close()
     assert len(read(tmp_path).Scalars("train/loss")) > 3
-    assert len(list(read_json_lines(tmp_path / "metrics.jsonl"))) == len([*read_json_lines(RECORDED / "metrics.jsonl")])
+    assert len(read_json_lines(tmp_path / "metrics.jsonl")) == len(read_json_lines(RECORDED / "metrics.jsonl"))
     assert caplog.text.count("Full cannot be written (No space left on device)") == 1
 
 

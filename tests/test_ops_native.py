@@ -1,6 +1,7 @@
 """The compiled form: its tasks, and everything that may keep it from being built."""
 
 import multiprocessing
+import subprocess
 
 import pytest
 import torch
@@ -74,7 +75,18 @@ def test_a_library_is_for_one_kind_of_processor(monkeypatch):
     monkeypatch.setattr(native, "_processor", lambda: ["x86_64", "flags: fpu sse2 avx2", "model name: another"])
     other = native._signature()
     monkeypatch.setattr(native, "_processor", lambda: ["x86_64", "flags: fpu sse2", "model name: another"])
-    assert len({mine, other, native._signature()}) == 3
+    least = native._signature()
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
+    assert len({mine, other, least, native._signature()}) == 4
+
+
+@needs_compiler
+def test_the_compiler_is_held_back_where_torch_is(monkeypatch):
+    for held_back in (False, True):
+        monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2") if held_back else None
+        told = subprocess.run(["g++", *native._flags(), "-dM", "-E", "-x", "c++", "/dev/null"], capture_output=True,
+                              text=True, check=True).stdout
+        assert "__AVX512" not in told or not held_back and native.instructions() == "AVX512"
 
 
 @needs_compiler

@@ -1,36 +1,46 @@
 """`hydra/launcher=parallel`: cells side by side end as they would alone, whatever becomes of the others.
 
-A sweep is started as a program, since a process that has trained cannot fork others that train.
+A sweep is started as a process of its own, since one that has trained cannot fork others that train.
 """
 
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+import soak
 import torch
 import yaml
 from omegaconf import OmegaConf
 
 from deepvit.commands import parallel
+from deepvit.commands.main import main
 from deepvit.commands.parallel import Machine
 from deepvit.commands.sweep_table import Row, SweepTable
+from deepvit.engine import device
 from deepvit.errors import BAD_INPUT, DONE, STOPPED
 
-TRAIN = Path(__file__).parents[1] / "train.py"
 TINY = ["model=vit", "model.depth=2", "model.embed_dim=16", "model.num_heads=2", "data.batch_size=256",
         "engine.log_every=1", "probe.images=0", "logger=null", "schedule.warmup_epochs=0"]
 CLOCKS = {"images_per_s", "eval_images_per_s", "data_wait"}
 
 
-def start(tmp_path: Path, *words: str) -> subprocess.Popen:
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    return subprocess.Popen([sys.executable, str(TRAIN), "-m", *TINY, "hydra/launcher=parallel", *words], cwd=tmp_path,
-                            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def start(tmp_path: Path, *words: str) -> soak.Run:
+    return soak.start(sweep, tmp_path, words, folder=tmp_path, log=tmp_path / f"{len(list(tmp_path.iterdir()))}.said")
+
+
+def sweep(folder: Path, words: tuple[str, ...]) -> int:
+    os.chdir(folder)
+    os.environ.pop("OMP_NUM_THREADS", None)
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
+    return main(["train", "-m", *TINY, "hydra/launcher=parallel", *words])
+
+
+def ended(run: soak.Run) -> tuple[int, str]:
+    """Exit code, and what was said."""
+    return run.wait(120), run.words()
 
 
 def lines(path: Path) -> list[dict]:
@@ -54,9 +64,8 @@ def await_until(condition, seconds: float = 60.0):
 
 def test_numbers_are_the_same_alone_one_after_another_and_side_by_side(run, tmp_path):
     words = ["schedule.epochs=1", "model.num_heads=2,3", "seed=0,1"]
-    sweep = start(tmp_path, *words)
-    said = sweep.communicate()[0]
-    assert sweep.returncode == BAD_INPUT and "2 of 4 cells are done" in said, said
+    code, said = ended(start(tmp_path, *words))
+    assert code == BAD_INPUT and "2 of 4 cells are done" in said, said
     assert said.count("failed: ") == 2 and "does not divide into 3 heads" in said
     found = {folder.name: numbers(folder) for folder in tmp_path.glob("runs/digits/vit/*")}
     assert len(found) == 2  # a refused cell leaves no folder
@@ -77,23 +86,22 @@ def test_numbers_are_the_same_alone_one_after_another_and_side_by_side(run, tmp_
 
 def test_one_is_killed_and_ctrl_c_reaches_the_others_and_the_same_command_does_the_rest(tmp_path):
     words = ["schedule.epochs=6", "seed=0,1,2,3"]
-    sweep = start(tmp_path, *words)
+    run = start(tmp_path, *words)
     cells = Path(tmp_path, "runs/digits/vit")
     begun = await_until(lambda: [path.parent for path in cells.glob("*/metrics.jsonl") if len(lines(path)) > 2])
     victim = begun[0]
     os.kill(lines(victim / "events.jsonl")[0]["processes"][0], signal.SIGKILL)
     await_until(lambda: [path for path in cells.glob("*/metrics.jsonl") if len(lines(path)) > 2
                          and path.parent != victim])
-    sweep.send_signal(signal.SIGINT)
-    said = sweep.communicate()[0]
-    assert sweep.returncode == STOPPED and "SIGKILL" in said and "Not started." in said, said
+    run.send(signal.SIGINT)
+    code, said = ended(run)
+    assert code == STOPPED and "SIGKILL" in said and "Not started." in said, said
     told = [path.parent for path in cells.glob("*/events.jsonl") if lines(path)[-1]["event"] == "PREEMPTED"]
     assert told and victim not in told
     steps = {folder: lines(folder / "events.jsonl")[-1]["step"] for folder in told}
 
-    sweep = start(tmp_path, *words)
-    said = sweep.communicate()[0]
-    assert sweep.returncode == DONE and "4 of 4 cells are done" in said, said
+    code, said = ended(start(tmp_path, *words))
+    assert code == DONE and "4 of 4 cells are done" in said, said
     assert len(list(cells.glob("*/metrics.json"))) == 4
     for folder, step in steps.items():
         assert any(line["event"] == "resume" and line["step"] == step for line in lines(folder / "events.jsonl"))
@@ -101,22 +109,20 @@ def test_one_is_killed_and_ctrl_c_reaches_the_others_and_the_same_command_does_t
 
 @pytest.mark.slow
 def test_no_cell_outlives_a_sweep_that_is_killed(tmp_path):
-    sweep = start(tmp_path, "schedule.epochs=500", "seed=0,1")
+    run = start(tmp_path, "schedule.epochs=500", "seed=0,1")
     cells = Path(tmp_path, "runs/digits/vit")
     await_until(lambda: sum(len(lines(path)) > 2 for path in cells.glob("*/metrics.jsonl")) == 2)
-    sweep.kill()
+    run.send(signal.SIGKILL)
     await_until(lambda: all(lines(folder / "events.jsonl")[-1]["event"] == "PREEMPTED" for folder in cells.iterdir()))
 
 
 @pytest.mark.slow
 def test_cells_of_one_folder_run_one_after_the_other_and_a_dry_sweep_writes_nothing(tmp_path):
-    sweep = start(tmp_path, "schedule.epochs=1", "data.eval_batch_size=180,360")
-    said = sweep.communicate()[0]
-    assert sweep.returncode == DONE and "2 of 2 cells are done" in said, said
+    code, said = ended(start(tmp_path, "schedule.epochs=1", "data.eval_batch_size=180,360"))
+    assert code == DONE and "2 of 2 cells are done" in said, said
     assert len(list(tmp_path.glob("runs/digits/vit/*"))) == 1
-    sweep = start(tmp_path, "seed=0,1", "dry=true", "hydra.sweep.dir=dry")
-    said = sweep.communicate()[0]
-    assert sweep.returncode == DONE and said.count("Dry run:") == 2 and "device-hours" in said, said
+    code, said = ended(start(tmp_path, "seed=0,1", "dry=true", "hydra.sweep.dir=dry"))
+    assert code == DONE and said.count("Dry run:") == 2 and "device-hours" in said, said
     assert [path.name for path in (tmp_path / "dry").rglob("*") if path.is_file()] == ["multirun.yaml"]
 
 
@@ -134,17 +140,20 @@ def four_gpus(monkeypatch):
 def test_every_cell_has_gpus_of_its_own(four_gpus):
     machine, alone, pair = Machine(engine(), 1), engine(), engine(devices=2)
     assert (machine.at_once(alone), machine.at_once(pair)) == (4, 2)
-    taken = [machine.take(pair), machine.take(alone), machine.take(alone)]
-    assert sorted(sum(taken, [])) == ["4", "5", "6", "7"] and not machine.take(alone)
-    machine.give_back(taken[1])
-    assert not machine.take(pair) and machine.take(alone) == taken[1]
+    taken = []
+    for asked in (pair, alone, alone):
+        taken.append(machine.free(asked, taken))
+    assert sorted(sum(taken, [])) == ["4", "5", "6", "7"] and not machine.free(alone, taken)
+    assert not machine.free(pair, taken[:2]) and machine.free(alone, taken[:2]) == taken[2]
 
 
 def test_cells_share_a_gpu_where_that_is_asked_for_but_none_has_one_twice(four_gpus):
     machine = Machine(engine(), 2)
     assert machine.at_once(engine()) == 8
-    assert machine.take(engine(devices=4)) == machine.take(engine(devices=4)) == ["4", "5", "6", "7"]
-    assert not machine.take(engine())
+    assert machine.free(engine(devices=2), [["4", "5"]]) == ["6", "7"]  # the emptiest first
+    all_four = machine.free(engine(devices=4), [])
+    assert all_four == machine.free(engine(devices=4), [all_four]) == ["4", "5", "6", "7"]
+    assert not machine.free(engine(), [all_four, all_four])
 
 
 @pytest.mark.parametrize("threads, omp, at_once, used", [(None, None, 8, 1), (3, None, 2, 3), (3, "2", 2, 3),
@@ -155,6 +164,22 @@ def test_cells_on_a_cpu_have_a_core_for_each_of_their_threads(monkeypatch, threa
     monkeypatch.setenv("OMP_NUM_THREADS", omp) if omp else monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     machine, asked = Machine(engine(), 1), engine(threads=threads)
     assert (machine.at_once(asked), machine.threads(asked)) == (at_once, used)
+
+
+@pytest.mark.parametrize("own, inner, outer, cores", [
+    ("pod/box", "200000 100000", "max 100000", [2]), ("pod/box", "max 100000", "350000 100000", [3]),
+    ("pod/box", "50000 100000", "400000 100000", [0, 4]), ("", "200000 100000", "400000 100000", [4]),
+    ("elsewhere/box", "200000 100000", "400000 100000", [4])])
+def test_cores_are_those_that_the_container_is_given(tmp_path, monkeypatch, own, inner, outer, cores):
+    """`elsewhere`: of a container that sees its own group alone, by its name outside."""
+    (tmp_path / "pod" / "box").mkdir(parents=True)
+    (tmp_path / "pod" / "box" / "cpu.max").write_text(inner)
+    (tmp_path / "cpu.max").write_text(outer)
+    (tmp_path / "cgroup").write_text(f"1:name=systemd:/\n0::/{own}\n")
+    assert list(device._quotas(tmp_path, tmp_path / "cgroup")) == cores
+    monkeypatch.setattr(device, "_quotas", lambda: cores)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(64)))
+    assert device.usable_cores() == max(1, min(cores))
 
 
 # Time left

@@ -15,7 +15,8 @@ from hydra.core.utils import JobReturn, JobStatus
 from PIL import Image
 
 from deepvit.commands.main import expanded
-from deepvit.config.sweep_record import missing_cells, read_lines
+from deepvit.config.json_lines import read_json_lines
+from deepvit.config.sweep_record import missing_cells
 from deepvit.errors import BAD_INPUT, DONE, FAILED, UserError
 from deepvit.report import runs
 from deepvit.run.launch import joined
@@ -90,7 +91,7 @@ def test_a_run_of_revision_d1218dd_is_continued_and_reported(run, tmp_path):
     assert code == DONE and "recipe not recorded" in said and "step 21/45" in said
     code, said, _ = run("train", *typed)
     assert code == DONE and "Continuing from step 20 in" in said
-    losses = [line["loss"] for line in read_lines(folder / "metrics.jsonl") if "lr" in line]
+    losses = [line["loss"] for line in read_json_lines(folder / "metrics.jsonl") if "lr" in line]
     assert losses == pytest.approx(json.loads((OLD / "uncut_losses.json").read_text()), rel=1e-5)
     config = config_of(folder)
     assert config["origin"]["overrides"] == typed and "norm_batch" not in config["model"]["attention"]
@@ -168,13 +169,13 @@ def record_of(top: Path) -> Path:
 def test_a_sweep_writes_down_what_it_was_to_run_and_what_became_of_it(run, tmp_path):
     sweep = ["-m", *TINY, "model.num_heads=1,3", "seed=0,1"]
     assert run("train", *sweep)[0] == BAD_INPUT
-    start, *cells = read_lines(record_of(tmp_path / "runs"))
+    start, *cells = read_json_lines(record_of(tmp_path / "runs"))
     assert start["command"] == shlex.join(["deepvit", "train", *sweep]) and len(start["cells"]) == 4
     assert [cell["overrides"] for cell in start["cells"]] == [cell["overrides"] for cell in cells]
     assert [cell["code"] for cell in cells] == [DONE, DONE, BAD_INPUT, BAD_INPUT]
     assert "3 heads" in cells[2]["sentence"] and (tmp_path / "runs" / cells[0]["folder"] / "config.yaml").exists()
     assert run("train", *sweep, "dry=true")[0] == BAD_INPUT  # leaves no trace
-    assert read_lines(record_of(tmp_path / "runs"))[1:] == cells
+    assert read_json_lines(record_of(tmp_path / "runs"))[1:] == cells
     missing = list(missing_cells(record_of(tmp_path / "runs")))
     assert [cell.config["model"]["num_heads"] for cell in missing] == [3, 3]
     found = {run.state for run in runs.read_runs([tmp_path / "runs"])[0]}

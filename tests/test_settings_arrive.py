@@ -146,6 +146,7 @@ CASES: dict[str, Case | list[Case]] = {
              Case(lambda run: run.built.stepper.seed, "1", wanted=1)],  # of dropout
     "init": Case(see.initial, "WEIGHTS"),
     "dialect": Case(see.initial, "google", INIT),
+    "freeze": Case(lambda run: sum(p.requires_grad for p in run.built.model.parameters()), "backbone", INIT, 2),
     "head": Case(lambda run: run.built.model.head.weight.abs().sum().item(), "zero", INIT, 0),
     "calibrate": [Case(see.evaluated, "12", NORM), Case(see.evaluated, "12", (*NORM, "ema.decay=0.9"))],
     "logger": Case(see.whole, "null", SHORT),

@@ -32,7 +32,7 @@ MODEL: dict[str, Effect] = {
     "init_values": (START, 0.0, {"init_values": 0.1}), "pool": (OUTPUT, "mean"), "gelu": (OUTPUT, "tanh"),
     "norm_eps": (OUTPUT, 0.1), "patch_norm": (SHAPES, True), "final_norm": (OUTPUT, "after_pool", {"pool": "mean"}),
     "representation_size": (SHAPES, 9), "block": (OUTPUT, "deepnorm"), "feat_scale": (SHAPES, True),
-    "init_std": (START, 0.05), "weight_init": (START, "mimetic")}
+    "init_std": (START, 0.05), "weight_init": (START, "mimetic"), "share_maps": (SHAPES, 2)}
 
 STEM: dict[str, Effect] = {
     "layers": (SHAPES, [1, 2], HYBRID), "width": (SHAPES, 64, HYBRID), "arithmetic": (OUTPUT, "vit_pytorch", HYBRID),

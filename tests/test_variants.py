@@ -1,6 +1,7 @@
 """Every attention of conf/model/attention holds the law, and each variant is what its paper says."""
 
 import math
+from copy import deepcopy
 from functools import partial
 
 import pytest
@@ -10,8 +11,10 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 import deepvit
+from deepvit import analysis
 from deepvit.errors import UserError
 from deepvit.models import ATTENTIONS, SelfAttention, attention_config, list_attentions
+from deepvit.models.attention import Attention
 from deepvit.models.blocks import FeatScale
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 4, "num_classes": 5}
@@ -91,8 +94,8 @@ def test_starts_as_plain_attention(name, pictures):
 
 
 def reference(attention, tokens):
-    """q, k `[B, H, N, d]` and the scaled products, by plain loops over nothing but einsum."""
-    q, k, _ = attention.split(tokens)
+    """The scaled products of q and k `[B, H, N, d]`, before a variant changes them, by nothing but einsum."""
+    q, k, _ = Attention.split(attention, tokens)
     return torch.einsum("bhid,bhjd->bhij", q, k) / math.sqrt(q.shape[-1])
 
 
@@ -308,3 +311,59 @@ def test_qk_norm_in_timm():
 def test_variants_fit_timm(name):
     model = timm.models.VisionTransformer(**TINY, attn_layer=ATTENTIONS[name])
     assert len(deepvit.analysis.attention_maps(model, torch.zeros(1, 3, 32, 32))) == 3
+
+
+def shared(attention="self", **settings):
+    return stirred(tiny(attention, **{"depth": 5, "share_maps": 2, **settings})).eval()
+
+
+@pytest.mark.parametrize("attention", ["self", "reattention", "qk_norm", "reattention_ln"])
+def test_followers_take_the_maps_of_their_leader(attention, pictures):
+    """Blocks 1 and 3 follow 0 and 2: one softmax, no q and k of their own, and the law with the leader's input."""
+    model = shared(attention)
+    record = analysis.record(model, pictures)
+    maps = record.maps("softmax")
+    assert_close(maps[0], maps[1])
+    assert (maps[1] - maps[2]).abs().max() > 1e-3
+    assert [block.attn.qkv is None for block in model.blocks] == [False, True, False, True, False]
+    with torch.no_grad():
+        leader, follower = model.blocks[2], model.blocks[3]
+        x = record.tokens[2]
+        heads = follower.attn.weights(leader.norm1(x)) @ follower.attn.values(follower.norm1(record.tokens[3]))
+        out = follower.attn(follower.norm1(record.tokens[3]), qk=leader.shared(x))
+        assert_close(follower.attn.merge(heads), out, atol=1e-5 * out.abs().max().item(), rtol=0)
+
+
+def test_shared_maps_cost_what_they_share():
+    own, theirs = tiny(depth=4), tiny(depth=4, share_maps=4)
+    assert sum(p.numel() for p in own.parameters()) - sum(p.numel() for p in theirs.parameters()) == 3 * 2 * 24 * 25
+    assert {name for name in theirs.state_dict() if ".qkv." in name} == {f"blocks.0.attn.qkv.{part}"
+                                                                          for part in ("weight", "bias")}
+    assert deepcopy(theirs).blocks[3].attn.source is not theirs.blocks[0].attn
+    twin = deepcopy(theirs)
+    assert twin.blocks[3].attn.source is twin.blocks[0].attn
+
+
+def test_shared_maps_train_with_and_without_checkpointing(pictures):
+    """Gradients and statistics are the same; the leader's q and k get what all of their followers ask for."""
+    plain, saving = (shared("reattention").train() for _ in range(2))
+    saving.set_grad_checkpointing()
+    for model in (plain, saving):
+        model(pictures).square().sum().backward()
+    for (name, a), b in zip(plain.named_parameters(), saving.parameters(), strict=True):
+        assert a.grad is not None and a.grad.abs().max() > 0 or "bias" in name or "mix" in name, name
+        assert_close(a.grad, b.grad, msg=name)
+    assert all(torch.equal(a, b) for a, b in zip(plain.buffers(), saving.buffers()))
+    features = plain.eval().forward_intermediates(pictures, intermediates_only=True, output_fmt="NLC")
+    assert_close(features[3], analysis.record(plain, pictures).tokens[4][:, 1:])
+
+
+@pytest.mark.parametrize("settings", [
+    {"share_maps": 4}, {"share_maps": 0}, {"share_maps": 2, "block": "deepnorm"},
+    {"share_maps": 2, "weight_init": "mimetic"}, {"share_maps": 2, "attention": "talking_heads"},
+    {"share_maps": 2, "attention": "temperature"}])
+def test_maps_that_cannot_be_shared_are_refused(settings):
+    with pytest.raises(UserError, match="share_maps"):
+        tiny(**settings)
+    with pytest.raises(UserError, match="share_maps"):
+        tiny(share_maps=2).blocks[1](torch.zeros(1, 17, 24))

@@ -10,6 +10,10 @@ class UserError(Exception):
     """What the user gave is wrong: one sentence that names it and says what to do. Programs print it and exit 2."""
 
 
+class Untold(UserError):
+    """A weights file does not tell a setting of its model: the sentence asks for it."""
+
+
 class Failure(Exception):
     """Something broke that is not the user's input (a full disk, a lost rank). Programs print it and exit 1."""
 
@@ -21,6 +25,11 @@ def unusable(error: OSError) -> UserError:
     if error.filename is None:
         raise error
     return UserError(f"{error.filename} cannot be used ({error.strerror}): mend it or give another.")
+
+
+def reason(error: Exception) -> str:
+    """An error's kind and its first sentence, for a sentence of ours."""
+    return f"{type(error).__name__}: {error}".splitlines()[0].split(". ")[0][:100].rstrip(": .")
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from deepvit.analysis.draw_depth import KINDS, MEASURES, scale, whole_blocks
+from deepvit.analysis.draw_depth import DRAWN, KINDS, scale, whole_blocks
 from deepvit.analysis.draw_maps import SIGNED
 
 
@@ -44,14 +44,15 @@ def _similarity(found: Mapping[str, Any]) -> Figure:
 
 
 def _by_block(values: Mapping[str, Any]) -> Figure:
-    figure = Figure(figsize=(13, 5.4), dpi=90)
-    axes = figure.subplots(2, -(-len(MEASURES) // 2)).ravel()
-    figure.subplots_adjust(left=0.05, right=0.99, bottom=0.09, top=0.91, wspace=0.25, hspace=0.45)
-    for ax, (title, unit, least, measure) in zip(axes, MEASURES, strict=False):
-        found = [np.nan if value is None else value for value in measure(values)]
-        ax.plot(range(1, len(found) + 1), found, marker=".")
-        scale(ax, unit, least)
-        _label(ax, f"{title}\n({unit})", "block")
+    shown = [(measure, found) for measure in DRAWN if {*(found := measure.found_in(values))} - {None}]
+    rows = -(-len(shown) // 4)
+    figure = Figure(figsize=(13, 2.7 * rows), dpi=90)
+    axes = figure.subplots(rows, 4, squeeze=False).ravel()
+    figure.subplots_adjust(left=0.05, right=0.99, bottom=0.2 / rows, top=1 - 0.2 / rows, wspace=0.25, hspace=0.5)
+    for ax, (measure, found) in zip(axes, shown, strict=False):
+        ax.plot(range(1, len(found) + 1), [np.nan if value is None else value for value in found], marker=".")
+        scale(ax, measure.unit, measure.span)
+        _label(ax, f"{measure.title}\n({measure.unit})", "block")
     return figure
 
 

@@ -1,7 +1,7 @@
 """Figures against depth: similarity, as a matrix and as curves, and the other measures. Studies in, figures out."""
 
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from deepvit.analysis.draw_maps import SIGNED, caption, side_by_side
+from deepvit.analysis.probe import MEASURES
 from deepvit.analysis.study import Study
 
 KINDS = {"final": "final maps", "softmax": "softmax maps", "final_centred": "final minus uniform",
@@ -72,40 +73,28 @@ def similarity_with_depth(studies: Sequence[Study]) -> Figure:
     return figure
 
 
-# title, unit, the least span of its axis (a factor where it is logarithmic), where the probe has it
-MEASURES: list[tuple[str, str, float, Callable[[dict[str, Any]], list[float | None]]]] = [
-    ("Entropy of the softmax maps", "nats", 0.2, lambda p: p.get("entropy", [])),
-    ("Attention distance", "patches", 0.5, lambda p: p.get("distance", [])),
-    ("Effective rank of the final maps", "directions", 1.0, lambda p: p["rank"]["final"]),
-    ("Similarity of heads in a block, final maps", "cosine", 0.2, lambda p: p["head_similarity"]["final"]),
-    ("Similarity of tokens in an image", "cosine", 0.2, lambda p: p.get("token_similarity", [])),
-    ("Tokens against the first block's input", "linear CKA", 0.2, lambda p: p.get("cka_first", [])),
-    ("Variance before the norm over heads / eps", "ratio", 10, lambda p: [
-        None if variance is None or eps is None else variance / eps
-        for variance, eps in zip(p.get("norm_variance", []), p.get("norm_eps", []), strict=True)]),
-    ("Share of Theta's diagonal", "1: heads apart, 1/H: random", 0.2, lambda p: p.get("theta_diagonal_share", [])),
-]
+DRAWN = [one for one in MEASURES.values() if one.title]
 
 
 def measures_with_depth(studies: Sequence[Study]) -> Figure:
     """The other measures against depth, all models in one panel each, before training dotted."""
-    shown = [entry for entry in MEASURES if any(_has(entry[3](one.facts["probe"])) for one in studies)]
+    shown = [measure for measure in DRAWN if any(_has(measure.found_in(one.facts["probe"])) for one in studies)]
     rows = -(-len(shown) // 2)
     figure = Figure(figsize=(10, 2.7 * rows + 1.2), layout="constrained", dpi=130)
     figure.suptitle("What attention does, against depth (dotted: before training)", fontsize=12)
     axes = figure.subplots(rows, 2, squeeze=False).ravel()
-    for ax, (title, unit, least, values) in zip(axes, shown, strict=False):
+    for ax, measure in zip(axes, shown, strict=False):
         for one, colour, marker, width in zip(studies, COLOURS, MARKERS, (4, 1.5), strict=False):
-            _curve(ax, values(one.facts["probe"]), color=colour, marker=marker, markersize=width + 2, linewidth=width,
-                   alpha=0.5 if width > 2 and len(studies) > 1 else 1)
+            _curve(ax, measure.found_in(one.facts["probe"]), color=colour, marker=marker, markersize=width + 2,
+                   linewidth=width, alpha=0.5 if width > 2 and len(studies) > 1 else 1)
             if one.facts["initial"]:
-                _curve(ax, values(one.facts["initial"]), color=colour, linestyle=":")
-        ax.set_title(title, fontsize=9)
+                _curve(ax, measure.found_in(one.facts["initial"]), color=colour, linestyle=":")
+        ax.set_title(measure.title, fontsize=9)
         ax.set_xlabel("block", fontsize=8)
-        ax.set_ylabel(unit, fontsize=8)
+        ax.set_ylabel(measure.unit, fontsize=8)
         ax.tick_params(labelsize=7)
         ax.grid(alpha=0.3)
-        scale(ax, unit, least)
+        scale(ax, measure.unit, measure.span)
     names = [Line2D([], [], color=colour, marker=marker, label=caption(one))
              for one, colour, marker in zip(studies, COLOURS, MARKERS, strict=False)]
     figure.legend(handles=names, fontsize=8, ncols=len(names), loc="outside lower center", frameon=False)

@@ -8,16 +8,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepvit.analysis.recording import recordings
+from deepvit.analysis.registry import measure
 from deepvit.errors import UserError
 
 CKA_ROWS = 1024  # token vectors compared by CKA, evenly taken: bounds its memory to L x 1024 x D
 
 
+@measure("feature_cosine_first", "first", "after")
+@measure("feature_cosine_adjacent", "before", "after")
 def feature_cosine(p: Tensor, q: Tensor) -> float:
     """Mean cosine between a token in one block and the same token in another, `[B, N, D]` twice."""
     return float(F.cosine_similarity(p.float(), q.float(), dim=-1, eps=1e-30).mean())
 
 
+@measure("cka_first", "rows_first", "rows_after", title="Tokens against the first block's input", unit="linear CKA")
+@measure("cka_adjacent", "rows_before", "rows_after")
 def linear_cka(p: Tensor, q: Tensor) -> float:
     """Linear centred kernel alignment of features `[n, D]` and `[n, E]`, from 0 to 1 (same up to rotation and scale).
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deepvit.analysis.recording import unwrap
+from deepvit.analysis.recording import BRANCHES, unwrap
 from deepvit.errors import UserError
 
 
@@ -59,7 +59,7 @@ def _watch(stack: ExitStack, block: nn.Module, record: dict[str, Tensor]) -> Non
 
     stack.enter_context(block.register_forward_pre_hook(take_input))
     stack.enter_context(block.register_forward_hook(keep("output")))
-    for branch, name in (("attention", "drop_path1"), ("mlp", "drop_path2")):
+    for branch, name in BRANCHES.items():
         if isinstance(getattr(block, name, None), nn.Module):
             stack.enter_context(getattr(block, name).register_forward_hook(keep(branch)))
 
@@ -77,7 +77,7 @@ def _table(seen: list[dict[str, Tensor]]) -> dict[str, Any]:
         "stream": [_rms(record["input"].detach()) for record in seen],
         "update": [_rms(record["output"] - record["input"].detach()) for record in seen],
         **{branch: [_rms(record[branch]) if branch in record else None for record in seen]
-           for branch in ("attention", "mlp")}}
+           for branch in BRANCHES}}
     table["update_ratio"] = [update / stream if stream else None
                              for update, stream in zip(table["update"], table["stream"])]
     return table

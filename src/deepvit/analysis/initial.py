@@ -5,8 +5,8 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
-from deepvit.analysis.gradients import block_norms
-from deepvit.analysis.recording import record, unwrap
+from deepvit.analysis.probe import probe
+from deepvit.analysis.recording import BRANCHES, unwrap
 from deepvit.engine.calibrate import statistics_of_the_batch
 from deepvit.errors import UserError
 from deepvit.models.registry import build_model
@@ -56,19 +56,9 @@ def regime(model: nn.Module, pictures: Tensor) -> dict[str, list[float]]:
         model: anything with `blocks` of one attention each, in the residual form of `models.blocks.Block`.
         pictures: `[B, C, height, width]`, from which the norms take their statistics, as in the first training step.
     Returns:
-        lists with an entry per block, in the order of a table's columns. `spread`: N std(A) of the softmax maps, by the
-        variance within each head; `gain`: std of the final maps over that of the softmax maps; `attention` and `mlp`:
-        RMS of the branch, as it is added, over RMS of the stream that enters the block.
+        lists with an entry per block, in the order of a table's columns: `spread` (N std(A)), `gain` (of the final maps
+        over the softmax maps), `attention` and `mlp` (RMS of the branch over that of the stream): see `measures`.
     """
-    model = with_statistics_of(model, pictures)
-    recording, norms = record(model, pictures), block_norms(model, pictures, training=False)
-    softmax, final = ([_std(maps) for maps in recording.maps(stage)] for stage in ("softmax", "final"))
-    tokens = recording.inputs[0].shape[1]
-    return {"spread": [tokens * std for std in softmax], "gain": [b / a for a, b in zip(softmax, final)],
-            **{branch: [rms / stream for rms, stream in zip(norms[branch], norms["stream"])]
-               for branch in ("attention", "mlp")}}
-
-
-def _std(maps: Tensor) -> float:
-    """Of the entries of each head, the mean variance over heads."""
-    return float(maps.var((0, 2, 3), correction=0).mean().sqrt())
+    found = probe(with_statistics_of(model, pictures), pictures)
+    branches = found["branch_over_stream"]
+    return {"spread": found["spread"], "gain": found["gain"], **{name: branches[name] for name in BRANCHES}}

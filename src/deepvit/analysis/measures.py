@@ -1,6 +1,6 @@
-"""What a block's attention does, as numbers: entropy, distance, rank; and the norm and the head mix behind it.
+"""What a block does, as numbers: its maps, the norm and the head mix behind them, its tokens and branches.
 
-Maps are `[B, H, N, N]`, rows queries. Each measure of maps gives one number per head, `[H]`, the mean over pictures.
+Maps are `[B, H, N, N]`, rows queries. A measure of maps gives one number per head, `[H]`, the mean over images.
 """
 
 import math
@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm  # plain and synchronised
 
-from deepvit.analysis.recording import attention_modules, unwrap
+from deepvit.analysis.recording import attention_modules, rms, unwrap
+from deepvit.analysis.registry import measure
 from deepvit.errors import UserError
 from deepvit.models.attention import HeadMix
 
 
+@measure("entropy", "softmax", title="Entropy of the softmax maps", unit="nats")
 def attention_entropy(maps: Tensor) -> Tensor:
     """Mean entropy of the rows, `-sum_j a_ij ln a_ij`, in nats: 0 looks at one token, ln N at all alike. `[H]`.
 
@@ -27,6 +29,7 @@ def attention_entropy(maps: Tensor) -> Tensor:
     return torch.special.entr(maps).sum(-1).mean((0, 2))
 
 
+@measure("distance", "softmax", "grid", title="Attention distance", unit="patches", span=0.5)
 def attention_distance(maps: Tensor, grid: tuple[int, int]) -> Tensor:
     """Mean distance between a patch and the patches it attends to, weighted by attention, in patches. `[H]`.
 
@@ -53,6 +56,8 @@ def patch_grid(model: nn.Module, tokens: int) -> tuple[int, int] | None:
     return None if grid is None or grid[0] * grid[1] > tokens else (int(grid[0]), int(grid[1]))
 
 
+@measure("rank/softmax", "softmax")
+@measure("rank/final", "final", title="Effective rank of the final maps", unit="directions", span=1.0)
 def effective_rank(maps: Tensor) -> Tensor:
     """How many directions the maps have, from 1 to N: `(sum s^2)^2 / sum s^4` over singular values s. `[H]`.
 
@@ -64,6 +69,7 @@ def effective_rank(maps: Tensor) -> Tensor:
     return (maps.mT @ maps).square().sum((-2, -1)).reciprocal().mean(0)
 
 
+@measure("token_similarity", "after", title="Similarity of tokens in an image", unit="cosine")
 def token_similarity(tokens: Tensor) -> float:
     """Mean cosine between different tokens of a picture, `[B, N, D]`: 1 is complete over-smoothing.
 
@@ -80,11 +86,13 @@ def thetas(model: nn.Module) -> list[Tensor | None]:
     return [mix.weight.detach().float().cpu() if isinstance(mix, HeadMix) else None for mix in mixes]
 
 
+@measure("theta_diagonal_share", "theta", title="Share of Theta's diagonal", unit="1: heads apart, 1/H: random")
 def diagonal_share(theta: Tensor) -> float:
     """`sum_h theta_hh^2 / sum theta^2`: 1 leaves the heads apart, 1/H is what a random mix has."""
     return float(theta.diagonal().square().sum() / theta.square().sum())
 
 
+@measure("norm_variance", "module", "softmax")
 @torch.no_grad()
 def norm_variance(module: nn.Module, softmax: Tensor) -> Tensor | None:
     """Variance of the maps that a BatchNorm over heads sees, over pictures and entries, `[H]`; None without that norm.
@@ -102,3 +110,83 @@ def norm_variance(module: nn.Module, softmax: Tensor) -> Tensor | None:
     if getattr(module, "mix", None) is None:
         return covariance.diagonal()
     return (module.mix.weight @ covariance * module.mix.weight).sum(1)
+
+
+@measure("norm_dose", "module", "softmax", title="Variance before the norm over heads / eps", unit="ratio", span=10)
+def norm_dose(module: nn.Module, softmax: Tensor) -> Tensor | None:
+    """`norm_variance` over the norm's eps, `[H]`: below 1 the norm is near the constant gain 1 / sqrt(eps)."""
+    variance = norm_variance(module, softmax)
+    return None if variance is None else variance / module.norm.eps
+
+
+@measure("norm_running_variance", "norm")
+def norm_running_variance(norm: BatchNorm) -> Tensor:
+    """The variance that the norm over heads divides by in eval mode, `[H]`."""
+    return norm.running_var
+
+
+@measure("norm_eps", "norm")
+def norm_eps(norm: BatchNorm) -> float:
+    """The eps that is added to that variance."""
+    return norm.eps
+
+
+@measure("largest_logit", "logits", title="Largest logit of an image", unit="logit", span=1.0)
+def largest_logit(logits: Tensor) -> Tensor:
+    """The largest entry of q k^T as the softmax sees it, over heads, queries and keys of an image, `[B]`.
+
+    Where it grows, attention becomes one-hot and training unstable (Dehghani et al., arXiv:2302.05442, section 2;
+    Wortsman et al., arXiv:2309.14322).
+    """
+    return logits.amax((1, 2, 3))
+
+
+@measure("sink_mass/largest", "softmax", title="Largest share of a head's attention on one token", unit="share")
+def sink_mass(softmax: Tensor) -> Tensor:
+    """`max_j sum_i a_ij / N`, mean over images, `[H]`: from 1/N (uniform) to 1 (all on one token, an attention sink).
+
+    Xiao et al., "Efficient Streaming Language Models with Attention Sinks", arXiv:2309.17453; in ViTs: Darcet et al.,
+    arXiv:2309.16588.
+    """
+    return softmax.mean(-2).amax(-1).mean(0)
+
+
+@measure("sink_mass/class_token", "softmax", "cls_token")
+def class_token_mass(softmax: Tensor, cls_token: Tensor) -> Tensor:
+    """`sum_i a_i0 / N`: the share of a head's attention that falls on the class token, mean over images, `[H]`."""
+    return softmax[..., 0].mean((0, 2))
+
+
+@measure("rank_residual", "after", title="Residual of the tokens to rank one", unit="share")
+def rank_residual(tokens: Tensor) -> Tensor:
+    """`|X - 1 x^T| / |X|` of an image's tokens X `[N, D]`, x their mean, `[B]`: 0 where all tokens are the same.
+
+    Dong et al., "Attention is not all you need", arXiv:2103.03404, whose norm is sqrt(|X|_1 |X|_inf); here it is
+    Frobenius', for which the mean is the nearest matrix of equal rows, so it stays between 0 and 1.
+    """
+    tokens = tokens.float()
+    return (tokens - tokens.mean(1, keepdim=True)).norm(dim=(1, 2)) / tokens.norm(dim=(1, 2)).clamp_min(1e-30)
+
+
+@measure("branch_over_stream/mlp", "mlp", "before", title="MLP branch over stream", unit="ratio", span=10)
+@measure("branch_over_stream/attention", "attention", "before", title="Attention branch over stream", unit="ratio",
+         span=10)
+def branch_over_stream(branch: Tensor, stream: Tensor) -> Tensor:
+    """RMS `[B]` of a branch as it is added, over that of the tokens `[B, N, D]` that enter its block."""
+    return branch / rms(stream).clamp_min(1e-30)
+
+
+@measure("spread", "softmax")
+def spread(softmax: Tensor) -> Tensor:
+    """`N std(A)` of the softmax maps, by the mean variance within each head: 0 where all are uniform."""
+    return softmax.shape[-1] * _std(softmax)
+
+
+@measure("gain", "softmax", "final")
+def gain(softmax: Tensor, final: Tensor) -> Tensor:
+    """Standard deviation of the final maps over that of the softmax maps."""
+    return _std(final) / _std(softmax)
+
+
+def _std(maps: Tensor) -> Tensor:
+    return maps.var((0, 2, 3), correction=0).mean().sqrt()

@@ -58,7 +58,7 @@ def read_pictures(model: ViT, paths: Sequence[Path]) -> Pictures:
     if not pixels:
         raise UserError(refused[0] if refused else f"There are no pictures in {', '.join(map(str, paths))}.")
     stack = torch.stack(pixels)  # uint8 [B, 3, height, width]
-    mean, std = (torch.tensor(values).view(3, 1, 1) * 255 for values in data.norm_values(_trained_on(model)["norm"]))
+    mean, std = (torch.tensor(values).view(3, 1, 1) * 255 for values in data.norm_values(evaluated_as(model)["norm"]))
     return Pictures((stack - mean) / std, stack, names, refused)
 
 
@@ -90,19 +90,22 @@ def _inside(folder: Path) -> list[Path]:
     return found
 
 
-def _trained_on(model: ViT) -> dict[str, Any]:
-    told = (model.load_report.said.get("run") or {}).get("data", {})
+def evaluated_as(model: ViT) -> dict[str, Any]:
+    """How its images are prepared (`crop_pct`, `interpolation`, `norm`), and the `source` of what it was trained on."""
+    said = model.load_report.said
+    told = (said.get("run") or {}).get("data") or {
+        "norm": data.name_of_norm(said.get("mean"), said.get("std")) or PUBLISHED["norm"]}
     return {name: told.get(name, value) for name, value in {**PUBLISHED, "source": None}.items()}
 
 
 def _transform(model: ViT) -> data.Transform:
-    told = _trained_on(model)
+    told = evaluated_as(model)
     return data.eval_transform(list(model.img_size), told["crop_pct"] or model.pretrained_cfg["crop_pct"],
                                told["interpolation"])
 
 
 def _examples(model: ViT) -> list[tuple[str, Any]]:
-    if _trained_on(model)["source"] == "digits":
+    if evaluated_as(model)["source"] == "digits":
         digits = data.load("digits").val
         return [(digits.name(i), digits.picture(i)) for i in range(16)]
     from sklearn.datasets import load_sample_images

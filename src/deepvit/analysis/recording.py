@@ -3,6 +3,8 @@ pre-hooks in eval mode, and the maps computed from them afterwards, one block at
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import get_args
 
 import timm.layers
 import torch
@@ -15,18 +17,29 @@ from deepvit.models.attention import Attention, Stage
 
 MAPS_BYTES = 32 * 2**20  # of one block's maps at once: bounds what any measure here needs beside its result
 
+BRANCHES = {"attention": "drop_path1", "mlp": "drop_path2"}  # branch -> the module of a block that gives it out
+
+
+def rms(x: Tensor) -> Tensor:
+    """Root mean square of each image's tokens, `[B, N, D]` -> `[B]`."""
+    return x.float().square().mean((1, 2)).sqrt()
+
 
 def _timm_maps(module: nn.Module, x: Tensor, stage: Stage) -> Tensor:
     B, N, _ = x.shape
     q, k, _ = module.qkv(x).view(B, N, 3, module.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-    return ops.softmax_maps(module.q_norm(q), module.k_norm(k), module.scale)
+    return _plain_maps(module.q_norm(q), module.k_norm(k), module.scale, stage)
+
+
+def _plain_maps(q: Tensor, k: Tensor, scale: float, stage: Stage) -> Tensor:
+    return scale * q @ k.mT if stage == "logits" else ops.softmax_maps(q, k, scale)
 
 
 def _parallel_maps(module: nn.Module, x: Tensor, stage: Stage) -> Tensor:
     B, N, _ = x.shape
     _, q, k, _ = module.in_proj(module.in_norm(x)).split(module.in_split, dim=-1)
     q, k = (part.view(B, N, module.num_heads, -1) for part in (q, k))
-    return ops.softmax_maps(module.q_norm(q).transpose(1, 2), module.k_norm(k).transpose(1, 2), module.scale)
+    return _plain_maps(module.q_norm(q).transpose(1, 2), module.k_norm(k).transpose(1, 2), module.scale, stage)
 
 
 # By their `forward`: a subclass that has its own may mean something else, so it is not taken for its parent.
@@ -86,21 +99,25 @@ class Maps(Sequence[Tensor]):
 
     def __getitem__(self, block: int) -> Tensor:
         module = self.modules[block]
+        source = self.modules.index(getattr(module, "source", module))  # of shared maps the leader
         with frozen(module):
-            return _reader(module)(module, self.inputs[block], self.stage).float()
+            return _reader(module)(module, self.inputs[source], self.stage).float()
 
 
 class Recording:
-    """What one pass of pictures fed the attention modules and blocks: `[B, N, D]` each, in the order of the calls.
+    """What one pass of images fed the attention modules and blocks: `[B, N, D]` each, in the order of the calls.
 
     `modules` and `inputs` are the attention modules and their inputs; `tokens` the input of the first block of
-    `model.blocks` and the output of every block (empty if the model has no `blocks`); `logits` the model's output.
+    `model.blocks` and the output of every block (empty if the model has no `blocks`); `branches` the RMS `[B]` of each
+    block's `attention` and `mlp` as they are added (empty if it has no `drop_path1`, `drop_path2`); `logits` the
+    model's output.
     """
 
     def __init__(self):
         self.modules: list[nn.Module] = []
         self.inputs: list[Tensor] = []
         self.tokens: list[Tensor] = []
+        self.branches: dict[str, list[Tensor]] = {branch: [] for branch in BRANCHES}
         self.logits: Tensor | None = None
 
     def __len__(self) -> int:
@@ -109,8 +126,8 @@ class Recording:
 
     def maps(self, stage: Stage = "final") -> Maps:
         """The maps at a stage, computed block by block as they are read."""
-        if stage not in ("final", "softmax"):
-            raise UserError(f"stage='{stage}' is not known: choose final or softmax.")
+        if stage not in get_args(Stage):
+            raise UserError(f"stage='{stage}' is not known: choose from {', '.join(get_args(Stage))}.")
         return Maps(self.modules, self.inputs, stage)
 
     def _take_input(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -121,6 +138,9 @@ class Recording:
         if not self.tokens:
             self.tokens.append(args[0].detach())
         self.tokens.append(output.detach())
+
+    def _take_branch(self, name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
+        self.branches[name].append(rms(output.detach()))
 
 
 def record(model: nn.Module, x: Tensor) -> Recording:
@@ -140,6 +160,10 @@ def record(model: nn.Module, x: Tensor) -> Recording:
             stack.enter_context(module.register_forward_pre_hook(recording._take_input, with_kwargs=True))
         for block in getattr(model, "blocks", ()):
             stack.enter_context(block.register_forward_hook(recording._take_block))
+            for branch, name in BRANCHES.items():
+                if isinstance(getattr(block, name, None), nn.Module):
+                    hook = partial(recording._take_branch, branch)
+                    stack.enter_context(getattr(block, name).register_forward_hook(hook))
         recording.logits = model(x.to(parameter.device, parameter.dtype))
     return recording
 

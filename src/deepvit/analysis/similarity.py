@@ -15,11 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepvit.analysis.recording import record, recordings
+from deepvit.analysis.registry import measure
 from deepvit.errors import UserError
 from deepvit.models.attention import Stage
 
 HELD_BYTES = 256 * 2**20  # of float32 maps of all blocks, kept while they are compared
 Rule = Literal["adjacent", "earlier"]
+KINDS = ("softmax", "final", "softmax_centred", "final_centred")  # of maps; centred: minus the uniform part
 
 
 def centred(maps: Tensor) -> Tensor:
@@ -29,6 +31,11 @@ def centred(maps: Tensor) -> Tensor:
     maps the mean of a row is what the same part has become.
     """
     return maps - maps.mean(-1, keepdim=True)
+
+
+def by_kind(softmax: Tensor, final: Tensor) -> dict[str, Tensor]:
+    """A block's maps of each kind."""
+    return dict(zip(KINDS, (softmax, final, centred(softmax), centred(final)), strict=True))
 
 
 def unit_columns(maps: Tensor) -> Tensor:
@@ -129,6 +136,10 @@ def images_for_pairs(model: nn.Module, x: Tensor) -> int:
     return max(1, HELD_BYTES // bytes_of_all(maps[0], len(maps)))
 
 
+@measure("similarity/softmax", "previous/softmax", "unit/softmax")
+@measure("similarity/final", "previous/final", "unit/final")
+@measure("similarity/softmax_centred", "previous/softmax_centred", "unit/softmax_centred")
+@measure("similarity/final_centred", "previous/final_centred", "unit/final_centred")
 def mean_product(p: Tensor, q: Tensor) -> Tensor:
     """Mean over pictures and columns of the products of unit columns: `[B, H, N, N]` twice -> `[H]`."""
     _check_alike(p, q)
@@ -192,12 +203,18 @@ def head_similarity(maps: Tensor) -> float | None:
 
     The same measure as M, between heads h != g instead of blocks; the paper finds it below 0.3 (section 3.2).
     """
-    return None if maps.shape[1] == 1 else mean_head_product(unit_columns(maps))
+    return mean_head_product(unit_columns(maps))
 
 
-def mean_head_product(unit: Tensor) -> float:
-    """Mean product of unit columns `[B, H, N, N]` of different heads."""
+@measure("head_similarity/softmax", "unit/softmax")
+@measure("head_similarity/final", "unit/final", title="Similarity of heads in a block, final maps", unit="cosine")
+@measure("head_similarity/softmax_centred", "unit/softmax_centred")
+@measure("head_similarity/final_centred", "unit/final_centred")
+def mean_head_product(unit: Tensor) -> float | None:
+    """Mean product of unit columns `[B, H, N, N]` of different heads; None with a single head."""
     heads = unit.shape[1]
+    if heads == 1:
+        return None
     total = unit.sum(1).square().sum(-2)  # [B, N], |sum of the heads|^2 = each head's own square + all products
     own = unit.square().sum((1, 2))  # [B, N]
     return float((total - own).mean() / (heads * (heads - 1)))

@@ -15,7 +15,9 @@ from deepvit.engine.memory import kept_storages
 from deepvit.ops import HeadNorm, reference
 
 HEADS, HEAD_DIM = 12, 32  # deepvit32: width 384
-CPU_SHAPES, CUDA_SHAPES = ((8, 197), (2, 577)), ((256, 197), (64, 577))  # batch, tokens
+SHAPES = {"cuda": ((256, 197, HEADS, HEAD_DIM), (64, 577, HEADS, HEAD_DIM)),  # batch, tokens, heads, head width
+          "cpu": ((8, 197, HEADS, HEAD_DIM), (2, 577, HEADS, HEAD_DIM), (64, 17, 4, 16), (64, 65, 6, 16))}
+SMALL = 100  # tokens, below which a shape is measured on one thread, as such models train best
 BASE = "self-attention (SDPA)"
 
 
@@ -89,11 +91,14 @@ def measure(device: str = "cpu", *, batch: int | None = None, seconds: float = 2
         batch: of all cases; seconds: to spend on each.
     """
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    for usual, tokens in CUDA_SHAPES if device == "cuda" else CPU_SHAPES:
-        problem = Problem.draw(batch or usual, tokens, HEADS, HEAD_DIM, device, dtype)
+    threads = torch.get_num_threads()
+    for usual, tokens, heads, head_dim in SHAPES[device]:
+        problem = Problem.draw(batch or usual, tokens, heads, head_dim, device, dtype)
+        torch.set_num_threads(1 if tokens < SMALL else threads)
         for job, step in (("forward + backward", _train), ("evaluation", _evaluate)):
-            case = f"{job}, N={tokens}, batch {batch or usual}"
+            case = f"{job}, N={tokens}, batch {batch or usual}" + (", one thread" if tokens < SMALL else "")
             yield from ({"case": case, **row} for row in _rows(problem, step, device, seconds))
+    torch.set_num_threads(threads)
 
 
 def _rows(problem: Problem, step: Callable[[Callable, Problem], None], device: str, seconds: float) -> Iterator[dict]:
@@ -106,10 +111,11 @@ def _rows(problem: Problem, step: Callable[[Callable, Problem], None], device: s
             yield {"name": name, "failed": reason(error)}
     times = interleaved(steps, device, seconds)
     yield from left_out(steps, times)
+    heads, head_dim = problem.qkv.shape[-2:]
     for name, taken in times.items():
         training = step is _train
         kept = {"kept_mb": kept_bytes(name, problem) / 1e6} if training else {}
-        yield {"name": name, **summary(taken, times.get(BASE)), "floor": _floor(name, HEADS, HEAD_DIM, training),
+        yield {"name": name, **summary(taken, times.get(BASE)), "floor": _floor(name, heads, head_dim, training),
                "floor_ms": _floor_ms(name, problem, device, training)} | kept
 
 

@@ -50,12 +50,14 @@ def _data(given: argparse.Namespace) -> str:
     return given.data
 
 
-def measure(name: str, given: argparse.Namespace) -> list[dict]:
-    """The rows of one bench, each of which `given.json` holds once it is known; what ends it is the last of them."""
+def measure(name: str, given: argparse.Namespace, on: str) -> list[dict]:
+    """The rows of one bench, each of which `given.json` holds once it is known; what ends it is the last of them. Each
+    says what it was made `on`."""
     logging.basicConfig(level=logging.WARNING)
     found = []
 
     def keep(row: dict) -> None:
+        row = {"case": row.pop("case"), "on": on, **row}
         found.append(row)
         rows.append(given.json, name, row)
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from deepvit.bench.timing import call_seconds
+from deepvit.bench.timing import timed
 
 SIZES = {"cuda": (2**31, 8192), "cpu": (2**27, 1024)}  # bytes of the copy, side of the product
 CALLS = 10
@@ -26,10 +26,10 @@ def ceilings(device: str) -> Ceilings:
     nbytes, side = SIZES[device]
     source = torch.randn(nbytes // 4, device=device)
     target = torch.empty_like(source)
-    copy = min(call_seconds(lambda: target.copy_(source), device, CALLS) for _ in range(3))
+    copy = min(timed(lambda: target.copy_(source), device, CALLS).wall for _ in range(3))
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    product = min(call_seconds(lambda: left @ right, device, CALLS) for _ in range(3))
+    product = min(timed(lambda: left @ right, device, CALLS).wall for _ in range(3))
     return Ceilings(2 * nbytes / copy, 2 * side**3 / product)
 
 

@@ -9,7 +9,7 @@ import torch
 
 from deepvit.bench.apart import apart
 from deepvit.config.compose import compose
-from deepvit.engine.folder import read_json_lines
+from deepvit.config.json_lines import read_json_lines
 from deepvit.engine.memory import peak_bytes, reset_peak
 from deepvit.engine.ranks import Ranks
 from deepvit.engine.signals import StopRequest

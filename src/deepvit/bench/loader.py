@@ -1,8 +1,8 @@
 """Pictures per second and core: ours against timm's transforms on the same files, interleaved in one process."""
 
 import io
+import itertools
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from PIL import Image
 from timm.data import create_transform
 from torchvision.transforms import Compose
 
+from deepvit.bench.timing import Call, interleaved, paired
 from deepvit.data.decode import decode
 from deepvit.data.randomness import generators_kept, seed_sample
 from deepvit.data.transforms import eval_transform, mend_posterize, train_transform
@@ -51,9 +52,9 @@ def contenders() -> list[Contender]:
 
 
 def measure(folder: str, seconds: float = 60.0) -> list[dict]:
-    """Rows with `task`, `name`, `images_per_s` (median over rounds, per core: process CPU time), `ratio` to the first
-    row of the task, `spread` (quartiles of images_per_s) and `difference` to PIL (mean over pixels, of 255; tasks
-    without a PIL-only stage that amplifies rounding).
+    """Rows with `task`, `name`, `images_per_s` (median over rounds, per core: CPU time), `spread` (its quartiles),
+    `ratio` to the first row of the task with `pairs` and `waited` (`timing.paired`), and `difference` to PIL (mean over
+    pixels, of 255; tasks without a PIL-only stage that amplifies rounding).
 
     folder: any folder of JPEGs; up to 200 are held in memory, so that the disk is not measured.
     """
@@ -62,11 +63,11 @@ def measure(folder: str, seconds: float = 60.0) -> list[dict]:
     torch.set_num_threads(1)
     try:
         with generators_kept():
-            times = _rounds(candidates, files, seconds)
+            times = interleaved({one: _step(one, files) for one in candidates}, "cpu", seconds)
             differences = _differences(files)
     finally:
         torch.set_num_threads(threads)
-    return _rows(candidates, times, differences)
+    return _rows(times, differences)
 
 
 def _files(folder: str) -> list[bytearray]:
@@ -77,20 +78,17 @@ def _files(folder: str) -> list[bytearray]:
     return [bytearray(path.read_bytes()) for path in chosen]
 
 
-def _rounds(candidates: list[Contender], files: list[bytearray], seconds: float) -> list[list[float]]:
-    """CPU seconds per picture, a list per contender; each round gives all the same pictures and seeds."""
-    times, deadline, turn = [[] for _ in candidates], time.monotonic() + seconds, -1
-    while turn < 3 or time.monotonic() < deadline:
-        chosen = [(turn * ROUND + place) % len(files) for place in range(ROUND)]
-        for at in np.random.default_rng(turn + 1).permutation(len(candidates)):
-            start = time.process_time()
-            for index in chosen:
-                seed_sample(0, turn + 1, index, 0)
-                candidates[at].make(files[index])
-            if turn >= 0:  # the first round warms up
-                times[at].append((time.process_time() - start) / ROUND)
-        turn += 1
-    return times
+def _step(contender: Contender, files: list[bytearray]) -> Callable[[], None]:
+    """Makes ROUND pictures, each time others; of the same files and seeds for all contenders."""
+    turns = itertools.count()
+
+    def step() -> None:
+        turn = next(turns)
+        for place in range(turn * ROUND, (turn + 1) * ROUND):
+            seed_sample(0, turn, place % len(files), 0)
+            contender.make(files[place % len(files)])
+
+    return step
 
 
 def _differences(files: list[bytearray]) -> dict[str, float]:
@@ -108,15 +106,14 @@ def _differences(files: list[bytearray]) -> dict[str, float]:
     return result
 
 
-def _rows(candidates: list[Contender], times: list[list[float]], differences: dict[str, float]) -> list[dict]:
+def _rows(times: dict[Contender, list[Call]], differences: dict[str, float]) -> list[dict]:
     rows, base = [], {}
-    for one, spent in zip(candidates, times, strict=True):
-        rate = 1 / statistics.median(spent)
-        base.setdefault(one.task, rate)
-        low, _, high = statistics.quantiles([1 / value for value in spent], n=4)
+    for one, calls in times.items():
+        low, rate, high = statistics.quantiles([ROUND / call.computed for call in calls], n=4)
         fast = one.name == "deepvit, torchvision"
-        rows.append({"task": one.task, "name": one.name, "images_per_s": rate, "ratio": rate / base[one.task],
-                     "spread": [low, high], "difference": differences.get(one.task) if fast else None})
+        rows.append({"task": one.task, "name": one.name, "images_per_s": rate, "spread": [low, high],
+                     **paired(base.setdefault(one.task, calls), calls),
+                     "difference": differences.get(one.task) if fast else None})
     return rows
 
 

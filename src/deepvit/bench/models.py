@@ -14,8 +14,8 @@ DEPTHS = 16, 24, 32
 def measure(job: type[TrainStep], device: str = "cpu", *, depth: int = 32, batch: int | None = None,
             img_size: int = 224, seconds: float = 120.0, compiled: bool = False, names: Sequence[str] = ()
             ) -> Iterator[dict]:
-    """Rows with `case`, `name`, `ms`, `spread`, `ratio` to timm's ViT (of the time for an image), `images_per_s`,
-    `floor_ms`, and where it is so `note`: a smaller batch, or `failed`.
+    """Rows with `case`, `name`, `ms`, `spread`, `ratio` to timm's ViT (of the time for an image; `paired`),
+    `images_per_s`, `floor_ms`, and where it is so `note`: a smaller batch, or `failed`.
 
     Args:
         job: `TrainStep` or `Forward`.
@@ -39,8 +39,8 @@ def measure(job: type[TrainStep], device: str = "cpu", *, depth: int = 32, batch
     times = interleaved(steps, device, seconds)
     yield from ({"case": case, **row} for row in left_out(steps, times))
     for name, taken in times.items():
-        base = [seconds * batches[name] / batches[BASE] for seconds in times.get(BASE, [])]
-        row = {"case": case, "name": name, **summary(taken, base), "floor_ms": floors[name]}
+        compared = summary(taken, times.get(BASE), batches[name] / batches.get(BASE, batches[name]))
+        row = {"case": case, "name": name, **compared, "floor_ms": floors[name]}
         row["images_per_s"] = 1e3 * batches[name] / row["ms"]
         yield row | ({} if batches[name] == batch else {"note": f"at batch {batches[name]}, {batch} does not fit"})
 

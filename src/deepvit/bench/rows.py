@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from deepvit.engine.folder import read_json_lines
+from deepvit.config.json_lines import read_json_lines
 from deepvit.report.render import printed
 
 Results = dict[str, dict[str, Any]]  # bench -> {"provenance": where and when, "rows": [...]}

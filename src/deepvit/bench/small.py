@@ -9,7 +9,7 @@ import torch
 
 from deepvit.bench.timing import reason
 from deepvit.config.compose import compose
-from deepvit.engine.folder import read_json_lines
+from deepvit.config.json_lines import read_json_lines
 from deepvit.engine.ranks import Ranks
 from deepvit.engine.signals import StopRequest
 from deepvit.run.train import train
@@ -49,7 +49,7 @@ def _train(device: str, depth: int, batch: int, cifar10: str | None, mode: str |
     here = torch.device(device, 0 if device == "cuda" else None)
     with tempfile.TemporaryDirectory() as folder:
         train(config, Path(folder), Ranks(0, 1, here), StopRequest())
-        lines = list(read_json_lines(Path(folder) / "metrics.jsonl"))
+        lines = read_json_lines(Path(folder) / "metrics.jsonl")
     steady = [line for line in lines if "lr" in line][2:]
     return {**{field: statistics.median(line[field] for line in steady) for field in ("images_per_s", "data_wait")},
             "top1": next(line["top1"] for line in reversed(lines) if "top1" in line)}

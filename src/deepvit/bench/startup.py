@@ -1,11 +1,11 @@
 """How long the commands take that should answer at once: whole processes, medians."""
 
-import statistics
 import subprocess
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
+from deepvit.bench.timing import summary, timed
 from deepvit.errors import UserError
 
 PROGRAM = Path(__file__).resolve().parents[3] / "train.py"
@@ -19,13 +19,6 @@ def measure(device: str = "cpu", *, runs: int = 7) -> list[dict]:
     rows = []
     for name, words in {**COMMANDS, "python -c 'import deepvit'": None}.items():
         command = [sys.executable, str(PROGRAM), *words] if words else [sys.executable, "-c", "import deepvit"]
-        times = [_seconds(command) for _ in range(runs + 1)][1:]
-        low, middle, high = statistics.quantiles(times, n=4)
-        rows.append({"case": "start-up", "name": name, "ms": 1e3 * middle, "spread": (1e3 * low, 1e3 * high)})
+        start = partial(subprocess.run, command, check=True, capture_output=True)
+        rows.append({"case": "start-up", "name": name, **summary([timed(start, "cpu") for _ in range(runs + 1)][1:])})
     return rows
-
-
-def _seconds(command: list[str]) -> float:
-    start = time.perf_counter()
-    subprocess.run(command, check=True, capture_output=True)
-    return time.perf_counter() - start

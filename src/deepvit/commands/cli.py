@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, OverrideParseException
@@ -98,7 +99,15 @@ def train(arguments: Sequence[str]) -> int:
 
 def evaluate(arguments: Sequence[str]) -> int:
     """`deepvit eval SETTING=VALUE ...`; returns the exit code."""
-    return _start(_evaluate, arguments)
+    return _start(_evaluate, [of_the_model(word) for word in arguments])
+
+
+def of_the_model(word: str) -> str:
+    """`num_heads=3` as `++model.num_heads=3`: Hydra asks for the signs where conf/eval.yaml does not list a setting."""
+    name, equals, value = word.partition("=")
+    name = re.sub(r"^\+*(?:model[./])?", "", name)
+    known = {*yaml.safe_load((CONF / "model/vit.yaml").read_text()), "attention", "arch", "grid_size", "head"}
+    return f"++model.{name}={value}" if equals and name in known else word
 
 
 def _start(program: Callable[[], Any], arguments: Sequence[str]) -> int:

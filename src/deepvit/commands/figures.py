@@ -5,6 +5,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
@@ -15,21 +16,24 @@ from deepvit.analysis.pictures import read_pictures
 from deepvit.analysis.study import Study, load_studies, save_studies, study
 from deepvit.config.compare import flat, labels
 from deepvit.errors import BAD_INPUT, DONE, UserError
-from deepvit.importers import load_model, takes_average
+from deepvit.importers import open_model
 from deepvit.importers.files import is_safetensors
+from deepvit.importers.settings import paths_and_keywords
 from deepvit.models import ViT
 
 SIGNED = {"Creator": "deepvit"}  # in every image, which tells our own from a user's
 
 
 def compute(checkpoints: Sequence[Path], paths: Sequence[Path], *, weights: str = "auto",
-            initial: bool = True) -> tuple[list[Study], list[str]]:
+            initial: bool = True, **keywords: Any) -> tuple[list[Study], list[str]]:
     """Studies of checkpoints on the same pictures, and a sentence for each picture that could not be used.
 
+    Args:
+        **keywords: as `open_model`, for what a file does not tell.
     Raises:
         UserError: an unreadable checkpoint, one without attention, no usable picture.
     """
-    models = [load_model(path, ema=takes_average(path, weights)).eval() for path in checkpoints]
+    models = [open_model(path, weights, **keywords) for path in checkpoints]
     studies, refused = [], []
     for model, name in zip(models, _names(models, checkpoints), strict=True):
         pictures = read_pictures(model, paths)
@@ -98,7 +102,8 @@ def _names(models: Sequence[ViT], checkpoints: Sequence[Path]) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="deepvit figures", description=__doc__)
     parser.add_argument("checkpoint", type=Path, nargs="?", help="a run folder, or a checkpoint of any dialect")
-    parser.add_argument("images", type=Path, nargs="*", help="pictures or folders of them; none: built-in examples")
+    parser.add_argument("images", nargs="*", metavar="IMAGE|KEY=VALUE", help="images or folders of them (none: "
+                        "built-in examples), and settings for what a file does not tell, such as num_heads=12")
     parser.add_argument("--out", type=Path, help="folder of the figures (default: figures/<run or file name>)")
     parser.add_argument("--compare", type=Path, help="a second checkpoint, drawn beside the first")
     parser.add_argument("--format", choices=("png", "svg"), default="png")
@@ -108,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--weights", choices=["auto", "ema", "raw"], default="auto", help="auto: EMA if there is one")
     parser.add_argument("--no-initial", dest="initial", action="store_false",
                         help="leave out the same model before training")
-    return _run(parser.parse_args(arguments))
+    return _run(parser.parse_intermixed_args(arguments))
 
 
 def _drawn_before(path: Path) -> list[Study]:
@@ -130,7 +135,8 @@ def _run(given: argparse.Namespace) -> int:
         studies = _drawn_before(given.maps)
     else:
         both = [given.checkpoint] + ([given.compare] if given.compare else [])
-        studies, refused = compute(both, given.images, weights=given.weights, initial=given.initial)
+        images, keywords = paths_and_keywords(given.images)
+        studies, refused = compute(both, images, weights=given.weights, initial=given.initial, **keywords)
     if given.save_maps:
         save_studies(given.save_maps, studies)
     for path in draw(studies, given.out or _default_out(given), given.format):

@@ -1,23 +1,34 @@
 """The markdown beside an exported model: what it is, how it was made and how well it does, by the run's files."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from deepvit.engine.folder import RunFolder, read_json_lines
+from deepvit.config.compare import flat, has_no_effect
+from deepvit.config.json_lines import read_json_lines
+from deepvit.engine.folder import RunFolder
 from deepvit.models import ViT
+from deepvit.report.render import printed
 
+FRONT = """---
+library_name: timm
+pipeline_tag: image-classification
+license: unknown
+tags: [image-classification, vision-transformer, timm, deepvit]
+---"""
+ABSOLUTE = re.compile(r"(?<![\w/.])(?:/[^\s/|`'\",]+)+/(?=[^\s/|`'\",])")  # all of a path but its last name
 LINES = 12  # of a curve in the card; the whole one is in the run's metrics.jsonl
 RECIPE = ("data", "augment", "optimizer", "schedule", "precision", "ema", "init", "head", "seed")
 
 
-def write_card(path: Path, model: ViT, exported: Path, form: str, parity: str, run: Path | None, weights: str) -> None:
-    """Writes the card.
+def write_card(path: Path, model: ViT, exported: Path, form: str, parity: str, snippet: str,
+               run: Path | None) -> None:
+    """Writes the card, with front matter as the Hugging Face hub reads it and no absolute path of this machine.
 
     Args:
-        parity: how the exported file was compared with the model.
+        parity: how the exported file was compared with the model; snippet: Python that loads it.
         run: the run folder with `config.yaml`, `metrics.jsonl`, `metrics.json`; None: a weights file alone.
-        weights: "EMA" or "Raw".
     """
     report = model.load_report
     result = RunFolder(run).read_result() if run else {}
@@ -27,23 +38,26 @@ def write_card(path: Path, model: ViT, exported: Path, form: str, parity: str, r
     else:
         shown, whose = result, "the run's last checkpoint"
     config = report.said.get("run") or (RunFolder(run).read_config() if run else {})
-    parts = [f"# {exported.name}", f"Form: {form}. {parity}.", f"{weights} weights of `{report.path}`.",
+    weights = "EMA" if report.weights == "ema" else "Raw"
+    parts = [FRONT, f"# {exported.name}", f"```python\n{snippet}\n```", f"Form: {form}. {parity}.",
+             f"{weights} weights of `{report.path.name}`.",
              *(f"Note: {note}." for note in report.notes),
              "## Model", _table({"parameters": f"{sum(p.numel() for p in model.parameters()):,}", **model.config}),
              "## Recipe", _recipe(config), "## Evaluation", _evaluation(shown, whose), "## Curve", _curve(run),
              "## Made with", _origin(config, result), "## Classes", _classes(model)]
-    path.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8", errors="backslashreplace")
+    text = ABSOLUTE.sub(".../", "\n\n".join(part for part in parts if part))
+    path.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
 
 def is_card(path: Path, exported: str) -> bool:
     """Whether this module wrote it, for a file of that name."""
-    begin = f"# {exported}\n\nForm: ".encode(errors="backslashreplace")
+    begin = f"{FRONT}\n\n# {exported}\n\n```python".encode(errors="backslashreplace")
     return path.is_file() and path.read_bytes().startswith(begin)
 
 
 def _table(rows: Mapping[str, Any]) -> str:
-    lines = [f"| {key} | {_plain(value)} |" for key, value in rows.items() if value is not None]
-    return "\n".join(["| setting | value |", "|---|---|", *lines])
+    return printed(["setting", "value"], [[key, _plain(value)] for key, value in rows.items() if value is not None],
+                   markdown=True)
 
 
 def _plain(value: Any) -> str:
@@ -53,17 +67,21 @@ def _plain(value: Any) -> str:
 
 
 def _recipe(config: Mapping[str, Any]) -> str:
-    rows = {key: config[key] for key in RECIPE if config.get(key) is not None}
-    return _table(rows) if rows else "Not known: the weights did not come from a run of this framework."
+    rows = {name: value for name, value in flat({key: config.get(key) for key in RECIPE})
+            if value and not has_no_effect(name)}
+    return f"{_table(rows)}\n\nWhat is off is left out." if rows else (
+        "Not known: the weights did not come from a run of this framework.")
 
 
 def _evaluation(result: Mapping[str, Any], whose: str) -> str:
     if "top1" not in result:
         return "Not known here: evaluate with `python eval.py checkpoint=...`."
+    top5 = f"{result['top5']:.2f}" if "top5" in result else ""
     interval = f"{result['top1_low']:.2f} to {result['top1_high']:.2f}" if "top1_low" in result else ""
     return (f"Of {whose}, on the validation part of `{result.get('data', 'its data')}`.\n\n"
-            "| top-1 % | 95 % interval | top-5 % | loss | pictures |\n|---|---|---|---|---|\n"
-            f"| {result['top1']:.2f} | {interval} | {result['top5']:.2f} | {result['loss']:.4f} | {result['n']:,} |"
+            + printed(["top-1 %", "95 % interval", "top-5 %", "loss", "images"],
+                      [[f"{result['top1']:.2f}", interval, top5, f"{result['loss']:.4f}", f"{result['n']:,}"]],
+                      markdown=True)
             + (f"\n\nBest top-1 of the run: {result['best_top1']:.2f} % at step {result['best_step']:,}."
                if "best_top1" in result else ""))
 
@@ -78,9 +96,9 @@ def _curve(run: Path | None) -> str:
         return "The run has not been evaluated."
     last = len(evaluations) - 1
     picked = sorted({round(i * last / max(1, LINES - 1)) for i in range(LINES)})
-    rows = [f"| {line['step']:,} | {line['epoch']:.1f} | {line['top1']:.2f} | {line['loss']:.4f} |"
+    rows = [[f"{line['step']:,}", f"{line['epoch']:.1f}", f"{line['top1']:.2f}", f"{line['loss']:.4f}"]
             for line in (evaluations[i] for i in picked)]
-    return "\n".join(["| step | epoch | top-1 % | loss |", "|---|---|---|---|", *rows])
+    return printed(["step", "epoch", "top-1 %", "loss"], rows, markdown=True)
 
 
 def _origin(config: Mapping[str, Any], result: Mapping[str, Any]) -> str:

@@ -1,23 +1,25 @@
 """The cells of a sweep side by side: a process group a cell, each on devices of its own."""
 
 import ctypes
-import json
 import math
 import multiprocessing
 import os
 import signal
 import sys
 import time
-from collections.abc import Container, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections import Counter
+from collections.abc import Container, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cache
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import sklearn.datasets  # noqa: F401  before the cells are forked, for all of them, as is what follows
+import sklearn.model_selection  # noqa: F401
 import torch
+import torch.utils.tensorboard  # noqa: F401
 from hydra.core.utils import JobReturn, JobStatus, run_job
 from omegaconf import DictConfig, OmegaConf
 
@@ -26,9 +28,9 @@ from deepvit.commands.sweep_table import Row, SweepTable
 from deepvit.engine.device import usable_cores
 from deepvit.engine.signals import StopRequest, heeded, stop_requests
 from deepvit.errors import FAILED, STOPPED, UserError
-from deepvit.models.cost import count_flops
+from deepvit.models.cost import count_parameters
 from deepvit.models.registry import build_model
-from deepvit.run import evaluate, train  # noqa: F401  before the cells are forked, for all of them
+from deepvit.run import evaluate, train  # noqa: F401
 from deepvit.run.console import say
 from deepvit.run.launch import end_of
 
@@ -37,16 +39,14 @@ SET_PDEATHSIG = 1  # prctl(2)
 FORK = multiprocessing.get_context("fork")  # torch is imported once, which takes longer than many a small cell
 
 
-@dataclass(eq=False)
-class Cell:
+@dataclass(eq=False, kw_only=True)
+class Cell(Row):
     """`places`: what it runs on, once it is started."""
 
     number: int
     overrides: list[str]
     config: DictConfig
-    folder: Path
     log: Path
-    row: Row
     places: list[str] = field(default_factory=list)
     process: BaseProcess | None = None
 
@@ -63,7 +63,8 @@ def run_side_by_side(job_overrides: Sequence[Sequence[str]], first: int, cells_p
         raise UserError(f"hydra.launcher.cells_per_device={cells_per_device}: give 1 or more.")
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # a process that has asked CUDA itself cannot fork
     sweep = Recorder.opened
-    with stop_requests() as stop, _logs(sweep) as logs:
+    with stop_requests() as stop, TemporaryDirectory() as passing:
+        logs = sweep.record.path.with_suffix("") if sweep.is_kept else Path(passing)
         shared = set.intersection(*map(set, job_overrides))
         machine = Machine(config.engine, cells_per_device)
         cells = [_cell(config, number, list(overrides), shared, machine, logs)
@@ -74,47 +75,34 @@ def run_side_by_side(job_overrides: Sequence[Sequence[str]], first: int, cells_p
                       _return_value=found.get(cell.number)) for cell in cells]
 
 
-@contextmanager
-def _logs(sweep: OpenSweep) -> Iterator[Path]:
-    """The folder of what the cells print: beside the sweep's record, if that stays."""
-    with TemporaryDirectory() as passing:
-        yield sweep.record.path.with_suffix("") if sweep.is_kept else Path(passing)
-
-
 def _cell(config: DictConfig, number: int, overrides: list[str], shared: Container[str], machine: "Machine",
           logs: Path) -> Cell:
     with composed_cell(config, number, overrides) as (composed, subdir):
         work = _work(composed)
     composed.engine.threads = machine.threads(composed.engine)
-    folder = Path(composed.hydra.sweep.dir, subdir)
-    title = " ".join(word for word in overrides if word not in shared)
-    row = Row(f"[{number + 1}] {title}", folder, work)
-    return Cell(number, overrides, composed, folder, logs / f"{number + 1}.log", row)
+    title = " ".join([f"[{number + 1}]", *(word for word in overrides if word not in shared)])
+    return Cell(title, Path(composed.hydra.sweep.dir, subdir), work, number=number, overrides=overrides,
+                config=composed, log=logs / f"{number + 1}.log")
 
 
 def _work(config: DictConfig) -> float:
-    """Operations of a training but for what all cells share; 0 where its settings do not hold or nothing is trained."""
+    """Of a training, but for a factor that all cells share: parameters x tokens x length; 0 where its settings do not
+    hold or nothing is trained."""
     try:
-        schedule = config.schedule
-        length = schedule.steps or schedule.epochs * config.data.fraction
-        return length * _flops(json.dumps(OmegaConf.to_container(config.model, resolve=True)))
+        with torch.device("meta"):
+            model = build_model(OmegaConf.to_container(config.model, resolve=True))
+        length = config.schedule.steps or config.schedule.epochs * config.data.fraction
+        return count_parameters(model) * model.pos_embed.shape[1] * length
     except Exception:  # of any kind that settings can lead to; the cell itself will say it
         return 0.0
 
 
-@cache
-def _flops(model: str) -> int:
-    with torch.device("meta"):
-        return count_flops(build_model(json.loads(model)))
-
-
 class Machine:
-    """Its free places: GPUs, each as often as cells may share it, or cores."""
+    """Its places for cells: GPUs, each as often as cells may share it, or cores."""
 
     def __init__(self, engine: DictConfig, cells_per_device: int):
         self._gpus = [] if engine.accelerator == "cpu" else _visible_gpus()
-        self._free = self._gpus * cells_per_device or [str(core) for core in range(usable_cores())]
-        self._distinct, self._all = len({*self._free}), len(self._free)
+        self._places = Counter(self._gpus * cells_per_device or map(str, range(usable_cores())))
 
     def threads(self, engine: DictConfig) -> int | None:
         """Of a cell; on a CPU never a consequence of how many run, or so would be its numbers."""
@@ -122,26 +110,20 @@ class Machine:
             return engine.threads
         return torch.get_num_threads() if os.environ.get("OMP_NUM_THREADS") else 1
 
-    def size(self, engine: DictConfig) -> int:
-        """How many distinct places a cell takes."""
-        return min((engine.devices or 1) * (1 if self._gpus else self.threads(engine)), self._distinct)
+    def _size(self, engine: DictConfig) -> int:
+        """How many places a cell takes."""
+        return min((engine.devices or 1) * (1 if self._gpus else self.threads(engine)), len(self._places))
 
     def at_once(self, engine: DictConfig) -> int:
-        return self._all // self.size(engine)
+        return self._places.total() // self._size(engine)
 
-    def take(self, engine: DictConfig) -> list[str]:
-        """Places for a cell; none where too few are free."""
-        distinct, count = list(dict.fromkeys(self._free)), self.size(engine)
-        taken = distinct[:count] if len(distinct) >= count else []
-        for place in taken:
-            self._free.remove(place)
-        return taken
-
-    def give_back(self, places: Sequence[str]) -> None:
-        self._free += places
+    def free(self, engine: DictConfig, taken: Iterable[Sequence[str]]) -> list[str]:
+        """Places for a cell beside those that are taken, the emptiest first; none where too few are free."""
+        left = self._places - Counter(place for places in taken for place in places)
+        return [place for place, _ in left.most_common(size)] if len(left) >= (size := self._size(engine)) else []
 
     def environment(self, cell: Cell) -> dict[str, str]:
-        sharing = self._all // self._distinct if self._gpus else self.at_once(cell.config.engine)
+        sharing = max(self._places.values()) if self._gpus else self.at_once(cell.config.engine)
         devices = {"CUDA_VISIBLE_DEVICES": ",".join(cell.places)} if self._gpus else {}
         return {**devices, "DEEPVIT_SHARE": f"1/{sharing}"}
 
@@ -162,25 +144,25 @@ class Crew:
     def __init__(self, sweep: OpenSweep, cells: Sequence[Cell], machine: Machine, stop: StopRequest,
                  hydra: dict[str, Any]):
         self._sweep, self._machine, self._stop, self._hydra = sweep, machine, stop, hydra
-        self._waiting = sorted(cells, key=lambda cell: -cell.row.work or -math.inf)
+        self._waiting = sorted(cells, key=lambda cell: -cell.work or -math.inf)
         self._running: list[Cell] = []
         at_once = machine.at_once(cells[0].config.engine)
-        self._table = SweepTable([cell.row for cell in self._waiting], at_once)
-        self._table.say(f"{len(cells)} cells, {at_once} at once; what they print goes to {cells[0].log.parent}/*.log")
+        self._table = SweepTable(list(self._waiting), at_once)
+        say(f"{len(cells)} cells, {at_once} at once; what they print goes to {cells[0].log.parent}/*.log")
 
     def run(self) -> None:
         """Returns when every cell has ended. A request to stop is passed on to those that run; the others do not
         start."""
-        told = any(line["code"] == STOPPED for line in self._sweep.record.outcomes())  # in an earlier batch
+        called_off = STOPPED in (line["code"] for line in self._sweep.record.outcomes())  # an earlier batch was
         try:
-            with self._table:
+            with self._table.live:
                 while self._waiting or self._running:
-                    if (self._stop or told) and self._waiting:
-                        self._call_off()
-                    if self._stop and not told:
-                        told = True
+                    if self._stop and not called_off:
+                        called_off = True
                         for cell in self._running:
-                            os.kill(cell.process.pid, self._signal())
+                            os.kill(cell.process.pid, signal.Signals[self._stop.name])
+                    while called_off and self._waiting:
+                        self._note(self._waiting.pop(0), STOPPED, "Not started.")
                     while cell := self._next():
                         self._start(cell)
                     for cell in [cell for cell in self._running if not cell.process.is_alive()]:
@@ -191,34 +173,23 @@ class Crew:
             for cell in self._running:  # after a defect here
                 cell.process.terminate()
 
-    def _signal(self) -> int:
-        """That asked to stop."""
-        return signal.Signals[self._stop.name]
-
-    def _call_off(self) -> None:
-        for cell in self._waiting:
-            self._note(cell, STOPPED, "Not started.")
-        self._waiting.clear()
-
     def _next(self) -> Cell | None:
         """With its places. Two cells of one folder run one after the other."""
-        taken = {cell.folder for cell in self._running}
         for cell in self._waiting:
-            if cell.folder not in taken:
-                cell.places = self._machine.take(cell.config.engine)
-                if cell.places:
-                    return cell
+            cell.places = self._machine.free(cell.config.engine, [other.places for other in self._running])
+            if cell.places and cell.folder not in (other.folder for other in self._running):
+                return cell
         return None
 
     def _start(self, cell: Cell) -> None:
         cell.log.parent.mkdir(parents=True, exist_ok=True)
-        cell.process = FORK.Process(target=self._work, args=(cell, self._machine.environment(cell)))
+        cell.process = FORK.Process(target=self._work, args=(cell,))
         cell.process.start()
         self._waiting.remove(cell)
         self._running.append(cell)
-        self._table.start(cell.row)
+        self._table.start(cell)
 
-    def _work(self, cell: Cell, environment: dict[str, str]) -> None:
+    def _work(self, cell: Cell) -> None:
         """The cell's process."""
         os.setsid()  # Ctrl-C in a terminal reaches the sweep alone, which passes it on
         ctypes.CDLL(None).prctl(SET_PDEATHSIG, signal.SIGTERM)  # no cell outlives its sweep, however that dies
@@ -230,26 +201,22 @@ class Crew:
             os.dup2(log.fileno(), sys.__stdout__.fileno())
             os.dup2(log.fileno(), sys.__stderr__.fileno())
         sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # not those of the table
-        os.environ.update(environment)
+        os.environ.update(self._machine.environment(cell))
         run_job(config=cell.config, job_dir_key="hydra.sweep.dir", job_subdir_key="hydra.sweep.subdir", **self._hydra)
 
     def _end(self, cell: Cell) -> None:
         with suppress(ProcessLookupError):
             os.killpg(cell.process.pid, signal.SIGKILL)  # what it may have left on a device
         self._running.remove(cell)
-        self._machine.give_back(cell.places)
-        code = cell.process.exitcode
-        if cell.number not in self._outcomes() and self._stop and code in (STOPPED, -self._signal()):
-            self._note(cell, STOPPED, "Not started.")
-        elif cell.number not in self._outcomes():
-            self._note(cell, FAILED, f"Its process {end_of(code)}; its last words are in {cell.log}. The same command "
-                                     f"continues it.")
-        self._table.end(cell.row, self._outcomes()[cell.number]["code"], cell.log)
+        outcomes, code = {line["cell"]: line["code"] for line in self._sweep.record.outcomes()}, cell.process.exitcode
+        if cell.number not in outcomes:
+            stopped = self._stop and code in (STOPPED, -signal.Signals[self._stop.name])
+            outcomes[cell.number] = STOPPED if stopped else FAILED
+            self._note(cell, outcomes[cell.number], "Not started." if stopped else
+                       f"Its process {end_of(code)}; its last words are in {cell.log}. The same command continues it.")
+        self._table.end(cell, outcomes[cell.number], cell.log)
         if not self._sweep.is_kept:
             say(cell.log.read_text(errors="replace"))
-
-    def _outcomes(self) -> dict[int, dict[str, Any]]:
-        return {line["cell"]: line for line in self._sweep.record.outcomes()}
 
     def _note(self, cell: Cell, code: int, sentence: str) -> None:
         self._sweep.record.add(cell.number, cell.overrides, code, sentence, cell.folder, {})

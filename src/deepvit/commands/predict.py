@@ -10,24 +10,22 @@ import torch
 
 from deepvit.analysis.pictures import class_names, read_pictures, top_classes
 from deepvit.errors import BAD_INPUT, DONE
-from deepvit.importers import load_model
-from deepvit.importers.files import takes_average
-from deepvit.importers.settings import as_keywords
+from deepvit.importers import open_model
+from deepvit.importers.settings import paths_and_keywords
 
 
-def predict(checkpoint: Path, images: Sequence[Path], top: int = 5, **keywords: Any
+def predict(checkpoint: str, images: Sequence[Path], top: int = 5, **keywords: Any
             ) -> tuple[dict[str, list[tuple[str, float]]], list[str]]:
-    """The `top` classes of each image, by the averaged weights if there are any.
+    """The `top` classes of each image.
 
     Args:
-        **keywords: as `load_model`, for what the file does not tell.
-
+        **keywords: as `open_model`, for what the file does not tell.
     Returns:
         file -> [(name, probability), ...], best first; and a sentence for each image that could not be read.
     Raises:
         UserError: an unreadable checkpoint, or no image that can be used.
     """
-    model = load_model(checkpoint, ema=takes_average(checkpoint), **keywords).eval()
+    model = open_model(checkpoint, **keywords)
     pictures = read_pictures(model, images)
     with torch.no_grad():
         logits = model(pictures.x)  # [B, C]
@@ -36,14 +34,14 @@ def predict(checkpoint: Path, images: Sequence[Path], top: int = 5, **keywords: 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="deepvit predict", description=__doc__)
-    parser.add_argument("checkpoint", type=Path, help="a run folder, or a checkpoint of any dialect")
+    parser.add_argument("checkpoint", help="a run folder, a checkpoint of any dialect, or a name such as timm:NAME")
     parser.add_argument("images", nargs="+", metavar="IMAGE|KEY=VALUE", help="images or folders of them, and settings "
                         "for what the file does not tell of its model, such as num_heads=12")
     parser.add_argument("--top", type=int, default=5, help="how many classes (default 5)")
+    parser.add_argument("--weights", choices=["auto", "ema", "raw"], default="auto", help="auto: EMA if there is one")
     given = parser.parse_intermixed_args(arguments)
-    settings = [word for word in given.images if "=" in word and not Path(word).exists()]
-    images = [Path(word) for word in given.images if word not in settings]
-    results, refused = predict(given.checkpoint, images, given.top, **as_keywords(settings))
+    images, keywords = paths_and_keywords(given.images)
+    results, refused = predict(given.checkpoint, images, given.top, weights=given.weights, **keywords)
     for path, guesses in results.items():
         print(path)
         for name, probability in guesses:

@@ -17,6 +17,7 @@ from deepvit.engine.folder import RunFolder
 from deepvit.engine.ranks import Ranks
 from deepvit.errors import DONE, UserError
 from deepvit.run import build
+from deepvit.run.init import with_model_of_init
 from deepvit.run.resume import settings_of
 
 COLUMNS, MOST = 8, 32  # tiles
@@ -99,4 +100,5 @@ def settings_asked(words: Sequence[str]) -> Settings:
     if stray:
         raise UserError(f"{stray} is neither a run folder nor a setting key=value.")
     with sentences():
-        return build.read_settings(compose([*map(quoted, words)]))
+        config = compose([*map(quoted, words)])
+    return build.read_settings(with_model_of_init({**config, "origin": {"overrides": [*words]}}))

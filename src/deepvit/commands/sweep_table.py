@@ -1,19 +1,18 @@
 """What a person sees of cells side by side: a live table in a terminal, plain lines elsewhere."""
 
-import heapq
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from deepvit.config.sweep_record import read_lines
+from deepvit.config.json_lines import read_json_lines
 from deepvit.engine.progress import clock
 from deepvit.errors import DONE, STOPPED
 from deepvit.run.console import say
@@ -23,7 +22,7 @@ TAIL = 1 << 16  # bytes at the end of a file in which its newest lines stand
 
 @dataclass(eq=False)
 class Row:
-    """A cell as it is shown. `work`: its training's operations but for a factor that all cells share. Times are
+    """A cell as it is shown. `work`: its training's, but for a factor that all cells share. Times are
     monotonic seconds; `first`, `step` and `steps`: where the run began this time, is and ends."""
 
     title: str
@@ -39,15 +38,14 @@ class Row:
 
     def read(self) -> None:
         """What its run has written down since."""
-        begun = [line for line in read_lines(self.folder / "events.jsonl", TAIL) if "steps" in line]
-        if begun:
-            self.first, self.steps = begun[-1]["step"], begun[-1]["steps"]
-        for line in read_lines(self.folder / "metrics.jsonl", TAIL):
-            self.step = max(self.first, line["step"])
-            if "top1" in line:
-                self.top1 = line["top1"]
-            elif "lr" in line:
-                self.loss = line["loss"]
+        with suppress(OSError):
+            for line in read_json_lines(self.folder / "events.jsonl", TAIL):
+                if "steps" in line:
+                    self.first, self.steps = line["step"], line["steps"]
+            for line in read_json_lines(self.folder / "metrics.jsonl", TAIL):
+                self.step = max(self.first, line["step"])
+                self.top1 = line.get("top1", self.top1)
+                self.loss = line["loss"] if "lr" in line else self.loss
 
     @property
     def seconds(self) -> float:
@@ -55,22 +53,25 @@ class Row:
 
     @property
     def share(self) -> float:
-        """Of what it had to do this time."""
-        return (self.step - self.first) / max(1, self.steps - self.first)
+        return self.step / max(1, self.steps)
 
     @property
     def work_done(self) -> float:
+        """This time."""
         return self.work * (self.step - self.first) / max(1, self.steps)
 
-    def left(self, seconds_per_work: float | None) -> float | None:
-        """Seconds; by its own pace or, before it has one, by the others'."""
-        if self.share:
-            return self.seconds * (1 - self.share) / self.share
-        return max(0.0, self.work * seconds_per_work - self.seconds) if self.work and seconds_per_work else None
+    def left(self, pace: float | None) -> float | None:
+        """Seconds; by its own pace (seconds for a unit of work) or, before it has one, by that of all."""
+        pace = self.seconds / self.work_done if self.work_done else pace
+        return None if pace is None else self.work * (1 - self.share) * pace
+
+    def numbers(self) -> list[str]:
+        return ["" if self.loss is None else f"loss {self.loss:.4f}",
+                "" if self.top1 is None else f"top-1 {self.top1:.2f} %"]
 
 
 class SweepTable:
-    """The cells that run, below the lines of those that ended.
+    """The cells that run, below the lines of those that ended; to be used as `with table.live`.
 
     Args:
         rows: of all cells, in the order in which they start.
@@ -80,94 +81,58 @@ class SweepTable:
     EVERY_S, LINES_EVERY_S = 1.0, 60.0  # a drawing in a terminal, and lines elsewhere
 
     def __init__(self, rows: Sequence[Row], at_once: int):
-        self._rows, self._at_once, self._ended, self._failed = rows, at_once, 0, 0
-        self._console = Console(file=sys.stdout)
-        self._live = Live(console=self._console, auto_refresh=False, transient=True, redirect_stdout=False,
-                          redirect_stderr=False) if self._console.is_terminal else None
+        self._rows, self._at_once, self._failed = rows, at_once, 0
+        console = Console(file=sys.stdout, markup=False, highlight=False)
+        self.live = Live(console=console, auto_refresh=False, transient=True, redirect_stderr=False)
+        self._draws = console.is_terminal
         self._shown = time.monotonic()
-
-    def __enter__(self) -> "SweepTable":
-        if self._live:
-            self._live.start()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        if self._live:
-            self._live.stop()
 
     def start(self, row: Row) -> None:
         row.started = time.monotonic()
-        if not self._live:
+        if not self._draws:
             say(f"{row.title}  started")
 
     def end(self, row: Row, code: int, log: Path) -> None:
         row.read()
-        row.ended, self._ended = time.monotonic(), self._ended + 1
-        if code == DONE:
-            self.say("  ".join([row.title, "done", *_numbers(row)[-1:], f"in {clock(row.seconds)}"]))
-        else:
-            self._failed += code != STOPPED
-            self.say(f"{row.title}  {'stopped' if code == STOPPED else 'failed'}, see {log}")
-
-    def say(self, line: str) -> None:
-        """A line above the table."""
-        if self._live:
-            self._console.print(line, markup=False, highlight=False)
-        else:
-            say(line)
+        row.ended = time.monotonic()
+        self._failed += code not in (DONE, STOPPED)
+        how = "stopped" if code == STOPPED else "failed"
+        _say([row.title, "done", row.numbers()[1], f"in {clock(row.seconds)}"] if code == DONE else
+             [row.title, f"{how}, see {log}"])
 
     def refresh(self) -> None:
-        """Draws what has changed, if it is time."""
-        if time.monotonic() - self._shown < (self.EVERY_S if self._live else self.LINES_EVERY_S):
+        """Shows what has changed, if it is time."""
+        if time.monotonic() - self._shown < (self.EVERY_S if self._draws else self.LINES_EVERY_S):
             return
         self._shown = time.monotonic()
-        running = [row for row in self._rows if row.started is not None and row.ended is None]
-        for row in running:
-            row.read()
-        if self._live:
-            self._live.update(self._table(running), refresh=True)
-            return
-        for row in running:
-            say("  ".join([row.title, f"{row.share:.0%}", *_numbers(row), f"left {_clock(row.left(self._pace()))}"]))
-        say(self._sum())
-
-    def _table(self, running: Sequence[Row]) -> Table:
-        table = Table("cell", "", "", "loss", "top-1", "left", box=None, expand=True, caption=self._sum(),
-                      caption_justify="left")
+        table = Table.grid("", "", "", "", "", "", padding=(0, 2, 0, 0), expand=True)
         table.columns[0].ratio, table.columns[0].no_wrap = 1, True
-        for row in running:
-            table.add_row(row.title, ProgressBar(total=1.0, completed=row.share, width=12), f"{row.share:.0%}",
-                          "" if row.loss is None else f"{row.loss:.4f}",
-                          "" if row.top1 is None else f"{row.top1:.2f} %", _clock(row.left(self._pace())))
-        return table
+        for row in self._rows:
+            if row.started is not None and row.ended is None:
+                row.read()
+                words = [f"{row.share:.0%}", *row.numbers(), f"left {clock(row.left(self._pace()))}"]
+                table.add_row(row.title, ProgressBar(total=1.0, completed=row.share, width=12), *words)
+                if not self._draws:
+                    _say([row.title, *words])
+        if self._draws:
+            self.live.update(Group(table, self._sum()), refresh=True)
+        else:
+            say(self._sum())
 
     def _sum(self) -> str:
         failed = f", {self._failed} of them failed" if self._failed else ""
-        return f"Sweep: {self._ended} of {len(self._rows)} cells ended{failed}; left {_clock(self._left())}"
+        ended = sum(row.ended is not None for row in self._rows)
+        return f"Sweep: {ended} of {len(self._rows)} cells ended{failed}; left {clock(self._left())}"
 
     def _pace(self) -> float | None:
-        """Seconds for a unit of work, over all cells so far."""
         begun = [row for row in self._rows if row.work_done]
         return sum(row.seconds for row in begun) / sum(row.work_done for row in begun) if begun else None
 
     def _left(self) -> float | None:
-        """Seconds until the last cell ends, each starting in the first place that becomes free."""
-        left = [(row, row.left(self._pace())) for row in self._rows if row.ended is None]
-        if any(seconds is None for _, seconds in left):
-            return None
-        ends = [seconds for row, seconds in left if row.started is not None]
-        ends += [0.0] * (self._at_once - len(ends))
-        heapq.heapify(ends)
-        for row, seconds in left:
-            if row.started is None:
-                heapq.heapreplace(ends, ends[0] + seconds)
-        return max(ends)
+        """Seconds until the last cell ends: no less than the longest takes, nor than all take side by side."""
+        left = [row.left(self._pace()) for row in self._rows if row.ended is None]
+        return None if None in left else max([*left, sum(left) / self._at_once])
 
 
-def _numbers(row: Row) -> list[str]:
-    return ([] if row.loss is None else [f"loss {row.loss:.4f}"]) + (
-        [] if row.top1 is None else [f"top-1 {row.top1:.2f} %"])
-
-
-def _clock(seconds: float | None) -> str:
-    return "-:--:--" if seconds is None else clock(seconds)
+def _say(words: Iterable[str]) -> None:
+    say("  ".join(filter(None, words)))

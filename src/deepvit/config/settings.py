@@ -150,6 +150,7 @@ class Settings:
     init: str | None
     dialect: str | None
     head: Literal["keep", "reset", "zero"]
+    freeze: int | Literal["backbone"] | None = None
     fresh: bool
     dry: bool
     calibrate: int | Literal["auto"] = 0  # the defaults are for the configs of earlier versions
@@ -169,13 +170,20 @@ class EvalSettings:
     dialect: str | None
     calibrate: int
     labels: Literal["real"] | None
+    ablate: Literal["blocks", "theta"] | None
+    also: str | list[str] | None
+    knn: int | None
     out: str | None
     model: Mapping[str, Any]
 
 
 def read_evaluation(config: Mapping[str, Any]) -> EvalSettings:
     """`read_settings` for an evaluation."""
-    return _read(EvalSettings, config)
+    settings = _read(EvalSettings, config)
+    if settings.ablate and settings.knn:
+        raise UserError(f"ablate={settings.ablate} evaluates the classifier, knn={settings.knn} does not: leave one "
+                        f"of them out.")
+    return settings
 
 
 def read_settings(config: Mapping[str, Any]) -> Settings:
@@ -196,7 +204,7 @@ def _read(kind: type, config: Mapping[str, Any]) -> Any:
     groups = [name for name, hint in typing.get_type_hints(kind).items() if dataclasses.is_dataclass(hint)]
     check_arguments(kind, {name: value for name, value in config.items() if name not in groups}, "",
                     ignore_missing=groups)
-    check_ranges({"calibrate": config.get("calibrate")}, {"calibrate": NOT_NEGATIVE})
+    check_ranges({name: config.get(name) for name in ("calibrate", "knn")}, {"calibrate": NOT_NEGATIVE, "knn": COUNT})
     return kind(**{**config, **{name: read_group(name, config.get(name)) for name in groups}})
 
 
@@ -245,13 +253,17 @@ RANGES: dict[str, Ranges] = {
 
 def _check_pairs(settings: Settings) -> None:
     """Settings that contradict each other, or have no effect beside each other."""
+    shared, engine = settings.model.get("share_maps", 1), settings.engine
+    if shared > 1 and engine.compile and engine.grad_checkpointing:
+        raise UserError(f"model.share_maps={shared} goes with engine.compile or engine.grad_checkpointing, not with "
+                        f"both: leave one out.")
     _check_durations(settings.schedule)
     batch, repeats = settings.data.batch_size, settings.augment.repeats
     if batch % repeats:
         raise UserError(f"augment.repeats={repeats} must divide data.batch_size={batch}.")
     if settings.ema.warmup and settings.ema.decay is None:
         raise UserError("ema.warmup=true has no effect without ema.decay: set ema.decay too.")
-    for name, neutral in (("head", "keep"), ("dialect", None)):
+    for name, neutral in (("head", "keep"), ("dialect", None), ("freeze", None)):
         if getattr(settings, name) != neutral and settings.init is None:
             raise UserError(f"{name}={getattr(settings, name)} is for weights that are loaded: give init=CHECKPOINT "
                             f"too, or leave {name} out to train from random weights.")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from deepvit.config.compare import nested
+from deepvit.config.json_lines import read_json_lines
 
 FOLDER = "sweeps"  # in hydra.sweep.dir
 
@@ -45,7 +46,7 @@ class SweepRecord:
 
     def outcomes(self) -> list[dict[str, Any]]:
         """Of this session's cells, in their order."""
-        lines = [line for line in read_lines(self.path) if line.get("session") == self.session and "cell" in line]
+        lines = [line for line in read_json_lines(self.path) if line.get("session") == self.session and "cell" in line]
         return list({line["cell"]: line for line in sorted(lines, key=lambda line: line["cell"])}.values())
 
     def remove(self) -> None:
@@ -73,7 +74,7 @@ class MissingCell:
 
 def missing_cells(record: Path) -> Iterator[MissingCell]:
     """What the sweep's last start was to run and is not there."""
-    top, lines = record.parent.parent, read_lines(record)
+    top, lines = record.parent.parent, read_json_lines(record)
     started = [line for line in lines if "cells" in line]
     outcomes = {tuple(line["overrides"]): line for line in lines if "cell" in line}
     for cell in started[-1]["cells"] if started else ():
@@ -82,19 +83,3 @@ def missing_cells(record: Path) -> Iterator[MissingCell]:
         if places and not any((place / "config.yaml").exists() for place in places):
             config = nested({**started[-1]["shared"], **cell["settings"], "origin.overrides": cell["overrides"]})
             yield MissingCell(places[0], config, outcome.get("sentence", ""))
-
-
-def read_lines(path: Path, last: int = 0) -> list[dict[str, Any]]:
-    """The whole lines of a `.jsonl` file, or of its `last` bytes. A torn one is passed over: somebody may be writing
-    it now."""
-    try:
-        with path.open("rb") as file:
-            file.seek(-min(last, path.stat().st_size), os.SEEK_END if last else os.SEEK_SET)
-            texts = file.read().decode(errors="replace").splitlines()
-    except OSError:
-        return []
-    lines = []
-    for text in texts:
-        with suppress(ValueError):
-            lines.append(json.loads(text))
-    return [line for line in lines if isinstance(line, dict)]

@@ -9,8 +9,8 @@ from deepvit.data.prepare import Prepare
 from deepvit.data.real_labels import real_top1
 from deepvit.data.sources import SOURCES, eval_folder, load, source_of
 from deepvit.data.stream import epoch_steps
-from deepvit.data.transforms import Transform, eval_transform, norm_values, train_transform
+from deepvit.data.transforms import Transform, eval_transform, name_of_norm, norm_values, train_transform
 
 __all__ = ["SOURCES", "Bad", "Batch", "ImageSet", "OnDevice", "Prepare", "Splits", "Transform", "ahead", "epoch_steps",
-           "eval_batches", "eval_batches_again", "eval_folder", "eval_transform", "load", "norm_values",
+           "eval_batches", "eval_batches_again", "eval_folder", "eval_transform", "load", "name_of_norm", "norm_values",
            "open_picture", "real_top1", "resolve_decoder", "source_of", "train_batches", "train_transform"]

@@ -26,7 +26,8 @@ from deepvit.errors import UserError, did_you_mean
 INTERPOLATIONS = ("bilinear", "bicubic")
 LONGEST = 16  # sides ratio above which a picture is first cut to its middle: 20,000 x 10 would be resized to 123 MP
 NORMS = {"half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),  # as published (dvit_repo's default_cfg)
-         "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}
+         "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+         "clip": ((0.4815, 0.4578, 0.4082), (0.2686, 0.2613, 0.2758))}
 
 Patch = tuple[int, int, Tensor]  # top, left, normalised values [3, h, w]
 
@@ -36,6 +37,14 @@ def norm_values(norm: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     if norm not in NORMS:
         raise UserError(f"data.norm={norm} is none of {', '.join(NORMS)}.{did_you_mean(norm, NORMS)}")
     return NORMS[norm]
+
+
+def name_of_norm(mean: Sequence[float] | None, std: Sequence[float] | None) -> str | None:
+    """The opposite of `norm_values`; None for others."""
+    told = [*(mean or ()), *(std or ())]
+    near = [name for name, values in NORMS.items()
+            if len(told) == 6 and all(abs(a - b) < 2e-3 for a, b in zip(sum(values, ()), told, strict=True))]
+    return near[0] if near else None
 
 
 def resize(picture: Picture, size: tuple[int, int], interpolation: str) -> Picture:

@@ -1,6 +1,10 @@
 """The device of this process, and its share of the machine."""
 
 import os
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
@@ -28,8 +32,22 @@ def local_world(ranks: Ranks) -> int:
 
 
 def usable_cores() -> int:
-    """Those that this process may use, where the system tells."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Those that this process may use: by its affinity, and by the quotas of its control groups, where the system
+    tells."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min([cores, *_quotas()]))
+
+
+def _quotas(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Iterator[int]:
+    """Whole cores that each control group (v2) around this process leaves it: a container has all cores of its machine
+    in its affinity, and is halted once it has had its part of their time."""
+    with suppress(OSError):
+        group = re.search("^0::/(.*)$", own.read_text(), re.MULTILINE)
+        inner = groups / (group[1] if group else "")
+        for around in (inner, *inner.parents):
+            with suppress(OSError, ValueError):  # ValueError: "max", no limit
+                quota, period = map(int, (around / "cpu.max").read_text().split())
+                yield quota // period
 
 
 def sharing() -> int:

@@ -31,6 +31,8 @@ class Evaluation:
     targets: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # [n]
     predictions: np.ndarray = field(default_factory=lambda: np.empty((0, 5), np.int64))  # [n, 5], best first
     confidences: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))  # [n], of the best
+    classes: int = 1000  # that the model chooses among
+    correct_present: int | None = None  # where it chooses among the classes that the set has images of
     uncalibrated: "Evaluation | None" = None  # of the same weights with the statistics that training left
 
     @property
@@ -51,19 +53,22 @@ class Evaluation:
         low, high = wilson_interval(self.correct1, self.n)
         before = self.uncalibrated
         return {**({} if before is None else {"uncalibrated_top1": before.top1, "uncalibrated_loss": before.loss}),
-                "top1": self.top1, "top5": self.top5, "loss": self.loss, "n": self.n,
+                **({"top5": self.top5} if self.classes > 5 else {}),  # of five classes it is always right
+                **({} if self.correct_present is None else {"present_top1": 100 * self.correct_present / self.n}),
+                "top1": self.top1, "loss": self.loss, "n": self.n,
                 "top1_low": 100 * low, "top1_high": 100 * high, "bad_pictures": len(self.bad),
                 "eval_images_per_s": self.n / max(self.seconds, 1e-9)}
 
 
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Iterable[Any], prepare: Prepare, ranks: Ranks, precision: Precision, *,
-             n: int, should_stop: Callable[[], bool] = lambda: False,
+             n: int, among: Tensor | None = None, should_stop: Callable[[], bool] = lambda: False,
              advance: Callable[[int], None] = lambda pictures: None) -> Evaluation | None:
     """Top-1, top-5 and mean cross-entropy of `model` over this rank's `batches`, summed over all ranks.
 
     Args:
         n: size of the whole set; every picture must have come exactly once.
+        among: indices of classes to choose among for `correct_present`.
         should_stop: asked before each batch; if any rank says yes, all give up and None is returned.
         advance: told the number of pictures done, for a progress bar.
     Raises:
@@ -77,7 +82,7 @@ def evaluate(model: nn.Module, batches: Iterable[Any], prepare: Prepare, ranks: 
             if should_stop():
                 stopped = True
                 break
-            parts += scores(model, batch, prepare, ranks, precision, batch.bad)
+            parts += scores(model, batch, prepare, ranks, precision, batch.bad, among)
             bad += batch.bad
             advance(len(batch) * ranks.world)
     except (UserError, Failure) as raised:
@@ -89,22 +94,22 @@ def evaluate(model: nn.Module, batches: Iterable[Any], prepare: Prepare, ranks: 
     return _gather(parts, bad, ranks, n, time.perf_counter() - start)
 
 
-def scores(model: nn.Module, batch: Any, prepare: Prepare, ranks: Ranks, precision: Precision, bad: list[Any]
-            ) -> list[dict[str, Tensor]]:
+def scores(model: nn.Module, batch: Any, prepare: Prepare, ranks: Ranks, precision: Precision, bad: list[Any],
+           among: Tensor | None = None) -> list[dict[str, Tensor]]:
     """What a batch came to, as a whole or, where that does not fit into memory, in halves."""
     try:
-        return [_score(model, batch, prepare, ranks, precision, bad)]
+        return [_score(model, batch, prepare, ranks, precision, bad, among)]
     except RuntimeError as error:
         if not is_out_of_memory(error) or len(batch) == 1:
             raise
     if ranks.device.type == "cuda":
         torch.cuda.empty_cache()
     return [score for half in batch.split((len(batch) + 1) // 2)
-            for score in scores(model, half, prepare, ranks, precision, bad)]
+            for score in scores(model, half, prepare, ranks, precision, bad, among)]
 
 
-def _score(model: nn.Module, batch: Any, prepare: Prepare, ranks: Ranks, precision: Precision, bad: list[Any]
-           ) -> dict[str, Tensor]:
+def _score(model: nn.Module, batch: Any, prepare: Prepare, ranks: Ranks, precision: Precision, bad: list[Any],
+           among: Tensor | None) -> dict[str, Tensor]:
     x, y = prepare(batch, 0, ranks.device, training=False)
     with precision.autocast(ranks.device):
         logits = model(x)  # [b, C]
@@ -115,9 +120,11 @@ def _score(model: nn.Module, batch: Any, prepare: Prepare, ranks: Ranks, precisi
     if bad:
         unusable |= torch.isin(batch.indices, torch.tensor([one.index for one in bad])).to(y.device)
     best = best.masked_fill(unusable[:, None], -1)  # never right
+    present = {} if among is None else {"present": (among[logits[:, among].argmax(-1)] == y) & ~unusable}
     # They stay on the device: fetching them here would have it wait for each batch.
     return {"indices": batch.indices, "targets": y, "predictions": best, "confidences": confidences,
-            "losses": F.cross_entropy(logits, y, reduction="none")}
+            "losses": F.cross_entropy(logits, y, reduction="none"),
+            "classes": torch.tensor(logits.shape[-1:]), **present}
 
 
 def _gather(parts: list[dict[str, Tensor]], bad: list[Any], ranks: Ranks, n: int, seconds: float) -> Evaluation:
@@ -132,7 +139,8 @@ def _gather(parts: list[dict[str, Tensor]], bad: list[Any], ranks: Ranks, n: int
     hits = predictions == targets[:, None]  # [n, 5]
     return Evaluation(n, int(hits[:, 0].sum()), int(hits.any(1).sum()), float(whole["losses"][order].mean(dtype=float)),
                       seconds, [one for _, some in shares for one in some], indices, targets, predictions,
-                      whole["confidences"][order])
+                      whole["confidences"][order], int(whole["classes"][0]),
+                      int(whole["present"].sum()) if "present" in whole else None)
 
 
 def wilson_interval(correct: int, n: int, level: float = 0.95) -> tuple[float, float]:

@@ -201,8 +201,9 @@ class Fit:
 
     def _note_evaluation(self, summary: dict[str, Any], is_best: bool) -> None:
         self._loggers.log_scalars("val", summary, self.state.step, self._epoch())
-        log.info("step %d  epoch %.2f  top-1 %.2f %%  top-5 %.2f %%  loss %.4f%s", self.state.step, self._epoch(),
-                 summary["top1"], summary["top5"], summary["loss"], "  best so far" if is_best else "")
+        top5 = f"top-5 {summary['top5']:.2f} %  " if "top5" in summary else ""
+        log.info("step %d  epoch %.2f  top-1 %.2f %%  %sloss %.4f%s", self.state.step, self._epoch(),
+                 summary["top1"], top5, summary["loss"], "  best so far" if is_best else "")
         if is_best:
             self.meter.pause()
             self._saver.save_best(self.state, summary)

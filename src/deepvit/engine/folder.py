@@ -18,6 +18,7 @@ from typing import IO, Any, ClassVar
 
 import yaml
 
+from deepvit.config.json_lines import read_json_lines
 from deepvit.engine.checkpoint import digest_path, write_text_synced
 from deepvit.engine.ranks import Ranks
 from deepvit.errors import UserError
@@ -106,8 +107,8 @@ class RunFolder:
         if self.mark.exists() or not any(self.path.iterdir()):
             return True
         try:
-            events = list(read_json_lines(self.events))
-        except (OSError, ValueError):
+            events = read_json_lines(self.events)
+        except OSError:
             return False
         begun = any(isinstance(event, dict) and event.get("event") in ("start", "resume") for event in events)
         return begun and self.read_config().keys() >= SETTINGS
@@ -251,20 +252,6 @@ class LogFile(logging.FileHandler):
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Nothing: the default prints a traceback for every line."""
-
-
-def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a `.jsonl` file; a torn or foreign one is passed over, a missing file has none."""
-    if not path.exists():
-        return
-    with path.open(errors="replace") as file:
-        for text in file:
-            try:
-                line = json.loads(text)
-            except json.JSONDecodeError:
-                continue
-            if isinstance(line, dict):
-                yield line
 
 
 def plain(value: Any) -> Any:

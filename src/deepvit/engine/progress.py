@@ -130,7 +130,9 @@ class Meter:
         return self.total_images / max(self.total_seconds, 1e-9)
 
 
-def clock(seconds: float) -> str:
-    """3661 -> "1:01:01"."""
+def clock(seconds: float | None) -> str:
+    """3661 -> "1:01:01"; None: not known."""
+    if seconds is None:
+        return "-:--:--"
     minutes, rest = divmod(int(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

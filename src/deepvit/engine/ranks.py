@@ -191,6 +191,9 @@ def pick_device(accelerator: str) -> torch.device:
         raise UserError("engine.accelerator=cuda, but torch sees no CUDA device here: use engine.accelerator=auto, "
                         "or check the driver and CUDA_VISIBLE_DEVICES.")
     local = int(os.environ.get("LOCAL_RANK", 0))
+    by_srun = "SLURM_STEP_NUM_TASKS" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
+    if by_srun and torch.cuda.device_count() == 1:
+        local = 0  # srun --gpus-per-task=1 shows each task its own GPU alone
     if local >= torch.cuda.device_count():
         raise UserError(f"{local + 1} processes were started on this machine, which has "
                         f"{torch.cuda.device_count()} CUDA devices: lower engine.devices or --nproc-per-node.")

@@ -5,8 +5,9 @@ from torch import Tensor, nn
 
 
 class RunningStatistics:
-    """A model's buffers. Every micro-batch moves them from where they stood before the update, and the update moves
-    them by the mean of these moves: exact, since a running mean moves linearly. Counters move by one.
+    """The buffers of what is in training mode. Every micro-batch moves them from where they stood before the update,
+    and the update moves them by the mean of these moves: exact, since a running mean moves linearly. Counters move by
+    one.
 
     Copies of all buffers lie in one piece of memory, of which the parts are views; so each turn is one call or two.
 
@@ -15,8 +16,10 @@ class RunningStatistics:
     """
 
     def __init__(self, model: nn.Module):
-        self._floats = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
-        self._counters = [buffer for name, buffer in model.named_buffers() if name.endswith("num_batches_tracked")]
+        moving = [named for module in model.modules() if module.training
+                  for named in module.named_buffers(recurse=False)]
+        self._floats = [buffer for _, buffer in moving if buffer.is_floating_point()]
+        self._counters = [buffer for name, buffer in moving if name == "num_batches_tracked"]
         self._device = next(model.parameters()).device
         self._counted = [counter.clone() for counter in self._counters]
         self._before, self._parts_before = self._like_floats()

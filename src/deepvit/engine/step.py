@@ -289,7 +289,8 @@ def allocate_moments(optimizer: torch.optim.Optimizer) -> None:
     """Has a fused optimizer allocate its moments now, by a step that it skips; the others do at their first update."""
     if not getattr(optimizer, "_step_supports_amp_scaling", False) or "betas" not in optimizer.defaults:
         return
-    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]
+               if weight.requires_grad]
     for weight in weights:
         weight.grad = torch.zeros_like(weight)
     optimizer.grad_scale, optimizer.found_inf = None, torch.ones((), device=weights[0].device)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Size, nn
 
-from deepvit.errors import UserError
+from deepvit.errors import Untold
 from deepvit.importers.dialect import Dialect, Told
 from deepvit.importers.files import WeightsFile
 from deepvit.importers.ours import BATCH_NORM, BLOCK, CONV_STEM, FRAME
@@ -64,9 +64,9 @@ def _unnamed(file: WeightsFile, told: Mapping[str, Any], given: Mapping[str, Any
     if told["stem"] == "patch":
         return {"residual_scale": 1.0, "map_scale": 1.0}
     if absent := [key for key in ("residual_scale", "map_scale") if key not in given]:
-        raise UserError(f"{file.path} has a conv stem and names no published model, so it does not tell "
-                        f"{' and '.join(absent)}: give them (published: residual_scale=0.5, map_scale=1.0 in L and "
-                        f"head_dim**-0.5 in S).")
+        raise Untold(f"{file.path} has a conv stem and names no published model, so it does not tell "
+                     f"{' and '.join(absent)}: give them (published: residual_scale=0.5, map_scale=1.0 in L and "
+                     f"head_dim**-0.5 in S).")
     return {}
 
 

@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import Size
 
-from deepvit.errors import UserError
+from deepvit.errors import Untold
 from deepvit.importers.dialect import Dialect, Told
 from deepvit.importers.files import WeightsFile
 from deepvit.importers.positions import first_rows
-from deepvit.importers.table import TRANSPOSE, Row, Rule
+from deepvit.importers.table import TRANSPOSE, Row, Rule, flax_dense, flax_norm
 from deepvit.models import attention_config
 
 
@@ -35,7 +35,7 @@ def in_channels(patch_dim: int, positions: Sequence[int], given: Mapping[str, An
     if len(found) == 1:
         return found[0]
     known = " or ".join(f"in_chans={channels} (patches of {side} pixels)" for channels, side in found)
-    raise UserError(f"{source} has patches of {patch_dim} numbers: give {known or 'an in_chans that makes a square'}.")
+    raise Untold(f"{source} has patches of {patch_dim} numbers: give {known or 'an in_chans that makes a square'}.")
 
 
 def _is_square(size: Any, side: int) -> bool:
@@ -53,25 +53,17 @@ def unflatten(channels: int, side: int) -> Rule:
     return Rule(lambda weight: weight.view(-1, side, side, channels).permute(0, 3, 1, 2))
 
 
-def _dense(foreign: str, ours: str) -> list[Row]:
-    return [Row(f"{foreign}/kernel", f"{ours}.weight", TRANSPOSE), Row(f"{foreign}/bias", f"{ours}.bias")]
-
-
-def _norm(foreign: str, ours: str) -> list[Row]:
-    return [Row(f"{foreign}/scale", f"{ours}.weight"), Row(f"{foreign}/bias", f"{ours}.bias")]
-
-
 def _block(l: int) -> list[Row]:
     attention, feed_forward = f"Transformer_0/Attention_{l}", f"Transformer_0/FeedForward_{l}"
     return [
-        *_norm(f"Transformer_0/PreNorm_{2 * l}/LayerNorm_0", f"blocks.{l}.norm1"),
+        *flax_norm(f"Transformer_0/PreNorm_{2 * l}/LayerNorm_0", f"blocks.{l}.norm1"),
         Row(f"{attention}/Dense_0/kernel", f"blocks.{l}.attn.qkv.weight", TRANSPOSE),
         Row(f"{attention}/reattn_weights", f"blocks.{l}.attn.mix.weight", TRANSPOSE),  # [source, new] -> [new, source]
-        *_norm(f"{attention}/LayerNorm_0", f"blocks.{l}.attn.norm"),
-        *_dense(f"{attention}/Dense_1", f"blocks.{l}.attn.proj"),
-        *_norm(f"Transformer_0/PreNorm_{2 * l + 1}/LayerNorm_0", f"blocks.{l}.norm2"),
-        *_dense(f"{feed_forward}/Dense_0", f"blocks.{l}.mlp.fc1"),
-        *_dense(f"{feed_forward}/Dense_1", f"blocks.{l}.mlp.fc2"),
+        *flax_norm(f"{attention}/LayerNorm_0", f"blocks.{l}.attn.norm"),
+        *flax_dense(f"{attention}/Dense_1", f"blocks.{l}.attn.proj"),
+        *flax_norm(f"Transformer_0/PreNorm_{2 * l + 1}/LayerNorm_0", f"blocks.{l}.norm2"),
+        *flax_dense(f"{feed_forward}/Dense_0", f"blocks.{l}.mlp.fc1"),
+        *flax_dense(f"{feed_forward}/Dense_1", f"blocks.{l}.mlp.fc2"),
     ]
 
 
@@ -87,8 +79,8 @@ def _rows(file: WeightsFile, given: Mapping[str, Any]) -> Sequence[Row]:
         Row("Dense_0/kernel", "patch_embed.proj.weight", Rule(lambda kernel: patches.ours(kernel.t().contiguous()))),
         Row("Dense_0/bias", "patch_embed.proj.bias"),
         *(row for l in range(depth) for row in _block(l)),
-        *_norm("LayerNorm_0", "norm"),
-        *_dense("Dense_1", "head"),
+        *flax_norm("LayerNorm_0", "norm"),
+        *flax_dense("Dense_1", "head"),
     ]
     return [row._replace(foreign=prefix + row.foreign) for row in rows]
 

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from deepvit.errors import UserError
+from deepvit.errors import UserError, reason
 from deepvit.importers import msgpack, npz
 from deepvit.importers.hub import located
 
@@ -103,11 +103,14 @@ def _hub_config(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(config.read_bytes())
     except (OSError, ValueError) as error:
-        raise UserError(f"{config} is no JSON ({_first_sentence(error)}): get it again.") from None
+        raise UserError(f"{config} is no JSON ({reason(error)}): get it again.") from None
     told = content if isinstance(content, dict) else {}
-    found = {"arch": told.get("architecture"), "model_args": told.get("model_args"), "classes": told.get("label_names")}
-    kinds = {"arch": str, "model_args": dict, "classes": list}
-    return {key: value for key, value in found.items() if isinstance(value, kinds[key])}
+    images = told.get("pretrained_cfg") if isinstance(told.get("pretrained_cfg"), dict) else {}
+    found = {"arch": told.get("architecture"), "model_args": told.get("model_args"), "classes": told.get("label_names"),
+             "mean": images.get("mean"), "std": images.get("std")}
+    kinds = {"arch": str, "model_args": dict, "classes": list, "mean": list, "std": list}
+    return {key: value for key, value in found.items() if isinstance(value, kinds[key])
+            and (kinds[key] is not list or key == "classes" or all(isinstance(one, float) for one in value))}
 
 
 def _reader(path: Path, start: bytes) -> Callable[[Path, bool], WeightsFile]:
@@ -145,7 +148,7 @@ def _open_safetensors(path: Path, ema: bool) -> WeightsFile:
         shapes = {name: torch.Size(handle.get_slice(name).get_shape()) for name in handle.keys()}
         said = json.loads((handle.metadata() or {}).get("deepvit", "{}"))
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path} is torn or no safetensors file ({_first_sentence(error)}): get it again.") from None
+        raise UserError(f"{path} is torn or no safetensors file ({reason(error)}): get it again.") from None
     if not isinstance(said, dict):
         raise UserError(f"{path} has metadata that are no mapping: export it again.")
     return _unwrapped(path, "safetensors", {name: (shape, name) for name, shape in shapes.items()},
@@ -156,7 +159,7 @@ def _read_safetensor(handle, path: Path, name: str) -> Tensor:
     try:
         return handle.get_tensor(name)
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path} cannot give its tensor '{name}' ({_first_sentence(error)}): get it again.") from None
+        raise UserError(f"{path} cannot give its tensor '{name}' ({reason(error)}): get it again.") from None
 
 
 def _open_torch(path: Path, ema: bool) -> WeightsFile:
@@ -193,7 +196,7 @@ def load_plain(path: Path) -> Any:
         if not is_zip and _pickles_objects(path):
             raise UserError(f"{path} is a plain pickle that holds Python objects and cannot be loaded safely; nothing "
                             f"of it was run, and it is refused: save its state_dict with torch.save.") from None
-        why = "" if isinstance(error, pickle.UnpicklingError) else f" ({_first_sentence(error)})"  # torch's essay
+        why = "" if isinstance(error, pickle.UnpicklingError) else f" ({reason(error)})"  # torch's essay
         raise UserError(f"{path} is torn or no PyTorch file{why}: get it again.") from None
 
 
@@ -240,9 +243,3 @@ def _unwrapped(path: Path, kind: str, entries: Mapping[str, tuple[torch.Size, st
         original[bare] = name
     return WeightsFile(path, kind, {bare: entries[name][0] for bare, name in original.items()},
                        lambda bare: read(original[bare]), said)
-
-
-def _first_sentence(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error)}".splitlines()[0].split(". ")[0][:100].rstrip(": .")
-
-

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from deepvit.errors import UserError
+from deepvit.errors import Untold, UserError
 from deepvit.importers.dialect import Dialect
 from deepvit.importers.files import WeightsFile
 from deepvit.importers.positions import Grid
@@ -149,8 +149,8 @@ def _check_positions(model: ViT, source: Source, grid: Grid | None) -> None:
         raise UserError(f"{source} has position embeddings of {tuple(shape)}, the model needs "
                         f"{tuple(model.pos_embed.shape)}.")
     if grid is None:
-        raise UserError(f"{source} has {shape[1] - 1} patch positions, no square, and the model needs "
-                        f"{model.pos_embed.shape[1] - 1}: give grid_size=[rows, columns] of the file.")
+        raise Untold(f"{source} has {shape[1] - 1} patch positions, no square, and the model needs "
+                     f"{model.pos_embed.shape[1] - 1}: give grid_size=[rows, columns] of the file.")
 
 
 def _with_storage(model: ViT, source: Source) -> dict[str, Tensor]:

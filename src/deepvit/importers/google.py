@@ -11,7 +11,7 @@ from torch import Size, Tensor
 from deepvit.importers import positions
 from deepvit.importers.dialect import Dialect, Told
 from deepvit.importers.files import WeightsFile
-from deepvit.importers.table import FLATTEN, HWIO, STACK, TRANSPOSE, Row, Rule
+from deepvit.importers.table import HWIO, STACK, Row, Rule, flax_dense, flax_norm
 
 BLOCK = "Transformer/encoderblock_{l}"
 ATTENTION = f"{BLOCK}/MultiHeadDotProductAttention_1"
@@ -28,40 +28,31 @@ def _qkv_bias(*biases: Tensor) -> Tensor:
     return STACK.ours(*(bias.reshape(-1) for bias in biases))
 
 
-def _norm(foreign: str, ours: str) -> list[Row]:
-    """Scale and bias; GroupNorm's are stored as (1, 1, 1, C), or (C,) in newer files."""
-    return [Row(f"{foreign}/scale", f"{ours}.weight", FLATTEN), Row(f"{foreign}/bias", f"{ours}.bias", FLATTEN)]
-
-
-def _dense(foreign: str, ours: str) -> list[Row]:
-    return [Row(f"{foreign}/kernel", f"{ours}.weight", TRANSPOSE), Row(f"{foreign}/bias", f"{ours}.bias")]
-
-
 UNIT, OUR_UNIT = "block{b}/unit{u}", "patch_embed.body.block{b}.unit{u}"
 ROWS = [
     Row("cls", "cls_token"),
     Row("Transformer/posembed_input/pos_embedding", "pos_embed"),
     Row("embedding/kernel", "patch_embed.proj.weight", HWIO),
     Row("embedding/bias", "patch_embed.proj.bias"),
-    *_norm(f"{BLOCK}/LayerNorm_0", "blocks.{l}.norm1"),
+    *flax_norm(f"{BLOCK}/LayerNorm_0", "blocks.{l}.norm1"),
     Row(tuple(f"{ATTENTION}/{part}/kernel" for part in QKV), "blocks.{l}.attn.qkv.weight", Rule(_qkv)),
     Row(tuple(f"{ATTENTION}/{part}/bias" for part in QKV), "blocks.{l}.attn.qkv.bias", Rule(_qkv_bias)),
     Row(f"{ATTENTION}/out/kernel", "blocks.{l}.attn.proj.weight",
         Rule(lambda kernel: kernel.flatten(0, 1).t())),  # [H, d, D] -> [D, H * d]
     Row(f"{ATTENTION}/out/bias", "blocks.{l}.attn.proj.bias"),
-    *_norm(f"{BLOCK}/LayerNorm_2", "blocks.{l}.norm2"),
-    *_dense(f"{BLOCK}/MlpBlock_3/Dense_0", "blocks.{l}.mlp.fc1"),
-    *_dense(f"{BLOCK}/MlpBlock_3/Dense_1", "blocks.{l}.mlp.fc2"),
-    *_norm("Transformer/encoder_norm", "norm"),
-    *_dense("pre_logits", "pre_logits.0"),
-    *_dense("head", "head"),
+    *flax_norm(f"{BLOCK}/LayerNorm_2", "blocks.{l}.norm2"),
+    *flax_dense(f"{BLOCK}/MlpBlock_3/Dense_0", "blocks.{l}.mlp.fc1"),
+    *flax_dense(f"{BLOCK}/MlpBlock_3/Dense_1", "blocks.{l}.mlp.fc2"),
+    *flax_norm("Transformer/encoder_norm", "norm"),
+    *flax_dense("pre_logits", "pre_logits.0"),
+    *flax_dense("head", "head"),
     # R50 hybrids
     Row("conv_root/kernel", "patch_embed.root.conv.weight", HWIO),
-    *_norm("gn_root", "patch_embed.root.gn"),
+    *flax_norm("gn_root", "patch_embed.root.gn"),
     *(Row(f"{UNIT}/conv{i}/kernel", f"{OUR_UNIT}.conv{i}.weight", HWIO) for i in (1, 2, 3)),
-    *(row for i in (1, 2, 3) for row in _norm(f"{UNIT}/gn{i}", f"{OUR_UNIT}.gn{i}")),
+    *(row for i in (1, 2, 3) for row in flax_norm(f"{UNIT}/gn{i}", f"{OUR_UNIT}.gn{i}")),
     Row(f"{UNIT}/conv_proj/kernel", f"{OUR_UNIT}.downsample.weight", HWIO),
-    *_norm(f"{UNIT}/gn_proj", f"{OUR_UNIT}.gn_proj"),
+    *flax_norm(f"{UNIT}/gn_proj", f"{OUR_UNIT}.gn_proj"),
 ]
 
 

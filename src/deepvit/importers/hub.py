@@ -1,5 +1,5 @@
 """Names that stand where a path does: `timm:NAME`, `hf-hub:OWNER/NAME[@REVISION]`, `google:COLLECTION/NAME`,
-`local-dir:FOLDER`."""
+`local-dir:FOLDER`, `deepvit:NAME` (weights of ours that came with the package)."""
 
 import re
 from functools import cache
@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 
-from deepvit.errors import UserError, did_you_mean
+from deepvit.errors import UserError, did_you_mean, reason
 
-SCHEMES = ("timm:", "hf-hub:", "google:", "local-dir:")
+SCHEMES = ("timm:", "hf-hub:", "google:", "local-dir:", "deepvit:")
+RELEASED = Path(__file__).parents[1] / "weights"
 GOOGLE = "https://storage.googleapis.com/vit_models"  # google-research/vision_transformer's README
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
@@ -28,7 +29,17 @@ def located(source: str | Path) -> Path:
         return Path(source)
     if scheme == "local-dir":
         return Path(name)
+    if scheme == "deepvit":
+        return _released(name)
     return _of_google(name) if scheme == "google" else _fetched(_of_timm(name) if scheme == "timm" else name)
+
+
+def _released(name: str) -> Path:
+    there = {path.stem: path for path in sorted(RELEASED.glob("*.safetensors"))}
+    if name not in there:
+        raise UserError(f"deepvit:{name} is not among the weights that came with the package, which are: "
+                        f"{', '.join(there) or 'none yet'}.{did_you_mean(name, there)}")
+    return there[name]
 
 
 @cache
@@ -38,7 +49,7 @@ def _fetched(repository: str) -> Path:
         download_from_hf(repository, CONFIG)
         return Path(download_from_hf(repository, WEIGHTS))
     except Exception as error:  # of the network, in a dozen kinds
-        raise UserError(f"{repository} cannot be fetched from the Hugging Face hub ({_reason(error)}): check the name "
+        raise UserError(f"{repository} cannot be fetched from the Hugging Face hub ({reason(error)}): check the name "
                         f"and the network, or give the path of a file.") from None
 
 
@@ -55,13 +66,9 @@ def _of_google(name: str) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(f"{GOOGLE}/{name}", str(path), progress=False)
     except Exception as error:  # of the network or the disk, in a dozen kinds
-        raise UserError(f"google:{name} cannot be fetched from {GOOGLE}/{name} ({_reason(error)}): check the name and "
+        raise UserError(f"google:{name} cannot be fetched from {GOOGLE}/{name} ({reason(error)}): check the name and "
                         f"the network, or download that address elsewhere and give the file's path.") from None
     return path
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:100].rstrip(" .:") or type(error).__name__
 
 
 def _of_timm(name: str) -> str:

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from deepvit.errors import UserError, did_you_mean
+from deepvit.errors import Untold, UserError, did_you_mean
 from deepvit.importers import deepvit, deepvit_flax, google, lucidrains, ours, timm, vit_pytorch
 from deepvit.importers.dialect import Dialect, Told
-from deepvit.importers.files import WeightsFile, open_weights
+from deepvit.importers.files import WeightsFile, open_weights, takes_average
 from deepvit.importers.fill import Head, Report, Source, fill, other_head
 from deepvit.importers.positions import Grid, grid_of, native_grid, pair
 from deepvit.importers.settings import empty_model, head_width, settings_from_config, settings_from_shapes
@@ -45,8 +45,8 @@ def load_model(path: str | Path, *, dialect: str | None = None, ema: bool = Fals
         UserError: the file is missing, torn, poisoned or foreign, or does not fit what was asked.
     """
     source = _understand(path, dialect, ema, arch, keywords)
-    rest = _tells(source, keywords)
-    config, grid = _settings(source, rest, keywords, grid_size)
+    _refuse_contradictions(source, keywords)
+    config, grid = _settings(source, keywords, grid_size)
     if head == "keep" and config["num_classes"] != source.told["num_classes"]:
         raise other_head(source, config["num_classes"])
     model = empty_model(config, str(source))
@@ -54,6 +54,26 @@ def load_model(path: str | Path, *, dialect: str | None = None, ema: bool = Fals
     model.load_report = source.report
     log.info("%s", source.report)
     return model
+
+
+def open_model(path: str | Path, weights: str = "auto", **keywords: Any) -> ViT:
+    """`load_model` as the commands do, in eval mode; weights: see `takes_average`."""
+    return load_model(path, ema=takes_average(path, weights), **keywords).eval()
+
+
+def told_settings(path: str | Path, given: Mapping[str, Any], dialect: str | None = None, ema: bool = False
+                  ) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Reads a weights file's names and shapes alone.
+
+    Args:
+        given: keywords of `ViT` that count whatever the file tells.
+    Returns:
+        the settings of the model that the file tells, and what it tells besides (`Report.said`).
+    Raises:
+        UserError: as `load_model`.
+    """
+    source = _understand(path, dialect, ema, None, given)
+    return _settings(source, given, None)[0], source.report.said
 
 
 def load_weights(model: ViT, path: str | Path, dialect: str | None = None, ema: bool = False, head: Head = "keep",
@@ -76,15 +96,15 @@ def load_weights(model: ViT, path: str | Path, dialect: str | None = None, ema: 
     config = {"residual_scale": None, "map_scale": None, **getattr(model, "config", {}), "num_heads": heads}
     source = _understand(path, dialect, ema, None, config)
     rest = _tells(source, config)
-    held = {**source.told, **rest.settings}.get("num_heads", heads)
-    if held != heads:
-        raise UserError(f"{source} has {held} heads, the model {heads}: its logits would be others; build the model "
-                        f"with num_heads={held}.")
+    source.told["num_heads"] = {**source.told, **rest.settings}.get("num_heads", heads)
     source.report.notes += [f"the model has {key}={config[key]}, these weights were made with {rest.settings[key]}"
                             for key in SCALARS if config.get(key, rest.settings.get(key)) != rest.settings.get(key)
                             and key in rest.settings]
     grid = _grid(source, rest.settings.get("img_size"), model.grid_size, grid_size)
     try:
+        if source.told["num_heads"] != heads:
+            raise UserError(f"{source} has {source.told['num_heads']} heads, the model {heads}: its logits would be "
+                            f"others.")
         fill(model, source, grid, head, classes)
     except UserError as error:
         raise UserError(f"{error}{_advice(source, config)}") from None
@@ -112,7 +132,7 @@ def _understand(path: str | Path, dialect: str | None, ema: bool, arch: str | No
 
 def _known_arch(arch: str) -> str:
     known = [*list_models(), *deepvit.ARCHS]
-    if arch not in known and not timm.heads_of(str(arch)):
+    if arch not in known and not timm.named_model(str(arch)):
         raise UserError(f"arch={arch} is no model known here: choose from {', '.join(known)}, or one of timm's "
                         f"vit_<size>_patch... names.{did_you_mean(arch, known)}")
     return arch
@@ -137,10 +157,7 @@ def _tells(source: Source, given: Mapping[str, Any]) -> Told:
     return rest
 
 
-def _settings(source: Source, rest: Told, given: Mapping[str, Any],
-              grid_size: Sequence[int] | None) -> tuple[dict[str, Any], Grid]:
-    """Settings of the model: by shapes, then by the dialect, then by the caller for what the file leaves open; and the
-    grid of the file's positions."""
+def _refuse_contradictions(source: Source, given: Mapping[str, Any]) -> None:
     told = source.told
     wrong = [key for key, value in given.items()
              if key in DECIDED and key in told and value not in (told[key], (told[key],) * 2, [told[key]] * 2)]
@@ -148,10 +165,17 @@ def _settings(source: Source, rest: Told, given: Mapping[str, Any],
         asked = ", ".join(f"{key}={given[key]!r}" for key in wrong)
         raise UserError(f"{asked} is asked for, but the tensors of {source} say "
                         f"{', '.join(repr(told[key]) for key in wrong)}: leave {', '.join(wrong)} out.")
+
+
+def _settings(source: Source, given: Mapping[str, Any], grid_size: Sequence[int] | None
+              ) -> tuple[dict[str, Any], Grid]:
+    """Settings of the model: by shapes, then by the dialect, then by the caller; and the grid of the file's
+    positions."""
+    told, rest = source.told, _tells(source, given)
     config = model_config("vit") | {"num_heads": None} | told | rest.settings | dict(given)
     if config["num_heads"] is None:
-        raise UserError(f"{source} does not tell its number of heads: give num_heads=... "
-                        f"({config['embed_dim']} channels).")
+        raise Untold(f"{source} does not tell its number of heads: give num_heads=... ({config['embed_dim']} "
+                     f"channels).")
     if "head_dim" not in {**rest.settings, **given}:
         config["head_dim"] = head_width(source.translation.shapes, config["num_heads"], str(source))
     own = rest.settings.get("img_size")
@@ -176,7 +200,7 @@ def _grid(source: Source, own: Any, asked: Grid | None, given: Sequence[int] | N
     own = grid_of(own, source.told["patch_size"]) if own else None
     grid = native_grid(count, own, asked or own or (0, 0), source.spoken.square_only, str(source))
     if grid is None and asked is None:
-        raise UserError(f"{source} has {count} patch positions, no square: give img_size=[height, width] in pixels.")
+        raise Untold(f"{source} has {count} patch positions, no square: give img_size=[height, width] in pixels.")
     return grid
 
 
@@ -184,7 +208,7 @@ def _advice(source: Source, config: Mapping[str, Any]) -> str:
     """All settings in which a model differs from the file's tensors, as a command line would set them."""
     if "embed_dim" not in config:
         return ""
-    mine = settings_from_config({**config, "num_classes": source.told["num_classes"]}, "the model")
+    mine = config | settings_from_config({**config, "num_classes": source.told["num_classes"]}, "the model")
     changes = [f"{_typed(key, value)} (now {_typed(key, mine[key]).partition('=')[2]})"
                for key, value in source.told.items() if key in mine and mine[key] != value]
     return f" The weights are of a model with {', '.join(changes)}." if changes else ""

@@ -9,32 +9,28 @@ from deepvit.importers.deepvit_flax import assumptions, in_channels, unflatten
 from deepvit.importers.dialect import Dialect, Told
 from deepvit.importers.files import WeightsFile
 from deepvit.importers.positions import first_rows
-from deepvit.importers.table import TRANSPOSE, Row, Rule
+from deepvit.importers.table import TRANSPOSE, Row, Rule, both
 from deepvit.models import attention_config
-
-
-def _both(foreign: str, ours: str, rule: Rule | None = None) -> list[Row]:
-    return [Row(f"{foreign}.{name}", f"{ours}.{name}", *([rule] if rule else [])) for name in ("weight", "bias")]
 
 
 def _block(attention: str, norm1: str, norm2: str, fc1: str, fc2: str) -> list[Row]:
     layer = "transformer.layers.{l}"
     return [
-        *_both(f"{layer}.{norm1}", "blocks.{l}.norm1"),
+        *both(f"{layer}.{norm1}", "blocks.{l}.norm1"),
         Row(f"{layer}.{attention}.to_qkv.weight", "blocks.{l}.attn.qkv.weight"),
         Row(f"{layer}.{attention}.reattn_weights", "blocks.{l}.attn.mix.weight", TRANSPOSE),  # [source, new]
-        *_both(f"{layer}.{attention}.reattn_norm.1", "blocks.{l}.attn.norm"),
-        *_both(f"{layer}.{attention}.to_out.0", "blocks.{l}.attn.proj"),
-        *_both(f"{layer}.{norm2}", "blocks.{l}.norm2"),
-        *_both(f"{layer}.{fc1}", "blocks.{l}.mlp.fc1"),
-        *_both(f"{layer}.{fc2}", "blocks.{l}.mlp.fc2"),
+        *both(f"{layer}.{attention}.reattn_norm.1", "blocks.{l}.attn.norm"),
+        *both(f"{layer}.{attention}.to_out.0", "blocks.{l}.attn.proj"),
+        *both(f"{layer}.{norm2}", "blocks.{l}.norm2"),
+        *both(f"{layer}.{fc1}", "blocks.{l}.mlp.fc1"),
+        *both(f"{layer}.{fc2}", "blocks.{l}.mlp.fc2"),
     ]
 
 
 CURRENT = _block("0", "0.norm", "1.net.0", "1.net.1", "1.net.4")  # since 1.4.4
 WRAPPED = _block("0.fn.fn", "0.fn.norm", "1.fn.norm", "1.fn.fn.net.0", "1.fn.fn.net.3")  # before
 FRAME = [Row("cls_token", "cls_token"), Row("pos_embedding", "pos_embed"),
-         *_both("mlp_head.0", "norm"), *_both("mlp_head.1", "head")]
+         *both("mlp_head.0", "norm"), *both("mlp_head.1", "head")]
 
 
 def _patch(file: WeightsFile, given: Mapping[str, Any]) -> list[Row]:
@@ -48,8 +44,8 @@ def _patch(file: WeightsFile, given: Mapping[str, Any]) -> list[Row]:
     if not normed:
         return project
     reorder = Rule(lambda norm: norm.view(side, side, channels).permute(2, 0, 1).reshape(-1))  # (channel, row, column)
-    return [*_both("to_patch_embedding.1", "patch_embed.norm_in", reorder), *project,
-            *_both("to_patch_embedding.3", "patch_embed.norm_out")]
+    return [*both("to_patch_embedding.1", "patch_embed.norm_in", reorder), *project,
+            *both("to_patch_embedding.3", "patch_embed.norm_out")]
 
 
 def _rows(file: WeightsFile, given: Mapping[str, Any]) -> Sequence[Row]:

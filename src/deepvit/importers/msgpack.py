@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepvit.errors import UserError
+from deepvit.errors import UserError, reason
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64,
           "int32": torch.int32, "int64": torch.int64}
@@ -37,8 +37,7 @@ def read(path: Path) -> dict[str, Tensor]:
         tree = unpackb(path.read_bytes(), ext_hook=array, object_pairs_hook=_branch, max_array_len=MAX_LIST)
         return dict(_leaves(tree))
     except (ValueError, TypeError) as error:  # msgpack's own are among them
-        reason = (str(error) or type(error).__name__).splitlines()[0][:100].rstrip(": .")
-        raise UserError(f"{path} is torn or no flax msgpack file ({reason}): get it again.") from None
+        raise UserError(f"{path} is torn or no flax msgpack file ({reason(error)}): get it again.") from None
 
 
 def _branch(pairs: list[tuple[Any, Any]]) -> dict[str, Any]:

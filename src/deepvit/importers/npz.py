@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deepvit.errors import UserError
+from deepvit.errors import UserError, reason
 
 FREE_BYTES, MAX_RATIO = 2**30, 20  # an archive may unpack to 1 GiB, or to 20 times its size: weights hardly compress
 
@@ -64,5 +64,4 @@ class NpzFile:
         except UserError:
             raise
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}".splitlines()[0][:100].rstrip(": ")
-            raise UserError(f"{self.path} is torn or no .npz file ({reason}): get it again.") from None
+            raise UserError(f"{self.path} is torn or no .npz file ({reason(error)}): get it again.") from None

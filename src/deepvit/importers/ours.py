@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Size
 
-from deepvit.errors import UserError
+from deepvit.errors import Untold, UserError
 from deepvit.importers.dialect import Dialect, Told
 from deepvit.importers.files import WeightsFile
 from deepvit.importers.positions import bicubic, grid_of
@@ -103,12 +103,12 @@ def _without_config(file: WeightsFile, told: Mapping[str, Any], given: Mapping[s
 def _given(file: WeightsFile, told: Mapping[str, Any], given: Mapping[str, Any]) -> Told:
     """Nothing, once the caller has told what tensors do not tell."""
     if not given.keys() - (told.keys() - {"attention", "depth"}) - {"img_size", "num_classes"}:
-        raise UserError(f"{file.path} holds our names without model settings ('config'): say which model it is with "
-                        f"arch=NAME (such as deepvit16) or by its settings (attention=..., map_scale=...), or load it "
-                        f"into a model you have with load_weights.")
+        raise Untold(f"{file.path} holds our names without model settings ('config'): say which model it is with "
+                     f"arch=NAME (such as deepvit16) or by its settings (attention=..., map_scale=...), or load it "
+                     f"into a model you have with load_weights.")
     if told["stem"] == "conv" and not {"residual_scale", "map_scale"} <= given.keys():
-        raise UserError(f"{file.path} has a conv stem and does not tell residual_scale and map_scale: give them, or "
-                        f"arch=NAME (such as deepvit_s).")
+        raise Untold(f"{file.path} has a conv stem and does not tell residual_scale and map_scale: give them, or "
+                     f"arch=NAME (such as deepvit_s).")
     return Told({})
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
-from deepvit.errors import UserError
+from deepvit.errors import Untold, UserError
 
 Grid = tuple[int, int]  # rows, columns of patches
 Resize = Callable[[Tensor, Grid, Grid], Tensor]
@@ -45,8 +45,8 @@ def native_grid(count: int, own: Grid | None, asked: Grid, square_only: bool, so
     if square_only or math.prod(asked) != count:
         return square
     if square and square != asked:
-        raise UserError(f"{source} has {count} patch positions and does not tell whether they are {side}x{side} or "
-                        f"{asked[0]}x{asked[1]}: give grid_size=[rows, columns] of the file.")
+        raise Untold(f"{source} has {count} patch positions and does not tell whether they are {side}x{side} or "
+                     f"{asked[0]}x{asked[1]}: give grid_size=[rows, columns] of the file.")
     return asked
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from deepvit.errors import UserError
+from deepvit.errors import UserError, reason
 from deepvit.importers.ours import FORMAT, VERSION
 from deepvit.importers.settings import empty_model
 from deepvit.models import ViT
@@ -47,7 +47,7 @@ def write(path: Path, content: dict[str, Any]) -> None:
         os.replace(aside, path)
     except (OSError, RuntimeError, SafetensorError) as error:
         aside.unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be written ({str(error).splitlines()[0]}): choose another path.") from None
+        raise UserError(f"{path} cannot be written ({reason(error)}): choose another path.") from None
 
 
 def described(model: nn.Module, classes: Sequence[str] | None = None) -> dict[str, Any]:

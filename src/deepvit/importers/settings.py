@@ -3,17 +3,18 @@
 import inspect
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from torch import Size
 
-from deepvit.errors import UserError, did_you_mean
+from deepvit.errors import UserError, did_you_mean, reason
 from deepvit.models import ViT, attention_config, build_model
 
 Shapes = Mapping[str, Size]
-OF_A_FILE = ("arch", "grid_size", "head")  # what `load_model` takes besides the keywords of `ViT`
+OF_A_FILE = ("arch", "dialect", "grid_size", "head")  # what `load_model` takes besides the keywords of `ViT`
 
 
 def settings_from_shapes(shapes: Shapes, source: str) -> dict[str, Any]:
@@ -54,13 +55,19 @@ def settings_from_config(config: Mapping[str, Any], source: str) -> dict[str, An
     return settings_from_shapes(shapes, source)
 
 
+def paths_and_keywords(words: Sequence[str]) -> tuple[list[Path], dict[str, Any]]:
+    """The words of a command line that are paths, and its settings for `load_model`."""
+    settings = [word for word in words if "=" in word and not Path(word).exists()]
+    return [Path(word) for word in words if word not in settings], as_keywords(settings)
+
+
 def as_keywords(words: Sequence[str]) -> dict[str, Any]:
-    """`num_heads=12` -> {"num_heads": 12}, for `load_model`; values as in YAML."""
+    """`num_heads=12` or `model.num_heads=12` -> {"num_heads": 12}, for `load_model`; values as in YAML."""
     keywords = {}
     for word in words:
         name, equals, value = word.partition("=")
         try:
-            keywords[name] = yaml.safe_load(value)
+            keywords[re.sub(r"^\+*model[./]", "", name)] = yaml.safe_load(value)
         except yaml.YAMLError:
             equals = ""
         if not equals:
@@ -86,7 +93,7 @@ def empty_model(config: Mapping[str, Any], source: str) -> ViT:
     except UserError as error:
         raise UserError(f"{source} with the settings given makes no model: {error}") from None
     except (RuntimeError, ValueError, TypeError, OverflowError, ZeroDivisionError, IndexError) as error:
-        raise UserError(f"{source} has settings that make no model ({str(error).splitlines()[0][:100]}).") from None
+        raise UserError(f"{source} has settings that make no model ({reason(error)}).") from None
 
 
 def _depth(shapes: Shapes, source: str) -> int:

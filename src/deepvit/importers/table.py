@@ -35,6 +35,20 @@ class Row(NamedTuple):
     why: str = ""
 
 
+def both(foreign: str, ours: str, rule: Rule = COPY) -> list[Row]:
+    """Rows of a layer of PyTorch's: weight and bias."""
+    return [Row(f"{foreign}.{name}", f"{ours}.{name}", rule) for name in ("weight", "bias")]
+
+
+def flax_dense(foreign: str, ours: str) -> list[Row]:
+    return [Row(f"{foreign}/kernel", f"{ours}.weight", TRANSPOSE), Row(f"{foreign}/bias", f"{ours}.bias")]
+
+
+def flax_norm(foreign: str, ours: str) -> list[Row]:
+    """Scale and bias; old files store GroupNorm's as (1, 1, 1, C)."""
+    return [Row(f"{foreign}/scale", f"{ours}.weight", FLATTEN), Row(f"{foreign}/bias", f"{ours}.bias", FLATTEN)]
+
+
 class Step(NamedTuple):
     foreign: tuple[str, ...]
     rule: Rule

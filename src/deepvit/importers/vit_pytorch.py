@@ -8,7 +8,7 @@ from torch import Size
 from deepvit.importers import google, positions
 from deepvit.importers.dialect import Dialect, Told
 from deepvit.importers.files import WeightsFile
-from deepvit.importers.table import STACK, Row
+from deepvit.importers.table import STACK, Row, both
 
 NO_PRE_LOGITS = "ViT-pytorch has no pre_logits layer and ignores it"
 NPZ_ROWS = [row._replace(ours=None, why=NO_PRE_LOGITS) if row.ours.startswith("pre_logits") else row
@@ -18,29 +18,25 @@ EMBED, LAYER = "transformer.embeddings", "transformer.encoder.layer.{l}"
 UNIT = f"{EMBED}.hybrid_model.body.block{{b}}.unit{{u}}"
 
 
-def _both(foreign: str, ours: str) -> list[Row]:
-    return [Row(f"{foreign}.{name}", f"{ours}.{name}") for name in ("weight", "bias")]
-
-
 BIN_ROWS = [
     Row(f"{EMBED}.cls_token", "cls_token"),
     Row(f"{EMBED}.position_embeddings", "pos_embed"),
-    *_both(f"{EMBED}.patch_embeddings", "patch_embed.proj"),
-    *_both(f"{LAYER}.attention_norm", "blocks.{l}.norm1"),
+    *both(f"{EMBED}.patch_embeddings", "patch_embed.proj"),
+    *both(f"{LAYER}.attention_norm", "blocks.{l}.norm1"),
     *(Row(tuple(f"{LAYER}.attn.{part}.{name}" for part in google.QKV), f"blocks.{{l}}.attn.qkv.{name}", STACK)
       for name in ("weight", "bias")),
-    *_both(f"{LAYER}.attn.out", "blocks.{l}.attn.proj"),
-    *_both(f"{LAYER}.ffn_norm", "blocks.{l}.norm2"),
-    *_both(f"{LAYER}.ffn.fc1", "blocks.{l}.mlp.fc1"),
-    *_both(f"{LAYER}.ffn.fc2", "blocks.{l}.mlp.fc2"),
-    *_both("transformer.encoder.encoder_norm", "norm"),
-    *_both("head", "head"),
+    *both(f"{LAYER}.attn.out", "blocks.{l}.attn.proj"),
+    *both(f"{LAYER}.ffn_norm", "blocks.{l}.norm2"),
+    *both(f"{LAYER}.ffn.fc1", "blocks.{l}.mlp.fc1"),
+    *both(f"{LAYER}.ffn.fc2", "blocks.{l}.mlp.fc2"),
+    *both("transformer.encoder.encoder_norm", "norm"),
+    *both("head", "head"),
     Row(f"{EMBED}.hybrid_model.root.conv.weight", "patch_embed.root.conv.weight"),
-    *_both(f"{EMBED}.hybrid_model.root.gn", "patch_embed.root.gn"),
+    *both(f"{EMBED}.hybrid_model.root.gn", "patch_embed.root.gn"),
     *(Row(f"{UNIT}.{layer}.weight", f"{google.OUR_UNIT}.{layer}.weight")
       for layer in ("conv1", "conv2", "conv3", "downsample")),
     *(row for layer in ("gn1", "gn2", "gn3", "gn_proj")
-      for row in _both(f"{UNIT}.{layer}", f"{google.OUR_UNIT}.{layer}")),
+      for row in both(f"{UNIT}.{layer}", f"{google.OUR_UNIT}.{layer}")),
 ]
 ZOO_HEADS = {768: 12, 1024: 16, 1280: 16}  # width -> heads in ViT-pytorch's configs, which a .bin does not tell
 

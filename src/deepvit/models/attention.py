@@ -1,7 +1,7 @@
 """Attention as interchangeable modules: the base, self-attention with all that is done to its maps, two presets of it.
 
 Each has `forward(x)`, which may be fused, and `weights(x)`, which says what it means. One law holds for all, in eval
-mode: `merge(weights(x) @ v) == forward(x)`, where `q, k, v = split(x)`.
+mode: `merge(weights(x) @ v) == forward(x)`, where `q, k, v = split(x)`; where maps are shared, with the leader's x.
 A variant of the maps is a YAML file in `conf/model/attention` with settings of `SelfAttention`. What it cannot say
 needs a subclass of `Attention`: a rule for the logits, or a norm across heads at each entry.
 """
@@ -19,7 +19,7 @@ from deepvit import ops
 from deepvit.errors import UserError
 
 ATTENTIONS: dict[str, type["Attention"]] = {}  # class name -> class, filled as the classes are defined
-Stage = Literal["final", "softmax"]
+Stage = Literal["final", "softmax", "logits"]
 
 
 class Attention(nn.Module):
@@ -65,31 +65,65 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = (make_norm(self.head_dim, **factory) if qk_norm else nn.Identity() for _ in "qk")
         self.proj = nn.Linear(inner, dim, bias=proj_bias, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
+        self._leader: tuple[Attention, ...] = ()  # a tuple, lest it become a part of this module
+
+    @property
+    def source(self) -> "Attention":
+        """Whose input makes the maps: this module, or the leader that it follows."""
+        return self._leader[0] if self._leader else self
+
+    def follow(self, leader: "Attention") -> None:
+        """From now on q and k are `leader`'s, handed to `forward`; of its own this module keeps v and what follows.
+
+        Raises:
+            UserError: maps that are more than a softmax of q k^T.
+        """
+        for attention in (self, leader):
+            if (type(attention).split, type(attention).softmax) != (Attention.split, Attention.softmax):
+                raise UserError(f"share_maps goes with plain softmax maps, and {type(attention).__name__} has a rule "
+                                f"of its own for the logits: leave share_maps at 1.")
+        self._leader, self.scale, own = (leader,), leader.scale, self.qkv
+        self.v = nn.Linear(own.in_features, own.out_features // 3, own.bias is not None, own.weight.device,
+                           own.weight.dtype)
+        self.qkv = self.q_norm = self.k_norm = None
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens `[B, N, D]` -> q, k, v, each `[B, H, N, d]` (without `qk_norm` views of one tensor)."""
         B, N, _ = x.shape
+        if self._leader:
+            return *self.source.split(x)[:2], self.values(x)
         qkv = self.qkv(x).view(B, N, 3, self.num_heads, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         return self.q_norm(q), self.k_norm(k), v
+
+    def values(self, x: Tensor) -> Tensor:
+        """A follower's v `[B, H, N, d]`."""
+        return self.v(x).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
 
     def merge(self, heads: Tensor) -> Tensor:
         """Heads' outputs `[B, H, N, d]` -> tokens `[B, N, D]`."""
         return self.proj_drop(self.proj(heads.transpose(1, 2).flatten(2)))
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Tokens `[B, N, D]` -> `[B, N, D]`. Masks are part of timm's call and refused."""
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False,
+                qk: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Tokens `[B, N, D]` -> `[B, N, D]`. Masks are part of timm's call and refused; `qk`: a follower's leader's."""
         if attn_mask is not None or is_causal:
             raise UserError(f"{type(self).__name__} takes no attention mask.")
-        return self.merge(self.attend(*self.split(x)))
+        if self._leader and qk is None:
+            raise UserError("This attention follows another block's (share_maps): call the whole model.")
+        return self.merge(self.attend(*qk, self.values(x)) if self._leader else self.attend(*self.split(x)))
 
     def weights(self, x: Tensor, stage: Stage = "final") -> Tensor:
-        """The maps `[B, H, N, N]` (rows: queries) that multiply v; `stage="softmax"`: before the heads are exchanged.
+        """The maps `[B, H, N, N]` (rows: queries) that multiply v; `stage="softmax"`: before the heads are exchanged,
+        `stage="logits"`: before the softmax.
 
         Draws no random numbers (attention dropout is left out) and never moves a norm's running statistics.
         """
         q, k, _ = self.split(x)
-        return self.softmax(q, k) if stage == "softmax" else self.maps(q, k)
+        return {"logits": self.logits, "softmax": self.softmax, "final": self.maps}[stage](q, k)
+
+    def logits(self, q: Tensor, k: Tensor) -> Tensor:
+        return q * self.scale @ k.mT  # [B, H, N, N]
 
     def softmax(self, q: Tensor, k: Tensor) -> Tensor:
         return ops.softmax_maps(q, k, self.scale)  # [B, H, N, N], rows sum to 1

@@ -1,6 +1,7 @@
 """Transformer blocks: how attention and MLP are joined to the residual stream."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from timm.layers import LayerScale, Mlp
@@ -58,9 +59,15 @@ class Block(nn.Module):
         self.ls2 = LayerScale(dim, init_values) if init_values is not None else nn.Identity()
         self.drop_path2 = DropPath(drop_path) if drop_path else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path1(self._branch(self.norm1, (self.attn, self.feat_scale, self.ls1), x))
+    def forward(self, x: Tensor, qk: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Tokens `[B, N, D]` -> `[B, N, D]`; `qk`: what the leader's `shared` gave, for a block that follows it."""
+        attend = self.attn if qk is None else partial(self.attn, qk=qk)
+        x = x + self.drop_path1(self._branch(self.norm1, (attend, self.feat_scale, self.ls1), x))
         return x + self.drop_path2(self._branch(self.norm2, (self.mlp, self.ls2), x))
+
+    def shared(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """q and k `[B, H, N, d]` of the tokens that enter this block, for those that follow it."""
+        return self.attn.split(self.norm1(x if self.residual_scale == 1.0 else x * self.residual_scale))[:2]
 
     def _branch(self, norm: nn.Module, layers: Sequence[nn.Module], x: Tensor) -> Tensor:
         a = self.residual_scale
@@ -99,3 +106,17 @@ class DeepNormBlock(Block):
 
 
 BLOCKS: dict[str, type[Block]] = {"pre_norm": Block, "deepnorm": DeepNormBlock}
+
+
+def share_among(blocks: Sequence[Block], size: int, weight_init: str | None) -> None:
+    """Within groups of `size` blocks all follow the first: see `Attention.follow`.
+
+    Raises:
+        UserError: groups larger than the model, or an initialisation that needs each block's own q and k.
+    """
+    if size > len(blocks) or weight_init or isinstance(blocks[0], DeepNormBlock):
+        raise UserError(f"share_maps={size} goes with at least as many blocks (depth is {len(blocks)}), and with "
+                        f"neither block=deepnorm nor weight_init: leave it at 1.")
+    for i, block in enumerate(blocks):
+        if i % size:
+            block.attn.follow(blocks[i - i % size].attn)

@@ -55,4 +55,4 @@ def record_maps(model: nn.Module, first: int) -> Iterator[list[Tensor]]:
             hooks.enter_context(module.register_forward_pre_hook(lambda at, args: inputs.update({at: args[0]})))
         yield maps
     with torch.autocast(next(model.parameters()).device.type, enabled=False):  # bf16 loses near-uniform maps
-        maps += [module.weights(inputs[module].float()) for module in modules]
+        maps += [module.weights(inputs[module.source].float()) for module in modules]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,11 +11,11 @@ from torch.utils.checkpoint import checkpoint
 from deepvit.models.attention import SelfAttention
 
 
-def checkpoint_block(block: nn.Module, x: Tensor) -> Tensor:
-    """`block(x)` that keeps only `x` for the backward pass. x: `[B, N, D]`."""
+def checkpoint_block(block: nn.Module, *inputs: Any) -> Tensor:
+    """`block(*inputs)` that keeps only the inputs for the backward pass."""
     if torch.compiler.is_compiling():  # it repeats no update of buffers by itself, and knows no contexts
-        return checkpoint(block, x, use_reentrant=False)
-    return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _without_tracking(block)))
+        return checkpoint(block, *inputs, use_reentrant=False)
+    return checkpoint(block, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), _without_tracking(block)))
 
 
 @contextmanager

@@ -69,7 +69,7 @@ RANGES = {
     **dict.fromkeys(("img_size", "patch_size", "in_chans", "embed_dim", "num_heads", "head_dim",
                      "representation_size"), (1, 2**16)),
     **dict.fromkeys(("norm_eps", "qk_scale", "residual_scale", "first", "last", "init_std"), (ABOVE_ZERO, math.inf)),
-    "mlp_ratio": (ABOVE_ZERO, 1000), "depth": (1, 10_000), "norm_batch": (1, math.inf),
+    "mlp_ratio": (ABOVE_ZERO, 1000), "depth": (1, 10_000), "share_maps": (1, 10_000), "norm_batch": (1, math.inf),
     **dict.fromkeys(("drop_rate", "pos_drop_rate", "attn_drop_rate", "drop_path_rate", "attn_drop", "proj_drop"),
                     (0, 1)),
     **dict.fromkeys(("num_classes", "init_values", "gain"), (0, math.inf)), "centre": (0, 1)}

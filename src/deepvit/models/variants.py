@@ -25,14 +25,9 @@ class LearnedTemperature(SelfAttention):
         factory = {name: kwargs[name] for name in ("device", "dtype") if name in kwargs}
         self.log_sharpness = nn.Parameter(torch.zeros(num_heads, **factory))  # s = -ln(temperature)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return super().attend(self._sharpened(q), k, v)
-
-    def softmax(self, q: Tensor, k: Tensor) -> Tensor:
-        return super().softmax(self._sharpened(q), k)
-
-    def _sharpened(self, q: Tensor) -> Tensor:
-        return q * self.log_sharpness.exp()[:, None, None].to(q.dtype)
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = super().split(x)
+        return q * self.log_sharpness.exp()[:, None, None].to(q.dtype), k, v
 
 
 class DecayedTemperature(SelfAttention):
@@ -67,8 +62,11 @@ class TalkingHeads(Attention):
         self.mix_logits = HeadMix(num_heads, bias=False, init=theta_init, **factory)
         self.mix = HeadMix(num_heads, bias=False, init=theta_init, **factory)
 
+    def logits(self, q: Tensor, k: Tensor) -> Tensor:
+        return ops.mix_heads(super().logits(q, k), self.mix_logits.weight)  # [B, H, N, N]
+
     def softmax(self, q: Tensor, k: Tensor) -> Tensor:
-        return ops.mix_heads(q * self.scale @ k.mT, self.mix_logits.weight).softmax(-1)  # [B, H, N, N], rows sum to 1
+        return self.logits(q, k).softmax(-1)
 
     def maps(self, q: Tensor, k: Tensor) -> Tensor:
         return self.scaled(ops.mix_heads(self.softmax(q, k), self.mix.weight))

@@ -1,7 +1,7 @@
 """One Vision Transformer of interchangeable parts: stem + blocks + head. DeepViT is a configuration of it."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from deepvit.errors import UserError, did_you_mean
 from deepvit.models.attention import ATTENTIONS, Attention
-from deepvit.models.blocks import BLOCKS
+from deepvit.models.blocks import BLOCKS, share_among
 from deepvit.models.init import STD, draw_seed, init_weights
 from deepvit.models.recompute import checkpoint_block
 from deepvit.models.stem import PatchStem, pair, plain, stem_of
@@ -51,6 +51,7 @@ class ViT(nn.Module):
         feat_scale: see `blocks.FeatScale`.
         init_std: initial standard deviation of all Linear weights; None: 0.02, as published.
         weight_init: "mimetic": see `init.mimic`; None: the published one, see `init.init_weights`.
+        share_maps: in groups of as many blocks all take q and k of the first and have none; 1: each has its own.
     """
 
     img_size = property(lambda self: self.patch_embed.img_size)
@@ -77,7 +78,7 @@ class ViT(nn.Module):
                  final_norm: Literal["before_pool", "after_pool"] = "before_pool",
                  representation_size: int | None = None, block: Literal["pre_norm", "deepnorm"] = "pre_norm",
                  feat_scale: bool = False, init_std: float | None = None,
-                 weight_init: Literal["mimetic"] | None = None):
+                 weight_init: Literal["mimetic"] | None = None, share_maps: int = 1):
         config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
         seed, before = draw_seed(), torch.get_rng_state()
@@ -116,6 +117,10 @@ class ViT(nn.Module):
         self.pre_logits = (nn.Sequential(nn.Linear(embed_dim, representation_size), nn.Tanh())
                            if representation_size else nn.Identity())
         self.head = _head(self.head_hidden_size, num_classes)
+        self._frozen: list[nn.Module] = []
+        self.share_maps = share_maps
+        if share_maps > 1:
+            share_among(self.blocks, share_maps, weight_init)
         if weight_init and block == "deepnorm":
             raise UserError(f"block=deepnorm has an initialisation of its own: leave weight_init={weight_init} out.")
         init_weights(self, seed, STD if init_std is None else init_std, mimetic=weight_init == "mimetic")
@@ -133,8 +138,7 @@ class ViT(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """Images -> tokens `[B, 1 + patches, D]` after the last block (and the final norm, if it comes first)."""
         x = self._embed(x)
-        for block in self.blocks:
-            x = self._run(block, x)
+        *_, x = self._after_each(self.blocks, x)
         return self._norm_of_tokens(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -165,8 +169,8 @@ class ViT(nn.Module):
         wanted, last = feature_take_indices(len(self.blocks), indices)
         x = self._embed(x)
         taken = []
-        for i, block in enumerate(self.blocks[:last + 1] if stop_early else self.blocks):
-            x = self._run(block, x)
+        blocks = self.blocks[:last + 1] if stop_early else self.blocks
+        for i, x in enumerate(self._after_each(blocks, x)):  # noqa: B020
             if i in wanted:
                 taken.append(self._norm_of_tokens(x) if norm else x)
         prefixes, features = [tokens[:, :1] for tokens in taken], [tokens[:, 1:] for tokens in taken]
@@ -202,8 +206,18 @@ class ViT(nn.Module):
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
         return self.pos_drop(x + self.pos_embed)
 
-    def _run(self, block: nn.Module, x: Tensor) -> Tensor:
-        return checkpoint_block(block, x) if self.grad_checkpointing and torch.is_grad_enabled() else block(x)
+    def _after_each(self, blocks: nn.Sequential, x: Tensor) -> Iterator[Tensor]:
+        """The tokens `[B, N, D]` after each block."""
+        for i, block in enumerate(blocks):
+            follows = i % self.share_maps > 0
+            if not follows and self.share_maps > 1:
+                qk = block.shared(x)
+            x = self._run(block, x, qk) if follows else self._run(block, x)
+            yield x
+
+    def _run(self, block: nn.Module, *inputs: Any) -> Tensor:
+        recomputes = self.grad_checkpointing and torch.is_grad_enabled()
+        return checkpoint_block(block, *inputs) if recomputes else block(*inputs)
 
     def _norm_of_tokens(self, x: Tensor) -> Tensor:
         return self.norm(x) if self.final_norm == "before_pool" else x
@@ -235,6 +249,33 @@ class ViT(nn.Module):
     @_model_args.setter
     def _model_args(self, given: Mapping[str, Any]) -> None:
         """timm's factory notes its keywords; `.config` has them already."""
+
+    def freeze(self, part: int | Literal["backbone"]) -> None:
+        """Keeps the stem and so many first blocks ("backbone": all but the head) as they are: without gradients, and in
+        eval mode whatever mode the rest is in, so that nothing is dropped and no statistics move.
+
+        Raises:
+            UserError: more blocks than there are.
+        """
+        if part != "backbone" and not 0 <= part <= len(self.blocks):
+            raise UserError(f"freeze={part} is no number of blocks of this model, which has {len(self.blocks)}: give 0 "
+                            f"(the stem alone) to {len(self.blocks)}, or backbone (all but the head).")
+        whole = part == "backbone"
+        self._frozen = [self.patch_embed, self.pos_drop, *self.blocks[:None if whole else part],
+                        *([self.norm, self.pre_logits] if whole else [])]
+        kept = nn.ModuleList(self._frozen)
+        for tensor in (self.cls_token, self.pos_embed, *kept.parameters()):
+            tensor.requires_grad_(False)
+        for norm in kept.modules():
+            if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+                norm.track_running_stats = False  # nor are they taken anew for an average
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "ViT":
+        super().train(mode)
+        for module in self._frozen:
+            module.eval()
+        return self
 
     def get_classifier(self) -> nn.Module:
         return self.head

@@ -12,8 +12,14 @@
 
 #ifdef __AVX512F__
 constexpr int W = 16;
+extern "C" { const char* deepvit_instructions = "AVX512"; }
 #else
 constexpr int W = 8;
+#ifdef __AVX2__
+extern "C" { const char* deepvit_instructions = "AVX2"; }
+#else
+extern "C" { const char* deepvit_instructions = "DEFAULT"; }
+#endif
 #endif
 typedef float Vec __attribute__((vector_size(4 * W), aligned(4)));
 typedef int32_t Ints __attribute__((vector_size(4 * W), aligned(4)));

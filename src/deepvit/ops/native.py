@@ -40,15 +40,20 @@ def _processor() -> list[str]:
     return [platform.machine(), *sorted(lines)]
 
 
+def _flags() -> tuple[str, ...]:
+    """Where torch is held back to AVX2, so are we."""
+    return (*FLAGS, "-mno-avx512f") if os.environ.get("ATEN_CPU_CAPABILITY") == "avx2" else FLAGS
+
+
 def _signature() -> str:
-    return hashlib.sha256(repr((SOURCE.read_text(), FLAGS, _processor())).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr((SOURCE.read_text(), _flags(), _processor())).encode()).hexdigest()[:16]
 
 
 def _build(library: Path, compiler: str) -> None:
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         objects, linked = Path(folder) / "native.o", Path(folder) / "native.so"
-        subprocess.run([compiler, *FLAGS, "-c", SOURCE, "-o", objects], check=True, capture_output=True)
+        subprocess.run([compiler, *_flags(), "-c", SOURCE, "-o", objects], check=True, capture_output=True)
         # linked without -fopenmp: the OpenMP runtime is the one torch has loaded, so that both share its threads
         subprocess.run([compiler, "-shared", objects, "-o", linked], check=True, capture_output=True)
         ctypes.CDLL(str(linked))  # what does not load is not kept
@@ -73,6 +78,12 @@ def load() -> tuple[ctypes.CDLL | None, str]:
         return None, f"g++ failed: {error.stderr.decode(errors='replace').strip()[-200:]}"
     except (OSError, RuntimeError) as error:  # RuntimeError: no home
         return None, f"not built: {error}"
+
+
+def instructions() -> str | None:
+    """What the compiled form was built for, in torch's words: AVX512, AVX2 or DEFAULT; None without it."""
+    library, _ = load()
+    return library and ctypes.c_char_p.in_dll(library, "deepvit_instructions").value.decode()
 
 
 def refusal(dtype: torch.dtype) -> str:

@@ -14,7 +14,8 @@ from typing import Any
 import yaml
 
 from deepvit.config.compare import flat
-from deepvit.config.sweep_record import FOLDER, missing_cells, read_lines
+from deepvit.config.json_lines import read_json_lines
+from deepvit.config.sweep_record import FOLDER, missing_cells
 from deepvit.errors import UserError
 
 
@@ -148,7 +149,7 @@ def _records(tops: Iterable[Path]) -> list[Path]:
 
 def _sweeps(records: Iterable[Path]) -> dict[Path, Sweep]:
     """The sweep of each cell's folder; where it is in several, the one that was started last."""
-    starts = [(line["time"], record, line) for record in records for line in read_lines(record) if "cells" in line]
+    starts = [(line["time"], record, line) for record in records for line in read_json_lines(record) if "cells" in line]
     sweeps, folders = {}, {}
     for _, record, line in sorted(starts, key=lambda start: start[:2]):
         key = str(record.parent / (line["sweep"] or record.stem))
@@ -172,8 +173,8 @@ def read_run(folder: Path) -> Run:
     folder = Path(folder)
     config = _read_config(folder / "config.yaml")
     result = _read_json(folder / "metrics.json")
-    events = [line.get("event") for line in read_lines(folder / "events.jsonl")]
-    lines = [line for line in read_lines(folder / "metrics.jsonl") if isinstance(line.get("step"), int)]
+    events = [line.get("event") for line in read_json_lines(folder / "events.jsonl")]
+    lines = [line for line in read_json_lines(folder / "metrics.jsonl") if isinstance(line.get("step"), int)]
     if result.get("finished") and isinstance(result.get("top1"), int | float):
         return Run(folder, config, result, lines, "finished")
     return Run(folder, config, {}, lines, _unfinished_state(folder, events))

@@ -57,6 +57,8 @@ def check(settings: Settings, ranks: Ranks) -> None:
         objective(settings)
         with torch.device("meta"):
             network = build_model({**settings.model, "num_classes": 2})
+        if settings.freeze is not None:
+            network.freeze(settings.freeze)
         allowed(settings, network.norm_batches, ranks.world)
         sharing()
         _check_memory(network)
@@ -210,6 +212,8 @@ def model(settings: Settings, num_classes: int, continued: bool = False, classes
         from deepvit.importers import load_weights, takes_average
         load_weights(built, settings.init, dialect=settings.dialect, ema=takes_average(settings.init),
                      head=settings.head, classes=classes)
+    if settings.freeze is not None:
+        built.freeze(settings.freeze)
     return built
 
 

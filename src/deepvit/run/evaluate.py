@@ -1,40 +1,41 @@
 """Checkpoints of any dialect on any data: exact numbers, one table, what was predicted for each picture."""
 
-import csv
 import hashlib
-import json
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from timm.data import ImageNetInfo
 
+from deepvit.analysis.ablation import ablations
+from deepvit.analysis.pictures import class_names
 from deepvit.config.provenance import versions
 from deepvit.config.settings import Data, read_evaluation, read_group
 from deepvit.data import ImageSet, eval_folder, resolve_decoder, source_of
 from deepvit.data.real_labels import real_top1
-from deepvit.engine.checkpoint import write_text_synced
 from deepvit.engine.device import device_name, prepare_device
-from deepvit.engine.evaluate import Evaluation, evaluate, mcnemar
+from deepvit.engine.evaluate import Evaluation, evaluate
 from deepvit.engine.folder import RunFolder
 from deepvit.engine.progress import Display
 from deepvit.engine.ranks import Ranks
 from deepvit.engine.signals import StopRequest
 from deepvit.engine.step import Precision
 from deepvit.errors import UserError
-from deepvit.importers import load_model
-from deepvit.importers.files import find_checkpoint, takes_average
+from deepvit.importers import open_model
+from deepvit.importers.files import find_checkpoint
 from deepvit.importers.settings import checked
 from deepvit.models import ViT
 from deepvit.models.cost import count_flops, count_parameters
-from deepvit.report.published import IMAGENET_VAL, published_of, sources
-from deepvit.report.render import printed
+from deepvit.report.published import published_of, sources
 from deepvit.report.runs import flat
-from deepvit.run import build
+from deepvit.run import build, eval_results
+from deepvit.run.ablate import ablate
 from deepvit.run.calibration import calibration
 
 log = logging.getLogger(__name__)
@@ -63,44 +64,57 @@ def evaluate_all(config: Mapping[str, Any], ranks: Ranks, stop: StopRequest) -> 
     with ranks.together():
         asked = read_evaluation(config)
         paths, precision = checkpoints(asked.checkpoint), build.precision(asked.precision, ranks.device)
+        further = [asked.also] if isinstance(asked.also, str) else asked.also or []
     prepare_device(precision, ranks, asked.engine.threads, asked.engine.deterministic)
     results, seen, refusals = [], [], []
-    for path in paths:
+    for path, root in ((path, root) for path in paths for root in (None, *further)):
         try:
-            candidate, data, images, train = _open(path, config, ranks)
+            candidate, data, images, train = _open(path, root, config, ranks)
         except UserError as error:  # the others are evaluated all the same
             refusals.append(str(error))
             continue
         evaluation = _run(candidate, data, images, config["calibrate"], train, ranks, precision, stop)
         if evaluation is None:
             return None
-        result = _result(candidate, data, images, evaluation, config, ranks)
+        result = _result(candidate, data, images, evaluation, root, config, ranks)
+        if config["ablate"]:
+            result["ablations"] = ablate(candidate.model, config["ablate"], evaluation, partial(
+                _run, candidate, data, images, config["calibrate"], train, ranks, precision, stop))
+            if result["ablations"] is None:
+                return None
         results.append(result)
         seen.append((path, images.fingerprint(), candidate.classes, evaluation))
         if ranks.is_main:
-            _write(candidate, data, images, evaluation, result, config["out"])
+            eval_results.write(_out(candidate, data, root, config["out"]), images, evaluation, result,
+                               _names(candidate))
     if ranks.is_main and results:
-        log.info("\n%s", table(results))
+        log.info("\n%s", eval_results.table(results))
         for result in results:
-            _say_published(result)
-        _compare(seen)
+            eval_results.say_published(result)
+            eval_results.say_worst(result)
+        eval_results.compare(seen)
     if refusals:
         raise UserError("\n".join(refusals))
     return results
 
 
-def _open(path: Path, config: Mapping[str, Any], ranks: Ranks) -> tuple[Candidate, Data, ImageSet, ImageSet | None]:
+def _open(path: Path, root: str | None, config: Mapping[str, Any], ranks: Ranks
+          ) -> tuple[Candidate, Data, ImageSet, ImageSet | None]:
     """What would be refused after a long evaluation is refused before it, on all ranks alike.
 
+    Args:
+        root: a further folder of the same classes, in the place of the data's own.
     Returns:
         the model, its data, the images to evaluate, and those of the training set if the model is calibrated on them.
     """
     with ranks.together():
         candidate = load(path, config)
-        data = data_settings(candidate, config)
+        own = data = data_settings(candidate, config)
+        if root is not None:
+            data = replace(own, source="folder", root=root, classes=None, val_fraction=None, exclude=None)
         images = val_images(candidate, data)
-        _check_wishes(candidate, data, images, config, ranks)
-        return candidate, data, images, _train_images(data) if config["calibrate"] else None
+        _check_wishes(candidate, data, images, root, config, ranks)
+        return candidate, data, images, _train_images(own) if config["calibrate"] else None
 
 
 def _train_images(data: Data) -> ImageSet:
@@ -110,20 +124,17 @@ def _train_images(data: Data) -> ImageSet:
         raise UserError(f"calibrate= needs the training images. {error}") from None
 
 
-def _check_wishes(candidate: Candidate, data: Data, images: ImageSet, config: Mapping[str, Any], ranks: Ranks) -> None:
-    if config["labels"] == "real":
+def _check_wishes(candidate: Candidate, data: Data, images: ImageSet, root: str | None,
+                  config: Mapping[str, Any], ranks: Ranks) -> None:
+    if config["labels"] == "real" and root is None:
         names = [images.name(index) for index in range(len(images))]
         real_top1(np.zeros(len(names), int), names)
     if ranks.is_main:
-        folder = _out(candidate, data, config["out"])
+        folder = _out(candidate, data, root, config["out"])
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise _unwritable(folder, error) from error
-
-
-def _unwritable(folder: Path, error: OSError) -> UserError:
-    return UserError(f"The results cannot be written to {folder} ({error.strerror}): give out=FOLDER.")
+            raise eval_results.unwritable(folder, error) from error
 
 
 def checkpoints(given: str | list[str] | None) -> list[Path]:
@@ -148,7 +159,9 @@ def _say_left_out(error: OSError) -> None:
 
 def load(path: Path, config: Mapping[str, Any]) -> Candidate:
     keywords = checked({name: value for name, value in config["model"].items() if value is not None})
-    model = load_model(path, dialect=config["dialect"], ema=takes_average(path, config["weights"]), **keywords)
+    model = open_model(path, config["weights"], dialect=config["dialect"], **keywords)
+    if config["ablate"]:
+        ablations(model, config["ablate"])  # refuses what it cannot do before anything is evaluated
     said = model.load_report.said
     run = said.get("run")
     return Candidate(path, model, model.load_report.weights, said.get("classes"), run and run["data"], said)
@@ -190,8 +203,8 @@ def val_images(candidate: Candidate, data: Data) -> ImageSet:
                              exclude=data.exclude)
         present = len(np.unique(images.targets))
         if present < count:
-            log.info("%s has pictures of %d of the %d classes; predictions are among all %d (published figures of "
-                     "ImageNet-A and -R choose among their 200).", data.root, present, count, count)
+            log.info("%s has images of %d of the %d classes: top-1 is told among all, and among its own (as published "
+                     "for ImageNet-A and -R).", data.root, present, count)
         return images
     splits = source.splits()
     if splits.class_ids == known:
@@ -219,26 +232,30 @@ def _run(candidate: Candidate, data: Data, images: ImageSet, calibrate: int, tra
     prepare, batches = build.prepare(data, model.num_classes), build.eval_batches(data, images, ranks)
     calibrated = calibration(calibrate, data, train, model.norm_batches, prepare, ranks, precision,
                              stop)
+    present = np.unique(images.targets)
+    among = torch.as_tensor(present, device=ranks.device) if len(present) < model.num_classes else None
     with Display(ranks.is_main) as display:
         def once() -> Evaluation | None:
             bar = display.bar(candidate.path.name, len(images))
-            return evaluate(model, batches(), prepare, ranks, precision, n=len(images), advance=bar.advance,
-                            should_stop=lambda: ranks.any_asked_to_stop(bool(stop)))
+            return evaluate(model, batches(), prepare, ranks, precision, n=len(images), among=among,
+                            advance=bar.advance, should_stop=lambda: ranks.any_asked_to_stop(bool(stop)))
 
         return calibrated(model, once)
 
 
-def _result(candidate: Candidate, data: Data, images: ImageSet, evaluation: Evaluation, config: Mapping[str, Any],
-            ranks: Ranks) -> dict[str, Any]:
+def _result(candidate: Candidate, data: Data, images: ImageSet, evaluation: Evaluation, root: str | None,
+            config: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
     real = {}
-    if config["labels"] == "real":
+    if config["labels"] == "real" and root is None:
         names = [images.name(index) for index in evaluation.indices]
         real = {"real_top1": real_top1(evaluation.predictions[:, 0], names)}
     model = candidate.model
     return {"checkpoint": str(candidate.path), "weights": candidate.weights, "calibrate": config["calibrate"],
             **evaluation.summary(), **real,
-            "data": data.source, "root": data.root, "decoder": resolve_decoder(data.decoder),
-            "img_size": list(model.img_size), "params": count_parameters(model), "flops": count_flops(model),
+            "worst_classes": eval_results.by_class(evaluation, _names(candidate))[:3],
+            "data": Path(root).name if root else data.source, "root": data.root,
+            "decoder": resolve_decoder(data.decoder), "img_size": list(model.img_size),
+            "params": count_parameters(model), "flops": count_flops(model),
             "depth": model.depth, "dialect": model.load_report.dialect, "step": candidate.said.get("step"),
             "arch": candidate.said.get("arch"), "published": _published(candidate, data),
             "device": device_name(ranks.device), "devices": ranks.world, **versions()}
@@ -254,67 +271,26 @@ def _published(candidate: Candidate, data: Data) -> dict[str, Any] | None:
     return {"model": found[0].model, "top1": found[0].top1, "source": sources()[found[0].source]} if found else None
 
 
-def _say_published(result: Mapping[str, Any]) -> None:
-    known = result["published"]
-    if known is None:
-        return
-    whole = result["data"] == "imagenet" and result["n"] == IMAGENET_VAL
-    log.info("%s: %.2f %% is ours, measured here on %d pictures; %.2f %% is the authors' figure for %s (%s)%s.",
-             label(result["checkpoint"]), result["top1"], result["n"], known["top1"], known["model"], known["source"],
-             "" if whole else f", on all {IMAGENET_VAL:,} pictures: the two are not comparable")
+def _names(candidate: Candidate) -> list[str]:
+    """Readable names of the classes, each once."""
+    names = class_names(candidate.model)
+    return names if len(set(names)) == len(names) else candidate.classes or list(map(str, range(len(names))))
 
 
-def table(results: list[dict[str, Any]]) -> str:
-    """The results as a markdown table."""
-    head = ["checkpoint", "weights", "data", "top-1 %", "95 % interval", "top-5 %", "loss", "pictures", "images/s"]
-    more = {"uncalibrated_top1": "uncalibrated top-1 %", "real_top1": "ReaL top-1 %"}
-    more = {name: text for name, text in more.items() if any(name in result for result in results)}
-    rows = [[label(result["checkpoint"]), result["weights"], result["data"], f"{result['top1']:.2f}",
-             f"{result['top1_low']:.2f} to {result['top1_high']:.2f}", f"{result['top5']:.2f}", f"{result['loss']:.4f}",
-             f"{result['n']:,}", f"{result['eval_images_per_s']:.1f}",
-             *(f"{result.get(name, float('nan')):.2f}" for name in more)] for result in results]
-    return printed([*head, *more.values()], rows, markdown=True)
+def _out(candidate: Candidate, data: Data, root: str | None, out: str | None) -> Path:
+    return out_folder(candidate, data.source if root is None else f"{Path(root).name}-{_mark(root)}", out)
 
 
-def label(path: str | Path) -> str:
-    """A run's best checkpoint goes by the name of its folder."""
-    return str(path).removesuffix("/checkpoints/best.pt")
-
-
-def _compare(seen: list[tuple[Path, str, list[str] | None, Evaluation]]) -> None:
-    """Each checkpoint against the first of those that saw the same pictures of the same classes."""
-    for path, pictures, classes, other in seen:
-        first_path, _, _, first = next(one for one in seen if one[1:3] == (pictures, classes))
-        if first is other:
-            continue
-        test = mcnemar(first.correct, other.correct)
-        log.info("%s against %s on the same %d pictures: only the first is right on %d, only the second on %d; exact "
-                 "McNemar p = %.3g.", label(first_path), label(path), first.n, test["only_first"],
-                 test["only_second"], test["p"])
-
-
-def _write(candidate: Candidate, data: Data, images: ImageSet, evaluation: Evaluation, result: Mapping[str, Any],
-           out: str | None) -> None:
-    folder = _out(candidate, data, out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text_synced(folder / "metrics.json", json.dumps(result, indent=1) + "\n")
-        with (folder / "predictions.csv").open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            writer = csv.writer(file)
-            writer.writerow(["picture", "target", "prediction", "confidence"])
-            for row in zip(evaluation.indices, evaluation.targets, evaluation.predictions[:, 0],
-                           evaluation.confidences, strict=True):
-                writer.writerow([images.name(int(row[0])), int(row[1]), int(row[2]), f"{row[3]:.6f}"])
-    except OSError as error:
-        raise _unwritable(folder, error) from error
-    log.info("Results and the prediction for every picture: %s", folder)
-
-
-def _out(candidate: Candidate, data: Data, out: str | None) -> Path:
-    name, run = f"{candidate.path.stem}-{candidate.weights}-{data.source}", candidate.path.parent.parent
+def out_folder(candidate: Candidate, what: str, out: str | None) -> Path:
+    """Where results on the data `what` are written: in the checkpoint's run, below `out`, or in runs/eval/."""
+    name, run = f"{candidate.path.stem}-{candidate.weights}-{what}", candidate.path.parent.parent
     in_run = (run / "config.yaml").exists() and RunFolder(run).is_ours()
     if in_run and out is None:
         return run / "eval" / name
-    mark = hashlib.blake2b(os.fsencode(candidate.path.resolve()), digest_size=4).hexdigest()  # names may be the same
-    return Path(out or "runs/eval") / f"{f'{run.name}-' if in_run else ''}{name}-{mark}"
+    return Path(out or "runs/eval") / f"{f'{run.name}-' if in_run else ''}{name}-{_mark(candidate.path)}"
+
+
+def _mark(path: str | Path) -> str:
+    """Tells paths of the same name apart."""
+    return hashlib.blake2b(os.fsencode(Path(path).resolve()), digest_size=4).hexdigest()
 

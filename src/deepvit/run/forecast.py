@@ -19,6 +19,7 @@ from deepvit.engine.signals import StopRequest
 from deepvit.models.cost import count_flops, count_parameters
 from deepvit.run import build
 from deepvit.run.build import Built
+from deepvit.run.init import with_model_of_init
 from deepvit.run.result import summary_of
 
 WARM_UP, FEWEST, MOST, ENOUGH_S = 1, 3, 50, 2.0  # steps not timed, and timed: at least, at most, and until so long
@@ -29,7 +30,8 @@ log = logging.getLogger(__name__)
 
 def forecast(config: Mapping[str, Any], ranks: Ranks, stop: StopRequest) -> dict[str, float] | None:
     """Says and returns what the run would take, memory over what the process had before; None: asked to stop."""
-    settings = build.read_settings(config)
+    with ranks.together():
+        settings = build.read_settings(with_model_of_init(config))
     prepare_device(build.precision(settings.precision, ranks.device), ranks, settings.engine.threads,
                    settings.engine.deterministic)
     build.check(settings, ranks)

@@ -15,6 +15,7 @@ from deepvit.config.settings import read_group
 from deepvit.engine.signals import heeded
 from deepvit.errors import BAD_INPUT, DONE, FAILED, STOPPED, Failure, UserError
 from deepvit.run.console import set_up_logging
+from deepvit.run.slurm import take_place
 
 LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what every rank is told
 START_METHOD = "spawn"  # of the ranks: CUDA does not survive a fork
@@ -59,7 +60,7 @@ def launch(job: Job, config: Mapping[str, Any], folder: Path) -> Outcome:
 
 
 def joined() -> bool:
-    """Whether a launcher such as torchrun started this process as one of several ranks.
+    """Whether a launcher such as torchrun or srun started this process as one of several ranks.
 
     Raises:
         UserError: its variables are half set, or no numbers.
@@ -67,6 +68,7 @@ def joined() -> bool:
     for name in (*LAUNCHED, "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         if os.environ.get(name) == "":
             del os.environ[name]  # set to nothing is not set, for whoever reads it
+    take_place(os.environ)
     if "RANK" not in os.environ:
         return False
     advice = "start through torchrun, or `unset RANK` to train alone."
@@ -195,6 +197,6 @@ def train_job(config: Mapping[str, Any], folder: Path, ranks: Any, stop: Any) ->
 
 
 def eval_job(config: Mapping[str, Any], folder: Path, ranks: Any, stop: Any) -> Outcome:
-    from deepvit.run import evaluate
-    results = evaluate.evaluate_all(config, ranks, stop)
+    from deepvit.run import evaluate, knn
+    results = (evaluate.evaluate_all if config["knn"] is None else knn.neighbours_of_all)(config, ranks, stop)
     return Outcome(STOPPED if results is None else DONE, "" if results else "Stopped on request.", results)

@@ -3,10 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
+from deepvit.config.json_lines import read_json_lines
 from deepvit.config.provenance import versions
 from deepvit.data import SOURCES, resolve_decoder
 from deepvit.engine.device import device_name, local_world, usable_cores
-from deepvit.engine.folder import RunFolder, read_json_lines
+from deepvit.engine.folder import RunFolder
 from deepvit.engine.progress import Meter
 from deepvit.models.cost import count_flops, count_parameters
 from deepvit.run.build import Built
@@ -17,8 +18,10 @@ def summary_of(built: Built) -> str:
     settings, splits, plan, ranks = built.settings, built.splits, built.plan, built.ranks
     parts = plan.batch_size // ranks.world // built.micro_batch
     source = SOURCES[settings.data.source].title or settings.data.source
+    trained = sum(weight.numel() for weight in built.model.parameters() if weight.requires_grad)
     remarks = [
-        f"{count_parameters(built.model):,} parameters, {built.model.depth} blocks",
+        f"{count_parameters(built.model):,} parameters"
+        f"{f' ({trained:,} trained)' if settings.freeze is not None else ''}, {built.model.depth} blocks",
         f"{len(splits.train):,} images in {len(splits.class_ids)} classes from {source}, {len(splits.val):,} to "
         f"evaluate",
         f"{plan.total:,} steps of {plan.batch_size} images ({ranks.world} x {ranks.device.type}"
@@ -47,7 +50,7 @@ def headline(metrics: Mapping[str, Any]) -> dict[str, float]:
 def metrics_of(built: Built, meter: Meter, folder: RunFolder) -> dict[str, Any]:
     """`metrics.json`: the last checkpoint's numbers and all that is needed to trust and to tabulate them."""
     settings, state, plan, model = built.settings, built.state, built.plan, built.model
-    lines = list(read_json_lines(folder.metrics))
+    lines = read_json_lines(folder.metrics)
     probes = {line["step"]: line["probe"] for line in lines if "probe" in line}
     last = [line for line in lines if "top1" in line][-1]
     attention = settings.model["attention"]

@@ -18,7 +18,7 @@ from deepvit.errors import UserError
 from deepvit.importers.files import find_checkpoint
 from deepvit.run import build
 
-KEPT = ("model", "data", "augment", "seed", "init", "head", "ema", "optimizer")  # as they were, but for:
+KEPT = ("model", "data", "augment", "seed", "init", "head", "freeze", "ema", "optimizer")  # as they were, but for:
 NAMED = ("optimizer.lr", "optimizer.clip_grad")
 ADVICE = "choose another folder with hydra.run.dir=..., or start over with fresh=true."
 

@@ -24,6 +24,7 @@ from deepvit.engine.signals import StopRequest
 from deepvit.errors import UserError
 from deepvit.run import build
 from deepvit.run.build import Built
+from deepvit.run.init import with_model_of_init
 from deepvit.run.measures import attention_metrics, evaluator
 from deepvit.run.result import headline, metrics_of, summary_of
 from deepvit.run.resume import as_begun, identity, refuse_change, refuse_finished
@@ -40,6 +41,8 @@ def train(config: Mapping[str, Any], path: Path, ranks: Ranks, stop: StopRequest
         UserError, Failure: on every rank alike where the cause is common.
     """
     folder = RunFolder(path)
+    with ranks.together():
+        config = with_model_of_init(config, folder)
     config = config if config["fresh"] else as_begun(config, folder)
     config = build.with_precision(config, ranks.device)
     settings = build.read_settings(config)

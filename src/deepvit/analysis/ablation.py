@@ -1,0 +1,65 @@
+"""A trained model with something taken away, for as long as it is evaluated: no training, no copy."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from deepvit.analysis.recording import attention_modules, unwrap
+from deepvit.errors import UserError
+from deepvit.models.attention import HeadMix
+
+FORMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "diagonal": lambda theta: theta.diagonal().diag(),
+    "identity": lambda theta: torch.eye(len(theta)).to(theta)}
+
+
+@contextmanager
+def without_block(model: nn.Module, index: int) -> Iterator[None]:
+    """Inside, block `index` gives out the tokens that enter it."""
+    handle = unwrap(model).blocks[index].register_forward_hook(lambda block, args, output: args[0])
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def with_theta(model: nn.Module, form: str) -> Iterator[None]:
+    """Inside, every Theta is its `diagonal` or the `identity`; its bias and the norm behind it stay.
+
+    The norm's running statistics are those of the whole Theta: calibrate inside, or read the result with that in mind.
+    """
+    weights = [mix.weight for mix in _mixes(model)]
+    kept = [weight.detach().clone() for weight in weights]
+    with torch.no_grad():
+        for weight in weights:
+            weight.copy_(FORMS[form](weight))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for weight, value in zip(weights, kept, strict=True):
+                weight.copy_(value)
+
+
+def ablations(model: nn.Module, what: str) -> dict[str, AbstractContextManager[None]]:
+    """Name -> context in which `model` is so: for `blocks` each block left out in turn, for `theta` both forms of it.
+
+    Raises:
+        UserError: another word, or a model without Theta.
+    """
+    if what == "blocks":
+        return {f"without block {i}": without_block(model, i) for i in range(len(unwrap(model).blocks))}
+    if what != "theta":
+        raise UserError(f"ablate={what} is not known: give blocks, theta, or null for the whole model alone.")
+    if not _mixes(model):
+        raise UserError("ablate=theta needs a model that mixes heads, such as model/attention=reattention: leave it "
+                        "out for this one.")
+    return {f"theta {form}": with_theta(model, form) for form in FORMS}
+
+
+def _mixes(model: nn.Module) -> list[HeadMix]:
+    mixes = (getattr(module, "mix", None) for module in attention_modules(model))
+    return [mix for mix in mixes if isinstance(mix, HeadMix)]

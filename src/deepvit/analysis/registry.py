@@ -1,0 +1,60 @@
+"""The laboratory's measures, each one registered function: `probe`, the runs' logs, the figures and the docs read them
+here, so a new measure is a new function in one of the modules that the package imports."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One number for each block.
+
+    Args:
+        name: its key in probes and logs; a slash nests it.
+        takes: what of a block it is a function of, in its order:
+            of an attention: `module`, `logits`, `softmax`, `final` (maps `[B, H, N, N]`), `grid` (rows and columns of
+                patches), `cls_token`; the maps as unit columns, `unit/<kind>`, and the previous attention's,
+                `previous/<kind>`, see `similarity.KINDS`;
+            of a block: `first`, `before`, `after` (tokens `[B, N, D]` that enter the first block, this one, and leave
+                it), `attention`, `mlp` (RMS `[B]` of the branches as they are added);
+            of both, once for all images: `norm`, `theta`; `rows_first`, `rows_before`, `rows_after` (a sample
+                `[n, D]` of those tokens).
+        function: gives a number, a tensor whose mean is the number, or None where a block has no such thing.
+        title, unit: of its panel in figures; without a title it is not drawn.
+        span: the least span of that panel's axis, in its unit; for "ratio" a factor.
+    """
+
+    name: str
+    takes: tuple[str, ...]
+    function: Callable[..., Tensor | float | None]
+    title: str | None = None
+    unit: str = ""
+    span: float = 0.2
+
+    def __call__(self, block: Mapping[str, Any]) -> float | None:
+        """None where anything that it takes is None."""
+        arguments = [block[name] for name in self.takes]
+        value = None if any(argument is None for argument in arguments) else self.function(*arguments)
+        return value if value is None else float(torch.as_tensor(value).mean())
+
+    def found_in(self, probe: Mapping[str, Any]) -> list[float | None]:
+        """Its numbers in a probe, block by block; empty if that probe has none, as of an earlier version."""
+        group, _, own = self.name.partition("/")
+        found = probe.get(group, {})
+        return found.get(own, []) if own and isinstance(found, Mapping) else found or []
+
+
+MEASURES: dict[str, Measure] = {}  # name -> measure, filled as their modules are imported
+
+
+def measure(name: str, *takes: str, title: str | None = None, unit: str = "", span: float = 0.2) -> Callable:
+    """Registers a function as a measure and gives it back: see `Measure`."""
+    def register(function: Callable) -> Callable:
+        MEASURES[name] = Measure(name, takes, function, title, unit, span)
+        return function
+
+    return register

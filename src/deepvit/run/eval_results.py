@@ -1,0 +1,110 @@
+"""Results of evaluations: one table, the worst classes, paired tests, and the files that are written of each."""
+
+import csv
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deepvit.data import ImageSet
+from deepvit.engine.checkpoint import write_text_synced
+from deepvit.engine.evaluate import Evaluation, mcnemar
+from deepvit.errors import UserError
+from deepvit.report.published import IMAGENET_VAL
+from deepvit.report.render import printed
+
+OPTIONAL = {"top5": "top-5 %", "present_top1": "top-1 % among its classes", "uncalibrated_top1": "uncalibrated top-1 %",
+            "real_top1": "ReaL top-1 %"}  # columns of the table where a result has them
+log = logging.getLogger(__name__)
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """The results as a markdown table, widths aligned."""
+    head = ["checkpoint", "weights", "data", "top-1 %", "95 % interval", "loss", "images", "images/s"]
+    more = {name: text for name, text in OPTIONAL.items() if any(name in result for result in results)}
+    rows = [[label(result["checkpoint"]), result["weights"], result["data"], f"{result['top1']:.2f}",
+             f"{result['top1_low']:.2f} to {result['top1_high']:.2f}", f"{result['loss']:.4f}",
+             f"{result['n']:,}", f"{result['eval_images_per_s']:.1f}",
+             *(f"{result[name]:.2f}" if name in result else "" for name in more)] for result in results]
+    return printed([*head, *more.values()], rows, markdown=True)
+
+
+def label(path: str | Path) -> str:
+    """A run's best checkpoint goes by the name of its folder."""
+    return str(path).removesuffix("/checkpoints/best.pt")
+
+
+def compare(seen: list[tuple[Path, str, list[str] | None, Evaluation]]) -> None:
+    """Each checkpoint against the first of those that saw the same pictures of the same classes."""
+    for path, pictures, classes, other in seen:
+        first_path, _, _, first = next(one for one in seen if one[1:3] == (pictures, classes))
+        if first is other:
+            continue
+        test = mcnemar(first.correct, other.correct)
+        log.info("%s against %s on the same %d pictures: only the first is right on %d, only the second on %d; exact "
+                 "McNemar p = %.3g.", label(first_path), label(path), first.n, test["only_first"],
+                 test["only_second"], test["p"])
+
+
+def write(folder: Path, images: ImageSet, evaluation: Evaluation, result: Mapping[str, Any], names: Sequence[str]
+          ) -> None:
+    """metrics.json, the prediction for every image, and the accuracy of every class.
+
+    names: of the classes, in the order of the logits.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text_synced(folder / "metrics.json", json.dumps(result, indent=1) + "\n")
+        images_of = zip(evaluation.indices, evaluation.targets, evaluation.predictions[:, 0], evaluation.confidences,
+                        strict=True)
+        _write_csv(folder / "predictions.csv", ["image", "target", "prediction", "confidence"],
+                   ([images.name(int(index)), names[target], names[guess] if guess >= 0 else "", f"{confidence:.6f}"]
+                    for index, target, guess, confidence in images_of))
+        _write_csv(folder / "classes.csv", ["class", "images", "top1", "taken_for", "times"],
+                   ([row["class"], row["n"], f"{row['top1']:.2f}", row["taken_for"], row["times"]]
+                    for row in by_class(evaluation, names)))
+    except OSError as error:
+        raise unwritable(folder, error) from error
+    log.info("Results, the prediction for every image and the accuracy of every class: %s", folder)
+
+
+def _write_csv(path: Path, head: list[str], rows: Iterable[list[Any]]) -> None:
+    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        csv.writer(file).writerows([head, *rows])
+
+
+def unwritable(folder: Path, error: OSError) -> UserError:
+    return UserError(f"The results cannot be written to {folder} ({error.strerror}): give out=FOLDER.")
+
+
+def by_class(evaluation: Evaluation, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Of each class that has images, the worst first: their number, its top-1 in percent, and which other class its
+    images are most often taken for, how many times."""
+    rows = []
+    for target in np.unique(evaluation.targets):
+        guesses = evaluation.predictions[evaluation.targets == target, 0]
+        others, times = np.unique(guesses[(guesses != target) & (guesses >= 0)], return_counts=True)
+        rows.append({"class": names[target], "n": len(guesses), "top1": 100 * float((guesses == target).mean()),
+                     "taken_for": names[others[times.argmax()]] if len(others) else "",
+                     "times": int(times.max(initial=0))})
+    return sorted(rows, key=lambda row: row["top1"])
+
+
+def say_worst(result: Mapping[str, Any]) -> None:
+    worst = [f"{row['class']} {row['top1']:.2f} % of {row['n']} (taken for {row['taken_for']} {row['times']} times)"
+             for row in result["worst_classes"] if row["times"]]
+    if worst:
+        log.info("%s on %s: worst classes: %s.", label(result["checkpoint"]), result["data"], "; ".join(worst))
+
+
+def say_published(result: Mapping[str, Any]) -> None:
+    known = result["published"]
+    if known is None:
+        return
+    whole = result["data"] == "imagenet" and result["n"] == IMAGENET_VAL
+    log.info("%s: %.2f %% is ours, measured here on %d images; %.2f %% is the authors' figure for %s (%s)%s.",
+             label(result["checkpoint"]), result["top1"], result["n"], known["top1"], known["model"], known["source"],
+             "" if whole else f", on all {IMAGENET_VAL:,} images: the two are not comparable")
