@@ -36,10 +36,10 @@ class Schedule:
             return self.warmup_lr + (self.lr - self.warmup_lr) * step / self.warmup_steps
         offset = self.warmup_steps if self.decay_from == "warmup" else 0
         progress = min(1.0, (step - offset) / max(1, self.steps - offset))
-        return self.min_lr + (self.lr - self.min_lr) * _REMAINING[self.kind](progress)
+        return self.min_lr + (self.lr - self.min_lr) * DECAYS[self.kind](progress)
 
 
-_REMAINING = {  # progress 0..1 -> share of the way from min_lr to lr that is left
+DECAYS = {  # progress 0..1 -> share of the way from min_lr to lr that is left
     "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
     "linear": lambda progress: 1 - progress,
     "constant": lambda progress: 1.0,

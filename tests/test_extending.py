@@ -1,0 +1,59 @@
+"""The examples of docs/extending.md do what the page says of them."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import deepvit
+from deepvit import analysis
+from deepvit.analysis import registry
+from deepvit.engine import loggers, schedule
+from deepvit.models import ATTENTIONS
+
+PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
+SMALL = {"img_size": 16, "patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 4}
+
+
+@pytest.fixture(autouse=True)
+def ran():
+    """All blocks, each as a file of its own; afterwards the registries are as before."""
+    before = [(table, dict(table)) for table in (registry.MEASURES, loggers.LOGGERS, schedule.DECAYS, ATTENTIONS)]
+    for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL):
+        exec(block, {"__name__": "extended"})
+    yield
+    for table, entries in before:
+        table.clear()
+        table.update(entries)
+
+
+def test_an_attention_of_settings_and_one_of_a_class():
+    settings = yaml.safe_load(re.search(r"```yaml\n(.*?)```", PAGE, re.DOTALL)[1])
+    x = torch.randn(2, 3, 16, 16)
+    for attention in ({key: value for key, value in settings.items() if key != "name"}, {"class": "ReluAttention"}):
+        model = deepvit.create_model("vit", **SMALL, attention=attention).eval()
+        module, tokens = model.blocks[1].attn, torch.randn(2, 5, 24)
+        with torch.no_grad():
+            v = module.split(tokens)[2]
+            torch.testing.assert_close(module.merge(module.weights(tokens) @ v), module(tokens))
+        assert [len(maps) for maps in analysis.attention_maps(model, x)] == [2, 2]
+
+
+def test_a_measure_is_probed():
+    found = analysis.probe(deepvit.create_model("vit", **SMALL), torch.randn(2, 3, 16, 16))
+    assert len(found["first_token"]) == 2 and all(0 < value < 1 for value in found["first_token"])
+
+
+def test_a_viewer_is_told(run, tmp_path):
+    code, *_ = run("train", "model=vit", "model.depth=1", "data.batch_size=256", "schedule.epochs=1",
+                   "schedule.warmup_epochs=0", "engine.log_every=2", "probe.images=0", "logger=lines",
+                   f"hydra.run.dir={tmp_path}/run")
+    lines = (tmp_path / "run" / "scalars.tsv").read_text().splitlines()
+    assert code == 0 and any(line.startswith("train\tloss\t2\t") for line in lines)
+
+
+def test_a_schedule_falls_as_it_says():
+    rate = schedule.Schedule(lr=1.0, steps=100, kind="sqrt")
+    assert rate(25) == pytest.approx(0.5) and rate(100) == pytest.approx(0.0)
