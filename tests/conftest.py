@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
-    """What a test printed may be a name that is no UTF-8, which pytest-xdist cannot send to the process that reports."""
+    """What a test printed may be a name that is no UTF-8, which pytest-xdist cannot send on to who reports."""
     report = yield
     report.sections = [(title, _printable(text)) for title, text in report.sections]
     if report.failed and _printable(report.longreprtext) != report.longreprtext:

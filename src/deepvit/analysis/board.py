@@ -4,12 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from deepvit.analysis.draw_depth import DRAWN, KINDS, scale, whole_blocks
-from deepvit.analysis.draw_maps import SIGNED
+from deepvit.analysis.draw_depth import DRAWN, KINDS, draw_matrix, scale
 
 
 def without_matrices(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -32,12 +30,10 @@ def _similarity(found: Mapping[str, Any]) -> Figure:
     axes = figure.subplots(1, len(KINDS))
     figure.subplots_adjust(left=0.05, right=0.9, bottom=0.16, top=0.9, wspace=0.22)
     for ax, (kind, title) in zip(axes, KINDS.items(), strict=True):
-        L = len(found[kind]["matrix"])
-        image = ax.imshow(found[kind]["matrix"], cmap=SIGNED, vmin=-1, vmax=1, extent=(0.5, L + 0.5, L + 0.5, 0.5))
-        _label(ax, title, "block")
+        image = draw_matrix(ax, found[kind]["matrix"], title)
+        ax.set_xlabel("block", fontsize=8)
     axes[0].set_ylabel("block", fontsize=8)
-    bar = figure.add_axes((0.92, 0.16, 0.01, 0.74))
-    figure.colorbar(image, cax=bar)
+    bar = figure.colorbar(image, cax=figure.add_axes((0.92, 0.16, 0.01, 0.74))).ax
     bar.set_ylabel("M (cosine)", fontsize=8)
     bar.tick_params(labelsize=7)
     return figure
@@ -52,16 +48,10 @@ def _by_block(values: Mapping[str, Any]) -> Figure:
     for ax, (measure, found) in zip(axes, shown, strict=False):
         ax.plot(range(1, len(found) + 1), [np.nan if value is None else value for value in found], marker=".")
         scale(ax, measure.unit, measure.span)
-        _label(ax, f"{measure.title}\n({measure.unit})", "block")
+        ax.set_title(f"{measure.title}\n({measure.unit})", fontsize=8)
+        ax.set_xlabel("block", fontsize=8)
+        ax.tick_params(labelsize=7)
     return figure
-
-
-def _label(ax: Axes, title: str, x: str) -> None:
-    ax.set_title(title, fontsize=8)
-    ax.set_xlabel(x, fontsize=8)
-    ax.tick_params(labelsize=7)
-    if ax.images:
-        whole_blocks(ax.xaxis, ax.yaxis)
 
 
 def _pixels(figure: Figure) -> np.ndarray:

@@ -8,10 +8,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from deepvit.analysis.draw_maps import SIGNED, caption, side_by_side
+from deepvit.analysis.draw_maps import SIGNED, caption, rest_off, side_by_side
 from deepvit.analysis.probe import MEASURES
 from deepvit.analysis.study import Study
 
@@ -34,16 +35,23 @@ def similarity_matrices(studies: Sequence[Study]) -> Figure:
             if found is None:  # of recorded maps only the final ones are known
                 ax.set_axis_off()
                 continue
-            L = len(found["matrix"])
-            image = ax.imshow(found["matrix"], cmap=SIGNED, vmin=-1, vmax=1, extent=(0.5, L + 0.5, L + 0.5, 0.5))
-            ax.set_title(f"{title}\n{found['similar_blocks']} of {L - 1} adjacent pairs above 0.9", fontsize=8)
-            ax.tick_params(labelsize=7)
-            whole_blocks(ax.xaxis, ax.yaxis)
+            share = f"{found['similar_blocks']} of {len(found['matrix']) - 1} adjacent pairs above 0.9"
+            image = draw_matrix(ax, found["matrix"], f"{title}\n{share}")
         row[0].set_ylabel(f"{textwrap.fill(caption(one), 34)}\n\nblock", fontsize=8)
     for ax in axes[-1]:
         ax.set_xlabel("block", fontsize=8)
     figure.colorbar(image, ax=list(axes.ravel()), shrink=0.6, pad=0.01, label="M (cosine)")
     return figure
+
+
+def draw_matrix(ax: Axes, matrix: Sequence[Sequence[float]], title: str) -> AxesImage:
+    """A similarity of all pairs of blocks, `[L, L]`."""
+    L = len(matrix)
+    image = ax.imshow(matrix, cmap=SIGNED, vmin=-1, vmax=1, extent=(0.5, L + 0.5, L + 0.5, 0.5))
+    ax.set_title(title, fontsize=8)
+    ax.tick_params(labelsize=7)
+    whole_blocks(ax.xaxis, ax.yaxis)
+    return image
 
 
 def similarity_with_depth(studies: Sequence[Study]) -> Figure:
@@ -55,11 +63,11 @@ def similarity_with_depth(studies: Sequence[Study]) -> Figure:
             if kind not in one.facts["probe"]["similarity"]:
                 continue
             trained = one.facts["probe"]["similarity"][kind]["adjacent"]
-            ax.plot(_pairs(trained), trained, color=colour, marker=marker, label=title, linewidth=WIDTHS[kind],
-                    markersize=WIDTHS[kind] + 2.5, alpha=0.5 if kind == "final" else 1)
+            ax.plot(range(1, len(trained) + 1), trained, color=colour, marker=marker, label=title,
+                    linewidth=WIDTHS[kind], markersize=WIDTHS[kind] + 2.5, alpha=0.5 if kind == "final" else 1)
             if one.facts["initial"]:
                 before = one.facts["initial"]["similarity"][kind]["adjacent"]
-                ax.plot(_pairs(before), before, color=colour, linestyle=":", linewidth=1.2)
+                ax.plot(range(1, len(before) + 1), before, color=colour, linestyle=":", linewidth=1.2)
         ax.axhline(0.9, color="0.4", linewidth=0.8, linestyle="--")
         ax.text(0.99, 0.9, "0.9", transform=ax.get_yaxis_transform(), fontsize=7, color="0.4", va="bottom", ha="right")
         if one.facts["initial"]:
@@ -98,14 +106,12 @@ def measures_with_depth(studies: Sequence[Study]) -> Figure:
     names = [Line2D([], [], color=colour, marker=marker, label=caption(one))
              for one, colour, marker in zip(studies, COLOURS, MARKERS, strict=False)]
     figure.legend(handles=names, fontsize=8, ncols=len(names), loc="outside lower center", frameon=False)
-    for ax in axes[len(shown):]:
-        ax.set_axis_off()
+    rest_off(axes[len(shown):])
     return figure
 
 
 def scale(ax: Axes, unit: str, least: float) -> None:
-    """A y axis of `least` span or more, or noise would look like a trend, with whole numbers at its ticks; whole blocks
-    below."""
+    """A y axis of `least` span or more, or noise would look like a trend; below, whole blocks."""
     ax.set_xlim(left=0.5)
     whole_blocks(ax.xaxis)
     ratio = unit == "ratio" and any(np.nanmax(line.get_ydata(), initial=0) > 0 for line in ax.lines)
@@ -114,23 +120,16 @@ def scale(ax: Axes, unit: str, least: float) -> None:
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.yaxis.set_major_formatter("{x:g}")
         ax.yaxis.set_minor_formatter(NullFormatter())
-        low, high = np.log(ax.get_ylim())
-        least = np.log(least)
     else:
         ax.ticklabel_format(axis="y", useOffset=False)
-        low, high = ax.get_ylim()
-    middle, half = (low + high) / 2, max(high - low, least) / 2
-    ends = middle - half, middle + half
-    ax.set_ylim(*(np.exp(ends) if ratio else ends))
+    low, high, least = np.log([*ax.get_ylim(), least]) if ratio else [*ax.get_ylim(), least]
+    ends = (low + high) / 2 + np.array([-0.5, 0.5]) * max(high - low, least)
+    ax.set_ylim(np.exp(ends) if ratio else ends)
 
 
 def whole_blocks(*axes: Axis) -> None:
     for axis in axes:
         axis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-
-
-def _pairs(values: Sequence[float]) -> np.ndarray:
-    return np.arange(1, len(values) + 1)
 
 
 def _has(values: Sequence[float | None]) -> bool:
@@ -139,4 +138,4 @@ def _has(values: Sequence[float | None]) -> bool:
 
 def _curve(ax: Axes, values: Sequence[float | None], **style: Any) -> None:
     if _has(values):
-        ax.plot(_pairs(values), [np.nan if value is None else value for value in values], **style)
+        ax.plot(range(1, len(values) + 1), [np.nan if value is None else value for value in values], **style)

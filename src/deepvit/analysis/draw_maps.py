@@ -53,9 +53,8 @@ def mean_maps(studies: Sequence[Study]) -> Figure:
         maps = one.tensors["mean_maps"]
         signed = bool((maps < 0).any())
         for i, (ax, block) in enumerate(zip(axes, maps, strict=False)):
-            said = _heatmap(ax, block, signed)
-            ax.set_title(f"block {i + 1}\n{said}", fontsize=7)
-        _rest_off(axes[len(maps):])
+            ax.set_title(f"block {i + 1}\n{_heatmap(ax, block, signed)}", fontsize=7)
+        rest_off(axes[len(maps):])
         _relative_scale(part, list(axes), signed, shrink=0.5)
     return figure
 
@@ -77,8 +76,8 @@ def head_maps(one: Study) -> Figure:
                     f"first image: {_short(Path(one.facts['pictures'][0]).name, 40)}\n{SCALE}", fontsize=8)
     ax = figure.subplots()
     ax.imshow(sheet, interpolation="nearest")
-    ax.set_yticks([i * step + size / 2 for i in range(L)], labels=[f"block {i + 1}" for i in range(L)], fontsize=7)
-    ax.set_xticks([h * step + size / 2 for h in range(H)], labels=[f"head {h + 1}" for h in range(H)], fontsize=7)
+    ax.set_yticks(np.arange(L) * step + size / 2, labels=[f"block {i + 1}" for i in range(L)], fontsize=7)
+    ax.set_xticks(np.arange(H) * step + size / 2, labels=[f"head {h + 1}" for h in range(H)], fontsize=7)
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
     _relative_scale(figure, ax, signed, shrink=min(1, 4 / L))
@@ -96,10 +95,12 @@ def rolled_out(studies: Sequence[Study]) -> Figure:
     figure.suptitle("Attention rollout: what the class token holds of each patch (Abnar & Zuidema, 2020)", fontsize=11)
     panels = figure.subplots(rows, width * groups, squeeze=False).reshape(rows * groups, width)
     for i, (row, picture) in enumerate(zip(panels, pixels, strict=False)):
-        _picture(row[0], picture, Path(names[i]).name)
+        row[0].imshow(picture.permute(1, 2, 0).numpy())
+        row[0].set_title(_short(Path(names[i]).name, 26), fontsize=7)
+        row[0].set_axis_off()
         for ax, one in zip(row[1:], studies, strict=True):
             image = _overlay(ax, one, i)
-    _rest_off(panels[len(pixels):].ravel())
+    rest_off(panels[len(pixels):].ravel())
     figure.colorbar(image, ax=list(panels.ravel()), shrink=min(0.6, 2 / rows), pad=0.01,
                     ticks=[]).set_label("share of a patch, each panel's\nlowest to highest", fontsize=8)
     return figure
@@ -107,23 +108,22 @@ def rolled_out(studies: Sequence[Study]) -> Figure:
 
 def theta(studies: Sequence[Study]) -> Figure | None:
     """Theta, the mix of heads, of every block that has one; None if no model has."""
-    found = [(one, {name: value for name, value in one.tensors.items() if name.startswith("theta/")})
-             for one in studies]
-    found = [(one, thetas) for one, thetas in found if thetas]
-    if not found:
+    mixed = [one for one in studies if any(name.startswith("theta/") for name in one.tensors)]
+    if not mixed:
         return None
+    found = [{name: value for name, value in one.tensors.items() if name.startswith("theta/")} for one in mixed]
     columns = 4
-    rows = math.ceil(max(len(thetas) for _, thetas in found) / columns)
-    figure, parts = side_by_side([one for one, _ in found], 1.8 * columns + 0.6, 2.0 * rows + 1,
+    rows = math.ceil(max(map(len, found)) / columns)
+    figure, parts = side_by_side(mixed, 1.8 * columns + 0.6, 2.0 * rows + 1,
                                  "Theta, the mix of heads (rows: new head, columns: source head)")
-    for part, (_, thetas) in zip(parts, found, strict=True):
+    for part, thetas in zip(parts, found, strict=True):
         axes = part.subplots(rows, columns, squeeze=False).ravel()
         most = max(value.abs().max().item() for value in thetas.values())
         for ax, (name, value) in zip(axes, thetas.items(), strict=False):
             image = ax.imshow(value.numpy(), cmap=SIGNED, vmin=-most, vmax=most)
             _label_heads(ax, len(value))
             ax.set_title(f"block {int(name.partition('/')[2]) + 1}", fontsize=8)
-        _rest_off(axes[len(thetas):])
+        rest_off(axes[len(thetas):])
         part.colorbar(image, ax=list(axes), shrink=0.5, pad=0.02, label="weight of the source head")
     return figure
 
@@ -138,8 +138,8 @@ def coloured(values: Tensor, signed: bool) -> np.ndarray:
     lowest to its highest weight, where it would be a single colour."""
     if is_flat(values):
         return colormaps["gray"](Normalize()(values.numpy()))
-    return colormaps[SIGNED if signed else POSITIVE](Normalize(-_most(values) if signed else 0, _most(values))(
-        values.numpy()))
+    scale = Normalize(-_most(values) if signed else 0, _most(values))
+    return colormaps[SIGNED if signed else POSITIVE](scale(values.numpy()))
 
 
 def is_flat(values: Tensor) -> bool:
@@ -153,16 +153,15 @@ def _ratio(values: Tensor) -> float:
 
 
 def in_words(values: Tensor) -> str:
-    return f"flat, max/min = {max(_ratio(values), 1 / _ratio(values)):.2f}" if is_flat(values) else (
-        f"max {_most(values):.2g}")
+    ratio = _ratio(values)
+    return f"flat, max/min = {max(ratio, 1 / ratio):.2f}" if is_flat(values) else f"max {_most(values):.2g}"
 
 
 def _heatmap(ax: Axes, values: Tensor, signed: bool) -> str:
     """Draws a map and says its scale; large maps are averaged down first."""
     if values.shape[-1] > 300:
         values = F.adaptive_avg_pool2d(values[None], 300)[0]
-    ax.set_xticks([])
-    ax.set_yticks([])
+    ax.set(xticks=[], yticks=[])
     ax.imshow(coloured(values, signed), interpolation="nearest")
     return in_words(values)
 
@@ -175,27 +174,20 @@ def _relative_scale(figure: Figure | SubFigure, axes: Axes | list[Axes], signed:
     bar.set_label("weight", fontsize=8)
 
 
-def _rest_off(axes: Sequence[Axes]) -> None:
+def rest_off(axes: Sequence[Axes]) -> None:
     for ax in axes:
         ax.set_axis_off()
 
 
-def _picture(ax: Axes, pixels: Tensor, name: str) -> None:
-    ax.imshow(pixels.permute(1, 2, 0).numpy())
-    ax.set_title(_short(name, 26), fontsize=7)
-    ax.set_axis_off()
-
-
 def _overlay(ax: Axes, one: Study, i: int) -> AxesImage:
     """The picture in grey under the rollout, the class names below."""
-    pixels, mask = one.tensors["pixels"][i].float(), one.tensors["rollout"][i]
-    lowest, highest = mask.min().item(), mask.max().item()
-    mask = F.interpolate(mask[None, None], size=pixels.shape[-2:], mode="bilinear", align_corners=False)[0, 0]
+    pixels, held = one.tensors["pixels"][i].float(), one.tensors["rollout"][i]
+    mask = F.interpolate(held[None, None], size=pixels.shape[-2:], mode="bilinear", align_corners=False)[0, 0]
     ax.imshow(pixels.mean(0).numpy(), cmap="gray", vmin=0, vmax=255)
-    image = ax.imshow(mask.numpy(), cmap=POSITIVE, vmin=lowest, vmax=highest, alpha=0.25 if is_flat(mask) else 0.6)
-    ax.set_xticks([])
-    ax.set_yticks([])
-    ax.set_title(f"{_short(one.facts['name'], 26)}\n{in_words(one.tensors['rollout'][i])}", fontsize=7)
+    image = ax.imshow(mask.numpy(), cmap=POSITIVE, vmin=held.min().item(), vmax=held.max().item(),
+                      alpha=0.25 if is_flat(mask) else 0.6)
+    ax.set(xticks=[], yticks=[])
+    ax.set_title(f"{_short(one.facts['name'], 26)}\n{in_words(held)}", fontsize=7)
     names = [f"{chance:6.1%} {_short(name, 24)}" for name, chance in one.facts["top"][i]] if one.facts["top"] else []
     ax.set_xlabel("\n".join(names), fontsize=6, family="monospace", loc="left")
     return image
@@ -206,7 +198,6 @@ def _short(name: str, most: int) -> str:
 
 
 def _label_heads(ax: Axes, heads: int) -> None:
-    step = max(1, heads // 4)
-    places = range(0, heads, step)
+    places = range(0, heads, max(1, heads // 4))
     for set_ticks in (ax.set_xticks, ax.set_yticks):
         set_ticks(list(places), labels=[str(h + 1) for h in places], fontsize=6)

@@ -26,24 +26,24 @@ FLOATS = ("f2", "f4", "f8")
 
 
 def read_pickled_maps(path: Path) -> list[Tensor]:
-    """The maps of each block, float32 `[B, H, N, N]`; no class or function that the file names is ever called.
-
-    Raises:
-        UserError: the file cannot be read, or holds anything but finite maps of one shape.
-    """
+    """The maps of each block, float32 `[B, H, N, N]`; no class or function that the file names is ever called. Raises
+    UserError if the file cannot be read, or holds anything but finite maps of one shape."""
+    objects = []
     try:
         with path.open("rb") as file:
-            objects = _objects(file)
+            while file.peek(1):
+                objects.append(_Unpickler(file).load())
     except OSError as error:
         raise UserError(f"The maps {path} cannot be read ({error.strerror}): give a file's path.") from None
     except Exception as error:  # a torn or forged pickle may raise anything
         reason = str(error).strip().splitlines()[0][:100].rstrip(" .:") if str(error).strip() else type(error).__name__
         raise UserError(f"{path} is torn, or no pickle of arrays and tensors alone ({reason}): save the maps "
                         f"[B, H, N, N] of each block, one pickle.dump after the other.") from None
-    maps = [_tensor(one) for one in _blocks(objects)]
-    shapes = [None if one is None else tuple(one.shape) for one in maps]
-    if not maps or len({*shapes}) > 1 or shapes[0] is None or len(shapes[0]) != 4 or not _square(shapes[0]):
-        found = next((shape for shape in shapes if shape != shapes[0]), shapes[0] if shapes else None)
+    maps = [*map(_tensor, _blocks(objects))]
+    shapes = [*map(_shape, maps)]
+    shape = shapes[0] if shapes else None
+    if shape is None or {*shapes} != {shape} or len(shape) != 4 or shape[2] != shape[3] or min(shape) == 0:
+        found = next((other for other in shapes if other != shape), shape)
         raise UserError(f"{path} holds no attention maps [B, H, N, N] of one shape for each block (one is "
                         f"{found or 'something else'}): save item 3 of each block as the published code reads it.")
     if not all(torch.isfinite(one).all() for one in maps):
@@ -69,20 +69,13 @@ def study_of_maps(maps: Sequence[Tensor], name: str) -> Study:
                            "probe": probe, "initial": None})
 
 
-def _objects(file: io.BufferedReader) -> list[Any]:
-    found = []
-    while file.peek(1):
-        found.append(_Unpickler(file).load())
-    return found
-
-
 def _blocks(objects: list[Any]) -> list[Any]:
     """What stands for the maps of each block."""
     if len(objects) == 1 and isinstance(objects[0], list | tuple):
-        shapes = [None if one is None else tuple(one.shape) for one in map(_tensor, objects[0])]
-        if shapes and len({*shapes}) == 1 and shapes[0] is not None:  # q and v are not as wide as the maps
+        shapes = {_shape(_tensor(one)) for one in objects[0]}
+        if len(shapes) == 1 and shapes != {None}:  # q and v are not as wide as the maps
             return list(objects[0])
-    return [_item(one) for one in objects]
+    return [*map(_item, objects)]
 
 
 def _item(block: Any) -> Any:
@@ -91,8 +84,8 @@ def _item(block: Any) -> Any:
     return block[MAPS] if isinstance(block, list | tuple) and len(block) > MAPS else block
 
 
-def _square(shape: tuple[int, ...]) -> bool:
-    return shape[2] == shape[3] and min(shape) > 0
+def _shape(maps: Tensor | None) -> tuple[int, ...] | None:
+    return None if maps is None else tuple(maps.shape)
 
 
 def _tensor(value: Any) -> Tensor | None:

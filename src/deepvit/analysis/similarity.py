@@ -25,11 +25,8 @@ KINDS = ("softmax", "final", "softmax_centred", "final_centred")  # of maps; cen
 
 
 def centred(maps: Tensor) -> Tensor:
-    """The maps minus the mean of each row, `[B, H, N, N]`.
-
-    For softmax maps that is A - 1/N, what a head attends to beyond looking at everything alike; for mixed or normed
-    maps the mean of a row is what the same part has become.
-    """
+    """The maps minus the mean of each row, `[B, H, N, N]`: for softmax maps A - 1/N, what a head attends to beyond
+    looking at everything alike; for mixed or normed maps the mean is what that part has become."""
     return maps - maps.mean(-1, keepdim=True)
 
 
@@ -54,21 +51,19 @@ def column_similarity(p: Tensor, q: Tensor) -> Tensor:
 
 
 def adjacent_similarity(maps: Sequence[Tensor], per_head: bool = False) -> Tensor:
-    """Mean M between each block and the next, over pictures, heads and tokens: `[L - 1]`, or `[L - 1, H]` per head.
-
-    Holds the maps of two blocks at a time.
-    """
+    """Mean M between each block and the next, over images, heads and tokens: `[L - 1]`, or `[L - 1, H]` per head. Holds
+    the maps of two blocks at a time."""
     rows, last = [], None
     for block in maps:
         unit = unit_columns(block)
         rows += [mean_product(last, unit)] if last is not None else []
         last = unit
-    sims = torch.stack(rows) if rows else torch.empty(0, last.shape[1], device=last.device)
+    sims = torch.stack(rows) if rows else torch.empty(0, last.shape[1], device=last.device)  # [L - 1, H]
     return sims if per_head else sims.mean(-1)
 
 
 def cross_layer_similarity(maps: Sequence[Tensor], per_head: bool = False) -> Tensor:
-    """Mean M between all pairs of blocks, over pictures, heads and tokens.
+    """Mean M between all pairs of blocks, over images, heads and tokens.
 
     Args:
         maps: `[B, H, N, N]` per block, from `attention_maps` or `record(model, x).maps(stage)`; of the latter at most
@@ -129,7 +124,7 @@ def held(maps: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 def images_for_pairs(model: nn.Module, x: Tensor) -> int:
-    """How many pictures keep the maps of all blocks within 256 MiB."""
+    """How many images keep the maps of all blocks within 256 MiB."""
     if not len(x):
         return 1
     maps = record(model, x[:1]).maps()
@@ -141,7 +136,7 @@ def images_for_pairs(model: nn.Module, x: Tensor) -> int:
 @measure("similarity/softmax_centred", "previous/softmax_centred", "unit/softmax_centred")
 @measure("similarity/final_centred", "previous/final_centred", "unit/final_centred")
 def mean_product(p: Tensor, q: Tensor) -> Tensor:
-    """Mean over pictures and columns of the products of unit columns: `[B, H, N, N]` twice -> `[H]`."""
+    """Mean over images and columns of the products of unit columns: `[B, H, N, N]` twice -> `[H]`."""
     _check_alike(p, q)
     return (p * q).sum((-2, -1)).mean(0) / p.shape[-1]
 
@@ -167,10 +162,8 @@ class Transformed(Sequence[Tensor]):
 
 def similarity_matrix(model: nn.Module, x: Tensor, stage: Stage = "final", *, minus_uniform: bool = False,
                       per_head: bool = False, batch_size: int | None = None) -> Tensor:
-    """`cross_layer_similarity` of a model on pictures `[B, C, height, width]` without ever holding all maps.
-
-    `minus_uniform`: of the `centred` maps. Returns `[L, L]`, or `[H, L, L]` per head.
-    """
+    """`cross_layer_similarity` of a model on images `[B, C, height, width]` without ever holding all maps: `[L, L]`, or
+    `[H, L, L]` per head. `minus_uniform`: of the `centred` maps."""
     total = 0
     for recording in recordings(model, x, batch_size or images_for_pairs(model, x)):
         maps = recording.maps(stage)
@@ -185,7 +178,7 @@ def similar_blocks(maps_or_similarity: Tensor | Sequence[Tensor], threshold: flo
 
     Args:
         maps_or_similarity: a similarity matrix `[L, L]`, adjacent similarities `[L - 1]`, or maps of every block.
-        threshold: a pair counts when its mean M over pictures, heads and tokens exceeds this.
+        threshold: a pair counts when its mean M over images, heads and tokens exceeds this.
         rule: "adjacent": pairs of a block and the next; "earlier": blocks similar to any block before them.
     """
     sims = maps_or_similarity
@@ -199,10 +192,8 @@ def similar_blocks(maps_or_similarity: Tensor | Sequence[Tensor], threshold: flo
 
 
 def head_similarity(maps: Tensor) -> float | None:
-    """Mean column cosine between different heads of one block, from -1/(H-1) to 1; None with a single head.
-
-    The same measure as M, between heads h != g instead of blocks; the paper finds it below 0.3 (section 3.2).
-    """
+    """Mean column cosine between different heads of one block, from -1/(H-1) to 1; None with a single head: M between
+    heads instead of blocks, which the paper finds below 0.3 (section 3.2)."""
     return mean_head_product(unit_columns(maps))
 
 

@@ -1,4 +1,4 @@
-"""What the figures show, computed once: a model's maps and measures on some pictures, in one safetensors file."""
+"""What the figures show, computed once: a model's maps and measures on some images, in one safetensors file."""
 
 import json
 from collections.abc import Sequence
@@ -22,17 +22,17 @@ from deepvit.errors import Failure, UserError
 from deepvit.models import ViT
 
 FORMAT = "deepvit attention study 1"
-SHOWN = 8  # pictures in the figures; the measures are over all
-STATISTICS = 32  # pictures that set an untrained norm's statistics
+SHOWN = 8  # images in the figures; the measures are over all
+STATISTICS = 32  # images that set an untrained norm's statistics
 
 
 @dataclass
 class Study:
-    """One model on some pictures. `tensors`:
+    """One model on some images. `tensors`:
 
-    `mean_maps` `[L, N, N]` final maps, mean over pictures and heads; `head_maps` `[L, H, N, N]` of the first picture,
+    `mean_maps` `[L, N, N]` final maps, mean over images and heads; `head_maps` `[L, H, N, N]` of the first image,
     float16; `rollout` `[b, rows, columns]` from 0 to 1 and `pixels` uint8 `[b, 3, height, width]` of the first 8
-    pictures; `theta/<block>` `[H, H]` where there is one. `facts`: `name`, `attention`, `pictures` (names), `top` (the
+    images; `theta/<block>` `[H, H]` where there is one. `facts`: `name`, `attention`, `pictures` (names), `top` (the
     most probable classes), `probe`, and `initial`, the probe of the model before training, or None.
     """
 
@@ -42,33 +42,21 @@ class Study:
 
 @torch.no_grad()
 def study(model: ViT, pictures: Pictures, name: str, initial: bool = True) -> Study:
-    """Computes everything the figures need, block by block and a few pictures at a time.
-
-    Args:
-        model: from `deepvit.load_model`.
-        name: what the figures call it.
-        initial: probe a fresh model of the same settings too, its norms' statistics set to these pictures.
-    Raises:
-        UserError: the model has no attention.
-    """
-    device = next(model.parameters()).device
-    x = pictures.x.to(device)
+    """Computes everything the figures need of a model from `deepvit.load_model`, a few images at a time; for `initial`
+    also probes a fresh model, its norms' statistics set to these images. Raises UserError for one without attention."""
+    x = pictures.x.to(next(model.parameters()).device)
     tensors, tops = _over_pictures(model, x)
     tensors["pixels"] = pictures.pixels[:SHOWN].contiguous()
     tensors |= {f"theta/{i:02d}": theta for i, theta in enumerate(thetas(model)) if theta is not None}
-    kinds = list(dict.fromkeys(type(module).__name__ for module in attention_modules(model)))
-    before = probe(_untrained(model, x), x, matrix=True) if initial else None
-    return Study(tensors, {
-        "name": printable(name), "attention": (getattr(model, "config", {}).get("attention") or {}).get(
-            "name", " + ".join(kinds)),
-        "pictures": [*map(printable, pictures.names)], "top": tops, "probe": probe(model, x, matrix=True),
-        "initial": before})
-
-
-def _untrained(model: ViT, x: Tensor) -> ViT:
-    """The very model that its run started from, where the checkpoint tells the seed; else one like it."""
-    seed = (model.load_report.said.get("run") or {}).get("seed", 0)
-    return at_initialisation(model, seed=seed, pictures=x[:STATISTICS])
+    kinds = dict.fromkeys(type(module).__name__ for module in attention_modules(model))
+    attention = (getattr(model, "config", {}).get("attention") or {}).get("name", " + ".join(kinds))
+    before = None
+    if initial:  # the very model that its run started from, where the checkpoint tells the seed; else one like it
+        seed = (model.load_report.said.get("run") or {}).get("seed", 0)
+        before = probe(at_initialisation(model, seed=seed, pictures=x[:STATISTICS]), x, matrix=True)
+    return Study(tensors, {"name": printable(name), "attention": attention,
+                           "pictures": [*map(printable, pictures.names)], "top": tops,
+                           "probe": probe(model, x, matrix=True), "initial": before})
 
 
 def _over_pictures(model: ViT, x: Tensor) -> tuple[dict[str, Tensor], list]:

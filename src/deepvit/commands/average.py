@@ -5,7 +5,7 @@ Running statistics are averaged like weights, counters are the newest's.
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,9 @@ from deepvit.importers.save import described, write
 def average(paths: Sequence[Path], weights: str = "auto") -> dict[str, Any]:
     """The content of a checkpoint of ours: the newest one's model with averaged weights, and where they came from.
 
-    Args:
-        paths: two or more files (or run folders, for their best) of the same model, the newest last.
-        weights: `ema`, `raw`, or `auto`: the moving average if the newest has one.
-    Raises:
-        UserError: another model among them, or one that `load_model` cannot read.
+    `paths`: two or more files (or run folders, for their best) of one model, the newest last; `weights`: `ema`, `raw`,
+    or `auto`: the moving average if the newest has one. Raises UserError for another model among them, or one that
+    `load_model` cannot read.
     """
     ema = takes_average(paths[-1], weights)
     model = load_model(paths[-1], ema=ema)
@@ -53,8 +51,8 @@ def _mean(tensors: Sequence[Tensor]) -> Tensor:
 def last_of(run: Path, count: int) -> list[Path]:
     """The last `count` checkpoints of a run, the newest last."""
     folder = RunFolder(run)
-    by_step: Mapping[int, Path] = {open_weights(path).said.get("step", -1): path for path in (
-        *folder.checkpoints.glob("step-*.pt"), folder.previous, folder.last) if path.exists()}
+    files = (*folder.checkpoints.glob("step-*.pt"), folder.previous, folder.last)
+    by_step: dict[int, Path] = {open_weights(path).said.get("step", -1): path for path in files if path.exists()}
     if len(by_step) < count:
         raise UserError(f"{run} has {len(by_step)} checkpoints and {count} are to be averaged: train with "
                         f"engine.keep_epochs=1, which keeps each epoch's weights, or give --last {len(by_step)}.")

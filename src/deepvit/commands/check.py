@@ -61,7 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=usable_cores(), help="processes (default: %(default)s)")
     given = parser.parse_args(arguments)
     check_range("--workers", given.workers, 0, 1024)
-    _refuse_strange(given.list)
+    if given.list.exists() and not given.list.read_text(errors="replace").startswith(TITLE):
+        raise UserError(f"{given.list} is there and no list of images: give another file with --list.")
     set_up_logging()
     with sentences():
         config = compose([quoted(word) for word in ("data=folder", f"data.root={given.data}", *given.settings)])
@@ -74,8 +75,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     write_list(given.list, [(bad.name, bad.reason) for bad in found], given.data)
     say(f"The others are listed in {given.list}: data.exclude={given.list} leaves them out.")
     return BAD_INPUT
-
-
-def _refuse_strange(file: Path) -> None:
-    if file.exists() and not file.read_text(errors="replace").startswith(TITLE):
-        raise UserError(f"{file} is there and no list of images: give another file with --list.")

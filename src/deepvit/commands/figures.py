@@ -4,6 +4,7 @@ import argparse
 import sys
 import textwrap
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,9 @@ SIGNED = {"Creator": "deepvit"}  # in every image, which tells our own from a us
 
 def compute(checkpoints: Sequence[Path], paths: Sequence[Path], *, weights: str = "auto",
             initial: bool = True, **keywords: Any) -> tuple[list[Study], list[str]]:
-    """Studies of checkpoints on the same pictures, and a sentence for each picture that could not be used.
-
-    Args:
-        **keywords: as `open_model`, for what a file does not tell.
-    Raises:
-        UserError: an unreadable checkpoint, one without attention, no usable picture.
-    """
+    """Studies of checkpoints on the same images, and a sentence for each image that could not be used. `keywords`: as
+    `open_model`, for what a file does not tell. Raises UserError for an unreadable checkpoint, one without attention,
+    or no usable image."""
     models = [open_model(path, weights, **keywords) for path in checkpoints]
     studies, refused = [], []
     for model, name in zip(models, _names(models, checkpoints), strict=True):
@@ -43,16 +40,13 @@ def compute(checkpoints: Sequence[Path], paths: Sequence[Path], *, weights: str 
 
 
 def draw(studies: Sequence[Study], folder: Path, suffix: str = "png") -> list[Path]:
-    """Writes every figure of the studies, side by side where there are two, and returns the files.
-
-    Raises:
-        UserError: the folder cannot be written.
-    """
+    """Writes every figure of the studies, side by side where there are two, and returns the files. Raises UserError if
+    the folder cannot be written."""
     with rc_context({"text.parse_math": False}):  # a $ in a name is a $
         figures: dict[str, Figure | None] = {
             "maps_mean": draw_maps.mean_maps(studies),
-            **{f"maps_heads_{i + 1}" if len(studies) > 1 else "maps_heads": draw_maps.head_maps(one)
-               for i, one in enumerate(studies)},
+            **{f"maps_heads_{i}" if len(studies) > 1 else "maps_heads": draw_maps.head_maps(one)
+               for i, one in enumerate(studies, 1)},
             "rollout": draw_maps.rolled_out(studies) if all("rollout" in one.tensors for one in studies) else None,
             "similarity_matrix": draw_depth.similarity_matrices(studies),
             "similarity_depth": draw_depth.similarity_with_depth(studies),
@@ -118,12 +112,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _drawn_before(path: Path) -> list[Study]:
     """What --save-maps wrote, or the published code's pickle, told by its first bytes."""
-    try:
-        with path.open("rb") as file:
-            start = file.read(9)
-        is_pickle = start[:1] == b"\x80" and not is_safetensors(start)
-    except OSError:
-        is_pickle = False  # `load_studies` says why
+    start = b""
+    with suppress(OSError), path.open("rb") as file:  # `load_studies` says why it cannot be read
+        start = file.read(9)
+    is_pickle = start[:1] == b"\x80" and not is_safetensors(start)
     return [study_of_maps(read_pickled_maps(path), path.name)] if is_pickle else load_studies(path)
 
 
@@ -134,9 +126,9 @@ def _run(given: argparse.Namespace) -> int:
     if given.maps:
         studies = _drawn_before(given.maps)
     else:
-        both = [given.checkpoint] + ([given.compare] if given.compare else [])
+        checkpoints = [path for path in (given.checkpoint, given.compare) if path]
         images, keywords = paths_and_keywords(given.images)
-        studies, refused = compute(both, images, weights=given.weights, initial=given.initial, **keywords)
+        studies, refused = compute(checkpoints, images, weights=given.weights, initial=given.initial, **keywords)
     if given.save_maps:
         save_studies(given.save_maps, studies)
     for path in draw(studies, given.out or _default_out(given), given.format):

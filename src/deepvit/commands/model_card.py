@@ -22,14 +22,10 @@ LINES = 12  # of a curve in the card; the whole one is in the run's metrics.json
 RECIPE = ("data", "augment", "optimizer", "schedule", "precision", "ema", "init", "head", "seed")
 
 
-def write_card(path: Path, model: ViT, exported: Path, form: str, parity: str, snippet: str,
-               run: Path | None) -> None:
-    """Writes the card, with front matter as the Hugging Face hub reads it and no absolute path of this machine.
-
-    Args:
-        parity: how the exported file was compared with the model; snippet: Python that loads it.
-        run: the run folder with `config.yaml`, `metrics.jsonl`, `metrics.json`; None: a weights file alone.
-    """
+def write_card(path: Path, model: ViT, exported: Path, form: str, parity: str, snippet: str, run: Path | None) -> None:
+    """With front matter as the Hugging Face hub reads it, and no absolute path of this machine. `parity`: how the
+    exported file was compared with the model; `snippet`: Python that loads it; `run`: the run's folder, None for a
+    weights file alone."""
     report = model.load_report
     result = RunFolder(run).read_result() if run else {}
     measured = report.said.get("metrics")  # a best checkpoint's own evaluation
@@ -88,10 +84,10 @@ def _evaluation(result: Mapping[str, Any], whose: str) -> str:
 
 def _curve(run: Path | None) -> str:
     """Evaluations along the training, at most `LINES` of them, first and last included."""
-    path = run / "metrics.jsonl" if run else None
-    if path is None or not path.exists():
+    if not run or not (run / "metrics.jsonl").exists():
         return "Not known."
-    evaluations = [line for line in read_json_lines(path) if {"step", "epoch", "top1", "loss"} <= line.keys()]
+    evaluations = [line for line in read_json_lines(run / "metrics.jsonl")
+                   if {"step", "epoch", "top1", "loss"} <= line.keys()]
     if not evaluations:
         return "The run has not been evaluated."
     last = len(evaluations) - 1

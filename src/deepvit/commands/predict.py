@@ -16,15 +16,9 @@ from deepvit.importers.settings import paths_and_keywords
 
 def predict(checkpoint: str, images: Sequence[Path], top: int = 5, **keywords: Any
             ) -> tuple[dict[str, list[tuple[str, float]]], list[str]]:
-    """The `top` classes of each image.
-
-    Args:
-        **keywords: as `open_model`, for what the file does not tell.
-    Returns:
-        file -> [(name, probability), ...], best first; and a sentence for each image that could not be read.
-    Raises:
-        UserError: an unreadable checkpoint, or no image that can be used.
-    """
+    """The `top` classes of each image, file -> [(name, probability), ...], best first; and a sentence for each image
+    that could not be read. `keywords`: as `open_model`, for what the file does not tell. Raises UserError for an
+    unreadable checkpoint, or no image that can be used."""
     model = open_model(checkpoint, **keywords)
     pictures = read_pictures(model, images)
     with torch.no_grad():

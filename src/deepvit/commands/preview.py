@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 
 from deepvit.commands.cli import quoted, sentences
 from deepvit.commands.figures import SIGNED, refuse_strange
@@ -31,20 +32,17 @@ Settings are those of `deepvit train`, such as data=cifar10 augment.mixup=0.8.""
 def draw(batches: Sequence[Batch], prepare: Prepare, path: str | Path, class_names: Sequence[str], step: int = 0
          ) -> None:
     """Writes up to 32 training images of a step, after mixing and erasing, each with its (soft) classes."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
     tiles = []
     for batch in batches:
         x, y = prepare(batch, step, "cpu", True)
         values = (x * prepare.std.cpu() + prepare.mean.cpu()).div(255).clamp(0, 1)  # [b, 3, S, S] back in 0..1
         tiles += list(zip(values.permute(0, 2, 3, 1), y, strict=True))
-    tiles = tiles[:MOST]
-    rows = -(-len(tiles) // COLUMNS)
-    figure, axes = pyplot.subplots(rows, COLUMNS, figsize=(COLUMNS * 1.7, rows * 1.95), squeeze=False)
-    for axis in axes.flat:
-        axis.axis("off")
-    for axis, (pixels, target) in zip(axes.flat, tiles, strict=False):
+    rows = -(-len(tiles[:MOST]) // COLUMNS)
+    figure = Figure(figsize=(COLUMNS * 1.7, rows * 1.95))
+    axes = figure.subplots(rows, COLUMNS, squeeze=False).ravel()
+    for axis in axes:
+        axis.set_axis_off()
+    for axis, (pixels, target) in zip(axes, tiles[:MOST], strict=False):
         axis.imshow(pixels.numpy(), interpolation="nearest")
         axis.set_title(_caption(target, class_names), fontsize=7, parse_math=False)
     figure.tight_layout()
@@ -52,18 +50,15 @@ def draw(batches: Sequence[Batch], prepare: Prepare, path: str | Path, class_nam
         figure.savefig(path, dpi=110, metadata=SIGNED)
     except OSError as error:
         raise UserError(f"The image cannot be written to {path} ({error.strerror}).") from error
-    finally:
-        pyplot.close(figure)
 
 
 def _caption(target: torch.Tensor, names: Sequence[str], longest: int = 16) -> str:
+    short = [name.split(",")[0][:longest] for name in names]
     if target.ndim == 0:
-        return names[int(target)].split(",")[0][:longest]
-    top = target.topk(min(2, len(names)))
-    shown = [(share, names[at].split(",")[0][:longest]) for share, at in zip(top.values.tolist(), top.indices.tolist(),
-                                                                            strict=True)]
+        return short[int(target)]
     least = 1.5 * float(target.min())  # smoothing alone
-    return "\n".join(f"{name} {share:.2f}" for share, name in shown if share > least)
+    shares, classes = target.topk(min(2, len(names)))
+    return "\n".join(f"{short[at]} {share:.2f}" for share, at in zip(shares, classes) if share > least)
 
 
 def first_batch(settings: Settings) -> tuple[Sequence[Batch], Prepare, Splits]:
@@ -75,7 +70,6 @@ def first_batch(settings: Settings) -> tuple[Sequence[Batch], Prepare, Splits]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The program: the image to write, then a run folder or settings as for train.py."""
     if {"-h", "--help"} & {*arguments}:
         print(HELP)
         return DONE

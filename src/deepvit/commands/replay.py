@@ -23,13 +23,9 @@ log = logging.getLogger(__name__)
 
 
 def replay(run: Path, batch: int, weights: Path | None = None) -> list[Examination]:
-    """Forward and backward of global batch number `batch` of the run in folder `run`, as each of its ranks saw it.
-
-    Args:
-        weights: a checkpoint; by default the one of the run's giving up, else its last.
-    Raises:
-        UserError: no run there, no such batch, or no whole checkpoint of it.
-    """
+    """Forward and backward of global batch number `batch` of the run in folder `run`, as each of its ranks saw it, with
+    a checkpoint's `weights`, by default those of the run's giving up, else its last. Raises UserError if there is no
+    run, no such batch, or no whole checkpoint."""
     if batch < 0:
         raise UserError(f"--batch {batch} is no batch: give its number, 0 or more, from events.jsonl.")
     folder = RunFolder(run)
@@ -66,12 +62,11 @@ def _share(settings: Settings, content: dict[str, Any], number: int, rank: int) 
     state = build.state(settings, network, alone)
     state.load_state_dict(content)
     schedule, _ = build.schedule_and_plan(settings, len(splits.train))
-    micro_batch = content.get("micro_batch") or micro_batches.allowed(settings, network.norm_batches,
-                                                                                 content["world"])[0]
-    as_it_was = Ranks(rank, content["world"], alone.device)
+    world = content["world"]
+    size = content.get("micro_batch") or micro_batches.allowed(settings, network.norm_batches, world)[0]
     stepper = build.stepper(settings, network, schedule, len(splits.class_ids), alone,
                             masks=content.get("masks") == "image")
-    drawn = next(build.batch_maker(settings, splits.train, as_it_was)(number, 1, micro_batch))
+    drawn = next(build.batch_maker(settings, splits.train, Ranks(rank, world, alone.device))(number, 1, size))
     return stepper.examine(state, drawn, number, rank)
 
 

@@ -6,19 +6,33 @@ Imports neither torch nor the engine, so it starts at once and runs anywhere.
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from deepvit.errors import BAD_INPUT, DONE, UserError
 
-if TYPE_CHECKING:
-    from deepvit.report.runs import Run
-
 
 def main(arguments: list[str] | None = None) -> int:
+    from deepvit.report.runs import read_run, read_runs
+    from deepvit.report.write import write_report
     words = sys.argv[1:] if arguments is None else arguments
-    return _report(_parser().parse_args(words), shlex.join(["deepvit", "report", *words]))
+    options = _parser().parse_args(words)
+    paths = options.runs or list(options.compare or [])
+    if not paths:
+        raise UserError("Give run folders, or a folder above them, such as: deepvit report runs/")
+    runs, problems = read_runs(paths)
+    pair, missing = [], []
+    for folder in options.compare or ():
+        try:
+            pair.append(read_run(folder))
+        except UserError as error:
+            missing.append(str(error) if folder.exists() else f"{folder} does not exist, give a run folder.")
+    out = options.out or (paths[0] if paths[0].is_dir() else paths[0].parent) / "report"
+    for line in write_report(runs, problems, out, options.threshold, [] if missing else pair,
+                             shlex.join(["deepvit", "report", *words])):
+        print(line)
+    for sentence in dict.fromkeys(missing):
+        print(f"--compare is left out: {sentence}", file=sys.stderr)
+    return BAD_INPUT if missing else DONE
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -40,31 +54,3 @@ def _share(text: str) -> float:
     if not -1 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not a cosine: give a number from -1 to 1")
     return value
-
-
-def _report(options: argparse.Namespace, command: str) -> int:
-    from deepvit.report.runs import read_runs
-    from deepvit.report.write import write_report
-    paths = options.runs or list(options.compare or [])
-    if not paths:
-        raise UserError("Give run folders, or a folder above them, such as: deepvit report runs/")
-    runs, problems = read_runs(paths)
-    pair, missing = _pair(options.compare or ())
-    out = options.out or (paths[0] if paths[0].is_dir() else paths[0].parent) / "report"
-    for line in write_report(runs, problems, out, options.threshold, pair, command):
-        print(line)
-    for sentence in dict.fromkeys(missing):
-        print(f"--compare is left out: {sentence}", file=sys.stderr)
-    return BAD_INPUT if missing else DONE
-
-
-def _pair(folders: Sequence[Path]) -> "tuple[list[Run], list[str]]":
-    """The two runs to compare, or none and a sentence for each that cannot be read."""
-    from deepvit.report.runs import read_run
-    pair, missing = [], []
-    for folder in folders:
-        try:
-            pair.append(read_run(folder))
-        except UserError as error:
-            missing.append(str(error) if folder.exists() else f"{folder} does not exist, give a run folder.")
-    return ([], missing) if missing else (pair, [])

@@ -1,6 +1,7 @@
 """Two runs beside each other: which settings differ, what came out, both curves."""
 
 from collections.abc import Sequence
+from functools import partial
 
 from matplotlib.axes import Axes
 
@@ -18,14 +19,13 @@ def comparison(runs: Sequence[Run]) -> Table:
     first, second = (run.settings for run in runs)
     names = [name for name in dict.fromkeys([*first, *second]) if first.get(name) != second.get(name)]
     rows = [[name, _text(first.get(name)), _text(second.get(name))] for name in names]
-    rows += [["command", *(run.origin.get("command", "not recorded") for run in runs)]]
-    rows += [["state", *(run.state if run.finished else run.progress for run in runs)]]
+    rows += [["command", *(run.origin.get("command", "not recorded") for run in runs)],
+             ["state", *(run.state if run.finished else run.progress for run in runs)]]
     rows += [[name, *(_text(run.result.get(name)) for run in runs)] for name in RESULTS]
     rows += [[f"mean M, {stage}, trained", *(_text(mean_similarity(run, "final", stage)) for run in runs)]
              for stage in ("final", "softmax")]
     notes = [f"{letter}: {without_paths(str(run.path))}" for letter, run in zip("AB", runs)]
-    if not names:
-        notes.append("All settings are the same.")
+    notes += [] if names else ["All settings are the same."]
     rows = [[name, *map(without_paths, values)] for name, *values in rows if {*values} != {NONE}]
     return Table("Two runs compared", ["setting", *_labels(runs)], rows, notes)
 
@@ -37,20 +37,17 @@ def _labels(runs: Sequence[Run]) -> list[str]:
 
 
 def _text(value: object) -> str:
-    if value is None:
-        return NONE
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    return NONE if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def comparison_picture(runs: Sequence[Run]) -> Picture:
     first, second = _labels(runs)
     return Picture("compare", f"{first} (solid) and {second} (dashed).",
-                   [lambda axes, n=name: _curves(axes, runs, n) for name in CURVES])
+                   [partial(_curves, runs=runs, name=name) for name in CURVES])
 
 
 def _curves(axes: Axes, runs: Sequence[Run], name: str) -> None:
     for label, run, colour, style in zip(_labels(runs), runs, COLOURS, ("-", "--")):
         draw_curve(axes, run, name, color=colour, linestyle=style, label=label)
-    axes.set_xlabel("epoch")
-    axes.set_ylabel(CURVES[name])
+    axes.set(xlabel="epoch", ylabel=CURVES[name])
     legend(axes)

@@ -103,21 +103,18 @@ class Finding:
             return f"n = {len(self.points)}: no interval worth reading"
         claim, mean = self.contrast.claim, self.difference.mean
         is_sure = (self.p if self.adjusted is None else self.adjusted) < LEVEL
-        if claim == "equal" and is_sure:
-            return f"equal within {self.margin:g} points, as claimed"
-        if claim != "equal" and is_sure:
-            side = "greater" if mean > 0 else "less"
-            return side + {"different": "", side: ", as claimed"}.get(claim, ", against the claim")
+        same = f"equal within {self.margin:g} points"
         if claim == "equal":
-            return "different, against the claim" if self.p_different < LEVEL else "undecided"
-        return f"equal within {self.margin:g} points" if self.equivalence.p < LEVEL else "undecided"
+            against = "different, against the claim" if self.p_different < LEVEL else "undecided"
+            return f"{same}, as claimed" if is_sure else against
+        if not is_sure:
+            return same if self.equivalence.p < LEVEL else "undecided"
+        side = "greater" if mean > 0 else "less"
+        return side + {"different": "", side: ", as claimed"}.get(claim, ", against the claim")
 
 
 def read_plan(given: Mapping[str, Any]) -> Plan:
-    """
-    Raises:
-        UserError: an unknown key or word, or more than three primary contrasts.
-    """
+    """Raises UserError for an unknown key or word, or more than three primary contrasts."""
     check_arguments(Plan, given, WHERE)
     check_ranges(given, {"margin": (ABOVE_ZERO, math.inf)}, WHERE)
     contrasts = []
@@ -152,27 +149,23 @@ def find(plan: Plan, grid: Grid) -> list[Finding]:
 
 def _paired(contrast: Contrast, runs: Sequence[Run], outcome: str) -> tuple[dict[int, float], list[int]]:
     """The difference of each seed, the mean over what all arms have in common and the contrast leaves open; and the
-    seeds that lack a run.
-
-    Raises:
-        LookupError: an arm is no run's, or two runs' of one seed.
-    """
+    seeds that lack a run. Raises LookupError where an arm is no run's, or two runs' of one seed."""
     places, arms, seeds = _places(contrast, runs), [], set()
-    for _, arm in contrast.arms:
+    signs, settings = zip(*contrast.arms)
+    for arm in settings:
         values: dict[str, dict[int, float]] = defaultdict(dict)
         for run, place in zip(runs, places):
             if all(run.chosen(name) == value for name, value in arm.items()):
                 seed = run.config.get("seed", 0)
                 if seed in values[place]:
                     raise LookupError(f"several runs of one seed are {_said(arm)}: name what tells them apart")
-                plain = outcome.removeprefix("uncalibrated_")  # a model without batch statistics has this alone
-                values[place][seed] = run.result.get(outcome, run.result.get(plain, math.nan))
+                plain = run.result.get(outcome.removeprefix("uncalibrated_"), math.nan)
+                values[place][seed] = run.result.get(outcome, plain)  # without batch statistics there is no other
                 seeds.add(seed)
         arms.append(values)
     common = set.intersection(*map(set, arms))
     if not common:
-        raise LookupError(f"no run is {' or '.join(_said(arm) for _, arm in contrast.arms)}, all else alike")
-    signs = [sign for sign, _ in contrast.arms]
+        raise LookupError(f"no run is {' or '.join(map(_said, settings))}, all else alike")
     found = {seed: sum(sign * values[place].get(seed, math.nan) for place in common
                        for sign, values in zip(signs, arms)) / len(common) for seed in sorted(seeds)}
     return ({seed: value for seed, value in found.items() if math.isfinite(value)},

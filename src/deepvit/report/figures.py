@@ -1,11 +1,12 @@
 """The report's pictures of a grid, and one of them: accuracy and similarity against depth, or what varies instead."""
 
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 
 from deepvit.report.contrasts import plan_of
@@ -15,15 +16,8 @@ from deepvit.report.grid import Cell, Grid
 from deepvit.report.picture import Picture, legend, look, unit_range
 from deepvit.report.published import Published
 from deepvit.report.runs import Run
-from deepvit.report.tables import (
-    interval,
-    mean_similarity,
-    of_result,
-    over_seeds,
-    published_for,
-    similar_blocks,
-    similarity,
-)
+from deepvit.report.tables import (interval, mean_similarity, of_result, over_seeds, published_for, similar_blocks,
+                                   similarity)
 
 LEAST_POINTS = 4  # that the axis of accuracies spans
 
@@ -31,7 +25,7 @@ LEAST_POINTS = 4  # that the axis of accuracies spans
 def pictures(grid: Grid, threshold: float, prefix: str = "") -> list[Picture]:
     """What can be drawn of a grid; nothing of one without a finished or begun run."""
     drawn = [forest_picture(grid, prefix)] if plan_of(grid) else []
-    if sum(bool(cell.finished) for cell in grid.cells) > 1:
+    if len(grid.finished) > 1:
         drawn.append(depth_picture(grid, threshold, prefix))
     if any(run.lines for run in grid.runs):
         drawn.append(curves_picture(grid, prefix))
@@ -44,8 +38,8 @@ def depth_picture(grid: Grid, threshold: float, prefix: str) -> Picture:
     plot = _Plot(grid)
     panels = [plot.accuracy]
     if any(similarity(run, "final", "final") for run in grid.runs):
-        panels += [lambda axes: plot.similar_blocks(axes, threshold), lambda axes: plot.similarity(axes, "final"),
-                   lambda axes: plot.similarity(axes, "softmax")]
+        panels += [partial(plot.similar_blocks, threshold=threshold), partial(plot.similarity, kind="final"),
+                   partial(plot.similarity, kind="softmax")]
     return Picture(f"{prefix}depth", f"Accuracy and mean similarity M of adjacent blocks against {plot.axis}. "
                    f"Filled: trained; hollow, dotted: untrained. Bars: 95 %.", panels)
 
@@ -59,9 +53,7 @@ class _Plot:
     @cached_property
     def axis(self) -> str:
         """Depth where it varies, else the first setting that does, else the attention."""
-        if len(self.grid.depths) > 1:
-            return "depth"
-        return self.grid.extras[0] if self.grid.extras else "attention"
+        return "depth" if len(self.grid.depths) > 1 else next(iter(self.grid.extras), "attention")
 
     @cached_property
     def lines(self) -> dict[str, list[Cell]]:
@@ -105,10 +97,9 @@ class _Plot:
             cells = [cell for cell in cells if cell.finished]
             if not cells:
                 continue
-            means = [over_seeds(cell, of_result("top1")).mean for cell in cells]
-            bounds = [interval(cell) for cell in cells]
-            bars = [[0 if low is None else max(mean - low, 0) for mean, (low, _) in zip(means, bounds)],
-                    [0 if high is None else max(high - mean, 0) for mean, (_, high) in zip(means, bounds)]]
+            means = np.array([over_seeds(cell, of_result("top1")).mean for cell in cells])
+            low, high = np.array([interval(cell) for cell in cells], float).T  # nan where there is none
+            bars = np.nan_to_num(np.maximum([means - low, high - means], 0))
             shift = (index - (len(self.lines) - 1) / 2) * 0.012 * self.span  # so that bars do not hide each other
             axes.errorbar([self.ticks[self._value(cell)] + shift for cell in cells], means, yerr=bars, capsize=3,
                           label=label, **self.style, **look(label, list(self.lines)))
@@ -136,14 +127,12 @@ class _Plot:
         unit_range(axes)
 
     def _paper(self, axes: Axes, value: Callable[[Published], float | None]) -> None:
-        """The published numbers of the cells that have one."""
+        """The published numbers of the cells that have one, against depth."""
         entries = [found[0] for cell in self.grid.cells if (found := published_for(cell, self.grid))]
-        points: Mapping[tuple[str, int], float | None] = {
-            (entry.match["model.attention.name"], entry.match["model.depth"]): value(entry) for entry in entries}
         for attention in ("self", "reattention") if self.axis == "depth" else ():
-            found = sorted((depth, told) for (name, depth), told in points.items()
-                           if name == attention and told is not None)
-            if found:
+            told = {entry.match["model.depth"]: value(entry) for entry in entries
+                    if entry.match["model.attention.name"] == attention}
+            if found := sorted((depth, number) for depth, number in told.items() if number is not None):
                 axes.plot(*zip(*found), linestyle="--", alpha=0.8, label=f"{attention}, the paper",
                           markerfacecolor="none", **look(attention, [attention]))
 
@@ -151,8 +140,7 @@ class _Plot:
         axes.set(xlabel="depth (blocks)" if self.axis == "depth" else self.axis, ylabel=measure, title=title)
         margin = 0.06 * self.span or 0.5
         axes.set_xlim(min(self.ticks.values()) - margin, max(self.ticks.values()) + margin)  # unfinished cells' too
-        words = [f"{value:g}" if isinstance(value, int | float) else textwrap.fill(str(value), 16)
-                 for value in self.ticks]
+        words = [f"{one:g}" if isinstance(one, int | float) else textwrap.fill(str(one), 16) for one in self.ticks]
         slanted = max(map(len, words)) * len(words) > 40
         axes.set_xticks([*self.ticks.values()], words, rotation=20 if slanted else 0,
                         ha="right" if slanted else "center")

@@ -11,25 +11,21 @@ from deepvit.report.statistics import summarise
 
 
 def forest_picture(grid: Grid, prefix: str) -> Picture:
-    """
-    Args:
-        grid: of a sweep that names contrasts.
-    """
+    """Of a grid whose sweep names contrasts."""
     plan = plan_of(grid)
     findings = [one for one in find(plan, grid) if one.points]
-    outcomes = [("difference in points of top-1", [one.points for one in findings], plan.margin),
-                ("difference in test log-loss", [one.losses for one in findings], None)]
     return Picture(f"{prefix}contrasts", f"Differences paired by seed: mean, 95 % interval from three seeds on, one "
                    f"hollow dot a seed. Shaded: the margin of {plan.margin:g} points.",
-                   [lambda axes, o=outcome: _forest(axes, findings, *o) for outcome in outcomes])
+                   [lambda axes: _forest(axes, findings, "points", "difference in points of top-1", plan.margin),
+                    lambda axes: _forest(axes, findings, "losses", "difference in test log-loss")])
 
 
-def _forest(axes: Axes, findings: Sequence[Finding], label: str, seeds: Sequence[dict[int, float]],
-            margin: float | None) -> None:
+def _forest(axes: Axes, findings: Sequence[Finding], what: str, label: str, margin: float = 0.0) -> None:
     if margin:
         axes.axvspan(-margin, margin, color="0.92", zorder=0)
     axes.axvline(0, color="0.4", linewidth=0.8)
-    for row, (one, values) in enumerate(zip(findings, map(dict.values, seeds))):
+    for row, one in enumerate(findings):
+        values = getattr(one, what).values()
         colour = COLOURS[0] if one.contrast.primary else COLOURS[7]
         axes.plot(values, [row] * len(values), "o", markersize=3, markerfacecolor="none", color=colour, alpha=0.6)
         found = summarise([*values])
@@ -38,6 +34,4 @@ def _forest(axes: Axes, findings: Sequence[Finding], label: str, seeds: Sequence
             axes.errorbar(found.mean, row, xerr=bounds, fmt="D", capsize=4, markersize=6, color=colour)
         axes.annotate(one.contrast.name + " (primary)" * one.contrast.primary, (0, row - 0.3), fontsize=8, va="bottom",
                       xycoords=("axes fraction", "data"))
-    axes.set_ylim(len(findings) - 0.5, -0.8)
-    axes.set_yticks([])
-    axes.set_xlabel(label)
+    axes.set(ylim=(len(findings) - 0.5, -0.8), yticks=[], xlabel=label)

@@ -51,24 +51,17 @@ def plain(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Grid:
-    """Runs of one experiment.
-
-    Args:
-        extras: names of the settings that differ beside depth, attention and seed.
-        followers: of each of `extras` the settings that always change together with it.
-        shared: what all runs have in common, flat.
-        label: what tells the experiment from others of the same data and recipe.
-    """
+    """Runs of one experiment."""
 
     data: str
     recipe: str | None
-    extras: tuple[str, ...]
-    followers: Mapping[str, Sequence[str]]
+    extras: tuple[str, ...]  # settings that differ beside depth, attention and seed
+    followers: Mapping[str, Sequence[str]]  # of each of `extras`, what always changes together with it
     cells: list[Cell]
-    shared: dict[str, Any] = field(repr=False)
-    duplicates: list[str] = field(default_factory=list)
+    shared: dict[str, Any] = field(repr=False)  # what all runs have in common, flat
+    duplicates: list[str] = field(default_factory=list)  # a sentence for each run that is left out
     sweep: Sweep | None = None
-    label: str = ""
+    label: str = ""  # what tells the experiment from others of the same data and recipe
 
     @property
     def name(self) -> str:
@@ -82,6 +75,11 @@ class Grid:
     @cached_property
     def runs(self) -> list[Run]:
         return [run for run in self.planned if not run.is_missing]
+
+    @property
+    def finished(self) -> list[Cell]:
+        """The cells with a finished run."""
+        return [cell for cell in self.cells if cell.finished]
 
     @property
     def depths(self) -> list[int]:
@@ -100,13 +98,12 @@ def grids(runs: Sequence[Run]) -> list[Grid]:
         started[_where_from(run)].append(run)
     found: list[list[Run]] = []
     for (*of, name, _), group in sorted(started.items()):
-        home = next((other for other in found if _where_from(other[0])[:3] == (*of, "") and not name
-                     and _fit(other, group)), None)
-        if home is None:
-            found.append(group)
-        else:
+        homes = (other for other in found if _where_from(other[0])[:3] == (*of, "") and not name and _fit(other, group))
+        if home := next(homes, None):
             home += group
-    return _labelled([_grid(group) for group in found])
+        else:
+            found.append(group)
+    return _labelled([*map(_grid, found)])
 
 
 def _where_from(run: Run) -> tuple[str, str, str, str]:
@@ -141,8 +138,8 @@ def _labelled(made: Sequence[Grid]) -> list[Grid]:
     seen = Counter()
     for index, grid in enumerate(named):
         seen[grid.name] += 1
-        if seen[grid.name] > 1:
-            named[index] = replace(grid, label=f"{grid.label} ({seen[grid.name]})".strip())
+        if (count := seen[grid.name]) > 1:
+            named[index] = replace(grid, label=f"{grid.label} ({count})".strip())
     return named
 
 
@@ -154,11 +151,13 @@ def _typed(runs: Sequence[Run]) -> str:
     return without_paths(" ".join(words))
 
 
+def _typed_names(runs: Sequence[Run]) -> set[str]:
+    return {word.lstrip("+").split("=")[0] for run in runs for word in run.origin.get("overrides", ())}
+
+
 def _grid(runs: Sequence[Run]) -> Grid:
     compared = compared_settings(runs)
-    names = list(dict.fromkeys(name for settings in compared for name in settings))
-    varying = _differing(runs)
-    typed = {word.lstrip("+").split("=")[0] for run in runs for word in run.origin.get("overrides", ())}
+    different, varying, typed = differing(compared), _differing(runs), _typed_names(runs)
     columns = [sorted(column, key=lambda name: name not in typed) for column in merged(varying, compared)]
     found: dict[tuple, list[Run]] = defaultdict(list)
     settings_of, duplicates = {}, []
@@ -170,13 +169,13 @@ def _grid(runs: Sequence[Run]) -> Grid:
             found[key].append(run)
         elif not run.is_missing:
             duplicates.append(f"{run.place} repeats {twin.place} (same settings and seed); it is left out.")
-    extras = tuple(_short(column[0]) for column in columns)
+    extras = tuple(column[0].removeprefix("model.") for column in columns)
     return Grid(data_name(runs[0].config["data"]), runs[0].origin.get("recipe"), extras,
                 {extra: column[1:] for extra, column in zip(extras, columns)},
                 [Cell(*key, runs=tuple(sorted(found[key], key=lambda run: run.config.get("seed", 0))),
                       settings=settings_of[key]) for key in sorted(found, key=_order)],
-                {name: compared[0].get(name) for name in names if name not in differing(compared)}, duplicates,
-                runs[-1].sweep)
+                {name: compared[0].get(name) for settings in compared for name in settings if name not in different},
+                duplicates, runs[-1].sweep)
 
 
 def _differing(runs: Sequence[Run]) -> list[str]:
@@ -194,7 +193,7 @@ def compared_settings(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """The settings that make a difference, of each run. A group of settings goes by its name where all tell theirs."""
     compared = [{name: value for name, value in run.settings.items() if not name.startswith(NOT_COMPARED)}
                 for run in runs]
-    typed = {word.lstrip("+").split("=")[0] for run in runs for word in run.origin.get("overrides", ())}
+    typed = _typed_names(runs)
     for group in NAMED_GROUPS:
         names = [run.origin.get("choices", {}).get(group) for run in runs]
         if None not in names:
@@ -228,18 +227,13 @@ def _value(value: Any) -> Any:
     return "–" if value is None else without_paths(str(value))
 
 
-def _short(name: str) -> str:
-    """`model.embed_dim` -> `embed_dim`; other groups keep theirs."""
-    return name.removeprefix("model.")
-
-
 def _attention_labels(runs: Sequence[Run]) -> list[str]:
     """The attention's name, with those of its settings that differ between runs of that name."""
-    variants = [_attention(run) for run in runs]
+    variants = [*map(_attention, runs)]
     labels = []
     for variant in variants:
-        same = [other for other in variants if other["name"] == variant["name"]]
-        details = ", ".join(f"{key}={variant.get(key)}" for key in differing(same))
+        varying = differing([other for other in variants if other["name"] == variant["name"]])
+        details = ", ".join(f"{key}={variant.get(key)}" for key in varying)
         labels.append(f"{variant['name']} ({details})" if details else variant["name"])
     return labels
 

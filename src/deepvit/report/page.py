@@ -48,11 +48,3 @@ def figure(picture: Picture) -> str:
 
 def _data(svg: bytes) -> str:
     return f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
-
-
-def paragraph(text: str) -> str:
-    return f"<p>{html.escape(text)}</p>"
-
-
-def heading(text: str) -> str:
-    return f"<h2>{html.escape(text)}</h2>"

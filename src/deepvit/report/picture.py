@@ -1,14 +1,14 @@
 """Pictures of panels: drawn once, saved as PNG and SVG, side by side or in one column."""
 
 import io
-import textwrap
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import matplotlib
+from matplotlib.artist import setp
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -23,8 +23,6 @@ STYLE = {"font.size": 10, "axes.titlesize": 10, "legend.fontsize": 8, "axes.grid
 PANEL = (4.6, 3.4)  # inches
 MOST_LINES = 8  # in a legend
 
-Panel = Callable[[Axes], None]
-
 
 @dataclass(frozen=True)
 class Picture:
@@ -32,7 +30,7 @@ class Picture:
 
     name: str
     caption: str
-    panels: Sequence[Panel]
+    panels: Sequence[Callable[[Axes], None]]
     columns: int = 2
 
     def draw(self, columns: int | None = None) -> Figure:
@@ -81,21 +79,17 @@ def _svg(figure: Figure) -> bytes:
     return file.getvalue()
 
 
-def _share_ranges(all_axes: Iterable[Axes]) -> None:
+def _share_ranges(all_axes: Sequence[Axes]) -> None:
     """Panels with the same labels are read against each other."""
-    groups: dict[str, list[Axes]] = {}
-    for axes in all_axes:
-        groups.setdefault(axes.get_ylabel(), []).append(axes)
-    for group in groups.values():
-        limits = [axes.get_ylim() for axes in group]
-        for axes in group:
-            axes.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
+    for label in {axes.get_ylabel() for axes in all_axes}:
+        group = [axes for axes in all_axes if axes.get_ylabel() == label]
+        lows, highs = zip(*(axes.get_ylim() for axes in group))
+        setp(group, ylim=(min(lows), max(highs)))
 
 
 def look(label: str, labels: Sequence[str]) -> dict[str, str]:
     """The well-known attentions keep their colour from figure to figure."""
-    known = [name for name in ATTENTION_ORDER[:4]]
-    index = known.index(label) if label in known else len(known) + [x for x in labels if x not in known].index(label)
+    index = [*dict.fromkeys([*ATTENTION_ORDER[:4], *labels])].index(label)
     return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
 
 
@@ -107,13 +101,9 @@ def legend(axes: Axes) -> None:
     longest = max(map(len, labels))
     if len(labels) <= 4 and longest <= 24:
         axes.legend()
-        return
-    labels = [label if len(label) <= 56 else f"{label[:53]}..." for label in labels]
-    axes.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2 if longest <= 24 else 1)
-
-
-def title(axes: Axes, text: str) -> None:
-    axes.set_title(textwrap.fill(text, 52))
+    else:
+        labels = [label if len(label) <= 56 else f"{label[:53]}..." for label in labels]
+        axes.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2 if longest <= 24 else 1)
 
 
 def unit_range(axes: Axes) -> None:

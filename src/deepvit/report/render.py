@@ -6,25 +6,16 @@ import io
 import re
 import textwrap
 from collections.abc import Iterable, Sequence
+from functools import partial
+from itertools import product
 
 import rich.table
 from rich import box
 from rich.console import Console
 
 from deepvit.report.grid import Cell, Grid
-from deepvit.report.statistics import Summary
-from deepvit.report.tables import (
-    KINDS,
-    MOMENTS,
-    NONE,
-    Table,
-    interval,
-    mean_similarity,
-    of_result,
-    over_seeds,
-    published_for,
-    similar_blocks,
-)
+from deepvit.report.tables import (KINDS, MOMENTS, NONE, Measure, Table, interval, mean_similarity, of_result,
+                                   over_seeds, published_for, similar_blocks)
 
 NUMBER = re.compile(r"[-+<]? ?\d|$|" + NONE)  # what begins so is set to the right
 
@@ -107,23 +98,21 @@ def _csv_row(grid: Grid, cell: Cell, threshold: float) -> dict[str, object]:
            "attention": cell.attention, **cell.settings, "n": len(cell.finished), "status": cell.status or "finished",
            "seeds": " ".join(str(run.config.get("seed")) for run in cell.finished),
            "folders": " ".join(run.place for run in cell.runs)}
-    row |= _summary_columns("top1", over_seeds(cell, of_result("top1")))
+    row |= _mean_and_std("top1", cell, of_result("top1"))
     row["top1_low"], row["top1_high"] = interval(cell)
-    for moment in MOMENTS:
-        for kind in KINDS:
-            row |= _summary_columns(f"similar_blocks_{moment}_{kind}", over_seeds(
-                cell, lambda run, m=moment, k=kind: similar_blocks(run, m, k, threshold)))
-            row |= _summary_columns(f"similarity_{moment}_{kind}", over_seeds(
-                cell, lambda run, m=moment, k=kind: mean_similarity(run, m, k)))
+    for moment, kind in product(MOMENTS, KINDS):
+        which = {"moment": moment, "kind": kind}
+        row |= _mean_and_std(f"similar_blocks_{moment}_{kind}", cell,
+                             partial(similar_blocks, **which, threshold=threshold))
+        row |= _mean_and_std(f"similarity_{moment}_{kind}", cell, partial(mean_similarity, **which))
     for name in ("params", "flops", "images_per_s", "epochs", "steps"):
-        summary = over_seeds(cell, of_result(name))
-        row[name] = summary.mean if summary else None
-    found = published_for(cell, grid)
-    if found:
-        row |= {"published_top1": found[0].top1, "published_source": found[0].source,
-                "published_similar_blocks": found[0].similar_blocks}
+        row[name] = getattr(over_seeds(cell, of_result(name)), "mean", None)
+    for first in published_for(cell, grid)[:1]:
+        row |= {"published_top1": first.top1, "published_source": first.source,
+                "published_similar_blocks": first.similar_blocks}
     return row
 
 
-def _summary_columns(name: str, summary: Summary | None) -> dict[str, float | None]:
-    return {f"{name}_mean": summary.mean if summary else None, f"{name}_std": summary.std if summary else None}
+def _mean_and_std(name: str, cell: Cell, measure: Measure) -> dict[str, float | None]:
+    summary = over_seeds(cell, measure)
+    return {f"{name}_{what}": getattr(summary, what, None) for what in ("mean", "std")}

@@ -8,6 +8,7 @@ import socket
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -31,23 +32,15 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder's content.
-
-    Args:
-        place: the folder as the report names it.
-        config: the resolved config, nested; `settings` has it flat.
-        result: `metrics.json`, empty unless the run is finished.
-        lines: the whole lines of `metrics.jsonl`.
-        state: finished, running, stopped (on request), unfinished (nobody works on it, or on another machine), or
-            missing (a cell that a sweep was to run), with what is known of the reason.
-    """
+    """A run folder's content. `state`: finished, running, stopped (on request), unfinished (nobody works on it, or on
+    another machine), or missing (a cell that a sweep was to run), with what is known of the reason."""
 
     path: Path
-    config: Mapping[str, Any]
-    result: Mapping[str, Any]
-    lines: list[dict[str, Any]] = field(repr=False)
+    config: Mapping[str, Any]  # nested; `settings` has it flat
+    result: Mapping[str, Any]  # metrics.json, empty unless the run is finished
+    lines: list[dict[str, Any]] = field(repr=False)  # the whole ones of metrics.jsonl
     state: str
-    place: str = ""
+    place: str = ""  # the folder as the report names it
     sweep: Sweep | None = None
 
     @cached_property
@@ -81,15 +74,11 @@ class Run:
         schedule = self.config.get("schedule", {})
         logged = [line for line in self.lines if line.get("epoch")]
         per_epoch = logged[-1]["step"] / logged[-1]["epoch"] if logged else None
-        if schedule.get("steps") is None and per_epoch is None:
-            return None
-        steps = schedule.get("steps") or schedule["epochs"] * per_epoch
-        steps += (schedule.get("cooldown_epochs") or 0) * per_epoch if schedule.get("steps") is None else 0
+        if (steps := schedule.get("steps")) is None:
+            if per_epoch is None:
+                return None
+            steps = (schedule["epochs"] + (schedule.get("cooldown_epochs") or 0)) * per_epoch
         return max(math.ceil(steps - 0.2), self.step)  # logged epochs are rounded
-
-    @property
-    def evaluations(self) -> list[dict[str, Any]]:
-        return [line for line in self.lines if "top1" in line]
 
     @property
     def progress(self) -> str:
@@ -97,17 +86,15 @@ class Run:
         if self.is_missing:
             return self.state
         share = f"/{self.total} ({self.step / self.total:.0%})" if self.total else ""
-        so_far = f", top-1 so far {self.evaluations[-1]['top1']:.2f}" if self.evaluations else ""
+        top1 = [line["top1"] for line in self.lines if "top1" in line]
+        so_far = f", top-1 so far {top1[-1]:.2f}" if top1 else ""
         return f"{self.state}, step {self.step}{share}{so_far}"
 
 
 def read_runs(paths: Iterable[Path]) -> tuple[list[Run], list[str]]:
-    """All runs in and below `paths`, the missing ones of sweeps too, and a sentence for each thing left out.
-
-    Raises:
-        UserError: a path is missing, or there is no readable run in any.
-    """
-    tops, runs, problems = [Path(path) for path in paths], {}, []
+    """All runs in and below `paths`, the missing ones of sweeps too, and a sentence for each thing left out. Raises
+    UserError if a path is missing, or there is no readable run in any."""
+    tops, runs, problems = [*map(Path, paths)], {}, []
     for top in tops:
         if not top.exists():
             raise UserError(f"{top} does not exist: give run folders, or a folder above them such as runs/.")
@@ -119,8 +106,9 @@ def read_runs(paths: Iterable[Path]) -> tuple[list[Run], list[str]]:
                 runs[folder] = replace(read_run(folder), place=_place(folder, top), sweep=sweeps.get(folder))
             except UserError as error:
                 problems.append(_place(error, top))
-        missing = [cell for record in records for cell in missing_cells(record) if cell.folder.is_relative_to(top)]
-        for cell in missing:
+        for cell in chain.from_iterable(map(missing_cells, records)):
+            if not cell.folder.is_relative_to(top):
+                continue
             reason = f" ({cell.sentence.rstrip('.')})" if cell.sentence else ""
             runs[cell.folder] = Run(cell.folder, cell.config, {}, [], f"missing{reason}", _place(cell.folder, top),
                                     sweeps.get(cell.folder))
@@ -166,18 +154,13 @@ def _run_folders(top: Path, problems: list[str]) -> list[Path]:
 
 
 def read_run(folder: Path) -> Run:
-    """
-    Raises:
-        UserError: no config of a run, or an unreadable one.
-    """
+    """Raises UserError if the folder has no config of a run, or an unreadable one."""
     folder = Path(folder)
-    config = _read_config(folder / "config.yaml")
-    result = _read_json(folder / "metrics.json")
-    events = [line.get("event") for line in read_json_lines(folder / "events.jsonl")]
+    config, result = _read_config(folder / "config.yaml"), _read_json(folder / "metrics.json")
     lines = [line for line in read_json_lines(folder / "metrics.jsonl") if isinstance(line.get("step"), int)]
     if result.get("finished") and isinstance(result.get("top1"), int | float):
         return Run(folder, config, result, lines, "finished")
-    return Run(folder, config, {}, lines, _unfinished_state(folder, events))
+    return Run(folder, config, {}, lines, _unfinished_state(folder))
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -204,10 +187,10 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _unfinished_state(folder: Path, events: list[str | None]) -> str:
+def _unfinished_state(folder: Path) -> str:
     if _is_locked(folder / "lock"):
         return "running"
-    if events and events[-1] == "PREEMPTED":
+    if [line.get("event") for line in read_json_lines(folder / "events.jsonl")][-1:] == ["PREEMPTED"]:
         return "stopped"
     return f"unfinished{_elsewhere(folder / 'lock')}"
 

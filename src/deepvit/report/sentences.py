@@ -53,11 +53,8 @@ def limits(grid: Grid) -> str:
     """What the tables do not show."""
     told = ["digits of 8 x 8 pixels, a small width and a short training are not ImageNet"] * (grid.data == "digits")
     if len(grid.seeds) == 1:
-        told.append(f"one seed, so differences within the 95 % bounds may be chance{_sample(grid)}")
+        counts = {run.result["n"] for run in grid.runs if "n" in run.result}
+        sample = f" ({counts.pop()} test images)" if len(counts) == 1 else ""
+        told.append(f"one seed, so differences within the 95 % bounds may be chance{sample}")
     told.append("similarity alone is no merit: the norm over heads lowers it by construction, as norm_only shows")
     return f"Limits: {'; '.join(told)}."
-
-
-def _sample(grid: Grid) -> str:
-    counts = {run.result["n"] for run in grid.runs if "n" in run.result}
-    return f" ({counts.pop()} test images)" if len(counts) == 1 else ""

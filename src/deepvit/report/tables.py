@@ -1,17 +1,22 @@
 """A grid as tables: what each column says, and the sentences below them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain, compress
+from typing import Any
 
 from deepvit.report.contrasts import OUTCOMES, Finding, Plan, find, plan_of
 from deepvit.report.grid import Cell, Grid, plain
-from deepvit.report.published import IMAGENET_VAL, Published, others, published_of, sources
+from deepvit.report.published import IMAGENET_VAL, Other, Published, others, published_of, sources
 from deepvit.report.runs import Run
-from deepvit.report.statistics import Summary, summarise
+from deepvit.report.statistics import Equivalence, Summary, summarise
 
 MOMENTS = {"initial": "untrained", "final": "trained"}
 KINDS = {"final": "final", "softmax": "softmax", "final_centred": "final-1/N", "softmax_centred": "softmax-1/N"}
 NONE = "–"
+
+Measure = Callable[[Run], float | None]
 
 
 @dataclass(frozen=True)
@@ -24,8 +29,15 @@ class Table:
     notes: list[str] = field(default_factory=list)
 
 
+def _table(title: str, columns: Mapping[str, Callable[[Any], str]], items: Iterable[Any], notes: list[str]) -> Table:
+    """A row for each item, without the columns that say nothing. `columns`: by header, how it reads an item."""
+    rows = [[read(item) for read in columns.values()] for item in items]
+    kept = [not {*texts} <= {"", NONE} for texts in zip(*rows)]
+    return Table(title, [*compress(columns, kept)], [[*compress(row, kept)] for row in rows], notes)
+
+
 def similarity(run: Run, moment: str, kind: str) -> list[float]:
-    """M of each pair of adjacent blocks (mean over pictures, heads and tokens), empty if it was not measured.
+    """M of each pair of adjacent blocks (mean over images, heads and tokens), empty if it was not measured.
 
     Args:
         moment: initial (before the first step) or final (after the last).
@@ -46,12 +58,23 @@ def mean_similarity(run: Run, moment: str, kind: str) -> float | None:
     return sum(pairs) / len(pairs) if pairs else None
 
 
-def over_seeds(cell: Cell, measure: Callable[[Run], float | None]) -> Summary | None:
+def over_seeds(cell: Cell, measure: Measure) -> Summary | None:
     return summarise([measure(run) for run in cell.finished])
 
 
-def of_result(name: str) -> Callable[[Run], float | None]:
+def of_result(name: str) -> Measure:
     return lambda run: run.result.get(name)
+
+
+def interval(cell: Cell) -> tuple[float | None, float | None]:
+    """95 % interval of the top-1: of the mean over three seeds or more, or of the one run's share of right images."""
+    summary = over_seeds(cell, of_result("top1"))
+    if summary is None or summary.n == 2:
+        return None, None
+    if summary.n > 2:
+        return max(summary.low, 0.0), min(summary.high, 100.0)
+    result = cell.finished[0].result
+    return result.get("top1_low"), result.get("top1_high")
 
 
 def published_for(cell: Cell, grid: Grid) -> list[Published]:
@@ -68,30 +91,55 @@ def _is_part_of_imagenet(run: Run) -> bool:
 
 def tables(grid: Grid, threshold: float) -> list[Table]:
     """The grid's results, the similarities behind them, and on ImageNet what others report."""
-    more = [_others()] if grid.data == "imagenet" else []
-    found = [*_contrasts(grid), _results(grid, threshold), _similarities(grid), _costs(grid), *more]
-    return [_without_empty(table) for table in found if table.rows]
-
-
-def _contrasts(grid: Grid) -> list[Table]:
-    """None where the sweep names none."""
     plan = plan_of(grid)
-    if plan is None:
-        return []
+    found = [_contrasts(plan, grid)] if plan else []
+    found += [_results(grid, threshold), _similarities(grid), _costs(grid)]
+    return [table for table in found + [_others()] * (grid.data == "imagenet") if table.rows]
+
+
+def _contrasts(plan: Plan, grid: Grid) -> Table:
     findings = find(plan, grid)
-    headers = ["contrast", "claim", "n", "points", "95 %", "p", "Holm", "90 %", "p equal", "log-loss", "verdict"]
-    rows = [[one.contrast.name, one.contrast.claim + " (primary)" * one.contrast.primary, str(len(one.points)),
-             *_tests(one), one.verdict] for one in findings]
-    unfinished = sum(not run.finished for run in grid.planned)
+    columns = {
+        "contrast": lambda one: one.contrast.name,
+        "claim": lambda one: one.contrast.claim + " (primary)" * one.contrast.primary,
+        "n": lambda one: str(len(one.points)),
+        "points": lambda one: f"{one.difference.mean:+.2f}" if one.difference else NONE,
+        "95 %": _if_enough(lambda one: _range(one.difference)),
+        "p": _if_enough(lambda one: _p(one.p_different)),
+        "Holm": _if_enough(lambda one: NONE if one.adjusted is None else _p(one.adjusted)),
+        "90 %": _if_enough(lambda one: _range(one.equivalence)),
+        "p equal": _if_enough(lambda one: _p(one.equivalence.p)),
+        "log-loss": _log_loss,
+        "verdict": lambda one: one.verdict}
     notes = [f"{one.contrast.name}: {one.contrast.meaning}." + (
         f" Left out, since a run is not finished: seed {', '.join(map(str, one.left_out))}." if one.left_out else "")
         for one in findings]
     notes += [_outcome(plan, grid), f"Differences are paired by seed, and the seed is the unit: n seeds, Student's "
               f"intervals. p: of no difference; Holm: p of the claim, over the primary contrasts; 90 % and p equal: "
               f"two one-sided tests of a difference of {plan.margin:g} points or more."]
+    unfinished = sum(not run.finished for run in grid.planned)
     notes += [f"An interim look: {unfinished} runs are not finished."] if unfinished else []
     notes += [_preregistration(plan, grid)] if plan.preregistered else []
-    return [Table("Contrasts", headers, rows, notes)]
+    return _table("Contrasts", columns, findings, notes)
+
+
+def _if_enough(read: Callable[[Finding], str]) -> Callable[[Finding], str]:
+    return lambda one: read(one) if one.is_enough else NONE
+
+
+def _log_loss(one: Finding) -> str:
+    loss = summarise([*one.losses.values()])
+    if loss is None or one.is_enough and loss.n == 1:
+        return NONE
+    return f"{loss.mean:+.3f}" + (f" ({_range(loss, 3)})" if one.is_enough else "")
+
+
+def _range(found: Summary | Equivalence, digits: int = 2) -> str:
+    return f"{found.low:+.{digits}f} to {found.high:+.{digits}f}"
+
+
+def _p(p: float) -> str:
+    return f"{p:.3f}" if p >= 0.001 else "< 0.001"
 
 
 def _preregistration(plan: Plan, grid: Grid) -> str:
@@ -99,25 +147,6 @@ def _preregistration(plan: Plan, grid: Grid) -> str:
     same = f"sha256 {next(iter(digests))}, as every run noted" if len(digests) == 1 and None not in digests else (
         "but not every run noted the same text of it")
     return f"Preregistered in {plan.preregistered}, {same}."
-
-
-def _tests(one: Finding) -> list[str]:
-    loss = summarise([*one.losses.values()])
-    if not one.is_enough:
-        return [f"{one.difference.mean:+.2f}" if one.difference else NONE, *[NONE] * 5,
-                f"{loss.mean:+.3f}" if loss else NONE]
-    inner = one.equivalence
-    return [f"{one.difference.mean:+.2f}", _range(one.difference.low, one.difference.high, 2), _p(one.p_different),
-            NONE if one.adjusted is None else _p(one.adjusted), _range(inner.low, inner.high, 2), _p(inner.p),
-            f"{loss.mean:+.3f} ({_range(loss.low, loss.high, 3)})" if loss and loss.n > 1 else NONE]
-
-
-def _range(low: float, high: float, digits: int) -> str:
-    return f"{low:+.{digits}f} to {high:+.{digits}f}"
-
-
-def _p(p: float) -> str:
-    return f"{p:.3f}" if p >= 0.001 else "< 0.001"
 
 
 def _outcome(plan: Plan, grid: Grid) -> str:
@@ -130,75 +159,65 @@ def _outcome(plan: Plan, grid: Grid) -> str:
 
 
 def _results(grid: Grid, threshold: float) -> Table:
-    headers = [*_axes(grid), "top-1 %", "n", "95 %", *(f"similar {moment} {kind}" for moment in MOMENTS.values()
-                                                     for kind in ("final", "softmax")),
-               "M parameters", "published", "difference", "status"]
-    rows = [[*_place(cell), _top1(cell), str(len(cell.finished)), _interval(cell),
-             *(_text(over_seeds(cell, lambda run, m=moment, k=kind: similar_blocks(run, m, k, threshold)), 1)
-               for moment in MOMENTS for kind in ("final", "softmax")),
-             _text(over_seeds(cell, lambda run: run.result["params"] / 1e6), 2), *_published(cell, grid), cell.status]
-            for cell in grid.cells]
+    similar = {f"similar {MOMENTS[moment]} {kind}": _mean(
+        partial(similar_blocks, moment=moment, kind=kind, threshold=threshold), 1)
+        for moment in MOMENTS for kind in ("final", "softmax")}
+    columns = {**_axes(grid), "top-1 %": _mean(of_result("top1"), 2), "n": lambda cell: str(len(cell.finished)),
+               "95 %": _interval, **similar, "M parameters": _mean(lambda run: run.result["params"] / 1e6, 2),
+               "published": lambda cell: _published(cell, grid), "difference": lambda cell: _beyond(cell, grid),
+               "status": lambda cell: cell.status}
     notes = [f"similar: pairs of adjacent blocks whose maps have a mean similarity M above {threshold:g}, of depth - 1 "
              f"pairs (the paper leaves its rule open: it may count a share of token vectors); final: the maps that "
              f"multiply the values, softmax: before heads are mixed and normalised. 95 %: over seeds (Student's t) for "
              f"n > 2, over the test images for n = 1; n = 2: no interval worth reading."]
     notes += [f"With {extra} changes: {', '.join(names)}." for extra, names in grid.followers.items() if names]
-    return Table("Accuracy and similar blocks", headers, rows, notes + _published_notes(grid))
+    return _table("Accuracy and similar blocks", columns, grid.cells, notes + _published_notes(grid))
 
 
 def _similarities(grid: Grid) -> Table:
-    headers = [*_axes(grid), *(f"{kind} {moment}" for kind in KINDS.values() for moment in MOMENTS.values())]
-    rows = [[*_place(cell), *(_text(over_seeds(cell, lambda run, m=moment, k=kind: mean_similarity(run, m, k)), 2)
-                              for kind in KINDS for moment in MOMENTS)] for cell in grid.cells if cell.finished]
-    return Table("Mean similarity M of adjacent blocks", headers, rows, [
+    means = {f"{KINDS[kind]} {MOMENTS[moment]}": _mean(partial(mean_similarity, moment=moment, kind=kind), 2)
+             for kind in KINDS for moment in MOMENTS}
+    return _table("Mean similarity M of adjacent blocks", {**_axes(grid), **means}, grid.finished, [
         "final-1/N, softmax-1/N: of maps minus their uniform part. A norm over heads lowers M of the final maps "
         "by construction: it does so untrained, before anything was learned."])
 
 
 def _costs(grid: Grid) -> Table:
-    headers = [*_axes(grid), "parameters", "GFLOP an image", "images/s", "epochs", "device"]
-    rows = [[*_place(cell), *_counts(cell)] for cell in grid.cells if cell.finished]
-    return Table("Size and speed", headers, rows, [
+    columns = {**_axes(grid), "parameters": _mean_as(",.0f", of_result("params")),
+               "GFLOP an image": _mean_as(".3g", lambda run: run.result.get("flops") and run.result["flops"] / 1e9),
+               "images/s": _mean(of_result("images_per_s"), 0), "epochs": _mean(of_result("epochs"), 1),
+               "device": _devices}
+    return _table("Size and speed", columns, grid.finished, [
         "GFLOP: forward, one image. images/s: training, as these runs met their machines; not a benchmark."])
 
 
 def _others() -> Table:
-    rows = [[one.model, f"{one.img_size}", f"{one.top1:.1f} [{one.source}]", f"{one.params / 1e6:.0f}M",
-             NONE if one.gflops is None else f"{one.gflops:g}", one.remark] for one in others()]
-    named = dict.fromkeys(one.source for one in others())
-    headers = ["model", "pixels", "top-1 %", "parameters", "GFLOP an image", "remark"]
-    return Table("Others' models, as others trained them", headers, rows,
-                 [f"[{name}] {sources()[name]}." for name in named])
+    columns = {"model": lambda one: one.model, "pixels": lambda one: str(one.img_size),
+               "top-1 %": lambda one: f"{one.top1:.1f} [{one.source}]",
+               "parameters": lambda one: f"{one.params / 1e6:.0f}M",
+               "GFLOP an image": lambda one: NONE if one.gflops is None else f"{one.gflops:g}",
+               "remark": lambda one: one.remark}
+    return _table("Others' models, as others trained them", columns, others(), _references(others()))
 
 
-def _counts(cell: Cell) -> list[str]:
-    flops = over_seeds(cell, lambda run: run.result.get("flops") and run.result["flops"] / 1e9)
-    devices = dict.fromkeys(f"{run.result.get('devices', 1)} {run.result.get('device', NONE)}".replace(
-        " 1 threads", " 1 thread") for run in cell.finished)
-    params = over_seeds(cell, of_result("params"))
-    return [f"{params.mean:,.0f}" if params else NONE, f"{flops.mean:.3g}" if flops else NONE,
-            _text(over_seeds(cell, of_result("images_per_s")), 0), _text(over_seeds(cell, of_result("epochs")), 1),
-            "; ".join(devices)]
+def _axes(grid: Grid) -> dict[str, Callable[[Cell], str]]:
+    return {"depth": lambda cell: str(cell.depth), "attention": lambda cell: cell.attention,
+            **{name: lambda cell, at=at: plain(cell.extras[at]) for at, name in enumerate(grid.extras)}}
 
 
-def _axes(grid: Grid) -> list[str]:
-    return ["depth", "attention", *grid.extras]
+def _mean(measure: Measure, digits: int) -> Callable[[Cell], str]:
+    """Mean and deviation over seeds."""
+    def read(cell: Cell) -> str:
+        found = over_seeds(cell, measure)
+        if found is None:
+            return NONE
+        return f"{found.mean:.0f}" if not found.std and found.mean % 1 == 0 and digits <= 1 else found.text(digits)
+
+    return read
 
 
-def _place(cell: Cell) -> list[str]:
-    return [str(cell.depth), cell.attention, *map(plain, cell.extras)]
-
-
-def _text(summary: Summary | None, digits: int) -> str:
-    if summary is None:
-        return NONE
-    if summary.std in (None, 0.0) and summary.mean == round(summary.mean) and digits <= 1:
-        return f"{summary.mean:.0f}"
-    return summary.text(digits)
-
-
-def _top1(cell: Cell) -> str:
-    return _text(over_seeds(cell, of_result("top1")), 2)
+def _mean_as(form: str, measure: Measure) -> Callable[[Cell], str]:
+    return lambda cell: format(found.mean, form) if (found := over_seeds(cell, measure)) else NONE
 
 
 def _interval(cell: Cell) -> str:
@@ -206,47 +225,34 @@ def _interval(cell: Cell) -> str:
     return f"{low:.1f} to {high:.1f}" if low is not None else NONE
 
 
-def interval(cell: Cell) -> tuple[float | None, float | None]:
-    """95 % interval of the top-1: of the mean over three seeds or more, or of the one run's share of right images."""
-    summary = over_seeds(cell, of_result("top1"))
-    if summary is None or summary.n == 2:
-        return None, None
-    if summary.n > 2:
-        return max(summary.low, 0.0), min(summary.high, 100.0)
-    result = cell.finished[0].result
-    return result.get("top1_low"), result.get("top1_high")
+def _devices(cell: Cell) -> str:
+    return "; ".join(dict.fromkeys(f"{run.result.get('devices', 1)} {run.result.get('device', NONE)}".replace(
+        " 1 threads", " 1 thread") for run in cell.finished))
 
 
-def _published(cell: Cell, grid: Grid) -> list[str]:
-    found = published_for(cell, grid)
-    if not found:
-        return [NONE, NONE]
-    top1 = over_seeds(cell, of_result("top1"))
-    return [f"{found[0].top1:.2f} [{found[0].source}]", f"{top1.mean - found[0].top1:+.2f}" if top1 else NONE]
+def _published(cell: Cell, grid: Grid) -> str:
+    return next((f"{one.top1:.2f} [{one.source}]" for one in published_for(cell, grid)), NONE)
+
+
+def _beyond(cell: Cell, grid: Grid) -> str:
+    """The top-1 less the published."""
+    found, top1 = published_for(cell, grid), over_seeds(cell, of_result("top1"))
+    return f"{top1.mean - found[0].top1:+.2f}" if found and top1 else NONE
+
+
+def _references(entries: Iterable[Published | Other]) -> list[str]:
+    return [f"[{name}] {sources()[name]}." for name in dict.fromkeys(one.source for one in entries)]
 
 
 def _published_notes(grid: Grid) -> list[str]:
-    found = [published_for(cell, grid) for cell in grid.cells]
-    named = dict.fromkeys(entry.source for entries in found for entry in entries)
-    notes = [f"[{name}] {sources()[name]}." for name in named]
-    notes += [f"Also published for {entries[0].model}: " + ", ".join(
-        f"{entry.top1:g} [{entry.source}]" for entry in entries[1:]) + "."
-        for entries in found if len(entries) > 1]
-    counts = [f"{entries[0].model} {entries[0].similar_blocks}" for entries in found
-              if entries and entries[0].similar_blocks is not None]
-    if counts:
+    found = [entries for cell in grid.cells if (entries := published_for(cell, grid))]
+    if not found and grid.data != "imagenet":
+        return [f"The paper's numbers are of ImageNet: there is none to stand beside {grid.data}."]
+    notes = _references(chain.from_iterable(found))
+    notes += [f"Also published for {first.model}: {', '.join(f'{one.top1:g} [{one.source}]' for one in more)}."
+              for first, *more in found if more]
+    if counts := [f"{one.model} {one.similar_blocks}" for one, *_ in found if one.similar_blocks is not None]:
         notes.append(f"Similar blocks as published, by a rule that is left open: {', '.join(counts)}.")
-    times = dict.fromkeys(f"{entries[0].model} on {entries[0].match['data.source']} {entries[0].time}"
-                          for entries in found if entries and entries[0].time)
-    if times:
+    if times := dict.fromkeys(f"{one.model} on {one.match['data.source']} {one.time}" for one, *_ in found if one.time):
         notes.append(f"Training time as published, of a GPU that is not named: {', '.join(times)}.")
-    if not named and grid.data != "imagenet":
-        notes.append(f"The paper's numbers are of ImageNet: there is none to stand beside {grid.data}.")
     return notes
-
-
-def _without_empty(table: Table) -> Table:
-    """Without columns that say nothing."""
-    kept = [index for index in range(len(table.headers)) if any(row[index] not in ("", NONE) for row in table.rows)]
-    return Table(table.title, [table.headers[index] for index in kept],
-                 [[row[index] for index in kept] for row in table.rows], table.notes)

@@ -4,6 +4,7 @@ import itertools
 import re
 import time
 from collections.abc import Iterator, Sequence
+from html import escape
 from pathlib import Path
 
 from deepvit.config.provenance import git_revision
@@ -24,14 +25,8 @@ Part = str | Table | Picture  # of a report; a text that begins with ## is a hea
 
 def write_report(runs: Sequence[Run], problems: Sequence[str], out: Path, threshold: float,
                  pair: Sequence[Run] = (), command: str = "deepvit report") -> Iterator[str]:
-    """Writes everything into `out` and gives the lines to print.
-
-    Args:
-        pair: two runs to compare, or none.
-        command: that was typed.
-    Raises:
-        UserError: `out` cannot be written, or has files of these names that no report wrote.
-    """
+    """Writes everything into `out` and gives the lines to print. `pair`: two runs to compare, or none. Raises UserError
+    if `out` cannot be written, or has files of these names that no report wrote."""
     _refuse_strange(out)
     found = grids(runs)
     made = f"Made {time.strftime('%Y-%m-%d %H:%M %z')} by `{without_paths(command)}` at revision " \
@@ -57,9 +52,8 @@ def write_report(runs: Sequence[Run], problems: Sequence[str], out: Path, thresh
 
 
 def _refuse_strange(out: Path) -> None:
-    page = out / "report.md"
     try:
-        is_ours = page.read_text(errors="replace").startswith(f"# {TITLE}")
+        is_ours = (out / "report.md").read_text(errors="replace").startswith(f"# {TITLE}")
     except OSError:
         is_ours = False
     there = [name for name in ("report.csv", "report.md", "report.html", "figures") if (out / name).exists()]
@@ -82,6 +76,8 @@ def _as_markdown(part: Part) -> str:
 
 
 def _as_html(part: Part) -> str:
-    if isinstance(part, str):
-        return page.heading(part[3:]) if part.startswith("## ") else page.paragraph(part)
-    return render.as_html(part) if isinstance(part, Table) else page.figure(part)
+    if isinstance(part, Picture):
+        return page.figure(part)
+    if isinstance(part, Table):
+        return render.as_html(part)
+    return f"<h2>{escape(part[3:])}</h2>" if part.startswith("## ") else f"<p>{escape(part)}</p>"
