@@ -87,7 +87,8 @@ def test_a_list_of_classes(folder, val_fraction):
     root = folder / "train" if val_fraction else folder
     found = load("folder", root=str(root), classes=str(folder / "list.txt"), val_fraction=val_fraction)
     assert found.class_ids == found.class_names == ["b", "d"]
-    for part in (found.train, found.val):
+    half = load("folder", root=str(root), classes=str(folder / "list.txt"), val_fraction=val_fraction, fraction=0.5)
+    for part in (found.train, found.val, half.train):
         assert sorted({*part.targets.tolist()}) == [0, 1]
         for index, target in enumerate(part.targets):
             assert part.name(index).split("/")[-2] == found.class_ids[target]

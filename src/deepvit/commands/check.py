@@ -6,6 +6,7 @@ What is left out of the listing is counted by reason. The list that is written i
 import argparse
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from deepvit.commands.cli import quoted, sentences
 from deepvit.config.compose import compose
 from deepvit.config.settings import Data, read_group
 from deepvit.config.signature import check_range
-from deepvit.data import Bad, ImageSet, Transform, eval_batches, every_set
+from deepvit.data import Bad, ImageSet, Transform, eval_batches, source_of
 from deepvit.data.exclude import TITLE, write_list
 from deepvit.engine.device import usable_cores
 from deepvit.engine.progress import Display
@@ -28,8 +29,7 @@ LOOK = Transform((1, 1), lambda image: torch.zeros(3, 1, 1, dtype=torch.uint8)) 
 
 def check(data: Data, workers: int) -> tuple[list[Bad], int]:
     """The images that cannot be used, and how many there are in all."""
-    sets = every_set(data.source, data.root, decoder=data.decoder, val_fraction=data.val_fraction, name=data.name,
-                     train_split=data.train_split, val_split=data.val_split, in_memory_mb=0)
+    sets = source_of(replace(data, fraction=1.0, classes=None, exclude=None, in_memory_mb=0)).sets()
     found: list[Bad] = []
     with Display() as display:
         for images in sets:

@@ -4,7 +4,7 @@ import hashlib
 import os
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -126,17 +126,18 @@ def _text(value: Any) -> str:
 
 
 def _safe(named: Mapping[str, Any]) -> str:
-    """Sorted `key=value`, in `[A-Za-z0-9._=-]`; hashed where that would lose something or be too long."""
+    """Sorted `key=value`, in `[A-Za-z0-9._=-]`."""
     words = {name.replace("/", "-"): _text(value) for name, value in named.items()}  # a slash in a key is no loss
-    exact = _joined(words.items())
-    name = re.sub(r"[^A-Za-z0-9._=-]", "-", exact)
-    if name != exact or len(name) > LONGEST or any("=" in value for value in words.values()):
+    exact = "-".join(sorted(f"{name}={value}" for name, value in words.items()))
+    return _shortened(exact, exact, is_lossy=any("=" in value for value in words.values()))
+
+
+def _shortened(text: str, exact: str, is_lossy: bool = False) -> str:
+    """`text` as a folder's name, with a hash of `exact` where that would lose something or be too long."""
+    name = re.sub(r"[^A-Za-z0-9._=-]", "-", text)
+    if is_lossy or name != text or len(name) > LONGEST:
         name = f"{name[:LONGEST - 9]}-{_digest(exact)}"
     return name or "default"
-
-
-def _joined(words: Iterable[tuple[str, str]]) -> str:
-    return "-".join(sorted(f"{name}={value}" for name, value in words))
 
 
 def _digest(text: str) -> str:
@@ -158,10 +159,5 @@ def typed_name(overrides: Sequence[str]) -> str:
     unnamed = ("data.root=", "data.workers=", "engine", "fresh=", "dry=", "hydra", "sweep=")
     named = sorted(word for word in (override.lstrip("+") for override in overrides)
                    if not word.lstrip("~").startswith(unnamed))
-    exact = "-".join(named)
-    key_slashes = "-".join("=".join((word.split("=", 1)[0].replace("/", "-"), *word.split("=", 1)[1:]))
-                           for word in named)
-    name = re.sub(r"[^A-Za-z0-9._=-]", "-", key_slashes)
-    if name != key_slashes or len(name) > LONGEST:
-        name = f"{name[:LONGEST - 9]}-{_digest(exact)}"
-    return name or "default"
+    parts = [word.partition("=") for word in named]
+    return _shortened("-".join(key.replace("/", "-") + equals + value for key, equals, value in parts), "-".join(named))

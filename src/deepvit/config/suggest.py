@@ -2,9 +2,9 @@
 
 import difflib
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from typing import Any
+from itertools import accumulate
 
+from deepvit.config.compare import flat
 from deepvit.config.compose import compose
 
 ELSEWHERE = {  # as other trainers call it -> our setting
@@ -22,7 +22,8 @@ PLUGINS = {  # of hydra/launcher and hydra/sweeper -> the package that brings it
 
 def setting_meant(word: str) -> str:
     """`" Did you mean 'schedule.epochs'?"` for `epochs`, or an empty string where nothing is near."""
-    keys = sorted({*_keys(compose()), *_keys(compose(config_name="eval"))})
+    settings = [name for config in ("train", "eval") for name, _ in flat(compose(config_name=config))]
+    keys = sorted({key for name in settings for key in accumulate(name.split("."), "{}.{}".format)})  # groups too
     by_last = defaultdict(list)
     for key in keys:
         by_last[key.rpartition(".")[2]].append(key)
@@ -30,10 +31,3 @@ def setting_meant(word: str) -> str:
     last = word if word in by_last else near[0] if near else ""
     meant = [ELSEWHERE[word]] if word in ELSEWHERE else by_last.get(last, near)
     return f" Did you mean {' or '.join(repr(key) for key in meant)}?" if meant else ""
-
-
-def _keys(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    for name, value in values.items():
-        yield prefix + name
-        if isinstance(value, Mapping):
-            yield from _keys(value, f"{prefix}{name}.")

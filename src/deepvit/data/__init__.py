@@ -7,11 +7,10 @@ from deepvit.data.loader import Bad, Batch, eval_batches, eval_batches_again, tr
 from deepvit.data.on_device import OnDevice
 from deepvit.data.prepare import Prepare
 from deepvit.data.real_labels import real_top1
-from deepvit.data.sources import DOWNLOADING, eval_folder, every_set, load
+from deepvit.data.sources import SOURCES, eval_folder, load, source_of
 from deepvit.data.stream import epoch_steps
 from deepvit.data.transforms import Transform, eval_transform, name_of_norm, norm_values, train_transform
 
-__all__ = ["DOWNLOADING", "Bad", "Batch", "ImageSet", "OnDevice", "Prepare", "Splits", "Transform", "ahead",
-           "epoch_steps", "eval_batches", "eval_batches_again", "eval_folder", "eval_transform", "every_set", "load",
-           "name_of_norm", "norm_values", "open_picture", "real_top1", "resolve_decoder", "train_batches",
-           "train_transform"]
+__all__ = ["SOURCES", "Bad", "Batch", "ImageSet", "OnDevice", "Prepare", "Splits", "Transform", "ahead", "epoch_steps",
+           "eval_batches", "eval_batches_again", "eval_folder", "eval_transform", "load", "name_of_norm", "norm_values",
+           "open_picture", "real_top1", "resolve_decoder", "source_of", "train_batches", "train_transform"]

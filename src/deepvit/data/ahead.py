@@ -22,15 +22,11 @@ def ahead(steps: Iterator[list[Batch]], device: torch.device | str) -> Iterator[
             sent = [batch.to(device) for batch in step]
         if waiting is not None:
             yield waiting
-        torch.cuda.current_stream(device).wait_stream(side)
-        waiting = _handed_over(sent, device)
+        computing = torch.cuda.current_stream(device)
+        computing.wait_stream(side)
+        for batch in sent:
+            for tensor in (batch.images, batch.targets, batch.erasures.values):
+                tensor.record_stream(computing)  # tells the allocator, since the side stream allocated it
+        waiting = sent
     if waiting is not None:
         yield waiting
-
-
-def _handed_over(step: list[Batch], device: torch.device) -> list[Batch]:
-    """Tell the allocator that the computing stream uses what the side stream allocated."""
-    for batch in step:
-        for tensor in (batch.images, batch.targets, batch.erasures.values):
-            tensor.record_stream(torch.cuda.current_stream(device))
-    return step

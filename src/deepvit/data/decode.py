@@ -122,11 +122,19 @@ def to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1)
 
 
+def as_array(picture: Picture) -> np.ndarray:
+    """Either kind of image as uint8 [H, W, 3]."""
+    return np.asarray(picture) if isinstance(picture, Image.Image) else picture.permute(1, 2, 0).numpy()
+
+
+def as_picture(pixels: np.ndarray, decoder: str) -> Picture:
+    """uint8 [H, W, 3] as the kind of image that `decoder` makes, without a copy for tensors."""
+    return Image.fromarray(pixels) if decoder == "pil" else torch.from_numpy(pixels).permute(2, 0, 1)
+
+
 def to_pil(picture: Picture) -> Image.Image:
     """Either kind of picture as a PIL RGB image."""
-    if isinstance(picture, Image.Image):
-        return picture
-    return Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
+    return picture if isinstance(picture, Image.Image) else Image.fromarray(np.ascontiguousarray(as_array(picture)))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -134,13 +142,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         raise BadPicture("its pixels are floating-point numbers, whose range is unknown")
     if image.mode == "I" or image.mode.startswith("I;16"):  # PIL's own convert() would clip 16 bits at 255: all white
         pixels = np.asarray(image).astype(np.int64)
-        surplus = _surplus_bits(image.mode, int(pixels.max()))
+        # Bits of grey beyond 8: a file of 16 may hold 12 (scanners, microscopes), which no header tells.
+        surplus = 0 if image.mode == "I" and pixels.max() < 256 else 4 if pixels.max() < 4096 else 8
         image = Image.fromarray(np.clip(pixels >> surplus, 0, 255).astype(np.uint8))
     return image.convert("RGB")
-
-
-def _surplus_bits(mode: str, largest: int) -> int:
-    """Bits of grey beyond 8. A file of 16 bits may hold 12 (scanners, microscopes), which no header tells."""
-    if mode == "I" and largest < 256:
-        return 0
-    return 4 if largest < 4096 else 8

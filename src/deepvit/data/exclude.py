@@ -5,14 +5,13 @@ A name that a line cannot hold as it is (with a line break, or one that begins l
 
 import json
 import logging
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from deepvit.data.folders import some
-from deepvit.data.imageset import FileSet, ImageSet, Splits
+from deepvit.data.imageset import ImageSet
 from deepvit.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -40,34 +39,24 @@ def write_list(file: Path, bad: Iterable[tuple[str, str]], root: str) -> None:
     file.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="surrogateescape")
 
 
-def without(splits: Splits, file: str, root: str | None) -> Splits:
-    """The splits less the images in a list; names that are in neither are said."""
-    names = read_list(file, root)
-    train, val = (_rest(images, names, splits.class_ids, file) for images in (splits.train, splits.val))
-    _say_unknown(file, names - train[1] - val[1])
-    return replace(splits, train=train[0], val=val[0])
+def without(sets: Sequence[ImageSet], class_ids: list[str], file: str, root: str | None, below: str = ""
+            ) -> list[ImageSet]:
+    """The sets less the images in a list; names that begin with `below` and are in none of them are said.
 
-
-def without_one(images: FileSet, class_ids: list[str], file: str, root: str) -> ImageSet:
-    """One folder's images less those in a list; names below it that are not there are said."""
-    names = {name for name in read_list(file, root) if name.startswith(f"{images.root}/")}
-    rest, found = _rest(images, names, class_ids, file)
-    _say_unknown(file, names - found)
+    Raises UserError for a class that loses all its images.
+    """
+    names = {name for name in read_list(file, root) if name.startswith(below)}
+    unknown, rest = set(names), []
+    for images in sets:
+        at = images.find(names)
+        kept = np.setdiff1d(np.arange(len(images)), at)
+        empty = np.setdiff1d(images.targets, images.targets[kept])
+        if len(empty):
+            raise UserError(f"data.exclude={file} leaves no image of class {class_ids[empty[0]]}: remove the class, or "
+                            f"names from the list.")
+        rest.append(images.take(kept) if len(at) else images)
+        unknown.difference_update(map(images.name, at.tolist()))
+    if unknown:
+        log.warning("%d of the names in data.exclude=%s are not in the data: %s.", len(unknown), file,
+                    some(sorted(unknown)))
     return rest
-
-
-def _rest(images: ImageSet, names: set[str], class_ids: list[str], file: str) -> tuple[ImageSet, set[str]]:
-    """(images not named, names found). Raises UserError for a class that loses all its images."""
-    at = images.find(names)
-    kept = np.setdiff1d(np.arange(len(images)), at)
-    empty = np.setdiff1d(images.targets, images.targets[kept])
-    if len(empty):
-        raise UserError(f"data.exclude={file} leaves no image of class {class_ids[empty[0]]}: remove the class, or "
-                        f"names from the list.")
-    return images.take(kept) if len(at) else images, {images.name(index) for index in at.tolist()}
-
-
-def _say_unknown(file: str, names: set[str]) -> None:
-    if names:
-        log.warning("%d of the names in data.exclude=%s are not in the data: %s.", len(names), file,
-                    some(sorted(names)))

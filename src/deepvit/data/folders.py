@@ -92,19 +92,16 @@ def check_same_classes(train: list[str], val: list[str], train_folder: Path, val
                         f"for each class.")
 
 
-def check_has_classes(folder: Path, classes: list[str]) -> None:
-    """UserError if a folder that should hold class folders holds none; a flat ImageNet val/ gets its own sentence."""
-    if not classes:
-        raise UserError(_without_classes(folder))
-
-
-def _without_classes(folder: Path) -> str:
+def classes_of(folder: Path) -> list[str]:
+    """`class_folders`; UserError where there are none; a flat ImageNet val/ gets its own sentence."""
+    if classes := class_folders(folder):
+        return classes
     files = [entry.name for entry in entries(folder) if not entry.name.startswith(".")]
     if any(re.match(r"ILSVRC2012_val_\d+", name) for name in files):
-        return (f"{folder} is flat (ILSVRC2012_val_*.JPEG without class folders): sort it into the 1000 wnid "
-                f"folders once, from inside it, with `wget -qO- {VALPREP} | bash`.")
+        raise UserError(f"{folder} is flat (ILSVRC2012_val_*.JPEG without class folders): sort it into the 1000 wnid "
+                        f"folders once, from inside it, with `wget -qO- {VALPREP} | bash`.")
     what = f"{len(files)} files but no folder of a class" if files else "nothing"
-    return f"{folder} has {what} in it: it should hold a folder for each class, with its images inside."
+    raise UserError(f"{folder} has {what} in it: it should hold a folder for each class, with its images inside.")
 
 
 def printable(name: str) -> str:

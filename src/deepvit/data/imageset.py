@@ -5,18 +5,18 @@ import os
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator
+from contextlib import suppress
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar, Self
 
 import numpy as np
-import torch
 from PIL import Image
 
-from deepvit.data.decode import BadPicture, Picture, decode, read_bytes, to_tensor
-from deepvit.data.folders import readable_names
+from deepvit.data.decode import BadPicture, Picture, as_array, as_picture, decode, read_bytes
 from deepvit.data.listing import Listing
 from deepvit.data.stream import stable_hash
-from deepvit.errors import UserError
 
 IN_MEMORY_MB = 512  # a folder whose decoded pictures fit is decoded once and kept
 
@@ -28,6 +28,7 @@ class ImageSet(ABC):
     page, as their reference counts are touched.
     """
 
+    per_image: ClassVar[tuple[str, ...]] = ("targets",)  # the arrays that `take` takes from
     targets: np.ndarray
     decoder: str  # `torchvision` or `pil`
     refused: int = 0  # pictures that the fast decoder refused and PIL read, in this process
@@ -44,9 +45,11 @@ class ImageSet(ABC):
     def picture(self, index: int) -> Picture:
         """RGB picture: PIL, or uint8 [3, H, W]. Raises BadPicture with the reason."""
 
-    @abstractmethod
-    def take(self, indices: np.ndarray) -> "ImageSet":
+    def take(self, indices: np.ndarray) -> Self:
         """The set of the given indices, in their order."""
+        part = copy(self)
+        vars(part).update({name: getattr(self, name)[indices] for name in self.per_image})
+        return part
 
     def _opened(self, data: bytearray) -> Picture:
         """The picture in the bytes of a file; what the fast decoder refuses is counted."""
@@ -86,6 +89,7 @@ class ImageSet(ABC):
 class ArraySet(ImageSet):
     """Pictures already decoded: uint8 [n, H, W, 3]."""
 
+    per_image = ("targets", "pixels", "ids")
     in_memory = True
 
     def __init__(self, pixels: np.ndarray, targets: np.ndarray, label: str, *, decoder: str = "torchvision",
@@ -100,28 +104,24 @@ class ArraySet(ImageSet):
         return zlib.crc32(self.pixels[index].tobytes())  # there is no file: the pixels themselves
 
     def picture(self, index: int) -> Picture:
-        pixels = self.pixels[index]  # [H, W, 3]
-        return Image.fromarray(pixels) if self.decoder == "pil" else torch.from_numpy(pixels).permute(2, 0, 1)
-
-    def take(self, indices: np.ndarray) -> "ArraySet":
-        return ArraySet(self.pixels[indices], self.targets[indices], self.label, decoder=self.decoder,
-                        ids=self.ids[indices])
+        return as_picture(self.pixels[index], self.decoder)
 
 
 class FileSet(ImageSet):
     """Images in files `root/<class folder>/<name>`; a small set is decoded once, in `prepare`.
 
-    Args:
-        rows: places in the listing; None: all of it.
-        labels: class of each folder; None: its number.
+    labels: class of each folder; None: its number.
     """
 
+    per_image = ("targets", "places")
+
     def __init__(self, root: Path, folders: list[str], listing: Listing, *, decoder: str,
-                 in_memory_mb: int = IN_MEMORY_MB, labels: np.ndarray | None = None, rows: np.ndarray | None = None):
-        self.root, self.folders, self.listing, self.rows = Path(root), folders, listing, rows
-        self.labels, self.decoder, self.in_memory_mb = labels, decoder, in_memory_mb
-        places = listing.places if rows is None else listing.places[rows]
-        self.targets = places if labels is None else labels[places].astype(np.int64)
+                 in_memory_mb: int = IN_MEMORY_MB, labels: np.ndarray | None = None):
+        self.root, self.folders, self.listing = Path(root), folders, listing
+        self.decoder, self.in_memory_mb = decoder, in_memory_mb
+        self.places = listing.places  # of their class folders
+        self.targets = self.places if labels is None else labels[self.places].astype(np.int64)
+        self.rows: np.ndarray | None = None  # in the listing; None: all of it
         self.kept: Kept | None = None
 
     @property
@@ -129,8 +129,8 @@ class FileSet(ImageSet):
         return self.kept is not None
 
     def name(self, index: int) -> str:
-        row = index if self.rows is None else self.rows[index]
-        return f"{self.root}/{self.folders[self.listing.places[row]]}/{os.fsdecode(self.listing.name(row))}"
+        file = self.listing.name(index if self.rows is None else self.rows[index])
+        return f"{self.root}/{self.folders[self.places[index]]}/{os.fsdecode(file)}"
 
     def picture(self, index: int) -> Picture:
         if self.kept is not None:
@@ -145,8 +145,7 @@ class FileSet(ImageSet):
             return -1
 
     def _identity(self) -> Iterator[bytes | np.ndarray]:
-        places = self.listing.places if self.rows is None else self.listing.places[self.rows]
-        yield from (np.ascontiguousarray(self.targets), np.ascontiguousarray(places))
+        yield from (np.ascontiguousarray(self.targets), np.ascontiguousarray(self.places))
         yield from self.listing.padded(range(len(self)) if self.rows is None else self.rows)
         yield os.fsencode("/".join(self.folders))
 
@@ -158,28 +157,23 @@ class FileSet(ImageSet):
         folder, _, file = name.removeprefix(f"{self.root}/").partition("/")
         return self.listing.find(self.folders.index(folder), os.fsencode(file)) if folder in self.folders else None
 
-    def take(self, indices: np.ndarray) -> "FileSet":
-        rows = indices if self.rows is None else self.rows[indices]
-        return FileSet(self.root, self.folders, self.listing, decoder=self.decoder, in_memory_mb=self.in_memory_mb,
-                       labels=self.labels, rows=rows)
+    def take(self, indices: np.ndarray) -> Self:
+        part = super().take(indices)
+        part.rows, part.kept = indices if self.rows is None else self.rows[indices], None
+        return part
 
     def prepare(self) -> None:
-        if self.kept is None and self._fits():
+        if self.kept is None and len(self) * self._mean_bytes() <= self.in_memory_mb * 2**20:
             self.kept = Kept.decode_all(self)
 
-    def _fits(self) -> bool:
-        """Estimated from the sizes that 32 files tell in their headers."""
-        sample = np.linspace(0, len(self) - 1, num=min(32, len(self)), dtype=np.int64)
-        return len(self) * self._mean_bytes(sample) <= self.in_memory_mb * 2**20
-
-    def _mean_bytes(self, sample: np.ndarray) -> float:
+    def _mean_bytes(self) -> float:
+        """Of a decoded image, estimated from the headers of 32 files."""
         sizes = []
-        for index in sample:
-            try:
-                with Image.open(self.name(int(index))) as image:
-                    sizes.append(3 * image.width * image.height)
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-                continue  # a bad picture weighs nothing here; it is reported when it is asked for
+        for index in np.linspace(0, len(self) - 1, num=min(32, len(self)), dtype=np.int64).tolist():
+            # A bad image weighs nothing here; it is reported when it is asked for.
+            with suppress(OSError, ValueError, SyntaxError, Image.DecompressionBombError), \
+                    Image.open(self.name(index)) as image:
+                sizes.append(3 * image.width * image.height)
         return float(np.mean(sizes)) if sizes else 0.0
 
 
@@ -202,7 +196,7 @@ class Kept:
             except BadPicture as bad:
                 reasons[index] = str(bad)
                 continue
-            pixels = (to_tensor(picture) if isinstance(picture, Image.Image) else picture).permute(1, 2, 0).numpy()
+            pixels = as_array(picture)
             shapes[index] = pixels.shape[:2]
             parts.append(pixels.reshape(-1))
         lengths = shapes.astype(np.int64).prod(axis=1) * 3
@@ -214,7 +208,7 @@ class Kept:
             raise BadPicture(self.reasons[index])
         (height, width), start = self.shapes[index], self.starts[index]
         pixels = self.pixels[start:start + int(height) * int(width) * 3].reshape(height, width, 3)
-        return Image.fromarray(pixels) if decoder == "pil" else torch.from_numpy(pixels).permute(2, 0, 1)
+        return as_picture(pixels, decoder)
 
 
 @dataclass(frozen=True)
@@ -236,17 +230,3 @@ def balanced_part(targets: np.ndarray, fraction: float, seed: int) -> np.ndarray
         shuffled = np.random.default_rng(stable_hash("part", seed, target)).permutation(len(members))
         chosen.append(members[shuffled[:max(1, round(fraction * len(members)))]])
     return np.sort(np.concatenate(chosen))
-
-
-def hold_out(images: ImageSet, class_ids: list[str], val_fraction: float, seed: int, where: str) -> Splits:
-    """A fixed, class-balanced part of each class for validation, the rest for training."""
-    if not 0 < val_fraction < 1:
-        raise UserError(f"data.val_fraction={val_fraction} must lie between 0 and 1.")
-    alone = np.flatnonzero(np.bincount(images.targets, minlength=len(class_ids)) < 2)
-    if len(alone):
-        raise UserError(f"Class {class_ids[alone[0]]} of {where} has a single picture: data.val_fraction needs two.")
-    held = balanced_part(images.targets, val_fraction, seed)
-    rest = np.setdiff1d(np.arange(len(images)), held)
-    if len(np.unique(images.targets[rest])) < len(class_ids):
-        raise UserError(f"data.val_fraction={val_fraction} leaves a class of {where} without training pictures.")
-    return Splits(images.take(rest), images.take(held), readable_names(class_ids), class_ids)

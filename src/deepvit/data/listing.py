@@ -4,6 +4,7 @@ import os
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,11 +21,8 @@ PIECE = 2**12  # names
 
 def entries(folder: Path | bytes) -> list[os.DirEntry]:
     """What is in a folder, in no order. Raises UserError where it cannot be read."""
-    try:
-        with os.scandir(folder) as found:
-            return list(found)
-    except OSError as error:
-        raise _unreadable(folder, error) from error
+    with _readable(folder), os.scandir(folder) as found:
+        return list(found)
 
 
 def is_folder(entry: os.DirEntry) -> bool:
@@ -91,14 +89,17 @@ class Walk:
 
 
 def _status(folder: Path | bytes) -> os.stat_result:
-    try:
+    with _readable(folder):
         return os.stat(folder)
+
+
+@contextmanager
+def _readable(folder: Path | bytes) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
-        raise _unreadable(folder, error) from error
-
-
-def _unreadable(folder: Path | bytes, error: OSError) -> UserError:
-    return UserError(f"The folder {os.fsdecode(folder)} cannot be read ({error.strerror}): mend or remove it.")
+        raise UserError(f"The folder {os.fsdecode(folder)} cannot be read ({error.strerror}): mend or remove it."
+                        ) from error
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import signal
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -41,12 +41,10 @@ class Erasures:
 
     def of_rows(self, start: int, stop: int) -> "Erasures":
         """Those of rows `start` to `stop`, counted from `start`. Rows are in order."""
+        first, end = torch.searchsorted(self.places[:, 0].contiguous(), torch.tensor([start, stop])).tolist()
         sizes = 3 * self.places[:, 3] * self.places[:, 4]  # [k]
-        rows = self.places[:, 0]
-        before, chosen = rows < start, (rows >= start) & (rows < stop)
-        first, count = int(sizes[before].sum()), int(sizes[chosen].sum())
-        places = self.places[chosen] - torch.tensor([start, 0, 0, 0, 0])
-        return Erasures(places, self.values[first:first + count])
+        begin, count = int(sizes[:first].sum()), int(sizes[first:end].sum())
+        return Erasures(self.places[first:end] - torch.tensor([start, 0, 0, 0, 0]), self.values[begin:begin + count])
 
     def write(self, x: Tensor) -> Tensor:
         """Into normalised images [b, 3, S, S]."""
@@ -92,10 +90,8 @@ class Batch:
     def pin_memory(self) -> "Batch":
         """Called by the DataLoader's pinning thread."""
         for part in (self, self.erasures):
-            for one in fields(part):
-                value = getattr(part, one.name)
-                if isinstance(value, Tensor):
-                    setattr(part, one.name, value.pin_memory())
+            vars(part).update({name: value.pin_memory() for name, value in vars(part).items()
+                               if isinstance(value, Tensor)})
         return self
 
 
@@ -116,10 +112,9 @@ class _Batches(Dataset):
         refused, bad, patches = self.images.refused, [], []
         pixels = torch.empty(len(draw.indices), *self.transform.size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
         targets = torch.empty(len(draw.indices), dtype=torch.int64)
-        for row, (epoch, index, repeat) in enumerate(zip(draw.epochs.tolist(), draw.indices.tolist(),
-                                                         draw.repeats.tolist(), strict=True)):
-            seeds = self.seed, epoch, index, repeat
-            (pixels[row], erased), used = self._sample(index, seeds, bad)
+        samples = np.stack([draw.epochs, draw.indices, draw.repeats], axis=1).tolist()
+        for row, sample in enumerate(samples):
+            (pixels[row], erased), used = self._sample(sample[1], (self.seed, *sample), bad)
             targets[row] = int(self.images.targets[used])
             patches += [(row, *patch) for patch in erased]
         return Batch(pixels, targets, torch.from_numpy(draw.indices), torch.from_numpy(draw.positions),
@@ -156,13 +151,8 @@ class _Batches(Dataset):
 
 def _pack(patches: Sequence[tuple[int, *Patch]]) -> Erasures:
     places = [(row, top, left, *values.shape[1:]) for row, top, left, values in patches]
-    flat = [values.reshape(-1) for *_, values in patches]
     return Erasures(torch.tensor(places, dtype=torch.int64).reshape(-1, 5),
-                    torch.cat(flat) if flat else torch.empty(0))
-
-
-def _as_it_is(batch: Batch) -> Batch:
-    return batch
+                    torch.cat([torch.empty(0), *(values.flatten() for *_, values in patches)]))
 
 
 def _outlive_a_request_to_stop(worker: int) -> None:
@@ -176,8 +166,8 @@ def _run(dataset: _Batches, draws: Stream | Sequence[Draw], workers: int, pin: b
     dataset.images.prepare()
     with warnings.catch_warnings():  # of more processes than cores: said once, at the start of a run
         warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
-        batches = iter(DataLoader(dataset, batch_size=None, sampler=draws, num_workers=workers, collate_fn=_as_it_is,
-                                  pin_memory=pin, worker_init_fn=_outlive_a_request_to_stop,
+        batches = iter(DataLoader(dataset, batch_size=None, sampler=draws, num_workers=workers, pin_memory=pin,
+                                  worker_init_fn=_outlive_a_request_to_stop,
                                   generator=torch.Generator()))  # own generator: iter() would draw from torch's
     try:
         for batch in batches:
@@ -203,21 +193,20 @@ def _end_workers(batches: Iterator[Batch]) -> None:
             raise
 
 
-def train_batches(images: ImageSet, transform: Transform, *, seed: int, batch_size: int, steps: int,
-                  start_step: int = 0, rank: int = 0, world: int = 1, accumulation: int = 1, workers: int = 0,
-                  repeats: int = 1, max_bad: int = 100, pin: bool = False) -> Iterator[list[Batch]]:
+def train_batches(images: ImageSet, transform: Transform, *, workers: int = 0, max_bad: int = 100, pin: bool = False,
+                  **places: int) -> Iterator[list[Batch]]:
     """One list of `accumulation` micro-batches for each optimizer step in [start_step, steps).
 
     Args:
-        batch_size: of all ranks together; rank r gets the r-th contiguous part of every global batch.
-        repeats: repeated augmentation; every picture stands that many times in its batch.
-        max_bad: distinct bad pictures (replaced by the next good one) that this rank accepts.
+        max_bad: distinct bad images (replaced by the next good one) that this rank accepts.
         pin: batches in page-locked memory, for a GPU.
+        places: the other fields of `Stream`.
     Raises:
-        UserError for sizes that do not divide and for too many bad pictures; Failure if a worker dies.
+        UserError for sizes that do not divide and for too many bad images; Failure if a worker dies.
     """
-    stream = Stream(len(images), seed, batch_size, steps, start_step, rank, world, accumulation, repeats)
-    return grouped(_run(_Batches(images, transform, seed, "replace"), stream, workers, pin), accumulation, max_bad)
+    stream = Stream(len(images), **places)
+    batches = _run(_Batches(images, transform, stream.seed, "replace"), stream, workers, pin)
+    return grouped(batches, stream.accumulation, max_bad)
 
 
 def grouped(batches: Iterator[Batch], accumulation: int, max_bad: int) -> Iterator[list[Batch]]:
@@ -242,14 +231,9 @@ def eval_batches(images: ImageSet, preprocess: Transform, *, batch_size: int, ra
     Ranks may have different numbers of batches (also none), so nothing collective may happen per batch. A bad picture
     raises UserError with its name (`stop`), or comes as a black image listed in `Batch.bad` (`report`).
     """
-    if on_error not in ("stop", "report"):
-        raise UserError(f"data.on_error={on_error} is none of stop, report.")
-    first, end = (len(images) * part // world for part in (rank, rank + 1))
-    draws = []
-    for start in range(first, end, batch_size):
-        indices = np.arange(start, min(start + batch_size, end))
-        zeros = np.zeros_like(indices)
-        draws.append(Draw(zeros, indices, zeros, indices))
+    share = np.arange(len(images) * rank // world, len(images) * (rank + 1) // world)
+    parts = [share[start:start + batch_size] for start in range(0, len(share), batch_size)]
+    draws = [Draw(np.zeros_like(part), part, np.zeros_like(part), part) for part in parts]
     return _run(_Batches(images, preprocess, 0, on_error), draws, min(workers, len(draws)), pin)
 
 

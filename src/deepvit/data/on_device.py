@@ -12,10 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
-from deepvit.data.decode import BadPicture, Picture, to_tensor
+from deepvit.data.decode import BadPicture, Picture, as_array
 from deepvit.data.draws import Draws
 from deepvit.data.imageset import ImageSet
 from deepvit.data.loader import Bad, Batch, grouped
@@ -43,25 +42,49 @@ class OnDevice:
                             "image at a time, on the host: switch off what is on, or set data.on_device=false.")
         self.images, self.seed, self.device, self.size = images, seed, device, transform.size
         self.crop = transform.crop if isinstance(transform.crop, RandomCrop) else None
-        decoded = _decode(images, None if self.crop else transform.crop, max_mb)
-        self.used, self.refused, self.reasons = decoded.used, decoded.refused, decoded.reasons
-        self.pixels = torch.from_numpy(decoded.pixels).to(device)  # [n, H, W, 3]
-        self.targets = torch.from_numpy(images.targets).to(device)
-        self.draws = Draws(transform, decoded.pixels.shape[1:3])
+        self.refused = np.zeros(len(images), bool)  # PIL read what the fast decoder refused
+        self.reasons: dict[int, str] = {}  # of the bad ones
+        pixels = self._decode(None if self.crop else transform.crop, max_mb)
+        good = np.setdiff1d(np.arange(len(images)), list(self.reasons))
+        self.used = good[np.searchsorted(good, np.arange(len(images))) % len(good)]  # for a bad one the next good one
+        self.pixels, self.targets = (torch.from_numpy(array).to(device) for array in (pixels, images.targets))
+        self.draws = Draws(transform, pixels.shape[1:3])
         if self.crop:
             weights = [resize_weights(self.crop.names, *sides)
-                       for sides in zip(decoded.pixels.shape[1:3], self.size, strict=True)]
+                       for sides in zip(pixels.shape[1:3], self.size, strict=True)]
             exact = None if device.type == "cpu" else torch.float64  # a GPU may multiply float32 as TF32
             self.down, self.across = (one.to(device, exact) for one in weights)
         if transform.erasing:
             generator = torch.Generator().manual_seed(stable_hash("noise", seed))
             self.noise = torch.randn(NOISE + 3 * self.size[0] * self.size[1], generator=generator).to(device)
 
-    def train_batches(self, *, batch_size: int, steps: int, start_step: int = 0, rank: int = 0, world: int = 1,
-                      accumulation: int = 1, repeats: int = 1, max_bad: int = 100) -> Iterator[list[Batch]]:
+    def train_batches(self, *, max_bad: int = 100, **places: int) -> Iterator[list[Batch]]:
         """As `loader.train_batches`."""
-        stream = Stream(len(self.images), self.seed, batch_size, steps, start_step, rank, world, accumulation, repeats)
-        return grouped(map(self._batch, stream), accumulation, max_bad)
+        stream = Stream(len(self.images), self.seed, **places)
+        return grouped(map(self._batch, stream), stream.accumulation, max_bad)
+
+    def _decode(self, crop: Callable[[Picture], Picture] | None, max_mb: int) -> np.ndarray:
+        """uint8 [n, H, W, 3]; black for a bad image."""
+        images, pixels = self.images, None
+        for index in range(len(images)):
+            before = images.refused
+            try:
+                image = images.picture(index)
+            except BadPicture as bad:
+                self.reasons[index] = str(bad)
+                continue
+            self.refused[index] = images.refused > before
+            image = as_array(image if crop is None else crop(image))
+            if pixels is None:
+                pixels = _room(len(images), image.shape, max_mb)
+            if image.shape != pixels.shape[1:]:
+                raise UserError(f"{images.name(index)} has {image.shape[0]} x {image.shape[1]} pixels, others have "
+                                f"{pixels.shape[1]} x {pixels.shape[2]}: a random crop on the device takes images of "
+                                f"one size, so set data.on_device=false.")
+            pixels[index] = image
+        if pixels is None:
+            raise UserError(f"None of the {len(images)} training images can be used; of the first: {self.reasons[0]}.")
+        return pixels
 
     def _batch(self, draw: Draw) -> Batch:
         used = self.used[draw.indices]
@@ -165,39 +188,6 @@ def _weighted(weights: Tensor, pixels: Tensor) -> Tensor:
     """[b, S, L] and [b, L, ...] -> whole numbers 0 .. 255 of the weights' type, [b, S, ...]."""
     made = torch.bmm(weights, pixels.flatten(2).to(weights.dtype)).add_(0.5).floor_().clamp_(0, 255)
     return made.unflatten(2, pixels.shape[2:])
-
-
-@dataclass
-class _Decoded:
-    pixels: np.ndarray  # uint8 [n, H, W, 3]
-    used: np.ndarray  # int64 [n]: the image itself, or for a bad one the next that is good
-    refused: np.ndarray  # bool [n]: PIL read what the fast decoder refused
-    reasons: dict[int, str]  # of the bad ones
-
-
-def _decode(images: ImageSet, crop: Callable[[Picture], Picture] | None, max_mb: int) -> _Decoded:
-    pixels, refused, reasons = None, np.zeros(len(images), bool), {}
-    for index in range(len(images)):
-        before = images.refused
-        try:
-            image = images.picture(index)
-        except BadPicture as bad:
-            reasons[index] = str(bad)
-            continue
-        refused[index] = images.refused > before
-        image = image if crop is None else crop(image)
-        image = (to_tensor(image) if isinstance(image, Image.Image) else image).permute(1, 2, 0).numpy()
-        if pixels is None:
-            pixels = _room(len(images), image.shape, max_mb)
-        if image.shape != pixels.shape[1:]:
-            raise UserError(f"{images.name(index)} has {image.shape[0]} x {image.shape[1]} pixels, others have "
-                            f"{pixels.shape[1]} x {pixels.shape[2]}: a random crop on the device takes images of one "
-                            f"size, so set data.on_device=false.")
-        pixels[index] = image
-    if pixels is None:
-        raise UserError(f"None of the {len(images)} training images can be used; of the first: {reasons[0]}.")
-    good = np.setdiff1d(np.arange(len(images)), list(reasons))
-    return _Decoded(pixels, good[np.searchsorted(good, np.arange(len(images))) % len(good)], refused, reasons)
 
 
 def _room(count: int, shape: tuple[int, ...], max_mb: int) -> np.ndarray:

@@ -1,14 +1,19 @@
 """On the device: normalise, mix, erase, and make the targets. Everything random here is a function of (seed, step)."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from deepvit.config.settings import RANGES
+from deepvit.config.signature import check_ranges
 from deepvit.data.loader import Batch
 from deepvit.data.stream import stable_hash
 from deepvit.errors import UserError
 
 
+@dataclass
 class Prepare:
     """Batch of uint8 -> what the model and the loss take.
 
@@ -16,31 +21,22 @@ class Prepare:
     al., arXiv:1905.04899) in timm's batch mode, then the erasing that was drawn with the sample. The partner of
     position p of the global batch is p ^ 1, and one lambda or rectangle serves the whole global batch of a step, so the
     result does not depend on ranks or accumulation.
-
-    Args:
-        mean, std: per channel, of values in 0..1.
-        mixup, cutmix: alpha of the Beta distribution; 0 is off.
-        mix_prob: probability that a step is mixed at all; switch_prob: that it is cutmix where both are on.
-        label_smoothing: this much of the target is spread over all classes.
     """
 
-    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], num_classes: int, mixup: float = 0.0,
-                 cutmix: float = 0.0, mix_prob: float = 1.0, switch_prob: float = 0.5, label_smoothing: float = 0.0,
-                 seed: int = 0):
-        self.mean, self.std = (torch.tensor(values).view(1, -1, 1, 1) * 255 for values in (mean, std))  # [1, 3, 1, 1]
-        self.num_classes, self.mixup, self.cutmix = num_classes, mixup, cutmix
-        self.mix_prob, self.switch_prob, self.label_smoothing, self.seed = mix_prob, switch_prob, label_smoothing, seed
-        self._check()
+    mean: Tensor | tuple[float, ...]  # per channel, of values in 0..1; afterwards [1, 3, 1, 1], of 0..255
+    std: Tensor | tuple[float, ...]
+    num_classes: int
+    mixup: float = 0.0  # alpha of the Beta distribution, as `cutmix`; 0 is off
+    cutmix: float = 0.0
+    mix_prob: float = 1.0  # that a step is mixed at all
+    switch_prob: float = 0.5  # that it is cutmix where both are on
+    label_smoothing: float = 0.0  # part of the target that is spread over all classes
+    seed: int = 0
 
-    def _check(self) -> None:
-        for name in ("mixup", "cutmix"):
-            if getattr(self, name) < 0:
-                raise UserError(f"augment.{name}={getattr(self, name)} must be 0 (off) or above.")
-        for name in ("mix_prob", "switch_prob"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"augment.{name}={getattr(self, name)} is a probability, between 0 and 1.")
-        if not 0 <= self.label_smoothing < 1:
-            raise UserError(f"augment.label_smoothing={self.label_smoothing} must be at least 0 and below 1.")
+    def __post_init__(self) -> None:
+        ranges = RANGES["augment"]
+        check_ranges({name: value for name, value in vars(self).items() if name in ranges}, ranges, "augment")
+        self.mean, self.std = (torch.tensor(values).view(1, -1, 1, 1) * 255 for values in (self.mean, self.std))
 
     @property
     def mixes(self) -> bool:
@@ -75,9 +71,8 @@ class Prepare:
             return lam, None
         sides = [int(side * np.sqrt(1 - lam)) for side in size]
         centres = [int(random.integers(side)) for side in size]
-        top, left = (max(0, centre - side // 2) for centre, side in zip(centres, sides, strict=True))
-        bottom, right = (min(whole, centre + (side + 1) // 2)
-                         for whole, centre, side in zip(size, centres, sides, strict=True))
+        (top, bottom), (left, right) = ((max(0, centre - side // 2), min(whole, centre + (side + 1) // 2))
+                                        for whole, centre, side in zip(size, centres, sides, strict=True))
         return 1.0 - (bottom - top) * (right - left) / (size[0] * size[1]), (top, bottom, left, right)
 
     def _normalise(self, images: Tensor, device: torch.device | str) -> Tensor:

@@ -7,7 +7,7 @@ import logging
 import os
 import tarfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,13 +31,16 @@ class Member(NamedTuple):
 
 
 class TarSet(ImageSet):
-    """Pictures at (shard, offset, size)."""
+    """Images at (shard, offset, size). Raises UserError where there are none."""
 
-    def __init__(self, shards: list[str], members: list[Member] | np.ndarray, names: np.ndarray, targets: np.ndarray,
-                 decoder: str):
-        self.shards, self.names, self.targets, self.decoder = shards, names, targets.astype(np.int64), decoder
-        self.places = np.array([(one.shard, one.offset, one.size) for one in members], np.int64) \
-            if isinstance(members, list) else members  # [n, 3]
+    per_image = ("targets", "names", "places")
+
+    def __init__(self, shards: list[str], members: list[Member], targets: list[int], decoder: str):
+        if not members:
+            raise UserError(f"{shards[0]} holds no images ({KINDS}).")
+        self.shards, self.targets, self.decoder = shards, np.array(targets, np.int64), decoder
+        self.names = np.array([os.fsencode(member.name) for member in members])
+        self.places = np.array([(one.shard, one.offset, one.size) for one in members], np.int64)  # [n, 3]
 
     def name(self, index: int) -> str:
         return f"{self.shards[self.places[index, 0]]}:{self.names[index].decode('utf-8', 'surrogateescape')}"
@@ -55,9 +58,6 @@ class TarSet(ImageSet):
             raise BadPicture("the file ends before the picture does" if size else "the file is empty")
         return self._opened(data)
 
-    def take(self, indices: np.ndarray) -> "TarSet":
-        return TarSet(self.shards, self.places[indices], self.names[indices], self.targets[indices], self.decoder)
-
 
 def read_at(path: str, offset: int, size: int) -> bytearray:
     """`size` bytes from `offset` on; fewer where the file is shorter."""
@@ -74,13 +74,13 @@ def read_class_tars(shards: list[str], decoder: str, class_ids: list[str] | None
     members = [*_members(shards)]
     images = [member for member in members if _is_image(member.name)]
     _say_left_out(shards, Counter(_reason(member.name) for member in members if not _is_image(member.name)))
-    labels = [_label(shards, member) for member in images]
+    labels = [Path(member.name).parent.name or Path(shards[member.shard]).stem for member in images]
     found = sorted({*labels})
     if class_ids is not None and found != class_ids:
         raise UserError(f"{shards[0]} has other classes than the training images: "
                         f"{', '.join(sorted({*found} ^ {*class_ids})[:3])} stand in one of the two only.")
     number = {name: place for place, name in enumerate(found)}
-    return _tar_set(shards, images, [number[label] for label in labels], decoder), found
+    return TarSet(shards, images, [number[label] for label in labels], decoder), found
 
 
 def read_webdataset(shards: list[str], decoder: str) -> tuple[TarSet, list[str]]:
@@ -92,29 +92,25 @@ def read_webdataset(shards: list[str], decoder: str) -> tuple[TarSet, list[str]]
     images = [member for member in members if _is_image(member.name)]
     classes = [member for member in members if member.name.endswith(".cls")]
     try:
-        pairs = _paired(images, classes, lambda name: name.split(".")[0])
-    except _Unpaired as fault:
+        pairs = _paired(shards, images, classes, lambda name: name.split(".")[0])
+    except UserError as fault:
         try:
-            pairs = _paired(images, classes, lambda name: os.path.splitext(name)[0])
-        except _Unpaired:
-            raise UserError(f"{shards[fault.shard]}: there is {fault}; each image needs one .cls file of its key (the "
-                            f"name up to the first dot).") from None
+            pairs = _paired(shards, images, classes, lambda name: os.path.splitext(name)[0])
+        except UserError:
+            raise fault from None
     _say_left_out(shards, Counter({".cls without an image": len(classes) - len(pairs)}))
     targets = [_class_number(shards, member) for _, member in pairs]
     names = [str(number) for number in range(max(targets, default=-1) + 1)]
-    return _tar_set(shards, [image for image, _ in pairs], targets, decoder), names
+    return TarSet(shards, [image for image, _ in pairs], targets, decoder), names
 
 
-class _Unpaired(Exception):
-    """A key without exactly one image and one class."""
-
-    def __init__(self, shard: int, fault: str):
-        super().__init__(fault)
-        self.shard = shard
-
-
-def _paired(images: list[Member], classes: list[Member], stem: Callable[[str], str]) -> list[tuple[Member, Member]]:
+def _paired(shards: list[str], images: list[Member], classes: list[Member], stem: Callable[[str], str]
+            ) -> list[tuple[Member, Member]]:
     """Each image with the class of its key: the shard, the folder, and the `stem` of the name."""
+    def unpaired(key: tuple[int, str, str], fault: str) -> UserError:
+        return UserError(f"{shards[key[0]]}: there is {fault}; each image needs one .cls file of its key (the name up "
+                         f"to the first dot).")
+
     def by_key(members: list[Member]) -> dict[tuple[int, str, str], list[Member]]:
         found = defaultdict(list)
         for member in members:
@@ -127,9 +123,9 @@ def _paired(images: list[Member], classes: list[Member], stem: Callable[[str], s
         labels = classes_of.get(key, [])
         for members in (alike, labels):
             if len(members) > 1:
-                raise _Unpaired(key[0], f"one key, '{key[-1]}', for {members[0].name} and {members[1].name}")
+                raise unpaired(key, f"one key, '{key[-1]}', for {members[0].name} and {members[1].name}")
         if not labels:
-            raise _Unpaired(key[0], f"{alike[0].name} without a .cls file beside it that tells its class")
+            raise unpaired(key, f"{alike[0].name} without a .cls file beside it that tells its class")
         pairs.append((alike[0], labels[0]))
     return pairs
 
@@ -141,13 +137,6 @@ def _class_number(shards: list[str], member: Member) -> int:
     return int(text)
 
 
-def _tar_set(shards: list[str], images: list[Member], targets: list[int], decoder: str) -> TarSet:
-    if not images:
-        raise UserError(f"{shards[0]} holds no images ({KINDS}).")
-    names = np.array([os.fsencode(member.name) for member in images])
-    return TarSet(shards, images, names, np.array(targets), decoder)
-
-
 def _is_image(name: str) -> bool:
     return os.fsencode(name).lower().endswith(EXTENSIONS) and not os.path.basename(name).startswith(".")
 
@@ -156,14 +145,10 @@ def _reason(name: str) -> str:
     return "hidden" if os.path.basename(name).startswith(".") else os.path.splitext(name)[1] or "without extension"
 
 
-def _say_left_out(shards: list[str], left_out: Mapping[str, int]) -> None:
-    if +Counter(left_out):
-        log.warning("In %s%s %s Images are %s.", shards[0], ", ..." if len(shards) > 1 else "",
-                    in_words(+Counter(left_out)), KINDS)
-
-
-def _label(shards: list[str], member: Member) -> str:
-    return Path(member.name).parent.name or Path(shards[member.shard]).stem
+def _say_left_out(shards: list[str], left_out: Counter[str]) -> None:
+    if left_out := +left_out:
+        log.warning("In %s%s %s Images are %s.", shards[0], ", ..." if len(shards) > 1 else "", in_words(left_out),
+                    KINDS)
 
 
 def _members(shards: list[str]) -> Iterator[Member]:

@@ -1,73 +1,40 @@
-"""`load(source, ...)`: the data sets by name, cut to a fraction or to the first classes where asked."""
+"""The sources of images by name; timm's is in `timm_sets.py`."""
 
 import logging
-from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
-from functools import partial
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 
+from deepvit.config.settings import Data
 from deepvit.data.decode import resolve_decoder
-from deepvit.data.exclude import without, without_one
-from deepvit.data.folders import (
-    check_has_classes,
-    check_same_classes,
-    class_folders,
-    existing,
-    find_splits,
-    readable_names,
-)
-from deepvit.data.imageset import IN_MEMORY_MB, ArraySet, FileSet, ImageSet, Splits, balanced_part, hold_out
+from deepvit.data.exclude import without
+from deepvit.data.folders import check_same_classes, class_folders, classes_of, existing, find_splits, readable_names
+from deepvit.data.imageset import IN_MEMORY_MB, ArraySet, FileSet, ImageSet, Splits
 from deepvit.data.index import kept_listing
 from deepvit.data.listing import KINDS, in_words
-from deepvit.data.timm_sets import timm_splits
+from deepvit.data.source import Source, chosen
+from deepvit.data.timm_sets import Timm
 from deepvit.errors import UserError, did_you_mean
 
-DOWNLOADING = ("cifar10", "cifar100", "timm")  # sources that may have to fetch their pictures
 log = logging.getLogger(__name__)
-IMAGENET100 = Path(__file__).with_name("imagenet100.txt")
 
 
-def load(source: str, *, root: str | None = None, fraction: float = 1.0, classes: int | str | None = None,
-         val_fraction: float | None = None, seed: int = 0, decoder: str = "auto", in_memory_mb: int = IN_MEMORY_MB,
-         name: str | None = None, train_split: str = "train", val_split: str = "validation",
-         exclude: str | None = None) -> Splits:
-    """A data set by its source.
+def load(source: str, **asked: object) -> Splits:
+    """A data set by its source; `asked`: the fields of `Source`. Raises UserError for all that is wrong with it."""
+    return _kind(source)(**asked).splits()
 
-    Args:
-        source: `digits`, `imagenet`, `folder`, `cifar10`, `cifar100` or `timm`.
-        root: folder of the pictures; not for `digits`.
-        fraction: a fixed, class-balanced part of the training pictures, in (0, 1].
-        classes: only the first k classes, or those in a list: a file of their folder names, or `imagenet100`.
-        val_fraction: for `folder` without a val/: the fixed, class-balanced part of each class held out.
-        seed: of those two choices (not of the training).
-        decoder: `auto`, `torchvision` or `pil`.
-        in_memory_mb: a folder whose decoded pictures need less is kept in memory.
-        exclude: file with the names of images to leave out, as `deepvit check` writes it.
-        name, train_split, val_split: of a timm data set (`hfds/...`, `wds/...`, `torch/...`, or tar files in `root`).
-    Raises:
-        UserError for everything that is wrong with the folder or the arguments.
-    """
+
+def source_of(data: Data) -> Source:
+    """What the settings ask for."""
+    return _kind(data.source)(**{one.name: getattr(data, one.name) for one in fields(Source) if one.name != "seed"})
+
+
+def _kind(source: str) -> type[Source]:
     if source not in SOURCES:
         raise UserError(f"data.source={source} is none of {', '.join(SOURCES)}.{did_you_mean(source, SOURCES)}")
-    if not 0 < fraction <= 1:
-        raise UserError(f"data.fraction={fraction} must be above 0 and at most 1.")
-    arguments = {"root": root, "val_fraction": val_fraction, "seed": seed, "decoder": resolve_decoder(decoder),
-                 "in_memory_mb": in_memory_mb, "classes": classes, "name": name, "train_split": train_split,
-                 "val_split": val_split}
-    if source != "timm" and (name, train_split, val_split) != (None, "train", "validation"):
-        raise UserError(f"data.name, data.train_split and data.val_split are for data=timm, not for data={source}.")
-    splits = _first_classes(SOURCES[source](**arguments), classes)
-    if exclude is not None:
-        splits = without(splits, exclude, root)
-    if len(splits.class_ids) < 2:
-        raise UserError(f"data.root={root} has one class only, '{splits.class_ids[0]}', so nothing can be learned: is "
-                        f"it one level too high? Each class needs a folder below it, or below train/ and val/.")
-    if fraction < 1:
-        splits = replace(splits, train=splits.train.take(balanced_part(splits.train.targets, fraction, seed)))
-    return splits
+    return SOURCES[source]
 
 
 def eval_folder(root: str, class_ids: list[str], *, decoder: str = "auto", in_memory_mb: int = IN_MEMORY_MB,
@@ -83,8 +50,7 @@ def eval_folder(root: str, class_ids: list[str], *, decoder: str = "auto", in_me
         raise UserError(f"data.root={root} has {train.name}/ but no val/ folder: give data.root={train} to evaluate on "
                         f"the training images.")
     path = val or path
-    names = class_folders(path)
-    check_has_classes(path, names)
+    names = classes_of(path)
     if names == [str(number) for number in range(len(class_ids))]:
         wanted = np.arange(len(names))
     else:
@@ -94,21 +60,7 @@ def eval_folder(root: str, class_ids: list[str], *, decoder: str = "auto", in_me
                             f"({', '.join(strangers[:3])}).{did_you_mean(strangers[0], class_ids)}")
         wanted = np.array([class_ids.index(name) for name in names])
     images = _file_set(path, names, decoder=resolve_decoder(decoder), in_memory_mb=in_memory_mb, labels=wanted)
-    return images if exclude is None else without_one(images, class_ids, exclude, root)
-
-
-def every_set(source: str, root: str, **options: object) -> list[ImageSet]:
-    """All that `source` has, whether it could be trained on or not: of folders each split that is there."""
-    if source not in ("folder", "imagenet"):
-        splits = load(source, root=root, **options)
-        return [splits.train, splits.val]
-    path = existing(root, source)
-    sets = []
-    for folder in [split for split in find_splits(path) if split] or [path]:
-        classes = class_folders(folder)
-        check_has_classes(folder, classes)
-        sets.append(_file_set(folder, classes, decoder=resolve_decoder(options["decoder"]), in_memory_mb=0))
-    return sets
+    return images if exclude is None else without([images], class_ids, exclude, root, f"{path}/")[0]
 
 
 def _file_set(folder: Path, classes: list[str], **options: object) -> FileSet:
@@ -122,149 +74,124 @@ def _file_set(folder: Path, classes: list[str], **options: object) -> FileSet:
     return FileSet(folder, classes, listing, **options)
 
 
-def _first_classes(splits: Splits, classes: int | str | None) -> Splits:
-    kept = chosen(classes, splits.class_ids)
-    if kept == splits.class_ids:
-        return splits
-    places = np.array([kept.index(name) if name in kept else -1 for name in splits.class_ids])
-    names = [name for name, place in zip(splits.class_names, places, strict=True) if place >= 0]
-    return Splits(*(_relabelled(part, places) for part in (splits.train, splits.val)), names, kept)
-
-
-def _relabelled(images: ImageSet, places: np.ndarray) -> ImageSet:
-    """Images of the classes that have a place, which becomes their target."""
-    part = images.take(np.flatnonzero(places[images.targets] >= 0))
-    part.targets = places[part.targets]
-    return part
-
-
-def chosen(classes: int | str | None, class_ids: list[str]) -> list[str]:
-    """Those of the classes that `data.classes` names, in the same order."""
-    if classes is None:
-        return class_ids
-    if isinstance(classes, str):
-        wanted = _listed(classes)
-        missing = sorted({*wanted} - {*class_ids})
-        if missing:
-            raise UserError(f"data.classes={classes} lists {len(wanted)} classes, of which this data lacks "
-                            f"{len(missing)}, such as {missing[0]}.{did_you_mean(missing[0], class_ids)}")
-        return [name for name in class_ids if name in wanted]
-    if not 2 <= classes <= len(class_ids):
-        raise UserError(f"data.classes={classes}: this data has {len(class_ids)} classes; give 2 to {len(class_ids)}.")
-    return class_ids[:classes]
-
-
-def _listed(name: str) -> list[str]:
-    """The words of a list of classes; lines that start with # are remarks."""
-    path = IMAGENET100 if name == IMAGENET100.stem else Path(name).expanduser()
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"data.classes={name} is no number, nor a readable list of class folders "
-                        f"({getattr(error, 'strerror', None) or 'not text'}): give imagenet100 or a file.") from None
-    words = [word for line in lines if not line.startswith("#") for word in line.split()]
-    if len({*words}) < 2 or len({*words}) < len(words):
-        raise UserError(f"data.classes={name} lists {len({*words})} different classes in {len(words)} words: list two "
-                        f"or more, each once.")
-    return words
-
-
-def _digits(*, root: str | None, val_fraction: float | None, decoder: str, **_: object) -> Splits:
+class Digits(Source):
     """scikit-learn's 1797 handwritten digits of 8 x 8 pixels; always the same 1437 / 360."""
-    if root or val_fraction:
-        raise UserError("data=digits is built in and takes no data.root or data.val_fraction: for your own pictures "
-                        "use recipe=imagenet or data=folder.")
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-    digits = load_digits()
-    grey = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # [1797, 8, 8]; sklearn's values run from 0 to 16
-    pixels = np.repeat(grey[..., None], 3, axis=-1)
-    parts = train_test_split(np.arange(len(grey)), test_size=360, stratify=digits.target, random_state=0)
-    names = [str(name) for name in digits.target_names]
-    sets = [ArraySet(pixels[part], digits.target[part], "digits", decoder=decoder, ids=part)
-            for part in map(np.sort, parts)]
-    return Splits(*sets, names, names)
+
+    source = "digits"
+    title = "the built-in digits (recipe= chooses others)"
+
+    def whole(self) -> Splits:
+        if self.root or self.val_fraction:
+            raise UserError(f"data.root={self.root} or data.val_fraction={self.val_fraction} is given, but the digits "
+                            f"are built in: to train on your pictures add recipe=imagenet (train/ and val/ folders of "
+                            f"classes), recipe=cifar10 or recipe=folder.")
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+        digits = load_digits()
+        grey = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # [1797, 8, 8]; sklearn's values run from 0 to 16
+        pixels = np.repeat(grey[..., None], 3, axis=-1)
+        parts = train_test_split(np.arange(len(grey)), test_size=360, stratify=digits.target, random_state=0)
+        names = [str(name) for name in digits.target_names]
+        sets = [ArraySet(pixels[part], digits.target[part], "digits", decoder=self.decoder, ids=part)
+                for part in map(np.sort, parts)]
+        return Splits(*sets, names, names)
 
 
-def _imagenet(*, root: str | None, val_fraction: float | None, decoder: str, in_memory_mb: int,
-              classes: int | str | None, **_: object) -> Splits:
-    path = existing(root, "imagenet")
-    if val_fraction:
-        raise UserError("data=imagenet has its own val/ folder and takes no data.val_fraction: use data=folder.")
-    train, val = find_splits(path)
-    if train is None or val is None:
-        missing = "train/" if train is None else "val/"
-        raise UserError(f"data.root={root} has no {missing} folder: data=imagenet wants train/<wnid>/*.JPEG and "
-                        "val/<wnid>/*.JPEG (data=folder is for other folders).")
-    return _two_folders(train, val, decoder=decoder, in_memory_mb=in_memory_mb, classes=classes)
+class Folder(Source):
+    """root/{train,val}/<class>/*, or root/<class>/* of which `val_fraction` is held out."""
 
+    source = "folder"
+    has_class_folders = True
 
-def _folder(*, root: str | None, val_fraction: float | None, decoder: str, in_memory_mb: int, seed: int,
-            classes: int | str | None, **_: object) -> Splits:
-    path = existing(root, "folder")
-    train, val = find_splits(path)
-    options = {"decoder": decoder, "in_memory_mb": in_memory_mb}
-    if val is not None and train is None:
-        raise UserError(f"data.root={root} has {val.name}/ but no train/ folder.")
-    if not val_fraction:
+    def whole(self) -> Splits:
+        path = existing(self.root, "folder")
+        train, val = find_splits(path)
+        if val is not None and train is None:
+            raise UserError(f"data.root={self.root} has {val.name}/ but no train/ folder.")
+        if not self.val_fraction:
+            if val is not None:
+                return self._two(train, val)
+            classes_of(train or path)
+            raise UserError(f"{path} has no val/ folder: give data.val_fraction=0.1 to hold out a tenth of each class.")
+        if val is not None and class_folders(val):
+            raise UserError(f"data.root={self.root} has {val.name}/, which data.val_fraction={self.val_fraction} would "
+                            f"not use: leave data.val_fraction out, or give data.root={train} to hold out a part of "
+                            f"the training images.")
         if val is not None:
-            return _two_folders(train, val, classes=classes, **options)
-        check_has_classes(train or path, class_folders(train or path))
-        raise UserError(f"{path} has no val/ folder: give data.val_fraction=0.1 to hold out a tenth of each class.")
-    if val is not None and class_folders(val):
-        raise UserError(f"data.root={root} has {val.name}/, which data.val_fraction={val_fraction} would not use: "
-                        f"leave data.val_fraction out, or give data.root={train} to hold out a part of the "
-                        f"training images.")
-    if val is not None:
-        log.warning("%s has no class folders and is not used.", val)
-    return _held_out(train or path, val_fraction, seed, **options)
+            log.warning("%s has no class folders and is not used.", val)
+        folder = train or path
+        ids = classes_of(folder)
+        return self.hold_out(self._images(folder, ids), ids, str(folder))
+
+    def sets(self) -> list[ImageSet]:
+        path = existing(self.root, self.source)
+        return [self._images(folder, classes_of(folder))
+                for folder in [split for split in find_splits(path) if split] or [path]]
+
+    def _two(self, train: Path, val: Path) -> Splits:
+        ids, val_ids = classes_of(train), classes_of(val)
+        check_same_classes(ids, val_ids, train, val)
+        ids = chosen(self.classes, ids)  # no time is spent on folders that are not used
+        return Splits(self._images(train, ids), self._images(val, ids), readable_names(ids), ids)
+
+    def _images(self, folder: Path, ids: list[str]) -> FileSet:
+        return _file_set(folder, ids, decoder=self.decoder, in_memory_mb=self.in_memory_mb)
 
 
-def _two_folders(train: Path, val: Path, *, classes: int | str | None, **options: object) -> Splits:
-    ids, val_ids = class_folders(train), class_folders(val)
-    check_has_classes(train, ids)
-    check_has_classes(val, val_ids)
-    check_same_classes(ids, val_ids, train, val)
-    ids = chosen(classes, ids)  # no time is spent on folders that are not used
-    return Splits(_file_set(train, ids, **options), _file_set(val, ids, **options), readable_names(ids), ids)
+class ImageNet(Folder):
+    """root/train/<wnid>/*.JPEG and root/val/<wnid>/*.JPEG."""
+
+    source = "imagenet"
+
+    def whole(self) -> Splits:
+        path = existing(self.root, "imagenet")
+        if self.val_fraction:
+            raise UserError("data=imagenet has its own val/ folder and takes no data.val_fraction: use data=folder.")
+        train, val = find_splits(path)
+        if train is None or val is None:
+            missing = "train/" if train is None else "val/"
+            raise UserError(f"data.root={self.root} has no {missing} folder: data=imagenet wants train/<wnid>/*.JPEG "
+                            f"and val/<wnid>/*.JPEG (data=folder is for other folders).")
+        return self._two(train, val)
 
 
-def _held_out(folder: Path, val_fraction: float, seed: int, **options: object) -> Splits:
-    ids = class_folders(folder)
-    check_has_classes(folder, ids)
-    return hold_out(_file_set(folder, ids, **options), ids, val_fraction, seed, str(folder))
+class Cifar10(Source):
+    """root/{train,test}/<class>/*, or torchvision's, which is downloaded to `root` where it is not there."""
+
+    source = "cifar10"
+    may_download = True
+
+    def whole(self) -> Splits:
+        if not self.root:
+            raise UserError(f"data={self.source} needs data.root: the folder that holds it as JPEGs "
+                            f"({{train,test}}/<class>/) or that torchvision shall download it to.")
+        path = Path(self.root).expanduser()
+        if path.is_dir() and find_splits(path)[0] is not None:
+            return Folder(**vars(self)).whole()
+        if self.val_fraction:
+            raise UserError(f"data.val_fraction={self.val_fraction} is for folders without a val/ or test/: "
+                            f"torchvision's {self.source} has its own test images, so leave it out.")
+        parts = self._downloaded(path)
+        sets = [ArraySet(part.data, np.array(part.targets), f"{self.source}/{split}", decoder=self.decoder)
+                for part, split in zip(parts, ("train", "test"), strict=True)]
+        return Splits(*sets, parts[0].classes, parts[0].classes)
+
+    def _downloaded(self, path: Path) -> list:
+        from torchvision import datasets
+        existed, dataset = path.exists(), getattr(datasets, self.source.upper())
+        try:
+            return [dataset(path, train=train, download=True) for train in (True, False)]
+        except (OSError, RuntimeError) as error:
+            if not existed:
+                with suppress(OSError):
+                    path.rmdir()  # only where it is empty
+            raise UserError(f"data.root={self.root} holds neither train/<class>/ and test/<class>/ with JPEGs nor "
+                            f"torchvision's {dataset.base_folder}/, and {dataset.__name__} could not be downloaded to "
+                            f"it ({error}).") from error
 
 
-def _cifar(classes_of_it: int, *, root: str | None, val_fraction: float | None, decoder: str,
-           **options: object) -> Splits:
-    name = f"cifar{classes_of_it}"
-    if not root:
-        raise UserError(f"data={name} needs data.root: the folder that holds it as JPEGs ({{train,test}}/<class>/) or "
-                        "that torchvision shall download it to.")
-    path = Path(root).expanduser()
-    if path.is_dir() and find_splits(path)[0] is not None:
-        return _folder(root=root, val_fraction=val_fraction, decoder=decoder, **options)
-    if val_fraction:
-        raise UserError(f"data.val_fraction={val_fraction} is for folders without a val/ or test/: torchvision's "
-                        f"{name} has its own test images, so leave it out.")
-    from torchvision.datasets import CIFAR10, CIFAR100
-    existed = path.exists()
-    dataset = {10: CIFAR10, 100: CIFAR100}[classes_of_it]
-    try:
-        parts = [dataset(path, train=train, download=True) for train in (True, False)]
-    except (OSError, RuntimeError) as error:
-        if not existed:
-            with suppress(OSError):
-                path.rmdir()  # only where it is empty
-        raise UserError(f"data.root={root} holds neither train/<class>/ and test/<class>/ with JPEGs nor torchvision's "
-                        f"{dataset.base_folder}/, and {dataset.__name__} could not be downloaded to it "
-                        f"({error}).") from error
-    sets = [ArraySet(part.data, np.array(part.targets), f"{name}/{split}", decoder=decoder)
-            for part, split in zip(parts, ("train", "test"), strict=True)]
-    return Splits(*sets, parts[0].classes, parts[0].classes)
+class Cifar100(Cifar10):
+    source = "cifar100"
 
 
-SOURCES: dict[str, Callable[..., Splits]] = {
-    "digits": _digits, "imagenet": _imagenet, "folder": _folder, "cifar10": partial(_cifar, 10),
-    "cifar100": partial(_cifar, 100), "timm": timm_splits,
-}
+SOURCES: dict[str, type[Source]] = {kind.source: kind for kind in (Digits, ImageNet, Folder, Cifar10, Cifar100, Timm)}

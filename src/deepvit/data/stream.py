@@ -61,15 +61,15 @@ def draw(n: int, seed: int, step: int, positions: np.ndarray, batch_size: int, r
 class Stream:
     """The micro-batches of one rank, in order: `accumulation` of them for each step in [start_step, steps)."""
 
-    n: int
+    n: int  # images
     seed: int
-    batch_size: int  # global
+    batch_size: int  # of all ranks together; rank r gets the r-th contiguous part
     steps: int
     start_step: int = 0
     rank: int = 0
     world: int = 1
     accumulation: int = 1
-    repeats: int = 1
+    repeats: int = 1  # times that an image stands in its batch
 
     def __post_init__(self) -> None:
         if self.n < 1:

@@ -18,6 +18,7 @@ from timm.data.transforms import RandomResizedCropAndInterpolation, str_to_pil_i
 from timm.data.transforms_factory import transforms_imagenet_train
 from torch import Tensor
 from torchvision.transforms import RandomHorizontalFlip, RandomVerticalFlip
+from torchvision.transforms.functional import crop, get_dimensions
 
 from deepvit.data.decode import Picture, to_pil, to_tensor
 from deepvit.errors import UserError, did_you_mean
@@ -56,18 +57,6 @@ def resize(picture: Picture, size: tuple[int, int], interpolation: str) -> Pictu
     return F.interpolate(batch, size=size, mode=interpolation, antialias=True)[0]
 
 
-def crop(picture: Picture, top: int, left: int, height: int, width: int) -> Picture:
-    """The rectangle in pixels; it must lie inside."""
-    if isinstance(picture, Image.Image):
-        return picture.crop((left, top, left + width, top + height))
-    return picture[:, top:top + height, left:left + width]
-
-
-def shape_of(picture: Picture) -> tuple[int, int]:
-    """(height, width)."""
-    return (picture.height, picture.width) if isinstance(picture, Image.Image) else tuple(picture.shape[1:])
-
-
 @dataclass(frozen=True)
 class CentreCrop:
     """Shorter side to floor(size / crop_pct), then the middle; timm's arithmetic."""
@@ -77,20 +66,13 @@ class CentreCrop:
     interpolation: str
 
     def __call__(self, picture: Picture) -> Picture:
-        height, width = shape_of(picture)
-        if max(height, width) > LONGEST * min(height, width):
-            picture = self._middle(picture, LONGEST * min(height, width))
-            height, width = shape_of(picture)
-        want = [math.floor(side / self.crop_pct) for side in self.size]
-        new = _cover(height, width, *want)
+        _, *sides = get_dimensions(picture)
+        height, width = (min(side, LONGEST * min(sides)) for side in sides)
+        if [height, width] != sides:
+            picture = crop(picture, (sides[0] - height) // 2, (sides[1] - width) // 2, height, width)
+        new = _cover(height, width, *(math.floor(side / self.crop_pct) for side in self.size))
         top, left = (round((have - side) / 2) for have, side in zip(new, self.size, strict=True))
         return crop(resize(picture, new, self.interpolation), top, left, *self.size)
-
-    @staticmethod
-    def _middle(picture: Picture, longest: int) -> Picture:
-        sides = shape_of(picture)
-        height, width = (min(side, longest) for side in sides)
-        return crop(picture, (sides[0] - height) // 2, (sides[1] - width) // 2, height, width)
 
 
 def _cover(height: int, width: int, want_height: int, want_width: int) -> tuple[int, int]:
@@ -109,7 +91,7 @@ class RandomCrop(RandomResizedCropAndInterpolation):
         self.names = INTERPOLATIONS if interpolation == "random" else (interpolation,)
 
     def __call__(self, picture: Picture) -> Picture:
-        whole = shape_of(picture)
+        _, *whole = get_dimensions(picture)
         blank = torch.empty(1).expand(1, *whole)  # get_params asks it for its size alone
         top, left, height, width = self.get_params(blank, self.scale, self.ratio)
         # Of a picture of few pixels timm draws crops that round to nothing.
@@ -153,14 +135,9 @@ class Transform:
     def __call__(self, picture: Picture) -> tuple[Tensor, list[Patch]]:
         """-> (uint8 [3, S, S], rectangles to erase)."""
         picture = self.crop(picture)
-        for step in self.flips:
+        for step in [*self.flips, *([to_pil] if self.colour else []), *self.colour]:
             picture = step(picture)
-        if self.colour:
-            picture = to_pil(picture)
-            for step in self.colour:
-                picture = step(picture)
-        pixels = to_tensor(picture) if isinstance(picture, Image.Image) else picture
-        return pixels, self._patches()
+        return to_tensor(picture) if isinstance(picture, Image.Image) else picture, self._patches()
 
     def _patches(self) -> list[Patch]:
         if self.erasing is None:
@@ -172,53 +149,57 @@ class Transform:
 
 def eval_transform(img_size: int | Sequence[int], crop_pct: float = 0.9, interpolation: str = "bicubic") -> Transform:
     """As published: at 224, shorter side to floor(224 / 0.9) = 248, bicubic, centre crop; at 384 crop_pct 1."""
-    if not 0 < crop_pct <= 1:
-        raise UserError(f"data.crop_pct={crop_pct} must be above 0 and at most 1.")
-    _check_interpolation(interpolation, INTERPOLATIONS, "data.interpolation")
     return Transform(_pair(img_size), CentreCrop(_pair(img_size), crop_pct, interpolation))
 
 
-def train_transform(img_size: int | Sequence[int], *, crop_pct: float = 0.9,
-                    crop_scale: Sequence[float] | None = (0.08, 1.0), crop_ratio: Sequence[float] = (3 / 4, 4 / 3),
-                    interpolation: str = "random", hflip: float = 0.5, vflip: float = 0.0,
-                    color_jitter: float | Sequence[float] | None = 0.4, auto_augment: str | None = None,
-                    grayscale_prob: float = 0.0, gaussian_blur_prob: float = 0.0, random_erasing: float = 0.0,
-                    erasing_mode: str = "pixel", erasing_count: int = 1,
-                    mean: Sequence[float] = (0.5, 0.5, 0.5)) -> Transform:
-    """timm's ImageNet augmentation (`transforms_imagenet_train`), the erasing recorded instead of written.
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """timm's ImageNet augmentation (`transforms_imagenet_train`); *_prob, hflip and vflip are probabilities."""
 
-    Args:
-        img_size: side or (height, width) in pixels.
-        crop_pct: only where `crop_scale` is None: no random crop but the evaluation's.
-        crop_scale, crop_ratio: ranges of area (part of the picture) and aspect of the random crop.
-        interpolation: `bilinear`, `bicubic` or `random` (one of the two per sample).
-        hflip, vflip, grayscale_prob, gaussian_blur_prob: probabilities.
-        color_jitter: strength; as in timm it has no effect where `auto_augment` is set (other than `3a`).
-        auto_augment: timm's string, e.g. `rand-m9-mstd0.5-inc1`.
-        random_erasing: probability; `erasing_mode` const, rand or pixel; up to `erasing_count` rectangles.
-        mean: of the normalisation; colour of the pixels that RandAugment moves in.
-    """
-    size = _pair(img_size)
-    _check_interpolation(interpolation, (*INTERPOLATIONS, "random"), "augment.interpolation")
-    if gaussian_blur_prob and min(size) < 12:
-        raise UserError(f"augment.gaussian_blur_prob={gaussian_blur_prob} needs images of 12 pixels or more, as timm's "
-                        f"blur is 23 wide: set it to 0, or raise model.img_size.")
-    if crop_scale is None:
-        cut = eval_transform(size, crop_pct, "bicubic" if interpolation == "random" else interpolation).crop
+    crop_scale: Sequence[float] | None = (0.08, 1.0)  # range of the random crop's area; None: the evaluation's crop
+    crop_ratio: Sequence[float] = (3 / 4, 4 / 3)  # range of its aspect
+    crop_pct: float = 0.9  # of the evaluation's crop
+    interpolation: str = "random"  # `bilinear`, `bicubic` or `random` (one of the two per sample)
+    hflip: float = 0.5
+    vflip: float = 0.0
+    color_jitter: float | Sequence[float] | None = 0.4  # as in timm without effect beside `auto_augment` but `3a`
+    auto_augment: str | None = None  # timm's string, e.g. `rand-m9-mstd0.5-inc1`
+    grayscale_prob: float = 0.0
+    gaussian_blur_prob: float = 0.0
+    random_erasing: float = 0.0  # probability
+    erasing_mode: str = "pixel"  # `const`, `rand` or `pixel`
+    erasing_count: int = 1  # rectangles at most
+    mean: Sequence[float] = NORMS["half"][0]  # colour of the pixels that RandAugment moves in
+
+
+def train_transform(img_size: int | Sequence[int], **recipe: object) -> Transform:
+    """What `Recipe` says for a side or (height, width) in pixels, the erasing recorded instead of written."""
+    asked, size = Recipe(**recipe), _pair(img_size)
+    _check_one_of("interpolation", asked.interpolation, (*INTERPOLATIONS, "random"))
+    _check_one_of("erasing_mode", asked.erasing_mode, ("const", "rand", "pixel"))
+    if asked.gaussian_blur_prob and min(size) < 12:
+        raise UserError(f"augment.gaussian_blur_prob={asked.gaussian_blur_prob} needs images of 12 pixels or more, as "
+                        f"timm's blur is 23 wide: set it to 0, or raise model.img_size.")
+    if asked.crop_scale is None:
+        name = "bicubic" if asked.interpolation == "random" else asked.interpolation
+        cut = CentreCrop(size, asked.crop_pct, name)
     else:
-        cut = RandomCrop(size, _range(crop_scale, "crop_scale"), _range(crop_ratio, "crop_ratio"), interpolation)
-    flips = [flip(p=p) for flip, p in ((RandomHorizontalFlip, hflip), (RandomVerticalFlip, vflip)) if p > 0]
-    colour = _colour(size, interpolation=interpolation, color_jitter=color_jitter or None, mean=mean,
-                     auto_augment=auto_augment, grayscale_prob=grayscale_prob, gaussian_blur_prob=gaussian_blur_prob)
-    return Transform(size, cut, flips, colour, _erasing(random_erasing, erasing_mode, erasing_count))
+        cut = RandomCrop(size, _range(asked, "crop_scale"), _range(asked, "crop_ratio"), asked.interpolation)
+    flips = [flip(p=p) for flip, p in ((RandomHorizontalFlip, asked.hflip), (RandomVerticalFlip, asked.vflip)) if p > 0]
+    erasing = RandomErasing(asked.random_erasing, mode=asked.erasing_mode, max_count=asked.erasing_count, device="cpu")
+    return Transform(size, cut, flips, _colour(size, asked), erasing if asked.random_erasing > 0 else None)
 
 
-def _colour(size: tuple[int, int], *, auto_augment: str | None, **options: object) -> list[Callable]:
+def _colour(size: tuple[int, int], asked: Recipe) -> list[Callable]:
+    jitter = asked.color_jitter or None
     try:
-        stages = transforms_imagenet_train(size, separate=True, auto_augment=auto_augment, **options)
+        stages = transforms_imagenet_train(
+            size, separate=True, interpolation=asked.interpolation, color_jitter=jitter, mean=asked.mean,
+            auto_augment=asked.auto_augment, grayscale_prob=asked.grayscale_prob,
+            gaussian_blur_prob=asked.gaussian_blur_prob)
     except (AssertionError, KeyError, ValueError) as error:
-        raise UserError(f"augment.auto_augment={auto_augment} (such as rand-m9-mstd0.5-inc1) and augment.color_jitter="
-                        f"{options['color_jitter']} are not both what timm takes ({error}).") from error
+        raise UserError(f"augment.auto_augment={asked.auto_augment} (such as rand-m9-mstd0.5-inc1) and "
+                        f"augment.color_jitter={jitter} are not both what timm takes ({error}).") from error
     steps = list(stages[1].transforms)
     for step in steps:
         mend_posterize(step)
@@ -239,22 +220,17 @@ def _posterize(image: Image.Image, bits_to_keep: int, **options: object) -> Imag
     return timm_posterize(image, bits_to_keep, **options)
 
 
-def _erasing(probability: float, mode: str, count: int) -> RandomErasing | None:
-    if mode not in ("const", "rand", "pixel"):
-        raise UserError(f"augment.erasing_mode={mode} is none of const, rand, pixel.")
-    return RandomErasing(probability, mode=mode, max_count=count, device="cpu") if probability > 0 else None
-
-
 def _pair(img_size: int | Sequence[int]) -> tuple[int, int]:
     return (img_size, img_size) if isinstance(img_size, int) else (int(img_size[0]), int(img_size[1]))
 
 
-def _range(values: Sequence[float], name: str) -> tuple[float, float]:
+def _range(asked: Recipe, name: str) -> tuple[float, float]:
+    values = getattr(asked, name)
     if len(values) != 2 or not 0 < values[0] <= values[1]:
         raise UserError(f"augment.{name}={list(values)} must be [smallest, largest], both above 0.")
     return float(values[0]), float(values[1])
 
 
-def _check_interpolation(name: str, choices: tuple[str, ...], key: str) -> None:
-    if name not in choices:
-        raise UserError(f"{key}={name} is none of {', '.join(choices)}.{did_you_mean(name, choices)}")
+def _check_one_of(setting: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UserError(f"augment.{setting}={value} is none of {', '.join(choices)}.{did_you_mean(value, choices)}")

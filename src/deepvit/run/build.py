@@ -138,22 +138,19 @@ def build(settings: Settings, ranks: Ranks, begun: Mapping[str, Any] | None = No
 
 def shared_splits(data: Data, ranks: Ranks) -> pictures.Splits:
     """The images; where they may have to be downloaded, the first rank of each machine goes before the others."""
-    is_first = data.source not in pictures.DOWNLOADING or ranks.world == 1 or os.environ.get("LOCAL_RANK", "0") == "0"
+    with ranks.together():
+        source = pictures.source_of(data)
+    is_first = not source.may_download or ranks.world == 1 or os.environ.get("LOCAL_RANK", "0") == "0"
     for mine in (is_first, not is_first):
         with ranks.sync_errors():
             if mine:
-                found = splits(data)
+                found = source.splits()
     return found
 
 
 def splits(data: Data) -> pictures.Splits:
     """The data set that `data` names."""
-    if data.source == "digits" and data.root is not None:
-        raise UserError(f"data.root={data.root} is given, but the digits are built in: to train on your pictures add "
-                        f"recipe=imagenet (train/ and val/ folders of classes), recipe=cifar10 or recipe=folder.")
-    return pictures.load(data.source, root=data.root, fraction=data.fraction, classes=data.classes,
-                         val_fraction=data.val_fraction, decoder=data.decoder, in_memory_mb=data.in_memory_mb,
-                         name=data.name, train_split=data.train_split, val_split=data.val_split, exclude=data.exclude)
+    return pictures.source_of(data).splits()
 
 
 def train_transform(data: Data, augment: Augment) -> pictures.Transform:

@@ -17,7 +17,7 @@ from deepvit.analysis.ablation import ablations
 from deepvit.analysis.pictures import class_names
 from deepvit.config.provenance import versions
 from deepvit.config.settings import Data, read_evaluation, read_group
-from deepvit.data import ImageSet, eval_folder, resolve_decoder
+from deepvit.data import ImageSet, eval_folder, resolve_decoder, source_of
 from deepvit.data.real_labels import real_top1
 from deepvit.engine.device import device_name, prepare_device
 from deepvit.engine.evaluate import Evaluation, evaluate
@@ -197,7 +197,8 @@ def val_images(candidate: Candidate, data: Data) -> ImageSet:
     count, known = candidate.model.num_classes, candidate.classes
     if known is None and count == 1000:
         known = ImageNetInfo().label_names()
-    if known and data.source in ("folder", "imagenet") and data.root and data.classes is data.val_fraction is None:
+    source = source_of(data)
+    if known and source.has_class_folders and data.root and data.classes is data.val_fraction is None:
         images = eval_folder(data.root, known, decoder=data.decoder, in_memory_mb=data.in_memory_mb,
                              exclude=data.exclude)
         present = len(np.unique(images.targets))
@@ -205,7 +206,7 @@ def val_images(candidate: Candidate, data: Data) -> ImageSet:
             log.info("%s has images of %d of the %d classes: top-1 is told among all, and among its own (as published "
                      "for ImageNet-A and -R).", data.root, present, count)
         return images
-    splits = build.splits(data)
+    splits = source.splits()
     if splits.class_ids == known:
         return splits.val
     if known is None and len(splits.class_ids) == count:

@@ -5,7 +5,7 @@ from typing import Any
 
 from deepvit.config.json_lines import read_json_lines
 from deepvit.config.provenance import versions
-from deepvit.data import resolve_decoder
+from deepvit.data import SOURCES, resolve_decoder
 from deepvit.engine.device import device_name, local_world, usable_cores
 from deepvit.engine.folder import RunFolder
 from deepvit.engine.progress import Meter
@@ -17,8 +17,7 @@ def summary_of(built: Built) -> str:
     """The run in a line."""
     settings, splits, plan, ranks = built.settings, built.splits, built.plan, built.ranks
     parts = plan.batch_size // ranks.world // built.micro_batch
-    source = settings.data.source
-    source = "the built-in digits (recipe= chooses others)" if source == "digits" else source
+    source = SOURCES[settings.data.source].title or settings.data.source
     trained = sum(weight.numel() for weight in built.model.parameters() if weight.requires_grad)
     remarks = [
         f"{count_parameters(built.model):,} parameters"
