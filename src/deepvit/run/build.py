@@ -138,7 +138,7 @@ def build(settings: Settings, ranks: Ranks, begun: Mapping[str, Any] | None = No
 
 def shared_splits(data: Data, ranks: Ranks) -> pictures.Splits:
     """The images; where they may have to be downloaded, the first rank of each machine goes before the others."""
-    with ranks.together():
+    with ranks.sync_errors():
         source = pictures.source_of(data)
     is_first = not source.may_download or ranks.world == 1 or os.environ.get("LOCAL_RANK", "0") == "0"
     for mine in (is_first, not is_first):
