@@ -24,7 +24,7 @@ from deepvit.run.build import Built
 SMALL = ["model=vit", "model/attention=reattention", "model.attention.norm_batch=8", "model.depth=2",
          "model.embed_dim=64", "model.num_heads=4", "model.drop_path_rate=0.1", "data.batch_size=32",
          "engine.device_batch=16", "augment.mixup=0.8", "augment.mix_prob=1.0", "augment.random_erasing=0.25",
-         "ema.decay=0.9", "optimizer.clip_grad=1.0", "schedule.warmup_epochs=0"]
+         "ema.decay=0.9", "optimizer.clip_grad=1.0", "schedule.warmup_epochs=0", "optimizer.lr=1e-3"]
 STEPS = 20
 CPU = torch.device("cpu")
 

@@ -389,7 +389,7 @@ def test_commands_take_the_same_settings(tmp_path, capsys):
     assert "%  class " in capsys.readouterr().out
     assert main(["predict", str(path), str(image)]) == 2
     assert "arch=" in capsys.readouterr().err
-    config = {"model": {"arch": "deepvit16", "img_size": None}, "weights": "auto", "dialect": None}
+    config = {"model": {"arch": "deepvit16", "img_size": None}, "weights": "auto", "dialect": None, "ablate": None}
     assert_same(evaluate.load(path, config).model, model)
     with pytest.raises(UserError, match="ema is not a setting"):
         evaluate.load(path, config | {"model": {"ema": True}})

@@ -69,7 +69,7 @@ def test_a_run_tells_what_was_chosen_and_the_command_that_repeats_it(run, tmp_pa
 def test_a_cell_of_a_sweep_has_the_name_that_it_has_alone(run, tmp_path):
     assert run("train", "-m", *TINY, "seed=0,1")[0] == DONE
     folders = sorted(path.name for path in tmp_path.glob("runs/digits/vit/*"))
-    code, said, _ = run("train", *TINY, "seed=1", "model.mlp_ratio=3", "optimizer.lr=1e-3")
+    code, said, _ = run("train", *TINY, "seed=1", "model.mlp_ratio=3", "optimizer.lr=2e-3")
     assert code == DONE and "is finished" in said
     assert sorted(path.name for path in tmp_path.glob("runs/digits/vit/*")) == folders
     assert run("train", "-m", *TINY, "seed=0,1", "hydra.sweep.dir=elsewhere")[0] == DONE
@@ -86,6 +86,7 @@ def test_a_run_of_revision_d1218dd_is_continued_and_reported(run, tmp_path):
              "model.drop_path_rate=0.2", "data.batch_size=64", "schedule.epochs=2", "engine.log_every=1",
              "engine.save_every=20", "probe.images=0"]
     folder = tmp_path / "runs/digits/vit" / OLD_NAME
+    typed += ["optimizer.lr=1e-3", f"hydra.run.dir={folder}"]  # the recipe has another rate now
     shutil.copytree(OLD, folder)
     code, said, _ = run("report", "runs", "--out", "report")
     assert code == DONE and "recipe not recorded" in said and "step 21/45" in said
@@ -94,7 +95,7 @@ def test_a_run_of_revision_d1218dd_is_continued_and_reported(run, tmp_path):
     losses = [line["loss"] for line in read_json_lines(folder / "metrics.jsonl") if "lr" in line]
     assert losses == pytest.approx(json.loads((OLD / "uncut_losses.json").read_text()), rel=1e-5)
     config = config_of(folder)
-    assert config["origin"]["overrides"] == typed and "norm_batch" not in config["model"]["attention"]
+    assert config["origin"]["overrides"] == typed[:-1] and "norm_batch" not in config["model"]["attention"]
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
     code, said, why = run("train", *typed)
     assert "is finished" in said, why

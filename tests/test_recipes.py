@@ -36,7 +36,7 @@ def test_updates_by_lamb_and_bce_are_timms():
         "augment.label_smoothing=0.1", "schedule=constant", "schedule.warmup_epochs=0", "data.batch_size=32"]))
     built = build.build(settings, ALONE)
     theirs, loss = copy.deepcopy(built.model), BinaryCrossEntropy(smoothing=0.1)
-    optimizer = create_optimizer_v2(theirs, "lamb", lr=1e-3, weight_decay=0.05)  # the recipe's rate
+    optimizer = create_optimizer_v2(theirs, "lamb", lr=2e-3, weight_decay=0.05)  # the recipe's rate
     prepare = build.prepare(settings.data, 10)
     for batches in built.make_batches(0, 3):
         assert built.stepper.update(built.state, batches)[0] is Status.DONE

@@ -132,4 +132,4 @@ def test_the_program_itself_is_killed_and_continues(tmp_path):
     finished = soak.train(config, tmp_path / "run")
     assert finished.wait() == 0 and "is finished" in finished.words()
     changed = soak.train(soak.changed(config, optimizer_lr=0.5), tmp_path / "run", log=tmp_path / "changed.log")
-    assert changed.wait() == 2 and "finished with other settings: optimizer.lr was 0.001" in changed.words()
+    assert changed.wait() == 2 and "finished with other settings: optimizer.lr was 0.002" in changed.words()

@@ -40,7 +40,7 @@ def check(*overrides: str) -> None:
     (["optimizer.opt=adahessian"], ["optimizer.opt=adahessian", "grad_fn"]),  # only its first step says so
     (["ema.warmup=true"], ["ema.warmup", "ema.decay"]),
     (["dialect=timm"], ["dialect=timm", "init="]),
-    (["augment.repeats=3"], ["augment.repeats=3", "data.batch_size=64"]),
+    (["augment.repeats=3"], ["augment.repeats=3", "data.batch_size=32"]),
     (["augment.gaussian_blur_prob=0.1"], ["augment.gaussian_blur_prob=0.1", "model.img_size"]),
     (["model.in_chans=1"], ["model.in_chans=1", "3 channels"]),
     (["data.img_size=16"], ["data.img_size=16", "model.img_size=8"]),
