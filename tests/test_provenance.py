@@ -90,8 +90,8 @@ def test_a_run_of_revision_d1218dd_is_continued_and_reported(run, tmp_path):
     shutil.copytree(OLD, folder)
     code, said, _ = run("report", "runs", "--out", "report")
     assert code == DONE and "recipe not recorded" in said and "step 21/45" in said
-    code, said, _ = run("train", *typed)
-    assert code == DONE and "Continuing from step 20 in" in said
+    code, said, why = run("train", *typed)
+    assert code == DONE and "Continuing from step 20 in" in said, why
     losses = [line["loss"] for line in read_json_lines(folder / "metrics.jsonl") if "lr" in line]
     assert losses == pytest.approx(json.loads((OLD / "uncut_losses.json").read_text()), rel=1e-5)
     config = config_of(folder)

@@ -11,11 +11,13 @@ from timm.optim import get_optimizer_info
 
 from deepvit.config.compare import changed
 from deepvit.config.settings import Settings, read_group
+from deepvit.config.signature import parameters_of
 from deepvit.data import Splits
 from deepvit.engine import checkpoint
 from deepvit.engine.folder import RunFolder
 from deepvit.errors import UserError
 from deepvit.importers.files import find_checkpoint
+from deepvit.models import ViT
 from deepvit.run import build
 
 KEPT = ("model", "data", "augment", "seed", "init", "head", "freeze", "ema", "optimizer")  # as they were, but for:
@@ -44,16 +46,18 @@ def _config_of(folder: RunFolder) -> dict[str, Any]:
 
 
 def upgraded(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's config in today's settings: what had no effect, and was accepted then, is left out."""
+    """A run's config in today's settings: a keyword of the model that it does not know has its default, and what had no
+    effect, and was accepted then, is left out."""
     config = _with_its_stem(config, config)
     optimizer, schedule, attention = config["optimizer"], config["schedule"], config["model"]["attention"]
     info = get_optimizer_info(optimizer["opt"])
     idle = {name: None for name in ("momentum", "betas", "eps") if not getattr(info, f"has_{name}")}
     rest = {"cooldown_epochs": 0} if schedule["steps"] is not None else {}
     attention = {name: value for name, value in attention.items() if (name, value) != ("sync_norm", False)}
+    usual = {name: one.default for name, one in parameters_of(ViT)[0].items() if one.default is not one.empty}
     return {**config, "loss": {"kind": "cross_entropy", **config["loss"]},
             "optimizer": {"kwargs": None, **optimizer, **idle}, "schedule": {**schedule, **rest},
-            "model": {**config["model"], "attention": attention}}
+            "model": {**usual, **config["model"], "attention": attention}}
 
 
 def as_begun(config: Mapping[str, Any], folder: RunFolder) -> Mapping[str, Any]:
