@@ -30,6 +30,7 @@ def bench(tmp_path, capsys):
     return run
 
 
+@pytest.mark.slow
 def test_models_stand_beside_their_peers(bench):
     code, said, results = bench("train-step", "eval", "memory", "--depth", "1", "--batch", "1", "--seconds", "0.1")
     assert code == 0

@@ -74,6 +74,8 @@ def test_a_result_tells_the_decoder_and_how_often_it_refused(run, tmp_path):
     result, events = json.loads((folder / "metrics.json").read_text()), lines(folder / "events.jsonl")
     assert code == DONE and result["steps"] == 8
     assert (result["decoder"], result["decoder_refused"], events[0]["decoder"]) == ("torchvision", 4, "torchvision")
+    _, said, _ = run("train", *TINY, "data=folder", "data.root=pictures", "data.batch_size=4", "dry=true")
+    assert "recipe=folder" in said
 
 
 def test_a_sweep_goes_on_past_a_failed_cell_and_names_it(run, tmp_path):

@@ -63,8 +63,16 @@ def check(settings: Settings, ranks: Ranks) -> None:
         sharing()
         _check_memory(network)
         try_out(settings.optimizer, ranks.device)
-    for sentence in without_effect(settings.model) if ranks.is_main else ():
+    for sentence in (*without_effect(settings.model), *_too_small(settings)) if ranks.is_main else ():
         log.warning(sentence)
+
+
+def _too_small(settings: Settings) -> list[str]:
+    """The default recipe is meant for the digits alone."""
+    if settings.data.source == "digits" or (settings.origin or {}).get("recipe") != "digits":
+        return []
+    return ["recipe=digits, the default, makes images and model small (8 pixels, width 64): recipe=folder, cifar10 or "
+            "imagenet is for others."]
 
 
 def _check_complete(model: Mapping[str, Any]) -> None:
