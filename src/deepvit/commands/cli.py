@@ -164,7 +164,7 @@ def quoted(word: str) -> str:
     """`init=runs/seed=1/last.pt` as Hydra's grammar wants it, `init='runs/seed=1/last.pt'`.
 
     Quoted is what the grammar refuses, and in a setting that is a path what is there under this very name, were it a
-    number or a list to the grammar. In a list or a sweep each part is quoted by itself; all else stays as it is.
+    number or a list to the grammar. In a list or a sweep each part is quoted separately; all else stays as it is.
     """
     key, _, value = word.partition("=")
     if word.startswith("-") or not value or not _is_readable(f"{key}="):

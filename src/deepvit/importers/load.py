@@ -28,7 +28,7 @@ log = logging.getLogger("deepvit")
 
 def load_model(path: str | Path, *, dialect: str | None = None, ema: bool = False, head: Head = "keep",
                arch: str | None = None, grid_size: Sequence[int] | None = None, **keywords: Any) -> ViT:
-    """Builds the model that a weights file tells, and loads it strictly. See docs/importing.md for the dialects.
+    """Builds the model that a weights file describes, and loads it strictly. See docs/importing.md for the dialects.
 
     Args:
         path: a checkpoint of ours, a published `.pth.tar`, Google's `.npz`, flax's npz or msgpack, ...
@@ -122,7 +122,7 @@ def _understand(path: str | Path, dialect: str | None, ema: bool, arch: str | No
         file.said |= {"arch": _known_arch(arch)} | ({} if file.said.get("arch") == arch else {"model_args": None})
     spoken = DIALECTS[dialect] if dialect else _find_dialect(file)
     if arch is not None and (spoken.name not in NAMED or "config" in file.said):
-        raise UserError(f"{file.path} tells its model by itself (dialect '{spoken.name}'): leave arch={arch} out.")
+        raise UserError(f"{file.path} already says which model it is (dialect '{spoken.name}'): leave arch={arch} out.")
     translation = translate(spoken.rows(file, given), file.shapes, f"{file.path} (read as dialect '{spoken.name}')")
     told = settings_from_shapes(translation.shapes, str(file.path))
     said = {key: value for key, value in file.said.items() if not isinstance(value, Tensor)}

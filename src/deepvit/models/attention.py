@@ -175,7 +175,7 @@ class SelfAttention(Attention):
     Nothing of size N x N is kept, whatever the settings, unless there is dropout on the maps: see `ops`.
 
     Args:
-        gain: factor on what tells tokens apart.
+        gain: factor on A - 1/N, the part of the maps that distinguishes tokens.
         learn_gain: that factor becomes `gain (1 + contrast)`, contrast learned per head from 0: a raw parameter of 300
             would hardly move under Adam.
         centre: the share of the uniform map 1/N that is taken away, from 0 to 1.

@@ -13,7 +13,7 @@ from deepvit.models.attention import SelfAttention
 
 def checkpoint_block(block: nn.Module, *inputs: Any) -> Tensor:
     """`block(*inputs)` that keeps only the inputs for the backward pass."""
-    if torch.compiler.is_compiling():  # it repeats no update of buffers by itself, and knows no contexts
+    if torch.compiler.is_compiling():  # it never repeats an update of buffers, and supports no contexts
         return checkpoint(block, *inputs, use_reentrant=False)
     return checkpoint(block, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), _without_tracking(block)))
 

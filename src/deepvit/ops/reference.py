@@ -58,7 +58,7 @@ def mix_heads(maps: Tensor, mix: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def batch_norm(x: Tensor, norm: HeadNorm, training: bool, norm_batch: int | None = None) -> Tensor:
-    """`F.batch_norm` of `x [B, C, ...]`, in training over each group of `norm_batch` consecutive images by itself.
+    """`F.batch_norm` of `x [B, C, ...]`, in training over each group of `norm_batch` consecutive images separately.
 
     The last group holds the images that are left. Running statistics make one move, the mean over the images of what
     their groups would do.

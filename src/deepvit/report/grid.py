@@ -115,7 +115,7 @@ def _where_from(run: Run) -> tuple[str, str, str, str]:
 
 
 def _fit(first: Sequence[Run], second: Sequence[Run]) -> bool:
-    """Whether two groups differ from each other in no more than is readable, or than one of them does by itself."""
+    """Whether two groups differ from each other in no more than is readable, or than either does alone."""
     return len(_differing([*first, *second])) <= max(WIDEST, len(_differing(first)), len(_differing(second)))
 
 

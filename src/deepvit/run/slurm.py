@@ -1,4 +1,4 @@
-"""Ranks that SLURM's `srun` starts by itself, without torchrun: their places from its variables."""
+"""Ranks started by plain `srun`, without torchrun: each one's place, from SLURM's variables."""
 
 import logging
 import re
@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 def take_place(environ: MutableMapping[str, str]) -> None:
     """Sets what torchrun would set, in a job step of several tasks; elsewhere nothing.
 
-    A step tells itself by SLURM_STEP_NUM_TASKS: SLURM_NTASKS is set in a batch script too, which is one process.
+    A step is recognised by SLURM_STEP_NUM_TASKS; SLURM_NTASKS is set in a batch script too, which is one process.
 
     Raises:
         UserError: a variable that srun sets is missing or unreadable.
