@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import soak
@@ -154,6 +155,22 @@ def test_cells_share_a_gpu_where_that_is_asked_for_but_none_has_one_twice(four_g
     all_four = machine.free(engine(devices=4), [])
     assert all_four == machine.free(engine(devices=4), [all_four]) == ["4", "5", "6", "7"]
     assert not machine.free(engine(), [all_four, all_four])
+
+
+def cell(*places: str, **asked) -> SimpleNamespace:
+    return SimpleNamespace(places=[*places], config=OmegaConf.create({"engine": engine(**asked)}))
+
+
+def test_a_cell_sees_its_gpus_alone_and_takes_its_part_of_their_memory(four_gpus):
+    two = Machine(engine(), 2).environment(cell("4", "6", devices=2))
+    assert two == {"CUDA_VISIBLE_DEVICES": "4,6", "DEEPVIT_SHARE": "1/2"}
+    assert Machine(engine(), 1).environment(cell("7"))["DEEPVIT_SHARE"] == "1/1"
+
+
+def test_cells_on_a_cpu_take_their_part_of_its_memory(monkeypatch):
+    monkeypatch.setattr(parallel, "_visible_gpus", lambda: [])
+    monkeypatch.setattr(parallel, "usable_cores", lambda: 8)
+    assert Machine(engine(), 1).environment(cell("0", "1", threads=2)) == {"DEEPVIT_SHARE": "1/4"}
 
 
 @pytest.mark.parametrize("threads, omp, at_once, used", [(None, None, 8, 1), (3, None, 2, 3), (3, "2", 2, 3),
