@@ -47,7 +47,7 @@ def test_names_that_are_not_there_are_said(tree, caplog):
     with caplog.at_level(logging.WARNING):
         splits = data.load("folder", root=str(tree), exclude="list.txt")
     assert (len(splits.train), len(splits.val)) == (9, 6)
-    assert "2 of the names in data.exclude=list.txt are not in the data" in caplog.text and "gone.png" in caplog.text
+    assert "2 of the names in data.exclude=list.txt are not among" in caplog.text and "gone.png" in caplog.text
     caplog.clear()
     part = data.load("folder", root=str(tree), exclude="list.txt", fraction=0.5, seed=1).train
     assert f"{tree}/train/a/0.png" not in names_of(part)

@@ -8,6 +8,7 @@ from timm.data import mixup as timm_mixup
 
 import deepvit.data as data
 from deepvit.data.loader import Batch, Erasures
+from deepvit.data.prepare import mixes
 from deepvit.errors import UserError
 
 HALF = ((0.5,) * 3, (0.5,) * 3)
@@ -112,7 +113,7 @@ def test_smoothing_alone():
 def test_odd_micro_batches_cannot_be_mixed():
     with pytest.raises(UserError, match="even size, but this one has 3"):
         data.Prepare(*HALF, 4, mixup=0.8)(batch_of(3), 0, "cpu", True)
-    assert not data.Prepare(*HALF, 4, mixup=0.8, mix_prob=0.0).mixes
+    assert not mixes(data.Prepare(*HALF, 4, mixup=0.8, mix_prob=0.0))
 
 
 @pytest.mark.parametrize("wrong", [{"mixup": -1}, {"mix_prob": 1.5}, {"label_smoothing": 1.0}])

@@ -14,7 +14,7 @@ from deepvit.errors import BAD_INPUT, UserError
 from deepvit.models.registry import without_effect
 from deepvit.run import build, resume
 from deepvit.run.forecast import forecast
-from deepvit.run.launch import launch, launched, train_job
+from deepvit.run.launch import launch, refuse_other_count, train_job
 from deepvit.run.train import train
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -138,7 +138,7 @@ def test_another_number_of_devices_than_the_launcher_started(tmp_path, monkeypat
     outcome = launch(train_job, config, tmp_path)
     assert outcome.code == BAD_INPUT and "engine.devices=3" in outcome.message and "torchrun" in outcome.message
     for devices in (None, 2, 4):
-        assert launched({"devices": devices}) == 0
+        refuse_other_count({"devices": devices})
 
 
 def test_more_repeats_than_images():

@@ -18,11 +18,16 @@ class Failure(Exception):
     """Something broke that is not the user's input (a full disk, a lost rank). Programs print it and exit 1."""
 
 
+def names_nothing(error: OSError) -> bool:
+    """Whether it is no matter of a file or folder that the user could change: a full disk, a device that fails."""
+    return error.filename is None and not isinstance(error, FileNotFoundError)
+
+
 def unusable(error: OSError) -> UserError:
     """A file or folder of the user's that could not be opened, in a sentence; raises an error that names no file."""
     if isinstance(error, FileNotFoundError) and error.filename is None:  # of os.getcwd
         return UserError("The folder that this was started in is gone: change to another one.")
-    if error.filename is None:
+    if names_nothing(error):
         raise error
     return UserError(f"{error.filename} cannot be used ({error.strerror}): mend it or give another.")
 

@@ -6,9 +6,9 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import Tensor, nn
 
-from deepvit.analysis.recording import attention_modules, unwrap
+from deepvit.analysis.measures import head_mixes
+from deepvit.analysis.recording import unwrap
 from deepvit.errors import UserError
-from deepvit.models.attention import HeadMix
 
 FORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "diagonal": lambda theta: theta.diagonal().diag(),
@@ -31,7 +31,7 @@ def with_theta(model: nn.Module, form: str) -> Iterator[None]:
 
     The norm's running statistics are those of the whole Theta: calibrate inside, or read the result with that in mind.
     """
-    weights = [mix.weight for mix in _mixes(model)]
+    weights = [mix.weight for mix in head_mixes(model) if mix]
     kept = [weight.detach().clone() for weight in weights]
     with torch.no_grad():
         for weight in weights:
@@ -54,12 +54,7 @@ def ablations(model: nn.Module, what: str) -> dict[str, AbstractContextManager[N
         return {f"without block {i}": without_block(model, i) for i in range(len(unwrap(model).blocks))}
     if what != "theta":
         raise UserError(f"ablate={what} is not known: give blocks, theta, or null for the whole model alone.")
-    if not _mixes(model):
+    if not any(head_mixes(model)):
         raise UserError("ablate=theta needs a model that mixes heads, such as model/attention=reattention: leave it "
                         "out for this one.")
     return {f"theta {form}": with_theta(model, form) for form in FORMS}
-
-
-def _mixes(model: nn.Module) -> list[HeadMix]:
-    mixes = (getattr(module, "mix", None) for module in attention_modules(model))
-    return [mix for mix in mixes if isinstance(mix, HeadMix)]

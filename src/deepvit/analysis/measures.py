@@ -82,8 +82,13 @@ def token_similarity(tokens: Tensor) -> float:
 
 def thetas(model: nn.Module) -> list[Tensor | None]:
     """The mix of heads after the softmax in every block, `[H, H]` (row = new head), None where a block has none."""
-    mixes = (getattr(module, "mix", None) for module in attention_modules(model))
-    return [mix.weight.detach().float().cpu() if isinstance(mix, HeadMix) else None for mix in mixes]
+    return [mix and mix.weight.detach().float().cpu() for mix in head_mixes(model)]
+
+
+def head_mixes(model: nn.Module) -> list[HeadMix | None]:
+    """The mix of heads of each attention; None for one without."""
+    found = (getattr(module, "mix", None) for module in attention_modules(model))
+    return [mix if isinstance(mix, HeadMix) else None for mix in found]
 
 
 @measure("theta_diagonal_share", "theta", title="Share of Theta's diagonal", unit="1: heads apart, 1/H: random")

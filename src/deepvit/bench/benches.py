@@ -28,7 +28,7 @@ BENCHES: dict[str, Callable[[argparse.Namespace], Iterable[dict]]] = {
     "loader": lambda given: [{"case": row.pop("task"), **row}
                              for row in loader.measure(_data(given), **_given(given, "seconds"))],
     "listing": lambda given: listing.measure(),
-    "startup": lambda given: startup.measure(given.device),
+    "startup": lambda given: startup.measure(),
     "scaling": lambda given: scaling.measure(given.device, **_given(given, "depth", "batch", "seconds")),
 }
 

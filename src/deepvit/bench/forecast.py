@@ -1,20 +1,14 @@
 """What `dry=true` says of a run, beside what such runs take: each in a process of its own, the forecast first."""
 
 import statistics
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
-
-import torch
 
 from deepvit.bench.apart import apart
+from deepvit.bench.training import alone, trained
 from deepvit.config.compose import compose
-from deepvit.config.json_lines import read_json_lines
 from deepvit.engine.memory import peak_bytes, reset_peak
-from deepvit.engine.ranks import Ranks
 from deepvit.engine.signals import StopRequest
 from deepvit.run.forecast import forecast
-from deepvit.run.train import train
 
 RUNS, STEPS = 3, 4  # of the steps the first is left out
 FEW_IMAGES = ["data=digits", "data.classes=2", "data.eval_batch_size=64", "calibrate=0", "probe.images=4"]
@@ -42,20 +36,14 @@ def measure(device: str = "cpu", *, depth: int | None = None, batch: int | None 
 
 
 def _forecast(config: dict, device: str) -> tuple[float, float]:
-    found = forecast(config, _alone(device), StopRequest())
+    found = forecast(config, alone(device), StopRequest())
     return found["memory_mib"], found["step_s"]
 
 
 def _run(config: dict, device: str) -> tuple[float, float]:
     """MiB, and seconds a step (median)."""
-    ranks = _alone(device)
+    ranks = alone(device)
     before = reset_peak(ranks.device)
-    with tempfile.TemporaryDirectory() as folder:
-        train(config, Path(folder), ranks, StopRequest())
-        lines = [line for line in read_json_lines(Path(folder) / "metrics.jsonl") if "lr" in line]
+    lines = [line for line in trained(config, ranks) if "lr" in line]
     seconds = statistics.median(config["data"]["batch_size"] / line["images_per_s"] for line in lines[1:])
     return (peak_bytes(ranks.device) - before) / 2**20, seconds
-
-
-def _alone(device: str) -> Ranks:
-    return Ranks(0, 1, torch.device(device, 0 if device == "cuda" else None))

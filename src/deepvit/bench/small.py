@@ -1,18 +1,13 @@
 """A small model trained end to end, data and all: images a second, and the share of the time spent waiting for them."""
 
 import statistics
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
-import torch
-
+from deepvit.bench.contestants import OURS
 from deepvit.bench.timing import reason
+from deepvit.bench.training import alone, trained
 from deepvit.config.compose import compose
-from deepvit.config.json_lines import read_json_lines
-from deepvit.engine.ranks import Ranks
-from deepvit.engine.signals import StopRequest
-from deepvit.run.train import train
+from deepvit.errors import UserError
 
 LOGGED = 8  # lines of the log, of which the first two warm up
 BATCH = {"cuda": 512, "cpu": 32}
@@ -31,9 +26,11 @@ def measure(device: str = "cpu", *, depth: int = 32, batch: int | None = None, c
     case = f"training on {'CIFAR-10' if cifar10 else 'digits'}, {depth} blocks of width 192, 65 tokens, batch {batch}"
     modes = (("default", "reduce-overhead") if device == "cuda" else ("default",)) if compiled else (False,)
     for mode in modes:
-        named = {"name": "deepvit, re-attention", "case": f"{case}, compiled: {mode}" if mode else case}
+        named = {"name": OURS, "case": f"{case}, compiled: {mode}" if mode else case}
         try:
             yield named | _train(device, depth, batch, cifar10, mode)
+        except UserError:
+            raise
         except Exception as error:  # one mode's failure is a row, and the other goes on
             yield named | {"failed": reason(error)}
 
@@ -46,10 +43,7 @@ def _train(device: str, depth: int, batch: int, cifar10: str | None, mode: str |
                       f"engine.log_every={every}", f"engine.compile={str(mode).lower()}", "probe.images=0",
                       "schedule.epochs=null", "schedule.warmup_epochs=null", f"schedule.steps={LOGGED * every}",
                       "schedule.warmup_steps=0"])
-    here = torch.device(device, 0 if device == "cuda" else None)
-    with tempfile.TemporaryDirectory() as folder:
-        train(config, Path(folder), Ranks(0, 1, here), StopRequest())
-        lines = read_json_lines(Path(folder) / "metrics.jsonl")
+    lines = trained(config, alone(device))
     steady = [line for line in lines if "lr" in line][2:]
     return {**{field: statistics.median(line[field] for line in steady) for field in ("images_per_s", "data_wait")},
             "top1": next(line["top1"] for line in reversed(lines) if "top1" in line)}

@@ -127,11 +127,12 @@ def _start(program: Callable[[], Any], arguments: Sequence[str]) -> int:
         return sum_up(Recorder.opened) or FAILED
     if Recorder.opened:
         return sum_up(Recorder.opened)
-    for outcome in _outcomes:
-        if outcome.message:
-            say(outcome.message, sys.stderr if outcome.code else sys.stdout)
-        return outcome.code
-    return DONE
+    if not _outcomes:  # `--cfg job` and its like
+        return DONE
+    outcome = _outcomes[0]
+    if outcome.message:
+        say(outcome.message, sys.stderr if outcome.code else sys.stdout)
+    return outcome.code
 
 
 train = partial(_start, _train)  # `deepvit train SETTING=VALUE ...`; returns the exit code

@@ -105,7 +105,8 @@ def _pictures(model: ViT) -> Tensor:
     return torch.randn(3, model.config["in_chans"], *model.img_size, generator=generator)
 
 
-# Writers: (model, path) -> (what reads the file back and computes logits, a word on how)
+# Writers: (model, path) -> (what reads the file back and computes logits, a word on how, Python that
+# loads it)
 
 Reader = Callable[[Tensor], Tensor]
 

@@ -88,7 +88,7 @@ def _names(models: Sequence[ViT], checkpoints: Sequence[Path]) -> list[str]:
     """What differs between the models' settings, or the attention of one alone; of files that tell none, theirs."""
     told = [dict(flat({**(model.load_report.said.get("run") or {}), "model": model.config})) for model in models]
     names = labels(told) if len(told) > 1 else [told[0].get("model.attention.name", "")]
-    files = [path.name if path.parent.name != "checkpoints" else path.parent.parent.name for path in checkpoints]
+    files = [_name(path) for path in checkpoints]
     return names if all(names) and len({*names}) == len(names) else [
         textwrap.fill(f"{'AB'[at]}: {name}" if len(files) > 1 else name, 40) for at, name in enumerate(files)]
 

@@ -183,6 +183,7 @@ class Crew:
 
     def _start(self, cell: Cell) -> None:
         cell.log.parent.mkdir(parents=True, exist_ok=True)
+        cell.log.touch()
         cell.process = FORK.Process(target=self._work, args=(cell,))
         cell.process.start()
         self._waiting.remove(cell)
@@ -202,7 +203,9 @@ class Crew:
             os.dup2(log.fileno(), sys.__stderr__.fileno())
         sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # not those of the table
         os.environ.update(self._machine.environment(cell))
-        run_job(config=cell.config, job_dir_key="hydra.sweep.dir", job_subdir_key="hydra.sweep.subdir", **self._hydra)
+        result = run_job(config=cell.config, job_dir_key="hydra.sweep.dir", job_subdir_key="hydra.sweep.subdir",
+                         **self._hydra)
+        result.return_value  # noqa: B018  raises what ended the job
 
     def _end(self, cell: Cell) -> None:
         with suppress(ProcessLookupError):

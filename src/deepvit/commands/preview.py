@@ -29,12 +29,11 @@ Writes the first {MOST} training images of a run, augmented and mixed as the mod
 Settings are those of `deepvit train`, such as data=cifar10 augment.mixup=0.8."""
 
 
-def draw(batches: Sequence[Batch], prepare: Prepare, path: str | Path, class_names: Sequence[str], step: int = 0
-         ) -> None:
-    """Writes up to 32 training images of a step, after mixing and erasing, each with its (soft) classes."""
+def draw(batches: Sequence[Batch], prepare: Prepare, path: str | Path, class_names: Sequence[str]) -> None:
+    """Writes up to 32 training images of the first step, after mixing and erasing, each with its (soft) classes."""
     tiles = []
     for batch in batches:
-        x, y = prepare(batch, step, "cpu", True)
+        x, y = prepare(batch, 0, "cpu", True)
         values = (x * prepare.std.cpu() + prepare.mean.cpu()).div(255).clamp(0, 1)  # [b, 3, S, S] back in 0..1
         tiles += list(zip(values.permute(0, 2, 3, 1), y, strict=True))
     rows = -(-len(tiles[:MOST]) // COLUMNS)
@@ -52,8 +51,8 @@ def draw(batches: Sequence[Batch], prepare: Prepare, path: str | Path, class_nam
         raise UserError(f"The image cannot be written to {path} ({error.strerror}).") from error
 
 
-def _caption(target: torch.Tensor, names: Sequence[str], longest: int = 16) -> str:
-    short = [name.split(",")[0][:longest] for name in names]
+def _caption(target: torch.Tensor, names: Sequence[str]) -> str:
+    short = [name.split(",")[0][:16] for name in names]
     if target.ndim == 0:
         return short[int(target)]
     least = 1.5 * float(target.min())  # smoothing alone

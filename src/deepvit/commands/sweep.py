@@ -175,7 +175,7 @@ def sum_up(sweep: OpenSweep) -> int:
     if not sweep.is_kept:
         sweep.record.remove()
     troubled = [line for line in outcomes if line["code"] != DONE]
-    hours = [line["value"]["device_hours"] for line in outcomes if "device_hours" in (line["value"] or {})]
+    hours = [line["value"]["device_hours"] for line in outcomes if "device_hours" in line["value"]]
     if hours:
         say(f"\nAll {len(hours)} cells together: {sum(hours):.3g} device-hours.")
     total = max(sweep.cells, len(outcomes))

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deepvit.config.run_name import IN_THE_PATH, as_typed, run_name
+from deepvit.config.run_name import IN_THE_PATH, as_typed, own_choices, run_name
 from deepvit.errors import UserError
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def preregistration(hydra: "DictConfig") -> dict[str, Any]:
 
 def choices_of(hydra: "DictConfig") -> dict[str, Any]:
     """Recipe, sweep, the choice of every group of ours, and the overrides as typed."""
-    choices = {group: name for group, name in hydra.runtime.choices.items() if not group.startswith("hydra/")}
+    choices = own_choices(hydra)
     return {"recipe": choices.get("recipe"), "sweep": choices.get("sweep"), "choices": choices,
             "overrides": as_typed(hydra.overrides.task)}
 

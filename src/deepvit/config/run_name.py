@@ -50,7 +50,7 @@ def run_name(config: "DictConfig", hydra: "DictConfig", by_root: bool = False) -
         config: the run's settings, not yet resolved.
         hydra: its `hydra` node.
     """
-    choices = {group: name for group, name in hydra.runtime.choices.items() if not group.startswith("hydra/")}
+    choices = own_choices(hydra)
     # A setting of Hydra's that decides what there is to compose:
     search = tuple(word for word in as_typed(hydra.overrides.hydra) if word.lstrip("+").startswith("hydra.searchpath="))
     chosen = tuple(f"{group}={choices[group]}" for group in IN_THE_PATH if choices.get(group))
@@ -64,6 +64,11 @@ def run_name(config: "DictConfig", hydra: "DictConfig", by_root: bool = False) -
     if by_root:
         named["data.root"] = _digest(str(Path(str(config.data.root)).resolve()))
     return _safe(named)
+
+
+def own_choices(hydra: "DictConfig") -> dict[str, str]:
+    """The choice of every group but Hydra's own."""
+    return {group: name for group, name in hydra.runtime.choices.items() if not group.startswith("hydra/")}
 
 
 @cache

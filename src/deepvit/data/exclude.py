@@ -57,6 +57,6 @@ def without(sets: Sequence[ImageSet], class_ids: list[str], file: str, root: str
         rest.append(images.take(kept) if len(at) else images)
         unknown.difference_update(map(images.name, at.tolist()))
     if unknown:
-        log.warning("%d of the names in data.exclude=%s are not in the data: %s.", len(unknown), file,
+        log.warning("%d of the names in data.exclude=%s are not among the images in use: %s.", len(unknown), file,
                     some(sorted(unknown)))
     return rest

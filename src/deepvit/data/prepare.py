@@ -1,6 +1,7 @@
 """On the device: normalise, mix, erase, and make the targets. Everything random here is a function of (seed, step)."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +12,11 @@ from deepvit.config.signature import check_ranges
 from deepvit.data.loader import Batch
 from deepvit.data.stream import stable_hash
 from deepvit.errors import UserError
+
+
+def mixes(asked: Any) -> bool:
+    """Whether training needs partners, so micro-batches of even size. `asked`: `Prepare`, or settings of its names."""
+    return asked.mix_prob > 0 and (asked.mixup > 0 or asked.cutmix > 0)
 
 
 @dataclass
@@ -38,18 +44,13 @@ class Prepare:
         check_ranges({name: value for name, value in vars(self).items() if name in ranges}, ranges, "augment")
         self.mean, self.std = (torch.tensor(values).view(1, -1, 1, 1) * 255 for values in (self.mean, self.std))
 
-    @property
-    def mixes(self) -> bool:
-        """Whether training needs partners, so micro-batches of even size."""
-        return self.mix_prob > 0 and (self.mixup > 0 or self.cutmix > 0)
-
     def __call__(self, batch: Batch, step: int, device: torch.device | str, training: bool) -> tuple[Tensor, Tensor]:
         """-> (x float32 [b, 3, S, S] normalised, y): soft targets [b, C] if mixed or smoothed, else int64 [b]."""
         x = self._normalise(batch.images, device)
         y = batch.targets.to(device, non_blocking=True)
         if not training:
             return x, y
-        if self.mixes:
+        if mixes(self):
             lam, box = self.mixing(step, tuple(x.shape[-2:]))
             x, y = self._mix(x, y, lam, box)
         elif self.label_smoothing > 0:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deepvit.engine.heartbeat import Heartbeat, connect
-from deepvit.errors import Failure, UserError, first_line, unusable
+from deepvit.errors import Failure, UserError, first_line, names_nothing, unusable
 
 CONNECT_S = 60  # for ranks that are all there to connect
 ABOUT_RANKS = re.compile("gloo|nccl|connection|timed out|timeout|socket|broken pipe", re.IGNORECASE)  # in an error
@@ -79,8 +79,10 @@ class Ranks:
         error = None
         try:
             yield
-        except (UserError, Failure, OSError) as raised:
-            error = unusable(raised) if isinstance(raised, OSError) else raised
+        except (UserError, Failure) as raised:
+            error = raised
+        except OSError as raised:
+            error = Failure(f"{first_line(raised)}.") if names_nothing(raised) else unusable(raised)
         self.raise_together(error)
 
     def raise_together(self, error: UserError | Failure | None, flag: bool = False) -> bool:

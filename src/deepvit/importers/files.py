@@ -46,7 +46,8 @@ def open_weights(path: str | Path, ema: bool = False) -> WeightsFile:
 
     Args:
         path: the file; or a folder: of a run (its best checkpoint), of accelerate or of the Hugging Face hub; or a
-            name: `timm:NAME`, `hf-hub:OWNER/NAME`, `google:COLLECTION/NAME`, `local-dir:FOLDER`.
+            name: `timm:NAME`, `hf-hub:OWNER/NAME`, `google:COLLECTION/NAME`, `local-dir:FOLDER`,
+            `deepvit:NAME`.
         ema: take the averaged weights instead of the raw ones.
     Raises:
         UserError: the file is missing, torn, foreign, holds anything but tensors and plain values, or has no EMA.
@@ -96,7 +97,8 @@ def find_checkpoint(source: str | Path) -> tuple[Path, Path | None]:
 
 
 def _hub_config(path: Path) -> dict[str, Any]:
-    """What `config.json` says of the weights beside it (timm's layout for the Hugging Face hub): its architecture."""
+    """What `config.json` says of the weights beside it (timm's layout for the Hugging Face hub): architecture,
+    keywords, classes, normalisation."""
     config = path.with_name("config.json")
     if path.name not in FOLDER_FILES or not config.exists():
         return {}

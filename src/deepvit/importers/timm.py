@@ -14,14 +14,14 @@ from torch import Size, nn
 from deepvit.errors import Untold, UserError
 from deepvit.importers.dialect import Dialect, Told
 from deepvit.importers.files import WeightsFile
-from deepvit.importers.ours import BLOCK, FRAME, LAYER_SCALE, NORM, same
+from deepvit.importers.ours import BLOCK, FRAME, LAYER_SCALE, same
 from deepvit.importers.positions import bicubic
-from deepvit.importers.table import Row
+from deepvit.importers.table import Row, both
 from deepvit.models import list_models, model_config
 
-AFTER_POOL = [Row(f"fc_norm.{name}", f"norm.{name}") for name in NORM]
+AFTER_POOL = both("fc_norm", "norm")
 ROWS = [*FRAME, *BLOCK, *LAYER_SCALE, *same("pre_logits.0", ("weight", "bias")),
-        *(Row(f"pre_logits.fc.{name}", f"pre_logits.0.{name}") for name in ("weight", "bias"))]
+        *both("pre_logits.fc", "pre_logits.0")]
 SIZES = {192: "tiny has 3", 384: "small has 6", 768: "base has 12", 1024: "large has 16", 1280: "huge has 16"}
 
 

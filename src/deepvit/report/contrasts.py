@@ -57,7 +57,7 @@ class Plan:
 
     @property
     def loss(self) -> str:
-        """The second outcome, of the same evaluation."""
+        """The second outcome: of the same evaluation, but of the last step for best_top1."""
         return "uncalibrated_loss" if self.outcome.startswith("uncalibrated") else "loss"
 
 
@@ -81,6 +81,10 @@ class Finding:
     @cached_property
     def difference(self) -> Summary | None:
         return summarise([*self.points.values()])
+
+    @cached_property
+    def loss(self) -> Summary | None:
+        return summarise([*self.losses.values()])
 
     @cached_property
     def p_different(self) -> float:

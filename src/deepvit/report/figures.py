@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from deepvit.report.contrasts import plan_of
+from deepvit.report.contrasts import find, plan_of
 from deepvit.report.curves import blocks_picture, curves_picture
 from deepvit.report.forest import forest_picture
 from deepvit.report.grid import Cell, Grid
@@ -24,7 +24,8 @@ LEAST_POINTS = 4  # that the axis of accuracies spans
 
 def pictures(grid: Grid, threshold: float, prefix: str = "") -> list[Picture]:
     """What can be drawn of a grid; nothing of one without a finished or begun run."""
-    drawn = [forest_picture(grid, prefix)] if plan_of(grid) else []
+    plan = plan_of(grid)
+    drawn = [forest_picture(grid, prefix)] if plan and any(one.points for one in find(plan, grid)) else []
     if len(grid.finished) > 1:
         drawn.append(depth_picture(grid, threshold, prefix))
     if any(run.lines for run in grid.runs):

@@ -7,7 +7,6 @@ from matplotlib.axes import Axes
 from deepvit.report.contrasts import Finding, find, plan_of
 from deepvit.report.grid import Grid
 from deepvit.report.picture import COLOURS, Picture
-from deepvit.report.statistics import summarise
 
 
 def forest_picture(grid: Grid, prefix: str) -> Picture:
@@ -26,9 +25,9 @@ def _forest(axes: Axes, findings: Sequence[Finding], what: str, label: str, marg
     axes.axvline(0, color="0.4", linewidth=0.8)
     for row, one in enumerate(findings):
         values = getattr(one, what).values()
+        found = one.difference if what == "points" else one.loss
         colour = COLOURS[0] if one.contrast.primary else COLOURS[7]
         axes.plot(values, [row] * len(values), "o", markersize=3, markerfacecolor="none", color=colour, alpha=0.6)
-        found = summarise([*values])
         bounds = [[found.mean - found.low], [found.high - found.mean]] if found and one.is_enough else None
         if found:
             axes.errorbar(found.mean, row, xerr=bounds, fmt="D", capsize=4, markersize=6, color=colour)

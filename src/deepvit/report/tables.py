@@ -128,10 +128,9 @@ def _if_enough(read: Callable[[Finding], str]) -> Callable[[Finding], str]:
 
 
 def _log_loss(one: Finding) -> str:
-    loss = summarise([*one.losses.values()])
-    if loss is None or one.is_enough and loss.n == 1:
+    if one.loss is None or one.is_enough and one.loss.n == 1:
         return NONE
-    return f"{loss.mean:+.3f}" + (f" ({_range(loss, 3)})" if one.is_enough else "")
+    return f"{one.loss.mean:+.3f}" + (f" ({_range(one.loss, 3)})" if one.is_enough else "")
 
 
 def _range(found: Summary | Equivalence, digits: int = 2) -> str:
@@ -155,7 +154,8 @@ def _outcome(plan: Plan, grid: Grid) -> str:
                             else "raw weights" for run in grid.runs)
     norms = dict.fromkeys("norms calibrated" if "uncalibrated_top1" in run.result and plan.outcome == "top1" else
                           "norms as training left them" for run in grid.runs if run.finished)
-    return f"Outcome: {OUTCOMES[plan.outcome]}, {' or '.join(weights)}, {' or '.join(norms)}; second: log-loss."
+    return f"Outcome: {OUTCOMES[plan.outcome]}, {' or '.join(weights)}, {' or '.join(norms)}; second: log-loss" + (
+        " of the last step." if plan.outcome == "best_top1" else ".")
 
 
 def _results(grid: Grid, threshold: float) -> Table:

@@ -3,9 +3,8 @@
 import hashlib
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +53,8 @@ class Candidate:
 
 
 def evaluate_all(config: Mapping[str, Any], ranks: Ranks, stop: StopRequest) -> list[dict[str, Any]] | None:
-    """Evaluates every checkpoint that `config` names; prints one table; writes metrics.json and predictions.csv each.
+    """Evaluates every checkpoint that `config` names; prints one table; each writes metrics.json,
+    predictions.csv and classes.csv.
 
     Returns:
         the results; None if it was asked to stop before all were there.
@@ -73,20 +73,21 @@ def evaluate_all(config: Mapping[str, Any], ranks: Ranks, stop: StopRequest) -> 
         except UserError as error:  # the others are evaluated all the same
             refusals.append(str(error))
             continue
-        evaluation = _run(candidate, data, images, config["calibrate"], train, ranks, precision, stop)
+        run = _evaluator(candidate, data, images, config["calibrate"], train, ranks, precision, stop)
+        evaluation = run()
         if evaluation is None:
             return None
         result = _result(candidate, data, images, evaluation, root, config, ranks)
         if config["ablate"]:
-            result["ablations"] = ablate(candidate.model, config["ablate"], evaluation, partial(
-                _run, candidate, data, images, config["calibrate"], train, ranks, precision, stop))
+            result["ablations"] = ablate(candidate.model, config["ablate"], evaluation, run)
             if result["ablations"] is None:
                 return None
         results.append(result)
         seen.append((path, images.fingerprint(), candidate.classes, evaluation))
-        if ranks.is_main:
-            eval_results.write(_out(candidate, data, root, config["out"]), images, evaluation, result,
-                               _names(candidate))
+        with ranks.sync_errors():
+            if ranks.is_main:
+                eval_results.write(_out(candidate, data, root, config["out"]), images, evaluation, result,
+                                   _names(candidate))
     if ranks.is_main and results:
         log.info("\n%s", eval_results.table(results))
         for result in results:
@@ -112,6 +113,9 @@ def _open(path: Path, root: str | None, config: Mapping[str, Any], ranks: Ranks
         own = data = data_settings(candidate, config)
         if root is not None:
             data = replace(own, source="folder", root=root, classes=None, val_fraction=None, exclude=None)
+    if ranks.world > 1 and source_of(own).may_download:
+        build.shared_splits(own, ranks)  # one rank of each machine before the others
+    with ranks.sync_errors():
         images = val_images(candidate, data)
         _check_wishes(candidate, data, images, root, config, ranks)
         return candidate, data, images, _train_images(own) if config["calibrate"] else None
@@ -226,21 +230,26 @@ def val_images(candidate: Candidate, data: Data) -> ImageSet:
     return images
 
 
-def _run(candidate: Candidate, data: Data, images: ImageSet, calibrate: int, train: ImageSet | None, ranks: Ranks,
-         precision: Precision, stop: StopRequest) -> Evaluation | None:
+def _evaluator(candidate: Candidate, data: Data, images: ImageSet, calibrate: int, train: ImageSet | None,
+               ranks: Ranks, precision: Precision, stop: StopRequest) -> Callable[[], Evaluation | None]:
+    """Evaluates the model as it then is; None: it was asked to stop."""
     model = candidate.model.to(ranks.device)
     prepare, batches = build.prepare(data, model.num_classes), build.eval_batches(data, images, ranks)
     calibrated = calibration(calibrate, data, train, model.norm_batches, prepare, ranks, precision,
                              stop)
     present = np.unique(images.targets)
     among = torch.as_tensor(present, device=ranks.device) if len(present) < model.num_classes else None
-    with Display(ranks.is_main) as display:
-        def once() -> Evaluation | None:
-            bar = display.bar(candidate.path.name, len(images))
-            return evaluate(model, batches(), prepare, ranks, precision, n=len(images), among=among,
-                            advance=bar.advance, should_stop=lambda: ranks.any_asked_to_stop(bool(stop)))
 
-        return calibrated(model, once)
+    def run() -> Evaluation | None:
+        with Display(ranks.is_main) as display:
+            def once() -> Evaluation | None:
+                bar = display.bar(candidate.path.name, len(images))
+                return evaluate(model, batches(), prepare, ranks, precision, n=len(images), among=among,
+                                advance=bar.advance, should_stop=lambda: ranks.any_asked_to_stop(bool(stop)))
+
+            return calibrated(model, once)
+
+    return run
 
 
 def _result(candidate: Candidate, data: Data, images: ImageSet, evaluation: Evaluation, root: str | None,

@@ -52,8 +52,9 @@ def neighbours_of_all(config: Mapping[str, Any], ranks: Ranks, stop: StopRequest
         if found is None:
             return None
         results.append(found)
-        if ranks.is_main:
-            _tell(found, folder)
+        with ranks.sync_errors():
+            if ranks.is_main:
+                _tell(found, folder)
     return results
 
 

@@ -49,7 +49,9 @@ def launch(job: Job, config: Mapping[str, Any], folder: Path) -> Outcome:
     try:
         read_group("engine", config.get("engine"))
         refuse_missing(config, folder)
-        devices = launched(config["engine"]) if joined() else _devices(config["engine"])
+        if is_rank := joined():
+            refuse_other_count(config["engine"])
+        devices = 1 if is_rank else _devices(config["engine"])
     except UserError as error:
         return Outcome(BAD_INPUT, str(error))
     if devices > 1:
@@ -83,13 +85,12 @@ def joined() -> bool:
     return True
 
 
-def launched(engine: Mapping[str, Any]) -> int:
-    """0: no device is left to start. Raises UserError where another number of them was asked for."""
+def refuse_other_count(engine: Mapping[str, Any]) -> None:
+    """UserError where `engine.devices` asks for another number of processes than a launcher started."""
     wanted, started = engine["devices"], os.environ["WORLD_SIZE"]
     if wanted is not None and str(wanted) not in (started, os.environ.get("LOCAL_WORLD_SIZE")):
         raise UserError(f"engine.devices={wanted} has no effect where torchrun started {started} processes: leave it "
                         f"out, or give torchrun --nproc-per-node={wanted}.")
-    return 0
 
 
 def _below_torchrun() -> bool:
@@ -122,10 +123,10 @@ def run_child(job: Job, config: dict[str, Any], folder: str) -> Outcome:
     return outcome
 
 
-def _leave_soon(seconds: float = 1.0) -> None:
+def _leave_soon() -> None:
     """A launcher that is asked to stop awaits the end of its ranks, and its ranks await its word: one must go first."""
     signal.signal(signal.SIGALRM, lambda number, frame: os._exit(DONE))
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, 1.0)  # second
     sys.stdout.flush()
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from deepvit.config.settings import Augment, Settings
+from deepvit.config.settings import Settings
+from deepvit.data.prepare import mixes
 from deepvit.engine.device import device_name, sharing
 from deepvit.engine.memory import Example, available_bytes, largest_batch, needed_bytes
 from deepvit.engine.state import TrainState
@@ -19,10 +20,6 @@ def unit(settings: Settings, norm_batches: Collection[int | None]) -> int:
     """Images that no micro-batch may part: a group of the batch norms, a pair of mixup or cutmix."""
     group = min(norm_group(norm_batches), settings.data.batch_size)
     return math.lcm(group, 2 if mixes(settings.augment) else 1)
-
-
-def mixes(augment: Augment) -> bool:
-    return augment.mix_prob > 0 and (augment.mixup > 0 or augment.cutmix > 0)
 
 
 def allowed(settings: Settings, norm_batches: Collection[int | None], world: int) -> list[int]:

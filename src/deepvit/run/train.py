@@ -76,8 +76,9 @@ def train(config: Mapping[str, Any], path: Path, ranks: Ranks, stop: StopRequest
         if starts_over and ranks.is_main:
             folder.set_aside()  # until the first checkpoint stands
         saver = Saver(folder, ranks, {**_description(config, built), **made_of})
+        processes = ranks.gather(os.getpid())
         with ranks.sync_errors():
-            loggers = _open(folder, config, built, viewers, resumed=found is not None, restarts=restarts)
+            loggers = _open(folder, config, built, viewers, processes, resumed=found is not None, restarts=restarts)
         with closing(loggers):
             fit = Fit(built.state, built.stepper, built.plan, built.make_batches, evaluate, folder, saver, loggers,
                       stop, attention_metrics(built))
@@ -92,13 +93,12 @@ def train(config: Mapping[str, Any], path: Path, ranks: Ranks, stop: StopRequest
         return finished
 
 
-def _open(folder: RunFolder, config: Mapping[str, Any], built: Built, viewers: list[type[Logger]], resumed: bool,
-          restarts: int) -> Loggers:
+def _open(folder: RunFolder, config: Mapping[str, Any], built: Built, viewers: list[type[Logger]],
+          processes: list[int], resumed: bool, restarts: int) -> Loggers:
     """The first writes, once nothing can be refused any more."""
-    step, processes = built.state.step, built.ranks.gather(os.getpid())
     if not built.ranks.is_main:
         return Loggers()
-    run_id = folder.run_id()
+    step, run_id = built.state.step, folder.run_id()
     loggers = Loggers(LoggedRun(folder, run_id, step, config), viewers)  # may refuse
     write_text_synced(folder.config, yaml.safe_dump(dict(config), sort_keys=False))
     logging.getLogger("deepvit").addHandler(LogFile(folder.path / "train.log"))
