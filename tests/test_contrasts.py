@@ -167,3 +167,28 @@ def test_a_sweep_file_names_its_contrasts(run, tmp_path):
     assert code == DONE and f"{mean:+.2f}" in said and "n = 2: no interval worth reading" in said
     code, _, sentence = run("train", "-m", *sweep, "hydra.callbacks.sweep.statistics.margin=-1")
     assert code == BAD_INPUT and "margin" in sentence
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"plus": {"model/attentoin": "norm_only"}}, "model/attentoin"), ("hello", "not a mapping")])
+def test_a_contrast_of_no_cell_is_refused_before_the_sweep(run, tmp_path, change, words):
+    contrast = {"plus": {"model/attention": "norm_only"}, "minus": {"model/attention": "self"}}
+    write_sweep(tmp_path, {"norm": {**contrast, **change} if isinstance(change, dict) else change})
+    code, _, sentence = run("train", "-m", "--config-dir", str(tmp_path / "conf"), "sweep=study")
+    assert code == BAD_INPUT and words in sentence and sentence.count("\n") == 1 and not (tmp_path / "runs").exists()
+
+
+def test_a_contrast_whose_value_no_cell_has_is_named(run, tmp_path):
+    """A sweep may be cut down on purpose."""
+    write_sweep(tmp_path, {"norm": {"plus": {"model/attention": "centred"}, "minus": {"model/attention": "self"}}})
+    code, said, _ = run("train", "-m", "--config-dir", str(tmp_path / "conf"), "sweep=study")
+    assert code == DONE and "model/attention=centred" in said
+
+
+def write_sweep(folder, contrasts) -> None:
+    path = folder / "conf" / "sweep" / "study.yaml"
+    path.parent.mkdir(parents=True)
+    params = {**dict(word.split("=") for word in TINY), "model/attention": "self,norm_only"}
+    path.write_text("# @package _global_\n" + yaml.safe_dump({"hydra": {
+        "mode": "MULTIRUN", "sweep": {"dir": "runs/study"}, "sweeper": {"params": params},
+        "callbacks": {"sweep": {"statistics": {"contrasts": contrasts}}}}}))

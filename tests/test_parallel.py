@@ -183,6 +183,13 @@ def test_cells_on_a_cpu_have_a_core_for_each_of_their_threads(monkeypatch, threa
     assert (machine.at_once(asked), machine.threads(asked)) == (at_once, used)
 
 
+@pytest.mark.parametrize("wrong", [{"threads": -1}, {"threads": "abc"}, {"threads": 1.5}, {"devices": "abc"}])
+def test_a_cell_of_mistaken_settings_gets_a_place_where_it_says_so(monkeypatch, wrong):
+    monkeypatch.setattr(parallel, "_visible_gpus", lambda: [])
+    monkeypatch.setattr(parallel, "usable_cores", lambda: 2)
+    assert len(Machine(engine(), 1).free(engine(**wrong), [])) == 1 <= Machine(engine(), 1).at_once(engine(**wrong))
+
+
 @pytest.mark.parametrize("own, inner, outer, cores", [
     ("pod/box", "200000 100000", "max 100000", [2]), ("pod/box", "max 100000", "350000 100000", [3]),
     ("pod/box", "50000 100000", "400000 100000", [0, 4]), ("", "200000 100000", "400000 100000", [4]),

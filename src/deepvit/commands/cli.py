@@ -25,7 +25,7 @@ from deepvit.config.provenance import origin
 from deepvit.config.run_name import as_typed, run_folder
 from deepvit.config.suggest import PLUGINS, setting_meant
 from deepvit.config.sweep_record import SweepRecord
-from deepvit.errors import BAD_INPUT, DONE, FAILED, STOPPED, UserError, did_you_mean
+from deepvit.errors import BAD_INPUT, DONE, FAILED, STOPPED, UserError, did_you_mean, first_line
 from deepvit.run.console import say
 from deepvit.run.launch import Job, Outcome, eval_job, launch, train_job, unexpected
 
@@ -210,6 +210,8 @@ def hydra_error(error: Exception) -> str:
     override = re.search(r"Could not override '([^']+)'", text)
     if override:
         return _unknown_setting(override[1])
+    if text.startswith("Error merging override") and error.__cause__:
+        text = f"{text}: {first_line(error.__cause__)}"
     return " ".join(line.strip() for line in text.splitlines() if line.strip())
 
 
@@ -220,6 +222,8 @@ def _unknown_setting(name: str) -> str:
     if any(word.startswith(("--config-path", "--config-name", "-cp", "-cn")) for word in sys.argv):
         return (f"The config that --config-path and --config-name give has no setting '{name}': leave them out, and "
                 f"add your own files with --config-dir FOLDER.")
+    if name.startswith("model.attention."):
+        return f"'{name}' is not in the file of this model/attention: choose another, or add it as +{name}=..."
     return f"'{name}' is a setting of another program. `--cfg job` lists those of this one."
 
 

@@ -106,13 +106,15 @@ class Machine:
 
     def threads(self, engine: DictConfig) -> int | None:
         """Of a cell; on a CPU never a consequence of how many run, or so would be its numbers."""
-        if engine.threads or self._gpus:
+        if engine.threads is not None or self._gpus:
             return engine.threads
         return torch.get_num_threads() if os.environ.get("OMP_NUM_THREADS") else 1
 
     def _size(self, engine: DictConfig) -> int:
-        """How many places a cell takes."""
-        return min((engine.devices or 1) * (1 if self._gpus else self.threads(engine)), len(self._places))
+        """How many places a cell takes. One that asks for what is no number takes one, and says so itself."""
+        devices, threads = (number if isinstance(number, int) and number > 0 else 1
+                            for number in (engine.devices, 1 if self._gpus else self.threads(engine)))
+        return min(devices * threads, len(self._places))
 
     def at_once(self, engine: DictConfig) -> int:
         return self._places.total() // self._size(engine)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from deepvit.analysis.pictures import class_names, read_pictures, top_classes
-from deepvit.errors import BAD_INPUT, DONE
+from deepvit.errors import BAD_INPUT, DONE, UserError
 from deepvit.importers import open_model
 from deepvit.importers.settings import paths_and_keywords
 
@@ -35,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--weights", choices=["auto", "ema", "raw"], default="auto", help="auto: EMA if there is one")
     given = parser.parse_intermixed_args(arguments)
     images, keywords = paths_and_keywords(given.images)
+    if given.top < 1:
+        raise UserError(f"--top {given.top} is too few: give 1 or more.")
     results, refused = predict(given.checkpoint, images, given.top, weights=given.weights, **keywords)
     for path, guesses in results.items():
         print(path)

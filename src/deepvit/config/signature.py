@@ -23,6 +23,8 @@ def check_arguments(function: Callable, given: Mapping[str, Any], where: str = "
         where: the config path in the message, e.g. `"model"` -> "model.dpeth is not a setting".
         ignore_missing: names that are given elsewhere.
     """
+    if not isinstance(given, Mapping):
+        raise UserError(f"{where} is {shown(given)}, which is not a mapping of settings.")
     prefix = f"{where}." if where else ""
     parameters, hints = parameters_of(function)
     for name, value in given.items():

@@ -122,7 +122,7 @@ def _reader(path: Path, start: bytes) -> Callable[[Path, bool], WeightsFile]:
         return _open_safetensors
     if start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05":
         return _open_torch  # a pickle: torch before 1.6
-    if start[:1] and (0x81 <= start[0] <= 0x8F or start[0] in (0xDE, 0xDF)):
+    if start[:4] != b"\x89PNG" and start[:1] and (0x81 <= start[0] <= 0x8F or start[0] in (0xDE, 0xDF)):
         return _open_msgpack
     raise UserError(f"{path} is no weights file known here: give a PyTorch, safetensors, .npz or flax msgpack file.")
 

@@ -41,7 +41,7 @@ def compare(seen: list[tuple[Path, str, list[str] | None, Evaluation]]) -> None:
     """Each checkpoint against the first of those that saw the same images of the same classes."""
     for path, images, classes, other in seen:
         first_path, _, _, first = next(one for one in seen if one[1:3] == (images, classes))
-        if first is other:
+        if first_path == path:
             continue
         test = mcnemar(first.correct, other.correct)
         log.info("%s against %s on the same %d images: only the first is right on %d, only the second on %d; exact "

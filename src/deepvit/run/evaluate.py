@@ -65,6 +65,9 @@ def evaluate_all(config: Mapping[str, Any], ranks: Ranks, stop: StopRequest) -> 
         asked = read_evaluation(config)
         paths, precision = checkpoints(asked.checkpoint), build.precision(asked.precision, ranks.device)
         further = [asked.also] if isinstance(asked.also, str) else asked.also or []
+        for root in further:
+            if not Path(root).expanduser().is_dir():
+                raise UserError(f"also={root} is no folder: check the path, which is taken from {Path.cwd()}.")
     prepare_device(precision, ranks, asked.engine.threads, asked.engine.deterministic)
     results, seen, refusals = [], [], []
     for path, root in ((path, root) for path in paths for root in (None, *further)):
@@ -287,7 +290,14 @@ def _names(candidate: Candidate) -> list[str]:
 
 
 def _out(candidate: Candidate, data: Data, root: str | None, out: str | None) -> Path:
-    return out_folder(candidate, data.source if root is None else f"{Path(root).name}-{_mark(root)}", out)
+    own = candidate.data or {}
+    if root is not None:
+        what = f"{Path(root).name}-{_mark(root)}"
+    elif data.source == own.get("source") and data.root != own["root"]:  # other images of the same kind
+        what = f"{data.source}-{_mark(data.root)}"
+    else:
+        what = data.source
+    return out_folder(candidate, what, out)
 
 
 def out_folder(candidate: Candidate, what: str, out: str | None) -> Path:
