@@ -32,7 +32,7 @@ def train(config: dict[str, Any], folder: str) -> int:
 
 
 def train_with_nan(config: dict[str, Any], folder: str, batches: list[int], rank: int) -> int:
-    """The pictures of these global batches are NaN on one rank."""
+    """The images of these global batches are NaN on one rank."""
     from deepvit.run import build
     original = build.prepare
 

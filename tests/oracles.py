@@ -79,6 +79,6 @@ def synthetic_state(shapes: dict[str, list[int]]) -> dict[str, torch.Tensor]:
     return {name: synthetic(name, shapes[name], i) for i, name in enumerate(sorted(shapes))}
 
 
-def synthetic_pictures(batch: int = 2, size: int = 224) -> torch.Tensor:
+def synthetic_images(batch: int = 2, size: int = 224) -> torch.Tensor:
     numbers = 2 * (2 * uniform(1000003, batch * 3 * size * size) - 1)
     return torch.from_numpy(numbers.reshape(batch, 3, size, size).astype(np.float32))

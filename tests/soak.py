@@ -306,7 +306,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=200, help="of each run")
     parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
     parser.add_argument("--folder", type=Path, default=Path("runs/soak"))
-    parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "img" / "soak.png")
+    parser.add_argument("--image", type=Path, default=ROOT / "docs" / "img" / "soak.png")
     options = parser.parse_args()
     shutil.rmtree(options.folder, ignore_errors=True)
     # Every second run has steps with nothing due after them.
@@ -330,11 +330,11 @@ def main() -> int:
             most, best = tally.count - before, folder
         print(f"run {number}: {tally.count - before} kills, {unequal} differences", flush=True)
         number += 1
-    draw(losses(uncuts[0]), losses(best), most, options.picture)
+    draw(losses(uncuts[0]), losses(best), most, options.image)
     print(f"\n{tally.count} kills of {number} runs ({tally.starts} starts) in {time.monotonic() - begun:.0f} s: "
           f"{', '.join(f'{count} while {doing}' for doing, count in sorted(tally.where.items()))}.\n"
           f"{compared} logged lines and {number} final checkpoints compared with runs that were never cut: "
-          f"{found} differences.\nThe loss curves: {options.picture}")
+          f"{found} differences.\nThe loss curves: {options.image}")
     return 1 if found else 0
 
 

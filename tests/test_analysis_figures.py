@@ -11,7 +11,7 @@ from PIL import Image
 import deepvit
 from deepvit import analysis
 from deepvit.analysis import draw_depth, draw_maps
-from deepvit.analysis.pictures import read_pictures, top_classes
+from deepvit.analysis.images import read_images, top_classes
 from deepvit.analysis.study import load_studies
 from deepvit.commands import figures
 from deepvit.commands.figures import SIGNED, refuse_strange
@@ -34,15 +34,15 @@ def checkpoint(folder, attention, **settings):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with two checkpoints, two pictures, a broken one, and the figures of one run of the program."""
+    """A folder with two checkpoints, two images, a broken one, and the figures of one run of the program."""
     folder = tmp_path_factory.mktemp("figures")
     (folder / "mixed").mkdir()
     for attention in ("self", "reattention"):
         checkpoint(folder, attention)
     pixels = np.random.default_rng(0).integers(0, 256, (2, 48, 40, 3), dtype=np.uint8)
-    for i, picture in enumerate(pixels):
-        Image.fromarray(picture).save(folder / f"{i}.png")
-    (folder / "broken.jpg").write_bytes(b"no picture")
+    for i, image in enumerate(pixels):
+        Image.fromarray(image).save(folder / f"{i}.png")
+    (folder / "broken.jpg").write_bytes(b"no image")
     for name in ("1.png", "0.png", "broken.jpg"):
         (folder / "mixed" / name).write_bytes((folder / name).read_bytes())
     code = main(["figures", str(folder / "self.pt"), str(folder / "0.png"), str(folder / "1.png"), "--compare",
@@ -64,8 +64,8 @@ def test_every_figure_is_drawn(place):
 def test_what_is_kept_is_what_the_analysis_says(place):
     plain, mixed = load_studies(place / "maps.safetensors")
     model = deepvit.load_model(place / "reattention.pt").eval()
-    pictures = read_pictures(model, [place / "0.png", place / "1.png"])
-    maps = analysis.attention_maps(model, pictures.x)
+    images = read_images(model, [place / "0.png", place / "1.png"])
+    maps = analysis.attention_maps(model, images.x)
     kept = mixed.tensors
     torch.testing.assert_close(kept["mean_maps"], torch.stack([block.mean((0, 1)) for block in maps]))
     first = torch.stack([block[0] for block in maps])
@@ -73,8 +73,8 @@ def test_what_is_kept_is_what_the_analysis_says(place):
     torch.testing.assert_close(kept["rollout"], analysis.class_token_mask(analysis.rollout(maps), (4, 4)))
     assert torch.equal(kept["theta/01"], model.blocks[1].attn.mix.weight)
     assert not any(name.startswith("theta") for name in plain.tensors)
-    assert mixed.facts["probe"] == analysis.probe(model, pictures.x, matrix=True)
-    order = model(pictures.x)[0].argsort(descending=True)
+    assert mixed.facts["probe"] == analysis.probe(model, images.x, matrix=True)
+    order = model(images.x)[0].argsort(descending=True)
     assert [name for name, _ in mixed.facts["top"][0]] == [NAMES[i] for i in order]
     assert mixed.facts["initial"]["theta_diagonal_share"] == mixed.facts["probe"]["theta_diagonal_share"]  # same seed
     assert (plain.facts["attention"], mixed.facts["attention"]) == ("self", "reattention")
@@ -117,11 +117,11 @@ def test_blocks_of_a_matrix_are_whole(place):
     assert all(tick % 1 == 0 for ax in figure.axes if ax.images for tick in (*ax.get_xticks(), *ax.get_yticks()))
 
 
-def test_broken_picture_is_named_and_the_rest_drawn(place, monkeypatch, capsys):
+def test_broken_image_is_named_and_the_rest_drawn(place, monkeypatch, capsys):
     drawn = []
     monkeypatch.setattr(figures, "draw", lambda studies, folder, suffix: drawn.extend(studies) or [folder / "a.png"])
-    pictures = [str(place / "broken.jpg"), str(place / "0.png")]
-    assert main(["figures", str(place / "reattention.pt"), *pictures, "--no-initial"]) == 2
+    images = [str(place / "broken.jpg"), str(place / "0.png")]
+    assert main(["figures", str(place / "reattention.pt"), *images, "--no-initial"]) == 2
     said = capsys.readouterr()
     assert said.err.count("\n") == 1 and "broken.jpg" in said.err and "a.png" in said.out
     assert [one.facts["pictures"] for one in drawn] == [[str(place / "0.png")]] and drawn[0].facts["initial"] is None
@@ -158,13 +158,13 @@ def test_each_model_has_its_own_folder_of_figures(place, monkeypatch):
     assert folders == ["figures/self", "figures/run.16", "figures/run.16"]
 
 
-def test_pictures_as_the_model_wants_them(place):
+def test_images_as_the_model_wants_them(place):
     model = deepvit.load_model(place / "self.pt")
-    pictures = read_pictures(model, [place / "mixed"])
-    assert [name.rsplit("/", 1)[1] for name in pictures.names] == ["0.png", "1.png"]
-    assert len(pictures.refused) == 1 and pictures.x.shape == (2, 3, 32, 32) and pictures.pixels.dtype == torch.uint8
-    torch.testing.assert_close(pictures.x, pictures.pixels / 127.5 - 1)
-    assert [name for name in read_pictures(model, []).names] == ["china.jpg", "flower.jpg"]
+    images = read_images(model, [place / "mixed"])
+    assert [name.rsplit("/", 1)[1] for name in images.names] == ["0.png", "1.png"]
+    assert len(images.refused) == 1 and images.x.shape == (2, 3, 32, 32) and images.pixels.dtype == torch.uint8
+    torch.testing.assert_close(images.x, images.pixels / 127.5 - 1)
+    assert [name for name in read_images(model, []).names] == ["china.jpg", "flower.jpg"]
     best = top_classes(torch.tensor([[0.0, math.log(3), 0.0]]), ["a", "b", "c"], count=2)
     assert best[0][0] == ("b", pytest.approx(0.6)) and len(best[0]) == 2
 

@@ -29,7 +29,7 @@ def tiny(attention="reattention", **settings):
 
 
 @pytest.fixture
-def pictures():
+def images():
     return torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
@@ -54,10 +54,10 @@ def eager_maps(model, x):
 @pytest.mark.parametrize("settings", [{}, {"qk_norm": True}, {"class_token": False, "global_pool": "avg"},
                                       {"reg_tokens": 4}, {"block_fn": vision_transformer.ParallelScalingBlock},
                                       {"block_fn": vision_transformer.ResPostBlock}])
-def test_timm_maps_are_timms_own(settings, pictures):
+def test_timm_maps_are_timms_own(settings, images):
     model = timm_vit(**settings)
-    ours = analysis.attention_maps(model, pictures)
-    theirs = eager_maps(model, pictures)
+    ours = analysis.attention_maps(model, images)
+    theirs = eager_maps(model, images)
     assert len(ours) == len(theirs) == 3
     for a, b in zip(ours, theirs):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
@@ -65,14 +65,14 @@ def test_timm_maps_are_timms_own(settings, pictures):
 
 @pytest.mark.parametrize("attention", list_attentions())
 @pytest.mark.parametrize("training", [True, False])
-def test_reading_leaves_no_trace(attention, training, pictures):
+def test_reading_leaves_no_trace(attention, training, images):
     model = tiny(attention, attn_drop_rate=0.3, drop_rate=0.2, drop_path_rate=0.2).train(training)
     model.blocks[1].eval()  # a part that the user froze
     flags = [module.training for module in model.modules()]
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     rng = torch.get_rng_state()
-    first = analysis.attention_maps(model, pictures)
-    again = analysis.attention_maps(model, pictures, batch_size=2)
+    first = analysis.attention_maps(model, images)
+    again = analysis.attention_maps(model, images, batch_size=2)
     assert torch.equal(torch.get_rng_state(), rng)
     assert [module.training for module in model.modules()] == flags
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
@@ -82,53 +82,53 @@ def test_reading_leaves_no_trace(attention, training, pictures):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
-def test_maps_multiply_v(pictures):
+def test_maps_multiply_v(images):
     """The maps rebuild the model's own output, block by block."""
     model = tiny().eval()
-    maps = analysis.attention_maps(model, pictures)
+    maps = analysis.attention_maps(model, images)
     with torch.no_grad():
-        x = torch.cat([model.cls_token.expand(5, -1, -1), model.patch_embed(pictures)], 1) + model.pos_embed
+        x = torch.cat([model.cls_token.expand(5, -1, -1), model.patch_embed(images)], 1) + model.pos_embed
         for block, weights in zip(model.blocks, maps):
             x = x + block.attn.merge(weights @ block.attn.split(block.norm1(x))[2])
             x = x + block.mlp(block.norm2(x))
-        torch.testing.assert_close(model.head(model.norm(x)[:, 0]), model(pictures), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(model.head(model.norm(x)[:, 0]), model(images), atol=1e-5, rtol=1e-4)
 
 
-def test_softmax_stage(pictures):
-    softmax = analysis.attention_maps(tiny(), pictures, stage="softmax")
-    final = analysis.attention_maps(tiny(), pictures)
+def test_softmax_stage(images):
+    softmax = analysis.attention_maps(tiny(), images, stage="softmax")
+    final = analysis.attention_maps(tiny(), images)
     assert all(torch.allclose(maps.sum(-1), torch.ones(()), atol=1e-5) for maps in softmax)
     assert not any(torch.allclose(a, b, atol=1e-3) for a, b in zip(softmax, final))
 
 
-def test_recorded_tokens_and_logits(pictures):
+def test_recorded_tokens_and_logits(images):
     model = tiny()
-    recording = analysis.record(model, pictures)
+    recording = analysis.record(model, images)
     assert len(recording.tokens) == 4 and len(recording.inputs) == 3
     with torch.no_grad():
-        logits = model.eval()(pictures)
+        logits = model.eval()(images)
         torch.testing.assert_close(recording.logits, logits)
         torch.testing.assert_close(model.head(model.norm(recording.tokens[-1])[:, 0]), logits)
 
 
-def test_compiled_and_autocast_models_are_read_in_full_precision(pictures):
+def test_compiled_and_autocast_models_are_read_in_full_precision(images):
     model = tiny()
-    expected = analysis.attention_maps(model, pictures)
+    expected = analysis.attention_maps(model, images)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        under_autocast = analysis.attention_maps(torch.compile(model), pictures)
+        under_autocast = analysis.attention_maps(torch.compile(model), images)
     assert all(torch.equal(a, b) for a, b in zip(expected, under_autocast))
 
 
-def test_user_mistakes(pictures):
+def test_user_mistakes(images):
     with pytest.raises(UserError, match="no attention that can be read"):
-        analysis.attention_maps(nn.Linear(3, 3), pictures)
+        analysis.attention_maps(nn.Linear(3, 3), images)
     with pytest.raises(UserError, match="stage='mixed'"):
-        analysis.attention_maps(tiny(), pictures, stage="mixed")
+        analysis.attention_maps(tiny(), images, stage="mixed")
     with pytest.raises(UserError, match="img_size"):
-        analysis.attention_maps(tiny(), pictures[..., :24])
+        analysis.attention_maps(tiny(), images[..., :24])
     for looking in (analysis.attention_maps, analysis.similarity_matrix, partial(analysis.probe, matrix=True)):
-        with pytest.raises(UserError, match="no pictures"):
-            looking(tiny(), pictures[:0])
+        with pytest.raises(UserError, match="no images"):
+            looking(tiny(), images[:0])
 
 
 # Similarity: against loops, on made examples, by its invariances.
@@ -167,7 +167,7 @@ def test_all_pairs_and_adjacent_agree_with_loops(maps, held, monkeypatch):
     np.testing.assert_allclose(analysis.adjacent_similarity(maps, per_head=True), adjacent, atol=1e-6)
 
 
-def test_all_pairs_are_exact_for_many_pictures():
+def test_all_pairs_are_exact_for_many_images():
     """Millions of nearly equal products: summed one after the other in float32 they are off by a percent."""
     block = (1e-3 * torch.rand(64, 1, 197, 197)).softmax(-1)
     torch.testing.assert_close(analysis.cross_layer_similarity([block, block]), torch.ones(2, 2), atol=1e-6, rtol=0)
@@ -205,13 +205,13 @@ def test_similar_blocks(maps):
         analysis.similar_blocks(matrix, rule="any")
 
 
-def test_similarity_of_a_model_streams(pictures, monkeypatch):
+def test_similarity_of_a_model_streams(images, monkeypatch):
     model = tiny()
     for stage in ("softmax", "final"):
-        maps = analysis.attention_maps(model, pictures, stage)
+        maps = analysis.attention_maps(model, images, stage)
         whole = analysis.cross_layer_similarity(maps)
-        torch.testing.assert_close(analysis.similarity_matrix(model, pictures, stage, batch_size=2), whole)
-        torch.testing.assert_close(analysis.similarity_matrix(model, pictures, stage, minus_uniform=True, batch_size=3),
+        torch.testing.assert_close(analysis.similarity_matrix(model, images, stage, batch_size=2), whole)
+        torch.testing.assert_close(analysis.similarity_matrix(model, images, stage, minus_uniform=True, batch_size=3),
                                    analysis.cross_layer_similarity([analysis.centred(block) for block in maps]))
 
 

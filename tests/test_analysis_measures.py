@@ -24,7 +24,7 @@ def tiny(attention="reattention", **settings):
 
 
 @pytest.fixture
-def pictures():
+def images():
     return torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
@@ -99,13 +99,13 @@ def test_sampled_rows_are_the_same_in_any_batches():
         parts.add(chunk)
     assert torch.equal(whole.blocks()[1], parts.blocks()[1])
     places = whole.blocks()[0].flatten() % 100
-    assert len(places) <= 40 and len(places.unique()) == 15  # every place of the picture, not a few again and again
+    assert len(places) <= 40 and len(places.unique()) == 15  # every place of the image, not a few again and again
 
 
-def test_cka_matrix(pictures):
+def test_cka_matrix(images):
     model = tiny()
-    matrix = analysis.cka_matrix(model, pictures, batch_size=2)
-    tokens = [block.flatten(0, 1) for block in analysis.record(model, pictures).tokens]
+    matrix = analysis.cka_matrix(model, images, batch_size=2)
+    tokens = [block.flatten(0, 1) for block in analysis.record(model, images).tokens]
     expected = [[analysis.linear_cka(p, q) for q in tokens] for p in tokens]
     np.testing.assert_allclose(matrix, expected, atol=1e-6)
 
@@ -135,29 +135,29 @@ def test_thetas_and_diagonal_share():
 
 
 @pytest.mark.parametrize("attention", ["reattention", "norm_only"])
-def test_norm_variance_is_what_the_norm_measures(attention, pictures):
+def test_norm_variance_is_what_the_norm_measures(attention, images):
     """BatchNorm's own running variance after one step with momentum 1 (unbiased), from batches of any size."""
     model = tiny(attention, depth=1)
-    measured = torch.tensor(analysis.probe(model, pictures, batch_size=2)["norm_variance"])
+    measured = torch.tensor(analysis.probe(model, images, batch_size=2)["norm_variance"])
     norm = model.blocks[0].attn.norm
     norm.momentum = 1.0
-    model.train()(pictures)
+    model.train()(images)
     n = 5 * 17**2
     torch.testing.assert_close(measured[0], norm.running_var.mean() * (n - 1) / n, rtol=1e-4, atol=0)
     assert analysis.norm_variance(tiny("self").blocks[0].attn, torch.zeros(1, 1, 1, 1)) is None
 
 
-def test_probe_is_json_and_agrees_with_the_measures(pictures):
+def test_probe_is_json_and_agrees_with_the_measures(images):
     model = tiny()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     rng = torch.get_rng_state()
-    result = analysis.probe(model, pictures, batch_size=2, matrix=True)
+    result = analysis.probe(model, images, batch_size=2, matrix=True)
     assert torch.equal(torch.get_rng_state(), rng) and model.training
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert json.loads(json.dumps(result, allow_nan=False)) == result
 
-    softmax, final = (analysis.attention_maps(model, pictures, stage) for stage in ("softmax", "final"))
-    tokens = analysis.record(model, pictures).tokens
+    softmax, final = (analysis.attention_maps(model, images, stage) for stage in ("softmax", "final"))
+    tokens = analysis.record(model, images).tokens
     for kind, blocks in {"softmax": softmax, "final": final, "final_centred": list(map(analysis.centred, final)),
                          "softmax_centred": list(map(analysis.centred, softmax))}.items():
         similarity, adjacent = result["similarity"][kind], analysis.adjacent_similarity(blocks)
@@ -174,24 +174,24 @@ def test_probe_is_json_and_agrees_with_the_measures(pictures):
     assert (result["images"], result["tokens"], result["heads"], result["blocks"]) == (5, 17, 4, 3)
 
 
-def test_probe_of_one_plain_block(pictures):
-    result = analysis.probe(tiny("self", depth=1, num_heads=1), pictures[:1])
+def test_probe_of_one_plain_block(images):
+    result = analysis.probe(tiny("self", depth=1, num_heads=1), images[:1])
     assert result["similarity"]["final"] == {"adjacent": [], "mean": None, "similar_blocks": 0}
     assert result["head_similarity"]["final"] == [None] and result["theta_diagonal_share"] == [None]
     assert result["norm_eps"] == [None] and result["norm_variance"] == [None]
 
 
-def test_block_norms(pictures):
+def test_block_norms(images):
     model, labels = tiny(drop_path_rate=0.3, drop_rate=0.1), torch.tensor([0, 1, 2, 3, 4])
     state, rng = {n: t.clone() for n, t in model.state_dict().items()}, torch.get_rng_state()
     model.eval()
     loss = lambda logits: F.cross_entropy(logits, labels)  # noqa: E731
-    table = analysis.block_norms(model, pictures, loss, training=False)
+    table = analysis.block_norms(model, images, loss, training=False)
     assert torch.equal(torch.get_rng_state(), rng) and not model.training
     assert all(torch.equal(state[n], t) for n, t in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
 
-    x = (torch.cat([model.cls_token.expand(5, -1, -1), model.patch_embed(pictures)], 1) + model.pos_embed).detach()
+    x = (torch.cat([model.cls_token.expand(5, -1, -1), model.patch_embed(images)], 1) + model.pos_embed).detach()
     inputs = []
     for block in model.blocks:  # the same by hand: a second way through the model, with ordinary backward
         inputs.append(x.requires_grad_() if not inputs else x)
@@ -208,28 +208,28 @@ def test_block_norms(pictures):
     assert table["gradient_weights"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_block_norms_in_training_leave_the_statistics(pictures):
+def test_block_norms_in_training_leave_the_statistics(images):
     model = tiny(drop_rate=0.1)
     state, rng = {n: t.clone() for n, t in model.state_dict().items()}, torch.get_rng_state()
-    first = analysis.block_norms(model, pictures, lambda logits: logits.square().mean())
+    first = analysis.block_norms(model, images, lambda logits: logits.square().mean())
     assert torch.equal(torch.get_rng_state(), rng)
     assert all(torch.equal(state[n], t) for n, t in model.state_dict().items())
-    assert analysis.block_norms(model, pictures, lambda logits: logits.square().mean()) == first
+    assert analysis.block_norms(model, images, lambda logits: logits.square().mean()) == first
     with pytest.raises(UserError, match="no `blocks`"):
         analysis.block_norms(torch.nn.Linear(3, 3), torch.zeros(1, 3), torch.sum)
 
 
-def test_at_initialisation(pictures):
+def test_at_initialisation(images):
     model = tiny("norm_only")
     with torch.no_grad():
         model.head.weight.fill_(7.0)
     rng = torch.get_rng_state()
-    fresh, seen = (analysis.at_initialisation(model, seed=3, pictures=x) for x in (None, pictures))
+    fresh, seen = (analysis.at_initialisation(model, seed=3, images=x) for x in (None, images))
     assert torch.equal(torch.get_rng_state(), rng)
     torch.manual_seed(3)
     expected = deepvit.create_model("vit", **{**TINY, "attention": "norm_only"}).state_dict()
     assert all(torch.equal(expected[name], tensor) for name, tensor in fresh.state_dict().items())
-    raw, centred = (analysis.probe(m, pictures)["similarity"]["final"]["mean"] for m in (fresh, seen))
+    raw, centred = (analysis.probe(m, images)["similarity"]["final"]["mean"] for m in (fresh, seen))
     assert raw > 0.99 and abs(centred) < 0.3  # by construction, before any learning
     assert seen.blocks[0].attn.norm.momentum == 0.1
     with pytest.raises(UserError, match="does not say how it was built"):
@@ -261,24 +261,24 @@ def test_rank_residual():
     assert measures.rank_residual(tokens[None]).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_probe_has_the_logits_that_the_softmax_sees(pictures):
+def test_probe_has_the_logits_that_the_softmax_sees(images):
     for attention in ("self", "temperature", "temperature_decay", "talking_heads", "qk_norm"):
-        maps = [analysis.attention_maps(tiny(attention), pictures, stage) for stage in ("logits", "softmax")]
+        maps = [analysis.attention_maps(tiny(attention), images, stage) for stage in ("logits", "softmax")]
         for logits, softmax in zip(*maps):
             torch.testing.assert_close(logits.softmax(-1), softmax)
     model = tiny("temperature")
     with torch.no_grad():
         model.blocks[0].attn.log_sharpness.fill_(math.log(3.0))
-    logits = analysis.attention_maps(model, pictures, "logits")[0]
-    assert analysis.probe(model, pictures, batch_size=2)["largest_logit"][0] == pytest.approx(
+    logits = analysis.attention_maps(model, images, "logits")[0]
+    assert analysis.probe(model, images, batch_size=2)["largest_logit"][0] == pytest.approx(
         logits.amax((1, 2, 3)).mean().item(), rel=1e-5)
-    torch.testing.assert_close(logits.softmax(-1), analysis.attention_maps(model, pictures, "softmax")[0])
+    torch.testing.assert_close(logits.softmax(-1), analysis.attention_maps(model, images, "softmax")[0])
 
 
-def test_branches_over_stream_are_those_of_the_block(pictures):
+def test_branches_over_stream_are_those_of_the_block(images):
     model = tiny("self", init_values=0.5).eval()
-    found = analysis.probe(model, pictures, batch_size=2)["branch_over_stream"]
-    x = model._embed(pictures)
+    found = analysis.probe(model, images, batch_size=2)["branch_over_stream"]
+    x = model._embed(images)
     block, rms = model.blocks[0], lambda tokens: tokens.square().mean((1, 2)).sqrt()
     branch = block.ls1(block.attn(block.norm1(x)))
     mlp = block.ls2(block.mlp(block.norm2(x + branch)))
@@ -286,13 +286,13 @@ def test_branches_over_stream_are_those_of_the_block(pictures):
     assert found["mlp"][0] == pytest.approx((rms(mlp) / rms(x)).mean().item(), rel=1e-4)
 
 
-def test_a_measure_is_one_function(pictures, monkeypatch):
+def test_a_measure_is_one_function(images, monkeypatch):
     """What is registered stands in the probe, in the figures and in the images of a run, and nothing is left out."""
     mine = registry.Measure("mine/largest", ("softmax",), torch.amax, "Mine", "x")
     monkeypatch.setitem(MEASURES, "mine/largest", mine)
-    result = analysis.probe(tiny("self"), pictures)
+    result = analysis.probe(tiny("self"), images)
     assert result["mine"]["largest"] == [attn.max().item() for attn in analysis.attention_maps(
-        tiny("self"), pictures, "softmax")]
+        tiny("self"), images, "softmax")]
     for name, one in MEASURES.items():
         pairs = name.startswith("similarity/")
         found = result["similarity"][one.name.partition("/")[2]]["adjacent"] if pairs else one.found_in(result)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_data_sets import PICTURES
+from test_data_sets import IMAGES
 from torch import nn
 
 from deepvit.bench import benches, ceilings, machine, models, rows, timing
@@ -181,7 +181,7 @@ def test_a_small_model_trains_end_to_end(bench):
 
 
 def test_the_loader_stands_beside_timms(bench):
-    code, said, results = bench("loader", "--data", str(PICTURES / "train"), "--seconds", "0.1")
+    code, said, results = bench("loader", "--data", str(IMAGES / "train"), "--seconds", "0.1")
     assert code == 0
     assert {row["case"] for row in results["loader"]["rows"]} == {"decode + crop + flip", "full recipe", "evaluation"}
     code, said, _ = bench("loader")

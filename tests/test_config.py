@@ -113,7 +113,7 @@ def test_hydras_refusals_in_a_users_words(overrides, words):
 
 def test_data_that_a_recipe_does_not_use_is_refused():
     with pytest.raises(UserError, match="recipe=imagenet"):
-        build.splits(read_settings(compose(["data.root=/pictures"])).data)
+        build.splits(read_settings(compose(["data.root=/images"])).data)
 
 
 def folder_of(*words: str) -> str:

@@ -1,4 +1,4 @@
-"""Pictures that are broken, strange or hostile: replaced by a rule and named in training, never in evaluation."""
+"""Images that are broken, strange or hostile: replaced by a rule and named in training, never in evaluation."""
 
 import io
 import struct
@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import deepvit.data as data
-from deepvit.data.decode import BadPicture, decode
+from deepvit.data.decode import BadImage, decode
 from deepvit.errors import UserError
 
 DECODERS = ("pil", "torchvision")
@@ -43,7 +43,7 @@ def claimed_jpeg(width: int, height: int) -> bytes:
 
 BAD = {
     "truncated.jpg": saved(GRAIN, "JPEG")[:900], "truncated.png": saved(GRAIN, "PNG")[:900], "empty.jpg": b"",
-    "text.jpg": b"not a picture at all\n" * 50, "header_only.jpg": b"\xff\xd8\xff\xe0",
+    "text.jpg": b"not an image at all\n" * 50, "header_only.jpg": b"\xff\xd8\xff\xe0",
     "bomb.png": claimed_png(60_000, 60_000),
     "big.png": claimed_png(12_000, 9_000), "bomb.jpg": claimed_jpeg(65_000, 65_000),
     "float.tif": saved(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"),
@@ -55,7 +55,7 @@ BAD = {
 def test_each_has_a_reason_in_words(name, decoder, tmp_path):
     (tmp_path / name).write_bytes(BAD[name])
     with pytest.raises(UserError) as error:
-        data.open_picture(tmp_path / name, decoder)
+        data.open_image(tmp_path / name, decoder)
     assert name in str(error.value) and "Traceback" not in str(error.value)
     expected = {"empty.jpg": "empty", "text.jpg": "no known image format", "float.tif": "floating-point"}
     assert expected.get(name, "bomb" if "bomb" in name or "big" in name else "") in str(error.value)
@@ -78,7 +78,7 @@ def strange() -> dict[str, tuple[bytes, np.ndarray | None]]:
         "grey16.png": (saved(Image.fromarray(grey16), "PNG"), np.repeat((grey16 >> 8)[..., None], 3, -1)),
         "grey_alpha.png": (saved(GRAIN.convert("LA"), "PNG"), np.asarray(GRAIN.convert("L").convert("RGB"))),
         "one_bit.png": (saved(GRAIN.convert("1"), "PNG"), np.asarray(GRAIN.convert("1").convert("RGB"))),
-        "picture.webp": (saved(GRAIN, "WEBP", lossless=True), rgb),
+        "image.webp": (saved(GRAIN, "WEBP", lossless=True), rgb),
         "one_pixel.png": (saved(GRAIN.crop((0, 0, 1, 1)), "PNG"), rgb[:1, :1]),
         "wide.jpg": (saved(Image.new("RGB", (20_000, 12), (9, 9, 9)), "JPEG"), None),
     }
@@ -122,7 +122,7 @@ def test_training_shows_the_next_one_and_says_so(folder, in_memory_mb):
     batches = train(folder, in_memory_mb)
     for index, replacement, value, target, name in ((1, 2, 20, 0, "a/1.png"), (4, 5, 50, 1, "b/0.png")):
         rows = [(batch, row) for batch in batches for row, at in enumerate(batch.indices.tolist()) if at == index]
-        assert len(rows) == 3  # 24 samples of 8 pictures
+        assert len(rows) == 3  # 24 samples of 8 images
         assert all(batch.images[row].unique().tolist() == [value] and batch.targets[row] == target
                    for batch, row in rows)
         told = [bad for batch in batches for bad in batch.bad if bad.index == index]
@@ -135,11 +135,11 @@ def test_training_shows_the_next_one_and_says_so(folder, in_memory_mb):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_too_many_stop_the_training(folder, workers):
     assert train(folder, max_bad=2, workers=workers)
-    with pytest.raises(UserError, match=r"^2 pictures cannot be used, more than data.max_bad=1; the last is .*png: "):
+    with pytest.raises(UserError, match=r"^2 images cannot be used, more than data.max_bad=1; the last is .*png: "):
         train(folder, max_bad=1, workers=workers)
 
 
-def test_nothing_but_bad_pictures(folder):
+def test_nothing_but_bad_images(folder):
     for file in (folder / "train").glob("*/*.png"):
         file.write_bytes(b"x")
     with pytest.raises(UserError, match="in a row cannot be used"):
@@ -149,7 +149,7 @@ def test_nothing_but_bad_pictures(folder):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_evaluation_never_replaces(folder, workers):
     val = data.load("folder", root=str(folder)).val
-    with pytest.raises(UserError, match=r"a/1.png is not a usable picture: it is damaged.*data.on_error=report"):
+    with pytest.raises(UserError, match=r"a/1.png is not a usable image: it is damaged.*data.on_error=report"):
         list(data.eval_batches(val, data.eval_transform(4), batch_size=3, workers=workers))
     batches = list(data.eval_batches(val, data.eval_transform(4), batch_size=3, workers=workers, on_error="report"))
     assert [bad.index for batch in batches for bad in batch.bad] == [1, 4]
@@ -169,8 +169,8 @@ def test_what_the_fast_decoder_refuses_is_counted(tmp_path, in_memory_mb):
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
-def test_garbage_is_a_bad_picture_or_a_picture(decoder):
-    """900 mutated files: nothing but BadPicture comes out."""
+def test_garbage_is_a_bad_image_or_a_image(decoder):
+    """900 mutated files: nothing but BadImage comes out."""
     rng, seeds = np.random.default_rng(1), [content for content, _ in strange().values() if len(content) < 40_000]
     refused = 0
     for turn in range(900):
@@ -179,6 +179,6 @@ def test_garbage_is_a_bad_picture_or_a_picture(decoder):
             content[rng.integers(len(content) // (4 if turn % 2 else 1))] = rng.integers(256)
         try:
             decode(content[:rng.integers(2, len(content))] if turn % 5 == 0 else content, decoder)
-        except BadPicture:
+        except BadImage:
             refused += 1
     assert 100 < refused < 900

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import deepvit.data as data
-from deepvit.data.decode import BadPicture
+from deepvit.data.decode import BadImage
 from deepvit.data.imageset import ArraySet
 from deepvit.data.loader import Erasures
 from deepvit.data.stream import Stream, draw, epoch_steps
@@ -19,7 +19,7 @@ from deepvit.errors import Failure, UserError
 
 
 @pytest.fixture(scope="module")
-def pictures() -> ArraySet:
+def images() -> ArraySet:
     pixels = np.random.default_rng(0).integers(0, 256, (23, 12, 10, 3), dtype=np.uint8)
     return ArraySet(pixels, np.arange(23) % 5, "noise")
 
@@ -36,8 +36,8 @@ def same(one: data.Batch, other: data.Batch) -> bool:
         torch.equal(one.erasures.values, other.erasures.values)
 
 
-def run(pictures, recipe, **options) -> list[list[data.Batch]]:
-    return list(data.train_batches(pictures, recipe, **{"seed": 3, "batch_size": 8, "steps": 7, **options}))
+def run(images, recipe, **options) -> list[list[data.Batch]]:
+    return list(data.train_batches(images, recipe, **{"seed": 3, "batch_size": 8, "steps": 7, **options}))
 
 
 def joined(parts: list[data.Batch]) -> data.Batch:
@@ -62,7 +62,7 @@ def test_epochs_are_permutations_end_to_end(n, batch):
     assert epoch_steps(n, batch) == n / batch
 
 
-def test_repeated_augmentation_shows_each_picture_r_times_in_its_batch():
+def test_repeated_augmentation_shows_each_image_r_times_in_its_batch():
     for step in range(9):
         drawn = draw(20, 0, step, np.arange(12), 12, repeats=3)
         pairs = {*zip(drawn.indices.tolist(), drawn.repeats.tolist(), drawn.epochs.tolist(), strict=True)}
@@ -72,10 +72,10 @@ def test_repeated_augmentation_shows_each_picture_r_times_in_its_batch():
 
 
 @pytest.mark.parametrize("repeats", [1, 2])
-def test_ranks_and_accumulation_share_one_global_batch(pictures, recipe, repeats):
-    whole = run(pictures, recipe, repeats=repeats)
+def test_ranks_and_accumulation_share_one_global_batch(images, recipe, repeats):
+    whole = run(images, recipe, repeats=repeats)
     for world, accumulation in ((2, 1), (1, 4), (2, 2), (4, 1)):
-        ranks = [run(pictures, recipe, repeats=repeats, rank=rank, world=world, accumulation=accumulation)
+        ranks = [run(images, recipe, repeats=repeats, rank=rank, world=world, accumulation=accumulation)
                  for rank in range(world)]
         for step in range(7):
             parts = [micro for rank in ranks for micro in rank[step]]
@@ -84,108 +84,108 @@ def test_ranks_and_accumulation_share_one_global_batch(pictures, recipe, repeats
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_workers_and_restarts_change_nothing(pictures, recipe, workers):
-    whole = run(pictures, recipe)
-    cut = run(pictures, recipe, steps=3) + run(pictures, recipe, start_step=3, workers=workers)
+def test_workers_and_restarts_change_nothing(images, recipe, workers):
+    whole = run(images, recipe)
+    cut = run(images, recipe, steps=3) + run(images, recipe, start_step=3, workers=workers)
     assert len(cut) == 7 and all(same(one[0], other[0]) for one, other in zip(cut, whole, strict=True))
 
 
-def test_another_seed_epoch_or_repeat_is_another_picture(pictures, recipe):
-    assert not same(run(pictures, recipe)[0][0], run(pictures, recipe, seed=4)[0][0])
-    one = pictures.take(np.arange(1))
+def test_another_seed_epoch_or_repeat_is_another_image(images, recipe):
+    assert not same(run(images, recipe)[0][0], run(images, recipe, seed=4)[0][0])
+    one = images.take(np.arange(1))
     images = [step[0].images[row] for step in run(one, recipe, repeats=2) for row in range(8)]
-    assert len({bytes(image.contiguous().numpy()) for image in images}) > 40  # 56 draws of one picture
+    assert len({bytes(image.contiguous().numpy()) for image in images}) > 40  # 56 draws of one image
 
 
-def test_the_training_process_keeps_its_random_numbers(pictures, recipe):
+def test_the_training_process_keeps_its_random_numbers(images, recipe):
     torch.manual_seed(5), np.random.seed(5), random.seed(5)
     expected = torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()
     torch.manual_seed(5), np.random.seed(5), random.seed(5)
     for workers in (0, 1):
-        run(pictures, recipe, steps=2, workers=workers)
-    list(data.eval_batches(pictures, data.eval_transform(8), batch_size=9))
+        run(images, recipe, steps=2, workers=workers)
+    list(data.eval_batches(images, data.eval_transform(8), batch_size=9))
     assert (torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()) == expected
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 23])
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
-def test_evaluation_sees_every_picture_once(pictures, n, world):
-    part = pictures.take(np.arange(n))
+def test_evaluation_sees_every_image_once(images, n, world):
+    part = images.take(np.arange(n))
     batches = [batch for rank in range(world)
                for batch in data.eval_batches(part, data.eval_transform(8), batch_size=3, rank=rank, world=world)]
     assert torch.cat([batch.indices for batch in batches]).tolist() == list(range(n))
     assert torch.cat([batch.targets for batch in batches]).tolist() == part.targets.tolist()
 
 
-def test_evaluation_with_workers(pictures):
-    by_workers = [[*data.eval_batches(pictures, data.eval_transform(8), batch_size=5, workers=workers)]
+def test_evaluation_with_workers(images):
+    by_workers = [[*data.eval_batches(images, data.eval_transform(8), batch_size=5, workers=workers)]
                   for workers in (0, 2)]
     assert all(same(one, other) for one, other in zip(*by_workers, strict=True))
 
 
-def test_everything_the_workers_get_can_be_pickled(pictures, recipe):
+def test_everything_the_workers_get_can_be_pickled(images, recipe):
     """Spawned workers (macOS, Windows) get it that way."""
-    for thing in (pictures, recipe, data.eval_transform(8), Stream(5, 0, 4, 2)):
+    for thing in (images, recipe, data.eval_transform(8), Stream(5, 0, 4, 2)):
         pickle.loads(pickle.dumps(thing))
 
 
 @pytest.mark.parametrize("in_memory_mb,kept", [(512, True), (0, False)])
-def test_a_small_set_is_prepared_for_all_evaluations_at_once(pictures, in_memory_mb, kept):
+def test_a_small_set_is_prepared_for_all_evaluations_at_once(images, in_memory_mb, kept):
     options = {"batch_size": 5, "rank": 1, "world": 2, "workers": 0}
-    batches = data.eval_batches_again(pictures, data.eval_transform(8), in_memory_mb=in_memory_mb, **options)
-    once = list(data.eval_batches(pictures, data.eval_transform(8), **options))
+    batches = data.eval_batches_again(images, data.eval_transform(8), in_memory_mb=in_memory_mb, **options)
+    once = list(data.eval_batches(images, data.eval_transform(8), **options))
     first, second = list(batches()), list(batches())
     for made in (first, second):
         assert len(made) == len(once) and all(same(one, other) for one, other in zip(once, made, strict=True))
     assert (first[0] is second[0]) == kept
-    elsewhere = data.eval_batches_again(pictures, data.eval_transform(8), in_memory_mb=in_memory_mb, device="meta",
+    elsewhere = data.eval_batches_again(images, data.eval_transform(8), in_memory_mb=in_memory_mb, device="meta",
                                         **options)
     assert {batch.images.device.type for batch in elsewhere()} == {"meta" if kept else "cpu"}
 
 
-def test_what_was_prepared_in_part_is_not_kept(pictures):
-    """A picture that cannot be used stops this evaluation and the next one alike."""
+def test_what_was_prepared_in_part_is_not_kept(images):
+    """An image that cannot be used stops this evaluation and the next one alike."""
     class Bad(ArraySet):
-        def picture(self, index):
+        def image(self, index):
             if index == 7:
-                raise BadPicture("it is damaged")
-            return super().picture(index)
+                raise BadImage("it is damaged")
+            return super().image(index)
 
-    batches = data.eval_batches_again(Bad(pictures.pixels, pictures.targets, "bad"), data.eval_transform(8),
+    batches = data.eval_batches_again(Bad(images.pixels, images.targets, "bad"), data.eval_transform(8),
                                       batch_size=5, in_memory_mb=512)
     for _ in range(2):
-        with pytest.raises(UserError, match="bad/7 is not a usable picture"):
+        with pytest.raises(UserError, match="bad/7 is not a usable image"):
             list(batches())
 
 
 class Deadly(ArraySet):
-    """Kills the process that asks for its last picture."""
+    """Kills the process that asks for its last image."""
 
-    def picture(self, index):
+    def image(self, index):
         if index == len(self) - 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().picture(index)
+        return super().image(index)
 
 
-def test_a_killed_worker_is_a_failure_in_one_sentence(pictures):
-    deadly = Deadly(pictures.pixels, pictures.targets, "deadly")
-    with pytest.raises(Failure, match="A process that loads pictures died"):
+def test_a_killed_worker_is_a_failure_in_one_sentence(images):
+    deadly = Deadly(images.pixels, images.targets, "deadly")
+    with pytest.raises(Failure, match="A process that loads images died"):
         list(data.eval_batches(deadly, data.eval_transform(8), batch_size=5, workers=1))
-    assert len(list(data.eval_batches(pictures, data.eval_transform(8), batch_size=5, workers=1))) == 5
+    assert len(list(data.eval_batches(images, data.eval_transform(8), batch_size=5, workers=1))) == 5
 
 
 @pytest.mark.parametrize("options,words", [
     ({"batch_size": 9, "world": 2}, "batch_size=9"), ({"batch_size": 8, "repeats": 3}, "repeats=3"),
     ({"batch_size": 8, "world": 2, "accumulation": 3}, "multiple of 6"),
 ])
-def test_sizes_that_do_not_divide(pictures, recipe, options, words):
+def test_sizes_that_do_not_divide(images, recipe, options, words):
     with pytest.raises(UserError, match=words):
-        run(pictures, recipe, **options)
+        run(images, recipe, **options)
 
 
-def test_sent_ahead_they_are_the_same(pictures, recipe, device):
-    plain = run(pictures, recipe, accumulation=2)
-    sent = list(data.ahead(iter(run(pictures, recipe, accumulation=2, pin=device.type == "cuda", workers=1)),
+def test_sent_ahead_they_are_the_same(images, recipe, device):
+    plain = run(images, recipe, accumulation=2)
+    sent = list(data.ahead(iter(run(images, recipe, accumulation=2, pin=device.type == "cuda", workers=1)),
                            device))
     assert len(sent) == 7 and sent[0][0].images.device == device
     assert all(same(one.to(torch.device("cpu")), other) for left, right in zip(sent, plain, strict=True)

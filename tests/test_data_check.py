@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from test_data_names import IMAGE, classes, log_given_back, names_of, webdataset  # noqa: F401
-from test_data_sets import PICTURES
+from test_data_sets import IMAGES
 
 import deepvit.data as data
 from deepvit.commands.main import main
@@ -81,8 +81,8 @@ def test_other_sources_have_lists_too(tmp_path):
 
 
 def test_images_are_found_by_name_in_any_part():
-    images = data.load("folder", root=str(PICTURES)).train
+    images = data.load("folder", root=str(IMAGES)).train
     names = names_of(images)
-    some = [names[7], names[2], "nowhere", f"{PICTURES}/train/cat/none.jpg"]
+    some = [names[7], names[2], "nowhere", f"{IMAGES}/train/cat/none.jpg"]
     assert images.find(some).tolist() == [2, 7]
     assert images.take(images.find(names[1:])).find(some).tolist() == [1, 6]

@@ -132,7 +132,7 @@ def test_one_process_lists_while_the_others_wait(tree):
 
 def test_few_images_are_not_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    data.load("folder", root=str(Path(__file__).parent / "data" / "pictures"))
+    data.load("folder", root=str(Path(__file__).parent / "data" / "images"))
     assert not (tmp_path / "cache").exists()
 
 

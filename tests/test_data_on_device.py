@@ -62,7 +62,7 @@ def test_pixels_are_the_loaders_for_the_same_crop_and_flips(height, width, size,
         drawn = draw(16, 3, step, np.arange(16), 16)
         boxes = made.draws.crops(Uniforms(3, drawn.epochs, drawn.indices, drawn.repeats))
         for row, (top, left, high, wide, kind, flips) in enumerate(boxes.tolist()):
-            image = crop(images.picture(int(drawn.indices[row])), top, left, high, wide)
+            image = crop(images.image(int(drawn.indices[row])), top, left, high, wide)
             image = resize(image, (size, size), made.crop.names[kind])
             image = TF.hflip(image) if flips % 2 else image
             assert torch.equal(batch.images[row], TF.vflip(image) if flips >= 2 else image)
@@ -76,7 +76,7 @@ def test_without_a_random_crop_it_is_the_evaluations():
     evaluation = data.eval_transform(8, 0.8)
     for batch, in run(made):
         for image, index in zip(batch.images, batch.indices.tolist(), strict=True):
-            assert torch.equal(image, TF.hflip(evaluation(images.picture(index))[0]))
+            assert torch.equal(image, TF.hflip(evaluation(images.image(index))[0]))
 
 
 @pytest.mark.parametrize("mode", ["const", "rand", "pixel"])
@@ -303,7 +303,7 @@ def test_many_and_unequal_images_are_refused():
     with pytest.raises(UserError, match="data.in_memory_mb=1.*data.on_device=false"):
         kept(grain(1000, 20, 20), transform(), max_mb=1)
     unequal = grain()
-    unequal.picture = lambda index: torch.zeros(3, 8 + index % 2, 8, dtype=torch.uint8)
+    unequal.image = lambda index: torch.zeros(3, 8 + index % 2, 8, dtype=torch.uint8)
     with pytest.raises(UserError, match="9 x 8.*data.on_device=false"):
         kept(unequal, transform())
     assert run(kept(unequal, transform(crop_scale=None)))  # made equal on the way to the device

@@ -21,12 +21,12 @@ from deepvit.engine.ranks import Ranks
 from deepvit.errors import UserError
 from deepvit.run import build
 
-PICTURES = Path(__file__).parent / "data" / "pictures"  # CIFAR-10: 3 classes, 4 pictures to train, 2 to test
+IMAGES = Path(__file__).parent / "data" / "images"  # CIFAR-10: 3 classes, 4 images to train, 2 to test
 
 
 def pixels(images, index: int) -> torch.Tensor:
-    picture = images.picture(index)
-    return picture if isinstance(picture, torch.Tensor) else to_tensor(picture)
+    image = images.image(index)
+    return image if isinstance(image, torch.Tensor) else to_tensor(image)
 
 
 def by_pil(content: bytes) -> torch.Tensor:
@@ -49,25 +49,25 @@ def test_digits_are_sklearns_in_a_fixed_balanced_split():
 @pytest.mark.parametrize("source", ["folder", "cifar10"])
 @pytest.mark.parametrize("in_memory_mb", [0, 64])
 def test_folders_of_classes(source, in_memory_mb):
-    splits = data.load(source, root=str(PICTURES), decoder="pil", in_memory_mb=in_memory_mb)
+    splits = data.load(source, root=str(IMAGES), decoder="pil", in_memory_mb=in_memory_mb)
     assert splits.class_names == splits.class_ids == ["cat", "ship", "truck"]
     assert splits.train.targets.tolist() == [0] * 4 + [1] * 4 + [2] * 4 and len(splits.val) == 6
     splits.train.prepare()
-    paths = sorted(PICTURES.glob("train/*/*"))
+    paths = sorted(IMAGES.glob("train/*/*"))
     for index, path in enumerate(paths):
         assert splits.train.name(index) == str(path)
         assert torch.equal(pixels(splits.train, index), to_tensor(Image.open(path).convert("RGB")))
 
 
 def test_fraction_classes_and_held_out_parts_are_fixed_and_balanced():
-    half = data.load("folder", root=str(PICTURES), fraction=0.5, seed=3)
+    half = data.load("folder", root=str(IMAGES), fraction=0.5, seed=3)
     assert np.bincount(half.train.targets).tolist() == [2, 2, 2] and len(half.val) == 6
     names = [[one.train.name(index) for index in range(6)]
-             for one in (half, data.load("folder", root=str(PICTURES), fraction=0.5, seed=3))]
+             for one in (half, data.load("folder", root=str(IMAGES), fraction=0.5, seed=3))]
     assert names[0] == names[1]
-    two = data.load("folder", root=str(PICTURES), classes=2)
+    two = data.load("folder", root=str(IMAGES), classes=2)
     assert two.class_ids == ["cat", "ship"] and set(two.val.targets) == {0, 1} and len(two.train) == 8
-    held = data.load("folder", root=str(PICTURES / "train"), val_fraction=0.25)
+    held = data.load("folder", root=str(IMAGES / "train"), val_fraction=0.25)
     assert np.bincount(held.val.targets).tolist() == [1, 1, 1] and len(held.train) == 9
     shown = {part.name(index) for part in (held.train, held.val) for index in range(len(part))}
     assert len(shown) == 12
@@ -78,7 +78,7 @@ def test_fraction_classes_and_held_out_parts_are_fixed_and_balanced():
 def imagenet(tmp_path) -> Path:
     for split in ("train", "val"):
         for wnid, folder in (("n01440764", "cat"), ("n01443537", "ship"), ("n09999999", "truck")):
-            shutil.copytree(PICTURES / "test" / folder, tmp_path / split / wnid)
+            shutil.copytree(IMAGES / "test" / folder, tmp_path / split / wnid)
     return tmp_path
 
 
@@ -90,11 +90,11 @@ def test_imagenet_has_readable_names(imagenet):
 
 def test_links_nesting_hidden_files_and_capital_suffixes(tmp_path):
     (tmp_path / "train/a/deep").mkdir(parents=True)
-    picture = next((PICTURES / "test/cat").iterdir())
+    image = next((IMAGES / "test/cat").iterdir())
     for name in ("deep/two.JPEG", "one.PNG", ".hidden.jpg", "notes.txt"):
-        shutil.copy(picture, tmp_path / "train/a" / name)
+        shutil.copy(image, tmp_path / "train/a" / name)
     (tmp_path / "train/a/loop").symlink_to(tmp_path / "train/a")
-    (tmp_path / "train/b").symlink_to(PICTURES / "test/ship")
+    (tmp_path / "train/b").symlink_to(IMAGES / "test/ship")
     (tmp_path / "train/.cache").mkdir()
     (tmp_path / "val").symlink_to("train")
     train = data.load("folder", root=str(tmp_path)).train
@@ -112,18 +112,18 @@ def test_evaluation_folders_by_number_and_by_name(tmp_path):
     v2 = data.eval_folder(str(tmp_path / "v2"), ids)
     assert v2.targets.tolist() == list(range(12))
     assert [int(pixels(v2, index)[0, 0, 0]) for index in range(12)] == [number * 20 for number in range(12)]
-    part = data.eval_folder(str(PICTURES), ["bird", "truck", "ship", "cat"])
+    part = data.eval_folder(str(IMAGES), ["bird", "truck", "ship", "cat"])
     assert part.targets.tolist() == [3, 3, 2, 2, 1, 1] and part.name(0).endswith("jpg")
     assert part.take(np.array([4])).targets.tolist() == [1]
     with pytest.raises(UserError, match="1 class folders that the model was not trained on .ship.*Did you mean 'shop'"):
-        data.eval_folder(str(PICTURES), ["cat", "shop", "truck"])
+        data.eval_folder(str(IMAGES), ["cat", "shop", "truck"])
 
 
 def test_real_labels():
     from timm.data import RealLabelsImagenet
     labels = RealLabelsImagenet(range(50_000)).real_labels
     none, two, three = (f"ILSVRC2012_val_{number:08d}.JPEG" for number in (1, 2, 3))
-    assert not labels[none] and labels[two] and labels[three]  # the first picture was found to show none of the classes
+    assert not labels[none] and labels[two] and labels[three]  # the first image was found to show none of the classes
     names = [f"/val/n01/{none}", f"/val/n02/{two}", three]
     assert data.real_top1(np.array([5, labels[two][0], labels[three][-1]]), names) == 100.0
     assert data.real_top1(np.array([5, labels[two][0], -1]), names) == 50.0
@@ -137,7 +137,7 @@ def flat_val(root: Path) -> None:
     (root / "val/ILSVRC2012_val_00000001.JPEG").write_bytes(b"x")
 
 
-def no_pictures(root: Path) -> None:
+def no_images(root: Path) -> None:
     for file in (root / "train/n01440764").iterdir():
         file.unlink()
 
@@ -146,7 +146,7 @@ WRONG = {
     "flat val": (flat_val, r"val is flat .*sort it into the 1000 wnid folders .*valprep.sh \| bash"),
     "no val": (lambda root: shutil.rmtree(root / "val"), "has no val/ folder"),
     "class missing": (lambda root: shutil.rmtree(root / "val/n01440764"), r"1 only in .*train \(n01440764\)"),
-    "class without pictures": (no_pictures, r"n01440764 has no images \(.jpg .jpeg"),
+    "class without images": (no_images, r"n01440764 has no images \(.jpg .jpeg"),
     "empty train": (lambda root: [shutil.rmtree(root / "train"), (root / "train").mkdir()], "has nothing in it"),
     "missing root": (shutil.rmtree, "does not exist"),
 }
@@ -166,12 +166,12 @@ def test_broken_imagenet_folders(imagenet, case):
     ({"source": "digits", "root": "/data"}, "recipe=imagenet"), ({"source": "digits", "fraction": 0}, "fraction=0"),
     ({"source": "digits", "classes": 11}, "has 10 classes"), ({"source": "cifar10"}, "needs data.root"),
     ({"source": "folder", "root": __file__}, "is a file"),
-    ({"source": "folder", "root": str(PICTURES / "train")}, "data.val_fraction=0.1"),
-    ({"source": "folder", "root": str(PICTURES / "train"), "val_fraction": 0.99}, "without training pictures"),
-    ({"source": "folder", "root": str(PICTURES / "train/cat"), "val_fraction": 0.5}, "no folder of a class in it"),
-    ({"source": "folder", "root": str(PICTURES / "train/cat")}, "no folder of a class in it"),
+    ({"source": "folder", "root": str(IMAGES / "train")}, "data.val_fraction=0.1"),
+    ({"source": "folder", "root": str(IMAGES / "train"), "val_fraction": 0.99}, "without training images"),
+    ({"source": "folder", "root": str(IMAGES / "train/cat"), "val_fraction": 0.5}, "no folder of a class in it"),
+    ({"source": "folder", "root": str(IMAGES / "train/cat")}, "no folder of a class in it"),
     ({"source": "timm", "name": "hfids/x"}, "front to back"), ({"source": "timm", "name": "torch/none"}, "cannot open"),
-    ({"source": "timm", "root": str(PICTURES)}, "no tar files of the split train"),
+    ({"source": "timm", "root": str(IMAGES)}, "no tar files of the split train"),
 ])
 def test_wrong_arguments(arguments, sentence):
     with pytest.raises(UserError, match=sentence):
@@ -207,11 +207,11 @@ def tar_of(path: Path, files: dict[str, bytes]) -> Path:
 
 
 def originals(split: str) -> dict[str, bytes]:
-    paths = sorted(PICTURES.glob(f"{split}/*/*"))
-    return {str(path.relative_to(PICTURES / split)): path.read_bytes() for path in paths}
+    paths = sorted(IMAGES.glob(f"{split}/*/*"))
+    return {str(path.relative_to(IMAGES / split)): path.read_bytes() for path in paths}
 
 
-def check_same_pictures(images, split: str) -> None:
+def check_same_images(images, split: str) -> None:
     expected = list(originals(split).items())
     assert len(images) == len(expected)
     for index, (name, content) in enumerate(expected):
@@ -224,8 +224,8 @@ def test_tar_files_by_class(tmp_path):
         tar_of(tmp_path / f"{split}.tar", originals(split))
     splits = data.load("timm", root=str(tmp_path), val_split="test")
     assert splits.class_ids == ["cat", "ship", "truck"]
-    check_same_pictures(splits.train, "train")
-    check_same_pictures(splits.val, "test")
+    check_same_images(splits.train, "train")
+    check_same_images(splits.val, "test")
     held = data.load("timm", root=str(tmp_path / "train.tar"), val_fraction=0.25)
     assert np.bincount(held.val.targets).tolist() == [1, 1, 1]
 
@@ -249,10 +249,10 @@ def test_webdataset_shards(tmp_path):
         files = [*originals("train" if split == "train" else "test").items()]
         for shard in range(shards):
             content = {}
-            for name, picture in files[shard * len(files) // shards:(shard + 1) * len(files) // shards]:
+            for name, image in files[shard * len(files) // shards:(shard + 1) * len(files) // shards]:
                 key = name.replace("/", "_").removesuffix(".jpg")
                 content |= {f"{key}.cls": str(["cat", "ship", "truck"].index(name.split("/")[0])).encode(),
-                            f"{key}.jpg": picture}
+                            f"{key}.jpg": image}
             tar_of(tmp_path / f"small-{split}-{shard:04d}.tar", content)
     splits = data.load("timm", name="wds/small", root=str(tmp_path))
     assert splits.class_ids == ["0", "1", "2"] and splits.train.targets.tolist() == [0] * 4 + [1] * 4 + [2] * 4
@@ -279,10 +279,10 @@ def test_timms_own_readers(name, monkeypatch):
         from timm.data import ImageDataset, create_dataset
         monkeypatch.setattr("timm.data.create_dataset", lambda name, root, split, download: create_dataset(
             "", root=f"{root}/{split}", search_split=False))
-        assert isinstance(create_dataset("", root=str(PICTURES / "train")), ImageDataset)
+        assert isinstance(create_dataset("", root=str(IMAGES / "train")), ImageDataset)
     else:
         monkeypatch.setattr("timm.data.dataset_factory.ImageFolder", _folder_of_torchvision)
-    splits = data.load("timm", name=name, root=str(PICTURES), val_split="test")
+    splits = data.load("timm", name=name, root=str(IMAGES), val_split="test")
     assert splits.class_ids == ["cat", "ship", "truck"]
     assert splits.train.targets.tolist() == [0] * 4 + [1] * 4 + [2] * 4
     found = {bytes(pixels(splits.train, index).contiguous().numpy()) for index in range(12)}
@@ -298,7 +298,7 @@ def _folder_of_torchvision(root, **_):
 @pytest.mark.parametrize("augment", [["augment=deepvit"], ["augment.mixup=0.8", "data.on_device=true"]], ids=str)
 def test_a_preview_shows_the_images_of_the_run(tmp_path, monkeypatch, capsys, augment):
     """Of a run folder and of its settings alike: those that its first step trains on, whatever the seed."""
-    words = ["recipe=cifar10", f"data.root={PICTURES}", *augment, "seed=1", "data.fraction=0.5",
+    words = ["recipe=cifar10", f"data.root={IMAGES}", *augment, "seed=1", "data.fraction=0.5",
              "data.batch_size=4"]
     config, shown = compose(words), []
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))

@@ -1,4 +1,4 @@
-"""Decoding and transforms against PIL and timm on the same pictures and the same draws."""
+"""Decoding and transforms against PIL and timm on the same images and the same draws."""
 
 import io
 import random
@@ -59,11 +59,11 @@ def test_training_equals_timm_for_the_same_draws(photos, policy, interpolation):
     ours = train_transform(64, auto_augment=policy, interpolation=interpolation)
     with generators_kept():
         for seed in range(24):
-            picture = decode(photos[seed % len(photos)], "pil")[0]
+            image = decode(photos[seed % len(photos)], "pil")[0]
             seed_sample(0, 0, seed, 0)
-            expected = theirs(picture)
+            expected = theirs(image)
             seed_sample(0, 0, seed, 0)
-            assert torch.equal(ours(picture)[0], expected)
+            assert torch.equal(ours(image)[0], expected)
 
 
 def test_fast_path_is_within_a_twentieth_of_pil(photos):
@@ -108,23 +108,23 @@ def test_erasing_is_what_timm_would_have_written():
 def test_every_policy_survives_the_installed_pillow():
     """Pillow 13 refuses posterize to 0 bits, which timm's increasing magnitudes reach."""
     transform = train_transform(32, auto_augment="rand-m10-mstd2-inc1")
-    picture = photo(40, 40)
+    image = photo(40, 40)
     with generators_kept():
         for seed in range(300):
             seed_sample(0, 0, seed, 0)
-            assert transform(picture)[0].shape == (3, 32, 32)
+            assert transform(image)[0].shape == (3, 32, 32)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (20_000, 3), (3, 20_000), (5, 300)])
 @pytest.mark.parametrize("tensor", [False, True])
 def test_extreme_shapes(shape, tensor):
-    picture = Image.new("RGB", shape, (10, 20, 30))
-    picture = to_tensor(picture) if tensor else picture
+    image = Image.new("RGB", shape, (10, 20, 30))
+    image = to_tensor(image) if tensor else image
     for transform in (eval_transform(224), train_transform(224, color_jitter=None)):
         with generators_kept():
             for seed in range(8):
                 seed_sample(0, 0, seed, 0)
-                pixels = transform(picture)[0]
+                pixels = transform(image)[0]
                 assert pixels.shape == (3, 224, 224)
                 assert pixels.float().mean((1, 2)).round().tolist() == [10, 20, 30]
 

@@ -204,7 +204,7 @@ def take(batch, step, device, training):
 
 @pytest.mark.parametrize("n", [1, 7, 10, 50])
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
-def test_evaluation_counts_every_picture_once(n, world):
+def test_evaluation_counts_every_image_once(n, world):
     """Top-1 and top-5 by hand, whatever the ranks and a short last batch."""
     torch.manual_seed(n)
     logits, targets = torch.randn(n, 10), torch.randint(10, (n,))
@@ -225,7 +225,7 @@ def test_evaluation_counts_every_picture_once(n, world):
     assert np.array_equal(result.indices, np.arange(n))
 
 
-def test_evaluation_refuses_a_picture_too_many_and_scores_nan_as_wrong():
+def test_evaluation_refuses_a_image_too_many_and_scores_nan_as_wrong():
     logits, targets = torch.eye(10)[:4], torch.arange(4)
     batch = Images(logits.clone(), targets, torch.arange(4))
     with pytest.raises(Failure, match="saw 8 images"):

@@ -219,7 +219,7 @@ def test_safetensors_with_a_huge_header(tmp_path):
 
 @pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\n" + b"0" * 64, b"hello, world, no weights here",
                                      b"PK\x03\x04 torn", b"\x80\x02]q\x00.", b"\x80", b"\xff" * 40],
-                         ids=["empty", "picture", "text", "torn zip", "a list", "one byte", "noise"])
+                         ids=["empty", "image", "text", "torn zip", "a list", "one byte", "noise"])
 @pytest.mark.parametrize("name", ["weights.pth", "weights.npz", "weights.safetensors"])
 def test_foreign_files(tmp_path, name, content):
     with pytest.raises(UserError, match=name) as refusal:

@@ -1,4 +1,4 @@
-"""Loading by name: strictness, heads, picture sizes, timm's and our own files, and what is said about it all."""
+"""Loading by name: strictness, heads, image sizes, timm's and our own files, and what is said about it all."""
 
 import argparse
 import json
@@ -147,7 +147,7 @@ def test_new_head_leaves_pre_logits_out(tmp_path):
     assert "pre_logits/kernel" in deepvit.load_weights(model, path, dialect="vit_pytorch").dropped
 
 
-# Picture sizes
+# AnyImage sizes
 
 def test_positions_are_resized_as_timm_does(tmp_path):
     theirs = timm.models.vision_transformer.VisionTransformer(
@@ -164,7 +164,7 @@ def test_positions_are_resized_as_timm_does(tmp_path):
     assert_close(model(x), larger.eval()(x), atol=1e-5, rtol=0)
 
 
-def test_a_picture_that_is_not_square(tmp_path):
+def test_a_image_that_is_not_square(tmp_path):
     model = deepvit.create_model("vit", **SMALL | {"img_size": [8, 20]})
     path = save(tmp_path / "wide.pth", model.state_dict())
     with pytest.raises(UserError, match="no square"):

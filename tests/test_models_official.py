@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from oracles import keys, oracle, part, synthetic_pictures, synthetic_state
+from oracles import keys, oracle, part, synthetic_images, synthetic_state
 from torch.testing import assert_close
 
 import deepvit
@@ -126,7 +126,7 @@ def test_full_size_logits(name, best, spot, tmp_path):
     path = tmp_path / "bare.pth"
     torch.save(synthetic_state(keys(name)), path)
     model = deepvit.load_model(path, dialect="deepvit").eval()  # which named model it is, its shapes tell
-    logits = model(synthetic_pictures())
+    logits = model(synthetic_images())
     assert_close(logits, oracle(f"official/full_{name}")[0]["logits"], atol=1e-4, rtol=0)
     assert_close(logits[0, :5], torch.tensor(spot), atol=1e-4, rtol=0)
     assert logits.argmax(1).tolist() == best

@@ -57,24 +57,24 @@ def test_train_evaluate_predict_and_again(run, tmp_path):
     code, said, _ = run("eval", f"checkpoint=[{folder}/checkpoints/last.pt,{folder}/checkpoints/best.pt]", "out=both")
     assert code == DONE and "McNemar" in said
 
-    picture = ROOT / "tests" / "data" / "no-such.png"
-    assert main(["predict", str(folder / "checkpoints" / "best.pt"), str(picture)]) == BAD_INPUT
+    image = ROOT / "tests" / "data" / "no-such.png"
+    assert main(["predict", str(folder / "checkpoints" / "best.pt"), str(image)]) == BAD_INPUT
 
 
 def test_a_result_tells_the_decoder_and_how_often_it_refused(run, tmp_path):
-    """One picture of eight is CMYK, which PIL reads: once in each of four epochs."""
+    """One image of eight is CMYK, which PIL reads: once in each of four epochs."""
     for at in range(16):
         file = tmp_path / "pictures" / ("train", "val")[at // 8] / "ab"[at % 2] / f"{at}.jpg"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.new("CMYK" if at == 3 else "RGB", (20, 20)).save(file)
-    code, *_ = run("train", *TINY, "recipe=folder", "data.root=pictures", "model.img_size=8", "model.patch_size=4",
+    code, *_ = run("train", *TINY, "recipe=folder", "data.root=images", "model.img_size=8", "model.patch_size=4",
                    "schedule.epochs=4", "data.batch_size=4", "engine.log_every=3", "data.workers=1",
                    "data.in_memory_mb=0", "schedule.warmup_epochs=0", "schedule.cooldown_epochs=0")
     folder = next(tmp_path.glob("runs/folder/vit/*"))
     result, events = json.loads((folder / "metrics.json").read_text()), lines(folder / "events.jsonl")
     assert code == DONE and result["steps"] == 8
     assert (result["decoder"], result["decoder_refused"], events[0]["decoder"]) == ("torchvision", 4, "torchvision")
-    _, said, _ = run("train", *TINY, "data=folder", "data.root=pictures", "data.batch_size=4", "dry=true")
+    _, said, _ = run("train", *TINY, "data=folder", "data.root=images", "data.batch_size=4", "dry=true")
     assert "recipe=folder" in said
 
 

@@ -98,8 +98,8 @@ def test_moments_that_do_not_fit_on_one_rank_are_refused_on_both(tmp_path):
     assert "optimizer.opt=adamw" in ranks[0].words() and "Traceback" not in ranks[0].words()
 
 
-def test_the_order_of_imagenets_pictures_is_the_same_for_any_ranks():
-    """A run of ImageNet's size: the order of 1.28 million pictures, the same for any ranks, in milliseconds a step."""
+def test_the_order_of_imagenets_images_is_the_same_for_any_ranks():
+    """A run of ImageNet's size: the order of 1.28 million images, the same for any ranks, in milliseconds a step."""
     n, batch = 1_281_167, 1024
     begun = time.perf_counter()
     whole = next(iter(Stream(n, 0, batch, 10**6, start_step=625_000)))
@@ -121,7 +121,7 @@ def simulate_imagenet(folder: str) -> int:
     from deepvit.data.imageset import ImageSet
 
     class Simulated(ImageSet):
-        """Names, classes and targets as of ImageNet's size; one picture stands for all."""
+        """Names, classes and targets as of ImageNet's size; one image stands for all."""
 
         def __init__(self) -> None:
             n = 1_281_167
@@ -132,7 +132,7 @@ def simulate_imagenet(folder: str) -> int:
         def name(self, index: int) -> str:
             return self.names[index].decode()
 
-        def picture(self, index: int) -> Image.Image:
+        def image(self, index: int) -> Image.Image:
             return self.shown
 
         def take(self, indices: np.ndarray) -> ImageSet:
@@ -177,7 +177,7 @@ def test_a_run_of_imagenets_size_starts_at_once_and_stays_flat(tmp_path):
 
 
 def train_watched(config: dict, folder: str) -> int:
-    """Notes memory, open files and children after every epoch (45 steps of 32 pictures)."""
+    """Notes memory, open files and children after every epoch (45 steps of 32 images)."""
     import json
 
     from deepvit.engine.fit import Fit

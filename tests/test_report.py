@@ -22,7 +22,7 @@ from deepvit.engine.folder import RunFolder
 from deepvit.report import grid as grid_module
 from deepvit.report import published, render, runs, tables
 from deepvit.report.curves import draw_curve
-from deepvit.report.figures import depth_picture
+from deepvit.report.figures import depth_chart
 from deepvit.report.grid import grids
 from deepvit.report.statistics import summarise
 
@@ -112,8 +112,8 @@ def test_same_runs_same_bytes(template):
     """Kept results regenerate without a difference."""
     first, second = (the_grid(template) for _ in range(2))
     assert render.as_csv([first], 0.9) == render.as_csv([second], 0.9)
-    pictures = [depth_picture(grid, 0.9, "") for grid in (first, second)]
-    assert pictures[0].svg == pictures[1].svg and pictures[0].narrow_svg != pictures[0].svg
+    charts = [depth_chart(grid, 0.9, "") for grid in (first, second)]
+    assert charts[0].svg == charts[1].svg and charts[0].narrow_svg != charts[0].svg
 
 
 def test_starts_without_torch():

@@ -120,7 +120,7 @@ def check_value(override: str, config: dict) -> None:
 
 @pytest.mark.parametrize("sweep", [sweep for sweep in SWEEPS if {"digits", "cifar10"} >= sources(sweep)])
 def test_small_models_can_be_built(sweep, composed):
-    """Heads divide widths, patches divide pictures, chosen blocks exist."""
+    """Heads divide widths, patches divide images, chosen blocks exist."""
     config = composed[sweep][-1][1]
     model = build_model({**config["model"], "num_classes": 10, "depth": config["model"]["depth"]})
     assert model.depth == config["model"]["depth"] and model.embed_dim == config["model"]["embed_dim"]

@@ -45,7 +45,7 @@ def tokens():
 
 
 @pytest.fixture
-def pictures():
+def images():
     return torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
@@ -76,9 +76,9 @@ def test_the_law_of_gradients(name, tokens):
 
 
 @pytest.mark.parametrize("name", list_attentions())
-def test_every_variant_trains_and_says_its_name(name, pictures):
+def test_every_variant_trains_and_says_its_name(name, images):
     model = tiny(name, attn_drop_rate=0.1)
-    model(pictures).square().sum().backward()
+    model(images).square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.blocks.parameters())
     assert attention_config(name)["name"] == name
     own = {key: value for key, value in attention_config(name).items() if key not in ("name", "class")}
@@ -86,11 +86,11 @@ def test_every_variant_trains_and_says_its_name(name, pictures):
 
 
 @pytest.mark.parametrize("name", ["temperature", "talking_heads", "attn_scale"])
-def test_starts_as_plain_attention(name, pictures):
+def test_starts_as_plain_attention(name, images):
     plain, variant = tiny("self").eval(), tiny(name).eval()
     variant.load_state_dict(plain.state_dict(), strict=False)
     with torch.no_grad():
-        assert_close(variant(pictures), plain(pictures), atol=1e-6, rtol=1e-5)
+        assert_close(variant(images), plain(images), atol=1e-6, rtol=1e-5)
 
 
 def reference(attention, tokens):
@@ -191,9 +191,9 @@ def test_frozen_norm_keeps_the_statistics_of_the_first_batch(tokens):
         assert_close(gradient, results[1][name], atol=1e-6 * gradient.abs().max().item(), rtol=1e-4, msg=name)
 
 
-def test_frozen_mix_does_not_learn(pictures):
+def test_frozen_mix_does_not_learn(images):
     model = tiny(attention_config("reattention") | {"mix": "frozen"})
-    model(pictures).square().sum().backward()
+    model(images).square().sum().backward()
     assert {name.split(".", 2)[2] for name, p in model.named_parameters() if p.grad is None} == {
         "attn.mix.weight", "attn.mix.bias"}
     assert torch.equal(model.blocks[1].attn.mix.weight, tiny("reattention").blocks[1].attn.mix.weight)
@@ -284,14 +284,14 @@ def test_deepnorm(tokens):
 
 
 @pytest.mark.parametrize("name", ["reattention", "talking_heads", "temperature_decay"])
-def test_very_deep_with_checkpointing(name, pictures):
+def test_very_deep_with_checkpointing(name, images):
     """64 blocks: the same gradients and BatchNorm statistics with and without recomputation, dropout included."""
     results = []
     for checkpointing in (False, True):
         model = tiny(name, depth=64, embed_dim=16, drop_path_rate=0.1, attn_drop_rate=0.1)
         model.set_grad_checkpointing(checkpointing)
         torch.manual_seed(5)
-        model(pictures).square().sum().backward()
+        model(images).square().sum().backward()
         results.append((dict(model.named_buffers()), {n: p.grad for n, p in model.named_parameters()}))
     (buffers, gradients), (buffers_2, gradients_2) = results
     assert all(torch.equal(buffers[name], buffers_2[name]) for name in buffers)
@@ -318,10 +318,10 @@ def shared(attention="self", **settings):
 
 
 @pytest.mark.parametrize("attention", ["self", "reattention", "qk_norm", "reattention_ln"])
-def test_followers_take_the_maps_of_their_leader(attention, pictures):
+def test_followers_take_the_maps_of_their_leader(attention, images):
     """Blocks 1 and 3 follow 0 and 2: one softmax, no q and k of their own, and the law with the leader's input."""
     model = shared(attention)
-    record = analysis.record(model, pictures)
+    record = analysis.record(model, images)
     maps = record.maps("softmax")
     assert_close(maps[0], maps[1])
     assert (maps[1] - maps[2]).abs().max() > 1e-3
@@ -344,18 +344,18 @@ def test_shared_maps_cost_what_they_share():
     assert twin.blocks[3].attn.source is twin.blocks[0].attn
 
 
-def test_shared_maps_train_with_and_without_checkpointing(pictures):
+def test_shared_maps_train_with_and_without_checkpointing(images):
     """Gradients and statistics are the same; the leader's q and k get what all of their followers ask for."""
     plain, saving = (shared("reattention").train() for _ in range(2))
     saving.set_grad_checkpointing()
     for model in (plain, saving):
-        model(pictures).square().sum().backward()
+        model(images).square().sum().backward()
     for (name, a), b in zip(plain.named_parameters(), saving.parameters(), strict=True):
         assert a.grad is not None and a.grad.abs().max() > 0 or "bias" in name or "mix" in name, name
         assert_close(a.grad, b.grad, msg=name)
     assert all(torch.equal(a, b) for a, b in zip(plain.buffers(), saving.buffers()))
-    features = plain.eval().forward_intermediates(pictures, intermediates_only=True, output_fmt="NLC")
-    assert_close(features[3], analysis.record(plain, pictures).tokens[4][:, 1:])
+    features = plain.eval().forward_intermediates(images, intermediates_only=True, output_fmt="NLC")
+    assert_close(features[3], analysis.record(plain, images).tokens[4][:, 1:])
 
 
 @pytest.mark.parametrize("settings", [

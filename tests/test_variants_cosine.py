@@ -29,7 +29,7 @@ def regularised(model, x, target, pairs):
 
 
 @pytest.fixture
-def pictures():
+def images():
     return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
@@ -65,13 +65,13 @@ def test_value_by_loops():
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradients_are_those_of_maps_threaded_through(checkpointing, pictures):
+def test_gradients_are_those_of_maps_threaded_through(checkpointing, images):
     """Against a model written out with its maps in hand."""
     ours, plain = tiny(), tiny()
     ours.set_grad_checkpointing(checkpointing)
-    regularised(ours, pictures, TARGET, pairs=2).backward()
+    regularised(ours, images, TARGET, pairs=2).backward()
 
-    x, maps = torch.cat([plain.cls_token.expand(3, -1, -1), plain.patch_embed(pictures)], 1) + plain.pos_embed, []
+    x, maps = torch.cat([plain.cls_token.expand(3, -1, -1), plain.patch_embed(images)], 1) + plain.pos_embed, []
     for block in plain.blocks:
         attn, normed = block.attn, block.norm1(x)
         q, k, v = attn.split(normed)
@@ -87,7 +87,7 @@ def test_gradients_are_those_of_maps_threaded_through(checkpointing, pictures):
             assert (a.grad - b.grad).norm() <= 1e-3 * b.grad.norm(), name
 
 
-def test_no_trace(pictures):
+def test_no_trace(images):
     """Statistics, random state and the logits are what they are without it, and no hook stays."""
     results = []
     for watched in (False, True):
@@ -95,30 +95,30 @@ def test_no_trace(pictures):
         torch.manual_seed(2)
         if watched:
             with record_maps(model, first=3):
-                logits = model(pictures)
+                logits = model(images)
         else:
-            logits = model(pictures)
+            logits = model(images)
         results.append([torch.get_rng_state(), logits, *model.buffers()])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
 
 
-def test_maps_in_full_precision_under_autocast(pictures):
+def test_maps_in_full_precision_under_autocast(images):
     """Near-uniform maps in bfloat16 would be rounding."""
     model = tiny()
     with record_maps(model, first=1) as expected:
-        model(pictures)
+        model(images)
     with torch.autocast("cpu", dtype=torch.bfloat16), record_maps(model, first=1) as maps:
-        model(pictures)
+        model(images)
     assert maps[0].dtype == torch.float32
     assert (maps[0] - expected[0]).norm() < 0.05 * expected[0].norm()
 
 
-def test_record_maps(pictures):
+def test_record_maps(images):
     model = tiny("talking_heads")
     with record_maps(model, first=2) as maps:
-        model(pictures)
+        model(images)
     assert len(maps) == 2 and all(block.requires_grad and block.shape == (3, 4, 17, 17) for block in maps)
-    assert_close(maps[1].detach(), deepvit.analysis.attention_maps(model, pictures)[1])
+    assert_close(maps[1].detach(), deepvit.analysis.attention_maps(model, images)[1])
     with pytest.raises(UserError, match="the model has 4"), record_maps(model, first=5):
         pass

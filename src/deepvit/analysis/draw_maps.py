@@ -1,4 +1,4 @@
-"""Figures of maps: per block, per head, rolled out over the pictures, and the mix of heads. Studies in, figures out."""
+"""Figures of maps: per block, per head, rolled out over the images, and the mix of heads. Studies in, figures out."""
 
 import math
 from collections.abc import Sequence
@@ -41,7 +41,7 @@ def caption(one: Study) -> str:
 
 
 def mean_maps(studies: Sequence[Study]) -> Figure:
-    """The final maps of every block, mean over pictures and heads, as the published figure."""
+    """The final maps of every block, mean over images and heads, as the published figure."""
     deepest = max(len(one.tensors["mean_maps"]) for one in studies)
     columns = 4 if deepest <= 16 else 6
     rows = math.ceil(deepest / columns)
@@ -85,17 +85,17 @@ def head_maps(one: Study) -> Figure:
 
 
 def rolled_out(studies: Sequence[Study]) -> Figure:
-    """Attention rollout over each picture with the most probable classes, one column per model."""
+    """Attention rollout over each image with the most probable classes, one column per model."""
     pixels, names = studies[0].tensors["pixels"], studies[0].facts["pictures"]
-    width = 1 + len(studies)  # of a picture's group of panels
+    width = 1 + len(studies)  # of an image's group of panels
     groups = max(1, min(len(pixels), 6 // width))
     rows = math.ceil(len(pixels) / groups)
     figure = Figure(figsize=(max(LEAST_WIDTH + 1, 2.3 * width * groups + 0.9), 3.0 * rows + 0.8), layout="constrained",
                     dpi=130)
     figure.suptitle("Attention rollout: what the class token holds of each patch (Abnar & Zuidema, 2020)", fontsize=11)
     panels = figure.subplots(rows, width * groups, squeeze=False).reshape(rows * groups, width)
-    for i, (row, picture) in enumerate(zip(panels, pixels, strict=False)):
-        row[0].imshow(picture.permute(1, 2, 0).numpy())
+    for i, (row, shown) in enumerate(zip(panels, pixels, strict=False)):
+        row[0].imshow(shown.permute(1, 2, 0).numpy())
         row[0].set_title(_short(Path(names[i]).name, 26), fontsize=7)
         row[0].set_axis_off()
         for ax, one in zip(row[1:], studies, strict=True):
@@ -180,7 +180,7 @@ def rest_off(axes: Sequence[Axes]) -> None:
 
 
 def _overlay(ax: Axes, one: Study, i: int) -> AxesImage:
-    """The picture in grey under the rollout, the class names below."""
+    """The image in grey under the rollout, the class names below."""
     pixels, held = one.tensors["pixels"][i].float(), one.tensors["rollout"][i]
     mask = F.interpolate(held[None, None], size=pixels.shape[-2:], mode="bilinear", align_corners=False)[0, 0]
     ax.imshow(pixels.mean(0).numpy(), cmap="gray", vmin=0, vmax=255)

@@ -35,15 +35,15 @@ def linear_cka(p: Tensor, q: Tensor) -> float:
 
 
 class SampledRows:
-    """Evenly taken token vectors of every block, gathered over batches: at most about `rows` of `pictures * N`."""
+    """Evenly taken token vectors of every block, gathered over batches: at most about `rows` of `images * N`."""
 
-    def __init__(self, pictures: int, rows: int = CKA_ROWS):
-        self.pictures, self.rows, self.seen, self.parts = pictures, rows, 0, []
+    def __init__(self, images: int, rows: int = CKA_ROWS):
+        self.images, self.rows, self.seen, self.parts = images, rows, 0, []
 
     def add(self, tokens: Sequence[Tensor]) -> None:
         B, N, _ = tokens[0].shape
-        stride = max(1, math.ceil(self.pictures * N / self.rows))
-        while math.gcd(stride, N) > 1:  # else the same places of every picture
+        stride = max(1, math.ceil(self.images * N / self.rows))
+        while math.gcd(stride, N) > 1:  # else the same places of every image
             stride += 1
         first = -self.seen * N % stride
         self.parts.append([block.flatten(0, 1)[first::stride].float() for block in tokens])
@@ -55,7 +55,7 @@ class SampledRows:
 
 
 def cka_matrix(model: nn.Module, x: Tensor, batch_size: int | None = None) -> Tensor:
-    """Linear CKA between the tokens after all pairs of blocks, on pictures `[B, C, height, width]`.
+    """Linear CKA between the tokens after all pairs of blocks, on images `[B, C, height, width]`.
 
     Returns:
         `[L + 1, L + 1]`; index 0 is the input of the first block. Uses at most about 1024 tokens, evenly taken.

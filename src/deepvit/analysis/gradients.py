@@ -16,7 +16,7 @@ def block_norms(model: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor] | 
     """Residual and gradient norms of every block for one batch.
 
     Args:
-        model: anything with `blocks`; x: pictures `[B, C, height, width]`.
+        model: anything with `blocks`; x: images `[B, C, height, width]`.
         loss: from the model's output to a scalar, e.g. `lambda logits: F.cross_entropy(logits, y)`; None: no gradients.
         training: as the model trains (batch statistics, dropout), which the gradients of an untrained norm need; else
             in eval mode. Buffers, flags, gradients and random state are as before in both cases.

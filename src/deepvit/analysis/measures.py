@@ -71,7 +71,7 @@ def effective_rank(maps: Tensor) -> Tensor:
 
 @measure("token_similarity", "after", title="Similarity of tokens in an image", unit="cosine")
 def token_similarity(tokens: Tensor) -> float:
-    """Mean cosine between different tokens of a picture, `[B, N, D]`: 1 is complete over-smoothing.
+    """Mean cosine between different tokens of an image, `[B, N, D]`: 1 is complete over-smoothing.
 
     Gong et al., "Vision Transformers with Patch Diversification", arXiv:2104.12753; Wang et al., arXiv:2203.05962.
     """
@@ -100,7 +100,7 @@ def diagonal_share(theta: Tensor) -> float:
 @measure("norm_variance", "module", "softmax")
 @torch.no_grad()
 def norm_variance(module: nn.Module, softmax: Tensor) -> Tensor | None:
-    """Variance of the maps that a BatchNorm over heads sees, over pictures and entries, `[H]`; None without that norm.
+    """Variance of the maps that a BatchNorm over heads sees, over images and entries, `[H]`; None without that norm.
 
     To be read against the norm's eps: where it is smaller, the norm divides by a constant and acts as a temperature.
     Exact over batches that are averaged, because the mean is known beforehand: rows sum to one.

@@ -121,7 +121,7 @@ class Recording:
         self.logits: Tensor | None = None
 
     def __len__(self) -> int:
-        """The number of pictures."""
+        """The number of images."""
         return len(self.inputs[0])
 
     def maps(self, stage: Stage = "final") -> Maps:
@@ -144,7 +144,7 @@ class Recording:
 
 
 def record(model: nn.Module, x: Tensor) -> Recording:
-    """One forward pass of pictures `[B, C, height, width]` in eval mode, its attention inputs and tokens kept.
+    """One forward pass of images `[B, C, height, width]` in eval mode, its attention inputs and tokens kept.
 
     The model is left as it was: training flags, BatchNorm statistics, gradients and random state.
 
@@ -169,16 +169,16 @@ def record(model: nn.Module, x: Tensor) -> Recording:
 
 
 def recordings(model: nn.Module, x: Tensor, batch_size: int | None = None) -> Iterator[Recording]:
-    """`record` for `batch_size` pictures at a time; by default as many as keep a block's maps within `MAPS_BYTES`."""
+    """`record` for `batch_size` images at a time; by default as many as keep a block's maps within `MAPS_BYTES`."""
     if not len(x):
-        raise UserError("There are no pictures to look at: give at least one.")
+        raise UserError("There are no images to look at: give at least one.")
     batch_size = batch_size or images_at_once(model, x)
     for chunk in x.split(batch_size):
         yield record(model, chunk)
 
 
 def images_at_once(model: nn.Module, x: Tensor) -> int:
-    """How many pictures keep one block's float32 maps within `MAPS_BYTES`."""
+    """How many images keep one block's float32 maps within `MAPS_BYTES`."""
     heads, tokens = record(model, x[:1]).maps()[0].shape[1:3]
     return max(1, MAPS_BYTES // (4 * heads * tokens**2))
 
@@ -189,16 +189,16 @@ def attention_maps(model: nn.Module, x: Tensor, stage: Stage = "final", *,
 
     Args:
         model: a deepvit model, or anything built of `timm.layers.Attention`, such as timm's VisionTransformer.
-        x: pictures `[B, C, height, width]`, normalised as the model expects.
+        x: images `[B, C, height, width]`, normalised as the model expects.
         stage: "final": what multiplies v; "softmax": before the heads are mixed (the same for plain attention).
-        batch_size: pictures per forward pass; by default as many as keep a block's maps within 32 MiB.
+        batch_size: images per forward pass; by default as many as keep a block's maps within 32 MiB.
     Returns:
         one `[B, H, N, N]` float32 tensor per block on the model's device; rows are queries, columns keys. Final maps
         of re-attention may be negative and their rows need not sum to one. All blocks at once take
-        `4 B L H N^2` bytes (one picture at 577 tokens, 12 heads and 32 blocks: 0.5 GB); `record(model, x).maps()`
+        `4 B L H N^2` bytes (one image at 577 tokens, 12 heads and 32 blocks: 0.5 GB); `record(model, x).maps()`
         gives them one block at a time.
     Raises:
-        UserError: the model has no attention, or the pictures are not of its size.
+        UserError: the model has no attention, or the images are not of its size.
     """
     result: list[Tensor] = []
     start = 0

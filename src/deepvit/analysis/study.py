@@ -13,7 +13,7 @@ from torch import Tensor
 
 from deepvit.analysis.initial import at_initialisation
 from deepvit.analysis.measures import patch_grid, thetas
-from deepvit.analysis.pictures import Pictures, class_names, top_classes
+from deepvit.analysis.images import Images, class_names, top_classes
 from deepvit.analysis.probe import probe
 from deepvit.analysis.recording import attention_modules, recordings
 from deepvit.analysis.rollout import class_token_mask, rollout
@@ -32,7 +32,7 @@ class Study:
 
     `mean_maps` `[L, N, N]` final maps, mean over images and heads; `head_maps` `[L, H, N, N]` of the first image,
     float16; `rollout` `[b, rows, columns]` from 0 to 1 and `pixels` uint8 `[b, 3, height, width]` of the first 8
-    images; `theta/<block>` `[H, H]` where there is one. `facts`: `name`, `attention`, `pictures` (names), `top` (the
+    images; `theta/<block>` `[H, H]` where there is one. `facts`: `name`, `attention`, `images` (names), `top` (the
     most probable classes), `probe`, and `initial`, the probe of the model before training, or None.
     """
 
@@ -41,25 +41,25 @@ class Study:
 
 
 @torch.no_grad()
-def study(model: ViT, pictures: Pictures, name: str, initial: bool = True) -> Study:
+def study(model: ViT, images: Images, name: str, initial: bool = True) -> Study:
     """Computes everything the figures need of a model from `deepvit.load_model`, a few images at a time; for `initial`
     also probes a fresh model, its norms' statistics set to these images. Raises UserError for one without attention."""
-    x = pictures.x.to(next(model.parameters()).device)
-    tensors, tops = _over_pictures(model, x)
-    tensors["pixels"] = pictures.pixels[:SHOWN].contiguous()
+    x = images.x.to(next(model.parameters()).device)
+    tensors, tops = _over_images(model, x)
+    tensors["pixels"] = images.pixels[:SHOWN].contiguous()
     tensors |= {f"theta/{i:02d}": theta for i, theta in enumerate(thetas(model)) if theta is not None}
     kinds = dict.fromkeys(type(module).__name__ for module in attention_modules(model))
     attention = (getattr(model, "config", {}).get("attention") or {}).get("name", " + ".join(kinds))
     before = None
     if initial:  # the very model that its run started from, where the checkpoint tells the seed; else one like it
         seed = (model.load_report.said.get("run") or {}).get("seed", 0)
-        before = probe(at_initialisation(model, seed=seed, pictures=x[:STATISTICS]), x, matrix=True)
+        before = probe(at_initialisation(model, seed=seed, images=x[:STATISTICS]), x, matrix=True)
     return Study(tensors, {"name": printable(name), "attention": attention,
-                           "pictures": [*map(printable, pictures.names)], "top": tops,
+                           "pictures": [*map(printable, images.names)], "top": tops,
                            "probe": probe(model, x, matrix=True), "initial": before})
 
 
-def _over_pictures(model: ViT, x: Tensor) -> tuple[dict[str, Tensor], list]:
+def _over_images(model: ViT, x: Tensor) -> tuple[dict[str, Tensor], list]:
     mean_maps, head_maps, masks, logits = 0, None, [], []
     for recording in recordings(model, x):
         maps = recording.maps()

@@ -1,4 +1,4 @@
-"""Pictures per second and core: ours against timm's transforms on the same files, interleaved in one process."""
+"""Images per second and core: ours against timm's transforms on the same files, interleaved in one process."""
 
 import io
 import itertools
@@ -19,7 +19,7 @@ from deepvit.data.randomness import generators_kept, seed_sample
 from deepvit.data.transforms import eval_transform, mend_posterize, train_transform
 from deepvit.errors import UserError
 
-SIZE, MOST_FILES, ROUND = 224, 200, 20  # pixels, pictures, pictures timed in a row
+SIZE, MOST_FILES, ROUND = 224, 200, 20  # pixels, images, images timed in a row
 RECIPE = "rand-m9-mstd0.5-inc1"
 HALF = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
 
@@ -79,7 +79,7 @@ def _files(folder: str) -> list[bytearray]:
 
 
 def _step(contender: Contender, files: list[bytearray]) -> Callable[[], None]:
-    """Makes ROUND pictures, each time others; of the same files and seeds for all contenders."""
+    """Makes ROUND images, each time others; of the same files and seeds for all contenders."""
     turns = itertools.count()
 
     def step() -> None:

@@ -19,7 +19,7 @@ from timm.models._hub import save_config_for_hf
 from torch import Tensor
 
 from deepvit import ops
-from deepvit.analysis.pictures import evaluated_as
+from deepvit.analysis.images import evaluated_as
 from deepvit.commands.model_card import is_card, write_card
 from deepvit.data import norm_values
 from deepvit.errors import DONE, Failure, UserError
@@ -68,7 +68,7 @@ def export(source: str | Path, to: str, out: str | Path | None = None, weights: 
     if out.resolve() == path.resolve():
         raise UserError(f"--out {out} is the source itself: choose another file.")
     card = out / "README.md" if to == "hub-folder" else out.with_name(out.name + ".md")
-    pictures = _pictures(model)
+    images = _images(model)
     with torch.no_grad():
         try:
             _prove_writable(out, card, to)
@@ -76,7 +76,7 @@ def export(source: str | Path, to: str, out: str | Path | None = None, weights: 
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"{out} cannot be written ({reason}): choose another --out.") from None
-        difference = max((read_back(x) - model(x)).abs().max().item() for x in (pictures[:1], pictures))
+        difference = max((read_back(x) - model(x)).abs().max().item() for x in (images[:1], images))
     if not difference <= ATOL:
         raise Failure(f"{out} gives logits that differ by {difference:.2g} (more than {ATOL:g}): do not use it.")
     write_card(card, model, out, to, f"{check}: largest difference of logits {difference:.1e}", snippet, run)
@@ -100,7 +100,7 @@ def _prove_writable(out: Path, card: Path, to: str) -> None:
         pass
 
 
-def _pictures(model: ViT) -> Tensor:
+def _images(model: ViT) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randn(3, model.config["in_chans"], *model.img_size, generator=generator)
 
@@ -222,7 +222,7 @@ def _write_onnx(model: ViT, path: Path) -> tuple[Reader, str, str]:
     except ImportError as error:
         raise UserError(f"Exporting to ONNX needs {error.name}: pip install 'deepvit[onnx]'.") from None
     batch = torch.export.Dim("batch", min=1)
-    torch.onnx.export(model, (_pictures(model)[:2],), path, dynamo=True, input_names=["pictures"],
+    torch.onnx.export(model, (_images(model)[:2],), path, dynamo=True, input_names=["pictures"],
                       output_names=["logits"], dynamic_shapes=({0: batch},), external_data=False, verbose=False)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return (lambda x: torch.from_numpy(session.run(None, {"pictures": x.numpy()})[0]),

@@ -1,4 +1,4 @@
-"""`deepvit figures CHECKPOINT [PICTURES...]`: what a model attends to, block by block."""
+"""`deepvit figures CHECKPOINT [IMAGES...]`: what a model attends to, block by block."""
 
 import argparse
 import sys
@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from deepvit.analysis import draw_depth, draw_maps
 from deepvit.analysis.pickled import read_pickled_maps, study_of_maps
-from deepvit.analysis.pictures import read_pictures
+from deepvit.analysis.images import read_images
 from deepvit.analysis.study import Study, load_studies, save_studies, study
 from deepvit.config.compare import flat, labels
 from deepvit.errors import BAD_INPUT, DONE, UserError
@@ -33,9 +33,9 @@ def compute(checkpoints: Sequence[Path], paths: Sequence[Path], *, weights: str 
     models = [open_model(path, weights, **keywords) for path in checkpoints]
     studies, refused = [], []
     for model, name in zip(models, _names(models, checkpoints), strict=True):
-        pictures = read_pictures(model, paths)
-        studies.append(study(model, pictures, name, initial))
-        refused = pictures.refused
+        images = read_images(model, paths)
+        studies.append(study(model, images, name, initial))
+        refused = images.refused
     return studies, refused
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from deepvit.analysis.pictures import class_names, read_pictures, top_classes
+from deepvit.analysis.images import class_names, read_images, top_classes
 from deepvit.errors import BAD_INPUT, DONE, UserError
 from deepvit.importers import open_model
 from deepvit.importers.settings import paths_and_keywords
@@ -20,10 +20,10 @@ def predict(checkpoint: str, images: Sequence[Path], top: int = 5, **keywords: A
     that could not be read. `keywords`: as `open_model`, for what the file does not tell. Raises UserError for an
     unreadable checkpoint, or no image that can be used."""
     model = open_model(checkpoint, **keywords)
-    pictures = read_pictures(model, images)
+    images = read_images(model, images)
     with torch.no_grad():
-        logits = model(pictures.x)  # [B, C]
-    return dict(zip(pictures.names, top_classes(logits, class_names(model), top), strict=True)), pictures.refused
+        logits = model(images.x)  # [B, C]
+    return dict(zip(images.names, top_classes(logits, class_names(model), top), strict=True)), images.refused
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

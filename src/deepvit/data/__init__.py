@@ -1,7 +1,7 @@
-"""Pictures: data sets, augmentation, and batches that are the same whatever loads them."""
+"""Images: data sets, augmentation, and batches that are the same whatever loads them."""
 
 from deepvit.data.ahead import ahead
-from deepvit.data.decode import open_picture, resolve_decoder
+from deepvit.data.decode import open_image, resolve_decoder
 from deepvit.data.imageset import ImageSet, Splits
 from deepvit.data.loader import Bad, Batch, eval_batches, eval_batches_again, train_batches
 from deepvit.data.on_device import OnDevice
@@ -13,4 +13,4 @@ from deepvit.data.transforms import Transform, eval_transform, name_of_norm, nor
 
 __all__ = ["SOURCES", "Bad", "Batch", "ImageSet", "OnDevice", "Prepare", "Splits", "Transform", "ahead", "epoch_steps",
            "eval_batches", "eval_batches_again", "eval_folder", "eval_transform", "load", "name_of_norm", "norm_values",
-           "open_picture", "real_top1", "resolve_decoder", "source_of", "train_batches", "train_transform"]
+           "open_image", "real_top1", "resolve_decoder", "source_of", "train_batches", "train_transform"]

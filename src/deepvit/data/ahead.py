@@ -1,4 +1,4 @@
-"""The next step's pictures travel to the GPU while this step computes."""
+"""The next step's images travel to the GPU while this step computes."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""From the bytes of a picture file to RGB pixels, and a reason in words where that cannot be done.
+"""From the bytes of an image file to RGB pixels, and a reason in words where that cannot be done.
 
 Two decoders. `pil` is the field's reference. `torchvision` decodes JPEG with libjpeg-turbo into a uint8 tensor whose
 memory is rows of RGB pixels, which ATen resizes without leaving uint8; what it refuses goes through PIL and is counted.
@@ -20,16 +20,16 @@ from torch import Tensor
 
 from deepvit.errors import UserError, did_you_mean
 
-Picture = Image.Image | Tensor  # PIL RGB, or uint8 [3, H, W] over memory of [H, W, 3]
+AnyImage = Image.Image | Tensor  # PIL RGB, or uint8 [3, H, W] over memory of [H, W, 3]
 
 DECODERS = ("auto", "torchvision", "pil")
-MAX_PIXELS = 89_478_485  # PIL's own limit for one picture: a quarter of a gigabyte at 24 bits
+MAX_PIXELS = 89_478_485  # PIL's own limit for one image: a quarter of a gigabyte at 24 bits
 _BROKEN = (OSError, SyntaxError, ValueError, TypeError, EOFError, IndexError, KeyError, OverflowError,
            struct.error, zlib.error)  # seen from PIL's format plug-ins on damaged files
 
 
-class BadPicture(Exception):
-    """This picture cannot be used; the message is the reason, without the file's name."""
+class BadImage(Exception):
+    """This image cannot be used; the message is the reason, without the file's name."""
 
 
 def resolve_decoder(decoder: str) -> str:
@@ -57,22 +57,22 @@ def _torchvision_decodes() -> bool:
 
 
 def read_bytes(path: str | bytes) -> bytearray:
-    """The content of a file; BadPicture where it cannot be read or is empty."""
+    """The content of a file; BadImage where it cannot be read or is empty."""
     try:
         with open(path, "rb", buffering=0) as file:
             data = bytearray(file.readall())
     except OSError as error:
-        raise BadPicture(f"the file cannot be read ({error.strerror})") from error
+        raise BadImage(f"the file cannot be read ({error.strerror})") from error
     if not data:
-        raise BadPicture("the file is empty")
+        raise BadImage("the file is empty")
     return data
 
 
-def decode(data: bytearray, decoder: str) -> tuple[Picture, bool]:
+def decode(data: bytearray, decoder: str) -> tuple[AnyImage, bool]:
     """Bytes -> (image, whether the fast decoder refused it). decoder: `torchvision` or `pil`.
 
     The image is a PIL image with `pil` and a uint8 tensor [3, H, W] with `torchvision`, whatever decoded it.
-    Raises BadPicture with the reason.
+    Raises BadImage with the reason.
     """
     with _reasons():
         image = Image.open(io.BytesIO(data))  # reads the header alone
@@ -95,26 +95,26 @@ def _jpeg_pixels(data: bytearray) -> Tensor:
 
 @contextmanager
 def _reasons() -> Iterator[None]:
-    """What PIL raises for a file, as BadPicture with the reason."""
+    """What PIL raises for a file, as BadImage with the reason."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             yield
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as bomb:
-        raise BadPicture(f"it claims more than {MAX_PIXELS:,} pixels (a decompression bomb?)") from bomb
+        raise BadImage(f"it claims more than {MAX_PIXELS:,} pixels (a decompression bomb?)") from bomb
     except Image.UnidentifiedImageError as error:
-        raise BadPicture("the content is no known image format") from error
+        raise BadImage("the content is no known image format") from error
     except _BROKEN as error:
-        raise BadPicture(f"it is damaged ({str(error) or type(error).__name__})".replace("\n", " ")) from error
+        raise BadImage(f"it is damaged ({str(error) or type(error).__name__})".replace("\n", " ")) from error
 
 
-def open_picture(path: str | Path, decoder: str = "pil") -> Picture:
-    """One file -> RGB picture. Raises UserError that names the file and the reason."""
+def open_image(path: str | Path, decoder: str = "pil") -> AnyImage:
+    """One file -> RGB image. Raises UserError that names the file and the reason."""
     try:
         return decode(read_bytes(str(path)), resolve_decoder(decoder))[0]
-    except BadPicture as bad:
-        raise UserError(f"{path} is not a usable picture: {bad}.") from bad
+    except BadImage as bad:
+        raise UserError(f"{path} is not a usable image: {bad}.") from bad
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -122,24 +122,24 @@ def to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1)
 
 
-def as_array(picture: Picture) -> np.ndarray:
+def as_array(image: AnyImage) -> np.ndarray:
     """Either kind of image as uint8 [H, W, 3]."""
-    return np.asarray(picture) if isinstance(picture, Image.Image) else picture.permute(1, 2, 0).numpy()
+    return np.asarray(image) if isinstance(image, Image.Image) else image.permute(1, 2, 0).numpy()
 
 
-def as_picture(pixels: np.ndarray, decoder: str) -> Picture:
+def as_image(pixels: np.ndarray, decoder: str) -> AnyImage:
     """uint8 [H, W, 3] as the kind of image that `decoder` makes, without a copy for tensors."""
     return Image.fromarray(pixels) if decoder == "pil" else torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def to_pil(picture: Picture) -> Image.Image:
-    """Either kind of picture as a PIL RGB image."""
-    return picture if isinstance(picture, Image.Image) else Image.fromarray(np.ascontiguousarray(as_array(picture)))
+def to_pil(image: AnyImage) -> Image.Image:
+    """Either kind of image as a PIL RGB image."""
+    return image if isinstance(image, Image.Image) else Image.fromarray(np.ascontiguousarray(as_array(image)))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
-        raise BadPicture("its pixels are floating-point numbers, whose range is unknown")
+        raise BadImage("its pixels are floating-point numbers, whose range is unknown")
     if image.mode == "I" or image.mode.startswith("I;16"):  # PIL's own convert() would clip 16 bits at 255: all white
         pixels = np.asarray(image).astype(np.int64)
         # Bits of grey beyond 8: a file of 16 may hold 12 (scanners, microscopes), which no header tells.

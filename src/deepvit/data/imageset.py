@@ -1,4 +1,4 @@
-"""What a data set is to the rest: targets in an array, pictures on demand, memory flat across workers."""
+"""What a data set is to the rest: targets in an array, images on demand, memory flat across workers."""
 
 import hashlib
 import os
@@ -14,15 +14,15 @@ from typing import ClassVar, Self
 import numpy as np
 from PIL import Image
 
-from deepvit.data.decode import BadPicture, Picture, as_array, as_picture, decode, read_bytes
+from deepvit.data.decode import BadImage, AnyImage, as_array, as_image, decode, read_bytes
 from deepvit.data.listing import Listing
 from deepvit.data.stream import stable_hash
 
-IN_MEMORY_MB = 512  # a folder whose decoded pictures fit is decoded once and kept
+IN_MEMORY_MB = 512  # a folder whose decoded images fit is decoded once and kept
 
 
 class ImageSet(ABC):
-    """Labelled pictures. `targets` is int64 [n]; index i is the same picture in every process.
+    """Labelled images. `targets` is int64 [n]; index i is the same image in every process.
 
     Anything of the size of the set lives in numpy arrays: Python lists would be copied into every worker, page by
     page, as their reference counts are touched.
@@ -31,19 +31,19 @@ class ImageSet(ABC):
     per_image: ClassVar[tuple[str, ...]] = ("targets",)  # the arrays that `take` takes from
     targets: np.ndarray
     decoder: str  # `torchvision` or `pil`
-    refused: int = 0  # pictures that the fast decoder refused and PIL read, in this process
-    in_memory: bool = False  # whether all pictures are there, decoded
+    refused: int = 0  # images that the fast decoder refused and PIL read, in this process
+    in_memory: bool = False  # whether all images are there, decoded
 
     def __len__(self) -> int:
         return len(self.targets)
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """Path or identifier of a picture, for messages and per-image results."""
+        """Path or identifier of an image, for messages and per-image results."""
 
     @abstractmethod
-    def picture(self, index: int) -> Picture:
-        """RGB picture: PIL, or uint8 [3, H, W]. Raises BadPicture with the reason."""
+    def image(self, index: int) -> AnyImage:
+        """RGB image: PIL, or uint8 [3, H, W]. Raises BadImage with the reason."""
 
     def take(self, indices: np.ndarray) -> Self:
         """The set of the given indices, in their order."""
@@ -51,14 +51,14 @@ class ImageSet(ABC):
         vars(part).update({name: getattr(self, name)[indices] for name in self.per_image})
         return part
 
-    def _opened(self, data: bytearray) -> Picture:
-        """The picture in the bytes of a file; what the fast decoder refuses is counted."""
-        picture, refused = decode(data, self.decoder)
+    def _opened(self, data: bytearray) -> AnyImage:
+        """The image in the bytes of a file; what the fast decoder refuses is counted."""
+        image, refused = decode(data, self.decoder)
         self.refused += refused
-        return picture
+        return image
 
     def fingerprint(self) -> str:
-        """16 hex digits that tell whether two sets hold the same pictures in the same order, wherever they lie."""
+        """16 hex digits that tell whether two sets hold the same images in the same order, wherever they lie."""
         digest = hashlib.blake2b(digest_size=8)
         for part in self._identity():
             digest.update(part)
@@ -83,11 +83,11 @@ class ImageSet(ABC):
         return 0
 
     def prepare(self) -> None:  # noqa: B027  nothing to do for most
-        """Called in the main process before pictures are asked for in others: load what is worth keeping."""
+        """Called in the main process before images are asked for in others: load what is worth keeping."""
 
 
 class ArraySet(ImageSet):
-    """Pictures already decoded: uint8 [n, H, W, 3]."""
+    """Images already decoded: uint8 [n, H, W, 3]."""
 
     per_image = ("targets", "pixels", "ids")
     in_memory = True
@@ -103,8 +103,8 @@ class ArraySet(ImageSet):
     def size(self, index: int) -> int:
         return zlib.crc32(self.pixels[index].tobytes())  # there is no file: the pixels themselves
 
-    def picture(self, index: int) -> Picture:
-        return as_picture(self.pixels[index], self.decoder)
+    def image(self, index: int) -> AnyImage:
+        return as_image(self.pixels[index], self.decoder)
 
 
 class FileSet(ImageSet):
@@ -132,10 +132,10 @@ class FileSet(ImageSet):
         file = self.listing.name(index if self.rows is None else self.rows[index])
         return f"{self.root}/{self.folders[self.places[index]]}/{os.fsdecode(file)}"
 
-    def picture(self, index: int) -> Picture:
+    def image(self, index: int) -> AnyImage:
         if self.kept is not None:
             self.refused += int(self.kept.refused[index])
-            return self.kept.picture(index, self.decoder)
+            return self.kept.image(index, self.decoder)
         return self._opened(read_bytes(self.name(index)))
 
     def size(self, index: int) -> int:
@@ -179,11 +179,11 @@ class FileSet(ImageSet):
 
 @dataclass
 class Kept:
-    """Decoded pictures of any sizes, end to end in one buffer that forked workers share."""
+    """Decoded images of any sizes, end to end in one buffer that forked workers share."""
 
     pixels: np.ndarray  # uint8 [sum of H * W * 3]
     starts: np.ndarray  # int64 [n]
-    shapes: np.ndarray  # int32 [n, 2], height and width; 0, 0 for a bad picture
+    shapes: np.ndarray  # int32 [n, 2], height and width; 0, 0 for a bad image
     refused: np.ndarray  # bool [n]: PIL read what the fast decoder refused
     reasons: dict[int, str]  # of the bad ones
 
@@ -192,23 +192,23 @@ class Kept:
         parts, shapes, refused, reasons = [], np.zeros((len(images), 2), np.int32), np.zeros(len(images), bool), {}
         for index in range(len(images)):
             try:
-                picture, refused[index] = decode(read_bytes(images.name(index)), images.decoder)
-            except BadPicture as bad:
+                image, refused[index] = decode(read_bytes(images.name(index)), images.decoder)
+            except BadImage as bad:
                 reasons[index] = str(bad)
                 continue
-            pixels = as_array(picture)
+            pixels = as_array(image)
             shapes[index] = pixels.shape[:2]
             parts.append(pixels.reshape(-1))
         lengths = shapes.astype(np.int64).prod(axis=1) * 3
         pixels = np.concatenate(parts) if parts else np.zeros(0, np.uint8)
         return Kept(pixels, np.cumsum(lengths) - lengths, shapes, refused, reasons)
 
-    def picture(self, index: int, decoder: str) -> Picture:
+    def image(self, index: int, decoder: str) -> AnyImage:
         if index in self.reasons:
-            raise BadPicture(self.reasons[index])
+            raise BadImage(self.reasons[index])
         (height, width), start = self.shapes[index], self.starts[index]
         pixels = self.pixels[start:start + int(height) * int(width) * 3].reshape(height, width, 3)
-        return as_picture(pixels, decoder)
+        return as_image(pixels, decoder)
 
 
 @dataclass(frozen=True)

@@ -12,19 +12,19 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from deepvit.data.decode import BadPicture
+from deepvit.data.decode import BadImage
 from deepvit.data.imageset import ImageSet
 from deepvit.data.randomness import generators_kept, seed_sample
 from deepvit.data.stream import Draw, Stream
 from deepvit.data.transforms import Patch, Transform
 from deepvit.errors import Failure, UserError
 
-LONGEST_SEARCH = 100  # bad pictures in a row before giving up on finding a replacement
+LONGEST_SEARCH = 100  # bad images in a row before giving up on finding a replacement
 
 
 @dataclass(frozen=True)
 class Bad:
-    """A picture that could not be used. `replaced_by` is the index shown instead; None: black, to be counted wrong."""
+    """An image that could not be used. `replaced_by` is the index shown instead; None: black, to be counted wrong."""
 
     index: int
     name: str
@@ -62,11 +62,11 @@ class Batch:
 
     images: Tensor  # uint8 [b, 3, S, S], channels last in memory
     targets: Tensor  # int64 [b]
-    indices: Tensor  # int64 [b], of the pictures asked for
+    indices: Tensor  # int64 [b], of the images asked for
     positions: Tensor  # int64 [b], place in the global batch (training) or in the set (evaluation)
     erasures: Erasures
     bad: list[Bad] = field(default_factory=list)
-    refused: int = 0  # pictures that the fast decoder refused and PIL read
+    refused: int = 0  # images that the fast decoder refused and PIL read
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -128,15 +128,15 @@ class _Batches(Dataset):
         used, first = index, ""
         for _ in range(LONGEST_SEARCH):
             try:
-                picture = self.images.picture(used)
+                image = self.images.image(used)
                 if self.transform.random:
                     seed_sample(*seeds)
-                made = self.transform(picture)
-            except BadPicture as reason:
+                made = self.transform(image)
+            except BadImage as reason:
                 first = first or str(reason)
                 if self.on_error == "stop":
-                    raise UserError(f"{self.images.name(used)} is not a usable picture: {reason}. Mend or remove it, "
-                                    "or give data.on_error=report to count such pictures as wrong.") from reason
+                    raise UserError(f"{self.images.name(used)} is not a usable image: {reason}. Mend or remove it, "
+                                    "or give data.on_error=report to count such images as wrong.") from reason
                 if self.on_error == "report":
                     bad.append(Bad(index, self.images.name(index), first, None))
                     return (0, []), index
@@ -145,7 +145,7 @@ class _Batches(Dataset):
             if used != index:
                 bad.append(Bad(index, self.images.name(index), first, used))
             return made, used
-        raise UserError(f"{LONGEST_SEARCH} pictures in a row cannot be used, from {self.images.name(index)} on: "
+        raise UserError(f"{LONGEST_SEARCH} images in a row cannot be used, from {self.images.name(index)} on: "
                         f"{first}.")
 
 
@@ -177,7 +177,7 @@ def _run(dataset: _Batches, draws: Stream | Sequence[Draw], workers: int, pin: b
     except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:  # the last three: cut in a transfer
         if not workers or isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
-        raise Failure(f"A process that loads pictures died ({str(error) or type(error).__name__}); with too little "
+        raise Failure(f"A process that loads images died ({str(error) or type(error).__name__}); with too little "
                       "memory or shared memory (/dev/shm), lower data.workers.") from error
     finally:
         if workers:
@@ -216,7 +216,7 @@ def grouped(batches: Iterator[Batch], accumulation: int, max_bad: int) -> Iterat
         seen.update(bad.index for bad in batch.bad)
         if len(seen) > max_bad:
             last = batch.bad[-1]
-            raise UserError(f"{len(seen)} pictures cannot be used, more than data.max_bad={max_bad}; the last is "
+            raise UserError(f"{len(seen)} images cannot be used, more than data.max_bad={max_bad}; the last is "
                             f"{last.name}: {last.reason}.")
         step.append(batch)
         if len(step) == accumulation:
@@ -226,9 +226,9 @@ def grouped(batches: Iterator[Batch], accumulation: int, max_bad: int) -> Iterat
 
 def eval_batches(images: ImageSet, preprocess: Transform, *, batch_size: int, rank: int = 0, world: int = 1,
                  workers: int = 0, on_error: str = "stop", pin: bool = False) -> Iterator[Batch]:
-    """Every picture exactly once over all ranks: rank r has [r n / world, (r + 1) n / world), the last batch is short.
+    """Every image exactly once over all ranks: rank r has [r n / world, (r + 1) n / world), the last batch is short.
 
-    Ranks may have different numbers of batches (also none), so nothing collective may happen per batch. A bad picture
+    Ranks may have different numbers of batches (also none), so nothing collective may happen per batch. A bad image
     raises UserError with its name (`stop`), or comes as a black image listed in `Batch.bad` (`report`).
     """
     share = np.arange(len(images) * rank // world, len(images) * (rank + 1) // world)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deepvit.data.decode import BadPicture, Picture, as_array
+from deepvit.data.decode import BadImage, AnyImage, as_array
 from deepvit.data.draws import Draws
 from deepvit.data.imageset import ImageSet
 from deepvit.data.loader import Bad, Batch, grouped
@@ -63,14 +63,14 @@ class OnDevice:
         stream = Stream(len(self.images), self.seed, **places)
         return grouped(map(self._batch, stream), stream.accumulation, max_bad)
 
-    def _decode(self, crop: Callable[[Picture], Picture] | None, max_mb: int) -> np.ndarray:
+    def _decode(self, crop: Callable[[AnyImage], AnyImage] | None, max_mb: int) -> np.ndarray:
         """uint8 [n, H, W, 3]; black for a bad image."""
         images, pixels = self.images, None
         for index in range(len(images)):
             before = images.refused
             try:
-                image = images.picture(index)
-            except BadPicture as bad:
+                image = images.image(index)
+            except BadImage as bad:
                 self.reasons[index] = str(bad)
                 continue
             self.refused[index] = images.refused > before

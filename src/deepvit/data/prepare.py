@@ -90,7 +90,7 @@ class Prepare:
     def _mix(self, x: Tensor, targets: Tensor, lam: float, box: tuple[int, int, int, int] | None
              ) -> tuple[Tensor, Tensor]:
         if len(x) % 2:
-            raise UserError(f"Mixup and cutmix need micro-batches of even size, but this one has {len(x)} pictures: "
+            raise UserError(f"Mixup and cutmix need micro-batches of even size, but this one has {len(x)} images: "
                             "choose data.batch_size so that each device's share is even.")
         y = self._soft(targets)
         if lam == 1.0:

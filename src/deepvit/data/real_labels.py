@@ -16,13 +16,13 @@ def _labels() -> dict[str, list[int]]:
 
 
 def real_top1(predictions: np.ndarray, names: Sequence[str]) -> float:
-    """ReaL top-1 in percent: right if among the picture's labels; pictures without any label are left out.
+    """ReaL top-1 in percent: right if among the image's labels; images without any label are left out.
 
     Args:
         predictions: class indices in the order of the sorted wnids, [n].
-        names: the pictures' paths, [n], with ImageNet's own file names.
+        names: the images' paths, [n], with ImageNet's own file names.
     Raises:
-        UserError where a name is no ImageNet validation file, or none of the pictures has a label.
+        UserError where a name is no ImageNet validation file, or none of the images has a label.
     """
     right = []
     for prediction, name in zip(predictions, names, strict=True):
@@ -32,5 +32,5 @@ def real_top1(predictions: np.ndarray, names: Sequence[str]) -> float:
         if labels:
             right.append(int(prediction) in labels)
     if not right:
-        raise UserError("None of these pictures has a ReaL label.")
+        raise UserError("None of these images has a ReaL label.")
     return 100.0 * float(np.mean(right))

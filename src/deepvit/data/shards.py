@@ -1,4 +1,4 @@
-"""Pictures inside tar files, by their place in bytes: a folder (or a tar) per class, or WebDataset's shards.
+"""Images inside tar files, by their place in bytes: a folder (or a tar) per class, or WebDataset's shards.
 
 Every read opens, seeks and closes: handles shared by forked workers would share one file position.
 """
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from deepvit.data.decode import BadPicture, Picture
+from deepvit.data.decode import BadImage, AnyImage
 from deepvit.data.imageset import ImageSet
 from deepvit.data.listing import EXTENSIONS, KINDS, in_words
 from deepvit.errors import UserError
@@ -48,14 +48,14 @@ class TarSet(ImageSet):
     def size(self, index: int) -> int:
         return int(self.places[index, 2])
 
-    def picture(self, index: int) -> Picture:
+    def image(self, index: int) -> AnyImage:
         shard, offset, size = self.places[index].tolist()
         try:
             data = read_at(self.shards[shard], offset, size)
         except OSError as error:
-            raise BadPicture(f"the file cannot be read ({error.strerror})") from error
+            raise BadImage(f"the file cannot be read ({error.strerror})") from error
         if len(data) < size or not size:
-            raise BadPicture("the file ends before the picture does" if size else "the file is empty")
+            raise BadImage("the file ends before the image does" if size else "the file is empty")
         return self._opened(data)
 
 

@@ -74,13 +74,13 @@ class Source(ABC):
         """`val_fraction` of each class for validation, the rest for training."""
         alone = np.flatnonzero(np.bincount(images.targets, minlength=len(class_ids)) < 2)
         if len(alone):
-            raise UserError(f"Class {class_ids[alone[0]]} of {where} has a single picture: data.val_fraction needs "
+            raise UserError(f"Class {class_ids[alone[0]]} of {where} has a single image: data.val_fraction needs "
                             f"two.")
         held = balanced_part(images.targets, self.val_fraction, self.seed)
         rest = np.setdiff1d(np.arange(len(images)), held)
         if len(np.unique(images.targets[rest])) < len(class_ids):
             raise UserError(f"data.val_fraction={self.val_fraction} leaves a class of {where} without training "
-                            f"pictures.")
+                            f"images.")
         return Splits(images.take(rest), images.take(held), readable_names(class_ids), class_ids)
 
 

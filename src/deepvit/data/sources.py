@@ -83,7 +83,7 @@ class Digits(Source):
     def whole(self) -> Splits:
         if self.root or self.val_fraction:
             raise UserError(f"data.root={self.root} or data.val_fraction={self.val_fraction} is given, but the digits "
-                            f"are built in: to train on your pictures add recipe=imagenet (train/ and val/ folders of "
+                            f"are built in: to train on your images add recipe=imagenet (train/ and val/ folders of "
                             f"classes), recipe=cifar10 or recipe=folder.")
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split

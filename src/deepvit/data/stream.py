@@ -1,9 +1,9 @@
-"""Which picture stands where: a pure function of (seed, step, position), whatever the workers, ranks or restarts.
+"""Which image stands where: a pure function of (seed, step, position), whatever the workers, ranks or restarts.
 
 The training data is an endless row of epochs, each a permutation. The global step s takes the places
-[s * u, (s + 1) * u) of it, u = batch_size / repeats pictures, so every batch is full and nothing is dropped; an epoch
-is `epoch_steps` steps, a fraction in general. With repeats, position b of a batch is repeat b // u of picture b % u,
-and an epoch uses n // repeats pictures (DeiT's repeated augmentation).
+[s * u, (s + 1) * u) of it, u = batch_size / repeats images, so every batch is full and nothing is dropped; an epoch
+is `epoch_steps` steps, a fraction in general. With repeats, position b of a batch is repeat b // u of image b % u,
+and an epoch uses n // repeats images (DeiT's repeated augmentation).
 """
 
 import hashlib
@@ -24,13 +24,13 @@ def stable_hash(*words: int | str) -> int:
 
 
 def epoch_steps(n: int, batch_size: int, repeats: int = 1) -> float:
-    """Steps of one epoch over n pictures."""
+    """Steps of one epoch over n images."""
     return max(1, n // repeats) * repeats / batch_size
 
 
 @lru_cache(maxsize=3)
 def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
-    """Order of the n pictures in an epoch, int64 [n]."""
+    """Order of the n images in an epoch, int64 [n]."""
     generator = torch.Generator().manual_seed(stable_hash("order", seed, epoch))
     return torch.randperm(n, generator=generator).numpy()
 
@@ -73,7 +73,7 @@ class Stream:
 
     def __post_init__(self) -> None:
         if self.n < 1:
-            raise UserError("There are no training pictures.")
+            raise UserError("There are no training images.")
         if self.batch_size < 1 or self.batch_size % (self.world * self.accumulation):
             raise UserError(f"data.batch_size={self.batch_size} (global) cannot be shared evenly by {self.world} "
                             f"device(s) with {self.accumulation} micro-batch(es) each: choose a multiple of "

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from deepvit.data.decode import BadPicture, Picture, to_tensor
+from deepvit.data.decode import BadImage, AnyImage, to_tensor
 from deepvit.data.folders import class_folders, existing, readable_names
 from deepvit.data.imageset import ImageSet, Splits
 from deepvit.data.listing import entries
@@ -34,19 +34,19 @@ class TimmSet(ImageSet):
         except AttributeError:  # torchvision's data sets have no names
             return f"{self.label}/{row}"
 
-    def picture(self, index: int) -> Picture:
+    def image(self, index: int) -> AnyImage:
         row = int(self.rows[index])
         reader = getattr(self.dataset, "reader", None)
         try:
             content = self.dataset[row][0] if reader is None else reader[row][0]
         except (OSError, ValueError, SyntaxError) as error:
-            raise BadPicture(f"it is damaged ({error})") from error
+            raise BadImage(f"it is damaged ({error})") from error
         if isinstance(content, Image.Image):
             image = content.convert("RGB")
             return image if self.decoder == "pil" else to_tensor(image)
         data = bytearray(content if isinstance(content, bytes) else content.read())
         if not data:
-            raise BadPicture("the file is empty")
+            raise BadImage("the file is empty")
         return self._opened(data)
 
 
@@ -62,7 +62,7 @@ class Timm(Source):
     def whole(self) -> Splits:
         prefix = (self.name or "").partition("/")[0].lower()
         if prefix in STREAMS:
-            raise UserError(f"data.name={self.name}: timm reads {prefix}/ data sets only front to back, so no picture "
+            raise UserError(f"data.name={self.name}: timm reads {prefix}/ data sets only front to back, so no image "
                             f"can be asked for by its number; use hfds/, torch/, or tar files.")
         if prefix in ("", "wds"):
             path = Path(self.root or "").expanduser()
@@ -117,7 +117,7 @@ class Timm(Source):
         reader = getattr(dataset, "reader", dataset)
         targets = _targets(reader)
         if not len(targets):
-            raise UserError(f"data.name={self.name}, split {split}: no list of classes per picture could be found in "
+            raise UserError(f"data.name={self.name}, split {split}: no list of classes per image could be found in "
                             f"it.")
         numbers = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None) or {}
         ids = sorted(numbers, key=numbers.get) or [str(number) for number in range(int(targets.max()) + 1)]

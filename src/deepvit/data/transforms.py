@@ -1,4 +1,4 @@
-"""Pictures of any size -> uint8 [3, S, S]: the published evaluation crop, and timm's augmentation.
+"""Images of any size -> uint8 [3, S, S]: the published evaluation crop, and timm's augmentation.
 
 Works on PIL images and on uint8 tensors alike and draws the same random numbers for both, so the decoder changes
 pixels by rounding only. Normalisation, erasing and mixing come later, on the device (`prepare.py`).
@@ -20,11 +20,11 @@ from torch import Tensor
 from torchvision.transforms import RandomHorizontalFlip, RandomVerticalFlip
 from torchvision.transforms.functional import crop, get_dimensions
 
-from deepvit.data.decode import Picture, to_pil, to_tensor
+from deepvit.data.decode import AnyImage, to_pil, to_tensor
 from deepvit.errors import UserError, did_you_mean
 
 INTERPOLATIONS = ("bilinear", "bicubic")
-LONGEST = 16  # sides ratio above which a picture is first cut to its middle: 20,000 x 10 would be resized to 123 MP
+LONGEST = 16  # sides ratio above which an image is first cut to its middle: 20,000 x 10 would be resized to 123 MP
 NORMS = {"half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),  # as published (dvit_repo's default_cfg)
          "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
          "clip": ((0.4815, 0.4578, 0.4082), (0.2686, 0.2613, 0.2758))}
@@ -47,13 +47,13 @@ def name_of_norm(mean: Sequence[float] | None, std: Sequence[float] | None) -> s
     return near[0] if near else None
 
 
-def resize(picture: Picture, size: tuple[int, int], interpolation: str) -> Picture:
+def resize(image: AnyImage, size: tuple[int, int], interpolation: str) -> AnyImage:
     """To (height, width) with antialiasing: PIL's filter, or ATen's on uint8 (the same weights, rounded alike)."""
-    if isinstance(picture, Image.Image):
-        return picture.resize(size[::-1], str_to_pil_interp(interpolation))
-    if tuple(picture.shape[1:]) == tuple(size):
-        return picture
-    batch = picture[None].contiguous(memory_format=torch.channels_last)  # [1, 3, H, W]; the layout of the fast kernel
+    if isinstance(image, Image.Image):
+        return image.resize(size[::-1], str_to_pil_interp(interpolation))
+    if tuple(image.shape[1:]) == tuple(size):
+        return image
+    batch = image[None].contiguous(memory_format=torch.channels_last)  # [1, 3, H, W]; the layout of the fast kernel
     return F.interpolate(batch, size=size, mode=interpolation, antialias=True)[0]
 
 
@@ -65,14 +65,14 @@ class CentreCrop:
     crop_pct: float
     interpolation: str
 
-    def __call__(self, picture: Picture) -> Picture:
-        _, *sides = get_dimensions(picture)
+    def __call__(self, image: AnyImage) -> AnyImage:
+        _, *sides = get_dimensions(image)
         height, width = (min(side, LONGEST * min(sides)) for side in sides)
         if [height, width] != sides:
-            picture = crop(picture, (sides[0] - height) // 2, (sides[1] - width) // 2, height, width)
+            image = crop(image, (sides[0] - height) // 2, (sides[1] - width) // 2, height, width)
         new = _cover(height, width, *(math.floor(side / self.crop_pct) for side in self.size))
         top, left = (round((have - side) / 2) for have, side in zip(new, self.size, strict=True))
-        return crop(resize(picture, new, self.interpolation), top, left, *self.size)
+        return crop(resize(image, new, self.interpolation), top, left, *self.size)
 
 
 def _cover(height: int, width: int, want_height: int, want_width: int) -> tuple[int, int]:
@@ -83,21 +83,21 @@ def _cover(height: int, width: int, want_height: int, want_width: int) -> tuple[
 
 
 class RandomCrop(RandomResizedCropAndInterpolation):
-    """timm's random resized crop with timm's draws, for both kinds of pictures."""
+    """timm's random resized crop with timm's draws, for both kinds of images."""
 
     def __init__(self, size: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float],
                  interpolation: str):
         super().__init__(size, scale, ratio, "bilinear" if interpolation == "random" else interpolation)
         self.names = INTERPOLATIONS if interpolation == "random" else (interpolation,)
 
-    def __call__(self, picture: Picture) -> Picture:
-        _, *whole = get_dimensions(picture)
+    def __call__(self, image: AnyImage) -> AnyImage:
+        _, *whole = get_dimensions(image)
         blank = torch.empty(1).expand(1, *whole)  # get_params asks it for its size alone
         top, left, height, width = self.get_params(blank, self.scale, self.ratio)
-        # Of a picture of few pixels timm draws crops that round to nothing.
+        # Of an image of few pixels timm draws crops that round to nothing.
         box = min(top, whole[0] - 1), min(left, whole[1] - 1), max(height, 1), max(width, 1)
         name = random.choice(self.names) if len(self.names) > 1 else self.names[0]
-        return resize(crop(picture, *box), self.size, name)
+        return resize(crop(image, *box), self.size, name)
 
 
 class _Recorder:
@@ -122,8 +122,8 @@ class Transform:
     """crop -> flips -> colour (PIL), and the rectangles to erase afterwards. Draws from the global generators."""
 
     size: tuple[int, int]
-    crop: Callable[[Picture], Picture]
-    flips: list[Callable[[Picture], Picture]] = field(default_factory=list)
+    crop: Callable[[AnyImage], AnyImage]
+    flips: list[Callable[[AnyImage], AnyImage]] = field(default_factory=list)
     colour: list[Callable[[Image.Image], Image.Image]] = field(default_factory=list)
     erasing: RandomErasing | None = None
 
@@ -132,12 +132,12 @@ class Transform:
         """Whether it draws any random number."""
         return isinstance(self.crop, RandomCrop) or bool(self.flips or self.colour or self.erasing)
 
-    def __call__(self, picture: Picture) -> tuple[Tensor, list[Patch]]:
+    def __call__(self, image: AnyImage) -> tuple[Tensor, list[Patch]]:
         """-> (uint8 [3, S, S], rectangles to erase)."""
-        picture = self.crop(picture)
+        image = self.crop(image)
         for step in [*self.flips, *([to_pil] if self.colour else []), *self.colour]:
-            picture = step(picture)
-        return to_tensor(picture) if isinstance(picture, Image.Image) else picture, self._patches()
+            image = step(image)
+        return to_tensor(image) if isinstance(image, Image.Image) else image, self._patches()
 
     def _patches(self) -> list[Patch]:
         if self.erasing is None:
@@ -207,7 +207,7 @@ def _colour(size: tuple[int, int], asked: Recipe) -> list[Callable]:
 
 
 def mend_posterize(step: Callable) -> None:
-    """timm's increasing magnitudes reach 0 bits, which was a black picture until PIL 13 made it an error."""
+    """timm's increasing magnitudes reach 0 bits, which was a black image until PIL 13 made it an error."""
     policies = getattr(step, "policy", [])  # AutoAugment; RandAugment has ops
     for op in [*getattr(step, "ops", []), *(op for policy in policies for op in policy)]:
         if op.aug_fn is timm_posterize:

@@ -76,9 +76,9 @@ def zoom_leaves_zeros(old: int, new: int) -> bool:
 
 
 def first_rows(pos: Tensor, old: Grid, new: Grid) -> Tensor:
-    """The rule of DeepViT-flax and vit-pytorch: a smaller picture takes the first rows, a larger one has none."""
+    """The rule of DeepViT-flax and vit-pytorch: a smaller image takes the first rows, a larger one has none."""
     tokens = 1 + new[0] * new[1]
     if tokens > pos.shape[1]:
         raise UserError(f"The weights know {pos.shape[1] - 1} positions, the model needs {tokens - 1}: this dialect "
-                        f"takes the first rows and has none for larger pictures; choose a smaller img_size.")
+                        f"takes the first rows and has none for larger images; choose a smaller img_size.")
     return pos[:, :tokens]

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 
 from deepvit.config.compare import labels
 from deepvit.report.curves import CURVES, draw_curve
-from deepvit.report.picture import COLOURS, Picture, legend
+from deepvit.report.chart import COLOURS, Chart, legend
 from deepvit.report.runs import Run, without_paths
 from deepvit.report.tables import NONE, Table, mean_similarity
 
@@ -40,9 +40,9 @@ def _text(value: object) -> str:
     return NONE if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def comparison_picture(runs: Sequence[Run]) -> Picture:
+def comparison_chart(runs: Sequence[Run]) -> Chart:
     first, second = _labels(runs)
-    return Picture("compare", f"{first} (solid) and {second} (dashed).",
+    return Chart("compare", f"{first} (solid) and {second} (dashed).",
                    [partial(_curves, runs=runs, name=name) for name in CURVES])
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from deepvit.report.grid import Cell, Grid
-from deepvit.report.picture import Picture, legend, look, unit_range
+from deepvit.report.chart import Chart, legend, look, unit_range
 from deepvit.report.runs import Run
 from deepvit.report.tables import KINDS, similarity
 
@@ -17,15 +17,15 @@ CURVES = {"top1": "top-1 (%)", "loss": "training loss"}
 WIDTH = 52  # characters of a title
 
 
-def curves_picture(grid: Grid, prefix: str) -> Picture:
+def curves_chart(grid: Grid, prefix: str) -> Chart:
     facets = _facets(grid, lambda run: run.lines)
-    return _picture(f"{prefix}curves", "Training, one line a run; further seeds of a cell are pale.", _curves, CURVES,
+    return _chart(f"{prefix}curves", "Training, one line a run; further seeds of a cell are pale.", _curves, CURVES,
                     facets)
 
 
-def blocks_picture(grid: Grid, prefix: str) -> Picture:
+def blocks_chart(grid: Grid, prefix: str) -> Chart:
     facets = _facets(grid, lambda run: similarity(run, "final", "final"))
-    return _picture(f"{prefix}blocks", "Similarity M of each block's maps to the next block's, mean over images, "
+    return _chart(f"{prefix}blocks", "Similarity M of each block's maps to the next block's, mean over images, "
                     "heads, tokens and seeds. Solid: trained; dotted: untrained.", _blocks,
                     KINDS if len(facets) <= 4 else ("final", "softmax"), facets)
 
@@ -39,10 +39,10 @@ def _facets(grid: Grid, wanted: Callable[[Run], Collection]) -> dict[str, list[C
     return found
 
 
-def _picture(name: str, caption: str, draw: Callable[..., None], rows: Collection[str], facets: dict[str, list[Cell]]
-             ) -> Picture:
+def _chart(name: str, caption: str, draw: Callable[..., None], rows: Collection[str], facets: dict[str, list[Cell]]
+             ) -> Chart:
     panels = [partial(draw, cells=cells, place=place, name=row) for row in rows for place, cells in facets.items()]
-    return Picture(name, caption, panels, columns=min(max(len(facets), 2), 4))
+    return Chart(name, caption, panels, columns=min(max(len(facets), 2), 4))
 
 
 def draw_curve(axes: Axes, run: Run, name: str, **style: Any) -> None:

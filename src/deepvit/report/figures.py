@@ -1,4 +1,4 @@
-"""The report's pictures of a grid, and one of them: accuracy and similarity against depth, or what varies instead."""
+"""The report's charts of a grid, and one of them: accuracy and similarity against depth, or what varies instead."""
 
 import textwrap
 from collections.abc import Callable
@@ -10,10 +10,10 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from deepvit.report.contrasts import find, plan_of
-from deepvit.report.curves import blocks_picture, curves_picture
-from deepvit.report.forest import forest_picture
+from deepvit.report.curves import blocks_chart, curves_chart
+from deepvit.report.forest import forest_chart
 from deepvit.report.grid import Cell, Grid
-from deepvit.report.picture import Picture, legend, look, unit_range
+from deepvit.report.chart import Chart, legend, look, unit_range
 from deepvit.report.published import Published
 from deepvit.report.runs import Run
 from deepvit.report.tables import (interval, mean_similarity, of_result, over_seeds, published_for, similar_blocks,
@@ -22,26 +22,26 @@ from deepvit.report.tables import (interval, mean_similarity, of_result, over_se
 LEAST_POINTS = 4  # that the axis of accuracies spans
 
 
-def pictures(grid: Grid, threshold: float, prefix: str = "") -> list[Picture]:
+def charts(grid: Grid, threshold: float, prefix: str = "") -> list[Chart]:
     """What can be drawn of a grid; nothing of one without a finished or begun run."""
     plan = plan_of(grid)
-    drawn = [forest_picture(grid, prefix)] if plan and any(one.points for one in find(plan, grid)) else []
+    drawn = [forest_chart(grid, prefix)] if plan and any(one.points for one in find(plan, grid)) else []
     if len(grid.finished) > 1:
-        drawn.append(depth_picture(grid, threshold, prefix))
+        drawn.append(depth_chart(grid, threshold, prefix))
     if any(run.lines for run in grid.runs):
-        drawn.append(curves_picture(grid, prefix))
+        drawn.append(curves_chart(grid, prefix))
     if any(similarity(run, "final", "final") for run in grid.runs):
-        drawn.append(blocks_picture(grid, prefix))
+        drawn.append(blocks_chart(grid, prefix))
     return drawn
 
 
-def depth_picture(grid: Grid, threshold: float, prefix: str) -> Picture:
+def depth_chart(grid: Grid, threshold: float, prefix: str) -> Chart:
     plot = _Plot(grid)
     panels = [plot.accuracy]
     if any(similarity(run, "final", "final") for run in grid.runs):
         panels += [partial(plot.similar_blocks, threshold=threshold), partial(plot.similarity, kind="final"),
                    partial(plot.similarity, kind="softmax")]
-    return Picture(f"{prefix}depth", f"Accuracy and mean similarity M of adjacent blocks against {plot.axis}. "
+    return Chart(f"{prefix}depth", f"Accuracy and mean similarity M of adjacent blocks against {plot.axis}. "
                    f"Filled: trained; hollow, dotted: untrained. Bars: 95 %.", panels)
 
 

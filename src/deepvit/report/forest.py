@@ -6,14 +6,14 @@ from matplotlib.axes import Axes
 
 from deepvit.report.contrasts import Finding, find, plan_of
 from deepvit.report.grid import Grid
-from deepvit.report.picture import COLOURS, Picture
+from deepvit.report.chart import COLOURS, Chart
 
 
-def forest_picture(grid: Grid, prefix: str) -> Picture:
+def forest_chart(grid: Grid, prefix: str) -> Chart:
     """Of a grid whose sweep names contrasts."""
     plan = plan_of(grid)
     findings = [one for one in find(plan, grid) if one.points]
-    return Picture(f"{prefix}contrasts", f"Differences paired by seed: mean, 95 % interval from three seeds on, one "
+    return Chart(f"{prefix}contrasts", f"Differences paired by seed: mean, 95 % interval from three seeds on, one "
                    f"hollow dot a seed. Shaded: the margin of {plan.margin:g} points.",
                    [lambda axes: _forest(axes, findings, "points", "difference in points of top-1", plan.margin),
                     lambda axes: _forest(axes, findings, "losses", "difference in test log-loss")])

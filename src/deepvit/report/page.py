@@ -1,10 +1,10 @@
-"""One HTML page that needs nothing else: tables and pictures inside it, readable on a phone, no script."""
+"""One HTML page that needs nothing else: tables and charts inside it, readable on a phone, no script."""
 
 import base64
 import html
 from collections.abc import Sequence
 
-from deepvit.report.picture import Picture
+from deepvit.report.chart import Chart
 
 STYLE = """
 :root { color-scheme: light; }
@@ -39,11 +39,11 @@ def page(title: str, sections: Sequence[str]) -> str:
             f"<style>{STYLE}</style></head><body><h1>{html.escape(title)}</h1>{''.join(sections)}</body></html>\n")
 
 
-def figure(picture: Picture) -> str:
+def figure(chart: Chart) -> str:
     """Side by side on a screen, one panel a row on a phone."""
-    caption = html.escape(picture.caption)
-    return (f'<figure><picture><source media="(max-width: 700px)" srcset="{_data(picture.narrow_svg)}">'
-            f'<img src="{_data(picture.svg)}" alt="{caption}"></picture><figcaption>{caption}</figcaption></figure>')
+    caption = html.escape(chart.caption)
+    return (f'<figure><picture><source media="(max-width: 700px)" srcset="{_data(chart.narrow_svg)}">'
+            f'<img src="{_data(chart.svg)}" alt="{caption}"></picture><figcaption>{caption}</figcaption></figure>')
 
 
 def _data(svg: bytes) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 FILE = Path(__file__).with_name("published.yaml")
-IMAGENET_VAL = 50_000  # pictures of the validation set that the figures are of
+IMAGENET_VAL = 50_000  # images of the validation set that the figures are of
 
 
 @dataclass(frozen=True)

@@ -10,17 +10,17 @@ from pathlib import Path
 from deepvit.config.provenance import git_revision
 from deepvit.errors import UserError
 from deepvit.report import page, render, sentences
-from deepvit.report.compare import comparison, comparison_picture
-from deepvit.report.figures import pictures
+from deepvit.report.compare import comparison, comparison_chart
+from deepvit.report.figures import charts
 from deepvit.report.grid import grids
-from deepvit.report.picture import Picture
+from deepvit.report.chart import Chart
 from deepvit.report.runs import Run, without_paths
 from deepvit.report.tables import Table, tables
 
 TITLE = "Depth and attention: report"
 ANY_NAME = {"encoding": "utf-8", "errors": "backslashreplace"}  # a folder's name may be no UTF-8
 
-Part = str | Table | Picture  # of a report; a text that begins with ## is a heading
+Part = str | Table | Chart  # of a report; a text that begins with ## is a heading
 
 
 def write_report(runs: Sequence[Run], problems: Sequence[str], out: Path, threshold: float,
@@ -36,11 +36,11 @@ def write_report(runs: Sequence[Run], problems: Sequence[str], out: Path, thresh
     for number, grid in enumerate(found, 1):
         name = re.sub(r"[^A-Za-z0-9]+", "-", f"{grid.data}-{grid.recipe}-{grid.label}")[:40].strip("-")
         parts += [f"## {grid.name}", sentences.shared_recipe(grid), sentences.limits(grid), *tables(grid, threshold),
-                  *pictures(grid, threshold, f"{name}-{number}-" if len(found) > 1 else "")]
-    parts += [comparison(pair), comparison_picture(pair)] if pair else []
+                  *charts(grid, threshold, f"{name}-{number}-" if len(found) > 1 else "")]
+    parts += [comparison(pair), comparison_chart(pair)] if pair else []
     try:
         (out / "figures").mkdir(parents=True, exist_ok=True)
-        saved = [part.save(out / "figures") for part in parts if isinstance(part, Picture)]
+        saved = [part.save(out / "figures") for part in parts if isinstance(part, Chart)]
         (out / "report.csv").write_text(render.as_csv(found, threshold), **ANY_NAME)
         (out / "report.md").write_text("\n\n".join([f"# {TITLE}", *map(_as_markdown, parts)]) + "\n", **ANY_NAME)
         (out / "report.html").write_text(page.page(TITLE, [*map(_as_html, parts)]), **ANY_NAME)
@@ -70,13 +70,13 @@ def _as_text(part: Part) -> str:
 
 
 def _as_markdown(part: Part) -> str:
-    if isinstance(part, Picture):
+    if isinstance(part, Chart):
         return f"![{part.caption}](figures/{part.name}.png)\n\n{part.caption}"
     return render.as_markdown(part).strip() if isinstance(part, Table) else part
 
 
 def _as_html(part: Part) -> str:
-    if isinstance(part, Picture):
+    if isinstance(part, Chart):
         return page.figure(part)
     if isinstance(part, Table):
         return render.as_html(part)

@@ -12,7 +12,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from deepvit import data as pictures
+from deepvit import data as inputs
 from deepvit.config import settings as asked
 from deepvit.config.settings import Augment, Data, PrecisionSettings, Settings
 from deepvit.config.signature import parameters_of
@@ -101,17 +101,17 @@ class Built:
 
     settings: Settings
     ranks: Ranks
-    splits: pictures.Splits
+    splits: inputs.Splits
     plan: Plan
     model: ViT
     state: TrainState
     stepper: Stepper
-    make_batches: Callable[[int, int], Iterator[list[pictures.Batch]]]
+    make_batches: Callable[[int, int], Iterator[list[inputs.Batch]]]
     micro_batch: int  # images that a device takes at once
     memory: str  # what they take of it, in words, where that was measured
 
     @cached_property
-    def prepare(self) -> pictures.Prepare:
+    def prepare(self) -> inputs.Prepare:
         """What evaluation does to a batch; training's is the stepper's."""
         return prepare(self.settings.data, len(self.splits.class_ids))
 
@@ -144,10 +144,10 @@ def build(settings: Settings, ranks: Ranks, begun: Mapping[str, Any] | None = No
 
 # Data
 
-def shared_splits(data: Data, ranks: Ranks) -> pictures.Splits:
+def shared_splits(data: Data, ranks: Ranks) -> inputs.Splits:
     """The images; where they may have to be downloaded, the first rank of each machine goes before the others."""
     with ranks.sync_errors():
-        source = pictures.source_of(data)
+        source = inputs.source_of(data)
     is_first = not source.may_download or ranks.world == 1 or os.environ.get("LOCAL_RANK", "0") == "0"
     for mine in (is_first, not is_first):
         with ranks.sync_errors():
@@ -156,51 +156,51 @@ def shared_splits(data: Data, ranks: Ranks) -> pictures.Splits:
     return found
 
 
-def splits(data: Data) -> pictures.Splits:
+def splits(data: Data) -> inputs.Splits:
     """The data set that `data` names."""
-    return pictures.source_of(data).splits()
+    return inputs.source_of(data).splits()
 
 
-def train_transform(data: Data, augment: Augment) -> pictures.Transform:
+def train_transform(data: Data, augment: Augment) -> inputs.Transform:
     options = {name: value for name, value in vars(augment).items() if name not in ("repeats", *MIXING)}
-    mean, _ = pictures.norm_values(data.norm)
-    return pictures.train_transform(data.img_size, crop_pct=data.crop_pct, mean=mean, **options)
+    mean, _ = inputs.norm_values(data.norm)
+    return inputs.train_transform(data.img_size, crop_pct=data.crop_pct, mean=mean, **options)
 
 
-def eval_transform(data: Data) -> pictures.Transform:
-    return pictures.eval_transform(data.img_size, data.crop_pct, data.interpolation)
+def eval_transform(data: Data) -> inputs.Transform:
+    return inputs.eval_transform(data.img_size, data.crop_pct, data.interpolation)
 
 
-def prepare(data: Data, num_classes: int, augment: Augment | None = None, seed: int = 0) -> pictures.Prepare:
+def prepare(data: Data, num_classes: int, augment: Augment | None = None, seed: int = 0) -> inputs.Prepare:
     """Normalisation, and in training the mixing that `augment` names."""
     mixing = {name: getattr(augment, name) for name in MIXING} if augment else {}
-    return pictures.Prepare(*pictures.norm_values(data.norm), num_classes, seed=seed, **mixing)
+    return inputs.Prepare(*inputs.norm_values(data.norm), num_classes, seed=seed, **mixing)
 
 
-def batch_maker(settings: Settings, train: pictures.ImageSet, ranks: Ranks
-                ) -> Callable[[int, int, int], Iterator[list[pictures.Batch]]]:
+def batch_maker(settings: Settings, train: inputs.ImageSet, ranks: Ranks
+                ) -> Callable[[int, int, int], Iterator[list[inputs.Batch]]]:
     """`(start, count, micro_batch) -> iterator` over the micro-batches of `count` global batches from batch `start`."""
     data, seed, transform = settings.data, settings.seed, train_transform(settings.data, settings.augment)
     shares = {"batch_size": data.batch_size, "rank": ranks.rank, "world": ranks.world, "max_bad": data.max_bad,
               "repeats": settings.augment.repeats}
-    on_device = pictures.OnDevice(train, transform, seed=seed, device=ranks.device,
+    on_device = inputs.OnDevice(train, transform, seed=seed, device=ranks.device,
                                   max_mb=data.in_memory_mb) if data.on_device else None
 
-    def batches(start: int, count: int, micro_batch: int) -> Iterator[list[pictures.Batch]]:
+    def batches(start: int, count: int, micro_batch: int) -> Iterator[list[inputs.Batch]]:
         asked = {"start_step": start, "steps": start + count,
                  "accumulation": data.batch_size // ranks.world // micro_batch, **shares}
         if on_device:
             return on_device.train_batches(**asked)
-        steps = pictures.train_batches(train, transform, seed=seed, workers=data.workers,
+        steps = inputs.train_batches(train, transform, seed=seed, workers=data.workers,
                                        pin=ranks.device.type == "cuda", **asked)
-        return pictures.ahead(steps, ranks.device)
+        return inputs.ahead(steps, ranks.device)
 
     return batches
 
 
-def eval_batches(data: Data, images: pictures.ImageSet, ranks: Ranks) -> Callable[[], Iterator[pictures.Batch]]:
+def eval_batches(data: Data, images: inputs.ImageSet, ranks: Ranks) -> Callable[[], Iterator[inputs.Batch]]:
     """Called for each evaluation: this rank's batches."""
-    return pictures.eval_batches_again(
+    return inputs.eval_batches_again(
         images, eval_transform(data), batch_size=data.eval_batch_size, rank=ranks.rank, world=ranks.world,
         workers=data.workers, on_error=data.on_error, pin=ranks.device.type == "cuda", in_memory_mb=data.in_memory_mb,
         device=ranks.device)
@@ -307,7 +307,7 @@ def objective(settings: Settings) -> Objective:
 
 def schedule_and_plan(settings: Settings, epoch_size: int) -> tuple[Schedule, Plan]:
     chosen, batch = settings.schedule, settings.data.batch_size
-    per_epoch = pictures.epoch_steps(epoch_size, batch, settings.augment.repeats)
+    per_epoch = inputs.epoch_steps(epoch_size, batch, settings.augment.repeats)
     counted = epoch_size // settings.augment.repeats * settings.augment.repeats
     if not counted:
         raise UserError(f"augment.repeats={settings.augment.repeats} is more than the {epoch_size} training images.")

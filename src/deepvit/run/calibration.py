@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from deepvit import data as pictures
+from deepvit import data as inputs
 from deepvit.config.settings import Data, Settings
 from deepvit.engine.calibrate import calibrate
 from deepvit.engine.evaluate import Evaluation
@@ -24,7 +24,7 @@ UNGROUPED = 256  # images at once where a norm has no group of its own: the publ
 Once = Callable[[], Evaluation | None]  # an evaluation; None: it was asked to stop
 
 
-def calibration(count: int, data: Data, train: pictures.ImageSet | None, norm_batches: Collection[int | None],
+def calibration(count: int, data: Data, train: inputs.ImageSet | None, norm_batches: Collection[int | None],
                 prepare: Prepare, ranks: Ranks, precision: Precision, stop: StopRequest
                 ) -> Callable[[nn.Module, Once], Evaluation | None]:
     """`(model, once) -> Evaluation`, which calls `once`, calibrates the model and calls `once` again.
@@ -67,8 +67,8 @@ def images_to_calibrate(settings: Settings, model: ViT, in_training_set: int) ->
     return min(max(AUTO, group), in_training_set // group * group)
 
 
-def _batches(count: int, data: Data, train: pictures.ImageSet, group: int, ranks: Ranks
-             ) -> Callable[[], Iterator[pictures.Batch]]:
+def _batches(count: int, data: Data, train: inputs.ImageSet, group: int, ranks: Ranks
+             ) -> Callable[[], Iterator[inputs.Batch]]:
     """The same shuffled images every time, in whole groups, of which each rank has its share."""
     size = group if group > 1 else min(UNGROUPED, count)
     groups = min(count, len(train)) // size
@@ -77,8 +77,8 @@ def _batches(count: int, data: Data, train: pictures.ImageSet, group: int, ranks
                         f"norm takes its statistics ({len(train):,} are in the training set): give a multiple of it.")
     first, end = (groups * part // ranks.world for part in (ranks.rank, ranks.rank + 1))
 
-    def batches() -> Iterator[pictures.Batch]:
-        steps = pictures.train_batches(train, build.eval_transform(data), seed=0, batch_size=size, start_step=first,
+    def batches() -> Iterator[inputs.Batch]:
+        steps = inputs.train_batches(train, build.eval_transform(data), seed=0, batch_size=size, start_step=first,
                                        steps=end, workers=min(data.workers, end - first), max_bad=data.max_bad,
                                        pin=ranks.device.type == "cuda")
         for (batch,) in steps:

@@ -1,4 +1,4 @@
-"""Checkpoints of any dialect on any data: exact numbers, one table, what was predicted for each picture."""
+"""Checkpoints of any dialect on any data: exact numbers, one table, what was predicted for each image."""
 
 import hashlib
 import logging
@@ -13,7 +13,7 @@ import torch
 from timm.data import ImageNetInfo
 
 from deepvit.analysis.ablation import ablations
-from deepvit.analysis.pictures import class_names
+from deepvit.analysis.images import class_names
 from deepvit.config.provenance import versions
 from deepvit.config.settings import Data, read_evaluation, read_group
 from deepvit.data import ImageSet, eval_folder, resolve_decoder, source_of
@@ -175,7 +175,7 @@ def load(path: Path, config: Mapping[str, Any]) -> Candidate:
 
 
 def data_settings(candidate: Candidate, config: Mapping[str, Any]) -> Data:
-    """The data asked for; where that is left open, the run's own. The picture size is the model's."""
+    """The data asked for; where that is left open, the run's own. The image size is the model's."""
     asked = {name: value for name, value in config["data"].items() if value is not None}
     trained_on = dict(candidate.data or {})
     if "source" not in asked and not trained_on:
@@ -190,7 +190,7 @@ _NEUTRAL = {"root": None, "fraction": 1.0, "classes": None, "val_fraction": None
 
 
 def val_images(candidate: Candidate, data: Data) -> ImageSet:
-    """The pictures to evaluate, their targets as indices of the model's logits.
+    """The images to evaluate, their targets as indices of the model's logits.
 
     Folders of classes need no training set here and may lack classes (ImageNet's subsets, -V2, -A, -R): classes are
     found by name among the model's, by wnid for a model of ImageNet's 1000.

@@ -93,9 +93,9 @@ def identity(settings: Settings, splits: Splits, folder: RunFolder) -> dict[str,
 
     A checkpoint and `metrics.json` keep it, so that a path is no answer to what lay there.
     """
-    pictures = {name: [len(part), part.fingerprint(), part.size_mark()]
+    images = {name: [len(part), part.fingerprint(), part.size_mark()]
                 for name, part in (("train", splits.train), ("val", splits.val))}
-    return {"pictures": pictures, "init": settings.init and _digest(Path(settings.init), folder)}
+    return {"pictures": images, "init": settings.init and _digest(Path(settings.init), folder)}
 
 
 def _digest(init: Path, folder: RunFolder) -> str | None:
@@ -117,7 +117,7 @@ def refuse_finished(folder: RunFolder, config: Mapping[str, Any], now: Mapping[s
         with suppress(UserError):
             known = (checkpoint.load_newest(folder.last, folder.previous) or (None, None))[1]
     known = known or {}
-    differences = _same_init(changed(before, config), known, now) | _other_pictures(known, now)
+    differences = _same_init(changed(before, config), known, now) | _other_images(known, now)
     if differences:
         raise UserError(f"The run in {folder.path} is finished with other settings: {_listed(differences)}. To train "
                         f"with these, {ADVICE}")
@@ -136,7 +136,7 @@ def refuse_change(content: Mapping[str, Any], config: Mapping[str, Any], splits:
     """
     differences = _same_init(changed(upgraded(content["run"]), config), content, now)
     refused = {name: pair for name, pair in differences.items() if name.split(".")[0] in KEPT and name not in NAMED}
-    refused |= _other_classes(content["classes"], splits.class_ids) or _other_pictures(content, now)
+    refused |= _other_classes(content["classes"], splits.class_ids) or _other_images(content, now)
     if refused:
         raise UserError(f"This run cannot be continued with other settings: {_listed(refused)}. Give them as before, "
                         f"{ADVICE}")
@@ -161,7 +161,7 @@ def _other_classes(before: list[str], now: list[str]) -> dict[str, tuple[Any, An
     return {"a class of the data": renamed} if renamed else {}
 
 
-def _other_pictures(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+def _other_images(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """The splits whose images are others, as far as `before` tells (earlier versions did not note their sizes)."""
     known, found = before.get("pictures", {}), now["pictures"]
     return {f"the {name} set": (f"{known[name][0]} images", f"{marks[0]} others")

@@ -1,4 +1,4 @@
-"""Pictures of panels: drawn once, saved as PNG and SVG, side by side or in one column."""
+"""Charts of panels: drawn once, saved as PNG and SVG, side by side or in one column."""
 
 import io
 import warnings
@@ -25,7 +25,7 @@ MOST_LINES = 8  # in a legend
 
 
 @dataclass(frozen=True)
-class Picture:
+class Chart:
     """Panels that belong together; those of one y label share its range. `caption` is a sentence or two."""
 
     name: str

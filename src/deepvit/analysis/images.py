@@ -1,4 +1,4 @@
-"""Pictures as a checkpoint's model wants them, and the names of its classes."""
+"""Images as a checkpoint's model wants them, and the names of its classes."""
 
 import logging
 import os
@@ -21,24 +21,24 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class Pictures:
+class Images:
     """`x` `[B, 3, height, width]` normalised for the model; `pixels` the same as uint8; `names` of the files."""
 
     x: Tensor
     pixels: Tensor
     names: list[str]
-    refused: list[str]  # one sentence for each picture that could not be used
+    refused: list[str]  # one sentence for each image that could not be used
 
 
-def read_pictures(model: ViT, paths: Sequence[Path]) -> Pictures:
-    """The pictures of files and folders, preprocessed as the model's run or the published code evaluates.
+def read_images(model: ViT, paths: Sequence[Path]) -> Images:
+    """The images of files and folders, preprocessed as the model's run or the published code evaluates.
 
     Args:
         model: from `deepvit.load_model`, whose `load_report` may tell how it was trained.
-        paths: files, or folders of which all pictures are taken. None: examples that are built in, digits for a model
+        paths: files, or folders of which all images are taken. None: examples that are built in, digits for a model
             trained on them, else the two photographs that come with scikit-learn.
     Raises:
-        UserError: no picture can be used.
+        UserError: no image can be used.
     """
     if model.config["in_chans"] != 3:
         raise UserError(f"{model.load_report.path} is a model of {model.config['in_chans']} channels, and images are "
@@ -49,17 +49,17 @@ def read_pictures(model: ViT, paths: Sequence[Path]) -> Pictures:
     pixels, names, refused = [], [], []
     for name, source in examples:
         try:
-            picture = data.open_picture(source) if isinstance(source, Path) else source
+            image = data.open_image(source) if isinstance(source, Path) else source
         except UserError as error:
             refused.append(str(error))
             continue
-        pixels.append(transform(picture)[0])
+        pixels.append(transform(image)[0])
         names.append(name)
     if not pixels:
-        raise UserError(refused[0] if refused else f"There are no pictures in {', '.join(map(str, paths))}.")
+        raise UserError(refused[0] if refused else f"There are no images in {', '.join(map(str, paths))}.")
     stack = torch.stack(pixels)  # uint8 [B, 3, height, width]
     mean, std = (torch.tensor(values).view(3, 1, 1) * 255 for values in data.norm_values(evaluated_as(model)["norm"]))
-    return Pictures((stack - mean) / std, stack, names, refused)
+    return Images((stack - mean) / std, stack, names, refused)
 
 
 def class_names(model: ViT) -> list[str]:
@@ -74,7 +74,7 @@ def class_names(model: ViT) -> list[str]:
 
 
 def top_classes(logits: Tensor, names: Sequence[str], count: int = 5) -> list[list[tuple[str, float]]]:
-    """Logits `[B, C]` -> for each picture the most probable (name, probability), best first."""
+    """Logits `[B, C]` -> for each image the most probable (name, probability), best first."""
     probabilities, classes = logits.float().softmax(-1).topk(min(count, logits.shape[-1]))
     return [[(names[index], chance) for index, chance in zip(row, chances, strict=True)]
             for row, chances in zip(classes.tolist(), probabilities.tolist(), strict=True)]
@@ -107,7 +107,7 @@ def _transform(model: ViT) -> data.Transform:
 def _examples(model: ViT) -> list[tuple[str, Any]]:
     if evaluated_as(model)["source"] == "digits":
         digits = data.load("digits").val
-        return [(digits.name(i), digits.picture(i)) for i in range(16)]
+        return [(digits.name(i), digits.image(i)) for i in range(16)]
     from sklearn.datasets import load_sample_images
     photographs = load_sample_images()
     return [(Path(name).name, torch.from_numpy(pixels.copy()).permute(2, 0, 1))
