@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Evaluates checkpoints: `python eval.py checkpoint=PATH`. `python eval.py --help` tells more."""
+"""Evaluates checkpoints: `python eval.py checkpoint=PATH`. More: `python eval.py --help`."""
 
 import os
 import sys

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Trains a Vision Transformer: `python train.py model=deepvit32`. `python train.py --help` tells more."""
+"""Trains a Vision Transformer: `python train.py model=deepvit32`. More: `python train.py --help`."""
 
 import os
 import sys

@@ -8,7 +8,7 @@ import yaml
 import deepvit
 from deepvit.config.compose import compose
 from deepvit.errors import BAD_INPUT, DONE, UserError
-from deepvit.run.init import with_model_of_init
+from deepvit.run.resume import with_model_of_init
 
 SHORT = ("train", "schedule.epochs=1", "probe.images=0", "hydra.run.dir=run")
 SMALL = dict(img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=3, mlp_ratio=2, num_classes=10)

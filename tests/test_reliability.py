@@ -18,6 +18,9 @@ import yaml
 
 from deepvit.commands.main import main
 from deepvit.engine import checkpoint
+from deepvit.engine.ranks import Ranks
+from deepvit.engine.signals import StopRequest
+from deepvit.run.launch import train_job
 
 
 @pytest.fixture(scope="module")
@@ -214,16 +217,27 @@ def test_nan_in_a_row_ends_the_run_and_names_the_first_layer(config, tmp_path, c
 
 @pytest.mark.parametrize(("words", "expected"), [
     (["--batch", "-3"], "--batch -3"),
-    (["--batch", "1", "--weights", "{here}/none.pt"], "none.pt does not exist"),
-    (["--batch", "1", "--weights", "{here}/text.pt"], "text.pt cannot be read"),
+    (["--batch", "1"], "has no checkpoint"),
     (["--batch", "1"], "config.yaml is torn"),
-], ids=["batch", "missing", "text", "torn config"])
+], ids=["batch", "no checkpoint", "torn config"])
 def test_what_cannot_be_replayed_is_one_sentence(config, tmp_path, capsys, words, expected):
-    (tmp_path / "text.pt").write_text("hello")
     (tmp_path / "config.yaml").write_text("a: [" if "torn" in expected else yaml.safe_dump(config))
-    assert main(["replay", str(tmp_path), *(word.replace("{here}", str(tmp_path)) for word in words)]) == 2
+    assert main(["replay", str(tmp_path), *words]) == 2
     said = capsys.readouterr().err
     assert expected in said and said.count("\n") == 1 and "fresh=true" not in said
+
+
+def test_a_batch_replayed_as_two_ranks_is_the_same_batch(tmp_path, capsys):
+    """Which branches stochastic depth leaves out belongs to the images, so every rank replays its rows of the masks."""
+    config = soak.compose("model.drop_path_rate=0.3", "schedule.steps=1", "probe.images=0")
+    assert train_job(config, tmp_path, Ranks(0, 1, torch.device("cpu")), StopRequest()).code == 0
+    last, losses = tmp_path / "checkpoints" / "last.pt", []
+    for world in (1, 2):
+        content = checkpoint.load(last)
+        checkpoint.save(last, {**content, "world": world, "micro_batch": content["micro_batch"] // world})
+        assert main(["replay", str(tmp_path), "--batch", "1"]) == 0
+        losses.append(float(capsys.readouterr().out.rpartition("Loss of the batch: ")[2]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 # Other ranks

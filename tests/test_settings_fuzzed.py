@@ -172,7 +172,7 @@ def test_a_command_is_run_or_refused_in_a_sentence(first, checkpoint, tmp_path, 
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(forecast, "forecast", checked)
-    monkeypatch.setattr(evaluate, "_run", lambda *_: None)  # as if asked to stop
+    monkeypatch.setattr(evaluate, "_evaluate", lambda *_: None)  # as if asked to stop
     monkeypatch.setattr(launch, "_launch_elastic", lambda job, config, folder, _: launch.run_rank(job, config, folder))
     monkeypatch.setattr(socket.socket, "connect", unconnected)
     codes = Counter()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from deepvit.errors import UserError
-from deepvit.run.slurm import first_host, take_place
+from deepvit.run.launch import first_host, take_place
 
 ROOT = Path(__file__).parents[1]
 STEP = {"SLURM_JOB_ID": "4711", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "5", "SLURM_PROCID": "3",

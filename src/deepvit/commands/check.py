@@ -13,7 +13,7 @@ import torch
 
 from deepvit.commands.cli import quoted, sentences
 from deepvit.config.compose import compose
-from deepvit.config.settings import Data, read_group
+from deepvit.config.settings import read_group
 from deepvit.config.signature import check_range
 from deepvit.data import Bad, ImageSet, Transform, eval_batches, source_of
 from deepvit.data.exclude import TITLE, write_list
@@ -27,17 +27,36 @@ PAUSE = 10  # seconds between two lines where there is no terminal
 LOOK = Transform((1, 1), lambda image: torch.zeros(3, 1, 1, dtype=torch.uint8))  # what is decoded is not kept
 
 
-def check(data: Data, workers: int) -> tuple[list[Bad], int]:
-    """The images that cannot be used, and how many there are in all."""
-    sets = source_of(replace(data, fraction=1.0, classes=None, exclude=None, in_memory_mb=0)).sets()
-    found: list[Bad] = []
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="deepvit check", description=__doc__)
+    parser.add_argument("data", metavar="DATA", help="folder of classes or of splits of them, or tar files")
+    parser.add_argument("settings", nargs="*", metavar="SETTING=VALUE", help="such as data=timm data.name=wds/")
+    parser.add_argument("--list", type=Path, default=Path("unusable.txt"), help="to write (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=usable_cores(), help="processes (default: %(default)s)")
+    given = parser.parse_args(arguments)
+    check_range("--workers", given.workers, 0, 1024)
+    if given.list.exists() and not given.list.read_text(errors="replace").startswith(TITLE):
+        raise UserError(f"{given.list} is there and not a list of images: give another file with --list.")
+    set_up_logging()
+    with sentences():
+        config = compose([quoted(word) for word in ("data=folder", f"data.root={given.data}", *given.settings)])
+    whole = replace(read_group("data", config["data"]), fraction=1.0, classes=None, exclude=None, in_memory_mb=0)
+    sets, found = source_of(whole).sets(), []
     with Display() as display:
         for images in sets:
-            found += _decode(images, workers, display)
-    return found, sum(map(len, sets))
+            found += _unusable(images, given.workers, display)
+    count = sum(map(len, sets))
+    for bad in found:
+        say(f"{bad.name}: {bad.reason}")
+    say(f"{count - len(found):,} of {count:,} images can be used.")
+    if not found:
+        return DONE
+    write_list(given.list, [(bad.name, bad.reason) for bad in found], given.data)
+    say(f"The others are listed in {given.list}: data.exclude={given.list} leaves them out.")
+    return BAD_INPUT
 
 
-def _decode(images: ImageSet, workers: int, display: Display) -> list[Bad]:
+def _unusable(images: ImageSet, workers: int, display: Display) -> list[Bad]:
     found, done, refused, last = [], 0, 0, time.monotonic()
     bar = display.bar(str(Path(images.name(0)).parent.parent), len(images))
     for batch in eval_batches(images, LOOK, batch_size=BATCH, workers=workers, on_error="report"):
@@ -51,27 +70,3 @@ def _decode(images: ImageSet, workers: int, display: Display) -> list[Bad]:
     if refused:
         say(f"{refused:,} JPEGs are read by PIL only, more slowly.")
     return found
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="deepvit check", description=__doc__)
-    parser.add_argument("data", metavar="DATA", help="folder of classes or of splits of them, or tar files")
-    parser.add_argument("settings", nargs="*", metavar="SETTING=VALUE", help="such as data=timm data.name=wds/")
-    parser.add_argument("--list", type=Path, default=Path("unusable.txt"), help="to write (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=usable_cores(), help="processes (default: %(default)s)")
-    given = parser.parse_args(arguments)
-    check_range("--workers", given.workers, 0, 1024)
-    if given.list.exists() and not given.list.read_text(errors="replace").startswith(TITLE):
-        raise UserError(f"{given.list} is there and no list of images: give another file with --list.")
-    set_up_logging()
-    with sentences():
-        config = compose([quoted(word) for word in ("data=folder", f"data.root={given.data}", *given.settings)])
-    found, count = check(read_group("data", config["data"]), given.workers)
-    for bad in found:
-        say(f"{bad.name}: {bad.reason}")
-    say(f"{count - len(found):,} of {count:,} images can be used.")
-    if not found:
-        return DONE
-    write_list(given.list, [(bad.name, bad.reason) for bad in found], given.data)
-    say(f"The others are listed in {given.list}: data.exclude={given.list} leaves them out.")
-    return BAD_INPUT

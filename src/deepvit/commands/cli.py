@@ -23,8 +23,7 @@ from deepvit.commands.sweep import Recorder, Refused, in_quotes, record_of, sum_
 from deepvit.config import CONF
 from deepvit.config.provenance import origin
 from deepvit.config.run_name import as_typed, run_folder
-from deepvit.config.suggest import PLUGINS, setting_meant
-from deepvit.config.sweep_record import SweepRecord
+from deepvit.config.compose import PLUGINS, setting_meant
 from deepvit.errors import BAD_INPUT, DONE, FAILED, STOPPED, UserError, did_you_mean, first_line
 from deepvit.run.console import say
 from deepvit.run.launch import Job, Outcome, eval_job, launch, train_job, unexpected
@@ -38,13 +37,13 @@ _outcomes: list[Outcome] = []  # of the jobs that this process ran
 
 
 def run_job(job: Job, config: DictConfig) -> Any:
-    """One job of Hydra's: the only one, or a cell of a sweep, which goes on whatever becomes of it.
-
-    Returns:
-        the top-1 of a training, for sweepers that look for the best.
-    """
+    """One job of Hydra's: the only one, or a cell of a sweep, which goes on whatever becomes of it. Returns the top-1
+    of a training, for sweepers that look for the best."""
     settings = HydraConfig.get()
-    folder = _folder_of(settings)
+    if settings.mode is RunMode.RUN and not settings.run.dir:
+        raise UserError("hydra.run.dir is empty: name a folder, or leave it out.")
+    folder = Path(settings.runtime.output_dir)
+    folder = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
     record, overrides = record_of(settings), as_typed(settings.overrides.task)
     outcome = Outcome(STOPPED, "Not started.")
     if all(before.code != STOPPED for before in _outcomes):  # who stops a cell means the cells after it, too
@@ -64,22 +63,20 @@ def run_job(job: Job, config: DictConfig) -> Any:
     if record:
         if outcome.code != STOPPED and outcome.message:
             say(outcome.message)
-        _note(record, settings.job.num, overrides, outcome, folder, found)
+        try:
+            record.add(settings.job.num, overrides, outcome.code, outcome.message, folder, found)
+        except OSError as error:
+            say(f"{record.path} cannot be written ({error.strerror}): the summary will lack this cell.", sys.stderr)
     return found.get("top1")
 
 
-def _note(record: SweepRecord, number: int, overrides: list[str], outcome: Outcome, folder: Path, found: dict) -> None:
-    try:
-        record.add(number, overrides, outcome.code, outcome.message, folder, found)
-    except OSError as error:
-        say(f"{record.path} cannot be written ({error.strerror}): the summary will lack this cell.", sys.stderr)
-
-
-def _folder_of(settings: DictConfig) -> Path:
-    if settings.mode is RunMode.RUN and not settings.run.dir:
-        raise UserError("hydra.run.dir is empty: name a folder, or leave it out.")
-    folder = Path(settings.runtime.output_dir)
-    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+def _remove_if_empty(folder: Path) -> None:
+    """Hydra makes the folder before the job; one that is refused, or dry, leaves none behind."""
+    for path in (folder, *list(folder.parents)[:3]):
+        try:
+            path.rmdir()
+        except OSError:
+            return
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF.resolve()), config_name="train")
@@ -164,8 +161,8 @@ def flags_first(words: Iterable[str]) -> list[str]:
 def quoted(word: str) -> str:
     """`init=runs/seed=1/last.pt` as Hydra's grammar wants it, `init='runs/seed=1/last.pt'`.
 
-    Quoted is what the grammar refuses, and in a setting that is a path what is there under this very name, were it a
-    number or a list to the grammar. In a list or a sweep each part is quoted separately; all else stays as it is.
+    Quotes what the grammar refuses, and in a setting that is a path what exists by this very name, even if the grammar
+    takes it for a number or a list; in a list or a sweep each part separately.
     """
     key, _, value = word.partition("=")
     if word.startswith("-") or not value or not _is_readable(f"{key}="):
@@ -187,23 +184,15 @@ def _is_readable(word: str) -> bool:
     return True
 
 
-def _unreadable(words: list[str]) -> str:
-    """The word of a command line that Hydra cannot parse, in a sentence."""
-    for word in words:
-        if not _is_readable(word):
-            return (f"'{word}' cannot be read as a setting: write key=value, and quote a value with special signs "
-                    f"twice, \"key='a, b'\".")
-    return "The command line cannot be read: write settings as key=value."
-
-
-RENAMED = {"model.attention.sync_norm": "model.attention.norm_batch"}  # what a setting of older versions became
-
-
 def hydra_error(error: Exception) -> str:
     """Hydra's or OmegaConf's complaint in one sentence that names the setting and what was probably meant."""
     text = str(error)
     if isinstance(error, OverrideParseException):
-        return _unreadable([word for word in sys.argv[1:] if not word.startswith("-")])
+        for word in sys.argv[1:]:
+            if not word.startswith("-") and not _is_readable(word):
+                return (f"'{word}' cannot be read as a setting: write key=value, and quote a value with special signs "
+                        f"twice, \"key='a, b'\".")
+        return "The command line cannot be read: write settings as key=value."
     group = re.search(r"(?:In '.*?': )?Could not find '([^']+?)/([^'/]+)'", text)
     if group:
         return _unknown_choice(*group.groups(), text)
@@ -216,12 +205,9 @@ def hydra_error(error: Exception) -> str:
 
 
 def _unknown_setting(name: str) -> str:
-    meant = setting_meant(RENAMED.get(name, name))
+    meant = setting_meant(name)
     if f"'{name}'" not in meant:
         return f"There is no setting '{name}'.{meant} `--cfg job` lists them all."
-    if any(word.startswith(("--config-path", "--config-name", "-cp", "-cn")) for word in sys.argv):
-        return (f"The config that --config-path and --config-name give has no setting '{name}': leave them out, and "
-                f"add your own files with --config-dir FOLDER.")
     if name.startswith("model.attention."):
         return f"'{name}' is not in the file of this model/attention: choose another, or add it as +{name}=..."
     return f"'{name}' is a setting of another program. `--cfg job` lists those of this one."
@@ -233,12 +219,3 @@ def _unknown_choice(group: str, name: str, text: str) -> str:
     choices = re.findall(r"^\t(\S+)$", text, re.MULTILINE)
     return (f"There is no {group}={name}.{did_you_mean(name, choices)} "
             f"The choices of {group} are: {', '.join(choices)}.")
-
-
-def _remove_if_empty(folder: Path) -> None:
-    """Hydra makes the folder before the job; one that is refused, or dry, leaves none behind."""
-    for path in (folder, *list(folder.parents)[:3]):
-        try:
-            path.rmdir()
-        except OSError:
-            return

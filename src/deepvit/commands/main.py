@@ -3,14 +3,14 @@
 import importlib
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from deepvit.errors import BAD_INPUT, DONE, FAILED, STOPPED, Failure, UserError, did_you_mean, unusable
 from deepvit.run.console import print_any_name, say
 
 COMMANDS = {  # name -> (module:function, what it does)
-    "train": ("cli:train", "train a model; the same command continues a run that was cut"),
+    "train": ("cli:train", "train a model; the same command continues an interrupted run"),
     "eval": ("cli:evaluate", "evaluate checkpoints of any format"),
     "check": ("check:main", "decode every image of a data set and list those that cannot be used"),
     "report": ("report:main", "tables and figures of run folders, the paper's numbers beside them"),
@@ -19,11 +19,11 @@ COMMANDS = {  # name -> (module:function, what it does)
     "export": ("export:main", "write a model as safetensors, timm, ONNX or in the published layout"),
     "average": ("average:main", "the average of a run's last weights, or of any checkpoints of one model"),
     "preview": ("preview:main", "an augmented batch as the model sees it"),
-    "regime": ("regime:main", "what attention does in each block before any training"),
+    "regime": ("preview:regime", "what attention does in each block before any training"),
     "replay": ("replay:main", "repeat one batch of a run, module by module"),
     "bench": ("bench:main", "speed and memory against peers")}
 USAGE = "usage: deepvit COMMAND ...\n\n" + "\n".join(
-    f"  {name:8} {purpose}" for name, (_, purpose) in COMMANDS.items()) + "\n\n`deepvit COMMAND --help` tells more."
+    f"  {name:8} {purpose}" for name, (_, purpose) in COMMANDS.items()) + "\n\nMore: `deepvit COMMAND --help`."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,7 +34,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(USAGE)
         return DONE
     try:
-        return _program(name)([expanded(word) for word in rest])
+        if name not in COMMANDS:
+            raise UserError(f"There is no command '{name}'.{did_you_mean(name, COMMANDS)} "
+                            f"The commands are: {', '.join(COMMANDS)}.")
+        module, _, function = COMMANDS[name][0].partition(":")
+        program = getattr(importlib.import_module(f"deepvit.commands.{module}"), function)
+        return program([expanded(word) for word in rest])
     except UserError as error:
         return _end(BAD_INPUT, str(error))
     except Failure as error:
@@ -51,14 +56,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def expanded(word: str) -> str:
     """`init=~/x` with the home folder for `~`, at the start of a word, of a value, or of each in a list."""
     return re.sub(r"""((?:^|[=,\[])\s*['"]?)~(?=[/'",\]]|$)""", lambda found: found[1] + str(Path.home()), word)
-
-
-def _program(name: str) -> Callable[[list[str]], int]:
-    if name not in COMMANDS:
-        raise UserError(f"There is no command '{name}'.{did_you_mean(name, COMMANDS)} "
-                        f"The commands are: {', '.join(COMMANDS)}.")
-    module, _, function = COMMANDS[name][0].partition(":")
-    return getattr(importlib.import_module(f"deepvit.commands.{module}"), function)
 
 
 def _end(code: int, sentence: str) -> int:

@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
@@ -41,24 +41,18 @@ FORK = multiprocessing.get_context("fork")  # torch is imported once, which take
 
 @dataclass(eq=False, kw_only=True)
 class Cell(Row):
-    """`places`: what it runs on, once it is started."""
-
     number: int
     overrides: list[str]
     config: DictConfig
     log: Path
-    places: list[str] = field(default_factory=list)
+    places: list[str] = field(default_factory=list)  # what it runs on, once it is started
     process: BaseProcess | None = None
 
 
 def run_side_by_side(job_overrides: Sequence[Sequence[str]], first: int, cells_per_device: int, config: DictConfig,
                      **hydra: Any) -> list[JobReturn]:
-    """What Hydra asks of a launcher. How each cell ended stands in the sweep's record, too.
-
-    Args:
-        first: number of the first cell.
-        hydra: `hydra_context` and `task_function`.
-    """
+    """What Hydra asks of a launcher: runs the cells, numbered from `first` on. The sweep's record says how each ended.
+    `hydra`: `hydra_context` and `task_function`."""
     if cells_per_device < 1:
         raise UserError(f"hydra.launcher.cells_per_device={cells_per_device}: give 1 or more.")
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # a process that has asked CUDA itself cannot fork
@@ -67,33 +61,29 @@ def run_side_by_side(job_overrides: Sequence[Sequence[str]], first: int, cells_p
         logs = sweep.record.path.with_suffix("") if sweep.is_kept else Path(passing)
         shared = set.intersection(*map(set, job_overrides))
         machine = Machine(config.engine, cells_per_device)
-        cells = [_cell(config, number, list(overrides), shared, machine, logs)
-                 for number, overrides in enumerate(job_overrides, first)]
+        cells = []
+        for number, overrides in enumerate(job_overrides, first):
+            with composed_cell(config, number, overrides) as (composed, subdir):
+                work = _work_of(composed)
+            composed.engine.threads = machine.threads(composed.engine)
+            title = " ".join([f"[{number + 1}]", *(word for word in overrides if word not in shared)])
+            cells.append(Cell(title, Path(composed.hydra.sweep.dir, subdir), work, number=number,
+                              overrides=list(overrides), config=composed, log=logs / f"{number + 1}.log"))
         Crew(sweep, cells, machine, stop, hydra).run()
     found = {line["cell"]: line["value"]["top1"] for line in sweep.record.outcomes() if "top1" in line["value"]}
     return [JobReturn(overrides=cell.overrides, cfg=cell.config, status=JobStatus.COMPLETED,
                       _return_value=found.get(cell.number)) for cell in cells]
 
 
-def _cell(config: DictConfig, number: int, overrides: list[str], shared: Container[str], machine: "Machine",
-          logs: Path) -> Cell:
-    with composed_cell(config, number, overrides) as (composed, subdir):
-        work = _work(composed)
-    composed.engine.threads = machine.threads(composed.engine)
-    title = " ".join([f"[{number + 1}]", *(word for word in overrides if word not in shared)])
-    return Cell(title, Path(composed.hydra.sweep.dir, subdir), work, number=number, overrides=overrides,
-                config=composed, log=logs / f"{number + 1}.log")
-
-
-def _work(config: DictConfig) -> float:
-    """Of a training, but for a factor that all cells share: parameters x tokens x length; 0 where its settings do not
-    hold or nothing is trained."""
+def _work_of(config: DictConfig) -> float:
+    """A training's, up to a factor common to all cells: parameters x tokens x length; 0 where its settings are invalid
+    or nothing is trained."""
     try:
         with torch.device("meta"):
             model = build_model(OmegaConf.to_container(config.model, resolve=True))
         length = config.schedule.steps or config.schedule.epochs * config.data.fraction
         return count_parameters(model) * model.pos_embed.shape[1] * length
-    except Exception:  # of any kind that settings can lead to; the cell itself will say it
+    except Exception:  # of any kind that settings can lead to; the cell itself will report it
         return 0.0
 
 
@@ -105,13 +95,13 @@ class Machine:
         self._places = Counter(self._gpus * cells_per_device or map(str, range(usable_cores())))
 
     def threads(self, engine: DictConfig) -> int | None:
-        """Of a cell; on a CPU never a consequence of how many run, or so would be its numbers."""
+        """Of a cell; on a CPU never a consequence of how many run, or its numbers would be one too."""
         if engine.threads is not None or self._gpus:
             return engine.threads
         return torch.get_num_threads() if os.environ.get("OMP_NUM_THREADS") else 1
 
     def _size(self, engine: DictConfig) -> int:
-        """How many places a cell takes. One that asks for what is no number takes one, and says so itself."""
+        """How many places a cell takes; one whose settings are not numbers takes one, and reports them itself."""
         devices, threads = (number if isinstance(number, int) and number > 0 else 1
                             for number in (engine.devices, 1 if self._gpus else self.threads(engine)))
         return min(devices * threads, len(self._places))
@@ -131,7 +121,7 @@ class Machine:
 
 
 def _visible_gpus() -> list[str]:
-    """As `CUDA_VISIBLE_DEVICES` names them; counted by a process that need not fork afterwards."""
+    """As `CUDA_VISIBLE_DEVICES` names them; counted by another process, since one that used CUDA cannot fork."""
     counting = FORK.Process(target=lambda: sys.exit(torch.cuda.is_available() and torch.cuda.device_count()))
     counting.start()
     counting.join()
@@ -140,8 +130,8 @@ def _visible_gpus() -> list[str]:
 
 
 class Crew:
-    """The cells under way: starts what has a place, mistaken settings first and then the longest training, and notes
-    how each ended."""
+    """The running cells: starts what has a place, invalid settings first and then the longest training, and records how
+    each ended."""
 
     def __init__(self, sweep: OpenSweep, cells: Sequence[Cell], machine: Machine, stop: StopRequest,
                  hydra: dict[str, Any]):
@@ -153,8 +143,7 @@ class Crew:
         say(f"{len(cells)} cells, {at_once} at once; what they print goes to {cells[0].log.parent}/*.log")
 
     def run(self) -> None:
-        """Returns when every cell has ended. A request to stop is passed on to those that run; the others do not
-        start."""
+        """Returns when every cell has ended. A request to stop is passed on to those that run; no other starts."""
         called_off = STOPPED in (line["code"] for line in self._sweep.record.outcomes())  # an earlier batch was
         try:
             with self._table.live:
@@ -176,7 +165,7 @@ class Crew:
                 cell.process.terminate()
 
     def _next(self) -> Cell | None:
-        """With its places. Two cells of one folder run one after the other."""
+        """One that has its places. Two cells of one folder run one after the other."""
         for cell in self._waiting:
             cell.places = self._machine.free(cell.config.engine, [other.places for other in self._running])
             if cell.places and cell.folder not in (other.folder for other in self._running):
@@ -186,13 +175,13 @@ class Crew:
     def _start(self, cell: Cell) -> None:
         cell.log.parent.mkdir(parents=True, exist_ok=True)
         cell.log.touch()
-        cell.process = FORK.Process(target=self._work, args=(cell,))
+        cell.process = FORK.Process(target=self._run, args=(cell,))
         cell.process.start()
         self._waiting.remove(cell)
         self._running.append(cell)
         self._table.start(cell)
 
-    def _work(self, cell: Cell) -> None:
+    def _run(self, cell: Cell) -> None:
         """The cell's process."""
         os.setsid()  # Ctrl-C in a terminal reaches the sweep alone, which passes it on
         ctypes.CDLL(None).prctl(SET_PDEATHSIG, signal.SIGTERM)  # no cell outlives its sweep, however that dies

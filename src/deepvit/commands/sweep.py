@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from deepvit.config.compare import flat
 from deepvit.config.provenance import choices_of, preregistration
 from deepvit.config.run_name import as_typed
-from deepvit.config.sweep_record import FOLDER, SweepRecord
+from deepvit.config.json_lines import FOLDER, SweepRecord
 from deepvit.errors import DONE, FAILED, STOPPED, UserError, did_you_mean
 from deepvit.report.contrasts import WHERE, Plan, read_plan
 from deepvit.run.console import say
@@ -43,12 +43,8 @@ class Refused(BaseException):
 
 
 class Recorder(Callback):
-    """Hydra's callback in the process that starts a sweep.
-
-    Args:
-        record: path and session of the sweep's record; it reaches each cell through its config, wherever it runs.
-        statistics: the sweep's contrasts (`deepvit.report.contrasts`), which its record keeps for the report.
-    """
+    """Hydra's callback in the process that starts a sweep. `record`: path and session of its record, which reach each
+    cell through its config, wherever it runs; `statistics`: its contrasts, which the record keeps for the report."""
 
     opened: ClassVar["OpenSweep | None"] = None  # by this process
 
@@ -65,10 +61,10 @@ class Recorder(Callback):
 
 @dataclass(frozen=True)
 class OpenSweep:
-    """A sweep under way. `cells`: how many it was to run, 0 where its sweeper decides as it goes."""
+    """A sweep under way."""
 
     record: SweepRecord
-    cells: int
+    cells: int  # that it is to run, 0 where its sweeper decides as it goes
     is_kept: bool  # not of a forecast or an evaluation, which leave no run behind
 
 
@@ -90,10 +86,14 @@ def _open(config: DictConfig) -> OpenSweep:
     with open_dict(config):
         hydra.overrides.hydra.append(f"hydra.callbacks.sweep.record=[{in_quotes(str(record.path.absolute()))},"
                                      f"'{record.session}']")
-        if _is_swept("data.root", typed) and str(OmegaConf.to_container(hydra.sweep)["subdir"]).startswith(
-                "${run_folder:"):
+        parser = OverridesParser.create()
+        roots = [parser.parse_override(word) for word in typed if word.startswith("data.root=")]
+        subdir = str(OmegaConf.to_container(hydra.sweep)["subdir"])
+        if any(root.is_sweep_override() for root in roots) and subdir.startswith("${run_folder:"):
             hydra.overrides.hydra.append("hydra.sweep.subdir=${run_folder:'',true}")
-    cells = _cells(typed) if hydra.sweeper._target_ == BASIC else []
+    cells = []
+    if hydra.sweeper._target_ == BASIC:
+        cells = BasicSweeper.split_arguments(parser.parse_overrides(typed), max_batch_size=None)[0]
     shared, described = _described(config, cells) if is_kept else ({}, [])
     if plan and described:
         _check_arms(plan, [{**shared, **cell["settings"]} for cell in described])
@@ -115,12 +115,6 @@ def _refuse_strange(folder: Path) -> None:
     if not any(path.exists() for path in known) and not any(RunFolder(path).is_ours() for path in runs):
         raise UserError(f"The folder {folder} holds files that are not of runs, such as {min(folder.iterdir()).name}: "
                         f"give an empty or a new one with hydra.sweep.dir=...")
-
-
-def _cells(typed: Sequence[str]) -> list[list[str]]:
-    """The overrides of each cell, as Hydra's own sweeper writes them."""
-    overrides = OverridesParser.create().parse_overrides(list(typed))
-    return BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]
 
 
 def _described(config: DictConfig, cells: Sequence[Sequence[str]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -166,11 +160,6 @@ def composed_cell(config: DictConfig, number: int, overrides: Sequence[str]) -> 
         state.cfg = before
 
 
-def _is_swept(key: str, typed: Sequence[str]) -> bool:
-    parser = OverridesParser.create()
-    return any(parser.parse_override(word).is_sweep_override() for word in typed if word.startswith(f"{key}="))
-
-
 def in_quotes(text: str) -> str:
     """Within Hydra's single quotes: a backslash is itself but for those before a quote."""
     escaped = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), text)
@@ -184,7 +173,7 @@ def record_of(hydra: DictConfig) -> SweepRecord | None:
 
 
 def sum_up(sweep: OpenSweep) -> int:
-    """A sweep's end: what did not work, by name, and the cost of a dry one. Returns the exit code."""
+    """Prints which cells did not work, and the cost of a dry sweep. Returns the exit code."""
     outcomes = sweep.record.outcomes()
     if not sweep.is_kept:
         sweep.record.remove()

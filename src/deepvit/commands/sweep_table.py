@@ -1,4 +1,4 @@
-"""What a person sees of cells side by side: a live table in a terminal, plain lines elsewhere."""
+"""Cells side by side as a reader sees them: a live table in a terminal, plain lines elsewhere."""
 
 import sys
 import time
@@ -17,13 +17,13 @@ from deepvit.engine.progress import clock
 from deepvit.errors import DONE, STOPPED
 from deepvit.run.console import say
 
-TAIL = 1 << 16  # bytes at the end of a file in which its newest lines stand
+TAIL = 1 << 16  # bytes at the end of a file that hold its newest lines
 
 
 @dataclass(eq=False)
 class Row:
-    """A cell as it is shown. `work`: its training's, but for a factor that all cells share. Times are
-    monotonic seconds; `first`, `step` and `steps`: where the run began this time, is and ends."""
+    """A cell as it is shown. `work`: its training's, up to a factor common to all cells. Times are monotonic seconds;
+    `first`, `step` and `steps`: where the run began this time, is and ends."""
 
     title: str
     folder: Path
@@ -37,7 +37,7 @@ class Row:
     top1: float | None = None
 
     def read(self) -> None:
-        """What its run has written down since."""
+        """What its run has written since."""
         with suppress(OSError):
             for line in read_json_lines(self.folder / "events.jsonl", TAIL):
                 if "steps" in line:
@@ -57,7 +57,7 @@ class Row:
 
     @property
     def work_done(self) -> float:
-        """This time."""
+        """Since it was started this time."""
         return self.work * (self.step - self.first) / max(1, self.steps)
 
     def left(self, pace: float | None) -> float | None:
@@ -71,14 +71,10 @@ class Row:
 
 
 class SweepTable:
-    """The cells that run, below the lines of those that ended; to be used as `with table.live`.
+    """The running cells, below the lines of those that ended; to be used as `with table.live`. `rows`: of all cells, in
+    the order in which they start; `at_once`: how many run at the same time."""
 
-    Args:
-        rows: of all cells, in the order in which they start.
-        at_once: how many run at the same time.
-    """
-
-    EVERY_S, LINES_EVERY_S = 1.0, 60.0  # a drawing in a terminal, and lines elsewhere
+    EVERY_S, LINES_EVERY_S = 1.0, 60.0  # between updates of the table, and between lines elsewhere
 
     def __init__(self, rows: Sequence[Row], at_once: int):
         self._rows, self._at_once, self._failed = rows, at_once, 0
@@ -115,23 +111,23 @@ class SweepTable:
                 if not self._draws:
                     _say([row.title, *words])
         if self._draws:
-            self.live.update(Group(table, self._sum()), refresh=True)
+            self.live.update(Group(table, self._summary()), refresh=True)
         else:
-            say(self._sum())
+            say(self._summary())
 
-    def _sum(self) -> str:
+    def _summary(self) -> str:
         failed = f", {self._failed} of them failed" if self._failed else ""
         ended = sum(row.ended is not None for row in self._rows)
         return f"Sweep: {ended} of {len(self._rows)} cells ended{failed}; left {clock(self._left())}"
 
+    def _left(self) -> float | None:
+        """Seconds: no less than the longest cell takes, nor than all take side by side."""
+        left = [row.left(self._pace()) for row in self._rows if row.ended is None]
+        return None if None in left else max([*left, sum(left) / self._at_once])
+
     def _pace(self) -> float | None:
         begun = [row for row in self._rows if row.work_done]
         return sum(row.seconds for row in begun) / sum(row.work_done for row in begun) if begun else None
-
-    def _left(self) -> float | None:
-        """Seconds until the last cell ends: no less than the longest takes, nor than all take side by side."""
-        left = [row.left(self._pace()) for row in self._rows if row.ended is None]
-        return None if None in left else max([*left, sum(left) / self._at_once])
 
 
 def _say(words: Iterable[str]) -> None:

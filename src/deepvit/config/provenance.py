@@ -16,13 +16,8 @@ if TYPE_CHECKING:
 
 
 def origin(config: "DictConfig", hydra: "DictConfig", folder: Path) -> dict[str, Any]:
-    """What was chosen and typed for a run, and the command that repeats it (alone, if it was a cell of a sweep).
-
-    Args:
-        config: the run's settings, not yet resolved.
-        hydra: its `hydra` node.
-        folder: the run's folder.
-    """
+    """What was chosen and typed for a run of `config` (not yet resolved) in `folder`, and the command that repeats it
+    (alone, if it was a cell of a sweep)."""
     chosen = choices_of(hydra)
     words = [word for word in chosen["overrides"] if not word.startswith(("fresh=", "dry="))]
     words += ["hydra.mode=RUN"] if chosen["sweep"] else []  # a sweep's file says MULTIRUN
@@ -37,11 +32,8 @@ def origin(config: "DictConfig", hydra: "DictConfig", folder: Path) -> dict[str,
 
 
 def preregistration(hydra: "DictConfig") -> dict[str, Any]:
-    """Name and sha256 of the file that said beforehand what a sweep's results are for, where its file names one.
-
-    Raises:
-        UserError: it cannot be read.
-    """
+    """Name and sha256 of the file that said beforehand what a sweep's results are for, where its file names one;
+    UserError where it cannot be read."""
     path = ((hydra.callbacks.get("sweep") or {}).get("statistics") or {}).get("preregistered")
     if not path:
         return {}
@@ -69,8 +61,7 @@ def versions() -> dict[str, Any]:
 
 @cache
 def git_revision() -> str | None:
-    """Revision of the code when it was first asked for, at the start of a run, with a + if the work tree differs from
-    it; None outside a checkout."""
+    """The code's when first asked for, at a run's start, with a + for uncommitted changes; None outside a checkout."""
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True,
                               check=True).stdout.strip()

@@ -1,15 +1,15 @@
 """Where a run lives: a pure function of what changes its results, without a clock and however it was asked for."""
 
 import hashlib
-import os
 import json
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deepvit.config.compare import flat, has_no_effect
+from deepvit.config.compare import comparable
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig, ListConfig
@@ -26,7 +26,7 @@ def run_folder(root: str, by_root: bool = False, *, _root_: "DictConfig") -> str
 
     Args:
         root: `runs`, or empty for a path below `hydra.sweep.dir`.
-        by_root: the sweep is over `data.root`, so the name tells the roots apart.
+        by_root: the sweep is over `data.root`, so the name must tell the roots apart.
         _root_: the run's whole config, handed in by OmegaConf.
     """
     hydra = _root_.hydra
@@ -42,13 +42,10 @@ def run_folder(root: str, by_root: bool = False, *, _root_: "DictConfig") -> str
 
 
 def run_name(config: "DictConfig", hydra: "DictConfig", by_root: bool = False) -> str:
-    """What differs from the composed default of the run's recipe and model: groups by name, then single settings.
+    """What differs in the unresolved settings from the composed default of the run's recipe and model: groups by name,
+    then single settings, as sorted `key=value` in `[A-Za-z0-9._=-]`.
 
     Values are compared and written in normal form (3.0 is 3), so a setting given at its default names nothing.
-
-    Args:
-        config: the run's settings, not yet resolved.
-        hydra: its `hydra` node.
     """
     choices = own_choices(hydra)
     # A setting of Hydra's that decides what there is to compose:
@@ -63,7 +60,9 @@ def run_name(config: "DictConfig", hydra: "DictConfig", by_root: bool = False) -
     named = {**groups, **_differences(config, base)}
     if by_root:
         named["data.root"] = _digest(str(Path(str(config.data.root)).resolve()))
-    return _safe(named)
+    words = {name.replace("/", "-"): _text(value) for name, value in named.items()}  # a slash in a key is no loss
+    exact = "-".join(sorted(f"{name}={value}" for name, value in words.items()))
+    return _shortened(exact, exact, is_lossy=any("=" in value for value in words.values()))
 
 
 def own_choices(hydra: "DictConfig") -> dict[str, str]:
@@ -90,18 +89,21 @@ def _differences(config: "DictConfig", base: "DictConfig") -> dict[str, Any]:
 
     Compared before interpolations are resolved, or `model.img_size=16` would name `data.img_size` as well.
     """
-    from omegaconf import OmegaConf
-    written, usual = _written(config), _written(base)
+    written, usual = _values(config), _values(base)
     suspects = [name for name in {*written, *usual} if _text(written.get(name, ...)) != _text(usual.get(name, ...))]
-    if not suspects:
-        return {}
-    values = dict(flat(OmegaConf.to_container(_settings(config), resolve=True)))
+    values = _values(config, resolve=True) if suspects else {}
     return {name: values.get(name, "none") for name in suspects
             if name not in usual or _text(values.get(name, ...)) != _text(_resolved(config, name, usual[name]))}
 
 
+def _values(config: "DictConfig", resolve: bool = False) -> dict[str, Any]:
+    """The flat settings that can change a result."""
+    from omegaconf import OmegaConf
+    return comparable(OmegaConf.to_container(_settings(config), resolve=resolve))
+
+
 def _resolved(config: "DictConfig", name: str, written: Any) -> Any:
-    """What `written` comes to as setting `name` of `config`."""
+    """The value of setting `name` if `written` stood there in `config`."""
     from omegaconf import OmegaConf
     if "${" not in str(written):
         return written
@@ -115,12 +117,6 @@ def _settings(config: "DictConfig") -> "DictConfig":
     return OmegaConf.masked_copy(config, [name for name in config if name != "hydra"])
 
 
-def _written(config: "DictConfig") -> dict[str, Any]:
-    from omegaconf import OmegaConf
-    values = OmegaConf.to_container(_settings(config), resolve=False)
-    return {name: value for name, value in flat(values) if not has_no_effect(name)}
-
-
 def _text(value: Any) -> str:
     """A setting's normal form."""
     if isinstance(value, Sequence) and not isinstance(value, str):
@@ -128,13 +124,6 @@ def _text(value: Any) -> str:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
-
-
-def _safe(named: Mapping[str, Any]) -> str:
-    """Sorted `key=value`, in `[A-Za-z0-9._=-]`."""
-    words = {name.replace("/", "-"): _text(value) for name, value in named.items()}  # a slash in a key is no loss
-    exact = "-".join(sorted(f"{name}={value}" for name, value in words.items()))
-    return _shortened(exact, exact, is_lossy=any("=" in value for value in words.values()))
 
 
 def _shortened(text: str, exact: str, is_lossy: bool = False) -> str:
@@ -156,7 +145,7 @@ def as_typed(words: "ListConfig") -> list[str]:
 
 
 def typed_name(overrides: Sequence[str]) -> str:
-    """The name that earlier versions gave: the sorted overrides as typed. Runs that have it are continued.
+    """The name that earlier versions gave, under which their runs are continued: the sorted overrides as typed.
 
     >>> typed_name(["seed=1", "model=vit16", "engine.devices=2"])
     'model=vit16-seed=1'

@@ -5,31 +5,38 @@ import math
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from deepvit.config.signature import ABOVE_ZERO, BELOW_ONE, Ranges, check_arguments, check_ranges
+from deepvit.config.signature import ABOVE_ZERO, BELOW_ONE, Ranges, check_arguments, check_ranges, ranges_of
 from deepvit.errors import UserError
+
+COUNT, NOT_NEGATIVE, POSITIVE = (1, math.inf), (0, math.inf), (ABOVE_ZERO, math.inf)  # smallest, largest
+SHARE, BELOW_1 = (0, 1), (0, BELOW_ONE)
+Count, NotNegativeInt = Annotated[int, COUNT], Annotated[int, NOT_NEGATIVE]
+NotNegative, Positive = Annotated[float, NOT_NEGATIVE], Annotated[float, POSITIVE]
+Share, Below1, AtMost1 = Annotated[float, SHARE], Annotated[float, BELOW_1], Annotated[float, (ABOVE_ZERO, 1)]
+Epochs, Cores = Annotated[float, (ABOVE_ZERO, 10**6)], Annotated[int, (1, 1024)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
     source: str
     root: str | None
-    img_size: int | tuple[int, int]  # pixels; height, width
-    batch_size: int  # of all devices together
-    eval_batch_size: int  # of each device
-    workers: int  # processes for each device
+    img_size: Annotated[int | tuple[int, int], COUNT]  # pixels; height, width
+    batch_size: Count  # of all devices together
+    eval_batch_size: Count  # of each device
+    workers: Annotated[int, (0, 1024)]  # processes for each device
     norm: str
-    crop_pct: float
+    crop_pct: Annotated[float, (0.1, 1)]
     interpolation: Literal["bilinear", "bicubic"]
-    hflip: float
-    fraction: float
-    classes: int | str | None
-    val_fraction: float | None
+    hflip: Share
+    fraction: AtMost1
+    classes: Annotated[int, (2, math.inf)] | str | None
+    val_fraction: Below1 | None
     decoder: str
-    max_bad: int
+    max_bad: NotNegativeInt
     on_error: Literal["stop", "report"]
-    in_memory_mb: int
+    in_memory_mb: NotNegativeInt
     exclude: str | None = None  # file with the names of images to leave out
     name: str | None = None  # of a timm data set, as the next two
     train_split: str = "train"
@@ -39,52 +46,52 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class Augment:
-    crop_scale: tuple[float, float] | None
-    crop_ratio: tuple[float, float]
+    crop_scale: tuple[AtMost1, AtMost1] | None
+    crop_ratio: tuple[Positive, Positive]
     interpolation: str
-    hflip: float
-    vflip: float
-    color_jitter: float | tuple[float, float, float] | tuple[float, float, float, float] | None
+    hflip: Share
+    vflip: Share
+    color_jitter: NotNegative | tuple[float, float, float] | tuple[float, float, float, float] | None
     auto_augment: str | None
-    grayscale_prob: float
-    gaussian_blur_prob: float
-    random_erasing: float
+    grayscale_prob: Share
+    gaussian_blur_prob: Share
+    random_erasing: Share
     erasing_mode: str
-    erasing_count: int
-    repeats: int
-    mixup: float
-    cutmix: float
-    mix_prob: float
-    switch_prob: float
-    label_smoothing: float
+    erasing_count: Count
+    repeats: Count
+    mixup: NotNegative
+    cutmix: NotNegative
+    mix_prob: Share
+    switch_prob: Share
+    label_smoothing: Below1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer:
     opt: str
-    lr: float
-    weight_decay: float
-    momentum: float | None
-    betas: list[float] | None
-    eps: float | None
+    lr: NotNegative
+    weight_decay: NotNegative
+    momentum: Share | None
+    betas: list[Below1] | None
+    eps: Positive | None
     kwargs: Mapping[str, Any] | None
-    layer_decay: float | None
-    clip_grad: float | None
+    layer_decay: AtMost1 | None
+    clip_grad: Positive | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleSettings:
     kind: Literal["cosine", "linear", "constant"]
-    epochs: float | None
-    steps: int | None
-    warmup_epochs: float | None
-    warmup_steps: int | None
-    cooldown_epochs: float
-    warmup_lr: float
-    min_lr: float
+    epochs: Epochs | None
+    steps: Count | None
+    warmup_epochs: Annotated[float, (0, 10**6)] | None
+    warmup_steps: NotNegativeInt | None
+    cooldown_epochs: Annotated[float, (0, 10**6)]
+    warmup_lr: NotNegative
+    min_lr: NotNegative
     decay_from: Literal["warmup", "start"]
-    eval_epochs: float | None
-    eval_steps: int | None
+    eval_epochs: Epochs | None
+    eval_steps: Count | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,40 +103,40 @@ class PrecisionSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    devices: int | None
+    devices: Cores | None
     accelerator: Literal["auto", "cuda", "cpu"]
-    device_batch: int | Literal["auto"] | None
-    log_every: int
-    save_every: int | None
-    keep_epochs: int | None
+    device_batch: Count | Literal["auto"] | None
+    log_every: Count
+    save_every: Count | None
+    keep_epochs: Count | None
     grad_checkpointing: bool
     compile: bool | Literal["default", "reduce-overhead", "max-autotune"]
-    timeout_s: float
-    max_restarts: int
-    max_skipped: int
+    timeout_s: Annotated[float, (ABOVE_ZERO, 10**7)]
+    max_restarts: NotNegativeInt
+    max_skipped: Count
     keep: Literal["all", "best"] = "all"  # this default and those below are for the configs of earlier versions
-    profile: int | None = None
-    threads: int | None = None
+    profile: Count | None = None
+    threads: Cores | None = None
     deterministic: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ema:
-    decay: float | None
+    decay: Below1 | None
     warmup: bool
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loss:
-    cosine_blocks: int
+    cosine_blocks: NotNegativeInt
     cosine_weight: float
     kind: Literal["cross_entropy", "bce"] = "cross_entropy"  # the default is for the configs of earlier versions
 
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    images: int
-    every_epochs: int | None
+    images: NotNegativeInt
+    every_epochs: Count | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +160,7 @@ class Settings:
     freeze: int | Literal["backbone"] | None = None
     fresh: bool
     dry: bool
-    calibrate: int | Literal["auto"] = 0  # the defaults are for the configs of earlier versions
+    calibrate: NotNegativeInt | Literal["auto"] = 0  # the defaults are for the configs of earlier versions
     logger: str | list[str] | None = None
     origin: Mapping[str, Any] | None = None  # what was chosen and typed: see `config.provenance.origin`
 
@@ -168,11 +175,11 @@ class EvalSettings:
     checkpoint: str | list[str] | None
     weights: Literal["auto", "ema", "raw"]
     dialect: str | None
-    calibrate: int
+    calibrate: NotNegativeInt
     labels: Literal["real"] | None
     ablate: Literal["blocks", "theta"] | None
     also: str | list[str] | None
-    knn: int | None
+    knn: Count | None
     out: str | None
     model: Mapping[str, Any]
 
@@ -187,72 +194,11 @@ def read_evaluation(config: Mapping[str, Any]) -> EvalSettings:
 
 
 def read_settings(config: Mapping[str, Any]) -> Settings:
-    """A composed, resolved config as typed settings.
-
-    Raises:
-        UserError: an unknown key, a missing one, a value of the wrong type or out of its range.
-    """
+    """A composed, resolved config as typed settings; UserError for an unknown key, a missing one, a value of the wrong
+    type or out of its range, and settings that contradict each other or have no effect beside each other."""
     settings = _read(Settings, config)
     if not 0 <= settings.seed <= 2**62:
         raise UserError(f"seed={settings.seed} must be from 0 to 2**62.")
-    _check_pairs(settings)
-    return settings
-
-
-def _read(kind: type, config: Mapping[str, Any]) -> Any:
-    """`kind` of a config, with its groups in their typed forms."""
-    groups = [name for name, hint in typing.get_type_hints(kind).items() if dataclasses.is_dataclass(hint)]
-    check_arguments(kind, {name: value for name, value in config.items() if name not in groups}, "",
-                    ignore_missing=groups)
-    check_ranges({name: config.get(name) for name in ("calibrate", "knn")}, {"calibrate": NOT_NEGATIVE, "knn": COUNT})
-    return kind(**{**config, **{name: read_group(name, config.get(name)) for name in groups}})
-
-
-def read_group(name: str, values: Mapping[str, Any]) -> Any:
-    """One group of settings, such as `data`, as its typed form."""
-    if not isinstance(values, Mapping):
-        raise UserError(f"{name}={values} is a group of settings: set one of them, such as "
-                        f"{name}.{dataclasses.fields(_GROUPS[name])[0].name}.")
-    check_arguments(_GROUPS[name], values, name)
-    check_ranges(values, RANGES.get(name, {}), name)
-    return _GROUPS[name](**values)
-
-
-_GROUPS = {name: hint for name, hint in typing.get_type_hints(Settings).items() if dataclasses.is_dataclass(hint)}
-
-COUNT, POSITIVE, NOT_NEGATIVE, SHARE = (1, math.inf), (ABOVE_ZERO, math.inf), (0, math.inf), (0, 1)
-RANGES: dict[str, Ranges] = {
-    "data": {
-        **dict.fromkeys(("img_size", "batch_size", "eval_batch_size"), COUNT),
-        **dict.fromkeys(("max_bad", "in_memory_mb"), NOT_NEGATIVE),
-        "classes": (2, math.inf), "workers": (0, 1024), "hflip": SHARE, "val_fraction": (0, BELOW_ONE),
-        "fraction": (ABOVE_ZERO, 1), "crop_pct": (0.1, 1)},
-    "augment": {
-        **dict.fromkeys(("hflip", "vflip", "grayscale_prob", "gaussian_blur_prob", "random_erasing", "mix_prob",
-                         "switch_prob"), SHARE),
-        **dict.fromkeys(("mixup", "cutmix", "color_jitter"), NOT_NEGATIVE),
-        **dict.fromkeys(("repeats", "erasing_count"), COUNT),
-        "crop_scale": (ABOVE_ZERO, 1), "crop_ratio": POSITIVE, "label_smoothing": (0, BELOW_ONE)},
-    "optimizer": {
-        **dict.fromkeys(("lr", "weight_decay"), NOT_NEGATIVE),
-        **dict.fromkeys(("eps", "clip_grad"), POSITIVE), "layer_decay": (ABOVE_ZERO, 1),
-        "momentum": SHARE, "betas": (0, BELOW_ONE)},
-    "schedule": {
-        **dict.fromkeys(("steps", "eval_steps"), COUNT),
-        **dict.fromkeys(("epochs", "eval_epochs"), (ABOVE_ZERO, 10**6)),
-        **dict.fromkeys(("warmup_epochs", "cooldown_epochs"), (0, 10**6)),
-        **dict.fromkeys(("warmup_steps", "warmup_lr", "min_lr"), NOT_NEGATIVE)},
-    "engine": {
-        **dict.fromkeys(("device_batch", "log_every", "save_every", "keep_epochs", "max_skipped", "profile"), COUNT),
-        **dict.fromkeys(("devices", "threads"), (1, 1024)), "timeout_s": (ABOVE_ZERO, 10**7),
-        "max_restarts": NOT_NEGATIVE},
-    "ema": {"decay": (0, BELOW_ONE)},
-    "loss": {"cosine_blocks": NOT_NEGATIVE},
-    "probe": {"images": NOT_NEGATIVE, "every_epochs": COUNT}}
-
-
-def _check_pairs(settings: Settings) -> None:
-    """Settings that contradict each other, or have no effect beside each other."""
     shared, engine = settings.model.get("share_maps", 1), settings.engine
     if shared > 1 and engine.compile and engine.grad_checkpointing:
         raise UserError(f"model.share_maps={shared} goes with engine.compile or engine.grad_checkpointing, not with "
@@ -267,6 +213,30 @@ def _check_pairs(settings: Settings) -> None:
         if getattr(settings, name) != neutral and settings.init is None:
             raise UserError(f"{name}={getattr(settings, name)} is for weights that are loaded: give init=CHECKPOINT "
                             f"too, or leave {name} out to train from random weights.")
+    return settings
+
+
+def _read(kind: type, config: Mapping[str, Any]) -> Any:
+    """`kind` of a config, with its groups in their typed forms."""
+    groups = [name for name, hint in typing.get_type_hints(kind).items() if dataclasses.is_dataclass(hint)]
+    check_arguments(kind, {name: value for name, value in config.items() if name not in groups}, "",
+                    ignore_missing=groups)
+    check_ranges({name: config.get(name) for name in ("calibrate", "knn")}, ranges_of(kind))
+    return kind(**{**config, **{name: read_group(name, config.get(name)) for name in groups}})
+
+
+def read_group(name: str, values: Mapping[str, Any]) -> Any:
+    """One group of settings, such as `data`, as its typed form."""
+    if not isinstance(values, Mapping):
+        raise UserError(f"{name}={values} is a group of settings: set one of them, such as "
+                        f"{name}.{dataclasses.fields(_GROUPS[name])[0].name}.")
+    check_arguments(_GROUPS[name], values, name)
+    check_ranges(values, RANGES[name], name)
+    return _GROUPS[name](**values)
+
+
+_GROUPS = {name: hint for name, hint in typing.get_type_hints(Settings).items() if dataclasses.is_dataclass(hint)}
+RANGES: dict[str, Ranges] = {name: ranges_of(kind) for name, kind in _GROUPS.items()}
 
 
 def _check_durations(schedule: ScheduleSettings) -> None:

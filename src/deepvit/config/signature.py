@@ -4,7 +4,7 @@ import inspect
 import math
 import types
 import typing
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from deepvit.errors import UserError, did_you_mean
@@ -16,15 +16,10 @@ Ranges = Mapping[str, tuple[float, float]]  # name -> smallest, largest; of a li
 
 def check_arguments(function: Callable, given: Mapping[str, Any], where: str = "",
                     ignore_missing: Collection[str] = ()) -> None:
-    """Refuses what `function(**given)` would: unknown names (with what was meant), missing ones, wrong types.
-
-    Args:
-        function: a function or class whose parameters are annotated.
-        where: the config path in the message, e.g. `"model"` -> "model.dpeth is not a setting".
-        ignore_missing: names that are given elsewhere.
-    """
+    """Refuses what `function(**given)`, a function or class with annotated parameters, would: unknown names (with a
+    suggestion), missing ones but for `ignore_missing`, wrong types. `where`: the config path in the sentence."""
     if not isinstance(given, Mapping):
-        raise UserError(f"{where} is {shown(given)}, which is not a mapping of settings.")
+        raise UserError(f"{where} is {_shown(given)}, which is not a mapping of settings.")
     prefix = f"{where}." if where else ""
     parameters, hints = parameters_of(function)
     for name, value in given.items():
@@ -32,7 +27,7 @@ def check_arguments(function: Callable, given: Mapping[str, Any], where: str = "
             raise UserError(f"{prefix}{name} is not a setting.{did_you_mean(name, parameters)}"
                             f" The settings are: {', '.join(sorted(parameters))}.")
         if name in hints and not fits(value, hints[name]):
-            raise UserError(f"{prefix}{name} is {shown(value)}, which is not {describe(hints[name])}.")
+            raise UserError(f"{prefix}{name} is {_shown(value)}, which is not {describe(hints[name])}.")
     for name, parameter in parameters.items():
         if parameter.default is parameter.empty and name not in given and name not in ignore_missing:
             raise UserError(f"{prefix}{name} is missing: give it {describe(hints.get(name, Any))}.")
@@ -55,6 +50,18 @@ def check_range(name: str, value: float, least: float, most: float) -> None:
     words += [] if most == math.inf else ["below 1" if most == BELOW_ONE else f"at most {most:g}"]
     words += [] if -held <= value <= held else ["a finite number that a computer counts with"]
     raise UserError(f"{name}={value} must be {' and '.join(words)}.")
+
+
+def ranges_of(kind: type) -> Ranges:
+    """Those in the annotations of a dataclass: `steps: Annotated[int, (1, 100)] | None`; of a list, its members'."""
+    def annotated(hint: Any) -> Iterator[Any]:
+        if typing.get_origin(hint) is typing.Annotated:
+            yield hint
+        for part in typing.get_args(hint):
+            yield from annotated(part)
+
+    hints = typing.get_type_hints(kind, include_extras=True)
+    return {name: one.__metadata__[0] for name, hint in hints.items() for one in annotated(hint)}
 
 
 def parameters_of(function: Callable) -> tuple[dict[str, inspect.Parameter], dict[str, Any]]:
@@ -84,14 +91,10 @@ def fits(value: Any, hint: Any) -> bool:
         return value in arguments
     if hint is None or hint is type(None):
         return value is None
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return _fits_container(value, origin, arguments) if origin else isinstance(value, hint)
-
-
-def _fits_container(value: Any, origin: Any, arguments: tuple) -> bool:
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    if origin is None:
+        return isinstance(value, hint)
     if issubclass(origin, Mapping):
         return isinstance(value, Mapping)
     if not isinstance(value, Sequence) or isinstance(value, str):
@@ -101,8 +104,7 @@ def _fits_container(value: Any, origin: Any, arguments: tuple) -> bool:
     return all(fits(item, arguments[0]) for item in value)
 
 
-def shown(value: Any) -> str:
-    """`value` within a sentence, cut where it is long."""
+def _shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:100]}..."
 

@@ -122,7 +122,7 @@ class Ranks:
 
     def broadcast(self, tensors: list[Tensor]) -> None:
         """Sets each tensor to rank 0's."""
-        if self.world > 1:
+        if self.control is not None:
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)
 

@@ -43,14 +43,10 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
 
 
 def check(settings: Settings, ranks: Ranks) -> None:
-    """Builds all that needs no data: what can be refused is refused before anything is read or written.
-
-    Raises:
-        UserError: on every rank alike.
-    """
+    """Builds all that needs no data, so that what can be refused is refused before anything is read or written:
+    UserError, on every rank alike."""
     with ranks.sync_errors():
-        _check_complete(settings.model)
-        _check_images(settings.data.img_size, settings.model["img_size"], settings.model["in_chans"])
+        _check_model(settings.model, settings.data.img_size)
         train_transform(settings.data, settings.augment)
         eval_transform(settings.data)
         prepare(settings.data, 2, settings.augment)
@@ -61,38 +57,29 @@ def check(settings: Settings, ranks: Ranks) -> None:
             network.freeze(settings.freeze)
         allowed(settings, network.norm_batches, ranks.world)
         sharing()
-        _check_memory(network)
+        needed = sum(parameter.nbytes for parameter in network.parameters())
+        if needed > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+            raise UserError(f"The weights of this model take {needed / 2**30:.0f} GiB, more than this machine has: "
+                            f"lower model.embed_dim, model.depth or model.mlp_ratio.")
         try_out(settings.optimizer, ranks.device)
-    for sentence in (*without_effect(settings.model), *_too_small(settings)) if ranks.is_main else ():
+    if not ranks.is_main:
+        return
+    for sentence in without_effect(settings.model):
         log.warning(sentence)
+    if settings.data.source != "digits" and (settings.origin or {}).get("recipe") == "digits":
+        log.warning("recipe=digits, the default, makes images and model small (8 pixels, width 64): choose "
+                    "recipe=folder, cifar10 or imagenet for other data.")
 
 
-def _too_small(settings: Settings) -> list[str]:
-    """The default recipe is meant for the digits alone."""
-    if settings.data.source == "digits" or (settings.origin or {}).get("recipe") != "digits":
-        return []
-    return ["recipe=digits, the default, makes images and model small (8 pixels, width 64): recipe=folder, cifar10 or "
-            "imagenet is for others."]
-
-
-def _check_complete(model: Mapping[str, Any]) -> None:
+def _check_model(model: Mapping[str, Any], img_size: int | Sequence[int]) -> None:
     for name in parameters_of(ViT)[0]:
         if name not in model or (name, model[name]) == ("attention", None):
             raise UserError(f"model.{name} is missing: leave it as its model= and model/attention= have it.")
-
-
-def _check_images(read: Any, wanted: Any, channels: int) -> None:
-    if channels != 3:
-        raise UserError(f"model.in_chans={channels}, but images are read with 3 channels: leave it at 3.")
-    if len({tuple(size) if isinstance(size, Sequence) else (size, size) for size in (read, wanted)}) > 1:
-        raise UserError(f"data.img_size={read} is not model.img_size={wanted}: set the latter alone.")
-
-
-def _check_memory(network: ViT) -> None:
-    needed = sum(parameter.nbytes for parameter in network.parameters())
-    if needed > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
-        raise UserError(f"The weights of this model take {needed / 2**30:.0f} GiB, more than this machine has: lower "
-                        f"model.embed_dim, model.depth or model.mlp_ratio.")
+    if model["in_chans"] != 3:
+        raise UserError(f"model.in_chans={model['in_chans']}, but images are read with 3 channels: leave it at 3.")
+    sizes = {tuple(size) if isinstance(size, Sequence) else (size, size) for size in (img_size, model["img_size"])}
+    if len(sizes) > 1:
+        raise UserError(f"data.img_size={img_size} is not model.img_size={model['img_size']}: set the latter alone.")
 
 
 @dataclass(frozen=True)
@@ -117,13 +104,8 @@ class Built:
 
 
 def build(settings: Settings, ranks: Ranks, begun: Mapping[str, Any] | None = None) -> Built:
-    """Everything that a run needs.
-
-    Args:
-        begun: content of the checkpoint that is continued, if any; `settings.init` is not read then.
-    Raises:
-        UserError: on every rank alike.
-    """
+    """Everything that a run needs; UserError on every rank alike. `begun`: content of the checkpoint that is resumed,
+    if any; `settings.init` is not read then."""
     found = shared_splits(settings.data, ranks)
     with ranks.sync_errors():
         schedule, plan = schedule_and_plan(settings, len(found.train))
@@ -145,7 +127,7 @@ def build(settings: Settings, ranks: Ranks, begun: Mapping[str, Any] | None = No
 # Data
 
 def shared_splits(data: Data, ranks: Ranks) -> inputs.Splits:
-    """The images; where they may have to be downloaded, the first rank of each machine goes before the others."""
+    """The images; where they may have to be downloaded, the first rank of each machine goes first."""
     with ranks.sync_errors():
         source = inputs.source_of(data)
     is_first = not source.may_download or ranks.world == 1 or os.environ.get("LOCAL_RANK", "0") == "0"
@@ -157,7 +139,6 @@ def shared_splits(data: Data, ranks: Ranks) -> inputs.Splits:
 
 
 def splits(data: Data) -> inputs.Splits:
-    """The data set that `data` names."""
     return inputs.source_of(data).splits()
 
 
@@ -181,25 +162,24 @@ def batch_maker(settings: Settings, train: inputs.ImageSet, ranks: Ranks
                 ) -> Callable[[int, int, int], Iterator[list[inputs.Batch]]]:
     """`(start, count, micro_batch) -> iterator` over the micro-batches of `count` global batches from batch `start`."""
     data, seed, transform = settings.data, settings.seed, train_transform(settings.data, settings.augment)
-    shares = {"batch_size": data.batch_size, "rank": ranks.rank, "world": ranks.world, "max_bad": data.max_bad,
-              "repeats": settings.augment.repeats}
-    on_device = inputs.OnDevice(train, transform, seed=seed, device=ranks.device,
-                                  max_mb=data.in_memory_mb) if data.on_device else None
+    on_device = data.on_device and inputs.OnDevice(train, transform, seed=seed, device=ranks.device,
+                                                   max_mb=data.in_memory_mb)
 
     def batches(start: int, count: int, micro_batch: int) -> Iterator[list[inputs.Batch]]:
-        asked = {"start_step": start, "steps": start + count,
-                 "accumulation": data.batch_size // ranks.world // micro_batch, **shares}
+        share = {"start_step": start, "steps": start + count, "batch_size": data.batch_size, "rank": ranks.rank,
+                 "world": ranks.world, "max_bad": data.max_bad, "repeats": settings.augment.repeats,
+                 "accumulation": data.batch_size // ranks.world // micro_batch}
         if on_device:
-            return on_device.train_batches(**asked)
+            return on_device.train_batches(**share)
         steps = inputs.train_batches(train, transform, seed=seed, workers=data.workers,
-                                       pin=ranks.device.type == "cuda", **asked)
+                                     pin=ranks.device.type == "cuda", **share)
         return inputs.ahead(steps, ranks.device)
 
     return batches
 
 
 def eval_batches(data: Data, images: inputs.ImageSet, ranks: Ranks) -> Callable[[], Iterator[inputs.Batch]]:
-    """Called for each evaluation: this rank's batches."""
+    """Makes this rank's batches, once for each evaluation."""
     return inputs.eval_batches_again(
         images, eval_transform(data), batch_size=data.eval_batch_size, rank=ranks.rank, world=ranks.world,
         workers=data.workers, on_error=data.on_error, pin=ranks.device.type == "cuda", in_memory_mb=data.in_memory_mb,
@@ -209,11 +189,9 @@ def eval_batches(data: Data, images: inputs.ImageSet, ranks: Ranks) -> Callable[
 # Model and optimizer
 
 def model(settings: Settings, num_classes: int, continued: bool = False, classes: Sequence[str] | None = None) -> ViT:
-    """The model of `settings.model` for `num_classes`, initialised from `settings.seed` and `settings.init` alone; of
-    a run that is `continued` the latter is not read again. Averaged weights are taken where the file has them.
-
-    classes: their names in order, with which a kept head must agree.
-    """
+    """The model of `settings.model` for `num_classes`, initialised from `settings.seed` and `settings.init` alone (not
+    the latter in a run that is `continued`; averaged weights where the file has them). A kept head must agree with
+    `classes`, the names in order."""
     asked = settings.model.get("num_classes")
     if asked is not None and asked != num_classes:
         raise UserError(f"model.num_classes={asked}, but the data has {num_classes} classes: leave it null.")
@@ -248,22 +226,18 @@ def state(settings: Settings, network: ViT, ranks: Ranks) -> TrainState:
 
 def stepper(settings: Settings, network: ViT, schedule: Schedule, num_classes: int, ranks: Ranks,
             masks: bool = True) -> Stepper:
-    return Stepper(compiled(network, settings.engine.compile),
-                   prepare(settings.data, num_classes, settings.augment, settings.seed), schedule,
+    mode, called = settings.engine.compile, network
+    if mode:  # CUDA graphs replay sizes that stay the same alone: half a micro-batch is compiled anew
+        called = torch.compile(network, mode="default" if mode is True else mode, dynamic=False)
+    return Stepper(called, prepare(settings.data, num_classes, settings.augment, settings.seed), schedule,
                    precision(settings.precision, ranks.device), ranks, settings.seed, objective(settings),
                    settings.optimizer.clip_grad, BranchMasks(network, settings.seed, ranks.device) if masks else None,
                    unit(settings, network.norm_batches))
 
 
-def compiled(network: nn.Module, mode: bool | str) -> nn.Module:
-    """As it is called in training; mode: one of torch.compile's, true for its default, or false."""
-    # Only sizes that stay the same can be replayed as CUDA graphs: half a micro-batch is compiled anew.
-    return torch.compile(network, mode="default" if mode is True else mode, dynamic=False) if mode else network
-
-
 def with_precision(config: Mapping[str, Any], device: torch.device) -> Mapping[str, Any]:
-    """`config` with `precision=auto` decided by the device, also in what it tells of its choices."""
-    precision = vars(decided(asked.read_group("precision", config["precision"]), device))
+    """`config` with `precision=auto` decided by the device, also in the record of its choices."""
+    precision = vars(_decided(asked.read_group("precision", config["precision"]), device))
     origin = config.get("origin")
     if origin and origin.get("choices", {}).get("precision") == "auto":
         name = {"bfloat16": "bf16", "float16": "fp16"}.get(precision["dtype"], "tf32" if precision["tf32"] else "fp32")
@@ -271,7 +245,7 @@ def with_precision(config: Mapping[str, Any], device: torch.device) -> Mapping[s
     return {**config, "precision": precision, "origin": origin}
 
 
-def decided(chosen: PrecisionSettings, device: torch.device) -> PrecisionSettings:
+def _decided(chosen: PrecisionSettings, device: torch.device) -> PrecisionSettings:
     """`auto` is bf16 on a GPU that has it, else fp32."""
     has = has_bf16(device)
     dtype = {"auto": "bfloat16" if has else "float32"}.get(chosen.dtype, chosen.dtype)
@@ -279,7 +253,7 @@ def decided(chosen: PrecisionSettings, device: torch.device) -> PrecisionSetting
 
 
 def precision(chosen: PrecisionSettings, device: torch.device) -> Precision:
-    chosen = decided(chosen, device)
+    chosen = _decided(chosen, device)
     dtype = None if chosen.dtype == "float32" else getattr(torch, chosen.dtype)
     return Precision(dtype, chosen.scale_gradients, chosen.tf32)
 
@@ -303,9 +277,8 @@ def objective(settings: Settings) -> Objective:
     return regularised
 
 
-# Durations: epochs become steps here and nowhere else
-
 def schedule_and_plan(settings: Settings, epoch_size: int) -> tuple[Schedule, Plan]:
+    """Epochs become steps here and nowhere else."""
     chosen, batch = settings.schedule, settings.data.batch_size
     per_epoch = inputs.epoch_steps(epoch_size, batch, settings.augment.repeats)
     counted = epoch_size // settings.augment.repeats * settings.augment.repeats

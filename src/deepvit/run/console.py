@@ -1,4 +1,4 @@
-"""What a run prints. Its reader may leave (`| head`): then nobody reads on, and the run goes on."""
+"""What a run prints. Its reader may leave (`| head`): the run goes on without one."""
 
 import logging
 import os
@@ -12,21 +12,21 @@ def say(sentence: str, stream: TextIO | None = None) -> None:
     try:
         print(sentence, file=stream, flush=True)
     except BrokenPipeError:
-        _drop(stream or sys.stdout)
+        _discard(stream or sys.stdout)
+
+
+def _discard(stream: TextIO) -> None:
+    """Sends whatever else is written to `stream` nowhere."""
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), stream.fileno())
 
 
 def print_any_name() -> None:
-    """A name that the terminal's encoding does not know is printed with escapes, where Python would stop."""
+    """Prints what the terminal's encoding lacks with escapes, where Python would stop."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            with suppress(OSError):  # what it stands on was changed beneath it, and cannot be sought in
+            with suppress(OSError):  # the file under it was changed, and cannot be sought in
                 stream.reconfigure(errors="backslashreplace")
-
-
-def _drop(stream: TextIO) -> None:
-    """What else is written to `stream` goes nowhere."""
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), stream.fileno())
 
 
 class _Console(logging.StreamHandler):
@@ -36,13 +36,13 @@ class _Console(logging.StreamHandler):
 
     def handleError(self, record: logging.LogRecord) -> None:
         if isinstance(sys.exc_info()[1], BrokenPipeError):
-            _drop(self.stream)
+            _discard(self.stream)
         else:
             super().handleError(record)
 
 
 def set_up_logging(rank: int = 0) -> None:
-    """Lines to standard output from rank 0; from the others only what is wrong, with their number."""
+    """Log lines to standard output: all of rank 0's; of the others only errors, with their rank."""
     print_any_name()
     logger = logging.getLogger("deepvit")
     for handler in list(logger.handlers):

@@ -3,7 +3,8 @@
 import csv
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,25 @@ from deepvit.report.render import printed
 
 OPTIONAL = {"top5": "top-5 %", "present_top1": "top-1 % among its classes", "uncalibrated_top1": "uncalibrated top-1 %",
             "real_top1": "ReaL top-1 %"}  # columns of the table where a result has them
+Seen = tuple[Path, str, list[str] | None, Evaluation]  # checkpoint, fingerprint of its images, its classes
 log = logging.getLogger(__name__)
+
+
+def report(results: list[dict[str, Any]], seen: list[Seen]) -> None:
+    """Prints all results: the table, and in sentences published figures, the worst classes and paired tests."""
+    log.info("\n%s", table(results))
+    for result in results:
+        name, known = label(result["checkpoint"]), result["published"]
+        if known:
+            whole = result["data"] == "imagenet" and result["n"] == IMAGENET_VAL
+            log.info("%s: %.2f %% is ours, measured here on %d images; %.2f %% is the authors' figure for %s (%s)%s.",
+                     name, result["top1"], result["n"], known["top1"], known["model"], known["source"],
+                     "" if whole else f", on all {IMAGENET_VAL:,} images: the two are not comparable")
+        worst = [f"{row['class']} {row['top1']:.2f} % of {row['n']} (taken for {row['taken_for']} {row['times']} times)"
+                 for row in result["worst_classes"] if row["times"]]
+        if worst:
+            log.info("%s on %s: worst classes: %s.", name, result["data"], "; ".join(worst))
+    compare(seen)
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -32,12 +51,19 @@ def table(results: list[dict[str, Any]]) -> str:
     return printed([*head, *more.values()], rows, markdown=True)
 
 
+def ablation_table(found: list[dict[str, Any]], whole_top1: float) -> str:
+    rows = [[one["form"], f"{one['top1']:.2f}", f"{one['top1'] - whole_top1:+.2f}", f"{one['loss']:.4f}",
+             str(one["only_first"]), str(one["only_second"]), f"{one['p']:.3g}"] for one in found]
+    return printed(["form", "top-1 %", "difference", "loss", "only whole right", "only this right", "McNemar p"], rows,
+                   markdown=True)
+
+
 def label(path: str | Path) -> str:
     """A run's best checkpoint goes by the name of its folder."""
     return str(path).removesuffix("/checkpoints/best.pt")
 
 
-def compare(seen: list[tuple[Path, str, list[str] | None, Evaluation]]) -> None:
+def compare(seen: list[Seen]) -> None:
     """Each checkpoint against the first of those that saw the same images of the same classes."""
     for path, images, classes, other in seen:
         first_path, _, _, first = next(one for one in seen if one[1:3] == (images, classes))
@@ -51,12 +77,9 @@ def compare(seen: list[tuple[Path, str, list[str] | None, Evaluation]]) -> None:
 
 def write(folder: Path, images: ImageSet, evaluation: Evaluation, result: Mapping[str, Any], names: Sequence[str]
           ) -> None:
-    """metrics.json, the prediction for every image, and the accuracy of every class.
-
-    names: of the classes, in the order of the logits.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    """metrics.json, the prediction for every image, and the accuracy of every class; `names` of the classes in the
+    order of the logits."""
+    with results_in(folder):
         write_text_synced(folder / "metrics.json", json.dumps(result, indent=1) + "\n")
         images_of = zip(evaluation.indices, evaluation.targets, evaluation.predictions[:, 0], evaluation.confidences,
                         strict=True)
@@ -66,8 +89,6 @@ def write(folder: Path, images: ImageSet, evaluation: Evaluation, result: Mappin
         _write_csv(folder / "classes.csv", ["class", "images", "top1", "taken_for", "times"],
                    ([row["class"], row["n"], f"{row['top1']:.2f}", row["taken_for"], row["times"]]
                     for row in by_class(evaluation, names)))
-    except OSError as error:
-        raise unwritable(folder, error) from error
     log.info("Results, the prediction for every image and the accuracy of every class: %s", folder)
 
 
@@ -76,13 +97,19 @@ def _write_csv(path: Path, head: list[str], rows: Iterable[list[Any]]) -> None:
         csv.writer(file).writerows([head, *rows])
 
 
-def unwritable(folder: Path, error: OSError) -> UserError:
-    return UserError(f"The results cannot be written to {folder} ({error.strerror}): give out=FOLDER.")
+@contextmanager
+def results_in(folder: Path) -> Iterator[None]:
+    """Makes the folder; UserError where it, or what is written inside, cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise UserError(f"The results cannot be written to {folder} ({error.strerror}): give out=FOLDER.") from error
 
 
 def by_class(evaluation: Evaluation, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Of each class that has images, the worst first: their number, its top-1 in percent, and which other class its
-    images are most often taken for, how many times."""
+    """Of each class that has images, the worst first: their number, its top-1 in percent, and the class that its images
+    are most often mistaken for, with how often."""
     rows = []
     for target in np.unique(evaluation.targets):
         guesses = evaluation.predictions[evaluation.targets == target, 0]
@@ -91,20 +118,3 @@ def by_class(evaluation: Evaluation, names: Sequence[str]) -> list[dict[str, Any
                      "taken_for": names[others[times.argmax()]] if len(others) else "",
                      "times": int(times.max(initial=0))})
     return sorted(rows, key=lambda row: row["top1"])
-
-
-def say_worst(result: Mapping[str, Any]) -> None:
-    worst = [f"{row['class']} {row['top1']:.2f} % of {row['n']} (taken for {row['taken_for']} {row['times']} times)"
-             for row in result["worst_classes"] if row["times"]]
-    if worst:
-        log.info("%s on %s: worst classes: %s.", label(result["checkpoint"]), result["data"], "; ".join(worst))
-
-
-def say_published(result: Mapping[str, Any]) -> None:
-    known = result["published"]
-    if known is None:
-        return
-    whole = result["data"] == "imagenet" and result["n"] == IMAGENET_VAL
-    log.info("%s: %.2f %% is ours, measured here on %d images; %.2f %% is the authors' figure for %s (%s)%s.",
-             label(result["checkpoint"]), result["top1"], result["n"], known["top1"], known["model"], known["source"],
-             "" if whole else f", on all {IMAGENET_VAL:,} images: the two are not comparable")

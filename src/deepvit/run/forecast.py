@@ -1,5 +1,5 @@
-"""What a run would take: everything is built, a few updates and the first evaluation's batch are made, nothing is
-written."""
+"""What a run would take (`dry=true`): everything is built, a few updates and one batch of the first evaluation are run,
+nothing is written."""
 
 import logging
 import statistics
@@ -19,8 +19,8 @@ from deepvit.engine.signals import StopRequest
 from deepvit.models.cost import count_flops, count_parameters
 from deepvit.run import build
 from deepvit.run.build import Built
-from deepvit.run.init import with_model_of_init
-from deepvit.run.result import summary_of
+from deepvit.run.measures import summary_of
+from deepvit.run.resume import with_model_of_init
 
 WARM_UP, MIN_STEPS, MAX_STEPS, ENOUGH_S = 1, 3, 50, 2.0  # not timed; timed: at least, at most, until so long
 FEW_PARTS = 4  # micro-batches
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 def forecast(config: Mapping[str, Any], ranks: Ranks, stop: StopRequest) -> dict[str, float] | None:
-    """Says and returns what the run would take, memory over what the process had before; None: asked to stop."""
+    """Says and returns what the run would take, memory beyond what the process had before; None: asked to stop."""
     with ranks.sync_errors():
         settings = build.read_settings(with_model_of_init(config))
     prepare_device(build.precision(settings.precision, ranks.device), ranks, settings.engine.threads,
@@ -40,7 +40,9 @@ def forecast(config: Mapping[str, Any], ranks: Ranks, stop: StopRequest) -> dict
     seconds = list(_steps(built, stop))
     if not seconds or ranks.any_asked_to_stop(bool(stop)):
         return None
-    _evaluate_once(built)
+    with closing(build.eval_batches(settings.data, built.splits.val, ranks)()) as batches, torch.no_grad():
+        # may need more memory than training does
+        scores(built.state.evaluated_model.eval(), next(batches), built.prepare, ranks, built.stepper.precision, [])
     step = statistics.median(seconds[WARM_UP:] or seconds)
     hours = step * built.plan.total / 3600
     found = {"params": count_parameters(built.model), "flops": count_flops(built.model),
@@ -55,7 +57,7 @@ def forecast(config: Mapping[str, Any], ranks: Ranks, stop: StopRequest) -> dict
 
 
 def _steps(built: Built, stop: StopRequest) -> Iterator[float]:
-    """Seconds of each step, with what it waited for data; none where it was asked to stop."""
+    """Seconds of each step, with the wait for its data; none where it was asked to stop."""
     ranks, total = built.ranks, 0.0
     parts, few = _parts(built)
     data = replace(built.settings.data, batch_size=few * built.micro_batch * ranks.world)
@@ -75,16 +77,8 @@ def _steps(built: Built, stop: StopRequest) -> Iterator[float]:
 
 
 def _parts(built: Built) -> tuple[int, int]:
-    """Micro-batches of a step, and of those the few that are timed: beside them the rest of an update is nothing."""
+    """Micro-batches of a step, and the few of them that are timed: the rest of an update takes next to nothing."""
     settings, whole = built.settings, built.micro_batch * built.ranks.world
     parts = settings.data.batch_size // whole
     return parts, next(few for few in range(min(parts, FEW_PARTS), parts + 1)
                        if few * whole % settings.augment.repeats == 0)
-
-
-@torch.no_grad()
-def _evaluate_once(built: Built) -> None:
-    """A batch of the evaluation, which may need more memory than training does."""
-    with closing(build.eval_batches(built.settings.data, built.splits.val, built.ranks)()) as batches:
-        scores(built.state.evaluated_model.eval(), next(batches), built.prepare, built.ranks, built.stepper.precision,
-               [])

@@ -2,8 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,18 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deepvit import data as images
-from deepvit.config.settings import Data, read_evaluation
+from deepvit import data as inputs
+from deepvit.config.settings import Data
 from deepvit.engine.checkpoint import write_text_synced
-from deepvit.engine.device import prepare_device
 from deepvit.engine.ranks import Ranks
 from deepvit.engine.signals import StopRequest
-from deepvit.engine.step import Precision, Prepare
+from deepvit.engine.step import Precision
 from deepvit.errors import UserError
 from deepvit.models import ViT
 from deepvit.report.render import printed
 from deepvit.run import build, eval_results
-from deepvit.run.evaluate import Candidate, checkpoints, data_settings, load, out_folder
+from deepvit.run.evaluate import Candidate, data_settings, load, out_folder, prepare_evaluation
 
 TEMPERATURE = 0.07  # Wu et al., arXiv:1805.01978, as in DINO, arXiv:2104.14294
 QUERIES = 1024  # images whose similarities to the training set are held at once
@@ -31,72 +29,57 @@ log = logging.getLogger(__name__)
 
 def neighbours_of_all(config: Mapping[str, Any], ranks: Ranks, stop: StopRequest) -> list[dict[str, Any]] | None:
     """Top-1 by the `config["knn"]` nearest training images for every block of every checkpoint; prints a table of each
-    and writes knn.json. The data may have other classes than the model.
-
-    Returns:
-        the results; None if it was asked to stop.
-    Raises:
-        UserError: as `evaluate_all`; no number of neighbours, or more than there are training images.
-    """
-    with ranks.sync_errors():
-        asked = read_evaluation(config)
-        paths, precision = checkpoints(asked.checkpoint), build.precision(asked.precision, ranks.device)
-    prepare_device(precision, ranks, asked.engine.threads, asked.engine.deterministic)
-    k, results = asked.knn, []
+    and writes knn.json. The data may have other classes than the model. Returns the results, or None if it was asked to
+    stop; raises UserError as `evaluate_all`, and for more neighbours than there are training images."""
+    asked, paths, precision = prepare_evaluation(config, ranks)
+    results = []
     for path in paths:
         with ranks.sync_errors():
             candidate = load(path, config)
-            chosen = data_settings(candidate, config)
-            folder = out_folder(candidate, f"{chosen.source}-knn", config["out"])
-        found = _of_one(candidate, chosen, k, ranks, precision, stop)
-        if found is None:
+            data = data_settings(candidate, config)
+            folder = out_folder(candidate, f"{data.source}-knn", asked.out)
+        result = _neighbours(candidate, data, asked.knn, ranks, precision, stop)
+        if result is None:
             return None
-        results.append(found)
+        results.append(result)
+        rows = [[str(i), f"{top1:.2f}"] for i, top1 in enumerate(result["top1_by_block"])]
+        log.info("%s on %s\n%s", eval_results.label(path), data.source,
+                 printed(["block", f"top-1 % by {asked.knn} neighbours"], rows, markdown=True))
         with ranks.sync_errors():
             if ranks.is_main:
-                _tell(found, folder)
+                with eval_results.results_in(folder):
+                    write_text_synced(folder / "knn.json", json.dumps(result, indent=1) + "\n")
     return results
 
 
-def _of_one(candidate: Candidate, chosen: Data, k: int, ranks: Ranks, precision: Precision, stop: StopRequest
-            ) -> dict[str, Any] | None:
-    splits = build.shared_splits(chosen, ranks)
+def _neighbours(candidate: Candidate, data: Data, k: int, ranks: Ranks, precision: Precision, stop: StopRequest
+                ) -> dict[str, Any] | None:
+    splits = build.shared_splits(data, ranks)
     if k > len(splits.train):
         raise UserError(f"knn={k} is more than the {len(splits.train)} training images: give fewer.")
-    model, prepare = candidate.model.to(ranks.device), build.prepare(chosen, len(splits.class_ids))
-    train, val = (_features(model, build.eval_batches(chosen, part, ranks)(), prepare, ranks, precision, stop)
-                  for part in (splits.train, splits.val))
-    return None if train is None or val is None else {
-        "checkpoint": str(candidate.path), "weights": candidate.weights, "data": chosen.source, "k": k,
+    model, prepare = candidate.model.to(ranks.device), build.prepare(data, len(splits.class_ids))
+
+    @torch.no_grad()
+    def features_of(images: inputs.ImageSet) -> tuple[Tensor, Tensor] | None:
+        """This rank's unit vectors `[L, n, D]`, on the CPU, and classes `[n]`; None: one was asked to stop."""
+        features, targets = [], []
+
+        def take(batch: inputs.Batch) -> None:
+            x, y = prepare(batch, 0, ranks.device, training=False)
+            with precision.autocast(ranks.device):
+                features.append(F.normalize(block_features(model, x).float(), dim=-1).cpu())
+            targets.append(y.cpu())
+
+        complete = ranks.for_each(build.eval_batches(data, images, ranks)(), take,
+                                  lambda: ranks.any_asked_to_stop(bool(stop)))
+        return (torch.cat(features, 1), torch.cat(targets)) if complete else None
+
+    train = features_of(splits.train)
+    val = features_of(splits.val) if train else None
+    return val and {
+        "checkpoint": str(candidate.path), "weights": candidate.weights, "data": data.source, "k": k,
         "temperature": TEMPERATURE, "train_images": len(splits.train), "n": len(splits.val),
         "top1_by_block": _by_block(train, val, k, len(splits.class_ids), ranks)}
-
-
-def _tell(found: Mapping[str, Any], folder: Path) -> None:
-    rows = [[str(i), f"{top1:.2f}"] for i, top1 in enumerate(found["top1_by_block"])]
-    log.info("%s on %s\n%s", eval_results.label(found["checkpoint"]), found["data"],
-             printed(["block", f"top-1 % by {found['k']} neighbours"], rows, markdown=True))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text_synced(folder / "knn.json", json.dumps(found, indent=1) + "\n")
-    except OSError as error:
-        raise eval_results.unwritable(folder, error) from error
-
-
-@torch.no_grad()
-def _features(model: ViT, batches: Iterable[images.Batch], prepare: Prepare, ranks: Ranks, precision: Precision,
-              stop: StopRequest) -> tuple[Tensor, Tensor] | None:
-    """Of this rank's images: `[L, n, D]` unit vectors, on the CPU, and classes `[n]`; None: one was asked to stop."""
-    features, targets = [], []
-
-    def take(batch: images.Batch) -> None:
-        x, y = prepare(batch, 0, ranks.device, training=False)
-        with precision.autocast(ranks.device):
-            features.append(F.normalize(block_features(model, x).float(), dim=-1).cpu())
-        targets.append(y.cpu())
-
-    complete = ranks.for_each(batches, take, lambda: ranks.any_asked_to_stop(bool(stop)))
-    return (torch.cat(features, 1), torch.cat(targets)) if complete else None
 
 
 def block_features(model: ViT, x: Tensor) -> Tensor:

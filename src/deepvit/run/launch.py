@@ -1,24 +1,26 @@
-"""Where the ranks of a run come from (this process, torch's elastic launcher, torchrun), and what they do."""
+"""Where the ranks of a run come from (this process, torch's elastic launcher, torchrun, srun), and what they do."""
 
 import logging
 import os
+import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from deepvit.config.paths import refuse_missing
 from deepvit.config.settings import read_group
 from deepvit.engine.signals import handled_signals
-from deepvit.errors import BAD_INPUT, DONE, FAILED, STOPPED, Failure, UserError
+from deepvit.errors import BAD_INPUT, DONE, FAILED, STOPPED, Failure, UserError, reason
 from deepvit.run.console import set_up_logging
-from deepvit.run.slurm import take_place
 
-LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what every rank is told
+LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what a launcher tells every rank
+SLURM_PORTS = range(20000, 40000)  # a job step takes one by its number
 START_METHOD = "spawn"  # of the ranks: CUDA does not survive a fork
+FOLDER_SOURCES = ("folder", "imagenet")  # of data; the others may download theirs to `data.root`
+SCHEME = re.compile(r"[a-z-]+:")  # of a name that is no path: `timm:vit_small_patch16_224`
 
 log = logging.getLogger(__name__)
 
@@ -38,17 +40,12 @@ Job = Callable[[Mapping[str, Any], Path, Any, Any], Outcome]  # (config, folder,
 
 
 def launch(job: Job, config: Mapping[str, Any], folder: Path) -> Outcome:
-    """Runs `job` on as many ranks as `config["engine"]` asks for (null: every visible GPU; one process on a CPU).
-
-    Args:
-        job: a module-level function; it is imported anew in each rank.
-        config: plain values.
-    Returns:
-        rank 0's outcome. Ranks that die are started again together, `engine.max_restarts` times.
-    """
+    """Runs `job`, a module-level function, on as many ranks as `config["engine"]` asks for (null: every visible GPU, or
+    one process on a CPU). Returns rank 0's outcome; ranks that die are restarted together, `engine.max_restarts`
+    times."""
     try:
         read_group("engine", config.get("engine"))
-        refuse_missing(config, folder)
+        _refuse_missing_paths(config, folder)
         if is_rank := joined():
             refuse_other_count(config["engine"])
         devices = 1 if is_rank else _devices(config["engine"])
@@ -57,16 +54,33 @@ def launch(job: Job, config: Mapping[str, Any], folder: Path) -> Outcome:
     if devices > 1:
         return _launch_elastic(job, config, folder, devices)
     outcome = run_rank(job, dict(config), str(folder))
-    # A request to stop ends well below torchrun, or it would start all ranks again; events.jsonl has PREEMPTED.
-    return replace(outcome, code=DONE) if outcome.code == STOPPED and _below_torchrun() else outcome
+    if outcome.code == STOPPED and "TORCHELASTIC_RUN_ID" in os.environ:
+        return replace(outcome, code=DONE)  # or torchrun would restart all ranks; events.jsonl says PREEMPTED
+    return outcome
+
+
+def _refuse_missing_paths(config: Mapping[str, Any], folder: Path) -> None:
+    """A misspelled path is answered before torch is imported. A run that `folder` continues does not read `init`."""
+    data = config.get("data", {})
+    if data.get("source") in FOLDER_SOURCES:
+        if not data.get("root"):
+            raise UserError(f"data={data['source']} needs the folder of the images: give data.root=/path/to/it.")
+        _refuse_missing("data.root", data["root"])
+    resumes = (folder / "checkpoints" / "last.pt").exists() and not config.get("fresh")
+    setting = "checkpoint" if "checkpoint" in config else "init"
+    given = None if setting == "init" and resumes else config.get(setting)
+    for path in [given] if isinstance(given, str) else given if isinstance(given, list) else []:
+        _refuse_missing(setting, path)
+
+
+def _refuse_missing(setting: str, path: str) -> None:
+    if not SCHEME.match(path) and not os.path.exists(os.path.expanduser(path)):
+        raise UserError(f"{setting}={path} does not exist: check the path, which is taken from {Path.cwd()}.")
 
 
 def joined() -> bool:
-    """Whether a launcher such as torchrun or srun started this process as one of several ranks.
-
-    Raises:
-        UserError: its variables are half set, or no numbers.
-    """
+    """Whether a launcher such as torchrun or srun started this process as one of several ranks; UserError where its
+    variables are incomplete or no numbers."""
     for name in (*LAUNCHED, "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         if os.environ.get(name) == "":
             del os.environ[name]  # set to nothing is not set, for whoever reads it
@@ -80,9 +94,47 @@ def joined() -> bool:
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT"):
         value, limit = os.environ.get(name, "0"), os.environ["WORLD_SIZE"] if name == "RANK" else "65536"
         if not value.isdecimal() or int(value) >= int(limit):
-            raise UserError(f"{name}={value} is no number of a launcher (WORLD_SIZE={os.environ['WORLD_SIZE']}): "
+            raise UserError(f"{name}={value} is not a launcher's number (WORLD_SIZE={os.environ['WORLD_SIZE']}): "
                             f"{advice}")
     return True
+
+
+def take_place(environ: MutableMapping[str, str]) -> None:
+    """Sets what torchrun would set, from SLURM's variables, in a job step of several tasks that plain `srun` started.
+
+    A step is recognised by SLURM_STEP_NUM_TASKS; SLURM_NTASKS is set in a batch script too, which is one process.
+    UserError where a variable that srun sets is missing or unreadable.
+    """
+    if "RANK" in environ or environ.get("SLURM_STEP_NUM_TASKS", "1") == "1":
+        return
+    try:
+        here = _tasks_by_node(environ["SLURM_STEP_TASKS_PER_NODE"])[int(environ["SLURM_NODEID"])]
+        step = 31 * int(environ["SLURM_JOB_ID"]) + int(environ["SLURM_STEP_ID"])
+        place = {"RANK": environ["SLURM_PROCID"], "WORLD_SIZE": environ["SLURM_STEP_NUM_TASKS"],
+                 "LOCAL_RANK": environ["SLURM_LOCALID"], "LOCAL_WORLD_SIZE": str(here),
+                 "MASTER_ADDR": first_host(environ["SLURM_STEP_NODELIST"]),
+                 "MASTER_PORT": str(SLURM_PORTS[step % len(SLURM_PORTS)])}
+    except (AttributeError, IndexError, KeyError, ValueError) as error:
+        raise UserError(f"SLURM_STEP_NUM_TASKS={environ['SLURM_STEP_NUM_TASKS']} is set, but the place of this task "
+                        f"is unknown ({reason(error)}): start with srun, or through torchrun.") from None
+    for name, value in place.items():
+        environ.setdefault(name, value)
+    gpus = environ.get("SLURM_GPUS_ON_NODE", "")
+    if gpus.isdecimal() and int(gpus) > here and place["LOCAL_RANK"] == "0":
+        log.warning("This machine has %s GPUs, but srun started only %d tasks, each of which uses one: start a task "
+                    "for each GPU (--ntasks-per-node).", gpus, here)
+
+
+def first_host(nodes: str) -> str:
+    """`gpu[03-05,7]-ib,login1` -> `gpu03-ib`."""
+    before, first, behind = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\])?([^,\[]*)", nodes).groups()
+    return before + (first or "") + behind
+
+
+def _tasks_by_node(counts: str) -> list[int]:
+    """`2(x3),1` -> [2, 2, 2, 1]."""
+    parts = (re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part).groups() for part in counts.split(","))
+    return [int(count) for count, times in parts for _ in range(int(times or 1))]
 
 
 def refuse_other_count(engine: Mapping[str, Any]) -> None:
@@ -93,12 +145,21 @@ def refuse_other_count(engine: Mapping[str, Any]) -> None:
                         f"out, or give torchrun --nproc-per-node={wanted}.")
 
 
-def _below_torchrun() -> bool:
-    return "TORCHELASTIC_RUN_ID" in os.environ
+def _devices(engine: Mapping[str, Any]) -> int:
+    import torch
+
+    from deepvit.engine.ranks import pick_device
+    wanted = engine["devices"]
+    if pick_device(engine["accelerator"]).type == "cpu":
+        return wanted or 1
+    present = torch.cuda.device_count()
+    if (wanted or present) > present:
+        raise UserError(f"engine.devices={wanted}, but {present} CUDA devices are visible.")
+    return wanted or present
 
 
 def run_rank(job: Job, config: dict[str, Any], folder: str) -> Outcome:
-    """One rank, from joining the others to its outcome; what the user did wrong is returned, never raised."""
+    """One rank, from joining the others to its outcome; a user's mistake is returned, never raised."""
     from deepvit.engine.ranks import LostRank, join
     from deepvit.engine.signals import stop_requests
     engine = config["engine"]
@@ -113,21 +174,17 @@ def run_rank(job: Job, config: dict[str, Any], folder: str) -> Outcome:
 
 
 def run_child(job: Job, config: dict[str, Any], folder: str) -> Outcome:
-    """A rank below the elastic launcher, which starts all ranks again if this one *exits* badly."""
+    """A rank below the elastic launcher, which restarts all ranks if this one *exits* badly."""
     outcome = run_rank(job, config, folder)
     if outcome.retry:
         log.error("%s", outcome.message)
         sys.exit(outcome.code)
     if outcome.code == STOPPED:
-        _leave_soon()
+        # A launcher that is asked to stop waits for its ranks, and its ranks wait for its word: one must go first.
+        signal.signal(signal.SIGALRM, lambda number, frame: os._exit(DONE))
+        signal.setitimer(signal.ITIMER_REAL, 1.0)  # second
+        sys.stdout.flush()
     return outcome
-
-
-def _leave_soon() -> None:
-    """A launcher that is asked to stop awaits the end of its ranks, and its ranks await its word: one must go first."""
-    signal.signal(signal.SIGALRM, lambda number, frame: os._exit(DONE))
-    signal.setitimer(signal.ITIMER_REAL, 1.0)  # second
-    sys.stdout.flush()
 
 
 def _launch_elastic(job: Job, config: Mapping[str, Any], folder: Path, devices: int) -> Outcome:
@@ -144,8 +201,7 @@ def _launch_elastic(job: Job, config: Mapping[str, Any], folder: Path, devices: 
             logging.getLogger(name).setLevel(logging.CRITICAL)
     handlers = {number: signal.getsignal(number) for number in signals}
     try:
-        outcomes = elastic_launch(setup, run_child)(job, dict(config), str(folder))
-        return outcomes[0]
+        return elastic_launch(setup, run_child)(job, dict(config), str(folder))[0]
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         return Outcome(FAILED, f"Rank {rank} {end_of(failure.exitcode)}, and {engine['max_restarts']} restarts did not "
@@ -163,27 +219,13 @@ def end_of(exitcode: int) -> str:
     return f"was killed by {signal.Signals(-exitcode).name}" if exitcode < 0 else f"died (exit code {exitcode})"
 
 
-def _devices(engine: Mapping[str, Any]) -> int:
-    import torch
-    wanted, accelerator = engine["devices"], engine["accelerator"]
-    if accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available()):
-        return wanted or 1
-    present = torch.cuda.device_count()
-    if not present:
-        raise UserError("engine.accelerator=cuda, but torch sees no CUDA device here: use engine.accelerator=auto, "
-                        "or check the driver and CUDA_VISIBLE_DEVICES.")
-    if (wanted or present) > present:
-        raise UserError(f"engine.devices={wanted}, but {present} CUDA devices are visible.")
-    return wanted or present
-
-
 def unexpected(error: BaseException) -> Outcome:
     """A defect of ours: its traceback is printed, the code is that of a failure."""
     traceback.print_exception(error)
     return Outcome(FAILED, f"{type(error).__name__}: {error}")
 
 
-# Jobs: module-level functions, so that they can be started in other processes; torch is loaded there
+# Jobs: module-level functions, so that other processes can start them; torch is loaded there
 
 def train_job(config: Mapping[str, Any], folder: Path, ranks: Any, stop: Any) -> Outcome:
     if config["dry"]:

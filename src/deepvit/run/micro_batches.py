@@ -16,8 +16,13 @@ from deepvit.errors import UserError
 from deepvit.models import ViT
 
 
+def norm_group(norm_batches: Collection[int | None]) -> int:
+    """Images that the batch norms of a model (`ViT.norm_batches`) must see together; 1: as they come."""
+    return math.lcm(*filter(None, norm_batches))
+
+
 def unit(settings: Settings, norm_batches: Collection[int | None]) -> int:
-    """Images that no micro-batch may part: a group of the batch norms, a pair of mixup or cutmix."""
+    """Images that no micro-batch may split: a group of the batch norms, a pair of mixup or cutmix."""
     group = min(norm_group(norm_batches), settings.data.batch_size)
     return math.lcm(group, 2 if mixes(settings.augment) else 1)
 
@@ -25,42 +30,42 @@ def unit(settings: Settings, norm_batches: Collection[int | None]) -> int:
 def allowed(settings: Settings, norm_batches: Collection[int | None], world: int) -> list[int]:
     """Images that a device may take at once, largest first: parts of its share of the global batch in whole `unit`s.
 
-    Args:
-        norm_batches: the model's (`ViT.norm_batches`). With None among them the statistics are those of whatever a
-            device takes at once, so that this is no free choice: `auto` is the whole share.
-    Raises:
-        UserError: the global batch does not divide over the devices, or a device's share not into whole units.
+    With None among `norm_batches` the statistics are those of whatever a device takes at once, so the size is no free
+    choice: `auto` is the whole share. UserError where the global batch does not divide over the devices, or a device's
+    share not into whole units.
     """
     batch, most, whole = settings.data.batch_size, settings.engine.device_batch, unit(settings, norm_batches)
     share, rest = divmod(batch, world)
     if rest:
         raise UserError(f"data.batch_size={batch} (of all devices together) does not divide over {world} devices: give "
                         f"a multiple of {world}.")
+    group, pair = norm_group(norm_batches), 2 if mixes(settings.augment) else 1
+    why = " and ".join([f"norm_batch={group} takes batch statistics over so many"] * (group > 1)
+                       + ["mixup and cutmix pair neighbours"] * (pair > 1))
     if share % whole:
-        raise UserError(_refusal(settings, norm_batches, world))
+        fitting = [size for size in range(min(group, share), 1, -1) if share % math.lcm(size, pair) == 0]
+        other = f", or model.attention.norm_batch={fitting[0]}" if group > 1 and fitting else ""
+        multiple = math.lcm(group, pair)
+        raise UserError(f"data.batch_size={batch} leaves each of {world} devices {share} images, which is no multiple "
+                        f"of {multiple} ({why}): give a multiple of {world * multiple}{other}.")
     sizes = [share // parts for parts in range(1, share // whole + 1) if share % (parts * whole) == 0]
-    if most is None or (most == "auto" and None in norm_batches):
-        return sizes[:1]
     if most == "auto":
-        return sizes
+        return sizes[:1] if None in norm_batches else sizes
+    if most is None:
+        return sizes[:1]
     if most > share:
         raise UserError(f"engine.device_batch={most} is more than a device's share of the global batch, {share} "
                         f"images: give {share} or less, or auto.")
     if most < sizes[-1]:
-        raise UserError(f"engine.device_batch={most} is less than the {whole} images that cannot be parted "
-                        f"({_why(settings, norm_batches)}): give {whole} or more, or auto.")
+        raise UserError(f"engine.device_batch={most} is less than the {whole} images that cannot be split ({why}): "
+                        f"give {whole} or more, or auto.")
     return [size for size in sizes if size <= most]
 
 
-def choose(settings: Settings, state: TrainState, stepper: Stepper,
-           begun: Mapping[str, Any] | None = None) -> tuple[int, str]:
-    """The size of this run's micro-batches, and in words what they take of the memory where that was measured.
-
-    Args:
-        begun: content of the checkpoint that is continued: on devices like its own it keeps its size, and so its bits.
-    Raises:
-        UserError: as `allowed`.
-    """
+def choose(settings: Settings, state: TrainState, stepper: Stepper, begun: Mapping[str, Any] | None = None
+           ) -> tuple[int, str]:
+    """The size of this run's micro-batches, and in words the memory that they take where that was measured. On devices
+    like those of `begun`, the content of the checkpoint that is resumed, a run keeps its size, and so its bits."""
     ranks = stepper.ranks
     sizes = allowed(settings, state.model.norm_batches, ranks.world)
     if len(sizes) == 1 or settings.engine.device_batch != "auto":
@@ -72,7 +77,7 @@ def choose(settings: Settings, state: TrainState, stepper: Stepper,
 
 
 def advice(settings: Settings, state: TrainState, stepper: Stepper, count: int) -> str:
-    """What helps where `count` images at once are too many: what they need, what is there, the settings, best first."""
+    """What helps where `count` images at once are too many: what they need, what there is, the settings, best first."""
     network, device = state.model, stepper.ranks.device
 
     def needed(checkpointing: bool) -> str:
@@ -82,33 +87,11 @@ def advice(settings: Settings, state: TrainState, stepper: Stepper, count: int) 
     ways = [] if settings.engine.grad_checkpointing else [f"engine.grad_checkpointing=true ({needed(True)})"]
     ways += ["precision=bf16"] * (stepper.precision.dtype is None)
     ways += ["a smaller model.attention.norm_batch"] * (count > 1)
-    there = f"{available_bytes(device, sharing()) / 2**30:.3g} GiB"
+    there = available_bytes(device, sharing()) / 2**30
     needs = needed(settings.engine.grad_checkpointing)
-    return f"they need {needs} and {there} are there; set {', '.join(ways) or 'a smaller model'}"
+    return f"they need {needs} and {there:.3g} GiB are there; set {', '.join(ways) or 'a smaller model'}"
 
 
 def _example(network: ViT, device: torch.device) -> Example:
     return lambda count: (torch.zeros(count, network.in_chans, *network.img_size, device=device),
                           torch.zeros(count, dtype=torch.int64, device=device))
-
-
-def norm_group(norm_batches: Collection[int | None]) -> int:
-    """Images that the batch norms of a model must see together; 1: as they come."""
-    return math.lcm(*filter(None, norm_batches))
-
-
-def _refusal(settings: Settings, norm_batches: Collection[int | None], world: int) -> str:
-    """Of a share that cannot be cut into whole units, with the sizes that can."""
-    group, pair = norm_group(norm_batches), 2 if mixes(settings.augment) else 1
-    share = settings.data.batch_size // world
-    fitting = [size for size in range(min(group, share), 1, -1) if share % math.lcm(size, pair) == 0]
-    other = f", or model.attention.norm_batch={fitting[0]}" if group > 1 and fitting else ""
-    return (f"data.batch_size={settings.data.batch_size} leaves each of {world} devices {share} images, which is no "
-            f"multiple of {math.lcm(group, pair)} ({_why(settings, norm_batches)}): give a multiple of "
-            f"{world * math.lcm(group, pair)}{other}.")
-
-
-def _why(settings: Settings, norm_batches: Collection[int | None]) -> str:
-    group = norm_group(norm_batches)
-    return " and ".join([f"norm_batch={group} takes batch statistics over so many"] * (group > 1)
-                        + ["mixup and cutmix pair neighbours"] * mixes(settings.augment))

@@ -1,7 +1,6 @@
 """timm's optimizers by their settings, each of which must have its effect."""
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2, get_optimizer_class, get_optimizer_info, list_optimizers
@@ -18,32 +17,33 @@ REFUSALS = AssertionError, ImportError, RuntimeError, TypeError, ValueError  # w
 
 def optimizer(network: nn.Module, chosen: Optimizer) -> torch.optim.Optimizer:
     """By timm's factory: no decay on biases, norms and the embeddings that the model names; a layer-wise decay gives
-    each group its `lr_scale`.
-
-    Raises:
-        UserError: timm has no such optimizer, or that one does not take these settings.
-    """
+    each group its `lr_scale`. UserError where timm has no such optimizer, or it does not take these settings, each of
+    which it must know: timm drops some that it does not."""
     if chosen.opt not in list_optimizers():
         raise UserError(f"optimizer.opt={chosen.opt} is not one of timm's."
                         f"{did_you_mean(chosen.opt, list_optimizers())}")
+    info = get_optimizer_info(chosen.opt)
+    given = {name: value for name in ("momentum", "betas", "eps") if (value := getattr(chosen, name)) is not None}
+    for name, value in given.items():
+        if not getattr(info, f"has_{name}"):
+            raise UserError(f"optimizer.{name}={value} has no effect with optimizer.opt={chosen.opt}: set it to null.")
+    if "betas" in given and len(chosen.betas) != info.num_betas:
+        raise UserError(f"optimizer.betas={chosen.betas} must be a list of {info.num_betas}.")
+    further = dict(chosen.kwargs or {})
+    for name in OWN & further.keys():
+        raise UserError(f"optimizer.kwargs.{name} is a setting of its own: give optimizer.{name}.")
+    fused = {"fused": True} if chosen.opt in FUSED else {}
     try:
+        check_arguments(get_optimizer_class(chosen.opt, bind_defaults=False), further, "optimizer.kwargs",
+                        ignore_missing={"params", *OWN})
         return create_optimizer_v2(network, chosen.opt, lr=chosen.lr, weight_decay=chosen.weight_decay,
-                                   layer_decay=chosen.layer_decay, **_keywords(chosen))
+                                   layer_decay=chosen.layer_decay, **given, **fused | further)
     except REFUSALS as error:
         raise _refused(chosen, error) from error
 
 
-def _refused(chosen: Optimizer, error: Exception) -> UserError:
-    further = f" with optimizer.kwargs={dict(chosen.kwargs)}" if chosen.kwargs else ""
-    return UserError(f"optimizer.opt={chosen.opt} does not work here{further}: {error}.")
-
-
 def try_out(chosen: Optimizer, device: torch.device) -> None:
-    """Makes a step: some optimizers refuse their settings, or gradients without a graph, only then.
-
-    Raises:
-        UserError: as `optimizer`.
-    """
+    """Makes a step: some optimizers refuse their settings, or gradients without a graph, only then (UserError)."""
     network = nn.Linear(1, 1, device=device)
     made = optimizer(network, replace(chosen, layer_decay=None))  # one layer has none
     for parameter in network.parameters():
@@ -54,18 +54,6 @@ def try_out(chosen: Optimizer, device: torch.device) -> None:
         raise _refused(chosen, error) from error
 
 
-def _keywords(chosen: Optimizer) -> dict[str, Any]:
-    """The keywords that are given, each of which the optimizer must take: timm drops some that it does not."""
-    info, cls = get_optimizer_info(chosen.opt), get_optimizer_class(chosen.opt, bind_defaults=False)
-    given = {name: value for name in ("momentum", "betas", "eps") if (value := getattr(chosen, name)) is not None}
-    for name in given:
-        if not getattr(info, f"has_{name}"):
-            raise UserError(f"optimizer.{name}={given[name]} has no effect with optimizer.opt={chosen.opt}: set it to "
-                            f"null.")
-    if "betas" in given and len(chosen.betas) != info.num_betas:
-        raise UserError(f"optimizer.betas={chosen.betas} must be a list of {info.num_betas}.")
-    further = dict(chosen.kwargs or {})
-    for name in OWN & further.keys():
-        raise UserError(f"optimizer.kwargs.{name} is a setting of its own: give optimizer.{name}.")
-    check_arguments(cls, further, "optimizer.kwargs", ignore_missing={"params", *OWN})
-    return given | ({"fused": True} if chosen.opt in FUSED else {}) | further
+def _refused(chosen: Optimizer, error: Exception) -> UserError:
+    further = f" with optimizer.kwargs={dict(chosen.kwargs)}" if chosen.kwargs else ""
+    return UserError(f"optimizer.opt={chosen.opt} does not work here{further}: {error}.")

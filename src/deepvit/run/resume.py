@@ -1,4 +1,4 @@
-"""Whether a command may go on with what stands in a run folder."""
+"""What a run takes from files: its own folder's, if this command may resume it, and the model of `init`."""
 
 import hashlib
 import logging
@@ -12,33 +12,35 @@ from timm.optim import get_optimizer_info
 from deepvit.config.compare import changed
 from deepvit.config.settings import Settings, read_group
 from deepvit.config.signature import parameters_of
-from deepvit.data import Splits
+from deepvit.data import Splits, name_of_norm
 from deepvit.engine import checkpoint
 from deepvit.engine.folder import RunFolder
-from deepvit.errors import UserError
+from deepvit.errors import Untold, UserError
 from deepvit.importers.files import find_checkpoint
-from deepvit.models import ViT
+from deepvit.models import ViT, model_config
 from deepvit.run import build
 
 KEPT = ("model", "data", "augment", "seed", "init", "head", "freeze", "ema", "optimizer")  # as they were, but for:
 NAMED = ("optimizer.lr", "optimizer.clip_grad")
 ADVICE = "choose another folder with hydra.run.dir=..., or start over with fresh=true."
+OF_TRAINING = ("num_classes", "drop_rate", "pos_drop_rate", "attn_drop_rate", "drop_path_rate")  # not of `init`'s model
+INIT_ADVICE = ("To train from it give settings as model.num_heads=... and a model's name as model=NAME; or write them "
+               "into a file once: deepvit export FILE --to safetensors KEY=VALUE.")
+Differences = dict[str, tuple[Any, Any]]  # what -> (before, now)
 
 log = logging.getLogger(__name__)
 
 
+# What earlier versions began
+
 def settings_of(folder: RunFolder) -> Settings:
-    """
-    Raises:
-        UserError: no run there, or one whose config is torn.
-    """
+    """Those of the run in `folder`; UserError where there is none, or its config is torn."""
     if not folder.config.exists():
         raise UserError(f"There is no run in {folder.path}: it has no config.yaml.")
     return build.read_settings(_config_of(folder))
 
 
 def _config_of(folder: RunFolder) -> dict[str, Any]:
-    """A run's own config, in today's settings."""
     try:
         return upgraded(folder.read_config())
     except (AttributeError, KeyError, TypeError, ValueError):
@@ -46,8 +48,8 @@ def _config_of(folder: RunFolder) -> dict[str, Any]:
 
 
 def upgraded(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's config in today's settings: a keyword of the model that it does not know has its default, and what had no
-    effect, and was accepted then, is left out."""
+    """A run's config in today's settings: the model's keywords that it lacks have their defaults, and what was accepted
+    but had no effect is left out."""
     config = _with_its_stem(config, config)
     optimizer, schedule, attention = config["optimizer"], config["schedule"], config["model"]["attention"]
     info = get_optimizer_info(optimizer["opt"])
@@ -61,9 +63,8 @@ def upgraded(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def as_begun(config: Mapping[str, Any], folder: RunFolder) -> Mapping[str, Any]:
-    """`config`, but a run keeps the precision that `auto` was when it began, one begun before `norm_batch` existed
-    the batch statistics that it had, those of all images that a device takes at once, and one begun before
-    `calibrate` existed its evaluation."""
+    """`config`, but a run keeps the precision that `auto` was when it began, and what it did before a setting existed:
+    without `norm_batch` statistics of all images that a device takes at once, without `calibrate` no calibration."""
     run = folder.read_config()
     before = run["model"].get("attention") if isinstance(run.get("model"), dict) else None
     if not isinstance(before, dict):
@@ -76,7 +77,7 @@ def as_begun(config: Mapping[str, Any], folder: RunFolder) -> Mapping[str, Any]:
     model = config["model"]
     if "norm_batch" in before or "norm_batch" not in model["attention"]:
         return config
-    log.info("This run was begun before model.attention.norm_batch existed, and goes on without it (null).")
+    log.info("This run was begun before model.attention.norm_batch existed, and continues without it (null).")
     attention = {name: value for name, value in model["attention"].items() if name != "norm_batch"}
     return {**config, "model": {**model, "attention": attention}}
 
@@ -88,29 +89,80 @@ def _with_its_stem(config: Mapping[str, Any], run: Mapping[str, Any]) -> Mapping
     return {**config, "model": {**config["model"], "stem": {"name": "conv", "norm_batch": None}}}
 
 
-def identity(settings: Settings, splits: Splits, folder: RunFolder) -> dict[str, Any]:
-    """What a run is made of beside its settings: the images of both splits, and the content of `init`.
+# The model of a run that starts from `init`
 
-    A checkpoint and `metrics.json` keep it, so that a path is no answer to what lay there.
+def with_model_of_init(config: Mapping[str, Any], folder: RunFolder | None = None) -> Mapping[str, Any]:
+    """`config` with the model (and the normalisation of its images) that `init` describes.
+
+    What was typed wins: `model=NAME` wholly, `model.*` each for itself. Dropout and stochastic depth are the run's, and
+    a recipe may ask for larger images than the file's, but not for smaller ones. A run resumed in `folder` keeps its
+    model. UserError where the file cannot be read, or does not describe its model.
+    """
+    typed = {word.lstrip("+~").partition("=")[0] for word in (config.get("origin") or {}).get("overrides", ["model="])}
+    if config["init"] is None or "model" in typed:
+        return config
+    model = config["model"]
+    own = {name: model[name] for name in model if f"model.{name}" in typed}
+    if "model/attention" in typed:
+        own["attention"] = model["attention"]
+    described, norm = _of_resumed(folder, config) or _of_file(config, own)
+    options = {name: value for name, value in model["attention"].items() if f"model.attention.{name}" in typed}
+    merged = {**described, **{name: model[name] for name in OF_TRAINING}, **own}
+    merged["attention"] = {**merged["attention"], **options}
+    data = {**config["data"], "img_size": merged["img_size"]}
+    if norm and "data.norm" not in typed:
+        data["norm"] = norm
+    return {**config, "model": merged, "data": data}
+
+
+def _of_resumed(folder: RunFolder | None, config: Mapping[str, Any]) -> tuple[dict[str, Any], str] | None:
+    if folder is None or config["fresh"] or not folder.last.exists():
+        return None
+    run = folder.read_config()
+    with suppress(KeyError, TypeError):  # torn: whoever resumes the run says so
+        return (run["model"], run["data"]["norm"]) if run["init"] is not None else None
+    return None
+
+
+def _of_file(config: Mapping[str, Any], own: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
+    from deepvit.importers import takes_average, told_settings
+    try:
+        model, metadata = told_settings(config["init"], own, config["dialect"], takes_average(config["init"]))
+    except Untold as error:
+        raise Untold(f"{error} {INIT_ADVICE}") from None
+    usual = model_config(config["origin"].get("choices", {}).get("model", "vit"))["img_size"]
+    wanted = config["model"]["img_size"]
+    pixels, pixels_of_file = (size * size if isinstance(size, int) else size[0] * size[1]
+                              for size in (wanted, model["img_size"]))
+    if wanted != usual and pixels > pixels_of_file:
+        model["img_size"] = wanted
+    mean, std = metadata.get("mean"), metadata.get("std")
+    norm = (metadata.get("run") or {}).get("data", {}).get("norm") or name_of_norm(mean, std)
+    if norm is None and mean:
+        log.warning("init=%s was trained on images of mean %s and std %s, which no data.norm has: it stays %s.",
+                    config["init"], mean, std, config["data"]["norm"])
+    return model, norm
+
+
+# Whether this command may resume the run
+
+def identity(settings: Settings, splits: Splits, folder: RunFolder) -> dict[str, Any]:
+    """What a run is made of beside its settings: the images of both splits, and the content of `init` (None where there
+    is no such file any more, or it is one of this very run's, which keeps changing).
+
+    A checkpoint and `metrics.json` keep it, so that a path is never taken for what lay there.
     """
     images = {name: [len(part), part.fingerprint(), part.size_mark()]
-                for name, part in (("train", splits.train), ("val", splits.val))}
-    return {"pictures": images, "init": settings.init and _digest(Path(settings.init), folder)}
-
-
-def _digest(init: Path, folder: RunFolder) -> str | None:
-    """None where there is no such file (any more), or one of this very run's, which goes on changing."""
-    if init.resolve().is_relative_to(folder.path.resolve()):
-        return None
-    with suppress(UserError, OSError), find_checkpoint(init)[0].open("rb") as file:
-        return hashlib.file_digest(file, "blake2b").hexdigest()[:16]
+              for name, part in (("train", splits.train), ("val", splits.val))}
+    digest = None
+    if settings.init and not Path(settings.init).resolve().is_relative_to(folder.path.resolve()):
+        with suppress(UserError, OSError), find_checkpoint(Path(settings.init))[0].open("rb") as file:
+            digest = hashlib.file_digest(file, "blake2b").hexdigest()[:16]
+    return {"pictures": images, "init": digest}
 
 
 def refuse_finished(folder: RunFolder, config: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """A finished run answers the command that made it, and no other.
-
-    now: the command's `identity`.
-    """
+    """A finished run answers the command that made it, whose `identity` is `now`, and no other."""
     before = _config_of(folder)
     known = folder.read_result().get("made_of")
     if known is None:  # an earlier version's
@@ -128,12 +180,8 @@ def refuse_finished(folder: RunFolder, config: Mapping[str, Any], now: Mapping[s
 
 def refuse_change(content: Mapping[str, Any], config: Mapping[str, Any], splits: Splits, now: Mapping[str, Any]
                   ) -> None:
-    """A continued run keeps its model, data, optimizer and randomness; another rate or schedule is only named.
-
-    Args:
-        content: of the checkpoint that would be continued.
-        now: the command's `identity`.
-    """
+    """A run that is resumed from a checkpoint's `content` keeps its model, data, optimizer and randomness; another rate
+    or schedule is only named. `now`: the command's `identity`."""
     differences = _same_init(changed(upgraded(content["run"]), config), content, now)
     refused = {name: pair for name, pair in differences.items() if name.split(".")[0] in KEPT and name not in NAMED}
     refused |= _other_classes(content["classes"], splits.class_ids) or _other_images(content, now)
@@ -144,9 +192,8 @@ def refuse_change(content: Mapping[str, Any], config: Mapping[str, Any], splits:
         log.warning("Continuing with %s=%s (was %s).", name, new, old)
 
 
-def _same_init(differences: dict[str, tuple[Any, Any]], before: Mapping[str, Any], now: Mapping[str, Any]
-               ) -> dict[str, tuple[Any, Any]]:
-    """`init` is known by its content where both sides tell it: a file may move, and another may take its path."""
+def _same_init(differences: Differences, before: Mapping[str, Any], now: Mapping[str, Any]) -> Differences:
+    """`init` is known by its content where both sides have it: a file may move, and another may take its path."""
     old, new = before.get("init"), now.get("init")
     if old is None or new is None:
         return differences
@@ -154,19 +201,19 @@ def _same_init(differences: dict[str, tuple[Any, Any]], before: Mapping[str, Any
     return others if old == new else {**others, "init": (f"a file with digest {old}", f"one with {new}")}
 
 
-def _other_classes(before: list[str], now: list[str]) -> dict[str, tuple[Any, Any]]:
+def _other_classes(before: list[str], now: list[str]) -> Differences:
     if len(before) != len(now):
         return {"the data": (f"{len(before)} classes", f"{len(now)} classes")}
     renamed = next(((old, new) for old, new in zip(before, now) if old != new), None)
     return {"a class of the data": renamed} if renamed else {}
 
 
-def _other_images(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The splits whose images are others, as far as `before` tells (earlier versions did not note their sizes)."""
+def _other_images(before: Mapping[str, Any], now: Mapping[str, Any]) -> Differences:
+    """The splits whose images are others, as far as `before` says (earlier versions did not note their sizes)."""
     known, found = before.get("pictures", {}), now["pictures"]
     return {f"the {name} set": (f"{known[name][0]} images", f"{marks[0]} others")
             for name, marks in found.items() if name in known and known[name] != marks[:len(known[name])]}
 
 
-def _listed(differences: Mapping[str, tuple[Any, Any]]) -> str:
+def _listed(differences: Differences) -> str:
     return "; ".join(f"{name} was {old} and is now {new}" for name, (old, new) in differences.items())

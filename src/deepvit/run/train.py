@@ -24,27 +24,20 @@ from deepvit.engine.signals import StopRequest
 from deepvit.errors import UserError
 from deepvit.run import build
 from deepvit.run.build import Built
-from deepvit.run.init import with_model_of_init
-from deepvit.run.measures import attention_metrics, evaluator
-from deepvit.run.result import headline, metrics_of, summary_of
-from deepvit.run.resume import as_begun, identity, refuse_change, refuse_finished
+from deepvit.run.measures import attention_metrics, evaluator, headline, metrics_of, summary_of
+from deepvit.run.resume import as_begun, identity, refuse_change, refuse_finished, with_model_of_init
 
 log = logging.getLogger(__name__)
 
 
 def train(config: Mapping[str, Any], path: Path, ranks: Ranks, stop: StopRequest) -> bool:
-    """Trains as `config` says in the run folder `path`, continuing what stands there.
-
-    Returns:
-        True: finished (now or before); False: stopped on request, and the same command continues.
-    Raises:
-        UserError, Failure: on every rank alike where the cause is common.
-    """
+    """Trains as `config` says in the run folder `path`, resuming what is there. Returns True where the run is finished
+    (now or before), and False where it was stopped on request; the same command then continues it. Raises UserError or
+    Failure, on every rank alike where the cause is common."""
     folder, restarts = RunFolder(path), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     with ranks.sync_errors():
         config = with_model_of_init(config, folder)
-    config = config if config["fresh"] else as_begun(config, folder)
-    config = build.with_precision(config, ranks.device)
+    config = build.with_precision(config if config["fresh"] else as_begun(config, folder), ranks.device)
     settings = build.read_settings(config)
     viewers = chosen(settings.logger)
     prepare_device(build.precision(settings.precision, ranks.device), ranks, settings.engine.threads,
@@ -57,7 +50,7 @@ def train(config: Mapping[str, Any], path: Path, ranks: Ranks, stop: StopRequest
                 refuse_finished(folder, config, identity(settings, splits, folder))
             log.info("The run in %s is finished (top-1 %.2f %% after %d steps); fresh=true starts over.", folder.path,
                      *(folder.read_result()[name] for name in ("top1", "steps")))
-            _cut_down(folder, settings, ranks)
+            _drop_checkpoints(folder, settings, ranks)
             return True
 
         # Where a run's weights come from: its own checkpoint; in a new run `init`; else random ones, from the seed.
@@ -75,7 +68,7 @@ def train(config: Mapping[str, Any], path: Path, ranks: Ranks, stop: StopRequest
 
         if starts_over and ranks.is_main:
             folder.set_aside()  # until the first checkpoint stands
-        saver = Saver(folder, ranks, {**_description(config, built), **made_of})
+        saver = Saver(folder, ranks, {**_metadata(config, built), **made_of})
         processes = ranks.gather(os.getpid())
         with ranks.sync_errors():
             loggers = _open(folder, config, built, viewers, processes, resumed=found is not None, restarts=restarts)
@@ -88,7 +81,7 @@ def train(config: Mapping[str, Any], path: Path, ranks: Ranks, stop: StopRequest
                 folder.write_result(metrics)
                 folder.log_event("finished", step=built.state.step)
                 loggers.log_result(headline(metrics), built.state.step)
-                _cut_down(folder, settings, ranks)
+                _drop_checkpoints(folder, settings, ranks)
                 log.info("Finished: top-1 %.2f %%; results in %s", metrics["top1"], folder.path)
         return finished
 
@@ -112,8 +105,8 @@ def _open(folder: RunFolder, config: Mapping[str, Any], built: Built, viewers: l
     return loggers
 
 
-def _description(config: Mapping[str, Any], built: Built) -> dict[str, Any]:
-    """What a checkpoint tells of its run."""
+def _metadata(config: Mapping[str, Any], built: Built) -> dict[str, Any]:
+    """What a checkpoint says of its run."""
     splits = built.splits
     return {"config": built.model.config, "classes": splits.class_ids, "class_names": splits.class_names,
             "masks": "image", "run": dict(config), "micro_batch": built.micro_batch,
@@ -127,8 +120,7 @@ def _refuse_different_folders(steps: list[int], folder: RunFolder) -> None:
                         f"same folder, on a file system that they share.")
 
 
-def _cut_down(folder: RunFolder, settings: Settings, ranks: Ranks) -> None:
-    """What is left of a finished run's checkpoints."""
+def _drop_checkpoints(folder: RunFolder, settings: Settings, ranks: Ranks) -> None:
+    """Cuts a finished run's checkpoints down as `engine.keep` says."""
     if ranks.is_main and settings.engine.keep == "best":
         folder.drop_all_but_best()
-
