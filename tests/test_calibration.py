@@ -18,7 +18,7 @@ from deepvit.engine.ranks import Ranks
 from deepvit.engine.step import Precision
 from deepvit.models import build_model, model_config
 from deepvit.run.build import read_settings
-from deepvit.run.evaluator import images_to_calibrate
+from deepvit.run.measures import images_to_calibrate
 from deepvit.run.resume import as_begun, upgraded
 
 CPU = torch.device("cpu")

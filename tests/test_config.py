@@ -11,7 +11,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from deepvit.commands import cli
-from deepvit.config import CONF, run_name
+from deepvit.config import CONF, provenance
 from deepvit.config.compose import compose
 from deepvit.engine.folder import RunFolder
 from deepvit.errors import UserError
@@ -118,7 +118,7 @@ def test_data_that_a_recipe_does_not_use_is_refused():
 
 def folder_of(*words: str) -> str:
     """The default run folder of a command line."""
-    OmegaConf.register_new_resolver("run_folder", run_name.run_folder, replace=True)
+    OmegaConf.register_new_resolver("run_folder", provenance.run_folder, replace=True)
     with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
         return OmegaConf.select(loader.load_configuration("train", list(words), RunMode.RUN), "hydra.run.dir")
@@ -158,7 +158,7 @@ def test_run_names_are_safe_short_and_distinct():
         ["init=/a/b.pt"], ["init=/a-b.pt"], ["init=x-seed=1".replace("=1", "\\=1")], ["init=x", "seed=1"],
         ["model.reattention_blocks=[1,2]"], ["model.reattention_blocks='1-2'"], many[:7], many[7:])]
     assert len(set(names)) == len(names)
-    assert all(re.fullmatch(r"[A-Za-z0-9._=-]+", name) and len(name) <= run_name.LONGEST for name in names)
+    assert all(re.fullmatch(r"[A-Za-z0-9._=-]+", name) and len(name) <= provenance.LONGEST for name in names)
 
 
 def test_a_run_of_the_old_name_is_continued(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from torch.testing import assert_close
 import deepvit
 from deepvit.commands.main import main
 from deepvit.config.compose import compose
+from deepvit.config.settings import read_evaluation
 from deepvit.errors import UserError
 from deepvit.importers import hub, takes_average
 from deepvit.importers.settings import as_keywords
@@ -389,10 +391,10 @@ def test_commands_take_the_same_settings(tmp_path, capsys):
     assert "%  class " in capsys.readouterr().out
     assert main(["predict", str(path), str(image)]) == 2
     assert "arch=" in capsys.readouterr().err
-    config = {"model": {"arch": "deepvit16", "img_size": None}, "weights": "auto", "dialect": None, "ablate": None}
-    assert_same(evaluate.load(path, config).model, model)
+    asked = read_evaluation(compose(["model.arch=deepvit16"], "eval"))
+    assert_same(evaluate.load(path, asked).model, model)
     with pytest.raises(UserError, match="ema is not a setting"):
-        evaluate.load(path, config | {"model": {"ema": True}})
+        evaluate.load(path, replace(asked, model={"ema": True}))
 
 
 # Names that stand where a path does

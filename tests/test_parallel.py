@@ -18,8 +18,7 @@ from omegaconf import OmegaConf
 
 from deepvit.commands import parallel
 from deepvit.commands.main import main
-from deepvit.commands.parallel import Machine
-from deepvit.commands.sweep_table import Row, SweepTable
+from deepvit.commands.parallel import Machine, Row, SweepTable
 from deepvit.engine import device
 from deepvit.errors import BAD_INPUT, DONE, STOPPED
 

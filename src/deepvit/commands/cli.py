@@ -21,8 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from deepvit.commands.sweep import Recorder, Refused, in_quotes, record_of, sum_up
 from deepvit.config import CONF
-from deepvit.config.provenance import origin
-from deepvit.config.run_name import as_typed, run_folder
+from deepvit.config.provenance import as_typed, origin, run_folder
 from deepvit.config.compose import PLUGINS, setting_meant
 from deepvit.errors import BAD_INPUT, DONE, FAILED, STOPPED, UserError, did_you_mean, first_line
 from deepvit.run.console import say
@@ -208,6 +207,9 @@ def _unknown_setting(name: str) -> str:
     meant = setting_meant(name)
     if f"'{name}'" not in meant:
         return f"There is no setting '{name}'.{meant} `--cfg job` lists them all."
+    if any(word.startswith(("--config-path", "--config-name", "-cp", "-cn")) for word in sys.argv):
+        return (f"The config that --config-path and --config-name give has no setting '{name}': leave them out, and "
+                f"add your own files with --config-dir FOLDER.")
     if name.startswith("model.attention."):
         return f"'{name}' is not in the file of this model/attention: choose another, or add it as +{name}=..."
     return f"'{name}' is a setting of another program. `--cfg job` lists those of this one."

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
+import hydra
+from omegaconf import OmegaConf
+
 from deepvit.config import CONF
 from deepvit.config.compare import flat
 
@@ -25,11 +28,8 @@ PLUGINS = {  # of hydra/launcher and hydra/sweeper -> the package that brings it
 
 def compose(overrides: Sequence[str] = (), config_name: str = "train") -> dict[str, Any]:
     """The resolved config of a command line, as plain values: `compose(["model=deepvit32", "data=cifar10"])`."""
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
-    from omegaconf import OmegaConf
-    with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
-        return OmegaConf.to_container(hydra_compose(config_name, overrides=list(overrides)), resolve=True)
+    with hydra.initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
+        return OmegaConf.to_container(hydra.compose(config_name, overrides=list(overrides)), resolve=True)
 
 
 def setting_meant(word: str) -> str:

@@ -107,20 +107,25 @@ def build(settings: Settings, ranks: Ranks, begun: Mapping[str, Any] | None = No
     """Everything that a run needs; UserError on every rank alike. `begun`: content of the checkpoint that is resumed,
     if any; `settings.init` is not read then."""
     found = shared_splits(settings.data, ranks)
+    classes, seed, mode = found.class_ids, settings.seed, settings.engine.compile
     with ranks.sync_errors():
         schedule, plan = schedule_and_plan(settings, len(found.train))
-        network = model(settings, len(found.class_ids), continued=begun is not None, classes=found.class_ids)
-        # A run begun before masks belonged to images draws them on each rank, as it began.
-        masks = begun is None or begun.get("masks") == "image"
+        network = model(settings, len(classes), continued=begun is not None, classes=classes)
         made = state(settings, network, ranks)
-        called = stepper(settings, network, schedule, len(found.class_ids), ranks, masks)
+        # A run begun before masks belonged to images draws them on each rank, as it began.
+        masks = BranchMasks(network, seed, ranks.device) if begun is None or begun.get("masks") == "image" else None
+        # CUDA graphs can replay only sizes that stay the same: half a micro-batch is compiled anew.
+        called = torch.compile(network, mode="default" if mode is True else mode, dynamic=False) if mode else network
+        stepper = Stepper(called, prepare(settings.data, len(classes), settings.augment, seed), schedule,
+                          precision(settings.precision, ranks.device), ranks, seed, objective(settings),
+                          settings.optimizer.clip_grad, masks, unit(settings, network.norm_batches))
         make_batches = batch_maker(settings, found.train, ranks)
     ranks.broadcast([weight.detach() for weight in made.all_weights()])
-    micro_batch, memory = choose_micro_batch(settings, made, called, begun)
-    called.advice = lambda state, count: advice(settings, state, called, count)
+    micro_batch, memory = choose_micro_batch(settings, made, stepper, begun)
+    stepper.advice = lambda state, count: advice(settings, state, stepper, count)
     if None in network.norm_batches:
-        called.unit = micro_batch  # half of it would have other statistics
-    return Built(settings, ranks, found, plan, network, made, called, partial(make_batches, micro_batch=micro_batch),
+        stepper.unit = micro_batch  # half of it would have other statistics
+    return Built(settings, ranks, found, plan, network, made, stepper, partial(make_batches, micro_batch=micro_batch),
                  micro_batch, memory)
 
 
@@ -224,17 +229,6 @@ def state(settings: Settings, network: ViT, ranks: Ranks) -> TrainState:
     return TrainState(network, chosen, scaler, average)
 
 
-def stepper(settings: Settings, network: ViT, schedule: Schedule, num_classes: int, ranks: Ranks,
-            masks: bool = True) -> Stepper:
-    mode, called = settings.engine.compile, network
-    if mode:  # CUDA graphs replay sizes that stay the same alone: half a micro-batch is compiled anew
-        called = torch.compile(network, mode="default" if mode is True else mode, dynamic=False)
-    return Stepper(called, prepare(settings.data, num_classes, settings.augment, settings.seed), schedule,
-                   precision(settings.precision, ranks.device), ranks, settings.seed, objective(settings),
-                   settings.optimizer.clip_grad, BranchMasks(network, settings.seed, ranks.device) if masks else None,
-                   unit(settings, network.norm_batches))
-
-
 def with_precision(config: Mapping[str, Any], device: torch.device) -> Mapping[str, Any]:
     """`config` with `precision=auto` decided by the device, also in the record of its choices."""
     precision = vars(_decided(asked.read_group("precision", config["precision"]), device))
@@ -261,7 +255,7 @@ def precision(chosen: PrecisionSettings, device: torch.device) -> Precision:
 def objective(settings: Settings) -> Objective:
     """The loss over hard or soft targets, with the published regularisation of adjacent maps if asked for."""
     blocks, weight = settings.loss.cosine_blocks, settings.loss.cosine_weight
-    if blocks < 0 or blocks >= settings.model["depth"]:
+    if blocks >= settings.model["depth"]:
         raise UserError(f"loss.cosine_blocks={blocks} compares pairs of adjacent blocks: give 0 (off) to "
                         f"{settings.model['depth'] - 1} for a model of {settings.model['depth']} blocks.")
     plain = OBJECTIVES[settings.loss.kind]

@@ -33,7 +33,7 @@ from deepvit.models import ViT
 from deepvit.models.cost import count_flops, count_parameters
 from deepvit.report.published import published_of, sources
 from deepvit.run import build, eval_results
-from deepvit.run.evaluator import Evaluator, calibration
+from deepvit.run.measures import Evaluator, calibration
 
 NEUTRAL = {"root": None, "fraction": 1.0, "classes": None, "val_fraction": None}  # the same in every source of data
 log = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ def evaluate_all(config: Mapping[str, Any], ranks: Ranks, stop: StopRequest) -> 
     results, seen, refusals = [], [], []
     for path, root in ((path, root) for path in paths for root in (None, *further)):
         try:
-            case = _open(path, root, asked, config, ranks)
+            case = _open(path, root, asked, ranks)
         except UserError as error:  # the others are evaluated all the same
             refusals.append(str(error))
             continue
@@ -130,11 +130,11 @@ def checkpoints(given: str | list[str] | None) -> list[Path]:
     return paths
 
 
-def _open(path: Path, root: str | None, asked: EvalSettings, config: Mapping[str, Any], ranks: Ranks) -> Case:
+def _open(path: Path, root: str | None, asked: EvalSettings, ranks: Ranks) -> Case:
     """What would be refused after a long evaluation is refused before it, on all ranks alike."""
     with ranks.sync_errors():
-        candidate = load(path, config)
-        own = data = data_settings(candidate, config)
+        candidate = load(path, asked)
+        own = data = data_settings(candidate, asked)
         if root is not None:
             data = replace(own, source="folder", root=root, classes=None, val_fraction=None, exclude=None)
     if ranks.world > 1 and source_of(own).may_download:
@@ -160,23 +160,23 @@ def _open(path: Path, root: str | None, asked: EvalSettings, config: Mapping[str
         return Case(candidate, data, root, images, train, folder)
 
 
-def load(path: Path, config: Mapping[str, Any]) -> Candidate:
-    keywords = checked({name: value for name, value in config["model"].items() if value is not None})
-    model = open_model(path, config["weights"], dialect=config["dialect"], **keywords)
-    if config["ablate"]:
-        ablations(model, config["ablate"])  # refuses what it cannot do before anything is evaluated
+def load(path: Path, asked: EvalSettings) -> Candidate:
+    keywords = checked({name: value for name, value in asked.model.items() if value is not None})
+    model = open_model(path, asked.weights, dialect=asked.dialect, **keywords)
+    if asked.ablate:
+        ablations(model, asked.ablate)  # refuses what it cannot do before anything is evaluated
     metadata = model.load_report.said
     run = metadata.get("run")
     return Candidate(path, model, model.load_report.weights, metadata.get("classes"), run and run["data"], metadata)
 
 
-def data_settings(candidate: Candidate, config: Mapping[str, Any]) -> Data:
+def data_settings(candidate: Candidate, asked: EvalSettings) -> Data:
     """The data asked for; where that is left open, the run's own. The image size is the model's."""
-    asked = {name: value for name, value in config["data"].items() if value is not None}
-    if "source" not in asked and not candidate.data:
+    given = {name: value for name, value in asked.data.items() if value is not None}
+    if "source" not in given and not candidate.data:
         raise UserError(f"{candidate.path} does not say what it was trained on: add data=imagenet data.root=..., "
                         f"or another data=.")
-    merged = asked if "source" in asked else {**candidate.data, **asked}
+    merged = given if "source" in given else {**candidate.data, **given}
     return read_group("data", {**NEUTRAL, **merged, "img_size": list(candidate.model.img_size)})
 
 

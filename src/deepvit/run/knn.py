@@ -35,8 +35,8 @@ def neighbours_of_all(config: Mapping[str, Any], ranks: Ranks, stop: StopRequest
     results = []
     for path in paths:
         with ranks.sync_errors():
-            candidate = load(path, config)
-            data = data_settings(candidate, config)
+            candidate = load(path, asked)
+            data = data_settings(candidate, asked)
             folder = out_folder(candidate, f"{data.source}-knn", asked.out)
         result = _neighbours(candidate, data, asked.knn, ranks, precision, stop)
         if result is None:

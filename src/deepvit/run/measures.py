@@ -1,55 +1,124 @@
-"""What is known of a run: in words before it starts, measured while it trains, and in numbers when it is done."""
+"""What is measured of a run: its accuracy (with `calibrate=N` also by batch statistics of N training images) and its
+attention; and what is said of it, in words before it starts and in numbers when it is done."""
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from deepvit import analysis
+from deepvit import data as inputs
 from deepvit.analysis.board import draw_probe, without_matrices
 from deepvit.config.json_lines import read_json_lines
 from deepvit.config.provenance import versions
-from deepvit.data import SOURCES, resolve_decoder
+from deepvit.config.settings import Data, Settings
+from deepvit.engine.calibrate import calibrate
 from deepvit.engine.device import device_name, local_world, usable_cores
+from deepvit.engine.evaluate import Evaluation, evaluate
 from deepvit.engine.fit import Measures
 from deepvit.engine.folder import RunFolder
-from deepvit.engine.progress import Meter
+from deepvit.engine.progress import Display, Meter
 from deepvit.engine.ranks import Ranks
 from deepvit.engine.signals import StopRequest
+from deepvit.engine.step import Precision, Prepare
+from deepvit.errors import UserError
+from deepvit.models import ViT
 from deepvit.models.cost import count_flops, count_parameters
 from deepvit.run import build
 from deepvit.run.build import Built
-from deepvit.run.evaluator import Evaluator, calibration, images_to_calibrate
+from deepvit.run.micro_batches import norm_group
+
+AUTO = 512  # images that are enough: docs/results/calibration.md
+UNGROUPED = 256  # images at once where a norm has no group of its own: the published code's calibration
 
 
-def summary_of(built: Built) -> str:
-    """The run in a line."""
-    settings, splits, plan, ranks = built.settings, built.splits, built.plan, built.ranks
-    parts = plan.batch_size // ranks.world // built.micro_batch
-    source = SOURCES[settings.data.source].title or settings.data.source
-    trained = sum(weight.numel() for weight in built.model.parameters() if weight.requires_grad)
-    remarks = [
-        f"{count_parameters(built.model):,} parameters"
-        f"{f' ({trained:,} trained)' if settings.freeze is not None else ''}, {built.model.depth} blocks",
-        f"{len(splits.train):,} images in {len(splits.class_ids)} classes from {source}, {len(splits.val):,} to "
-        f"evaluate",
-        f"{plan.total:,} steps of {plan.batch_size} images ({ranks.world} x {ranks.device.type}"
-        f"{f', {parts} micro-batches' if parts > 1 else ''}"
-        f"{f', {built.micro_batch} images at once in {built.memory}' if built.memory else ''})"]
-    group = settings.model["attention"].get("norm_batch")
-    if group and group > plan.batch_size:
-        remarks.append(f"the head norm takes its statistics over the whole batch, which has fewer than "
-                       f"model.attention.norm_batch={group} images")
-    if plan.batch_size > len(splits.train):
-        remarks.append("images repeat within a batch")
-    if settings.data.on_device:
-        remarks.append("the training images stay on the device, so data.workers serve evaluation alone")
-    elif settings.data.workers * local_world(ranks) > usable_cores():
-        remarks.append(f"data.workers={settings.data.workers} (per device) exceeds the {usable_cores()} cores here")
-    return "; ".join(remarks)
+@dataclass(frozen=True)
+class Evaluator:
+    """Evaluates a model on `images`, on all ranks together; None where a rank was asked to stop.
+
+    `calibration` makes the batches of training images whose statistics batch norms take first (see `calibration`; None:
+    they keep their own). The model keeps the new ones, so that a checkpoint has what was evaluated; asked to stop, it
+    keeps the old. `among`: indices of classes to choose among for `Evaluation.correct_present`.
+    """
+
+    data: Data
+    images: inputs.ImageSet
+    prepare: Prepare
+    ranks: Ranks
+    precision: Precision
+    stop: StopRequest
+    calibration: Callable[[], Iterator[inputs.Batch]] | None
+    among: Tensor | None = None
+
+    def __call__(self, model: nn.Module, display: Display | None = None, title: str = "evaluate") -> Evaluation | None:
+        with nullcontext(display) if display else Display(self.ranks.is_main) as shown:
+            before = self._evaluate(model, shown, title)
+            if before is None or self.calibration is None:
+                return before
+            buffers = list(model.buffers())
+            kept = [buffer.clone() for buffer in buffers]
+            is_calibrated = calibrate(model, self.calibration(), self.prepare, self.ranks, self.precision,
+                                      self._should_stop)
+            after = self._evaluate(model, shown, title) if is_calibrated else None
+        if after is None:
+            with torch.no_grad():
+                torch._foreach_copy_(buffers, kept)
+            return None
+        return replace(after, uncalibrated=before)
+
+    @cached_property
+    def _batches(self) -> Callable[[], Iterator[inputs.Batch]]:
+        return build.eval_batches(self.data, self.images, self.ranks)
+
+    def _evaluate(self, model: nn.Module, display: Display, title: str) -> Evaluation | None:
+        bar = display.bar(title, len(self.images))
+        evaluation = evaluate(model, self._batches(), self.prepare, self.ranks, self.precision, n=len(self.images),
+                              among=self.among, advance=bar.advance, should_stop=self._should_stop)
+        bar.close()
+        return evaluation
+
+    def _should_stop(self) -> bool:
+        return self.ranks.any_asked_to_stop(bool(self.stop))
+
+
+def calibration(count: int, data: Data, train: inputs.ImageSet | None, norm_batches: Collection[int | None],
+                ranks: Ranks) -> Callable[[], Iterator[inputs.Batch]] | None:
+    """Makes this rank's share of `count` training images (0: None), as evaluation sees them: the same shuffled ones
+    every time, in whole groups of `norm_batches` (`ViT.norm_batches`). UserError for fewer images than one group."""
+    if not count:
+        return None
+    group = norm_group(norm_batches)
+    size = group if group > 1 else min(UNGROUPED, count)
+    groups = min(count, len(train)) // size
+    if not groups:
+        raise UserError(f"calibrate={count} gives fewer images than norm_batch={size}, over which the "
+                        f"norm takes its statistics ({len(train):,} are in the training set): give a multiple of it.")
+    first, end = (groups * part // ranks.world for part in (ranks.rank, ranks.rank + 1))
+
+    def batches() -> Iterator[inputs.Batch]:
+        steps = inputs.train_batches(train, build.eval_transform(data), seed=0, batch_size=size, start_step=first,
+                                     steps=end, workers=min(data.workers, end - first), max_bad=data.max_bad,
+                                     pin=ranks.device.type == "cuda")
+        for (batch,) in steps:
+            yield batch
+
+    return batches
+
+
+def images_to_calibrate(settings: Settings, model: ViT, in_training_set: int) -> int:
+    """`settings.calibrate`; `auto` is `AUTO` images, or as many as there are in whole groups, for averaged weights of a
+    model with batch statistics, and none for others."""
+    if settings.calibrate != "auto":
+        return settings.calibrate
+    if not (settings.ema.decay and model.norm_batches):
+        return 0
+    group = norm_group(model.norm_batches)
+    return min(max(AUTO, group), in_training_set // group * group)
 
 
 def evaluator(built: Built, stop: StopRequest) -> Evaluator:
@@ -81,6 +150,33 @@ def attention_metrics(built: Built) -> Callable[[nn.Module, int], Measures] | No
     return measure
 
 
+def summary_of(built: Built) -> str:
+    """The run in a line."""
+    settings, splits, plan, ranks = built.settings, built.splits, built.plan, built.ranks
+    parts = plan.batch_size // ranks.world // built.micro_batch
+    source = inputs.SOURCES[settings.data.source].title or settings.data.source
+    trained = sum(weight.numel() for weight in built.model.parameters() if weight.requires_grad)
+    remarks = [
+        f"{count_parameters(built.model):,} parameters"
+        f"{f' ({trained:,} trained)' if settings.freeze is not None else ''}, {built.model.depth} blocks",
+        f"{len(splits.train):,} images in {len(splits.class_ids)} classes from {source}, {len(splits.val):,} to "
+        f"evaluate",
+        f"{plan.total:,} steps of {plan.batch_size} images ({ranks.world} x {ranks.device.type}"
+        f"{f', {parts} micro-batches' if parts > 1 else ''}"
+        f"{f', {built.micro_batch} images at once in {built.memory}' if built.memory else ''})"]
+    group = settings.model["attention"].get("norm_batch")
+    if group and group > plan.batch_size:
+        remarks.append(f"the head norm takes its statistics over the whole batch, which has fewer than "
+                       f"model.attention.norm_batch={group} images")
+    if plan.batch_size > len(splits.train):
+        remarks.append("images repeat within a batch")
+    if settings.data.on_device:
+        remarks.append("the training images stay on the device, so data.workers serve evaluation alone")
+    elif settings.data.workers * local_world(ranks) > usable_cores():
+        remarks.append(f"data.workers={settings.data.workers} (per device) exceeds the {usable_cores()} cores here")
+    return "; ".join(remarks)
+
+
 def headline(metrics: Mapping[str, Any]) -> dict[str, float]:
     """The entries of `metrics.json` by which runs are compared."""
     names = ("top1", "top5", "loss", "best_top1", "params", "flops", "images_per_s")
@@ -100,7 +196,7 @@ def metrics_of(built: Built, meter: Meter, folder: RunFolder) -> dict[str, Any]:
         "params": count_parameters(model), "flops": count_flops(model),
         "depth": model.depth, "embed_dim": model.embed_dim, "attention": attention.get("name", attention["class"]),
         "seed": settings.seed, "data": settings.data.source, "train_pictures": len(built.splits.train),
-        "decoder": resolve_decoder(settings.data.decoder),
+        "decoder": inputs.resolve_decoder(settings.data.decoder),
         "decoder_refused": sum(line.get("decoder_refused", 0) for line in lines),  # times that PIL read a JPEG instead
         "classes": len(built.splits.class_ids), "epochs": state.step * plan.batch_size / plan.epoch_size,
         "steps": state.step, "images_per_s": meter.images_per_s, "ema": bool(settings.ema.decay),
