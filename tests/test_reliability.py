@@ -229,7 +229,8 @@ def test_what_cannot_be_replayed_is_one_sentence(config, tmp_path, capsys, words
 
 def test_a_batch_replayed_as_two_ranks_is_the_same_batch(tmp_path, capsys):
     """Which branches stochastic depth leaves out belongs to the images, so every rank replays its rows of the masks."""
-    config = soak.compose("model.drop_path_rate=0.3", "schedule.steps=1", "probe.images=0")
+    config = soak.compose("model.drop_path_rate=0.3", "model.drop_rate=0", "schedule.steps=1",
+                          "schedule.warmup_steps=0", "probe.images=0")
     assert train_job(config, tmp_path, Ranks(0, 1, torch.device("cpu")), StopRequest()).code == 0
     last, losses = tmp_path / "checkpoints" / "last.pt", []
     for world in (1, 2):
