@@ -1,4 +1,4 @@
-"""Rows of figures in a file, a line of JSON for each as soon as it is known: none is lost with what comes after it."""
+"""Rows of figures as tables, and in a file that gets a line of JSON for each as soon as it is known."""
 
 import json
 from pathlib import Path
@@ -32,7 +32,7 @@ def read(path: Path) -> Results:
 
 
 def table(rows: list[dict]) -> str:
-    """Rows as a markdown table, the columns in the order they first appear."""
+    """Rows as a markdown table, without their case, the columns in the order they first appear."""
     columns = list(dict.fromkeys(name for row in rows for name in row if name != "case"))
     return printed(columns, [[_cell(row.get(name)) for name in columns] for row in rows], markdown=True)
 
@@ -44,8 +44,6 @@ def tables(rows: list[dict]) -> str:
 
 
 def _cell(value: Any) -> str:
-    if value is None:
-        return ""
     if isinstance(value, (tuple, list)):
-        return " to ".join(_cell(one) for one in value)
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+        return " to ".join(map(_cell, value))
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

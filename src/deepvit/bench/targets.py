@@ -1,11 +1,11 @@
-"""What the figures are to be, and whether they are."""
+"""The bounds that the figures should keep, and whether they do."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from deepvit.bench.contestants import OURS
 from deepvit.bench.machine import STOOD_IN
+from deepvit.bench.models import OURS
 
 OP, LOADER = "re-attention, ours", "deepvit, torchvision"
 FROM_INDEX = "1,281,167 names from the index"
@@ -15,10 +15,8 @@ MOST_WAITED, MOST_SPREAD = 0.1, 0.05  # wall time over CPU time, less 1, and the
 
 @dataclass(frozen=True)
 class Target:
-    """A bound on one `field` of the row `name` of a bench's cases that begin with `case`.
-
-    on: instructions (`machine.made_on`, a stand-in's being those that it stands in with) for which alone it holds.
-    """
+    """A bound on one `field` of the row `name` of a bench's cases that begin with `case`; with `on` for those
+    instructions alone (see `machine.made_on`; a stand-in counts as what it stands in for)."""
 
     what: str
     bench: str
@@ -30,14 +28,14 @@ class Target:
     on: str | None = None
 
     def found(self, results: Mapping[str, list[dict[str, Any]]], made_on: str | None) -> dict[str, Any] | None:
-        """The last such row that was made there, so what was measured again counts."""
+        """The last such row made there: a repeated measurement replaces the first."""
         if self.on and self.on != (made_on or "").replace(STOOD_IN, ""):
             return None
         return next((row for row in reversed(results.get(self.bench) or []) if row.get("on") == made_on
                      and row["case"].startswith(self.case) and row["name"] == self.name and self.field in row), None)
 
     def is_met(self, row: Mapping[str, Any]) -> str:
-        """yes or no; a ratio of times that were taken beside other programs decides nothing."""
+        """yes or no; a ratio of times taken beside other programs is undecided."""
         if self.field == "ratio" and "pairs" in row:
             waited, spread = row["waited"], (row["pairs"][1] - row["pairs"][0]) / row["ratio"]
             if waited >= MOST_WAITED or spread >= MOST_SPREAD:
@@ -83,8 +81,7 @@ TARGETS = {
 
 
 def against_targets(results: Mapping[str, list[dict[str, Any]]], device: str) -> list[dict[str, Any]]:
-    """A row for each target that the results (bench -> rows) tell something about, and for each thing that they were
-    made `on`."""
+    """A row for each target on which the results (bench -> rows) have a figure, and each device they were made `on`."""
     places = dict.fromkeys(row.get("on") for rows in results.values() for row in rows)
     return [{"what": target.what, "on": on, "target": f"{'<=' if target.at_most else '>='} {target.bound:g}",
              "here": row[target.field], "met": target.is_met(row)}
