@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepvit import ops
-from deepvit.bench.timing import ceilings, interleaved, left_out, reason, summary
+from deepvit.bench.timing import ceilings, interleaved, left_out, summary
 from deepvit.engine.memory import kept_storages
+from deepvit.errors import reason
 from deepvit.ops import HeadNorm, reference
 
 HEADS, HEAD_DIM = 12, 32  # deepvit32: width 384

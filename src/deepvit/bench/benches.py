@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 
 from deepvit.bench import attention, loader, models, rows, startup, timing, training
-from deepvit.errors import UserError
+from deepvit.errors import UserError, reason
 
 BENCHES: dict[str, Callable[..., Iterable[dict]]] = {  # each takes the command's options by name
     "ceilings": timing.ceiling_rows,
@@ -54,5 +54,5 @@ def measure(name: str, given: argparse.Namespace, on: str) -> list[dict]:
         raise
     except Exception as error:
         traceback.print_exc()
-        keep({"case": name, "name": "all that was to follow", "failed": timing.reason(error)})
+        keep({"case": name, "name": "all that was to follow", "failed": reason(error)})
     return found

@@ -25,8 +25,8 @@ HELD_BACK = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "
 
 
 def made_on(device: str) -> str:
-    """The card, or the instructions in torch's words; `AVX2 (stand-in)` on a processor that has AVX-512, which is not
-    the same as `AVX2`. UserError if torch alone is held back to AVX2."""
+    """The card, or the instruction set as torch names it; `AVX2 (stand-in)` on a processor that has AVX-512, which is
+    not the same as `AVX2`. UserError if torch alone is held back to AVX2."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     name = torch.backends.cpu.get_cpu_capability()

@@ -1,4 +1,4 @@
-"""What should be there at once: the answer of a command, and a large folder of images, from the index kept of it."""
+"""What should start at once: a command's answer, and a large folder of images, by the index kept of it."""
 
 import os
 import subprocess

@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeVar
 import torch
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
-MOST_QUEUED, QUEUED_S = 20, 0.2  # calls in a row on a GPU: so many, or so long if that is fewer
+MOST_QUEUED, QUEUED_S = 20, 0.2  # calls in a row on a GPU: this many, or for this long if fewer
 COPY_AND_PRODUCT = {"cuda": (2**31, 8192), "cpu": (2**27, 1024)}  # bytes of the copy, side of the product
 CALLS = 10
 
@@ -89,12 +89,6 @@ def apart(function: Callable[..., Value], *arguments: object, start: str = "fork
     context.set_forkserver_preload(["deepvit.bench.benches"])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(function, *arguments).result()
-
-
-def reason(error: Exception) -> str:
-    """Why a contestant has no figures, in one line."""
-    text = str(error).strip().splitlines() or [""]
-    return "out of memory" if isinstance(error, torch.OutOfMemoryError) else f"{type(error).__name__}: {text[0]}"[:200]
 
 
 def left_out(steps: dict[str, object], times: dict[str, list[Call]]) -> list[dict]:

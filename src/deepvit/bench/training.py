@@ -1,4 +1,4 @@
-"""Whole training runs: a small model's images a second, and what `dry=true` forecasts beside what runs take."""
+"""Whole training runs: a small model's images a second, and the forecast of `dry=true` against real runs."""
 
 import statistics
 import tempfile
@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from deepvit.bench.models import OURS
-from deepvit.bench.timing import apart, reason
+from deepvit.bench.timing import apart
 from deepvit.config.compose import compose
 from deepvit.config.json_lines import read_json_lines
 from deepvit.engine.memory import peak_bytes, reset_peak
 from deepvit.engine.ranks import Ranks
 from deepvit.engine.signals import StopRequest
-from deepvit.errors import UserError
+from deepvit.errors import UserError, reason
 from deepvit.run.forecast import forecast
 from deepvit.run.train import train
 

@@ -62,7 +62,7 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = (make_norm(self.head_dim, **factory) if qk_norm else nn.Identity() for _ in "qk")
         self.proj = nn.Linear(inner, dim, bias=proj_bias, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
-        self._leader: tuple[Attention, ...] = ()  # a tuple, lest it become a part of this module
+        self._leader: tuple[Attention, ...] = ()  # in a tuple, so that it is no submodule
 
     @property
     def source(self) -> "Attention":
@@ -74,8 +74,8 @@ class Attention(nn.Module):
         UserError if either has more than a softmax of q k^T for maps."""
         for attention in (self, leader):
             if (type(attention).split, type(attention).softmax) != (Attention.split, Attention.softmax):
-                raise UserError(f"share_maps goes with plain softmax maps, and {type(attention).__name__} has a rule "
-                                f"of its own for the logits: leave share_maps at 1.")
+                raise UserError(f"share_maps needs plain softmax maps, and {type(attention).__name__} computes its "
+                                f"logits differently: leave share_maps at 1.")
         self._leader, self.scale, own = (leader,), leader.scale, self.qkv
         self.v = nn.Linear(own.in_features, own.out_features // 3, own.bias is not None, own.weight.device,
                            own.weight.dtype)
@@ -182,11 +182,11 @@ class SelfAttention(Attention):
         if norm_batch is not None and norm_batch < 1:
             raise UserError(f"norm_batch={norm_batch} must be at least 1 image, or null for the whole batch.")
         if norm and (learn_gain or not ops.is_plain(gain, centre)):
-            raise UserError("The norm over heads centres the maps and has a gain of its own: leave gain, learn_gain "
-                            "and centre out, or set norm=false; the norm's dose is norm_eps.")
+            raise UserError("The norm over heads centres the maps and has its own gain: leave gain, learn_gain and "
+                            "centre out, or set norm=false; the norm's dose is norm_eps.")
         self.gain, self.centre, self.norm_batch, self.frozen = gain, centre, norm_batch, norm == "frozen"
         if self.frozen and self.attn_drop:
-            raise UserError("norm=frozen goes without dropout on the maps: set attn_drop_rate (or attn_drop) to 0.")
+            raise UserError("norm=frozen excludes dropout on the maps: set attn_drop_rate (or attn_drop) to 0.")
         self.contrast = nn.Parameter(torch.zeros(num_heads, **factory)) if learn_gain else None
         self.mix = HeadMix(num_heads, init=theta_init, **factory) if mix else None
         if mix == "frozen":

@@ -121,8 +121,8 @@ def share_among(blocks: Sequence[Block], size: int, weight_init: str | None) -> 
     """Within groups of `size` blocks all follow the first: see `Attention.follow`. UserError for groups larger than the
     model, and for an initialisation that needs each block's own q and k."""
     if size > len(blocks) or weight_init or isinstance(blocks[0], DeepNormBlock):
-        raise UserError(f"share_maps={size} goes with at least as many blocks (depth is {len(blocks)}), and with "
-                        f"neither block=deepnorm nor weight_init: leave it at 1.")
+        raise UserError(f"share_maps={size} needs at least {size} blocks (depth is {len(blocks)}) and excludes "
+                        f"block=deepnorm and weight_init: leave it at 1.")
     for i, block in enumerate(blocks):
         if i % size:
             block.attn.follow(blocks[i - i % size].attn)

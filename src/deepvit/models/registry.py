@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from deepvit.config import CONF
 from deepvit.config.signature import ABOVE_ZERO, check_arguments, check_ranges, parameters_of
-from deepvit.errors import UserError, did_you_mean
+from deepvit.errors import UserError, choose, did_you_mean
 from deepvit.models.attention import ATTENTIONS
-from deepvit.models.stem import choose, pair, plain, stem_of
+from deepvit.models.stem import pair, plain, stem_of
 from deepvit.models.vit import ViT, pool_of
 
 MODELS = CONF / "model"
@@ -170,7 +170,7 @@ def _fit_positions(state: dict[str, Tensor], model: ViT) -> dict[str, Tensor]:
 
 
 def _timm_cfg(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Preprocessing as published (mean = std = 0.5; crop 0.9 at 224, 1.0 above), in timm's words."""
+    """Preprocessing as published (mean = std = 0.5; crop 0.9 at 224, 1.0 above), under timm's names."""
     size, half = pair(config["img_size"]), (0.5,) * config["in_chans"]
     classes = 1000 if config["num_classes"] is None else config["num_classes"]
     return {"num_classes": classes, "input_size": (config["in_chans"], *size), "pool_size": None,

@@ -8,7 +8,7 @@ from timm.layers import pad_same, resample_patch_embed
 from torch import Tensor, nn
 
 from deepvit import ops
-from deepvit.errors import UserError, did_you_mean
+from deepvit.errors import UserError, choose
 
 Size = tuple[int, int]
 GROUPS = 32  # of the hybrid's group norms
@@ -210,7 +210,7 @@ class HybridStem(Stem):
     Args:
         patch_size: a multiple of the ResNet's stride, 4 * 2^(stages - 1) (16 for three stages).
         layers: units per stage; the first stage keeps its size, each other halves it.
-        width: channels of the first convolution, a multiple of 32; stages put out 4, 8, 16, ... times as many.
+        width: channels of the first convolution, a multiple of 32; the stages have 4, 8, 16, ... times as many.
         arithmetic: `google`, or `vit_pytorch` for weights that were fine-tuned there.
     """
 
@@ -246,13 +246,6 @@ def stem_of(stem: str | Mapping[str, Any]) -> tuple[type[Stem], dict[str, Any]]:
     """Class and options of `"hybrid"` or `{"name": "hybrid", "layers": [3, 4, 9]}`."""
     options = {"name": stem} if isinstance(stem, str) else dict(stem)
     return choose("stem", str(options.pop("name", None)), STEMS), options
-
-
-def choose(setting: str, name: str, choices: Mapping[str, Any]) -> Any:
-    if name not in choices:
-        raise UserError(f"{setting}={name} is not known: choose from {', '.join(choices)}."
-                        f"{did_you_mean(name, choices)}")
-    return choices[name]
 
 
 def pair(size: int | Sequence[int]) -> Size:

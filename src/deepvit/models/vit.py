@@ -9,11 +9,11 @@ from timm.layers import resample_abs_pos_embed
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from deepvit.errors import UserError
+from deepvit.errors import UserError, choose
 from deepvit.models.attention import ATTENTIONS, Attention
 from deepvit.models.blocks import BLOCKS, checkpoint_block, share_among
 from deepvit.models.init import STD, draw_seed, init_weights
-from deepvit.models.stem import PatchStem, choose, pair, plain, stem_of
+from deepvit.models.stem import PatchStem, pair, plain, stem_of
 
 POOLS = {
     "cls": lambda tokens: tokens[:, 0],
@@ -41,7 +41,7 @@ class ViT(nn.Module):
 
     @property
     def global_pool(self) -> str:
-        """`pool` in timm's words."""
+        """timm's name for `pool`."""
         return {"cls": "token"}.get(self.pool, self.pool)
 
     def __init__(self, img_size: int | tuple[int, int] = 224, patch_size: int | tuple[int, int] = 16, in_chans: int = 3,
@@ -101,7 +101,7 @@ class ViT(nn.Module):
         if share_maps > 1:
             share_among(self.blocks, share_maps, weight_init)
         if weight_init and block == "deepnorm":
-            raise UserError(f"block=deepnorm has an initialisation of its own: leave weight_init={weight_init} out.")
+            raise UserError(f"block=deepnorm has its own initialisation: leave weight_init={weight_init} out.")
         init_weights(self, seed, STD if init_std is None else init_std, mimetic=weight_init == "mimetic")
         torch.set_rng_state(before)  # what the layers drew as they were built differs from model to model
 
@@ -155,13 +155,13 @@ class ViT(nn.Module):
 
     def get_intermediate_layers(self, x: Tensor, n: int | Sequence[int] = 1, reshape: bool = False,
                                 return_prefix_tokens: bool = False, norm: bool = False) -> list[Any]:
-        """`forward_intermediates` in DINO's words."""
+        """`forward_intermediates` with DINO's signature."""
         return self.forward_intermediates(x, n, return_prefix_tokens, norm, output_fmt="NCHW" if reshape else "NLC",
                                           intermediates_only=True)
 
     def prune_intermediate_layers(self, indices: int | Sequence[int] = 1, prune_norm: bool = False,
                                   prune_head: bool = True) -> list[int]:
-        """Drops what these intermediates do not need. `.config` goes on describing the whole model."""
+        """Drops what these intermediates do not need; `.config` still describes the whole model."""
         wanted, last = feature_take_indices(len(self.blocks), indices)
         self.blocks = self.blocks[:last + 1]
         if prune_norm if self.final_norm == "before_pool" else prune_head:

@@ -1,6 +1,6 @@
 """The algebra that lets re-attention run without a map in memory. Exact, for maps whose rows sum to one (no dropout).
 
-BatchNorm over heads stands between two linear maps, so it is an affine on the *output*. With the centred maps
+BatchNorm over heads lies between two linear maps, so it is an affine on the *output*. With the centred maps
 `C_g = A_g - 1/N`, `M_h = sum_g mix[h, g] C_g` (which has mean 0 whatever A is) and `total_h = sum_j v_h[j]`:
 
     U_h   = M_h v_h                              the core: one pass over the maps, see `reference.centred_mix`

@@ -81,7 +81,7 @@ def load() -> tuple[ctypes.CDLL | None, str]:
 
 
 def instructions() -> str | None:
-    """What the compiled form was built for, in torch's words: AVX512, AVX2 or DEFAULT; None without it."""
+    """What the compiled form was built for, as torch names it: AVX512, AVX2 or DEFAULT; None without it."""
     library, _ = load()
     return library and ctypes.c_char_p.in_dll(library, "deepvit_instructions").value.decode()
 
@@ -117,7 +117,7 @@ def _pointers(*tensors: Tensor) -> list[ctypes.c_void_p]:
 
 def centred_mix(q: Tensor, k: Tensor, v: Tensor, mix: Tensor, scale: float,
                 statistics: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """`reference.centred_mix` for float32 and half precision, computed in float32; no gradient of its own."""
+    """`reference.centred_mix` for float32 and half precision, computed in float32, without autograd."""
     dtype = q.dtype
     q, k, v = _float_inputs(q, k, v)
     mix, sizes = mix.contiguous(), _sizes(q, scale)

@@ -87,7 +87,7 @@ class _Maps:
 
 def centred_mix(q: Tensor, k: Tensor, v: Tensor, mix: Tensor, scale: float,
                 statistics: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """`reference.centred_mix` tile by tile; no gradient of its own."""
+    """`reference.centred_mix` tile by tile, without autograd."""
     B, H, N, d = q.shape
     dtype = mix.dtype
     u = tokens_first(q)  # [B, H, N, d]
