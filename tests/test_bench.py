@@ -12,7 +12,7 @@ from torch import nn
 
 from deepvit.bench import benches, machine, models, rows, timing
 from deepvit.bench.models import TrainStep
-from deepvit.bench.targets import TARGETS, against_targets
+from deepvit.bench.rows import TARGETS, against_targets
 from deepvit.commands.main import main
 from deepvit.errors import UserError
 

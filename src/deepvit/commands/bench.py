@@ -11,7 +11,6 @@ import torch
 from deepvit.bench import rows
 from deepvit.bench.benches import BENCHES, all_of, measure
 from deepvit.bench.machine import made_on, provenance
-from deepvit.bench.targets import against_targets
 from deepvit.bench.timing import apart
 from deepvit.errors import DONE, Failure
 
@@ -41,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             results[name] = [{"case": name, "on": on, "name": "all of it", "failed": "its process was killed"}]
             rows.append(given.json, name, results[name][0])
         print(f"\n{rows.tables(results[name])}", flush=True)
-    judged = against_targets(results, given.device)
+    judged = rows.against_targets(results, given.device)
     if judged:
         print(f"\nagainst the targets\n\n{rows.table(judged)}")
     failed = [row for found in results.values() for row in found if "failed" in row]
