@@ -18,8 +18,8 @@ from deepvit.analysis.study import Study
 
 POSITIVE, SIGNED = "viridis", "RdBu_r"  # both readable without telling red from green
 LEAST_WIDTH = 7  # inches that a title takes
-FLAT = 2  # highest over lowest weight of a map in which nothing is looked at more than the rest
-QUANTILE = 0.995  # of the absolute weights, where the colours end: a few entries would leave the rest dark
+FLAT = 2  # highest over lowest weight below which a map looks at nothing in particular
+QUANTILE = 0.995  # of the absolute weights, where the colours end: a few large entries would leave the rest dark
 SCALE = f"max: each panel's {QUANTILE:.1%} quantile; grey: flat (max/min below {FLAT:g}), drawn from min to max"
 
 
@@ -36,8 +36,8 @@ def side_by_side(studies: Sequence[Study], width: float, height: float, title: s
 def caption(one: Study) -> str:
     blocks, count = one.facts["probe"]["blocks"], one.facts["probe"]["images"]
     attention = one.facts["attention"]
-    known = [f"{blocks} blocks", attention] if attention not in one.facts["name"] else [f"{blocks} blocks"]
-    return f"{one.facts['name']}: {', '.join(known)} ({count} image{'s' * (count > 1)})"
+    known = f"{blocks} blocks" + (f", {attention}" if attention not in one.facts["name"] else "")
+    return f"{one.facts['name']}: {known} ({count} image{'s' * (count > 1)})"
 
 
 def mean_maps(studies: Sequence[Study]) -> Figure:
@@ -53,7 +53,11 @@ def mean_maps(studies: Sequence[Study]) -> Figure:
         maps = one.tensors["mean_maps"]
         signed = bool((maps < 0).any())
         for i, (ax, block) in enumerate(zip(axes, maps, strict=False)):
-            ax.set_title(f"block {i + 1}\n{_heatmap(ax, block, signed)}", fontsize=7)
+            if block.shape[-1] > 300:
+                block = F.adaptive_avg_pool2d(block[None], 300)[0]
+            ax.imshow(coloured(block, signed), interpolation="nearest")
+            ax.set(xticks=[], yticks=[])
+            ax.set_title(f"block {i + 1}\n{in_words(block)}", fontsize=7)
         rest_off(axes[len(maps):])
         _relative_scale(part, list(axes), signed, shrink=0.5)
     return figure
@@ -121,7 +125,9 @@ def theta(studies: Sequence[Study]) -> Figure | None:
         most = max(value.abs().max().item() for value in thetas.values())
         for ax, (name, value) in zip(axes, thetas.items(), strict=False):
             image = ax.imshow(value.numpy(), cmap=SIGNED, vmin=-most, vmax=most)
-            _label_heads(ax, len(value))
+            heads = range(0, len(value), max(1, len(value) // 4))
+            for set_ticks in (ax.set_xticks, ax.set_yticks):
+                set_ticks(heads, labels=[str(h + 1) for h in heads], fontsize=6)
             ax.set_title(f"block {int(name.partition('/')[2]) + 1}", fontsize=8)
         rest_off(axes[len(thetas):])
         part.colorbar(image, ax=list(axes), shrink=0.5, pad=0.02, label="weight of the source head")
@@ -142,28 +148,19 @@ def coloured(values: Tensor, signed: bool) -> np.ndarray:
     return colormaps[SIGNED if signed else POSITIVE](scale(values.numpy()))
 
 
-def is_flat(values: Tensor) -> bool:
-    return 1 / FLAT < _ratio(values) < FLAT
-
-
 def _ratio(values: Tensor) -> float:
     """Highest over lowest weight."""
     low, high = values.min().item(), values.max().item()
     return high / low if low else np.inf
 
 
+def is_flat(values: Tensor) -> bool:
+    return 1 / FLAT < _ratio(values) < FLAT
+
+
 def in_words(values: Tensor) -> str:
     ratio = _ratio(values)
     return f"flat, max/min = {max(ratio, 1 / ratio):.2f}" if is_flat(values) else f"max {_most(values):.2g}"
-
-
-def _heatmap(ax: Axes, values: Tensor, signed: bool) -> str:
-    """Draws a map and says its scale; large maps are averaged down first."""
-    if values.shape[-1] > 300:
-        values = F.adaptive_avg_pool2d(values[None], 300)[0]
-    ax.set(xticks=[], yticks=[])
-    ax.imshow(coloured(values, signed), interpolation="nearest")
-    return in_words(values)
 
 
 def _relative_scale(figure: Figure | SubFigure, axes: Axes | list[Axes], signed: bool, shrink: float) -> None:
@@ -195,9 +192,3 @@ def _overlay(ax: Axes, one: Study, i: int) -> AxesImage:
 
 def _short(name: str, most: int) -> str:
     return name if len(name) <= most else f"{name[:most // 2 - 1]}...{name[-(most // 2 - 2):]}"
-
-
-def _label_heads(ax: Axes, heads: int) -> None:
-    places = range(0, heads, max(1, heads // 4))
-    for set_ticks in (ax.set_xticks, ax.set_yticks):
-        set_ticks(list(places), labels=[str(h + 1) for h in places], fontsize=6)
