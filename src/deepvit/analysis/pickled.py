@@ -120,10 +120,6 @@ class _Array:
         self.array = dtype.array(raw, shape, fortran)
 
 
-def _from_buffer(raw: bytes, dtype: _DType, shape: Sequence[int], order: str) -> np.ndarray:
-    return dtype.array(raw, shape, order == "F")
-
-
 def _storage(raw: bytes) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch remarks on pickle protocols; what matters raises
@@ -140,19 +136,14 @@ def _rebuilt(storage: Any, offset: int, size: tuple[int, ...], stride: tuple[int
     return flat.as_strided(size, stride, offset)
 
 
-def _encoded(text: str, encoding: str) -> bytes:
-    if encoding != "latin1":
-        raise pickle.UnpicklingError("text for bytes")
-    return text.encode("latin1")
-
-
 _ALLOWED: dict[tuple[str, str], Callable] = {
     ("torch._utils", "_rebuild_tensor_v2"): _rebuilt, ("torch.storage", "_load_from_bytes"): _storage,
     ("torch._utils", "_rebuild_parameter"): lambda tensor, *ignored: tensor,
-    ("collections", "OrderedDict"): OrderedDict, ("_codecs", "encode"): _encoded,
+    ("collections", "OrderedDict"): OrderedDict, ("_codecs", "encode"): lambda text, encoding: text.encode("latin1"),
     ("numpy", "dtype"): _DType, ("numpy", "ndarray"): _Array,
     **{(f"numpy.{core}.multiarray", "_reconstruct"): _Array for core in ("core", "_core")},
-    **{(f"numpy.{core}.numeric", "_frombuffer"): _from_buffer for core in ("core", "_core")}}
+    **{(f"numpy.{core}.numeric", "_frombuffer"): lambda raw, dtype, shape, order: dtype.array(raw, shape, order == "F")
+       for core in ("core", "_core")}}
 
 
 class _Unpickler(pickle._Unpickler):  # Python's own: C's keeps a table as large as the largest index that a file names

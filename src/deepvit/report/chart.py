@@ -21,20 +21,20 @@ STYLE = {"font.size": 10, "axes.titlesize": 10, "legend.fontsize": 8, "axes.grid
          "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "deepvit", "svg.fonttype": "none",
          "legend.frameon": False, "text.parse_math": False}  # a $ in a name is a $
 PANEL = (4.6, 3.4)  # inches
-MOST_LINES = 8  # in a legend
+MAX_LINES = 8  # in a legend
 
 
 @dataclass(frozen=True)
 class Chart:
-    """Panels that belong together; those of one y label share its range. `caption` is a sentence or two."""
+    """Panels that belong together; those with the same y label share its range. `caption` is a sentence or two."""
 
     name: str
     caption: str
     panels: Sequence[Callable[[Axes], None]]
     columns: int = 2
 
-    def draw(self, columns: int | None = None) -> Figure:
-        columns = min(columns or self.columns, len(self.panels))
+    def draw(self, columns: int) -> Figure:
+        columns = min(columns, len(self.panels))
         rows = -(-len(self.panels) // columns)
         with matplotlib.rc_context(STYLE):
             figure = Figure(figsize=(PANEL[0] * columns, PANEL[1] * rows), layout="constrained")
@@ -58,6 +58,10 @@ class Chart:
         return folder / f"{self.name}.png"
 
     @cached_property
+    def _wide(self) -> Figure:
+        return self.draw(self.columns)
+
+    @cached_property
     def svg(self) -> bytes:
         """The same bytes for the same data."""
         return _svg(self._wide)
@@ -66,10 +70,6 @@ class Chart:
     def narrow_svg(self) -> bytes:
         """One panel in a row."""
         return _svg(self.draw(columns=1)) if min(self.columns, len(self.panels)) > 1 else self.svg
-
-    @cached_property
-    def _wide(self) -> Figure:
-        return self.draw()
 
 
 def _svg(figure: Figure) -> bytes:
@@ -88,15 +88,15 @@ def _share_ranges(all_axes: Sequence[Axes]) -> None:
 
 
 def look(label: str, labels: Sequence[str]) -> dict[str, str]:
-    """The well-known attentions keep their colour from figure to figure."""
+    """A line's style; the well-known attentions keep theirs from figure to figure."""
     index = [*dict.fromkeys([*ATTENTION_ORDER[:4], *labels])].index(label)
     return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
 
 
 def legend(axes: Axes) -> None:
-    """Inside the axes where it is small, below where not; none beyond `MOST_LINES`, the tables tell them apart."""
+    """Inside the axes if it is small, else below; none beyond `MAX_LINES`, where the tables tell lines apart."""
     handles, labels = axes.get_legend_handles_labels()
-    if not handles or len(labels) > MOST_LINES:
+    if not handles or len(labels) > MAX_LINES:
         return
     longest = max(map(len, labels))
     if len(labels) <= 4 and longest <= 24:
