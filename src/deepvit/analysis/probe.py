@@ -1,5 +1,5 @@
-"""All measures of a model on one batch of images, as plain numbers; and the model as it was before training, which shows
-what similarity is there by construction."""
+"""All measures of a model on one batch of images, as plain numbers; and the model as it was before training, which
+shows what similarity is there by construction."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence

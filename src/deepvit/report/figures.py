@@ -1,5 +1,5 @@
-"""The report's charts of a grid: its contrasts, accuracy and similarity against depth (or what varies instead), and what
-happened within runs."""
+"""The report's charts of a grid: its contrasts, accuracy and similarity against depth (or what varies instead), and
+what happened within runs."""
 
 import textwrap
 from collections.abc import Callable, Collection, Sequence
@@ -30,8 +30,8 @@ def charts(grid: Grid, threshold: float, prefix: str = "") -> list[Chart]:
     findings = [one for one in find(plan, grid) if one.points] if plan else []
     drawn = [_forest_chart(findings, plan.margin, prefix)] if findings else []
     drawn += [depth_chart(grid, threshold, prefix)] if len(grid.finished) > 1 else []
-    curves = _facet_chart(grid, f"{prefix}curves", "Training, one line a run; further seeds of a cell are pale.", _curves,
-                          CURVES, lambda run: run.lines)
+    curves = _facet_chart(grid, f"{prefix}curves", "Training, one line a run; further seeds of a cell are pale.",
+                          _curves, CURVES, lambda run: run.lines)
     blocks = _facet_chart(grid, f"{prefix}blocks", "Similarity M of each block's maps to the next block's, mean over "
                           "images, heads, tokens and seeds. Solid: trained; dotted: untrained.", _blocks, KINDS,
                           lambda run: similarity(run, "final", "final"))

@@ -224,8 +224,8 @@ def _shown(value: Any) -> Any:
 def _attention_labels(runs: Sequence[Run]) -> list[str]:
     """The attention's name, with those of its settings that differ between runs of that name."""
     attentions = [run.config["model"]["attention"] for run in runs]
-    variants = [{"name": one} if isinstance(one, str) else {**one, "name": one.get("name") or one.get("class", "unnamed")}
-                for one in attentions]
+    attentions = [{"name": one} if isinstance(one, str) else one for one in attentions]
+    variants = [{**one, "name": one.get("name") or one.get("class", "unnamed")} for one in attentions]
     labels = []
     for variant in variants:
         varying = differing([other for other in variants if other["name"] == variant["name"]])
