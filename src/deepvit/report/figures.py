@@ -1,27 +1,127 @@
-"""The report's charts of a grid: its contrasts, accuracy and similarity against depth (or what varies instead), and
-what happened within runs."""
+"""The report's charts, drawn once and saved as PNG and SVG: of a grid its contrasts, accuracy and similarity against
+depth (or what varies instead), and what happened within its runs; of two runs their curves."""
 
+import io
 import textwrap
+import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import matplotlib
 import numpy as np
+from matplotlib.artist import setp
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from deepvit.report.chart import COLOURS, Chart, legend, look, unit_range
 from deepvit.report.contrasts import Finding, find, plan_of
-from deepvit.report.grid import Cell, Grid
+from deepvit.report.grid import ATTENTION_ORDER, Cell, Grid
 from deepvit.report.published import Published
 from deepvit.report.runs import Run
 from deepvit.report.tables import (KINDS, interval, mean_similarity, of_result, over_seeds, published_for,
                                    similar_blocks, similarity)
 
+# Okabe and Ito's colours, told apart by colour-blind readers too; yellow is left out on white.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#999999")
+MARKERS = "osD^vP*X"
+STYLE = {"font.size": 10, "axes.titlesize": 10, "legend.fontsize": 8, "axes.grid": True, "grid.alpha": 0.25,
+         "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "deepvit", "svg.fonttype": "none",
+         "legend.frameon": False, "text.parse_math": False}  # a $ in a name is a $
+PANEL = (4.6, 3.4)  # inches
+MAX_LINES = 8  # in a legend
 MIN_POINTS = 4  # that the axis of accuracies spans
 MAX_TITLE = 52  # characters in a line
 CURVES = {"top1": "top-1 (%)", "loss": "training loss"}
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Panels that belong together; those with the same y label share its range. `caption` is a sentence or two."""
+
+    name: str
+    caption: str
+    panels: Sequence[Callable[[Axes], None]]
+    columns: int = 2
+
+    def draw(self, columns: int) -> Figure:
+        columns = min(columns, len(self.panels))
+        rows = -(-len(self.panels) // columns)
+        with matplotlib.rc_context(STYLE):
+            figure = Figure(figsize=(PANEL[0] * columns, PANEL[1] * rows), layout="constrained")
+            grid = figure.subplots(rows, columns, squeeze=False).ravel()
+            for axes, panel in zip(grid, self.panels):
+                panel(axes)
+            for axes in grid[len(self.panels):]:
+                axes.set_axis_off()
+            _share_ranges(grid[:len(self.panels)])
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # long labels in small panels: not the reader's concern
+                figure.draw_without_rendering()
+            figure.set_layout_engine("none")  # arranged once, not again for each file
+        return figure
+
+    def save(self, folder: Path) -> Path:
+        """Writes `<name>.png` and `<name>.svg`; returns the PNG's path."""
+        with matplotlib.rc_context(STYLE):
+            self._wide.savefig(folder / f"{self.name}.png", dpi=130)
+        (folder / f"{self.name}.svg").write_bytes(self.svg)
+        return folder / f"{self.name}.png"
+
+    @cached_property
+    def _wide(self) -> Figure:
+        return self.draw(self.columns)
+
+    @cached_property
+    def svg(self) -> bytes:
+        """The same bytes for the same data."""
+        return _svg(self._wide)
+
+    @cached_property
+    def narrow_svg(self) -> bytes:
+        """One panel in a row."""
+        return _svg(self.draw(columns=1)) if min(self.columns, len(self.panels)) > 1 else self.svg
+
+
+def _svg(figure: Figure) -> bytes:
+    file = io.BytesIO()
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    return file.getvalue()
+
+
+def _share_ranges(all_axes: Sequence[Axes]) -> None:
+    """Panels with the same labels are read against each other."""
+    for label in {axes.get_ylabel() for axes in all_axes}:
+        group = [axes for axes in all_axes if axes.get_ylabel() == label]
+        lows, highs = zip(*(axes.get_ylim() for axes in group))
+        setp(group, ylim=(min(lows), max(highs)))
+
+
+def look(label: str, labels: Sequence[str]) -> dict[str, str]:
+    """A line's style; the well-known attentions keep theirs from figure to figure."""
+    index = [*dict.fromkeys([*ATTENTION_ORDER[:4], *labels])].index(label)
+    return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
+
+
+def legend(axes: Axes) -> None:
+    """Inside the axes if it is small, else below; none beyond `MAX_LINES`, where the tables tell lines apart."""
+    handles, labels = axes.get_legend_handles_labels()
+    if not handles or len(labels) > MAX_LINES:
+        return
+    longest = max(map(len, labels))
+    if len(labels) <= 4 and longest <= 24:
+        axes.legend()
+    else:
+        labels = [label if len(label) <= 56 else f"{label[:53]}..." for label in labels]
+        axes.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2 if longest <= 24 else 1)
+
+
+def unit_range(axes: Axes) -> None:
+    low, high = axes.get_ylim()
+    axes.set_ylim(min(low, -0.05), max(high, 1.05))
 
 
 def charts(grid: Grid, threshold: float, prefix: str = "") -> list[Chart]:
@@ -30,7 +130,7 @@ def charts(grid: Grid, threshold: float, prefix: str = "") -> list[Chart]:
     findings = [one for one in find(plan, grid) if one.points] if plan else []
     drawn = [_forest_chart(findings, plan.margin, prefix)] if findings else []
     drawn += [depth_chart(grid, threshold, prefix)] if len(grid.finished) > 1 else []
-    curves = _facet_chart(grid, f"{prefix}curves", "Training, one line a run; further seeds of a cell are pale.",
+    curves = _facet_chart(grid, f"{prefix}curves", "Training, one line per run; further seeds of a cell are pale.",
                           _curves, CURVES, lambda run: run.lines)
     blocks = _facet_chart(grid, f"{prefix}blocks", "Similarity M of each block's maps to the next block's, mean over "
                           "images, heads, tokens and seeds. Solid: trained; dotted: untrained.", _blocks, KINDS,
@@ -40,7 +140,7 @@ def charts(grid: Grid, threshold: float, prefix: str = "") -> list[Chart]:
 
 def _forest_chart(findings: Sequence[Finding], margin: float, prefix: str) -> Chart:
     return Chart(f"{prefix}contrasts", f"Differences paired by seed: mean, 95 % interval from three seeds on, one "
-                 f"hollow dot a seed. Shaded: the margin of {margin:g} points.",
+                 f"hollow dot per seed. Shaded: the margin of {margin:g} points.",
                  [partial(_forest, findings=findings, what="points", label="difference in points of top-1",
                           margin=margin),
                   partial(_forest, findings=findings, what="losses", label="difference in test log-loss")])
@@ -73,37 +173,23 @@ def depth_chart(grid: Grid, threshold: float, prefix: str) -> Chart:
                  f"Filled: trained; hollow, dotted: untrained. Bars: 95 %.", panels)
 
 
-@dataclass(frozen=True)
 class _Plot:
-    """A grid against one of its axes, a line for each value of the others."""
+    """A grid against one of its axes, a line for each value of the others.
 
-    grid: Grid
+    `axis`: depth where it varies, else the first setting that does, else the attention; `lines`: cells by what tells
+    their lines apart; `ticks`: values of the axis and where they stand, numbers as they are, words at 0, 1, 2, ...
+    """
 
-    @cached_property
-    def axis(self) -> str:
-        """Depth where it varies, else the first setting that does, else the attention."""
-        return "depth" if len(self.grid.depths) > 1 else next(iter(self.grid.extras), "attention")
-
-    @cached_property
-    def lines(self) -> dict[str, list[Cell]]:
-        """Cells by what tells their lines apart."""
-        lines: dict[str, list[Cell]] = {}
-        for cell in self.grid.cells:
-            parts = [cell.attention, *cell.details(self.grid, but=self.axis)]
-            parts += [f"{cell.depth} blocks"] * (self.axis != "depth" and len(self.grid.depths) > 1)
-            lines.setdefault(", ".join(parts), []).append(cell)
-        return lines
-
-    @cached_property
-    def ticks(self) -> dict[Any, float]:
-        """Values of the axis and where they stand: numbers as they are, words at 0, 1, 2, ..."""
-        values = list(dict.fromkeys(map(self._value, self.grid.cells)))
+    def __init__(self, grid: Grid):
+        self.grid = grid
+        self.axis = "depth" if len(grid.depths) > 1 else next(iter(grid.extras), "attention")
+        self.lines: dict[str, list[Cell]] = {}
+        for cell in grid.cells:
+            self.lines.setdefault(", ".join([cell.attention, *cell.details(grid, but=self.axis)]), []).append(cell)
+        values = list(dict.fromkeys(map(self._value, grid.cells)))
         are_numbers = all(isinstance(value, int | float) for value in values)
-        return {value: value if are_numbers else place for place, value in enumerate(values)}
-
-    @property
-    def span(self) -> float:
-        return max(self.ticks.values()) - min(self.ticks.values())
+        self.ticks = {value: value if are_numbers else place for place, value in enumerate(values)}
+        self.span = max(self.ticks.values()) - min(self.ticks.values())
 
     def _value(self, cell: Cell) -> Any:
         return {"depth": cell.depth, "attention": cell.attention, **dict(zip(self.grid.extras, cell.extras))}[self.axis]
@@ -216,4 +302,16 @@ def _blocks(axes: Axes, cells: Sequence[Cell], place: str, name: str) -> None:
     axes.set(xlabel="block", ylabel="M to the next block", title=textwrap.fill(f"{KINDS[name]}: {place}", MAX_TITLE))
     axes.xaxis.get_major_locator().set_params(integer=True)
     unit_range(axes)
+    legend(axes)
+
+
+def comparison_chart(runs: Sequence[Run], labels: Sequence[str]) -> Chart:
+    return Chart("compare", f"{labels[0]} (solid) and {labels[1]} (dashed).",
+                 [partial(_compared_curves, runs=runs, labels=labels, name=name) for name in CURVES])
+
+
+def _compared_curves(axes: Axes, runs: Sequence[Run], labels: Sequence[str], name: str) -> None:
+    for label, run, colour, style in zip(labels, runs, COLOURS, ("-", "--")):
+        draw_curve(axes, run, name, color=colour, linestyle=style, label=label)
+    axes.set(xlabel="epoch", ylabel=CURVES[name])
     legend(axes)

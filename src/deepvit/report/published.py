@@ -14,29 +14,20 @@ IMAGENET_VAL = 50_000  # images of the validation set that the numbers are of
 
 @dataclass(frozen=True)
 class Published:
-    """A published cell. `top1` in percent; `source` a key of `sources()`; `match`: settings that a run of the same cell
-    has; `time` of training, in the source's words."""
+    """A published result. `top1` in percent; `source` a key of `sources()`; `match`: settings that a run of the same
+    cell has, None for a model that is not built here, whose `remark` is what to know before comparing; `time` of
+    training, in the source's words."""
 
     model: str
     source: str
     top1: float
-    match: Mapping[str, Any]
+    match: Mapping[str, Any] | None = None
     params: float | None = None
+    gflops: float | None = None
+    img_size: int | None = None
     similar_blocks: int | None = None
     time: str | None = None
-
-
-@dataclass(frozen=True)
-class Other:
-    """A model of others that is not built here; `remark`: what to know before comparing."""
-
-    model: str
-    source: str
-    top1: float
-    params: float
-    gflops: float | None
-    img_size: int
-    remark: str
+    remark: str = ""
 
 
 @cache
@@ -48,8 +39,8 @@ def entries() -> list[Published]:
     return [Published(**entry) for entry in _content()["entries"]]
 
 
-def others() -> list[Other]:
-    return [Other(**entry) for entry in _content()["others"]]
+def others() -> list[Published]:
+    return [Published(**entry) for entry in _content()["others"]]
 
 
 def sources() -> dict[str, str]:

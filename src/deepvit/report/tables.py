@@ -8,7 +8,7 @@ from typing import Any
 
 from deepvit.report.contrasts import OUTCOMES, Finding, Plan, find, plan_of
 from deepvit.report.grid import Cell, Grid, plain
-from deepvit.report.published import IMAGENET_VAL, Other, Published, others, published_of, sources
+from deepvit.report.published import IMAGENET_VAL, Published, others, published_of, sources
 from deepvit.report.runs import Run
 from deepvit.report.statistics import Equivalence, Summary, summarise
 
@@ -182,7 +182,7 @@ def _costs(grid: Grid) -> Table:
                "images/s": _mean(of_result("images_per_s"), 0), "epochs": _mean(of_result("epochs"), 1),
                "device": _devices}
     return _table("Size and speed", columns, grid.finished, [
-        "GFLOP: forward, one image. images/s: training, as these runs met their machines; not a benchmark."])
+        "GFLOP: forward, one image. images/s: training speed of these runs on their machines, not a benchmark."])
 
 
 def _others() -> Table:
@@ -234,19 +234,19 @@ def _beyond(cell: Cell, grid: Grid) -> str:
     return f"{top1.mean - found[0].top1:+.2f}" if found and top1 else NONE
 
 
-def _references(entries: Iterable[Published | Other]) -> list[str]:
+def _references(entries: Iterable[Published]) -> list[str]:
     return [f"[{name}] {sources()[name]}." for name in dict.fromkeys(one.source for one in entries)]
 
 
 def _published_notes(grid: Grid) -> list[str]:
     found = [entries for cell in grid.cells if (entries := published_for(cell, grid))]
     if not found and grid.data != "imagenet":
-        return [f"The paper's numbers are of ImageNet: there is none to stand beside {grid.data}."]
+        return [f"The paper reports results on ImageNet only: it has no number for {grid.data}."]
     notes = _references(chain.from_iterable(found))
     notes += [f"Also published for {first.model}: {', '.join(f'{one.top1:g} [{one.source}]' for one in more)}."
               for first, *more in found if more]
     if counts := [f"{one.model} {one.similar_blocks}" for one, *_ in found if one.similar_blocks is not None]:
-        notes.append(f"Similar blocks as published, by a rule that is left open: {', '.join(counts)}.")
+        notes.append(f"Similar blocks as published, by a rule that is not stated: {', '.join(counts)}.")
     if times := dict.fromkeys(f"{one.model} on {one.match['data.source']} {one.time}" for one, *_ in found if one.time):
-        notes.append(f"Training time as published, of a GPU that is not named: {', '.join(times)}.")
+        notes.append(f"Training time as published, on a GPU that is not named: {', '.join(times)}.")
     return notes

@@ -6,18 +6,14 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
 from html import escape
 from pathlib import Path
-
-from matplotlib.axes import Axes
 
 from deepvit.config.compare import labels
 from deepvit.config.provenance import git_revision
 from deepvit.errors import UserError
 from deepvit.report import render
-from deepvit.report.chart import COLOURS, Chart, legend
-from deepvit.report.figures import CURVES, charts, draw_curve
+from deepvit.report.figures import Chart, charts, comparison_chart
 from deepvit.report.grid import Grid, grids
 from deepvit.report.runs import Run, flat, without_paths
 from deepvit.report.tables import NONE, Table, mean_similarity, of_result, over_seeds, tables
@@ -51,7 +47,7 @@ def write_report(runs: Sequence[Run], problems: Sequence[str], out: Path, thresh
         name = re.sub(r"[^A-Za-z0-9]+", "-", f"{grid.data}-{grid.recipe}-{grid.label}")[:40].strip("-")
         parts += [f"## {grid.name}", _shared_recipe(grid), _limits(grid), *tables(grid, threshold),
                   *charts(grid, threshold, f"{name}-{number}-" if len(found) > 1 else "")]
-    parts += [_comparison(pair), _comparison_chart(pair)] if pair else []
+    parts += [_comparison(pair), comparison_chart(pair, _labels(pair))] if pair else []
     try:
         (out / "figures").mkdir(parents=True, exist_ok=True)
         saved = [part.save(out / "figures") for part in parts if isinstance(part, Chart)]
@@ -83,7 +79,7 @@ def _summary(grids: Sequence[Grid]) -> str:
     counts = ", ".join(f"{count} {state}" for state, count in states.items())
     told = f"{len(runs)} run{'s' * (len(runs) != 1)} ({counts})"
     if len(grids) > 1:
-        return f"{told} in {len(grids)} experiments, each with tables of its own: their numbers do not compare."
+        return f"{told} in {len(grids)} experiments, with separate tables: their numbers are not comparable."
     means = [(found.mean, cell) for cell in grids[0].cells if (found := over_seeds(cell, of_result("top1")))]
     if not means:
         return f"{told}."
@@ -116,7 +112,7 @@ def _limits(grid: Grid) -> str:
         counts = {run.result["n"] for run in grid.runs if "n" in run.result}
         sample = f" ({counts.pop()} test images)" if len(counts) == 1 else ""
         told.append(f"one seed, so differences within the 95 % bounds may be chance{sample}")
-    told.append("similarity alone is no merit: the norm over heads lowers it by construction, as norm_only shows")
+    told.append("low similarity alone is no merit: the norm over heads lowers it by construction, as norm_only shows")
     return f"Limits: {'; '.join(told)}."
 
 
@@ -144,19 +140,6 @@ def _labels(runs: Sequence[Run]) -> list[str]:
 
 def _text(value: object) -> str:
     return NONE if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def _comparison_chart(runs: Sequence[Run]) -> Chart:
-    first, second = _labels(runs)
-    return Chart("compare", f"{first} (solid) and {second} (dashed).",
-                 [partial(_compared_curves, runs=runs, name=name) for name in CURVES])
-
-
-def _compared_curves(axes: Axes, runs: Sequence[Run], name: str) -> None:
-    for label, run, colour, style in zip(_labels(runs), runs, COLOURS, ("-", "--")):
-        draw_curve(axes, run, name, color=colour, linestyle=style, label=label)
-    axes.set(xlabel="epoch", ylabel=CURVES[name])
-    legend(axes)
 
 
 def _as_text(part: Part) -> str:
