@@ -14,7 +14,7 @@ from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from deepvit.analysis.draw_maps import SIGNED, caption, rest_off, side_by_side
+from deepvit.analysis.draw_maps import SIGNED, caption, hide_axes, side_by_side
 from deepvit.analysis.registry import MEASURES
 from deepvit.analysis.study import Study
 
@@ -104,7 +104,7 @@ def measures_with_depth(studies: Sequence[Study]) -> Figure:
     names = [Line2D([], [], color=colour, marker=marker, label=caption(one))
              for one, colour, marker in zip(studies, COLOURS, MARKERS, strict=False)]
     figure.legend(handles=names, fontsize=8, ncols=len(names), loc="outside lower center", frameon=False)
-    rest_off(axes[len(shown):])
+    hide_axes(axes[len(shown):])
     return figure
 
 

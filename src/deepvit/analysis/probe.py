@@ -4,7 +4,7 @@ shows what similarity is there by construction."""
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
@@ -81,7 +81,7 @@ def _attentions(model: nn.Module, recording: Recording, maps: Mapping[str, Seque
 def _blocks(recording: Recording) -> Iterator[Block]:
     """What measures take of each block's tokens and branches."""
     branches = {branch: rows for branch, rows in recording.branches.items() if rows}
-    for i, (before, after) in enumerate(zip(recording.tokens, recording.tokens[1:])):
+    for i, (before, after) in enumerate(pairwise(recording.tokens)):
         yield {"first": recording.tokens[0], "before": before, "after": after,
                **{branch: rows[i] for branch, rows in branches.items()}}
 
@@ -91,7 +91,7 @@ def _once(model: nn.Module, rows: Sequence[Tensor]) -> Iterator[Block]:
     for module, theta in zip(attention_modules(model), thetas(model), strict=True):
         norm = getattr(module, "norm", None)
         yield {"theta": theta, "norm": norm if isinstance(norm, BatchNorm) else None}
-    for before, after in zip(rows, rows[1:]):
+    for before, after in pairwise(rows):
         yield {"rows_first": rows[0], "rows_before": before, "rows_after": after}
 
 

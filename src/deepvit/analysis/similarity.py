@@ -10,6 +10,7 @@ initialisation.
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -65,12 +66,8 @@ def _check_alike(p: Tensor, q: Tensor) -> None:
 def adjacent_similarity(maps: Sequence[Tensor], per_head: bool = False) -> Tensor:
     """Mean M between each block and the next, over images, heads and tokens: `[L - 1]`, or `[L - 1, H]` per head. Holds
     the maps of two blocks at a time."""
-    rows, last = [], None
-    for block in maps:
-        unit = unit_columns(block)
-        rows += [mean_product(last, unit)] if last is not None else []
-        last = unit
-    sims = torch.stack(rows) if rows else torch.empty(0, last.shape[1], device=last.device)  # [L - 1, H]
+    rows = [mean_product(p, q) for p, q in pairwise(map(unit_columns, maps))]
+    sims = torch.stack(rows) if rows else maps[0].new_empty(0, maps[0].shape[1])  # [L - 1, H]
     return sims if per_head else sims.mean(-1)
 
 

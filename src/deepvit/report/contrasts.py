@@ -41,7 +41,7 @@ class Contrast:
 
     @property
     def meaning(self) -> str:
-        plus, minus, at, against = map(_said, (self.plus, self.minus, self.at, self.against))
+        plus, minus, at, against = map(_in_words, (self.plus, self.minus, self.at, self.against))
         return f"{plus} minus {minus}{at and f', at {at}'}{against and f', less the same at {against}'}"
 
 
@@ -161,21 +161,21 @@ def _pair(contrast: Contrast, runs: Sequence[Run], outcome: str) -> tuple[dict[i
         for run, place in zip(runs, places):
             if all(run.chosen(name) == value for name, value in arm.items()):
                 if run.seed in values[place]:
-                    raise LookupError(f"several runs of one seed are {_said(arm)}: name what tells them apart")
+                    raise LookupError(f"several runs of one seed are {_in_words(arm)}: name what tells them apart")
                 plain = run.result.get(outcome.removeprefix("uncalibrated_"), math.nan)
                 values[place][run.seed] = run.result.get(outcome, plain)  # without batch statistics there is no other
                 seeds.add(run.seed)
         arms.append(values)
     common = set.intersection(*map(set, arms))
     if not common:
-        raise LookupError(f"no run is {' or '.join(map(_said, settings))}, all else alike")
+        raise LookupError(f"no run is {' or '.join(map(_in_words, settings))}, all else alike")
     found = {seed: sum(sign * values[place].get(seed, math.nan) for place in common
                        for sign, values in zip(signs, arms)) / len(common) for seed in sorted(seeds)}
     return ({seed: value for seed, value in found.items() if math.isfinite(value)},
             [seed for seed, value in found.items() if not math.isfinite(value)])
 
 
-def _said(settings: Mapping[str, Any]) -> str:
+def _in_words(settings: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={value}" for name, value in settings.items())
 
 

@@ -1,4 +1,4 @@
-"""Which runs belong in one table, what its axes are, and which of its runs are missing."""
+"""Which runs belong in one table, what its axes are, and what each of its cells holds."""
 
 import re
 from collections import Counter, defaultdict
@@ -27,8 +27,8 @@ class Cell:
     depth: int
     attention: str
     extras: tuple[Any, ...]
-    runs: tuple[Run, ...] = ()
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    runs: tuple[Run, ...]
+    settings: Mapping[str, Any]
 
     @property
     def finished(self) -> list[Run]:
@@ -200,9 +200,9 @@ def _by_name(group: str, names: Sequence[str], compared: Sequence[dict[str, Any]
     """`group` as the chosen name, and beside it what was typed or differs between runs of one name."""
     keys = {key for settings in compared for key in settings if key.startswith(f"{group}.")} - {*typed}
     one_of = dict(zip(names, compared))
-    told = {key for key in keys if all(settings.get(key) == one_of[name].get(key)
-                                       for name, settings in zip(names, compared))}
-    return [{**{key: value for key, value in settings.items() if key not in told}, group: name}
+    implied = {key for key in keys if all(settings.get(key) == one_of[name].get(key)
+                                          for name, settings in zip(names, compared))}
+    return [{**{key: value for key, value in settings.items() if key not in implied}, group: name}
             for name, settings in zip(names, compared)]
 
 

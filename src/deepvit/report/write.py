@@ -20,7 +20,7 @@ from deepvit.report.tables import NONE, Table, mean_similarity, of_result, over_
 
 TITLE = "Depth and attention: report"
 ANY_NAME = {"encoding": "utf-8", "errors": "backslashreplace"}  # a folder's name may not be UTF-8
-RECIPE = {  # what a reader asks for first, and how it is said
+RECIPE = {  # what a reader asks for first, and how it is put
     "model.embed_dim": "width {}", "model.num_heads": "{} heads", "model.mlp_ratio": "MLP x {:g}",
     "model.img_size": "images of {} pixels", "model.patch_size": "patches of {}", "model.stem": "{} stem",
     "model.reattention_blocks": "the attention in blocks {}", "model.drop_path_rate": "drop path {:g}",
@@ -77,15 +77,15 @@ def _summary(grids: Sequence[Grid]) -> str:
     runs = [run for grid in grids for run in grid.planned]
     states = Counter(run.state.split(" (")[0] for run in runs)
     counts = ", ".join(f"{count} {state}" for state, count in states.items())
-    told = f"{len(runs)} run{'s' * (len(runs) != 1)} ({counts})"
+    total = f"{len(runs)} run{'s' * (len(runs) != 1)} ({counts})"
     if len(grids) > 1:
-        return f"{told} in {len(grids)} experiments, with separate tables: their numbers are not comparable."
+        return f"{total} in {len(grids)} experiments, with separate tables: their numbers are not comparable."
     means = [(found.mean, cell) for cell in grids[0].cells if (found := over_seeds(cell, of_result("top1")))]
     if not means:
-        return f"{told}."
+        return f"{total}."
     highest, cell = max(means, key=lambda one: one[0])
     where = ", ".join([cell.attention, f"{cell.depth} blocks", *cell.details(grids[0])])
-    return f"{told}. The highest top-1 is {highest:.2f} %: {where}."
+    return f"{total}. The highest top-1 is {highest:.2f} %: {where}."
 
 
 def _origin(grids: Sequence[Grid], command: str) -> str:
@@ -99,21 +99,21 @@ def _origin(grids: Sequence[Grid], command: str) -> str:
 def _shared_recipe(grid: Grid) -> str:
     """The settings that all cells have in common."""
     known = dict(flat(grid.shared))
-    said = [phrase.format(known[name]) for name, phrase in RECIPE.items() if known.get(name)]
-    said += [f"{name}={value}" for name, value in known.items() if name.split(".")[0] in known and "." in name]
+    phrases = [phrase.format(known[name]) for name, phrase in RECIPE.items() if known.get(name)]
+    phrases += [f"{name}={value}" for name, value in known.items() if name.split(".")[0] in known and "." in name]
     seeds = f"seed{'s' * (len(grid.seeds) > 1)} {', '.join(map(str, grid.seeds))}"
-    return without_paths(f"All cells share: {', '.join(said)}; {seeds}.")
+    return without_paths(f"All cells share: {', '.join(phrases)}; {seeds}.")
 
 
 def _limits(grid: Grid) -> str:
     """What the tables do not show."""
-    told = ["digits of 8 x 8 pixels, a small width and a short training are not ImageNet"] * (grid.data == "digits")
+    found = ["digits of 8 x 8 pixels, a small width and a short training are not ImageNet"] * (grid.data == "digits")
     if len(grid.seeds) == 1:
         counts = {run.result["n"] for run in grid.runs if "n" in run.result}
         sample = f" ({counts.pop()} test images)" if len(counts) == 1 else ""
-        told.append(f"one seed, so differences within the 95 % bounds may be chance{sample}")
-    told.append("low similarity alone is no merit: the norm over heads lowers it by construction, as norm_only shows")
-    return f"Limits: {'; '.join(told)}."
+        found.append(f"one seed, so differences within the 95 % bounds may be chance{sample}")
+    found.append("low similarity alone is no merit: the norm over heads lowers it by construction, as norm_only shows")
+    return f"Limits: {'; '.join(found)}."
 
 
 def _comparison(runs: Sequence[Run]) -> Table:
