@@ -18,11 +18,8 @@ FORMS: dict[str, Callable[[Tensor], Tensor]] = {
 @contextmanager
 def without_block(model: nn.Module, index: int) -> Iterator[None]:
     """Inside, block `index` returns the tokens that enter it."""
-    handle = unwrap(model).blocks[index].register_forward_hook(lambda block, args, output: args[0])
-    try:
+    with unwrap(model).blocks[index].register_forward_hook(lambda block, args, output: args[0]):
         yield
-    finally:
-        handle.remove()
 
 
 @contextmanager

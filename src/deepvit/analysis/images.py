@@ -38,11 +38,11 @@ def read_images(model: ViT, paths: Sequence[Path]) -> Images:
         raise UserError(f"{model.load_report.path} is a model of {model.config['in_chans']} channels, and images are "
                         f"read as three: call it from Python on tensors of your own.")
     files = [file for path in paths for file in (_inside(path) if path.is_dir() else [path])]
-    told = evaluated_as(model)
-    transform = data.eval_transform(list(model.img_size), told["crop_pct"] or model.pretrained_cfg["crop_pct"],
-                                    told["interpolation"])
+    evaluation = evaluated_as(model)
+    transform = data.eval_transform(list(model.img_size), evaluation["crop_pct"] or model.pretrained_cfg["crop_pct"],
+                                    evaluation["interpolation"])
     pixels, names, refused = [], [], []
-    for name, source in [(str(path), path) for path in files] or _examples(told["source"]):
+    for name, source in [(str(path), path) for path in files] or _examples(evaluation["source"]):
         try:
             image = data.open_image(source) if isinstance(source, Path) else source
         except UserError as error:
@@ -53,7 +53,7 @@ def read_images(model: ViT, paths: Sequence[Path]) -> Images:
     if not pixels:
         raise UserError(refused[0] if refused else f"There are no images in {', '.join(map(str, paths))}.")
     stack = torch.stack(pixels)  # uint8 [B, 3, height, width]
-    mean, std = (torch.tensor(values).view(3, 1, 1) * 255 for values in data.norm_values(told["norm"]))
+    mean, std = (torch.tensor(values).view(3, 1, 1) * 255 for values in data.norm_values(evaluation["norm"]))
     return Images((stack - mean) / std, stack, names, refused)
 
 
@@ -87,9 +87,9 @@ def _inside(folder: Path) -> list[Path]:
 def evaluated_as(model: ViT) -> dict[str, Any]:
     """How its images are prepared (`crop_pct`, `interpolation`, `norm`), and the `source` of its training images."""
     said = model.load_report.said
-    told = (said.get("run") or {}).get("data") or {
+    found = (said.get("run") or {}).get("data") or {
         "norm": data.name_of_norm(said.get("mean"), said.get("std")) or PUBLISHED["norm"]}
-    return {name: told.get(name, value) for name, value in {**PUBLISHED, "source": None}.items()}
+    return {name: found.get(name, value) for name, value in {**PUBLISHED, "source": None}.items()}
 
 
 def _examples(source: str | None) -> list[tuple[str, Any]]:
