@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from deepvit import analysis
 from deepvit import data as inputs
-from deepvit.analysis.board import draw_probe, without_matrices
+from deepvit.analysis.draw_depth import draw_probe
+from deepvit.analysis.probe import without_matrices
 from deepvit.config.json_lines import read_json_lines
 from deepvit.config.provenance import versions
 from deepvit.config.settings import Data, Settings
