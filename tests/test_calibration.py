@@ -12,7 +12,7 @@ from torch.optim.swa_utils import update_bn
 from deepvit.commands import main
 from deepvit.config.compare import changed
 from deepvit.config.compose import compose
-from deepvit.engine.calibrate import calibrate
+from deepvit.engine.evaluate import calibrate
 from deepvit.engine.folder import RunFolder
 from deepvit.engine.ranks import Ranks
 from deepvit.engine.step import Precision

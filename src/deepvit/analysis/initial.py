@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from deepvit.analysis.probe import probe
 from deepvit.analysis.recording import BRANCHES, unwrap
-from deepvit.engine.calibrate import statistics_of_the_batch
+from deepvit.engine.evaluate import statistics_of_the_batch
 from deepvit.errors import UserError
 from deepvit.models.registry import build_model
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from deepvit import ops
 from deepvit.bench.ceilings import ceilings
 from deepvit.bench.timing import interleaved, left_out, reason, summary
-from deepvit.engine.memory import kept_storages
+from deepvit.engine.device import kept_storages
 from deepvit.ops import HeadNorm, reference
 
 HEADS, HEAD_DIM = 12, 32  # deepvit32: width 384

@@ -7,7 +7,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from deepvit.engine.memory import kept_storages
+from deepvit.engine.device import kept_storages
 from deepvit.models import ReAttention, create_model
 from deepvit.models.cost import forward_flops
 from deepvit.ops import reference

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from deepvit.bench.apart import apart
 from deepvit.bench.training import alone, trained
 from deepvit.config.compose import compose
-from deepvit.engine.memory import peak_bytes, reset_peak
+from deepvit.engine.device import peak_bytes, reset_peak
 from deepvit.engine.signals import StopRequest
 from deepvit.run.forecast import forecast
 

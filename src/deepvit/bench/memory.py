@@ -7,7 +7,7 @@ import torch
 from deepvit.bench.apart import apart
 from deepvit.bench.contestants import BASE, TrainStep, contestants
 from deepvit.bench.timing import fitting, reason
-from deepvit.engine.memory import peak_bytes, reset_peak
+from deepvit.engine.device import peak_bytes, reset_peak
 
 
 def measure(device: str = "cpu", *, depth: int = 32, batch: int | None = None, img_size: int = 224) -> Iterator[dict]:

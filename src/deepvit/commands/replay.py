@@ -12,7 +12,7 @@ from typing import Any
 from deepvit.config.settings import Settings
 from deepvit.engine import checkpoint
 from deepvit.engine.folder import RunFolder
-from deepvit.engine.nonfinite import Examination
+from deepvit.engine.nonfinite import Examination, examine
 from deepvit.engine.ranks import Ranks, pick_device
 from deepvit.errors import DONE, UserError
 from deepvit.run import build, micro_batches
@@ -67,7 +67,7 @@ def _share(settings: Settings, content: dict[str, Any], number: int, rank: int) 
     stepper = build.stepper(settings, network, schedule, len(splits.class_ids), alone,
                             masks=content.get("masks") == "image")
     drawn = next(build.batch_maker(settings, splits.train, Ranks(rank, world, alone.device))(number, 1, size))
-    return stepper.examine(state, drawn, number, rank)
+    return examine(stepper, state, drawn, number, rank)
 
 
 def show(found: Examination, rank: int) -> None:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from deepvit import data as images
 from deepvit.config.settings import Data, read_evaluation
-from deepvit.engine.checkpoint import write_text_synced
 from deepvit.engine.device import prepare_device
+from deepvit.engine.folder import write_text_synced
 from deepvit.engine.ranks import Ranks
 from deepvit.engine.signals import StopRequest
 from deepvit.engine.step import Precision, Prepare
