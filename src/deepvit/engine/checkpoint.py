@@ -33,9 +33,9 @@ def save(path: Path, content: dict[str, Any], previous: Path | None = None) -> N
     except (OSError, RuntimeError) as error:  # torch wraps a full disk in a RuntimeError
         partial.unlink(missing_ok=True)
         partial_digest.unlink(missing_ok=True)
-        free = shutil.disk_usage(path.parent).free
-        raise Failure(f"The checkpoint {path} could not be written ({_reason(error)}): about "
-                      f"{_exact_size(size_of(content))} are needed, {_exact_size(free)} are free.") from error
+        needed, free = size_of(content), shutil.disk_usage(path.parent).free
+        raise Failure(f"The checkpoint {path} could not be written ({_reason(error)}): about {needed:,} bytes "
+                      f"({_size(needed)}) are needed, {free:,} bytes ({_size(free)}) are free.") from error
     # A kill between any two of these lines leaves a pair that verifies, or a file without digest that loads.
     if previous is not None and path.exists():
         digest_path(previous).unlink(missing_ok=True)
@@ -175,11 +175,6 @@ def _digest(path: Path) -> str:
 
 def _size(count: int) -> str:
     return f"{count / 2**20:,.0f} MiB" if count >= 2**20 else f"{count / 2**10:,.0f} KiB"
-
-
-def _exact_size(count: int) -> str:
-    """12,345,678 -> "12,345,678 bytes (12 MiB)"."""
-    return f"{count:,} bytes ({count / 2**20:.0f} MiB)"
 
 
 def _reason(error: BaseException) -> str:

@@ -168,7 +168,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], prepare: Prepare, ranks:
         finally:
             torch._foreach_copy_(statistics, views_like(statistics, before))
     if complete:
-        sums = ranks.sum(torch.cat([total, seen]).cpu())
+        sums = sum(ranks.gather(torch.cat([total, seen]).cpu()))
         torch._foreach_copy_(statistics, views_like(statistics, (sums[:-1] / sums[-1]).to(before.device)))
     return complete
 

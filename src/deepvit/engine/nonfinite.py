@@ -52,17 +52,14 @@ class SkipWatch:
         self._state.skipped_in_a_row += 1
         shares = self._ranks.gather((torch.cat(indices).tolist(), float(update.local_loss)))
         if self._ranks.is_main:
-            self._note(update, sum((one for one, _ in shares), []), [loss for _, loss in shares])
+            losses, norm, scaler = [loss for _, loss in shares], float(update.grad_norm), self._state.scaler
+            self._folder.log_event("skipped", step=update.batch_index + 1, batch=update.batch_index,
+                                   indices=sum((one for one, _ in shares), []), losses=losses, grad_norm=norm)
+            log.warning("Step %d skipped: loss %s, gradient norm %g%s.", update.batch_index + 1,
+                        ", ".join(f"{loss:g}" for loss in losses), norm,
+                        f"; gradients are now scaled by {scaler.get_scale():g}" if scaler.is_enabled() else "")
         if self._state.skipped_in_a_row >= self._most:
             self._give_up(update.batch_index)
-
-    def _note(self, update: Update, indices: list[int], losses: list[float]) -> None:
-        norm, scaler = float(update.grad_norm), self._state.scaler
-        self._folder.log_event("skipped", step=update.batch_index + 1, batch=update.batch_index, indices=indices,
-                               losses=losses, grad_norm=norm)
-        scale = f"; gradients are now scaled by {scaler.get_scale():g}" if scaler.is_enabled() else ""
-        log.warning("Step %d skipped: loss %s, gradient norm %g%s.", update.batch_index + 1,
-                    ", ".join(f"{loss:g}" for loss in losses), norm, scale)
 
     def _give_up(self, number: int) -> None:
         self._saver.save_nonfinite(self._state)

@@ -86,12 +86,6 @@ class Ranks:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def sum(self, values: Tensor) -> Tensor:
-        """Sum of `values` over the ranks, in place; values live on the host."""
-        if self.control is not None:
-            dist.all_reduce(values, group=self.control)
-        return values
-
     def max(self, value: int) -> int:
         """The largest of the ranks' values: how they all reach one decision."""
         if self.control is None:
@@ -101,7 +95,7 @@ class Ranks:
         return int(box)
 
     def gather(self, value: object) -> list[object]:
-        """Every rank's `value` (plain Python or numpy), in the order of the ranks, on all of them."""
+        """Every rank's `value` (plain Python, numpy or on the host), in the order of the ranks, on all of them."""
         if self.control is None:
             return [value]
         values = [None] * self.world
@@ -121,28 +115,24 @@ class Ranks:
             error = Failure(f"{first_line(raised)}.") if names_nothing(raised) else unusable(raised)
         self.raise_together(error)
 
-    def raise_together(self, error: UserError | Failure | None, flag: bool = False) -> bool:
-        """Whether any rank raises `flag`; the first rank's error is raised on all of them."""
+    def raise_together(self, error: UserError | Failure | None) -> None:
+        """Raises the first rank's error on all of them."""
         if self.control is None and error is not None:
             raise error
-        answers = self.gather((type(error), str(error), flag))
-        for kind, text, _ in answers:
+        for kind, text in self.gather((type(error), str(error))):
             if kind is not type(None):
                 raise kind(text) from error
-        return any(answer[2] for answer in answers)
 
     def for_each(self, batches: Iterable[Any], take: Callable[[Any], None], should_stop: Callable[[], bool]) -> bool:
         """Calls `take` with each of this rank's batches; False, on all ranks, if `should_stop` was true before one on
         any. Raises on all ranks the UserError or Failure that any rank's `batches` raised."""
-        error, stopped = None, False
-        try:
+        stopped = False
+        with self.sync_errors():
             for batch in batches:
                 if stopped := should_stop():
                     break
                 take(batch)
-        except (UserError, Failure) as raised:
-            error = raised
-        return not self.raise_together(error, stopped)
+        return not self.max(stopped)
 
     def record_step(self, step: int) -> None:
         """Notes that this rank has done `step` updates, for those who might miss it."""
