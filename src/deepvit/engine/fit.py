@@ -90,7 +90,7 @@ class Fit:
             self._saver.log_sizes(self.state)
             self._saver.save_last(self.state, must=True)  # what cannot be saved should not start
             self._measure_attention()
-        elif self._is_evaluation_due() and self.state.evaluated < self.state.step:  # a request to stop cut it short
+        elif self.state.evaluated < self.state.step and self._is_evaluation_due():  # a request to stop cut it short
             return self._evaluate_and_save()
         return True
 
@@ -145,7 +145,7 @@ class Fit:
                 **({"decoder_refused": refused} if refused else {})}
         if not self._ranks.is_main:
             return
-        self._log_scalars("train", line)
+        self._loggers.log_scalars("train", line, state.step, self._epoch())
         left = (plan.total - state.step) * plan.batch_size / max(self.meter.images_per_s, 1e-9)
         details = [f"loss {line['loss']:.4f}", f"{line['images_per_s']:.1f} img/s", f"epoch {self._epoch():.2f}",
                    f"data wait {line['data_wait']:.0%}", f"lr {line['lr']:.3g}"]
@@ -168,7 +168,7 @@ class Fit:
             return
         with self.meter.paused():
             values, draw = self._attention_metrics(self.state.evaluated_model, self.state.step)
-            self._log_scalars("attention", values)
+            self._loggers.log_scalars("attention", values, self.state.step, self._epoch())
             self._loggers.log_images(draw, self.state.step)
             give_back()
 
@@ -202,15 +202,12 @@ class Fit:
             state.best = {"top1": summary["top1"], "step": state.step}
         if not self._ranks.is_main:
             return
-        self._log_scalars("val", summary)
+        self._loggers.log_scalars("val", summary, state.step, self._epoch())
         top5 = f"top-5 {summary['top5']:.2f} %  " if "top5" in summary else ""
         log.info("step %d  epoch %.2f  top-1 %.2f %%  %sloss %.4f%s", state.step, self._epoch(), summary["top1"], top5,
                  summary["loss"], "  best so far" if is_best else "")
         if is_best:
             self._saver.save_weights(self._folder.best, state, metrics=summary)
-
-    def _log_scalars(self, group: str, values: dict[str, Any]) -> None:
-        self._loggers.log_scalars(group, values, self.state.step, self._epoch())
 
     def _note_bad(self, batches: Batches) -> None:
         for one in (one for batch in batches for one in batch.bad if one.index not in self._seen_bad):

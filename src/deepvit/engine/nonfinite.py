@@ -110,11 +110,10 @@ class Examination:
         return module.register_forward_hook(look).remove
 
 
-def examine(stepper: Stepper, state: TrainState, batches: Sequence[Any], batch_index: int, rank: int | None = None
-            ) -> Examination:
-    """Repeats the passes of a rank (by default this one) over its micro-batches of a global batch, watched module by
-    module. Nothing is updated: gradients are dropped and buffers (running statistics) put back."""
-    model, ranks, found = state.model, stepper.ranks, Examination()
+def examine(stepper: Stepper, state: TrainState, batches: Sequence[Any], batch_index: int) -> Examination:
+    """Repeats a rank's passes over its micro-batches of a global batch, watched module by module. Nothing is updated:
+    gradients are dropped and buffers (running statistics) put back."""
+    model, device, found = state.model, stepper.ranks.device, Examination()
     share = sum(map(len, batches))  # images
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     model.train()
@@ -124,9 +123,9 @@ def examine(stepper: Stepper, state: TrainState, batches: Sequence[Any], batch_i
                 if name:
                     hooks.callback(found.watch(name, module))
             found.check("an input weight", dict(model.named_parameters()))
-            for batch in stepper.seeded(batches, batch_index, ranks.rank if rank is None else rank):
-                x, y = stepper.prepare(batch, batch_index, ranks.device, training=True)
-                with stepper.precision.autocast(ranks.device):
+            for batch in stepper.seeded(batches, batch_index):
+                x, y = stepper.prepare(batch, batch_index, device, training=True)
+                with stepper.precision.autocast(device):
                     loss = stepper.objective(model, x, y)
                 loss = loss * len(x) / share
                 found.loss += float(loss.detach())
