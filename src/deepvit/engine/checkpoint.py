@@ -122,7 +122,7 @@ class Saver:
         trained = [weight for group in state.optimizer.param_groups for weight in group["params"]]
         # As many moments as Adam's where the optimizer allocates its own only at its first update.
         whole = weights + (size_of(state.optimizer.state_dict()["state"]) or 2 * size_of(trained))
-        log.info("Checkpoints: last and previous of %s each, best of %s; engine.keep=best leaves the best alone.",
+        log.info("Checkpoints: last and previous of %s each, best of %s; engine.keep=best leaves only the best.",
                  _size(whole), _size(weights))
         needed, free = 3 * whole + weights, shutil.disk_usage(self._folder.path).free  # a third while one is written
         if needed > free:

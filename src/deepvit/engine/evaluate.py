@@ -129,7 +129,7 @@ def _gather(parts: list[dict[str, Tensor]], bad: list[Any], ranks: Ranks, n: int
         "indices", "targets", "predictions", "confidences", "losses"))
     if not np.array_equal(indices, np.arange(n)):
         raise Failure(f"The evaluation saw {len(indices)} images ({len(np.unique(indices))} different ones) of a set "
-                      f"of {n}: its numbers are not to be trusted.")
+                      f"of {n}: its numbers cannot be trusted.")
     hits = predictions == targets[:, None]  # [n, 5]
     return Evaluation(n, int(hits[:, 0].sum()), int(hits.any(1).sum()), float(losses.mean(dtype=float)), seconds,
                       [one for _, some in shares for one in some], indices, targets, predictions, confidences,

@@ -113,10 +113,10 @@ class Fit:
     def _preempt(self) -> None:
         self._skips.catch_up()
         saved = self._saver.save_last(self.state, otherwise="Stopping without it; the same command continues from the "
-                                                            "checkpoint before.")
+                                                            "previous checkpoint.")
         if self._ranks.is_main:
             self._folder.log_event("PREEMPTED", step=self.state.step, signal=self._stop.name, saved=saved)
-            log.info("Stopped at step %d on request (%s); the same command continues.", self.state.step,
+            log.info("Stopped at step %d on request (%s); the same command continues the run.", self.state.step,
                      self._stop.name or "to another rank")
 
     def _after_update(self, update: Update, batches: Batches) -> None:
@@ -160,7 +160,7 @@ class Fit:
             self._warm = time.perf_counter()
         elif steps == 5 and self._ranks.is_main:
             seconds = (time.perf_counter() - self._warm) / 4
-            log.info("About %s to go, evaluations apart: %.2g s a step.",
+            log.info("About %s to go, not counting evaluations: %.2g s per step.",
                      clock((self.plan.total - self.state.step) * seconds), seconds)
 
     def _measure_attention(self) -> None:
@@ -214,7 +214,7 @@ class Fit:
             self._seen_bad.add(one.index)
             self._folder.log_event("bad_picture", name=one.name, index=one.index, reason=one.reason,
                                    replaced_by=one.replaced_by)
-            log.warning("The image %s cannot be used (%s); another takes its place.", one.name, one.reason)
+            log.warning("The image %s cannot be used (%s); another one is shown instead.", one.name, one.reason)
 
     def _epoch(self) -> float:
         return round(self.state.step * self.plan.batch_size / self.plan.epoch_size, 4)

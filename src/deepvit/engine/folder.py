@@ -32,13 +32,13 @@ log = logging.getLogger(__name__)
 class RunFolder:
     """The paths of a run and its append-only files. Rank 0 owns it; the others only read.
 
-    A folder is a run's only if it says so. In one of ours, only files of our own names are replaced or removed.
+    A folder is a run's only if it says so, and even there only files with our own names are replaced or removed.
 
     The lock is the kernel's (`lockf`): it ends with its process, however that dies, so no lock is ever stale. (Not
     `flock`, which the processes that load images would inherit and hold for seconds after a SIGKILL.)
     """
 
-    _claimed: ClassVar[set[Path]] = set()  # by this process, to which its own lockf gives way
+    _claimed: ClassVar[set[Path]] = set()  # by this process, which its own lockf would not keep out
 
     OWN = ("config.yaml", "metrics.jsonl", "metrics.json", "events.jsonl", "train.log")
 
@@ -85,8 +85,8 @@ class RunFolder:
     def _open(self) -> IO[str]:
         try:
             if self.path.is_dir() and not self.is_ours():
-                raise UserError(f"The folder {self.path} holds files that are not of a run, such as "
-                                f"{min(self.path.iterdir()).name}: give an empty or a new one with hydra.run.dir=...")
+                raise UserError(f"The folder {self.path} holds files that do not belong to a run, such "
+                                f"as {min(self.path.iterdir()).name}: give an empty or new one with hydra.run.dir=...")
             self.path.mkdir(parents=True, exist_ok=True)
             self.mark.touch()
             self.checkpoints.mkdir(exist_ok=True)
@@ -113,7 +113,7 @@ class RunFolder:
         return lock
 
     def release(self) -> None:
-        """Gives the lock back; a folder in which nothing was begun is left as it was found."""
+        """Gives the lock back; a folder in which nothing was started is left as it was found."""
         if self._lock is None:
             return
         self._finish_replacement()
@@ -205,7 +205,7 @@ class RunFolder:
         self._append(self.events, {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": event, **details})
 
     def _append(self, path: Path, line: dict[str, Any]) -> None:
-        """Adds a line now or, where the disk refuses, together with the next one: none is lost while we live."""
+        """Adds a line now or, where the disk refuses, together with the next one: none is lost unless we die."""
         waiting = self._waiting.pop(path, "") + json.dumps(plain(line), allow_nan=False) + "\n"
         try:
             with path.open("ab", buffering=0) as file:
@@ -215,8 +215,7 @@ class RunFolder:
                     raise OSError(errno.ENOSPC, f"{written} of {len(text)} bytes were taken")
         except OSError as error:
             self._waiting[path] = waiting
-            log.warning("%s cannot be written (%s); its lines are kept in memory and tried again.", path,
-                        error.strerror)
+            log.warning("%s cannot be written (%s); its lines wait in memory.", path, error.strerror)
 
     def run_id(self) -> str:
         """The run's name in viewers: the same however often it is resumed, another after `fresh=true`."""

@@ -141,7 +141,7 @@ def chosen(names: str | Sequence[str] | None) -> list[type[Logger]]:
     names = [names] if isinstance(names, str) else names or []
     for name in names:
         if name not in LOGGERS:
-            raise UserError(f"logger={name} is none of {', '.join(LOGGERS)}.{did_you_mean(name, LOGGERS)}")
+            raise UserError(f"logger={name} is not one of {', '.join(LOGGERS)}.{did_you_mean(name, LOGGERS)}")
         if importlib.util.find_spec(LOGGERS[name].needs) is None:
             raise UserError(f"logger={name} needs a package that is not installed: pip install {LOGGERS[name].needs}")
     return [LOGGERS[name] for name in names]
@@ -173,7 +173,7 @@ class Loggers:
         try:
             action()
         except (OSError, UnicodeEncodeError) as error:  # the latter: a folder's name that is not UTF-8
-            log.warning("%s cannot be written (%s) and is left out from here on; metrics.jsonl has all of it.",
+            log.warning("%s cannot be written (%s) and is left out from now on; metrics.jsonl still has every number.",
                         kind.__name__, getattr(error, "strerror", None) or error)
             return False
         return True
