@@ -13,7 +13,7 @@ from typing import Any
 from deepvit.config.settings import Settings
 from deepvit.engine import checkpoint
 from deepvit.engine.folder import RunFolder
-from deepvit.engine.nonfinite import Examination
+from deepvit.engine.nonfinite import Examination, examine
 from deepvit.engine.ranks import Ranks, pick_device
 from deepvit.errors import DONE, UserError
 from deepvit.run import build
@@ -60,4 +60,4 @@ def _examine(settings: Settings, content: dict[str, Any], number: int, rank: int
     settings = replace(settings, engine=replace(engine, device_batch=size))
     built = build.build(settings, Ranks(rank, content["world"], pick_device(engine.accelerator)), begun=content)
     built.state.load_state_dict(content)
-    return built.stepper.examine(built.state, next(built.make_batches(number, 1)), number)
+    return examine(built.stepper, built.state, next(built.make_batches(number, 1)), number)

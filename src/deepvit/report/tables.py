@@ -177,11 +177,7 @@ def _similarities(grid: Grid) -> Table:
 
 
 def _costs(grid: Grid) -> Table:
-    columns = {**_axes(grid), "parameters": _mean_as(",.0f", of_result("params")),
-               "GFLOP an image": _mean_as(".3g", lambda run: run.result.get("flops") and run.result["flops"] / 1e9),
-               "images/s": _mean(of_result("images_per_s"), 0), "epochs": _mean(of_result("epochs"), 1),
-               "device": _devices}
-    return _table("Size and speed", columns, grid.finished, [
+    return _table("Size and speed", {**_axes(grid), **COSTS}, grid.finished, [
         "GFLOP: forward, one image. images/s: training speed of these runs on their machines, not a benchmark."])
 
 
@@ -210,7 +206,7 @@ def _mean(measure: Measure, digits: int) -> Callable[[Cell], str]:
     return read
 
 
-def _mean_as(form: str, measure: Measure) -> Callable[[Cell], str]:
+def mean_as(form: str, measure: Measure) -> Callable[[Cell], str]:
     return lambda cell: format(found.mean, form) if (found := over_seeds(cell, measure)) else NONE
 
 
@@ -222,6 +218,12 @@ def _interval(cell: Cell) -> str:
 def _devices(cell: Cell) -> str:
     return "; ".join(dict.fromkeys(f"{run.result.get('devices', 1)} {run.result.get('device', NONE)}".replace(
         " 1 threads", " 1 thread") for run in cell.finished))
+
+
+COSTS: dict[str, Callable[[Cell], str]] = {  # the columns of size and speed, by header
+    "parameters": mean_as(",.0f", of_result("params")),
+    "GFLOP an image": mean_as(".3g", lambda run: run.result.get("flops") and run.result["flops"] / 1e9),
+    "images/s": _mean(of_result("images_per_s"), 0), "epochs": _mean(of_result("epochs"), 1), "device": _devices}
 
 
 def _published(cell: Cell, grid: Grid) -> str:

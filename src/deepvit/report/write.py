@@ -160,7 +160,9 @@ def _as_html(part: Part) -> str:
         return _figure(part)
     if isinstance(part, Table):
         return render.as_html(part)
-    return f"<h2>{escape(part[3:])}</h2>" if part.startswith("## ") else f"<p>{escape(part)}</p>"
+    if part.startswith("## "):
+        return f"<h2>{escape(part[3:])}</h2>"
+    return re.sub("`([^`]+)`", r"<code>\1</code>", f"<p>{escape(part)}</p>")
 
 
 def _figure(chart: Chart) -> str:
@@ -168,7 +170,7 @@ def _figure(chart: Chart) -> str:
     wide, narrow = (f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
                     for svg in (chart.svg, chart.narrow_svg))
     caption = escape(chart.caption)
-    return (f'<figure><picture><source media="(max-width: 700px)" srcset="{narrow}">'
+    return (f'<figure><picture><source media="screen and (max-width: 700px)" srcset="{narrow}">'
             f'<img src="{wide}" alt="{caption}"></picture><figcaption>{caption}</figcaption></figure>')
 
 

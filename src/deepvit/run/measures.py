@@ -18,9 +18,8 @@ from deepvit.analysis.probe import without_matrices
 from deepvit.config.json_lines import read_json_lines
 from deepvit.config.provenance import versions
 from deepvit.config.settings import Data, Settings
-from deepvit.engine.calibrate import calibrate
 from deepvit.engine.device import device_name, local_world, usable_cores
-from deepvit.engine.evaluate import Evaluation, evaluate
+from deepvit.engine.evaluate import Evaluation, calibrate, evaluate
 from deepvit.engine.fit import Measures
 from deepvit.engine.folder import RunFolder
 from deepvit.engine.progress import Display, Meter
