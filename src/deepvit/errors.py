@@ -1,7 +1,7 @@
 """How a program of this project ends, and the hint that goes with a misspelt word."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75  # exit codes of every program
 
@@ -46,3 +46,9 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """`" Did you mean 'depth'?"` for the nearest of `choices`, or an empty string where none is near."""
     near = difflib.get_close_matches(str(word), [str(choice) for choice in choices], n=1, cutoff=0.6)
     return f" Did you mean '{near[0]}'?" if near else ""
+
+
+def check_choice(setting: str, value: str, choices: Collection[str]) -> None:
+    """Raises UserError, with the nearest of `choices`, for a value that is none of them."""
+    if value not in choices:
+        raise UserError(f"{setting}={value} is none of {', '.join(choices)}.{did_you_mean(value, choices)}")

@@ -17,7 +17,7 @@ from deepvit.analysis.images import Images, class_names, top_classes
 from deepvit.analysis.probe import probe
 from deepvit.analysis.recording import attention_modules, recordings
 from deepvit.analysis.rollout import class_token_mask, rollout
-from deepvit.data.folders import printable
+from deepvit.data.imageset import printable
 from deepvit.errors import Failure, UserError
 from deepvit.models import ViT
 

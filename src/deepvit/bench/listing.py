@@ -9,9 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from deepvit.data import index
 from deepvit.data.imageset import FileSet
-from deepvit.data.listing import Listing, list_images
+from deepvit.data.listing import Listing, list_images, open_index, write_index
 
 IMAGENET, CLASSES = 1_281_167, 1000
 RANKS = 8  # of the node whose memory is counted
@@ -29,14 +28,14 @@ def measure(images: int = IMAGENET, files: int = 100_000) -> list[dict]:
         classes = [f"n{number:08d}" for number in range(min(CLASSES, files))]
         for name in classes:
             (folder / name).mkdir(parents=True)
-        index.write_index(path, simulated(folder, classes, images))
+        write_index(path, simulated(folder, classes, images))
         ms, own = _apart(path, folder, classes)
         rows = [{"name": f"{images:,} names from the index", "ms": ms,
                  "mb_node": path.stat().st_size / 1e6 + RANKS * own}]
         for number in range(files):
             (folder / classes[number % len(classes)] / f"{number}.jpg").touch()
         start = time.perf_counter()
-        index.write_index(path, list_images(folder, classes))
+        write_index(path, list_images(folder, classes))
         rows.append({"name": f"{files:,} files listed and kept", "ms": 1e3 * (time.perf_counter() - start)})
         rows.append({"name": f"{files:,} files from the index", "ms": _apart(path, folder, classes)[0]})
     return [{"case": "listing", **row} for row in rows]
@@ -59,7 +58,7 @@ def _apart(path: Path, folder: Path, classes: list[str]) -> tuple[float, float]:
 
 def _start(path: Path, folder: Path, classes: list[str]) -> tuple[float, float]:
     before, start = _own_mb(), time.perf_counter()
-    images = FileSet(folder, classes, index.open_index(path, folder), decoder="pil")
+    images = FileSet(folder, classes, open_index(path, folder), decoder="pil")
     for number in np.linspace(0, len(images) - 1, num=1000, dtype=np.int64).tolist():
         images.name(number)
     images.fingerprint()

@@ -16,7 +16,7 @@ from deepvit.config.compose import compose
 from deepvit.config.settings import Data, read_group
 from deepvit.config.signature import check_range
 from deepvit.data import Bad, ImageSet, Transform, eval_batches, source_of
-from deepvit.data.exclude import TITLE, write_list
+from deepvit.data.source import TITLE, write_list
 from deepvit.engine.device import usable_cores
 from deepvit.engine.progress import Display
 from deepvit.errors import BAD_INPUT, DONE, UserError

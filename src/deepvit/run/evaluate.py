@@ -16,8 +16,7 @@ from deepvit.analysis.ablation import ablations
 from deepvit.analysis.images import class_names
 from deepvit.config.provenance import versions
 from deepvit.config.settings import Data, read_evaluation, read_group
-from deepvit.data import ImageSet, eval_folder, resolve_decoder, source_of
-from deepvit.data.real_labels import real_top1
+from deepvit.data import ImageSet, eval_folder, real_top1, resolve_decoder, source_of
 from deepvit.engine.device import device_name, prepare_device
 from deepvit.engine.evaluate import Evaluation, evaluate
 from deepvit.engine.folder import RunFolder
