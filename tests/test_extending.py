@@ -1,5 +1,6 @@
 """The examples of docs/extending.md do what the page says of them."""
 
+import json
 import re
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import yaml
 import deepvit
 from deepvit import analysis
 from deepvit.analysis import registry
+from deepvit.data import sources
 from deepvit.engine import loggers, schedule
 from deepvit.models import ATTENTIONS
 
@@ -20,7 +22,8 @@ SMALL = {"img_size": 16, "patch_size": 8, "depth": 2, "embed_dim": 24, "num_head
 @pytest.fixture(autouse=True)
 def ran():
     """All blocks, each as a file of its own; afterwards the registries are as before."""
-    before = [(table, dict(table)) for table in (registry.MEASURES, loggers.LOGGERS, schedule.DECAYS, ATTENTIONS)]
+    tables = registry.MEASURES, loggers.LOGGERS, schedule.DECAYS, ATTENTIONS, sources.SOURCES
+    before = [(table, dict(table)) for table in tables]
     for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL):
         exec(block, {"__name__": "extended"})
     yield
@@ -29,8 +32,13 @@ def ran():
         table.update(entries)
 
 
+def written(file: str) -> str:
+    """The example of a YAML file."""
+    return re.search(rf"```yaml\n(# {file}\n.*?)```", PAGE, re.DOTALL)[1]
+
+
 def test_an_attention_of_settings_and_one_of_a_class():
-    settings = yaml.safe_load(re.search(r"```yaml\n(.*?)```", PAGE, re.DOTALL)[1])
+    settings = yaml.safe_load(written("conf/model/attention/loud.yaml"))
     x = torch.randn(2, 3, 16, 16)
     for attention in ({key: value for key, value in settings.items() if key != "name"}, {"class": "ReluAttention"}):
         model = deepvit.create_model("vit", **SMALL, attention=attention).eval()
@@ -39,6 +47,17 @@ def test_an_attention_of_settings_and_one_of_a_class():
             v = module.split(tokens)[2]
             torch.testing.assert_close(module.merge(module.weights(tokens) @ v), module(tokens))
         assert [len(maps) for maps in analysis.attention_maps(model, x)] == [2, 2]
+
+
+def test_a_data_set_is_learned(run, tmp_path):
+    """Half of it, with what a data set gets for nothing."""
+    (tmp_path / "conf" / "data").mkdir(parents=True)
+    (tmp_path / "conf" / "data" / "stripes.yaml").write_text(written("conf/data/stripes.yaml"))
+    code, said, _ = run("train", "--config-dir", str(tmp_path / "conf"), "data=stripes", "data.fraction=0.5", "model=vit",
+                        "model.depth=1", "schedule.epochs=3", "schedule.warmup_epochs=0", "probe.images=0",
+                        f"hydra.run.dir={tmp_path}/run")
+    assert code == 0 and "200 images in 2 classes from stripes, 100 to evaluate" in said
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["top1"] > 90
 
 
 def test_a_measure_is_probed():
