@@ -41,7 +41,7 @@ def _decode(images: ImageSet, workers: int, display: Display) -> list[Bad]:
     found, done, refused, last = [], 0, 0, time.monotonic()
     bar = display.bar(str(Path(images.name(0)).parent.parent), len(images))
     for batch in eval_batches(images, LOOK, batch_size=BATCH, workers=workers, on_error="report"):
-        found, done, refused = found + batch.bad, done + len(batch), refused + batch.refused
+        found, done, refused = found + batch.bad, done + len(batch), refused + batch.pil_fallbacks
         bar.show([f"{len(found)} bad"])
         bar.advance(len(batch))
         if not display.replaces_lines and time.monotonic() - last > PAUSE:

@@ -101,6 +101,10 @@ def as_array(image: AnyImage) -> np.ndarray:
     return np.asarray(image) if isinstance(image, Image.Image) else image.permute(1, 2, 0).numpy()
 
 
+def to_pil(image: AnyImage) -> Image.Image:
+    return image if isinstance(image, Image.Image) else Image.fromarray(as_array(image))
+
+
 def as_image(pixels: np.ndarray, decoder: str) -> AnyImage:
     """uint8 [H, W, 3] as the kind of image that `decoder` makes, without a copy for tensors."""
     return Image.fromarray(pixels) if decoder == "pil" else torch.from_numpy(pixels).permute(2, 0, 1)

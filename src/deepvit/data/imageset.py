@@ -31,7 +31,7 @@ class ImageSet(ABC):
 
     targets: np.ndarray  # int64 [n]
     decoder: str  # `torchvision` or `pil`
-    refused: int = 0  # images that the fast decoder refused and PIL read, in this process
+    pil_fallbacks: int = 0  # images that the fast decoder refused and PIL read, in this process
     in_memory: bool = False  # whether all images are there, decoded
 
     def __len__(self) -> int:
@@ -52,8 +52,8 @@ class ImageSet(ABC):
         return part
 
     def _opened(self, data: bytearray) -> AnyImage:
-        image, refused = decode(data, self.decoder)
-        self.refused += refused
+        image, by_pil = decode(data, self.decoder)
+        self.pil_fallbacks += by_pil
         return image
 
     def fingerprint(self) -> str:
@@ -123,7 +123,7 @@ class FileSet(ImageSet):
     def image(self, index: int) -> AnyImage:
         if self.cache is None:
             return self._opened(read_bytes(self.name(index)))
-        self.refused += int(self.cache.refused[index])
+        self.pil_fallbacks += int(self.cache.by_pil[index])
         return self.cache.image(index, self.decoder)
 
     def size(self, index: int) -> int:
@@ -160,12 +160,12 @@ class DecodedCache:
 
     def __init__(self, images: FileSet):
         self.shapes = np.zeros((len(images), 2), np.int64)  # height and width; 0, 0 for a bad image
-        self.refused = np.zeros(len(images), bool)  # PIL read what the fast decoder refused
+        self.by_pil = np.zeros(len(images), bool)  # since the fast decoder refused it
         self.reasons: dict[int, str] = {}  # of the bad ones
         parts = [np.zeros(0, np.uint8)]
         for index in range(len(images)):
             try:
-                image, self.refused[index] = decode(read_bytes(images.name(index)), images.decoder)
+                image, self.by_pil[index] = decode(read_bytes(images.name(index)), images.decoder)
             except BadImage as bad:
                 self.reasons[index] = str(bad)
                 continue

@@ -64,7 +64,7 @@ class Batch:
     indices: Tensor  # int64 [b], of the images asked for
     erasures: Erasures
     bad: list[Bad] = field(default_factory=list)
-    refused: int = 0  # images that the fast decoder refused and PIL read
+    pil_fallbacks: int = 0  # images that the fast decoder refused and PIL read
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -87,7 +87,7 @@ class Batch:
         parts = []
         for start in range(0, len(self), size):
             tensors = {name: getattr(self, name)[start:start + size] for name in ("images", "targets", "indices")}
-            said = {"bad": [], "refused": 0} if parts else {}
+            said = {"bad": [], "pil_fallbacks": 0} if parts else {}
             parts.append(replace(self, erasures=self.erasures.of_rows(start, start + size), **tensors, **said))
         return parts
 
@@ -106,7 +106,7 @@ class _Batches(Dataset):
 
     @generators_kept()
     def _batch(self, draw: Draw) -> Batch:
-        refused, bad, places, values = self.images.refused, [], [], [torch.empty(0)]
+        before, bad, places, values = self.images.pil_fallbacks, [], [], [torch.empty(0)]
         pixels = torch.empty(len(draw.indices), *self.transform.size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
         targets = torch.empty(len(draw.indices), dtype=torch.int64)
         samples = np.stack([draw.epochs, draw.indices, draw.repeats], axis=1).tolist()
@@ -116,7 +116,7 @@ class _Batches(Dataset):
             places += [(row, top, left, *patch.shape[1:]) for top, left, patch in erased]
             values += [patch.flatten() for *_, patch in erased]
         erasures = Erasures(torch.tensor(places, dtype=torch.int64).reshape(-1, 5), torch.cat(values))
-        return Batch(pixels, targets, torch.from_numpy(draw.indices), erasures, bad, self.images.refused - refused)
+        return Batch(pixels, targets, torch.from_numpy(draw.indices), erasures, bad, self.images.pil_fallbacks - before)
 
     def _sample(self, index: int, seeds: tuple[int, ...], bad: list[Bad]):
         """(what the transform makes, index used); in place of a bad image the next good one, black, or a UserError."""

@@ -74,9 +74,17 @@ class Draws:
 
     def crops(self, u: Uniforms) -> np.ndarray:
         """int64 [b, 6]: top, left, height, width, number of the interpolation, flips (1: left-right, 2: up-down)."""
-        columns = [0, 0, *self.whole, 0] if self.crop is None else [*self._boxes(u), u.below(len(self.crop.names))]
+        rows, columns = self.whole
+        drawn = [0, 0, rows, columns, 0]
+        if self.crop:
+            (width, height), fits = _first_fit(u, self.crop.scale, np.log(self.crop.ratio), rows * columns,
+                                               (columns, rows))
+            box = np.stack([u.below(rows - height + 1), u.below(columns - width + 1), height, width])
+            top, left, height, width = np.where(fits, box, np.array(self.fallback)[:, None])
+            drawn = [np.minimum(top, rows - 1), np.minimum(left, columns - 1), np.maximum(height, 1),
+                     np.maximum(width, 1), u.below(len(self.crop.names))]  # of a tiny image one pixel at least
         across, down = (u.take() < chance for chance in self.flips)
-        return np.stack(np.broadcast_arrays(*columns, across + 2 * down), axis=1)
+        return np.stack(np.broadcast_arrays(*drawn, across + 2 * down), axis=1)
 
     def erasures(self, u: Uniforms) -> np.ndarray:
         """int64 [b, K, 4]: top, left, height, width in the cropped image; 0 high where fewer than K are drawn."""
@@ -91,15 +99,6 @@ class Draws:
             place = np.stack([u.below(rows - height + 1), u.below(columns - width + 1), height, width], axis=1)
             places.append(place * (chosen & fits & (number < count))[:, None])
         return np.stack(places, axis=1)
-
-    def _boxes(self, u: Uniforms) -> np.ndarray:
-        """[4, b]: top, left, height, width; of a tiny image one pixel at least."""
-        rows, columns = self.whole
-        (width, height), fits = _first_fit(u, self.crop.scale, np.log(self.crop.ratio), rows * columns, (columns, rows))
-        box = np.stack([u.below(rows - height + 1), u.below(columns - width + 1), height, width])
-        top, left, height, width = np.where(fits, box, np.array(self.fallback)[:, None])
-        return np.stack([np.minimum(top, rows - 1), np.minimum(left, columns - 1), np.maximum(height, 1),
-                         np.maximum(width, 1)])
 
 
 def _first_fit(u: Uniforms, areas: tuple[float, float], log_aspects: Sequence[float], whole: np.ndarray | float,
@@ -123,7 +122,7 @@ class OnDevice:
             raise UserError("augment.auto_augment, color_jitter, grayscale_prob and gaussian_blur_prob change one "
                             "image at a time, on the host: switch off what is on, or set data.on_device=false.")
         self.images, self.seed, self.device, self.size = images, seed, device, transform.size
-        self.refused = np.zeros(len(images), bool)  # PIL read what the fast decoder refused
+        self.by_pil = np.zeros(len(images), bool)  # since the fast decoder refused it
         self.reasons: dict[int, str] = {}  # of the bad ones
         pixels = self._decode(None if isinstance(transform.crop, RandomCrop) else transform.crop, max_mb)
         good = np.setdiff1d(np.arange(len(images)), list(self.reasons))
@@ -149,13 +148,13 @@ class OnDevice:
         """uint8 [n, H, W, 3]; black for a bad image."""
         images, pixels = self.images, None
         for index in range(len(images)):
-            before = images.refused
+            before = images.pil_fallbacks
             try:
                 image = images.image(index)
             except BadImage as bad:
                 self.reasons[index] = str(bad)
                 continue
-            self.refused[index] = images.refused > before
+            self.by_pil[index] = images.pil_fallbacks > before
             image = as_array(crop(image) if crop else image)
             if pixels is None:
                 pixels = np.zeros((len(images), *image.shape), np.uint8)  # takes no memory before it is written to
@@ -176,15 +175,13 @@ class OnDevice:
         u = Uniforms(self.seed, draw.epochs, draw.indices, draw.repeats)
         crops, erasures = self.draws.crops(u), self.draws.erasures(u)  # [b, 6], [b, K, 4]
         host = torch.from_numpy(np.column_stack([used, crops, u.below(NOISE), erasures.reshape(len(used), -1)]))
-        if self.device.type == "cuda":
-            host = host.pin_memory()
-        columns = host.to(self.device, non_blocking=True).split([1] * 8 + [4 * erasures.shape[1]], dim=1)
-        used_there, *crops, noise, places = columns  # [b, 1] each, and [b, 4 K]
+        sent = (host.pin_memory() if self.device.type == "cuda" else host).to(self.device, non_blocking=True)
+        used_there, *crops, noise, places = sent.split([1] * 8 + [4 * erasures.shape[1]], dim=1)
         swapped = used != draw.indices
         bad = [Bad(asked, self.images.name(asked), self.reasons[asked], instead)
                for asked, instead in zip(draw.indices[swapped].tolist(), used[swapped].tolist(), strict=True)]
         return Batch(self._images(used_there, *crops), self.targets[used_there[:, 0]], torch.from_numpy(draw.indices),
-                     self._erasures(noise, places.unflatten(1, (-1, 4))), bad, int(self.refused[used].sum()))
+                     self._erasures(noise, places.unflatten(1, (-1, 4))), bad, int(self.by_pil[used].sum()))
 
     def _images(self, row: Tensor, top: Tensor, left: Tensor, height: Tensor, width: Tensor, interpolation: Tensor,
                 flips: Tensor) -> Tensor:
@@ -206,11 +203,9 @@ class OnDevice:
     def _erasures(self, start: Tensor, places: Tensor) -> "Rectangles":
         """start: int64 [b, 1], where the noise of an image begins in the pool; places: [b, K, 4]."""
         rule, count = self.draws.erasing, places.shape[1]
-        if rule is None:
-            return Rectangles(places, start.new_empty(len(start), 0))
-        if rule.per_pixel:
+        if rule and rule.per_pixel:
             values = self._noise(start, *self.size, 3).permute(0, 3, 1, 2)[:, None].expand(-1, count, -1, -1, -1)
-        elif rule.rand_color:
+        elif rule and rule.rand_color:
             values = self._noise(start, count, 3, 1, 1)
         else:
             values = torch.zeros(len(start), count, 1, 1, 1, device=self.device)

@@ -92,34 +92,28 @@ class Source(ABC):
 
 
 def chosen(classes: int | str | None, class_ids: list[str]) -> list[str]:
-    """Those of the classes that `data.classes` names, in the same order."""
+    """Those of the classes that `data.classes` asks for, in the same order; in its lists, lines from # are comments."""
     if classes is None:
         return class_ids
-    if isinstance(classes, str):
-        wanted = _listed(classes)
-        missing = sorted({*wanted} - {*class_ids})
-        if missing:
-            raise UserError(f"data.classes={classes} lists {len(wanted)} classes, of which this data lacks "
-                            f"{len(missing)}, such as {missing[0]}.{did_you_mean(missing[0], class_ids)}")
-        return [name for name in class_ids if name in wanted]
-    if not 2 <= classes <= len(class_ids):
-        raise UserError(f"data.classes={classes}: this data has {len(class_ids)} classes; give 2 to {len(class_ids)}.")
-    return class_ids[:classes]
-
-
-def _listed(name: str) -> list[str]:
-    """The words of a list of classes; lines that start with # are comments."""
-    path = IMAGENET100 if name == IMAGENET100.stem else Path(name).expanduser()
+    if isinstance(classes, int):
+        if not 2 <= classes <= len(class_ids):
+            raise UserError(f"data.classes={classes}: this data has {len(class_ids)} classes; give 2 to as many.")
+        return class_ids[:classes]
+    path = IMAGENET100 if classes == IMAGENET100.stem else Path(classes).expanduser()
     try:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"data.classes={name} cannot be read ({getattr(error, 'strerror', None) or 'not text'}): give "
-                        f"a number, imagenet100, or a file that lists class folders.") from None
+        raise UserError(f"data.classes={classes} cannot be read ({getattr(error, 'strerror', None) or 'not text'}): "
+                        f"give a number, imagenet100, or a file that lists class folders.") from None
     words = [word for line in lines if not line.startswith("#") for word in line.split()]
     if len({*words}) < max(2, len(words)):
-        raise UserError(f"data.classes={name} must list two classes or more, each once: {len({*words})} of its "
+        raise UserError(f"data.classes={classes} must list two classes or more, each once: {len({*words})} of its "
                         f"{len(words)} words differ.")
-    return words
+    missing = sorted({*words} - {*class_ids})
+    if missing:
+        raise UserError(f"data.classes={classes} lists {len(words)} classes, of which this data lacks {len(missing)}, "
+                        f"such as {missing[0]}.{did_you_mean(missing[0], class_ids)}")
+    return [name for name in class_ids if name in words]
 
 
 def read_list(file: str, root: str | None) -> set[str]:

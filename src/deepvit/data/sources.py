@@ -119,10 +119,9 @@ class ImageNet(Folder):
     source = "imagenet"
 
     def whole(self) -> Splits:
-        path = existing(self.root, "imagenet")
         if self.val_fraction:
             raise UserError("data=imagenet has its own val/ folder and takes no data.val_fraction: use data=folder.")
-        train, val = find_splits(path)
+        train, val = find_splits(existing(self.root, "imagenet"))
         if train is None or val is None:
             missing = "train/" if train is None else "val/"
             raise UserError(f"data.root={self.root} has no {missing} folder: data=imagenet wants train/<wnid>/*.JPEG "

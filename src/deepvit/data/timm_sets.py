@@ -179,8 +179,8 @@ def _tars_in(folder: Path) -> list[Path]:
 def read_class_tars(shards: list[str], decoder: str) -> tuple[TarSet, list[str]]:
     """Tars of class folders, or a tar per class (also inside a tar) -> (set, class names, sorted)."""
     members = [*_members(shards)]
-    images = [member for member in members if _is_image(member.name)]
-    log_left_out(some(shards, 1), Counter(_reason(member.name) for member in members if not _is_image(member.name)))
+    images = [member for member in members if not _fault(member.name)]
+    log_left_out(some(shards, 1), Counter(filter(None, (_fault(member.name) for member in members))))
     labels = [Path(member.name).parent.name or Path(shards[member.shard]).stem for member in images]
     found, targets = np.unique(labels, return_inverse=True)
     return TarSet(shards, images, targets, decoder), found.tolist()
@@ -192,7 +192,7 @@ def read_webdataset(shards: list[str], decoder: str) -> tuple[TarSet, list[str]]
     A key ends at the first dot of a name; where that gives one key two images, and only there, at the last.
     """
     members = [*_members(shards)]
-    images = [member for member in members if _is_image(member.name)]
+    images = [member for member in members if not _fault(member.name)]
     classes = [member for member in members if member.name.endswith(".cls")]
     try:
         pairs = _paired(shards, images, classes, lambda name: name.split(".")[0])
@@ -202,7 +202,13 @@ def read_webdataset(shards: list[str], decoder: str) -> tuple[TarSet, list[str]]
         except UserError:
             raise fault from None
     log_left_out(some(shards, 1), {".cls without an image": len(classes) - len(pairs)})
-    targets = [_class_number(shards, member) for _, member in pairs]
+    targets = []
+    for _, member in pairs:
+        text = read_bytes(shards[member.shard], member.offset, member.size).decode("ascii", "replace").strip()
+        if not text.isdecimal():
+            raise UserError(f"{shards[member.shard]}: {member.name} should hold the number of a class, not "
+                            f"'{text[:20]}'.")
+        targets.append(int(text))
     names = [str(number) for number in range(max(targets, default=-1) + 1)]
     return TarSet(shards, [image for image, _ in pairs], targets, decoder), names
 
@@ -230,19 +236,12 @@ def _paired(shards: list[str], images: list[Member], classes: list[Member], stem
     return pairs
 
 
-def _class_number(shards: list[str], member: Member) -> int:
-    text = bytes(read_bytes(shards[member.shard], member.offset, member.size)).decode("ascii", "replace").strip()
-    if not text.isdecimal():
-        raise UserError(f"{shards[member.shard]}: {member.name} should hold the number of a class, not '{text[:20]}'.")
-    return int(text)
-
-
-def _is_image(name: str) -> bool:
-    return os.fsencode(name).lower().endswith(EXTENSIONS) and not os.path.basename(name).startswith(".")
-
-
-def _reason(name: str) -> str:
-    return "hidden" if os.path.basename(name).startswith(".") else os.path.splitext(name)[1] or "without extension"
+def _fault(name: str) -> str:
+    """Why a file in a tar is no image; empty for one that is."""
+    if os.path.basename(name).startswith("."):
+        return "hidden"
+    extension = os.path.splitext(name)[1]
+    return "" if os.fsencode(extension).lower() in EXTENSIONS else extension or "without extension"
 
 
 def _members(shards: list[str]) -> Iterator[Member]:

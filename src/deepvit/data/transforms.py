@@ -21,7 +21,7 @@ from timm.data.transforms_factory import transforms_imagenet_train
 from torch import Tensor
 from torchvision.transforms.functional import crop, get_dimensions
 
-from deepvit.data.decode import AnyImage, as_array, to_tensor
+from deepvit.data.decode import AnyImage, to_pil, to_tensor
 from deepvit.errors import UserError, check_choice
 
 INTERPOLATIONS = ("bilinear", "bicubic")
@@ -117,22 +117,17 @@ class _Recorder:
 
 @dataclass
 class Transform:
-    """crop -> flips -> colour (PIL), and the rectangles to erase afterwards. Draws from the global generators."""
+    """crop -> flips -> colour (in PIL), and the rectangles to erase afterwards. Draws from the global generators."""
 
     size: tuple[int, int]
     crop: Callable[[AnyImage], AnyImage]
     flips: list[Callable[[AnyImage], AnyImage]] = field(default_factory=list)
-    colour: list[Callable[[Image.Image], Image.Image]] = field(default_factory=list)
+    colour: list[Callable[[AnyImage], Image.Image]] = field(default_factory=list)
     erasing: RandomErasing | None = None
 
     def __call__(self, image: AnyImage) -> tuple[Tensor, list[Patch]]:
         """-> (uint8 [3, S, S], rectangles to erase)."""
-        image = self.crop(image)
-        for flip in self.flips:
-            image = flip(image)
-        if self.colour and not isinstance(image, Image.Image):
-            image = Image.fromarray(as_array(image))
-        for step in self.colour:
+        for step in (self.crop, *self.flips, *self.colour):
             image = step(image)
         return to_tensor(image) if isinstance(image, Image.Image) else image, self._patches()
 
@@ -180,7 +175,7 @@ def train_transform(img_size: int | Sequence[int], *, crop_scale: Sequence[float
     (_, *flips), colour, final = (list(stage.transforms) for stage in stages)
     for step in colour:
         mend_posterize(step)
-    return Transform(size, cut, flips, colour, final[-1] if random_erasing > 0 else None)
+    return Transform(size, cut, flips, colour and [to_pil, *colour], final[-1] if random_erasing > 0 else None)
 
 
 def mend_posterize(step: Callable) -> None:
