@@ -175,11 +175,9 @@ def _run(dataset: _Batches, draws: Stream | Sequence[Draw], workers: int, pin: b
 
 def train_batches(images: ImageSet, transform: Transform, *, workers: int = 0, max_bad: int = 100, pin: bool = False,
                   **places: int) -> Iterator[list[Batch]]:
-    """One list of `accumulation` micro-batches for each optimizer step in [start_step, steps).
-
-    `pin`: in page-locked memory, for a GPU; `places`: the other fields of `Stream`. Raises UserError for sizes that do
-    not divide and for more than `max_bad` distinct bad images on this rank, Failure if a worker dies.
-    """
+    """One list of `accumulation` micro-batches for each optimizer step in [start_step, steps). `pin`: in page-locked
+    memory, for a GPU; `places`: the other fields of `Stream`. Raises UserError for sizes that do not divide and for
+    more than `max_bad` distinct bad images on this rank, Failure if a worker dies."""
     stream = Stream(len(images), **places)
     batches = _run(_Batches(images, transform, stream.seed, "replace"), stream, workers, pin)
     return grouped(batches, stream.accumulation, max_bad)
@@ -226,10 +224,8 @@ def prefetch(steps: Iterator[list[Batch]], device: torch.device | str) -> Iterat
 def eval_batches(images: ImageSet, preprocess: Transform, *, batch_size: int, rank: int = 0, world: int = 1,
                  workers: int = 0, on_error: str = "stop", pin: bool = False) -> Iterator[Batch]:
     """Every image exactly once over all ranks: rank r has [r n / world, (r + 1) n / world), the last batch is short.
-
     Ranks may have different numbers of batches (also none), so nothing collective may happen per batch. A bad image
-    raises UserError with its name (`stop`), or comes as a black image listed in `Batch.bad` (`report`).
-    """
+    raises UserError with its name (`stop`), or comes as a black image listed in `Batch.bad` (`report`)."""
     share = np.arange(len(images) * rank // world, len(images) * (rank + 1) // world)
     parts = [share[start:start + batch_size] for start in range(0, len(share), batch_size)]
     draws = [Draw(np.zeros_like(part), part, np.zeros_like(part)) for part in parts]

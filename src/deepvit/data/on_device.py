@@ -131,10 +131,9 @@ class OnDevice:
         self.draws = Draws(transform, pixels.shape[1:3])
         self.crop = self.draws.crop
         if self.crop:
-            weights = [resize_weights(self.crop.names, *sides)
-                       for sides in zip(pixels.shape[1:3], self.size, strict=True)]
             exact = None if device.type == "cpu" else torch.float64  # a GPU may multiply float32 as TF32
-            self.down, self.across = (one.to(device, exact) for one in weights)
+            self.down = resize_weights(self.crop.names, pixels.shape[1], self.size[0]).to(device, exact)
+            self.across = resize_weights(self.crop.names, pixels.shape[2], self.size[1]).to(device, exact)
         if transform.erasing:
             generator = torch.Generator().manual_seed(stable_hash("noise", seed))
             self.noise = torch.randn(NOISE + 3 * self.size[0] * self.size[1], generator=generator).to(device)
@@ -244,11 +243,9 @@ def _places(start: Tensor, length: Tensor, flipped: Tensor, whole: int) -> Tenso
 
 
 def resize_weights(interpolations: Sequence[str], longest: int, size: int) -> Tensor:
-    """What makes `size` pixels of 1, 2, ... `longest` ones: [interpolations, longest, size, longest].
-
-    ATen's resize of unit vectors, rounded as its uint8 kernel does, to as many binary places as 16 bits allow. So sums
-    with pixels are exact in any order: in float32 where its 24 bits hold them, else (images shrunk below half) float64.
-    """
+    """What makes `size` pixels of 1, 2, ... `longest` ones: [interpolations, longest, size, longest]. ATen's resize of
+    unit vectors, rounded as its uint8 kernel does, to as many binary places as 16 bits allow. So sums with pixels are
+    exact in any order: in float32 where its 24 bits hold them, else (images shrunk below half) float64."""
     table, most = torch.zeros(len(interpolations), longest, size, longest, dtype=torch.float64), 0.0
     for kind, mode in enumerate(interpolations):
         for length in range(1, longest + 1):

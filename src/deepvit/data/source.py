@@ -46,8 +46,7 @@ class Source(ABC):
         check_ranges(vars(self), RANGES["data"], "data")
         self.decoder = resolve_decoder(self.decoder)
         if self.source != "timm" and (self.name, self.train_split, self.val_split) != (None, "train", "validation"):
-            raise UserError(f"data.name, data.train_split and data.val_split are for data=timm, not for "
-                            f"data={self.source}.")
+            raise UserError(f"data.name, train_split and val_split are for data=timm, not for data={self.source}.")
 
     @abstractmethod
     def whole(self) -> Splits:
@@ -96,8 +95,9 @@ def chosen(classes: int | str | None, class_ids: list[str]) -> list[str]:
     if classes is None:
         return class_ids
     if isinstance(classes, int):
-        if not 2 <= classes <= len(class_ids):
-            raise UserError(f"data.classes={classes}: this data has {len(class_ids)} classes; give 2 to as many.")
+        count = len(class_ids)
+        if not 2 <= classes <= count:
+            raise UserError(f"data.classes={classes}: this data has {count} classes; give 2 to {count}.")
         return class_ids[:classes]
     path = IMAGENET100 if classes == IMAGENET100.stem else Path(classes).expanduser()
     try:
@@ -118,10 +118,8 @@ def chosen(classes: int | str | None, class_ids: list[str]) -> list[str]:
 
 def read_list(file: str, root: str | None) -> set[str]:
     """The names in a list for `data.exclude`, as `ImageSet.name` gives them. Raises UserError where it cannot be read.
-
     It has a name a line, relative to the data's root, and comments that start with #; a name that this would not hold
-    (with a line break, or that begins like a comment) is written as JSON.
-    """
+    (with a line break, or that begins like a comment) is written as JSON."""
     try:
         lines = Path(file).expanduser().read_text(encoding="utf-8", errors="surrogateescape").split("\n")
         names = [json.loads(line) if line.startswith('"') else line for line in map(str.rstrip, lines)
@@ -152,8 +150,7 @@ def without(sets: Sequence[ImageSet], class_ids: list[str], file: str, root: str
         kept = np.setdiff1d(np.arange(len(images)), at)
         empty = np.setdiff1d(images.targets, images.targets[kept])
         if len(empty):
-            raise UserError(f"data.exclude={file} leaves no image of class {class_ids[empty[0]]}: remove the class, or "
-                            f"names from the list.")
+            raise UserError(f"data.exclude={file} leaves no image of class {class_ids[empty[0]]}: shorten the list.")
         rest.append(images.take(kept) if at else images)
         unknown.difference_update(map(images.name, at))
     if unknown:

@@ -23,11 +23,9 @@ log = logging.getLogger(__name__)
 
 
 def find_splits(root: Path, known: Collection[str] = ()) -> tuple[Path | None, Path | None]:
-    """The folders (train, val) in `root`, each None where there is none; both None where `root` holds the classes.
-
-    A folder named like a split is one, unless it stands among folders of images and has no folders in it (a class of
-    vehicles may be named `train`), or all are `known` classes of a model. Raises UserError where both are possible.
-    """
+    """The folders (train, val) in `root`, each None where there is none; both None where `root` holds the classes. A
+    folder named like a split is one, unless it stands among folders of images and has no folders in it (a class of
+    vehicles may be named `train`), or all are `known` classes of a model. Raises UserError where both are possible."""
     names = class_folders(root)
     called = [name for name in (*TRAIN, *VAL) if name in names]
     below = {name: class_folders(root / name) for name in called}
@@ -166,22 +164,19 @@ class Cifar10(Source):
         if self.val_fraction:
             raise UserError(f"data.val_fraction={self.val_fraction} is for folders without a val/ or test/: "
                             f"torchvision's {self.source} has its own test images, so leave it out.")
-        parts = self._downloaded(path)
-        sets = [ArraySet(part.data, np.array(part.targets), f"{self.source}/{split}", decoder=self.decoder)
-                for part, split in zip(parts, ("train", "test"), strict=True)]
-        return Splits(*sets, parts[0].classes)
-
-    def _downloaded(self, path: Path) -> list:
         from torchvision import datasets
         existed, dataset = path.exists(), getattr(datasets, self.source.upper())
         try:
-            return [dataset(path, train=train, download=True) for train in (True, False)]
+            parts = [dataset(path, train=train, download=True) for train in (True, False)]
         except (OSError, RuntimeError) as error:
             if not existed:
                 with suppress(OSError):
                     path.rmdir()  # only where it is empty
             raise UserError(f"data.root={self.root} holds neither train/<class>/ and test/<class>/ with JPEGs nor "
                             f"torchvision's {dataset.base_folder}/, which cannot be downloaded ({error}).") from error
+        sets = [ArraySet(part.data, np.array(part.targets), f"{self.source}/{split}", decoder=self.decoder)
+                for part, split in zip(parts, ("train", "test"), strict=True)]
+        return Splits(*sets, parts[0].classes)
 
 
 class Cifar100(Cifar10):
@@ -208,15 +203,12 @@ def _kind(source: str) -> type[Source]:
 
 def eval_folder(root: str, class_ids: list[str], **asked: object) -> ImageSet:
     """A folder of classes for evaluation alone, e.g. ImageNet-V2: targets are the places of its names in `class_ids`.
-
     `root` holds the class folders, or a val/ (or test/) that does. Folders named 0 .. C-1 are the classes by number.
-    Some classes may be missing; a folder that is none of `class_ids` raises UserError. `asked`: fields of `Source`.
-    """
+    Some classes may be missing; a folder that is none of `class_ids` raises UserError. `asked`: fields of `Source`."""
     source, path = Folder(root=root, **asked), existing(root, "folder")
     train, val = find_splits(path, class_ids)
     if train is not None and val is None:
-        raise UserError(f"data.root={root} has {train.name}/ but no val/ folder: to evaluate on the training images "
-                        f"give data.root={train}.")
+        raise UserError(f"data.root={root} has {train.name}/ but no val/: give data.root={train} to evaluate on that.")
     path = val or path
     names = classes_of(path)
     if names == [str(number) for number in range(len(class_ids))]:
@@ -232,10 +224,8 @@ def eval_folder(root: str, class_ids: list[str], **asked: object) -> ImageSet:
 
 def real_top1(predictions: np.ndarray, names: Sequence[str]) -> float:
     """Top-1 in percent by ImageNet's reassessed labels (ReaL; Beyer et al., arXiv:2006.07159), as timm ships them.
-
     `predictions` [n] are places of the sorted wnids, `names` [n] end in ImageNet's own file names. Any of an image's
-    labels is right; images without one are left out. Raises UserError where nothing has a label.
-    """
+    labels is right; images without one are left out. Raises UserError where nothing has a label."""
     from timm.data import RealLabelsImagenet
     labels = RealLabelsImagenet(filenames=range(50_000)).real_labels  # file name -> classes
     right = []

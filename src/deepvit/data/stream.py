@@ -76,10 +76,10 @@ class Stream:
     def __post_init__(self) -> None:
         if self.n < 1:
             raise UserError("There are no training images.")
-        if self.batch_size < 1 or self.batch_size % (self.world * self.accumulation):
-            raise UserError(f"data.batch_size={self.batch_size} (global) must be a multiple of "
-                            f"{self.world * self.accumulation}: {self.world} device(s) with {self.accumulation} "
-                            f"micro-batch(es) each.")
+        parts = self.world * self.accumulation
+        if self.batch_size < 1 or self.batch_size % parts:
+            raise UserError(f"data.batch_size={self.batch_size} must be a multiple of {parts}: {self.world} device(s) "
+                            f"with {self.accumulation} micro-batch(es) each.")
         if self.repeats < 1 or self.batch_size % self.repeats:
             raise UserError(f"augment.repeats={self.repeats} must divide data.batch_size={self.batch_size}.")
 

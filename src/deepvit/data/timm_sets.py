@@ -81,10 +81,8 @@ class TarSet(ImageSet):
 
 
 class Timm(Source):
-    """`data=timm`, of name `hfds/...`, `torch/...`, `wds/...`, or empty for tars with a folder or a tar per class.
-
-    Tars are found as `root` itself, `root/<split>.tar`, `root/<split>/*.tar` or `root/*<split>*.tar`.
-    """
+    """`data=timm`, of name `hfds/...`, `torch/...`, `wds/...`, or empty for tars with a folder or a tar per class. Tars
+    are found as `root` itself, `root/<split>.tar`, `root/<split>/*.tar` or `root/*<split>*.tar`."""
 
     source = "timm"
     may_download = True
@@ -157,8 +155,7 @@ class Timm(Source):
 def _shards(path: Path, split: str) -> list[str]:
     found = [str(path)] if path.is_file() else _find_shards(path, split)
     if not found:
-        raise UserError(f"data.root={path} has no tar files of the split {split} ({split}.tar, {split}/*.tar or "
-                        f"*{split}*.tar).")
+        raise UserError(f"{path} has no tar files of the split {split} ({split}.tar, {split}/*.tar or *{split}*.tar).")
     return found
 
 
@@ -187,10 +184,8 @@ def read_class_tars(shards: list[str], decoder: str) -> tuple[TarSet, list[str]]
 
 
 def read_webdataset(shards: list[str], decoder: str) -> tuple[TarSet, list[str]]:
-    """WebDataset's shards: `key.jpg` beside `key.cls` (an integer) -> (set, class numbers as names).
-
-    A key ends at the first dot of a name; where that gives one key two images, and only there, at the last.
-    """
+    """WebDataset's shards: `key.jpg` beside `key.cls` (an integer) -> (set, class numbers as names). A key ends at the
+    first dot of a name; where that gives one key two images, and only there, at the last."""
     members = [*_members(shards)]
     images = [member for member in members if not _fault(member.name)]
     classes = [member for member in members if member.name.endswith(".cls")]
@@ -206,8 +201,7 @@ def read_webdataset(shards: list[str], decoder: str) -> tuple[TarSet, list[str]]
     for _, member in pairs:
         text = read_bytes(shards[member.shard], member.offset, member.size).decode("ascii", "replace").strip()
         if not text.isdecimal():
-            raise UserError(f"{shards[member.shard]}: {member.name} should hold the number of a class, not "
-                            f"'{text[:20]}'.")
+            raise UserError(f"{shards[member.shard]}: {member.name} should hold a class number, not '{text[:20]}'.")
         targets.append(int(text))
     names = [str(number) for number in range(max(targets, default=-1) + 1)]
     return TarSet(shards, [image for image, _ in pairs], targets, decoder), names

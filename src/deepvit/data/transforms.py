@@ -42,10 +42,8 @@ def norm_values(norm: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
 def name_of_norm(mean: Sequence[float] | None, std: Sequence[float] | None) -> str | None:
     """The opposite of `norm_values`; None for others."""
     given = [*(mean or ()), *(std or ())]
-    for name, values in NORMS.items():
-        if len(given) == 6 and np.allclose(sum(values, ()), given, rtol=0, atol=2e-3):
-            return name
-    return None
+    return next((name for name, values in NORMS.items()
+                 if len(given) == 6 and np.allclose(sum(values, ()), given, rtol=0, atol=2e-3)), None)
 
 
 def resize(image: AnyImage, size: tuple[int, int], interpolation: str) -> AnyImage:
@@ -150,11 +148,9 @@ def train_transform(img_size: int | Sequence[int], *, crop_scale: Sequence[float
                     erasing_mode: str = "pixel", erasing_count: int = 1, mean: Sequence[float] = NORMS["half"][0],
                     **timm: Any) -> Transform:
     """timm's ImageNet augmentation to a side or (height, width) in pixels, the erasing recorded instead of written.
-
     crop_scale, crop_ratio: ranges of the random crop's area and aspect; without crop_scale the evaluation's crop, of
     `crop_pct`. interpolation: `bilinear`, `bicubic`, or `random` (one of them per sample). mean: colour of the pixels
-    that RandAugment moves in. timm: hflip, vflip, auto_augment, grayscale_prob, gaussian_blur_prob.
-    """
+    that RandAugment moves in. timm: hflip, vflip, auto_augment, grayscale_prob, gaussian_blur_prob."""
     size = _pair(img_size)
     check_choice("augment.interpolation", interpolation, (*INTERPOLATIONS, "random"))
     check_choice("augment.erasing_mode", erasing_mode, ("const", "rand", "pixel"))
