@@ -109,8 +109,7 @@ class _Batches(Dataset):
         before, bad, places, values = self.images.pil_fallbacks, [], [], [torch.empty(0)]
         pixels = torch.empty(len(draw.indices), *self.transform.size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
         targets = torch.empty(len(draw.indices), dtype=torch.int64)
-        samples = np.stack([draw.epochs, draw.indices, draw.repeats], axis=1).tolist()
-        for row, sample in enumerate(samples):
+        for row, sample in enumerate(np.stack([draw.epochs, draw.indices, draw.repeats], axis=1).tolist()):
             (pixels[row], erased), used = self._sample(sample[1], (self.seed, *sample), bad)
             targets[row] = int(self.images.targets[used])
             places += [(row, top, left, *patch.shape[1:]) for top, left, patch in erased]

@@ -51,8 +51,7 @@ class Prepare:
         if not training:
             return x, y
         if mixes(self):
-            lam, box = self.mixing(step, tuple(x.shape[-2:]))
-            x, y = self._mix(x, y, lam, box)
+            x, y = self._mix(x, y, *self.mixing(step, tuple(x.shape[-2:])))
         elif self.label_smoothing > 0:
             y = self._soft(y)
         return batch.erasures.write(x), y

@@ -105,22 +105,26 @@ class Timm(Source):
         return Splits(train, val, ids)
 
     def _tars(self, path: Path, is_webdataset: bool) -> Splits:
-        read = read_webdataset if is_webdataset else read_class_tars
-        train_tars = _shards(path, self.train_split)
-        train, ids = read(train_tars, self.decoder)
-        val_tars = [] if path.is_file() else _find_shards(path, self.val_split)
+        if path.is_file() and not self.val_fraction:
+            raise UserError(f"{path} is a single tar: give data.val_fraction=0.1 to hold out a tenth of each class.")
+        train_tars, val_tars = _shards(path, self.train_split), _shards(path, self.val_split)
+        needed = {self.train_split: train_tars} | ({} if self.val_fraction else {self.val_split: val_tars})
+        for split, tars in needed.items():
+            if not tars:
+                raise UserError(f"data.root={path} has no tar files of the split {split} ({split}.tar, {split}/*.tar "
+                                f"or *{split}*.tar).")
         unused = sorted({*val_tars} - {*train_tars})
         if self.val_fraction and unused:
             raise UserError(f"data.root={path} has {unused[0]}, which data.val_fraction={self.val_fraction} would not "
                             f"use: leave data.val_fraction out, or move it away.")
-        if self.val_fraction:
-            return self.hold_out(train, ids, str(path))
-        if path.is_file():
-            raise UserError(f"{path} is a single tar: give data.val_fraction=0.1 to hold out a tenth of each class.")
-        if len(unused) < len(val_tars):
+        if len(unused) < len(val_tars) and not self.val_fraction:
             raise UserError(f"The same tars, such as {train_tars[0]}, match data.train_split={self.train_split} and "
                             f"data.val_split={self.val_split}: rename them after one split each.")
-        val, val_ids = read(_shards(path, self.val_split), self.decoder)
+        read = read_webdataset if is_webdataset else read_class_tars
+        train, ids = read(train_tars, self.decoder)
+        if self.val_fraction:
+            return self.hold_out(train, ids, str(path))
+        val, val_ids = read(val_tars, self.decoder)
         if is_webdataset:
             ids = max(ids, val_ids, key=len)
         elif val_ids != ids:
@@ -153,17 +157,13 @@ class Timm(Source):
 
 
 def _shards(path: Path, split: str) -> list[str]:
-    found = [str(path)] if path.is_file() else _find_shards(path, split)
-    if not found:
-        raise UserError(f"{path} has no tar files of the split {split} ({split}.tar, {split}/*.tar or *{split}*.tar).")
-    return found
-
-
-def _find_shards(folder: Path, split: str) -> list[str]:
-    tars, folders = _tars_in(folder), class_folders(folder)
+    """The tars of a split: the path itself, or by name in a folder; none if none is called so."""
+    if path.is_file():
+        return [str(path)]
+    tars, folders = _tars_in(path), class_folders(path)
     for word in (split, *(WORDS if split in WORDS else ())):
         whole_word = re.compile(rf"(?<![a-zA-Z]){re.escape(word)}(?![a-zA-Z])")  # in `small-train-0`, not `constrained`
-        found = [tar for tar in tars if tar.stem == word] + (_tars_in(folder / word) if word in folders else [])
+        found = [tar for tar in tars if tar.stem == word] + (_tars_in(path / word) if word in folders else [])
         if found := found or [tar for tar in tars if whole_word.search(tar.stem)]:
             return [str(tar) for tar in found]
     return []
