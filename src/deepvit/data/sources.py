@@ -30,7 +30,11 @@ def find_splits(root: Path, known: Collection[str] = ()) -> tuple[Path | None, P
     called = [name for name in (*TRAIN, *VAL) if name in names]
     below = {name: class_folders(root / name) for name in called}
     train, val = (next((name for name in split if name in called), None) for split in (TRAIN, VAL))
-    others = [name for name in names if name not in called and _has_images(root / name)] if called else []
+    others = []
+    for name in names if called else []:
+        with suppress(UserError):  # one that cannot be read, such as lost+found/
+            if name not in called and any(True for _ in Walk().images(os.fsencode(root / name))):
+                others.append(name)
     are_known, are_flat = {*names} <= {*known}, not any(below.values())
     if (are_known or are_flat) and (others or are_known and are_flat):
         return None, None
@@ -43,13 +47,6 @@ def find_splits(root: Path, known: Collection[str] = ()) -> tuple[Path | None, P
     if unused:
         log.warning("Not used of %s: %s.", root, some(unused))
     return train and root / train, val and root / val
-
-
-def _has_images(folder: Path) -> bool:
-    try:
-        return any(True for _ in Walk().images(os.fsencode(folder)))
-    except UserError:  # such as lost+found/ beside the splits
-        return False
 
 
 def classes_of(folder: Path) -> list[str]:
