@@ -24,8 +24,6 @@ except ImportError:  # torchvision is moving its decoders
     decode_jpeg = None
 
 AnyImage = Image.Image | Tensor  # PIL RGB, or uint8 [3, H, W] over memory of [H, W, 3]
-
-DECODERS = ("auto", "torchvision", "pil")
 _BROKEN = (OSError, SyntaxError, ValueError, TypeError, EOFError, IndexError, KeyError, OverflowError,
            struct.error, zlib.error)  # seen from PIL's format plug-ins on damaged files
 
@@ -36,7 +34,7 @@ class BadImage(Exception):
 
 def resolve_decoder(decoder: str) -> str:
     """`auto` -> the decoder used on this machine, to be recorded with the run. Raises UserError for one it lacks."""
-    check_choice("data.decoder", decoder, DECODERS)
+    check_choice("data.decoder", decoder, ("auto", "torchvision", "pil"))
     if decoder == "torchvision" and decode_jpeg is None:
         raise UserError("data.decoder=torchvision: this torchvision has no decode_jpeg; use data.decoder=pil.")
     return decoder if decoder != "auto" else "torchvision" if decode_jpeg else "pil"

@@ -20,7 +20,6 @@ from deepvit.data.listing import EXTENSIONS, KINDS, class_folders, entries, exis
 from deepvit.data.source import Source, some
 from deepvit.errors import UserError
 
-STREAMS = ("hfids", "tfds")  # timm reads these front to back only
 WORDS = ("val", "validation", "test")  # for the same split
 
 
@@ -89,7 +88,7 @@ class Timm(Source):
 
     def whole(self) -> Splits:
         prefix = (self.name or "").partition("/")[0].lower()
-        if prefix in STREAMS:
+        if prefix in ("hfids", "tfds"):
             raise UserError(f"data.name={self.name}: timm reads {prefix}/ data sets only front to back, so no image "
                             f"can be asked for by its number; use hfds/, torch/, or tar files.")
         if prefix in ("", "wds"):
