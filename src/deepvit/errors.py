@@ -1,7 +1,8 @@
 """How a program of this project ends, and the hint that goes with a misspelt word."""
 
 import difflib
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75  # exit codes of every program
 
@@ -48,7 +49,9 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     return f" Did you mean '{near[0]}'?" if near else ""
 
 
-def check_choice(setting: str, value: str, choices: Collection[str]) -> None:
-    """Raises UserError, with the nearest of `choices`, for a value that is none of them."""
-    if value not in choices:
-        raise UserError(f"{setting}={value} is none of {', '.join(choices)}.{did_you_mean(value, choices)}")
+def choose(setting: str, name: str, choices: Mapping[str, Any]) -> Any:
+    """`choices[name]`, or the sentence that names the setting and its choices."""
+    if name not in choices:
+        raise UserError(f"{setting}={name} is not known: choose from {', '.join(choices)}."
+                        f"{did_you_mean(name, choices)}")
+    return choices[name]

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from deepvit.errors import UserError, check_choice
+from deepvit.errors import UserError, choose
 
 try:
     from torchvision.io import ImageReadMode, decode_jpeg
@@ -34,10 +34,10 @@ class BadImage(Exception):
 
 def resolve_decoder(decoder: str) -> str:
     """`auto` -> the decoder used on this machine, to be recorded with the run. Raises UserError for one it lacks."""
-    check_choice("data.decoder", decoder, ("auto", "torchvision", "pil"))
-    if decoder == "torchvision" and decode_jpeg is None:
+    available = "torchvision" if decode_jpeg else "pil"
+    if decoder == "torchvision" != available:
         raise UserError("data.decoder=torchvision: this torchvision has no decode_jpeg; use data.decoder=pil.")
-    return decoder if decoder != "auto" else "torchvision" if decode_jpeg else "pil"
+    return choose("data.decoder", decoder, {"auto": available, "torchvision": available, "pil": "pil"})
 
 
 def read_bytes(path: str | bytes, offset: int = 0, size: int = -1) -> bytearray:

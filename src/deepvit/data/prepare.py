@@ -82,7 +82,7 @@ class Prepare:
              ) -> tuple[Tensor, Tensor]:
         if len(x) % 2:
             raise UserError(f"Mixup and cutmix need micro-batches of even size, but this one has {len(x)} images: "
-                            "choose data.batch_size so that each device's share is even.")
+                            "make each device's share of data.batch_size even.")
         y = self._soft(targets)
         if lam == 1.0:
             return x, y

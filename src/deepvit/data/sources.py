@@ -15,7 +15,7 @@ from deepvit.data.imageset import ArraySet, FileSet, ImageSet, Splits
 from deepvit.data.listing import Walk, class_folders, entries, existing, kept_listing, log_left_out
 from deepvit.data.source import Source, chosen, some, without
 from deepvit.data.timm_sets import Timm
-from deepvit.errors import UserError, check_choice, did_you_mean
+from deepvit.errors import UserError, choose, did_you_mean
 
 TRAIN, VAL = ("train", "training"), ("val", "valid", "validation", "test", "eval")
 VALPREP = "https://raw.githubusercontent.com/soumith/imagenetloader.torch/master/valprep.sh"
@@ -185,17 +185,13 @@ SOURCES: dict[str, type[Source]] = {kind.source: kind for kind in (Digits, Image
 
 def load(source: str, **asked: object) -> Splits:
     """A data set by its source; `asked`: the fields of `Source`. Raises UserError for all that is wrong with it."""
-    return _kind(source)(**asked).splits()
+    return choose("data.source", source, SOURCES)(**asked).splits()
 
 
 def source_of(data: Data) -> Source:
     """What the settings ask for."""
-    return _kind(data.source)(**{one.name: getattr(data, one.name) for one in fields(Source) if one.name != "seed"})
-
-
-def _kind(source: str) -> type[Source]:
-    check_choice("data.source", source, SOURCES)
-    return SOURCES[source]
+    asked = {one.name: getattr(data, one.name) for one in fields(Source) if one.name != "seed"}
+    return choose("data.source", data.source, SOURCES)(**asked)
 
 
 def eval_folder(root: str, class_ids: list[str], **asked: object) -> ImageSet:

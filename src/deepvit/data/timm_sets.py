@@ -110,8 +110,7 @@ class Timm(Source):
         needed = {self.train_split: train_tars} | ({} if self.val_fraction else {self.val_split: val_tars})
         for split, tars in needed.items():
             if not tars:
-                raise UserError(f"data.root={path} has no tar files of the split {split} ({split}.tar, {split}/*.tar "
-                                f"or *{split}*.tar).")
+                raise UserError(f"data.root={path} has no tar files of the split {split}, such as {split}.tar.")
         unused = sorted({*val_tars} - {*train_tars})
         if self.val_fraction and unused:
             raise UserError(f"data.root={path} has {unused[0]}, which data.val_fraction={self.val_fraction} would not "

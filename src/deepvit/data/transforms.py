@@ -22,9 +22,9 @@ from torch import Tensor
 from torchvision.transforms.functional import crop, get_dimensions
 
 from deepvit.data.decode import AnyImage, to_pil, to_tensor
-from deepvit.errors import UserError, check_choice
+from deepvit.errors import UserError, choose
 
-INTERPOLATIONS = ("bilinear", "bicubic")
+INTERPOLATIONS = {"bilinear": ("bilinear",), "bicubic": ("bicubic",), "random": ("bilinear", "bicubic")}
 LONGEST = 16  # sides ratio above which an image is first cut to its middle: 20,000 x 10 would be resized to 123 MP
 NORMS = {"half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),  # as published (dvit_repo's default_cfg)
          "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -35,8 +35,7 @@ Patch = tuple[int, int, Tensor]  # top, left, normalised values [3, h, w]
 
 def norm_values(norm: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Name of a normalisation -> (mean, std) per channel, of values in 0..1."""
-    check_choice("data.norm", norm, NORMS)
-    return NORMS[norm]
+    return choose("data.norm", norm, NORMS)
 
 
 def name_of_norm(mean: Sequence[float] | None, std: Sequence[float] | None) -> str | None:
@@ -84,8 +83,8 @@ class RandomCrop(RandomResizedCropAndInterpolation):
 
     def __init__(self, size: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float],
                  interpolation: str):
-        super().__init__(size, scale, ratio, "bilinear" if interpolation == "random" else interpolation)
-        self.names = INTERPOLATIONS if interpolation == "random" else (interpolation,)
+        self.names = INTERPOLATIONS[interpolation]
+        super().__init__(size, scale, ratio, self.names[0])
 
     def __call__(self, image: AnyImage) -> AnyImage:
         _, *whole = get_dimensions(image)
@@ -152,8 +151,8 @@ def train_transform(img_size: int | Sequence[int], *, crop_scale: Sequence[float
     `crop_pct`. interpolation: `bilinear`, `bicubic`, or `random` (one of them per sample). mean: colour of the pixels
     that RandAugment moves in. timm: hflip, vflip, auto_augment, grayscale_prob, gaussian_blur_prob."""
     size = _pair(img_size)
-    check_choice("augment.interpolation", interpolation, (*INTERPOLATIONS, "random"))
-    check_choice("augment.erasing_mode", erasing_mode, ("const", "rand", "pixel"))
+    choose("augment.interpolation", interpolation, INTERPOLATIONS)
+    choose("augment.erasing_mode", erasing_mode, dict.fromkeys(("const", "rand", "pixel")))
     if timm.get("gaussian_blur_prob") and min(size) < 12:
         raise UserError(f"augment.gaussian_blur_prob={timm['gaussian_blur_prob']} needs images of 12 pixels or more, "
                         f"as timm's blur is 23 wide: set it to 0, or raise model.img_size.")
