@@ -61,7 +61,7 @@ def test_pixels_are_the_loaders_for_the_same_crop_and_flips(height, width, size,
         boxes = made.draws.crops(Uniforms(3, drawn.epochs, drawn.indices, drawn.repeats))
         for row, (top, left, high, wide, kind, flips) in enumerate(boxes.tolist()):
             image = crop(images.image(int(drawn.indices[row])), top, left, high, wide)
-            image = resize(image, (size, size), made.crop.names[kind])
+            image = resize(image, (size, size), made.draws.crop.names[kind])
             image = TF.hflip(image) if flips % 2 else image
             assert torch.equal(batch.images[row], TF.vflip(image) if flips >= 2 else image)
         assert batch.images.is_contiguous(memory_format=torch.channels_last)

@@ -129,11 +129,10 @@ class OnDevice:
         self.used = good[np.searchsorted(good, np.arange(len(images))) % len(good)]  # for a bad one the next good one
         self.pixels, self.targets = (torch.from_numpy(array).to(device) for array in (pixels, images.targets))
         self.draws = Draws(transform, pixels.shape[1:3])
-        self.crop = self.draws.crop
-        if self.crop:
+        if self.draws.crop:
             exact = None if device.type == "cpu" else torch.float64  # a GPU may multiply float32 as TF32
-            self.down = resize_weights(self.crop.names, pixels.shape[1], self.size[0]).to(device, exact)
-            self.across = resize_weights(self.crop.names, pixels.shape[2], self.size[1]).to(device, exact)
+            self.down = resize_weights(self.draws.crop.names, pixels.shape[1], self.size[0]).to(device, exact)
+            self.across = resize_weights(self.draws.crop.names, pixels.shape[2], self.size[1]).to(device, exact)
         if transform.erasing:
             generator = torch.Generator().manual_seed(stable_hash("noise", seed))
             self.noise = torch.randn(NOISE + 3 * self.size[0] * self.size[1], generator=generator).to(device)
@@ -188,7 +187,7 @@ class OnDevice:
         whole = self.pixels.shape[1:3]
         y, x = _places(top, height, flips >= 2, whole[0]), _places(left, width, flips % 2 > 0, whole[1])
         places = ((row * whole[0] + y) * whole[1])[:, :, None] + x[:, None]  # [b, H, W], the crop first
-        if self.crop is None:
+        if self.draws.crop is None:
             return self._read(places).permute(0, 3, 1, 2)
         across, down = (weights[interpolation[:, 0], side[:, 0] - 1]
                         for weights, side in ((self.across, width), (self.down, height)))  # [b, S, W], [b, S, H]

@@ -46,9 +46,7 @@ class TimmSet(ImageSet):
         return self._opened(bytearray(content if isinstance(content, bytes) else content.read()))
 
 
-class Member(NamedTuple):
-    """A file within a tar."""
-
+class Member(NamedTuple):  # a file in a tar
     shard: int
     name: str
     offset: int  # bytes from the start of the shard
