@@ -28,11 +28,19 @@ constexpr int ROWS = 8;  // rows of a register block; padded row counts are mult
 static inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
 static inline void store(float* p, Vec x) { *reinterpret_cast<Vec*>(p) = x; }
 static inline long up(long n, long to) { return (n + to - 1) / to * to; }
-static inline float total(Vec x) {
-    float sum = 0;
-    for (int i = 0; i < W; i++) sum += x[i];
-    return sum;
+// Pairwise, so that no chain of W operations waits for each other
+template <class Pair>
+static inline float reduce(Vec x, Pair pair) {
+    float part[W];
+    store(part, x);
+#pragma GCC unroll 4
+    for (int half = W / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+        for (int i = 0; i < half; i++) part[i] = pair(part[i], part[i + half]);
+    return part[0];
 }
+static inline float total(Vec x) { return reduce(x, [](float a, float b) { return a + b; }); }
+static inline float largest(Vec x) { return reduce(x, [](float a, float b) { return a > b ? a : b; }); }
 
 // exp for x <= 0 to about 1 ulp (Cephes' polynomial); below -87 as at -87
 static inline Vec exponential(Vec x) {
@@ -109,50 +117,50 @@ static void product(Left a, const float* b, long b_row, float* c, long c_row, lo
     long i = 0;
     for (; i + ROWS <= rows; i += ROWS)
         strip<ROWS, ADD>(a.below(i), b, b_row, c + i * c_row, c_row, cols, depth);
+    for (; i + 6 <= rows; i += 6)
+        strip<6, ADD>(a.below(i), b, b_row, c + i * c_row, c_row, cols, depth);
     for (; i + 4 <= rows; i += 4)
         strip<4, ADD>(a.below(i), b, b_row, c + i * c_row, c_row, cols, depth);
+    for (; i + 2 <= rows; i += 2)
+        strip<2, ADD>(a.below(i), b, b_row, c + i * c_row, c_row, cols, depth);
     for (; i < rows; i++)
         strip<1, ADD>(a.below(i), b, b_row, c + i * c_row, c_row, cols, depth);
 }
 
-// out [H, H] += a [H, length] b [H, length]^T
-template <int R, int S>
-static inline void dots(const float* a, const float* b, long length, float* out, long out_row) {
-    Vec sum[R][S] = {};
+// out [H, H] += a [H, length] b [H, length]^T, in T x T blocks
+template <int T>
+static void dots(const float* a, const float* b, long H, long length, float* out) {
+    for (long i = 0; i < H; i += T)
+        for (long j = 0; j < H; j += T) {
+            Vec sum[T][T] = {};
 #pragma GCC unroll 1
-    for (long k = 0; k < length; k += W)
+            for (long k = 0; k < length; k += W)
 #pragma GCC unroll 4
-        for (int i = 0; i < R; i++)
+                for (int r = 0; r < T; r++)
 #pragma GCC unroll 4
-            for (int j = 0; j < S; j++) sum[i][j] += load(a + i * length + k) * load(b + j * length + k);
-    for (int i = 0; i < R; i++)
-        for (int j = 0; j < S; j++) out[i * out_row + j] += total(sum[i][j]);
+                    for (int c = 0; c < T; c++)
+                        sum[r][c] += load(a + (i + r) * length + k) * load(b + (j + c) * length + k);
+            for (int r = 0; r < T; r++)
+                for (int c = 0; c < T; c++) out[(i + r) * H + j + c] += total(sum[r][c]);
+        }
 }
 
 static void outer(const float* a, const float* b, long H, long length, float* out) {
-    for (long i = 0; i < H;) {
-        const bool wide = i + 4 <= H;
-        for (long j = 0; j < H;) {
-            const bool broad = j + 4 <= H;
-            const float *x = a + i * length, *y = b + j * length;
-            float* o = out + i * H + j;
-            if (wide && broad) dots<4, 4>(x, y, length, o, H);
-            else if (wide) dots<4, 1>(x, y, length, o, H);
-            else if (broad) dots<1, 4>(x, y, length, o, H);
-            else dots<1, 1>(x, y, length, o, H);
-            j += broad ? 4 : 1;
-        }
-        i += wide ? 4 : 1;
-    }
+    (H % 4 == 0 ? dots<4> : H % 3 == 0 ? dots<3> : H % 2 == 0 ? dots<2> : dots<1>)(a, b, H, length, out);
 }
 
 struct Sizes {
     long B, H, N, D, sb, sh, sn;  // strides of q, k, v; width stride 1
-    long rows, chunk;             // query rows of a tile; tiles of a task cover `chunk` rows
+    long rows, chunk;             // query rows of a tile, padded; tiles of a task cover `chunk` rows
     float scale;
     long Np() const { return up(N, W); }
     long Dp() const { return up(D, W); }
     long chunks() const { return (N + chunk - 1) / chunk; }
+    Sizes tile(long left) const {  // the last of a task has only the rows that are left
+        Sizes t = *this;
+        t.rows = left < rows ? up(left, ROWS) : rows;
+        return t;
+    }
 };
 
 // Working memory, which each thread keeps from call to call: fresh megabytes cost page faults
@@ -175,8 +183,12 @@ struct Scratch {
 
 // `[rows, Dp]` from rows of stride `row`; zero beyond `there` rows and D
 static void pack(const float* from, long row, long there, long rows, long D, long Dp, float factor, float* to) {
-    for (long i = 0; i < rows; i++)
-        for (long c = 0; c < Dp; c++) to[i * Dp + c] = i < there && c < D ? from[i * row + c] * factor : 0.0f;
+    for (long i = 0; i < there; i++) {
+        long c = 0;
+        for (; c + W <= D; c += W) store(to + i * Dp + c, load(from + i * row + c) * factor);
+        for (; c < Dp; c++) to[i * Dp + c] = c < D ? from[i * row + c] * factor : 0.0f;
+    }
+    memset(to + there * Dp, 0, 4 * (rows - there) * Dp);
 }
 
 // `[D, Np]`, transposed
@@ -193,8 +205,7 @@ static void centred_softmax(float* x, long N, long Np) {
     for (long j = N; j < Np; j++) x[j] = -INFINITY;
     Vec most = load(x);
     for (long j = W; j < Np; j += W) { const Vec y = load(x + j); most = y > most ? y : most; }
-    float peak = most[0];
-    for (int i = 1; i < W; i++) peak = most[i] > peak ? most[i] : peak;
+    const float peak = largest(most);
     Vec sum = {};
     for (long j = 0; j < Np; j += W) {
         const Vec e = exponential(load(x + j) - peak);
@@ -221,10 +232,11 @@ static void fill_maps(const Sizes& s, const float* queries, const float* keys, l
 
 static void forward_task(const Sizes& s, long b, long begin, const float* q, const float* k, const float* v,
                          const float* mix, float* u, double* sumsq, float* sums, Scratch scratch) {
-    const long H = s.H, N = s.N, D = s.D, Np = s.Np(), Dp = s.Dp(), area = s.rows * Np;
+    const long H = s.H, N = s.N, D = s.D, Np = s.Np(), Dp = s.Dp();
     float *keys = scratch.take(H * D * Np), *values = scratch.take(H * Np * Dp);
     float *queries = scratch.take(H * s.rows * Dp);
-    float *maps = scratch.take(H * area), *mixed = scratch.take(H * area), *part = scratch.take(s.rows * Dp);
+    float *maps = scratch.take(H * s.rows * Np), *mixed = scratch.take(H * s.rows * Np);
+    float* part = scratch.take(s.rows * Dp);
     for (long h = 0; h < H; h++) {
         pack_columns(k + b * s.sb + h * s.sh, s.sn, N, Np, D, keys + h * D * Np);
         pack(v + b * s.sb + h * s.sh, s.sn, N, Np, D, Dp, 1.0f, values + h * Np * Dp);
@@ -236,17 +248,18 @@ static void forward_task(const Sizes& s, long b, long begin, const float* q, con
     }
     const long end = begin + s.chunk < N ? begin + s.chunk : N;
     for (long i = begin; i < end; i += s.rows) {
-        const long there = end - i < s.rows ? end - i : s.rows;
+        const Sizes t = s.tile(end - i);
+        const long there = end - i < t.rows ? end - i : t.rows, area = t.rows * Np;
         for (long h = 0; h < H; h++)
-            pack(q + b * s.sb + h * s.sh + i * s.sn, s.sn, there, s.rows, D, Dp, s.scale, queries + h * s.rows * Dp);
-        fill_maps(s, queries, keys, there, maps);
+            pack(q + b * s.sb + h * s.sh + i * s.sn, s.sn, there, t.rows, D, Dp, s.scale, queries + h * t.rows * Dp);
+        fill_maps(t, queries, keys, there, maps);
         product<false>(Rows{mix, H}, maps, area, mixed, area, H, area, H);
         for (long h = 0; h < H; h++) {
             const float* m = mixed + h * area;
             Vec squares = {};
             for (long j = 0; j < area; j += W) squares += load(m + j) * load(m + j);
             sumsq[h] += total(squares);
-            product<false>(Rows{m, Np}, values + h * Np * Dp, Dp, part, Dp, s.rows, Dp, N);
+            product<false>(Rows{m, Np}, values + h * Np * Dp, Dp, part, Dp, t.rows, Dp, N);
             for (long r = 0; r < there; r++) memcpy(u + ((b * N + i + r) * H + h) * D, part + r * Dp, 4 * D);
         }
     }
@@ -263,10 +276,10 @@ static void unpack(const float* from, const float* constant, float factor, long 
 static void backward_task(const Sizes& s, long b, long begin, const float* q, const float* k, const float* v,
                           const float* mix, const float* du, const float* dsumsq, const float* dtotal, float* dq,
                           float* dk, float* dv, float* dmix, Scratch scratch) {
-    const long H = s.H, N = s.N, D = s.D, Np = s.Np(), Dp = s.Dp(), area = s.rows * Np;
+    const long H = s.H, N = s.N, D = s.D, Np = s.Np(), Dp = s.Dp(), most = s.rows * Np;
     float *keys = scratch.take(H * D * Np), *columns = scratch.take(H * D * Np), *key_rows = scratch.take(H * Np * Dp);
     float *queries = scratch.take(H * s.rows * Dp), *grads = scratch.take(H * s.rows * Dp);
-    float *maps = scratch.take(H * area), *mixed = scratch.take(H * area), *back = scratch.take(H * area);
+    float *maps = scratch.take(H * most), *mixed = scratch.take(H * most), *back = scratch.take(H * most);
     float *part = scratch.take(s.rows * Dp), *sum_k = scratch.take(H * Np * Dp), *sum_v = scratch.take(H * Np * Dp);
     memset(sum_k, 0, 4 * H * Np * Dp);
     memset(sum_v, 0, 4 * H * Np * Dp);
@@ -279,18 +292,19 @@ static void backward_task(const Sizes& s, long b, long begin, const float* q, co
     const float centre = 1.0f / N;
     const long end = begin + s.chunk < N ? begin + s.chunk : N;
     for (long i = begin; i < end; i += s.rows) {
-        const long there = end - i < s.rows ? end - i : s.rows;
+        const Sizes t = s.tile(end - i);
+        const long there = end - i < t.rows ? end - i : t.rows, area = t.rows * Np;
         for (long h = 0; h < H; h++) {
-            pack(q + b * s.sb + h * s.sh + i * s.sn, s.sn, there, s.rows, D, Dp, s.scale, queries + h * s.rows * Dp);
-            pack(du + ((b * N + i) * H + h) * D, H * D, there, s.rows, D, Dp, 1.0f, grads + h * s.rows * Dp);
+            pack(q + b * s.sb + h * s.sh + i * s.sn, s.sn, there, t.rows, D, Dp, s.scale, queries + h * t.rows * Dp);
+            pack(du + ((b * N + i) * H + h) * D, H * D, there, t.rows, D, Dp, 1.0f, grads + h * t.rows * Dp);
         }
-        fill_maps(s, queries, keys, there, maps);
+        fill_maps(t, queries, keys, there, maps);
         product<false>(Rows{mix, H}, maps, area, mixed, area, H, area, H);
         for (long h = 0; h < H; h++) {
-            float *m = mixed + h * area, *g = grads + h * s.rows * Dp;
-            product<true>(Columns{m, Np}, g, Dp, sum_v + h * Np * Dp, Dp, Np, Dp, s.rows);
+            float *m = mixed + h * area, *g = grads + h * t.rows * Dp;
+            product<true>(Columns{m, Np}, g, Dp, sum_v + h * Np * Dp, Dp, Np, Dp, t.rows);
             for (long j = 0; j < area; j += W) store(m + j, load(m + j) * (2 * dsumsq[b * H + h]));
-            product<true>(Rows{g, Dp}, columns + h * D * Np, Np, m, Np, s.rows, Np, D);  // mixed is now dM
+            product<true>(Rows{g, Dp}, columns + h * D * Np, Np, m, Np, t.rows, Np, D);  // mixed is now dM
         }
         outer(mixed, maps, H, area, dmix);
         product<false>(Columns{mix, H}, mixed, area, back, area, H, area, H);
@@ -302,11 +316,11 @@ static void backward_task(const Sizes& s, long b, long begin, const float* q, co
                 const float delta = total(sum);
                 for (long j = 0; j < Np; j += W) store(da + j, (load(c + j) + centre) * (load(da + j) - delta));
             }
-            memset(back + h * area + there * Np, 0, 4 * (s.rows - there) * Np);
-            product<false>(Rows{back + h * area, Np}, key_rows + h * Np * Dp, Dp, part, Dp, s.rows, Dp, N);
+            memset(back + h * area + there * Np, 0, 4 * (t.rows - there) * Np);
+            product<false>(Rows{back + h * area, Np}, key_rows + h * Np * Dp, Dp, part, Dp, t.rows, Dp, N);
             unpack(part, nullptr, s.scale, there, D, Dp, H * D, dq + ((b * N + i) * H + h) * D);
-            product<true>(Columns{back + h * area, Np}, queries + h * s.rows * Dp, Dp, sum_k + h * Np * Dp, Dp, Np, Dp,
-                          s.rows);
+            product<true>(Columns{back + h * area, Np}, queries + h * t.rows * Dp, Dp, sum_k + h * Np * Dp, Dp, Np, Dp,
+                          t.rows);
         }
     }
     for (long h = 0; h < H; h++) {

@@ -94,7 +94,8 @@ def refusal(dtype: torch.dtype) -> str:
 
 def _sizes(q: Tensor, scale: float) -> Sizes:
     B, H, N, D = q.shape
-    rows = max(8, min(TILE_BYTES // (4 * H * N) // 8 * 8, 64, ceil(N / 8) * 8))
+    most = max(8, min(TILE_BYTES // (4 * H * N) // 8 * 8, 64))
+    rows = ceil(N / ceil(N / most) / 8) * 8  # of tiles as even as eights can be
     threads = torch.get_num_threads()
     parts = 1 if B % threads == 0 or B >= 2 * threads else ceil(2 * threads / B)  # tasks a sample is cut into
     chunk = ceil(ceil(N / parts) / rows) * rows
