@@ -24,7 +24,8 @@ from deepvit.importers.locate import find_checkpoint, hub_metadata
 
 # Where trainers keep the weights in a checkpoint
 RAW, EMA = ("state_dict", "model", "model_state_dict", "net"), ("state_dict_ema", "ema", "model_ema")
-WRAPPERS = re.compile(r"(?:(?:module|_orig_mod|model|net)\.)*")  # DistributedDataParallel, torch.compile, Lightning
+# Prefixes of names: by DistributedDataParallel, torch.compile, Lightning; by flax
+WRAPPERS = re.compile(r"(?:(?:module|_orig_mod|model|net)\.|params/)*")
 
 FREE_BYTES, MAX_RATIO = 2**30, 20  # an .npz may unpack to 1 GiB, or to 20 times its size: weights hardly compress
 FLAX_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32,
@@ -112,7 +113,7 @@ def _refuse_torn(path: Path, kind: str) -> Iterator[None]:
 
 
 def _unwrapped(path: Path, kind: str, shapes: Mapping[str, Size], read: Callable[[str], Tensor],
-               said: dict[str, Any]) -> WeightsFile:
+               said: dict[str, Any] | None = None) -> WeightsFile:
     """The file under names without the wrappers' prefixes."""
     original: dict[str, str] = {}
     for name in shapes:
@@ -121,7 +122,7 @@ def _unwrapped(path: Path, kind: str, shapes: Mapping[str, Size], read: Callable
             raise UserError(f"{path} holds '{bare}' twice, with and without a wrapper's prefix: save one state dict.")
         original[bare] = name
     return WeightsFile(path, kind, {bare: shapes[name] for bare, name in original.items()},
-                       lambda bare: read(original[bare]), said)
+                       lambda bare: read(original[bare]), said or {})
 
 
 # PyTorch
@@ -237,7 +238,7 @@ def _open_npz(path: Path, ema: bool) -> WeightsFile:
             array = np.lib.format.read_array(stream, allow_pickle=False)
             return torch.from_numpy(np.asarray(array, array.dtype.newbyteorder("=")))
 
-    return WeightsFile(path, "npz", shapes, read)
+    return _unwrapped(path, "npz", shapes, read)
 
 
 def _npy_shape(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Size:
@@ -271,7 +272,7 @@ def _open_msgpack(path: Path, ema: bool) -> WeightsFile:
     with _refuse_torn(path, "flax msgpack"):
         tree = unpackb(path.read_bytes(), ext_hook=array, object_pairs_hook=_flax_branch, max_array_len=MAX_LIST)
         tensors = dict(_flax_leaves(tree))
-    return WeightsFile(path, "msgpack", {name: tensor.shape for name, tensor in tensors.items()}, tensors.__getitem__)
+    return _unwrapped(path, "msgpack", {name: tensor.shape for name, tensor in tensors.items()}, tensors.__getitem__)
 
 
 def _flax_branch(pairs: list[tuple[Any, Any]]) -> dict[str, Any]:

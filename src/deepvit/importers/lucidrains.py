@@ -91,7 +91,6 @@ def _block(attention: str, norm1: str, norm2: str, fc1: str, fc2: str) -> list[R
 
 CURRENT = _block("0", "0.norm", "1.net.0", "1.net.1", "1.net.4")  # since 1.4.4
 WRAPPED = _block("0.fn.fn", "0.fn.norm", "1.fn.norm", "1.fn.fn.net.0", "1.fn.fn.net.3")  # before
-WRAPPED_MIX = "transformer.layers.0.0.fn.fn.reattn_weights"
 FRAME = [Row("cls_token", "cls_token"), Row("pos_embedding", "pos_embed"),
          *both("mlp_head.0", "norm"), *both("mlp_head.1", "head")]
 
@@ -107,11 +106,7 @@ def _rows(file: WeightsFile, given: Mapping[str, Any]) -> list[Row]:
              *both("to_patch_embedding.3", "patch_embed.norm_out")] if normed else []
     return [*FRAME, Row(f"{linear}.weight", "patch_embed.proj.weight", _unflatten(channels, side)),
             Row(f"{linear}.bias", "patch_embed.proj.bias"), *norms,
-            *(WRAPPED if WRAPPED_MIX in file.shapes else CURRENT)]
-
-
-def _matches(file: WeightsFile) -> bool:
-    return "transformer.layers.0.0.reattn_weights" in file.shapes or WRAPPED_MIX in file.shapes
+            *(WRAPPED if "transformer.layers.0.0.fn.fn.reattn_weights" in file.shapes else CURRENT)]
 
 
 def _infer(source: Source, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -137,12 +132,10 @@ def _flax_block(l: int) -> list[Row]:
 
 
 def _flax_rows(file: WeightsFile, given: Mapping[str, Any]) -> list[Row]:
-    prefix = _flax_prefix(file)
     depth = sum(name.endswith("/reattn_weights") for name in file.shapes)
-    patch_dim = file.shapes.get(f"{prefix}Dense_0/kernel", (0,))[0]
-    unflatten = _unflatten(*_patch_sizes(patch_dim, file.shapes.get(f"{prefix}pos_embedding", ()), given,
-                                         str(file.path)))
-    rows = [
+    patch_dim, positions = (file.shapes.get("Dense_0/kernel") or (0,))[0], file.shapes.get("pos_embedding", ())
+    unflatten = _unflatten(*_patch_sizes(patch_dim, positions, given, str(file.path)))
+    return [
         Row("cls", "cls_token"),
         Row("pos_embedding", "pos_embed"),
         Row("Dense_0/kernel", "patch_embed.proj.weight", Rule(lambda kernel: unflatten.ours(kernel.t().contiguous()))),
@@ -151,11 +144,6 @@ def _flax_rows(file: WeightsFile, given: Mapping[str, Any]) -> list[Row]:
         *flax_norm("LayerNorm_0", "norm"),
         *flax_dense("Dense_1", "head"),
     ]
-    return [row._replace(foreign=prefix + row.foreign) for row in rows]
-
-
-def _flax_prefix(file: WeightsFile) -> str:
-    return "params/" if "params/pos_embedding" in file.shapes else ""
 
 
 def _infer_flax(source: Source, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -163,7 +151,7 @@ def _infer_flax(source: Source, given: Mapping[str, Any]) -> dict[str, Any]:
     return _infer(source, given) | {"gelu": "tanh", "norm_eps": 1e-6, "attention": attention}
 
 
-LUCIDRAINS = Dialect("lucidrains", _matches, _rows, _infer, first_rows, square_only=True)
-FLAX = Dialect("deepvit_flax",
-               lambda file: f"{_flax_prefix(file)}Transformer_0/Attention_0/reattn_weights" in file.shapes,
+LUCIDRAINS = Dialect("lucidrains", lambda file: any(name.endswith(".reattn_weights") for name in file.shapes),
+                     _rows, _infer, first_rows, square_only=True)
+FLAX = Dialect("deepvit_flax", lambda file: any(name.endswith("/reattn_weights") for name in file.shapes),
                _flax_rows, _infer_flax, first_rows, square_only=True)
