@@ -33,7 +33,7 @@ import soak  # noqa: E402
 import torch  # noqa: E402
 
 from deepvit.bench import rows  # noqa: E402
-from deepvit.bench.targets import against_targets  # noqa: E402
+from deepvit.bench.rows import against_targets  # noqa: E402
 
 BUDGET_S = 400
 BEGIN, END = "<!-- begin of what gpu_session.py --publish writes -->", "<!-- end -->"

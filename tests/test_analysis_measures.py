@@ -11,8 +11,8 @@ from torch.nn import functional as F
 import deepvit
 from deepvit import analysis
 from deepvit.analysis import measures, registry
-from deepvit.analysis.features import SampledRows
 from deepvit.analysis.registry import MEASURES
+from deepvit.analysis.similarity import SampledRows
 from deepvit.errors import UserError
 
 TINY = dict(img_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=4, num_classes=5)
@@ -116,12 +116,10 @@ def test_rollout(maps):
         step = block[1].double().numpy().mean(0) + np.eye(7)
         expected = step / step.sum(1, keepdims=True) @ expected
     np.testing.assert_allclose(analysis.rollout(maps)[1], expected, atol=1e-6)
-    every = analysis.rollout(maps, every_block=True)
-    assert every.shape == (4, 2, 7, 7)
-    torch.testing.assert_close(every[-1], analysis.rollout(maps))
-    torch.testing.assert_close(analysis.rollout([block * -5 for block in maps]), analysis.rollout(maps))
-    torch.testing.assert_close(every.sum(-1), torch.ones(4, 2, 7))
-    mask = analysis.class_token_mask(every[-1], (2, 3))
+    rolled = analysis.rollout(maps)
+    torch.testing.assert_close(analysis.rollout([block * -5 for block in maps]), rolled)
+    torch.testing.assert_close(rolled.sum(-1), torch.ones(2, 7))
+    mask = analysis.class_token_mask(rolled, (2, 3))
     assert mask.shape == (2, 2, 3) and mask.amax().item() == 1
     np.testing.assert_allclose(mask[1].flatten(), expected[0, 1:] / expected[0, 1:].max(), rtol=1e-5)
 

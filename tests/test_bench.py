@@ -10,9 +10,9 @@ import torch
 from test_data_sets import IMAGES
 from torch import nn
 
-from deepvit.bench import benches, ceilings, machine, models, rows, timing
-from deepvit.bench.contestants import TrainStep
-from deepvit.bench.targets import TARGETS, against_targets
+from deepvit.bench import benches, machine, models, rows, timing
+from deepvit.bench.models import TrainStep
+from deepvit.bench.rows import TARGETS, against_targets
 from deepvit.commands.main import main
 from deepvit.errors import UserError
 
@@ -81,7 +81,7 @@ def test_a_contestant_without_memory_beside_the_others_is_left_out():
 
 
 def test_a_bench_that_ends_early_leaves_its_rows(bench, monkeypatch):
-    def rows_until(given):
+    def rows_until():
         yield {"case": "a case", "name": "known"}
         raise RuntimeError("the device is gone")
 
@@ -167,7 +167,7 @@ def test_rows_say_what_they_were_made_on(monkeypatch, tmp_path, torch_has, flags
 
 
 def test_the_floor_is_the_larger_of_two_times():
-    best = ceilings.Ceilings(bytes_per_s=1e12, flops_per_s=1e15)
+    best = timing.Ceilings(bytes_per_s=1e12, flops_per_s=1e15)
     assert (best.floor_ms(2e12, 1e9), best.floor_ms(2e12, 5e9)) == pytest.approx((2.0, 5.0))
     step = TrainStep(partial(nn.Conv2d, 3, 1000, 8, bias=False), 2, 8, "cpu")
     step.loss = lambda network: network(step.x).sum()

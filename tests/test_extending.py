@@ -14,6 +14,7 @@ from deepvit.analysis import registry
 from deepvit.data import sources
 from deepvit.engine import loggers, schedule
 from deepvit.models import ATTENTIONS
+from deepvit.report import tables
 
 PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
 SMALL = {"img_size": 16, "patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 4}
@@ -22,14 +23,14 @@ SMALL = {"img_size": 16, "patch_size": 8, "depth": 2, "embed_dim": 24, "num_head
 @pytest.fixture(autouse=True)
 def ran():
     """All blocks, each as a file of its own; afterwards the registries are as before."""
-    tables = registry.MEASURES, loggers.LOGGERS, schedule.DECAYS, ATTENTIONS, sources.SOURCES
-    before = [(table, dict(table)) for table in tables]
+    registries = registry.MEASURES, loggers.LOGGERS, schedule.DECAYS, ATTENTIONS, sources.SOURCES, tables.COSTS
+    before = [(entries, dict(entries)) for entries in registries]
     for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL):
         exec(block, {"__name__": "extended"})
     yield
-    for table, entries in before:
-        table.clear()
-        table.update(entries)
+    for entries, kept in before:
+        entries.clear()
+        entries.update(kept)
 
 
 def written(file: str) -> str:
@@ -76,3 +77,11 @@ def test_a_viewer_is_told(run, tmp_path):
 def test_a_schedule_falls_as_it_says():
     rate = schedule.Schedule(lr=1.0, steps=100, kind="sqrt")
     assert rate(25) == pytest.approx(0.5) and rate(100) == pytest.approx(0.0)
+
+
+def test_a_column_is_in_the_report(run, tmp_path):
+    runs = Path(__file__).parent / "data" / "report"
+    code, _, _ = run("report", str(runs), "--out", str(tmp_path / "report"))
+    results = {json.loads(path.read_text())["best_top1"] for path in runs.rglob("metrics.json")}
+    page = (tmp_path / "report" / "report.md").read_text()
+    assert code == 0 and "best top-1 %" in page and all(f" {top1:.2f} " in page for top1 in results)

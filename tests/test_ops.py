@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from deepvit import ops
 from deepvit.errors import UserError
-from deepvit.ops import HeadNorm, core, dispatch, native, plain, reference, tiles
+from deepvit.ops import HeadNorm, core, native, reference, tiles
 
 SHAPES = [(2, 3, 7, 5), (3, 12, 70, 33), (2, 12, 33, 35), (1, 1, 5, 8), (5, 16, 17, 8), (2, 4, 1, 8), (3, 2, 64, 32)]
 SWITCHES = list(itertools.product((True, False), repeat=3))
@@ -182,9 +182,9 @@ def test_keeps_no_maps_and_little_else():
 
 def test_path():
     (q, k, v), *_ = problem(2, 3, 9, 4)
-    assert dispatch.choose(q, k, v)[0] == dispatch.choose(q, k, v, dropout_p=0.1)[0] == "core"
-    assert dispatch.choose(q, k, v, dropout_p=0.1, training=True)[0] == "reference"
-    assert dispatch.choose(q, k[:, :, :5], v[:, :, :5])[0] == "reference"
+    assert core.choose(q, k, v)[0] == core.choose(q, k, v, dropout_p=0.1)[0] == "core"
+    assert core.choose(q, k, v, dropout_p=0.1, training=True)[0] == "reference"
+    assert core.choose(q, k[:, :, :5], v[:, :, :5])[0] == "reference"
 
 
 @pytest.mark.parametrize("dtype, dropout_p, words", [
@@ -258,7 +258,7 @@ def test_one_graph_under_compile():
 
 def test_plain_core_equals_tiles():
     (q, k, v), leaves, _ = problem(2, 3, 9, 4)
-    for a, b in zip(plain.centred_mix(q, k, v, leaves["mix"], 0.5, True),
+    for a, b in zip(reference.centred_mix(q, k, v, leaves["mix"], 0.5, True),
                     core.centred_mix(q, k, v, leaves["mix"], 0.5, True)):
         assert torch.allclose(a, b, rtol=1e-12)
 

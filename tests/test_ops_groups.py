@@ -5,7 +5,7 @@ import torch
 from attention_problems import EPS, Attention, assert_same, outcome, problem
 
 from deepvit import ops
-from deepvit.ops import HeadNorm, dispatch, reference, tiles
+from deepvit.ops import HeadNorm, core, reference, tiles
 
 GROUPS = [None, 1, 2, 3, 5, 8]  # of 5 images: each alone, remainders, one group, one that is not full
 
@@ -17,7 +17,7 @@ def test_groups_of_images_equal_definition(path, norm_batch, monkeypatch):
     if path == "tiles":
         monkeypatch.setattr(tiles, "CPU_TILE", 4 * 7 * 3 * 16)
     if path == "plain":
-        monkeypatch.setattr(dispatch, "choose", lambda *_, **__: ("plain", ""))
+        monkeypatch.setattr(core, "choose", lambda *_, **__: ("plain", ""))
     op = torch.compile(ops.reattention, fullgraph=True, backend="aot_eager") if path == "compiled" else ops.reattention
     options = {"training": True, "norm_batch": norm_batch, "dropout_p": 0.2 if path == "dropout" else 0.0}
     results = []

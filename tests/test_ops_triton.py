@@ -10,8 +10,10 @@ import torch
 
 pytest.importorskip("triton")
 
+import triton_report  # noqa: E402
+
 from deepvit import ops  # noqa: E402
-from deepvit.ops import HeadNorm, core, reference, tiles, triton_core, triton_report  # noqa: E402
+from deepvit.ops import HeadNorm, core, reference, tiles, triton_core  # noqa: E402
 
 
 def test_interpreted_kernels_equal_the_tiles():

@@ -21,8 +21,7 @@ from deepvit.config.sweep_record import SweepRecord
 from deepvit.engine.folder import RunFolder
 from deepvit.report import grid as grid_module
 from deepvit.report import published, render, runs, tables
-from deepvit.report.curves import draw_curve
-from deepvit.report.figures import depth_chart
+from deepvit.report.figures import depth_chart, draw_curve
 from deepvit.report.grid import grids
 from deepvit.report.statistics import summarise
 

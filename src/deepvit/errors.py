@@ -1,7 +1,8 @@
 """How a program of this project ends, and the hint that goes with a misspelt word."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75  # exit codes of every program
 
@@ -46,3 +47,11 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """`" Did you mean 'depth'?"` for the nearest of `choices`, or an empty string where none is near."""
     near = difflib.get_close_matches(str(word), [str(choice) for choice in choices], n=1, cutoff=0.6)
     return f" Did you mean '{near[0]}'?" if near else ""
+
+
+def choose(setting: str, name: str, choices: Mapping[str, Any]) -> Any:
+    """`choices[name]`, or the sentence that names the setting and its choices."""
+    if name not in choices:
+        raise UserError(f"{setting}={name} is not known: choose from {', '.join(choices)}."
+                        f"{did_you_mean(name, choices)}")
+    return choices[name]

@@ -4,31 +4,14 @@ Everything starts from `attention_maps` or, block by block, from `record(model, 
 measures of a model on a batch as plain numbers. Formulas and sources: docs/analysis.md.
 """
 
-from deepvit.analysis.features import cka_matrix, feature_cosine, linear_cka
 from deepvit.analysis.gradients import block_norms
-from deepvit.analysis.initial import at_initialisation, regime, with_statistics_of
-from deepvit.analysis.measures import (
-    attention_distance,
-    attention_entropy,
-    diagonal_share,
-    effective_rank,
-    norm_variance,
-    patch_grid,
-    thetas,
-    token_similarity,
-)
-from deepvit.analysis.probe import probe
+from deepvit.analysis.measures import (attention_distance, attention_entropy, class_token_mask, diagonal_share,
+                                       effective_rank, norm_variance, patch_grid, rollout, thetas, token_similarity)
+from deepvit.analysis.probe import at_initialisation, probe, regime, with_statistics_of
 from deepvit.analysis.recording import Recording, attention_maps, record, recordings
-from deepvit.analysis.rollout import class_token_mask, rollout
-from deepvit.analysis.similarity import (
-    adjacent_similarity,
-    centred,
-    column_similarity,
-    cross_layer_similarity,
-    head_similarity,
-    similar_blocks,
-    similarity_matrix,
-)
+from deepvit.analysis.similarity import (adjacent_similarity, centred, cka_matrix, column_similarity,
+                                         cross_layer_similarity, feature_cosine, head_similarity, linear_cka,
+                                         similar_blocks, similarity_matrix)
 
 __all__ = ["Recording", "adjacent_similarity", "at_initialisation", "attention_distance", "attention_entropy",
            "attention_maps", "block_norms", "centred", "cka_matrix", "class_token_mask", "column_similarity",

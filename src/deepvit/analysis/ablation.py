@@ -1,4 +1,4 @@
-"""A trained model with something taken away, for as long as it is evaluated: no training, no copy."""
+"""A trained model with a part removed, for as long as it is evaluated: no training, no copy."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -17,12 +17,9 @@ FORMS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @contextmanager
 def without_block(model: nn.Module, index: int) -> Iterator[None]:
-    """Inside, block `index` gives out the tokens that enter it."""
-    handle = unwrap(model).blocks[index].register_forward_hook(lambda block, args, output: args[0])
-    try:
+    """Inside, block `index` returns the tokens that enter it."""
+    with unwrap(model).blocks[index].register_forward_hook(lambda block, args, output: args[0]):
         yield
-    finally:
-        handle.remove()
 
 
 @contextmanager
@@ -46,10 +43,7 @@ def with_theta(model: nn.Module, form: str) -> Iterator[None]:
 
 def ablations(model: nn.Module, what: str) -> dict[str, AbstractContextManager[None]]:
     """Name -> context in which `model` is so: for `blocks` each block left out in turn, for `theta` both forms of it.
-
-    Raises:
-        UserError: another word, or a model without Theta.
-    """
+    Raises UserError for another word, or a model without Theta."""
     if what == "blocks":
         return {f"without block {i}": without_block(model, i) for i in range(len(unwrap(model).blocks))}
     if what != "theta":

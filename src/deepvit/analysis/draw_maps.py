@@ -17,15 +17,15 @@ from torch import Tensor
 from deepvit.analysis.study import Study
 
 POSITIVE, SIGNED = "viridis", "RdBu_r"  # both readable without telling red from green
-LEAST_WIDTH = 7  # inches that a title takes
-FLAT = 2  # highest over lowest weight of a map in which nothing is looked at more than the rest
-QUANTILE = 0.995  # of the absolute weights, where the colours end: a few entries would leave the rest dark
+MIN_WIDTH = 7  # inches, for the title
+FLAT = 2  # highest over lowest weight below which a map looks at nothing in particular
+QUANTILE = 0.995  # of the absolute weights, where the colours end: a few large entries would leave the rest dark
 SCALE = f"max: each panel's {QUANTILE:.1%} quantile; grey: flat (max/min below {FLAT:g}), drawn from min to max"
 
 
 def side_by_side(studies: Sequence[Study], width: float, height: float, title: str) -> tuple[Figure, list[SubFigure]]:
     """A figure with a titled part for each study; inches for one part."""
-    figure = Figure(figsize=(max(LEAST_WIDTH, width * len(studies)), height), layout="constrained", dpi=130)
+    figure = Figure(figsize=(max(MIN_WIDTH, width * len(studies)), height), layout="constrained", dpi=130)
     figure.suptitle(title, fontsize=11)
     parts = figure.subfigures(1, len(studies), squeeze=False)[0]
     for part, one in zip(parts, studies, strict=True):
@@ -36,8 +36,8 @@ def side_by_side(studies: Sequence[Study], width: float, height: float, title: s
 def caption(one: Study) -> str:
     blocks, count = one.facts["probe"]["blocks"], one.facts["probe"]["images"]
     attention = one.facts["attention"]
-    known = [f"{blocks} blocks", attention] if attention not in one.facts["name"] else [f"{blocks} blocks"]
-    return f"{one.facts['name']}: {', '.join(known)} ({count} image{'s' * (count > 1)})"
+    known = f"{blocks} blocks" + (f", {attention}" if attention not in one.facts["name"] else "")
+    return f"{one.facts['name']}: {known} ({count} image{'s' * (count > 1)})"
 
 
 def mean_maps(studies: Sequence[Study]) -> Figure:
@@ -53,8 +53,12 @@ def mean_maps(studies: Sequence[Study]) -> Figure:
         maps = one.tensors["mean_maps"]
         signed = bool((maps < 0).any())
         for i, (ax, block) in enumerate(zip(axes, maps, strict=False)):
-            ax.set_title(f"block {i + 1}\n{_heatmap(ax, block, signed)}", fontsize=7)
-        rest_off(axes[len(maps):])
+            if block.shape[-1] > 300:
+                block = F.adaptive_avg_pool2d(block[None], 300)[0]
+            ax.imshow(coloured(block, signed), interpolation="nearest")
+            ax.set(xticks=[], yticks=[])
+            ax.set_title(f"block {i + 1}\n{in_words(block)}", fontsize=7)
+        hide_axes(axes[len(maps):])
         _relative_scale(part, list(axes), signed, shrink=0.5)
     return figure
 
@@ -71,7 +75,7 @@ def head_maps(one: Study) -> Figure:
         tiles = F.adaptive_avg_pool2d(maps[i], size)
         for h in range(H):
             sheet[i * step:i * step + size, h * step:h * step + size] = coloured(tiles[h], signed)
-    figure = Figure(figsize=(max(LEAST_WIDTH, 0.85 * H + 1.6), 0.85 * L + 1.2), layout="constrained", dpi=150)
+    figure = Figure(figsize=(max(MIN_WIDTH, 0.85 * H + 1.6), 0.85 * L + 1.2), layout="constrained", dpi=150)
     figure.suptitle(f"Attention maps by block and head\n{caption(one)}\n"
                     f"first image: {_short(Path(one.facts['pictures'][0]).name, 40)}\n{SCALE}", fontsize=8)
     ax = figure.subplots()
@@ -90,7 +94,7 @@ def rolled_out(studies: Sequence[Study]) -> Figure:
     width = 1 + len(studies)  # of an image's group of panels
     groups = max(1, min(len(pixels), 6 // width))
     rows = math.ceil(len(pixels) / groups)
-    figure = Figure(figsize=(max(LEAST_WIDTH + 1, 2.3 * width * groups + 0.9), 3.0 * rows + 0.8), layout="constrained",
+    figure = Figure(figsize=(max(MIN_WIDTH + 1, 2.3 * width * groups + 0.9), 3.0 * rows + 0.8), layout="constrained",
                     dpi=130)
     figure.suptitle("Attention rollout: what the class token holds of each patch (Abnar & Zuidema, 2020)", fontsize=11)
     panels = figure.subplots(rows, width * groups, squeeze=False).reshape(rows * groups, width)
@@ -100,7 +104,7 @@ def rolled_out(studies: Sequence[Study]) -> Figure:
         row[0].set_axis_off()
         for ax, one in zip(row[1:], studies, strict=True):
             image = _overlay(ax, one, i)
-    rest_off(panels[len(pixels):].ravel())
+    hide_axes(panels[len(pixels):].ravel())
     figure.colorbar(image, ax=list(panels.ravel()), shrink=min(0.6, 2 / rows), pad=0.01,
                     ticks=[]).set_label("share of a patch, each panel's\nlowest to highest", fontsize=8)
     return figure
@@ -121,29 +125,27 @@ def theta(studies: Sequence[Study]) -> Figure | None:
         most = max(value.abs().max().item() for value in thetas.values())
         for ax, (name, value) in zip(axes, thetas.items(), strict=False):
             image = ax.imshow(value.numpy(), cmap=SIGNED, vmin=-most, vmax=most)
-            _label_heads(ax, len(value))
+            heads = range(0, len(value), max(1, len(value) // 4))
+            for set_ticks in (ax.set_xticks, ax.set_yticks):
+                set_ticks(heads, labels=[str(h + 1) for h in heads], fontsize=6)
             ax.set_title(f"block {int(name.partition('/')[2]) + 1}", fontsize=8)
-        rest_off(axes[len(thetas):])
+        hide_axes(axes[len(thetas):])
         part.colorbar(image, ax=list(axes), shrink=0.5, pad=0.02, label="weight of the source head")
     return figure
 
 
-def _most(values: Tensor) -> float:
-    """The absolute weight at which a panel's colours end."""
+def _colour_limit(values: Tensor) -> float:
+    """The absolute weight at which a panel's colours saturate."""
     return float(np.quantile(values.abs().numpy(), QUANTILE)) or 1.0
 
 
 def coloured(values: Tensor, signed: bool) -> np.ndarray:
-    """A map `[rows, columns]` as RGBA on its own scale: from 0 to its `_most`, but one that is flat in grey from its
-    lowest to its highest weight, where it would be a single colour."""
+    """A map `[rows, columns]` as RGBA on its own scale: in colour from 0 to `_colour_limit`; a flat one, which would be
+    a single colour, in grey from its lowest to its highest weight."""
     if is_flat(values):
         return colormaps["gray"](Normalize()(values.numpy()))
-    scale = Normalize(-_most(values) if signed else 0, _most(values))
+    scale = Normalize(-_colour_limit(values) if signed else 0, _colour_limit(values))
     return colormaps[SIGNED if signed else POSITIVE](scale(values.numpy()))
-
-
-def is_flat(values: Tensor) -> bool:
-    return 1 / FLAT < _ratio(values) < FLAT
 
 
 def _ratio(values: Tensor) -> float:
@@ -152,18 +154,13 @@ def _ratio(values: Tensor) -> float:
     return high / low if low else np.inf
 
 
+def is_flat(values: Tensor) -> bool:
+    return 1 / FLAT < _ratio(values) < FLAT
+
+
 def in_words(values: Tensor) -> str:
     ratio = _ratio(values)
-    return f"flat, max/min = {max(ratio, 1 / ratio):.2f}" if is_flat(values) else f"max {_most(values):.2g}"
-
-
-def _heatmap(ax: Axes, values: Tensor, signed: bool) -> str:
-    """Draws a map and says its scale; large maps are averaged down first."""
-    if values.shape[-1] > 300:
-        values = F.adaptive_avg_pool2d(values[None], 300)[0]
-    ax.set(xticks=[], yticks=[])
-    ax.imshow(coloured(values, signed), interpolation="nearest")
-    return in_words(values)
+    return f"flat, max/min = {max(ratio, 1 / ratio):.2f}" if is_flat(values) else f"max {_colour_limit(values):.2g}"
 
 
 def _relative_scale(figure: Figure | SubFigure, axes: Axes | list[Axes], signed: bool, shrink: float) -> None:
@@ -174,7 +171,7 @@ def _relative_scale(figure: Figure | SubFigure, axes: Axes | list[Axes], signed:
     bar.set_label("weight", fontsize=8)
 
 
-def rest_off(axes: Sequence[Axes]) -> None:
+def hide_axes(axes: Sequence[Axes]) -> None:
     for ax in axes:
         ax.set_axis_off()
 
@@ -195,9 +192,3 @@ def _overlay(ax: Axes, one: Study, i: int) -> AxesImage:
 
 def _short(name: str, most: int) -> str:
     return name if len(name) <= most else f"{name[:most // 2 - 1]}...{name[-(most // 2 - 2):]}"
-
-
-def _label_heads(ax: Axes, heads: int) -> None:
-    places = range(0, heads, max(1, heads // 4))
-    for set_ticks in (ax.set_xticks, ax.set_yticks):
-        set_ticks(list(places), labels=[str(h + 1) for h in places], fontsize=6)

@@ -16,7 +16,7 @@ from deepvit.data.listing import KINDS, Walk, in_words
 from deepvit.errors import UserError
 from deepvit.models import ViT
 
-PUBLISHED = {"crop_pct": None, "interpolation": "bicubic", "norm": "half"}  # where a file does not tell
+PUBLISHED = {"crop_pct": None, "interpolation": "bicubic", "norm": "half"}  # where a file does not say
 log = logging.getLogger(__name__)
 
 
@@ -31,23 +31,18 @@ class Images:
 
 
 def read_images(model: ViT, paths: Sequence[Path]) -> Images:
-    """The images of files and folders, preprocessed as the model's run or the published code evaluates.
-
-    Args:
-        model: from `deepvit.load_model`, whose `load_report` may tell how it was trained.
-        paths: files, or folders of which all images are taken. None: examples that are built in, digits for a model
-            trained on them, else the two photographs that come with scikit-learn.
-    Raises:
-        UserError: no image can be used.
-    """
+    """The images of files and folders, preprocessed as the model's run evaluates, or the published code if the file of
+    the model (from `deepvit.load_model`) does not say how that was. Without paths: digits for a model trained on them,
+    else the two photographs that come with scikit-learn. Raises UserError if no image can be used."""
     if model.config["in_chans"] != 3:
         raise UserError(f"{model.load_report.path} is a model of {model.config['in_chans']} channels, and images are "
                         f"read as three: call it from Python on tensors of your own.")
     files = [file for path in paths for file in (_inside(path) if path.is_dir() else [path])]
-    examples = _examples(model) if not files else [(str(path), path) for path in files]
-    transform = _transform(model)
+    evaluation = evaluated_as(model)
+    transform = data.eval_transform(list(model.img_size), evaluation["crop_pct"] or model.pretrained_cfg["crop_pct"],
+                                    evaluation["interpolation"])
     pixels, names, refused = [], [], []
-    for name, source in examples:
+    for name, source in [(str(path), path) for path in files] or _examples(evaluation["source"]):
         try:
             image = data.open_image(source) if isinstance(source, Path) else source
         except UserError as error:
@@ -58,15 +53,14 @@ def read_images(model: ViT, paths: Sequence[Path]) -> Images:
     if not pixels:
         raise UserError(refused[0] if refused else f"There are no images in {', '.join(map(str, paths))}.")
     stack = torch.stack(pixels)  # uint8 [B, 3, height, width]
-    mean, std = (torch.tensor(values).view(3, 1, 1) * 255 for values in data.norm_values(evaluated_as(model)["norm"]))
+    mean, std = (torch.tensor(values).view(3, 1, 1) * 255 for values in data.norm_values(evaluation["norm"]))
     return Images((stack - mean) / std, stack, names, refused)
 
 
 def class_names(model: ViT) -> list[str]:
     """The names stored with the weights; ImageNet's for 1000 classes; else numbers."""
     said = model.load_report.said
-    stored = said.get("class_names") or said.get("classes")
-    if stored:
+    if stored := said.get("class_names") or said.get("classes"):
         return list(stored)
     if model.num_classes == 1000:
         return ImageNetInfo().label_descriptions()
@@ -74,7 +68,7 @@ def class_names(model: ViT) -> list[str]:
 
 
 def top_classes(logits: Tensor, names: Sequence[str], count: int = 5) -> list[list[tuple[str, float]]]:
-    """Logits `[B, C]` -> for each image the most probable (name, probability), best first."""
+    """The most probable (name, probability) of each image, best first, from logits `[B, C]`."""
     probabilities, classes = logits.float().softmax(-1).topk(min(count, logits.shape[-1]))
     return [[(names[index], chance) for index, chance in zip(row, chances, strict=True)]
             for row, chances in zip(classes.tolist(), probabilities.tolist(), strict=True)]
@@ -91,21 +85,15 @@ def _inside(folder: Path) -> list[Path]:
 
 
 def evaluated_as(model: ViT) -> dict[str, Any]:
-    """How its images are prepared (`crop_pct`, `interpolation`, `norm`), and the `source` of what it was trained on."""
+    """How its images are prepared (`crop_pct`, `interpolation`, `norm`), and the `source` of its training images."""
     said = model.load_report.said
-    told = (said.get("run") or {}).get("data") or {
+    found = (said.get("run") or {}).get("data") or {
         "norm": data.name_of_norm(said.get("mean"), said.get("std")) or PUBLISHED["norm"]}
-    return {name: told.get(name, value) for name, value in {**PUBLISHED, "source": None}.items()}
+    return {name: found.get(name, value) for name, value in {**PUBLISHED, "source": None}.items()}
 
 
-def _transform(model: ViT) -> data.Transform:
-    told = evaluated_as(model)
-    return data.eval_transform(list(model.img_size), told["crop_pct"] or model.pretrained_cfg["crop_pct"],
-                               told["interpolation"])
-
-
-def _examples(model: ViT) -> list[tuple[str, Any]]:
-    if evaluated_as(model)["source"] == "digits":
+def _examples(source: str | None) -> list[tuple[str, Any]]:
+    if source == "digits":
         digits = data.load("digits").val
         return [(digits.name(i), digits.image(i)) for i in range(16)]
     from sklearn.datasets import load_sample_images

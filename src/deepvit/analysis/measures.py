@@ -1,11 +1,14 @@
-"""What a block does, as numbers: its maps, the norm and the head mix behind them, its tokens and branches.
+"""What a block does, as numbers: its maps, the norm and the head mix behind them, its tokens and branches; and rollout,
+what attention does over all blocks.
 
 Maps are `[B, H, N, N]`, rows queries. A measure of maps gives one number per head, `[H]`, the mean over images.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm  # plain and synchronised
 
@@ -19,10 +22,7 @@ from deepvit.models.attention import HeadMix
 def attention_entropy(maps: Tensor) -> Tensor:
     """Mean entropy of the rows, `-sum_j a_ij ln a_ij`, in nats: 0 looks at one token, ln N at all alike. `[H]`.
 
-    For maps whose rows are distributions, so `stage="softmax"`.
-
-    Raises:
-        UserError: the maps have negative entries.
+    For maps whose rows are distributions, so `stage="softmax"`; raises UserError where entries are negative.
     """
     if (maps < 0).any():
         raise UserError("The entropy of maps with negative entries is not defined: take them at stage='softmax'.")
@@ -34,11 +34,8 @@ def attention_distance(maps: Tensor, grid: tuple[int, int]) -> Tensor:
     """Mean distance between a patch and the patches it attends to, weighted by attention, in patches. `[H]`.
 
     Dosovitskiy et al., arXiv:2010.11929, figure 7 (there in pixels): `sum_j a_ij |r_i - r_j| / sum_j a_ij` over patches
-    j, mean over patches i. Tokens before the patches (class token, registers) are left out.
-
-    Args:
-        maps: softmax maps `[B, H, N, N]`.
-        grid: (rows, columns) of patches, the last rows * columns tokens.
+    j, mean over patches i, of softmax maps. `grid`: (rows, columns) of patches, the last rows * columns tokens; those
+    before (class token, registers) are left out.
     """
     patches = grid[0] * grid[1]
     maps = maps[..., -patches:, -patches:]
@@ -76,7 +73,7 @@ def token_similarity(tokens: Tensor) -> float:
     Gong et al., "Vision Transformers with Patch Diversification", arXiv:2104.12753; Wang et al., arXiv:2203.05962.
     """
     N = tokens.shape[1]
-    unit = nn.functional.normalize(tokens.float(), dim=-1, eps=1e-30)
+    unit = F.normalize(tokens.float(), dim=-1, eps=1e-30)
     return float((unit.sum(1).square().sum(-1) - unit.square().sum((1, 2))).mean() / (N * (N - 1)))
 
 
@@ -102,11 +99,9 @@ def diagonal_share(theta: Tensor) -> float:
 def norm_variance(module: nn.Module, softmax: Tensor) -> Tensor | None:
     """Variance of the maps that a BatchNorm over heads sees, over images and entries, `[H]`; None without that norm.
 
-    To be read against the norm's eps: where it is smaller, the norm divides by a constant and acts as a temperature.
-    Exact over batches that are averaged, because the mean is known beforehand: rows sum to one.
-
-    Args:
-        module: an attention module; softmax: its softmax maps `[B, H, N, N]`.
+    `softmax`: the attention module's softmax maps `[B, H, N, N]`. To be read against the norm's eps: where the variance
+    is smaller, the norm divides by a constant and acts as a temperature. Exact over batches that are averaged, because
+    the mean is known beforehand: rows sum to one.
     """
     if not isinstance(getattr(module, "norm", None), BatchNorm):
         return None
@@ -195,3 +190,26 @@ def gain(softmax: Tensor, final: Tensor) -> Tensor:
 
 def _std(maps: Tensor) -> Tensor:
     return maps.var((0, 2, 3), correction=0).mean().sqrt()
+
+
+def rollout(maps: Sequence[Tensor]) -> Tensor:
+    """How much of each input token the last block's tokens hold, if attention were all that moves them: `[B, N, N]`,
+    rows sum to one, of `[B, H, N, N]` per block, read once and in order.
+
+    Abnar & Zuidema, arXiv:2005.00928: `R_n = A'_n R_{n-1}`, `A'` the mean over heads plus identity, rows sum to 1.
+    Final maps of re-attention may be negative and need not sum to one; their absolute values are taken and each head's
+    rows normalised first, which changes nothing for softmax maps.
+    """
+    result = None
+    for block in maps:
+        heads = F.normalize(block.float(), p=1, dim=-1, eps=1e-30).abs()
+        step = (heads.mean(1) + torch.eye(block.shape[-1], device=block.device)) / 2  # [B, N, N], rows sum to 1
+        step = step / step.sum(-1, keepdim=True)  # a row of zeros has only itself
+        result = step if result is None else step @ result
+    return result
+
+
+def class_token_mask(rolled: Tensor, grid: tuple[int, int]) -> Tensor:
+    """What the class token holds of each patch, from 0 to 1 (the largest): `[B, N, N]` -> `[B, rows, columns]`."""
+    mask = rolled[:, 0, -grid[0] * grid[1]:]
+    return (mask / mask.amax(-1, keepdim=True)).unflatten(-1, grid)

@@ -1,7 +1,7 @@
-"""The published code's attention pickle (`attn_visualize.py`'s input), read without trust, as a study to draw.
+"""The published code's attention pickle (`attn_visualize.py`'s input), read without trusting it, as a study to draw.
 
-The file holds pickled objects one after the other, one for each block: its maps `[B, H, N, N]` as a tensor or array, or
-a list or dict whose item 3 they are (beside p, q and v). A single list of maps will do as well.
+The file holds one pickled object per block: its maps `[B, H, N, N]` as a tensor or array, or a list or dict whose item
+3 they are (beside p, q and v). A single list of maps works too.
 """
 
 import io
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from deepvit.analysis.measures import attention_entropy, effective_rank
-from deepvit.analysis.similarity import Transformed, centred, cross_layer_similarity, head_similarity, similar_blocks
+from deepvit.analysis.similarity import cross_layer_similarity, head_similarity, similar_blocks
 from deepvit.analysis.study import Study
 from deepvit.errors import UserError
 
@@ -26,8 +26,8 @@ FLOATS = ("f2", "f4", "f8")
 
 
 def read_pickled_maps(path: Path) -> list[Tensor]:
-    """The maps of each block, float32 `[B, H, N, N]`; no class or function that the file names is ever called. Raises
-    UserError if the file cannot be read, or holds anything but finite maps of one shape."""
+    """The maps of each block, float32 `[B, H, N, N]`; nothing that the file names is ever called. Raises UserError if
+    the file cannot be read, or holds anything but finite maps of one shape."""
     objects = []
     try:
         with path.open("rb") as file:
@@ -55,8 +55,8 @@ def study_of_maps(maps: Sequence[Tensor], name: str) -> Study:
     """What can be drawn from maps alone."""
     images, heads, tokens = maps[0].shape[:3]
     similarity = {}
-    for kind, blocks in {"final": maps, "final_centred": Transformed(maps, centred)}.items():
-        matrix = cross_layer_similarity(blocks)  # [L, L]
+    for kind, is_centred in {"final": False, "final_centred": True}.items():
+        matrix = cross_layer_similarity(maps, minus_uniform=is_centred)  # [L, L]
         similarity[kind] = {"adjacent": matrix.diagonal(1).tolist(), "matrix": matrix.tolist(),
                             "similar_blocks": similar_blocks(matrix)}
     probe = {"images": images, "tokens": tokens, "heads": heads, "blocks": len(maps), "similarity": similarity,
@@ -70,18 +70,13 @@ def study_of_maps(maps: Sequence[Tensor], name: str) -> Study:
 
 
 def _blocks(objects: list[Any]) -> list[Any]:
-    """What stands for the maps of each block."""
+    """What holds the maps of each block."""
     if len(objects) == 1 and isinstance(objects[0], list | tuple):
         shapes = {_shape(_tensor(one)) for one in objects[0]}
-        if len(shapes) == 1 and shapes != {None}:  # q and v are not as wide as the maps
+        if len(shapes) == 1 and shapes != {None}:  # of a single block, q and v are not as wide as the maps
             return list(objects[0])
-    return [*map(_item, objects)]
-
-
-def _item(block: Any) -> Any:
-    if isinstance(block, dict):
-        return block.get(MAPS)
-    return block[MAPS] if isinstance(block, list | tuple) and len(block) > MAPS else block
+    items = [dict(enumerate(block)) if isinstance(block, list | tuple) else block for block in objects]
+    return [item.get(MAPS) if isinstance(item, dict) else item for item in items]
 
 
 def _shape(maps: Tensor | None) -> tuple[int, ...] | None:
@@ -106,7 +101,7 @@ class _DType:
 
     def __setstate__(self, state: tuple) -> None:
         if state[1] not in ("<", ">", "="):
-            raise pickle.UnpicklingError("a byte order that is none")
+            raise pickle.UnpicklingError("an unknown byte order")
         self.order = state[1]
 
     def array(self, raw: bytes, shape: Sequence[int], fortran: bool) -> np.ndarray:
@@ -114,7 +109,7 @@ class _DType:
 
 
 class _Array:
-    """Stands for numpy's `_reconstruct`: an array whose state comes after."""
+    """Stands for numpy's `_reconstruct`: an array whose state follows."""
 
     array = None
 
@@ -125,13 +120,9 @@ class _Array:
         self.array = dtype.array(raw, shape, fortran)
 
 
-def _from_buffer(raw: bytes, dtype: _DType, shape: Sequence[int], order: str) -> np.ndarray:
-    return dtype.array(raw, shape, order == "F")
-
-
 def _storage(raw: bytes) -> Any:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch muses on pickle protocols; what matters raises
+        warnings.simplefilter("ignore")  # torch remarks on pickle protocols; what matters raises
         return torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
 
 
@@ -145,23 +136,18 @@ def _rebuilt(storage: Any, offset: int, size: tuple[int, ...], stride: tuple[int
     return flat.as_strided(size, stride, offset)
 
 
-def _encoded(text: str, encoding: str) -> bytes:
-    if encoding != "latin1":
-        raise pickle.UnpicklingError("text for bytes")
-    return text.encode("latin1")
-
-
 _ALLOWED: dict[tuple[str, str], Callable] = {
     ("torch._utils", "_rebuild_tensor_v2"): _rebuilt, ("torch.storage", "_load_from_bytes"): _storage,
     ("torch._utils", "_rebuild_parameter"): lambda tensor, *ignored: tensor,
-    ("collections", "OrderedDict"): OrderedDict, ("_codecs", "encode"): _encoded,
+    ("collections", "OrderedDict"): OrderedDict, ("_codecs", "encode"): lambda text, encoding: text.encode("latin1"),
     ("numpy", "dtype"): _DType, ("numpy", "ndarray"): _Array,
     **{(f"numpy.{core}.multiarray", "_reconstruct"): _Array for core in ("core", "_core")},
-    **{(f"numpy.{core}.numeric", "_frombuffer"): _from_buffer for core in ("core", "_core")}}
+    **{(f"numpy.{core}.numeric", "_frombuffer"): lambda raw, dtype, shape, order: dtype.array(raw, shape, order == "F")
+       for core in ("core", "_core")}}
 
 
 class _Unpickler(pickle._Unpickler):  # Python's own: C's keeps a table as large as the largest index that a file names
-    """Knows arrays and tensors, by stand-ins of ours, and nothing else."""
+    """Knows arrays and tensors, by the stand-ins above, and nothing else."""
 
     def find_class(self, module: str, name: str) -> Callable:
         if (module, name) not in _ALLOWED:

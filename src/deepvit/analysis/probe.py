@@ -1,66 +1,59 @@
-"""All measures of a model on one batch of images, as plain numbers to log while it trains."""
+"""All measures of a model on one batch of images, as plain numbers; and the model as it was before training, which
+shows what similarity is there by construction."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain
+from copy import deepcopy
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from deepvit.analysis import features, measures, similarity  # noqa: F401  they register the measures
-from deepvit.analysis.features import SampledRows
 from deepvit.analysis.measures import BatchNorm, patch_grid, thetas
-from deepvit.analysis.recording import BRANCHES, Recording, attention_modules, recordings, unwrap
+from deepvit.analysis.recording import BRANCHES, HELD_BYTES, Maps, Recording, attention_modules, recordings, unwrap
 from deepvit.analysis.registry import MEASURES
-from deepvit.analysis.similarity import (
-    KINDS,
-    Transformed,
-    by_kind,
-    centred,
-    cross_layer_similarity,
-    held,
-    images_for_pairs,
-    similar_blocks,
-    unit_columns,
-)
+from deepvit.analysis.similarity import SampledRows, centred, cross_layer_similarity, similar_blocks, unit_columns
+from deepvit.engine.calibrate import statistics_of_the_batch
+from deepvit.errors import UserError
+from deepvit.models.registry import build_model
 
 Block = Mapping[str, Any]  # what measures take: see `registry.Measure`
+KINDS = ("softmax", "final", "softmax_centred", "final_centred")  # of maps; centred: minus the uniform part
 
 
 def probe(model: nn.Module, x: Tensor, *, batch_size: int | None = None, threshold: float = 0.9,
           matrix: bool = False) -> dict[str, Any]:
     """What attention does in every block of `model` on images `[B, C, height, width]`, as plain JSON values.
 
-    The model is left as it was (training flags, statistics, random state). Two blocks' maps are held at a time; for
-    `matrix` those of all blocks, of as many images as keep them within 256 MiB (but one at least), three times over.
+    Gives `images`, `tokens`, `heads`, `blocks`, and every measure of `registry.MEASURES`: a list with one entry per
+    block (None where a block has no such thing), or per adjacent pair where it compares blocks. A slash in a name nests
+    it. `similarity` has the kinds softmax, final, softmax_centred and final_centred (minus the uniform part, 1/N), each
+    with `adjacent` (per pair), `mean`, `similar_blocks` (pairs whose mean M is above `threshold`) and, with `matrix`,
+    the all-pairs `matrix`.
 
-    Args:
-        batch_size: images at a time; by default what keeps one block's maps within 32 MiB (with `matrix`: see above).
-        threshold: mean M of a pair of adjacent blocks above which it counts as similar.
-        matrix: give the all-pairs similarities too.
-    Returns:
-        `images`, `tokens`, `heads`, `blocks`, and every measure of `registry.MEASURES`: a list with one entry per
-        block (None where a block has no such thing), or per adjacent pair where it compares blocks. A slash in a name
-        nests it. `similarity` has the kinds softmax, final, softmax_centred and final_centred (minus the uniform part,
-        1/N), each with `adjacent` (per pair), `mean`, `similar_blocks`, and `matrix` if asked for.
-    Raises:
-        UserError: no attention, no images.
+    The model is left as it was (training flags, statistics, random state). `batch_size`: images at a time, by default
+    what keeps one block's maps within 32 MiB; two blocks' maps are held at a time. With `matrix` the maps of all blocks
+    are, of as many images as keep them within 256 MiB (but one at least), three times over. Raises UserError if there
+    is no attention, or no image.
     """
     sums: dict[str, list[float | None]] = {}
     matrices: dict[str, Tensor] = {}
     sample = SampledRows(len(x))
-    for recording in recordings(model, x, batch_size or (images_for_pairs(model, x) if matrix else None)):
+    for recording in recordings(model, x, batch_size, all_blocks=matrix):
         weight = len(recording) / len(x)
         maps = {stage: recording.maps(stage) for stage in ("logits", "softmax", "final")}
         if matrix:
-            maps |= {stage: held(maps[stage]) for stage in ("softmax", "final")}
-            for kind, pairs in _of_pairs(maps["softmax"], maps["final"]).items():
+            maps |= {stage: _held(maps[stage]) for stage in ("softmax", "final")}
+            for kind in KINDS:
+                stage, _, is_centred = kind.partition("_")
+                pairs = cross_layer_similarity(maps[stage], minus_uniform=bool(is_centred))  # [L, L]
                 matrices[kind] = matrices.get(kind, 0) + weight * pairs
         _add(sums, _measured(chain(_attentions(model, recording, maps), _blocks(recording))), weight)
-        sample.add(recording.tokens) if recording.tokens else None
-    _add(sums, _measured(chain(_parameters(model), _rows(sample.blocks()))), 1.0)
-    tokens, heads = maps["final"][0].shape[-1], maps["final"][0].shape[1]
+        if recording.tokens:
+            sample.add(recording.tokens)
+    _add(sums, _measured(_once(model, sample.blocks())), 1.0)
+    _, heads, tokens, _ = maps["final"][0].shape
     result = {"images": len(x), "tokens": tokens, "heads": heads, "blocks": len(recording.modules)}
     result |= _nested(sums, threshold)
     for kind, pairs in matrices.items():
@@ -68,10 +61,9 @@ def probe(model: nn.Module, x: Tensor, *, batch_size: int | None = None, thresho
     return result
 
 
-def _of_pairs(softmax: Sequence[Tensor], final: Sequence[Tensor]) -> dict[str, Tensor]:
-    """`[L, L]` of all pairs of blocks for each kind of similarity."""
-    kinds = (softmax, final, Transformed(softmax, centred), Transformed(final, centred))
-    return {kind: cross_layer_similarity(blocks) for kind, blocks in zip(KINDS, kinds, strict=True)}
+def _held(maps: Maps) -> Sequence[Tensor]:
+    """The same maps, computed once and for all if they are within 256 MiB together."""
+    return list(maps) if 4 * maps[0].numel() * len(maps) <= HELD_BYTES else maps
 
 
 def _attentions(model: nn.Module, recording: Recording, maps: Mapping[str, Sequence[Tensor]]) -> Iterator[Block]:
@@ -79,8 +71,9 @@ def _attentions(model: nn.Module, recording: Recording, maps: Mapping[str, Seque
     cls_token, previous = getattr(unwrap(model), "cls_token", None), {}
     for module, *stages in zip(recording.modules, *maps.values(), strict=True):
         block = dict(zip(maps, stages))
-        units = {kind: unit_columns(chosen) for kind, chosen in by_kind(block["softmax"], block["final"]).items()}
-        yield {**block, "module": module, "grid": patch_grid(model, stages[0].shape[-1]), "cls_token": cls_token,
+        softmax, final = block["softmax"], block["final"]
+        units = dict(zip(KINDS, map(unit_columns, (softmax, final, centred(softmax), centred(final))), strict=True))
+        yield {**block, "module": module, "grid": patch_grid(model, final.shape[-1]), "cls_token": cls_token,
                **{f"unit/{kind}": unit for kind, unit in units.items()}, **previous}
         previous = {f"previous/{kind}": unit for kind, unit in units.items()}
 
@@ -88,20 +81,18 @@ def _attentions(model: nn.Module, recording: Recording, maps: Mapping[str, Seque
 def _blocks(recording: Recording) -> Iterator[Block]:
     """What measures take of each block's tokens and branches."""
     branches = {branch: rows for branch, rows in recording.branches.items() if rows}
-    for i, (before, after) in enumerate(zip(recording.tokens, recording.tokens[1:])):
+    for i, (before, after) in enumerate(pairwise(recording.tokens)):
         yield {"first": recording.tokens[0], "before": before, "after": after,
-               **{branch: branches[branch][i] for branch in BRANCHES if branch in branches}}
+               **{branch: rows[i] for branch, rows in branches.items()}}
 
 
-def _rows(rows: Sequence[Tensor]) -> Iterator[Block]:
-    for before, after in zip(rows, rows[1:]):
-        yield {"rows_first": rows[0], "rows_before": before, "rows_after": after}
-
-
-def _parameters(model: nn.Module) -> Iterator[Block]:
+def _once(model: nn.Module, rows: Sequence[Tensor]) -> Iterator[Block]:
+    """What measures take of all images together."""
     for module, theta in zip(attention_modules(model), thetas(model), strict=True):
         norm = getattr(module, "norm", None)
         yield {"theta": theta, "norm": norm if isinstance(norm, BatchNorm) else None}
+    for before, after in pairwise(rows):
+        yield {"rows_first": rows[0], "rows_before": before, "rows_after": after}
 
 
 def _measured(blocks: Iterable[Block]) -> dict[str, list[float | None]]:
@@ -135,3 +126,51 @@ def _nested(sums: Mapping[str, list[float | None]], threshold: float) -> dict[st
         else:
             result[group] = values
     return dict(result)
+
+
+def without_matrices(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What `probe(..., matrix=True)` gives, without its matrices."""
+    return {**values, "similarity": {kind: {name: value for name, value in found.items() if name != "matrix"}
+                                     for kind, found in values["similarity"].items()}}
+
+
+def at_initialisation(model: nn.Module, seed: int = 0, images: Tensor | None = None) -> nn.Module:
+    """A freshly initialised deepvit model of the same settings (`model.config`), in eval mode; random state is left
+    alone. Raises UserError if the model has no `config`.
+
+    With `images` `[B, C, height, width]` the norms' running statistics are theirs, as the first training step sees
+    them, and M is near 0. Without, they are 0 and 1, and an untrained norm over heads does not yet centre the maps:
+    each head is near a constant, and M near +1 or -1 by its sign. Neither has anything to do with learning.
+    """
+    model = unwrap(model)
+    if getattr(model, "config", None) is None:
+        raise UserError(f"{type(model).__name__} does not say how it was built: only deepvit models can be looked at "
+                        f"at initialisation.")
+    device = next(model.parameters()).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        fresh = build_model(model.config).to(device).eval()
+    return fresh if images is None else with_statistics_of(fresh, images)
+
+
+@torch.no_grad()
+def with_statistics_of(model: nn.Module, images: Tensor) -> nn.Module:
+    """A copy of `model` in eval mode whose running statistics are those of `images`, which is what a norm computes in
+    the first training steps, before its running statistics mean anything. Random state is left alone."""
+    model = deepcopy(unwrap(model))
+    with statistics_of_the_batch(model):
+        model(images)
+    return model.eval()
+
+
+def regime(model: nn.Module, images: Tensor) -> dict[str, list[float]]:
+    """Where an untrained model stands: how far its maps are from uniform, and how loud its branches are.
+
+    `model`: anything with `blocks` of one attention each, in the residual form of `models.blocks.Block`; its norms take
+    their statistics from the images `[B, C, height, width]`, as in the first training step. Gives lists with an entry
+    per block, in the order of a table's columns: `spread` (N std(A)), `gain` (of the final maps over the softmax maps),
+    `attention` and `mlp` (RMS of the branch over that of the stream): see `measures`.
+    """
+    found = probe(with_statistics_of(model, images), images)
+    branches = found["branch_over_stream"]
+    return {"spread": found["spread"], "gain": found["gain"], **{name: branches[name] for name in BRANCHES}}

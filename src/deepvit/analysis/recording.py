@@ -1,5 +1,5 @@
-"""Attention maps of a model that knows nothing of it: the inputs of its attention modules are recorded by forward
-pre-hooks in eval mode, and the maps computed from them afterwards, one block at a time."""
+"""Attention maps of an unmodified model: forward pre-hooks record the inputs of its attention modules in eval mode, and
+the maps are computed from these afterwards, one block at a time."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -15,9 +15,9 @@ from deepvit import ops
 from deepvit.errors import UserError
 from deepvit.models.attention import Attention, Stage
 
-MAPS_BYTES = 32 * 2**20  # of one block's maps at once: bounds what any measure here needs beside its result
-
-BRANCHES = {"attention": "drop_path1", "mlp": "drop_path2"}  # branch -> the module of a block that gives it out
+MAPS_BYTES = 32 * 2**20  # float32 maps of one block: bounds what any measure needs beside its result
+HELD_BYTES = 256 * 2**20  # float32 maps of all blocks, kept while they are compared
+BRANCHES = {"attention": "drop_path1", "mlp": "drop_path2"}  # branch -> the module of a block that returns it
 
 
 def rms(x: Tensor) -> Tensor:
@@ -25,14 +25,14 @@ def rms(x: Tensor) -> Tensor:
     return x.float().square().mean((1, 2)).sqrt()
 
 
-def _timm_maps(module: nn.Module, x: Tensor, stage: Stage) -> Tensor:
-    B, N, _ = x.shape
-    q, k, _ = module.qkv(x).view(B, N, 3, module.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-    return _plain_maps(module.q_norm(q), module.k_norm(k), module.scale, stage)
-
-
 def _plain_maps(q: Tensor, k: Tensor, scale: float, stage: Stage) -> Tensor:
     return scale * q @ k.mT if stage == "logits" else ops.softmax_maps(q, k, scale)
+
+
+def _timm_maps(module: nn.Module, x: Tensor, stage: Stage) -> Tensor:
+    B, N, _ = x.shape
+    q, k, _ = module.qkv(x).view(B, N, 3, module.num_heads, -1).permute(2, 0, 3, 1, 4)  # each [B, H, N, d]
+    return _plain_maps(module.q_norm(q), module.k_norm(k), module.scale, stage)
 
 
 def _parallel_maps(module: nn.Module, x: Tensor, stage: Stage) -> Tensor:
@@ -42,30 +42,34 @@ def _parallel_maps(module: nn.Module, x: Tensor, stage: Stage) -> Tensor:
     return _plain_maps(module.q_norm(q).transpose(1, 2), module.k_norm(k).transpose(1, 2), module.scale, stage)
 
 
-# By their `forward`: a subclass that has its own may mean something else, so it is not taken for its parent.
+# By their `forward`: a subclass that overrides it may compute something else, so it is not read as its parent.
 READERS: dict[Callable, Callable[[nn.Module, Tensor, Stage], Tensor]] = {
-    timm.layers.Attention.forward: _timm_maps,
-    ParallelScalingBlock.forward: _parallel_maps,
-}
+    timm.layers.Attention.forward: _timm_maps, ParallelScalingBlock.forward: _parallel_maps}
 
 
 def _reader(module: nn.Module) -> Callable[[nn.Module, Tensor, Stage], Tensor] | None:
-    """What computes the maps `[B, H, N, N]` of a module from its input; None if nothing does."""
+    """What computes a module's maps `[B, H, N, N]` from its input; None if nothing does."""
     return type(module).weights if isinstance(module, Attention) else READERS.get(type(module).forward)
 
 
 @contextmanager
-def frozen(module: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients, no autocast; afterwards every submodule's training flag is what it was."""
-    flags = [(part, part.training) for part in module.modules()]
-    module.eval()
-    device = next((p.device.type for p in module.parameters()), "cpu")
+def modes_kept(module: nn.Module) -> Iterator[None]:
+    """Afterwards every submodule's training flag is what it was."""
+    modes = [(part, part.training) for part in module.modules()]
     try:
-        with torch.no_grad(), torch.autocast(device, enabled=False):
-            yield
+        yield
     finally:
-        for part, training in flags:
+        for part, training in modes:
             part.training = training
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Eval mode, no gradients, no autocast."""
+    device = next((p.device.type for p in module.parameters()), "cpu")
+    with modes_kept(module), torch.no_grad(), torch.autocast(device, enabled=False):
+        module.eval()
+        yield
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -76,11 +80,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def attention_modules(model: nn.Module) -> list[nn.Module]:
-    """The modules of `model` whose maps can be read, in the order of definition.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The modules whose maps can be read, in the order of definition. Raises UserError if there is none."""
     found = [module for module in unwrap(model).modules() if _reader(module)]
     if not found:
         raise UserError(f"{type(unwrap(model)).__name__} has no attention that can be read: give a deepvit model or a "
@@ -99,7 +99,7 @@ class Maps(Sequence[Tensor]):
 
     def __getitem__(self, block: int) -> Tensor:
         module = self.modules[block]
-        source = self.modules.index(getattr(module, "source", module))  # of shared maps the leader
+        source = self.modules.index(getattr(module, "source", module))  # the leader's input where maps are shared
         with frozen(module):
             return _reader(module)(module, self.inputs[source], self.stage).float()
 
@@ -143,62 +143,55 @@ class Recording:
         self.branches[name].append(rms(output.detach()))
 
 
+def branches_of(block: nn.Module) -> dict[str, nn.Module]:
+    """The modules that return a block's branches as they are added, by the branch's name."""
+    found = {branch: getattr(block, name, None) for branch, name in BRANCHES.items()}
+    return {branch: module for branch, module in found.items() if isinstance(module, nn.Module)}
+
+
 def record(model: nn.Module, x: Tensor) -> Recording:
-    """One forward pass of images `[B, C, height, width]` in eval mode, its attention inputs and tokens kept.
-
-    The model is left as it was: training flags, BatchNorm statistics, gradients and random state.
-
-    Raises:
-        UserError: the model has no attention that can be read.
-    """
+    """One forward pass of images `[B, C, height, width]` in eval mode, its attention inputs and tokens kept. Training
+    flags, BatchNorm statistics, gradients and random state stay as they were. Raises UserError if the model has no
+    attention that can be read."""
     model = unwrap(model)
     recording, modules = Recording(), attention_modules(model)
     parameter = next(model.parameters())
-    with ExitStack() as stack:
-        stack.enter_context(frozen(model))
+    with ExitStack() as hooks, frozen(model):
         for module in modules:
-            stack.enter_context(module.register_forward_pre_hook(recording._take_input, with_kwargs=True))
+            hooks.enter_context(module.register_forward_pre_hook(recording._take_input, with_kwargs=True))
         for block in getattr(model, "blocks", ()):
-            stack.enter_context(block.register_forward_hook(recording._take_block))
-            for branch, name in BRANCHES.items():
-                if isinstance(getattr(block, name, None), nn.Module):
-                    hook = partial(recording._take_branch, branch)
-                    stack.enter_context(getattr(block, name).register_forward_hook(hook))
+            hooks.enter_context(block.register_forward_hook(recording._take_block))
+            for branch, module in branches_of(block).items():
+                hooks.enter_context(module.register_forward_hook(partial(recording._take_branch, branch)))
         recording.logits = model(x.to(parameter.device, parameter.dtype))
     return recording
 
 
-def recordings(model: nn.Module, x: Tensor, batch_size: int | None = None) -> Iterator[Recording]:
-    """`record` for `batch_size` images at a time; by default as many as keep a block's maps within `MAPS_BYTES`."""
+def recordings(model: nn.Module, x: Tensor, batch_size: int | None = None, *, all_blocks: bool = False
+               ) -> Iterator[Recording]:
+    """`record` for `batch_size` images at a time; by default as many as keep the maps of a block within 32 MiB, or with
+    `all_blocks` those of all blocks within 256 MiB."""
     if not len(x):
         raise UserError("There are no images to look at: give at least one.")
-    batch_size = batch_size or images_at_once(model, x)
+    if batch_size is None:
+        maps = record(model, x[:1]).maps()
+        limit = HELD_BYTES // len(maps) if all_blocks else MAPS_BYTES
+        batch_size = max(1, limit // (4 * maps[0].numel()))
     for chunk in x.split(batch_size):
         yield record(model, chunk)
 
 
-def images_at_once(model: nn.Module, x: Tensor) -> int:
-    """How many images keep one block's float32 maps within `MAPS_BYTES`."""
-    heads, tokens = record(model, x[:1]).maps()[0].shape[1:3]
-    return max(1, MAPS_BYTES // (4 * heads * tokens**2))
-
-
 def attention_maps(model: nn.Module, x: Tensor, stage: Stage = "final", *,
                    batch_size: int | None = None) -> list[Tensor]:
-    """The attention maps of every block, without touching the model.
+    """The attention maps of every block of an unmodified model, `[B, H, N, N]` float32 on its device, rows queries.
 
-    Args:
-        model: a deepvit model, or anything built of `timm.layers.Attention`, such as timm's VisionTransformer.
-        x: images `[B, C, height, width]`, normalised as the model expects.
-        stage: "final": what multiplies v; "softmax": before the heads are mixed (the same for plain attention).
-        batch_size: images per forward pass; by default as many as keep a block's maps within 32 MiB.
-    Returns:
-        one `[B, H, N, N]` float32 tensor per block on the model's device; rows are queries, columns keys. Final maps
-        of re-attention may be negative and their rows need not sum to one. All blocks at once take
-        `4 B L H N^2` bytes (one image at 577 tokens, 12 heads and 32 blocks: 0.5 GB); `record(model, x).maps()`
-        gives them one block at a time.
-    Raises:
-        UserError: the model has no attention, or the images are not of its size.
+    `model` is a deepvit model, or anything built of `timm.layers.Attention`, such as timm's VisionTransformer; `x`
+    images `[B, C, height, width]`, normalised as it expects. At stage "final" they are what multiplies v, at "softmax"
+    what there is before the heads are mixed (the same for plain attention), at "logits" q k^T as the softmax sees it.
+    Final maps of re-attention may be negative and their rows need not sum to one. `batch_size`: images per forward
+    pass, by default as many as keep a block's maps within 32 MiB. All blocks at once take `4 B L H N^2` bytes (one
+    image at 577 tokens, 12 heads and 32 blocks: 0.5 GB); `record(model, x).maps()` gives them one at a time. Raises
+    UserError if the model has no attention, or the images are not of its size.
     """
     result: list[Tensor] = []
     start = 0

@@ -1,5 +1,5 @@
-"""The laboratory's measures, each one registered function: `probe`, the runs' logs, the figures and the docs read them
-here, so a new measure is a new function in one of the modules that the package imports."""
+"""The registered measures: `probe`, the runs' logs, the figures and the docs read them here, so a new measure is a new
+function in one of the modules that the package imports."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,21 +11,20 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Measure:
-    """One number for each block.
+    """One number for each block. `name` is its key in probes and logs; a slash nests it. `takes` names what the
+    function is given, in its order:
 
-    Args:
-        name: its key in probes and logs; a slash nests it.
-        takes: what of a block it is a function of, in its order:
-            of an attention: `module`, `logits`, `softmax`, `final` (maps `[B, H, N, N]`), `grid` (rows and columns of
-                patches), `cls_token`; the maps as unit columns, `unit/<kind>`, and the previous attention's,
-                `previous/<kind>`, see `similarity.KINDS`;
-            of a block: `first`, `before`, `after` (tokens `[B, N, D]` that enter the first block, this one, and leave
-                it), `attention`, `mlp` (RMS `[B]` of the branches as they are added);
-            of both, once for all images: `norm`, `theta`; `rows_first`, `rows_before`, `rows_after` (a sample
-                `[n, D]` of those tokens).
-        function: gives a number, a tensor whose mean is the number, or None where a block has no such thing.
-        title, unit: of its panel in figures; without a title it is not drawn.
-        span: the least span of that panel's axis, in its unit; for "ratio" a factor.
+    - of an attention: `module`, `logits`, `softmax`, `final` (maps `[B, H, N, N]`), `grid` (rows and columns of
+      patches), `cls_token`; the maps as unit columns, `unit/<kind>`, and those of the previous attention,
+      `previous/<kind>`, see `probe.KINDS`;
+    - of a block: `first`, `before`, `after` (tokens `[B, N, D]` that enter the first block, this one, and leave it),
+      `attention`, `mlp` (RMS `[B]` of the branches as they are added);
+    - of both, once for all images: `norm`, `theta`; `rows_first`, `rows_before`, `rows_after` (a sample `[n, D]` of
+      those tokens).
+
+    It returns a number, a tensor whose mean is the number, or None where a block has no such thing. `title`, `unit`: of
+    its panel in figures (without a title it is not drawn); `span`: the least span of that panel's axis, in its unit,
+    for "ratio" a factor.
     """
 
     name: str
@@ -51,10 +50,10 @@ class Measure:
 MEASURES: dict[str, Measure] = {}  # name -> measure, filled as their modules are imported
 
 
-def measure(name: str, *takes: str, title: str | None = None, unit: str = "", span: float = 0.2) -> Callable:
-    """Registers a function as a measure and gives it back: see `Measure`."""
+def measure(name: str, *takes: str, **drawn: Any) -> Callable:
+    """Registers a function as a measure and returns it. `drawn`: `title`, `unit`, `span`, see `Measure`."""
     def register(function: Callable) -> Callable:
-        MEASURES[name] = Measure(name, takes, function, title, unit, span)
+        MEASURES[name] = Measure(name, takes, function, **drawn)
         return function
 
     return register

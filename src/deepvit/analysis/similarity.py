@@ -1,38 +1,35 @@
-"""How alike attention maps are: across blocks (the paper's M), between the heads of a block, and how many blocks count
-as similar. Maps are `[B, H, N, N]` per block, rows queries; a sequence of them may compute them as they are read.
+"""How alike attention maps are across blocks (the paper's M) and across the heads of a block, how alike the blocks'
+tokens are (cosine, linear CKA), and how many blocks count as similar. Maps are `[B, H, N, N]` per block, rows queries;
+a sequence of them may compute them as they are read. Tokens are `[B, N, D]` per block.
 
-The measure is confounded: a norm over heads centres the maps and so lowers M without the heads being mixed, and softmax
-maps near uniform are alike whatever the model learned. So look at M beside M of the softmax maps, of `centred` maps,
-and at initialisation.
+M is confounded: a norm over heads centres the maps and so lowers M without the heads being mixed, and softmax maps near
+uniform are alike whatever the model learned. So look at M beside M of the softmax maps, of `centred` maps, and at
+initialisation.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepvit.analysis.recording import record, recordings
+from deepvit.analysis.recording import HELD_BYTES, recordings
 from deepvit.analysis.registry import measure
 from deepvit.errors import UserError
 from deepvit.models.attention import Stage
 
-HELD_BYTES = 256 * 2**20  # of float32 maps of all blocks, kept while they are compared
 Rule = Literal["adjacent", "earlier"]
-KINDS = ("softmax", "final", "softmax_centred", "final_centred")  # of maps; centred: minus the uniform part
+CKA_ROWS = 1024  # token vectors compared by CKA, evenly taken: bounds its memory to L x 1024 x D
 
 
 def centred(maps: Tensor) -> Tensor:
     """The maps minus the mean of each row, `[B, H, N, N]`: for softmax maps A - 1/N, what a head attends to beyond
     looking at everything alike; for mixed or normed maps the mean is what that part has become."""
     return maps - maps.mean(-1, keepdim=True)
-
-
-def by_kind(softmax: Tensor, final: Tensor) -> dict[str, Tensor]:
-    """A block's maps of each kind."""
-    return dict(zip(KINDS, (softmax, final, centred(softmax), centred(final)), strict=True))
 
 
 def unit_columns(maps: Tensor) -> Tensor:
@@ -48,87 +45,6 @@ def column_similarity(p: Tensor, q: Tensor) -> Tensor:
     """
     _check_alike(p, q)
     return (unit_columns(p) * unit_columns(q)).sum(-2)
-
-
-def adjacent_similarity(maps: Sequence[Tensor], per_head: bool = False) -> Tensor:
-    """Mean M between each block and the next, over images, heads and tokens: `[L - 1]`, or `[L - 1, H]` per head. Holds
-    the maps of two blocks at a time."""
-    rows, last = [], None
-    for block in maps:
-        unit = unit_columns(block)
-        rows += [mean_product(last, unit)] if last is not None else []
-        last = unit
-    sims = torch.stack(rows) if rows else torch.empty(0, last.shape[1], device=last.device)  # [L - 1, H]
-    return sims if per_head else sims.mean(-1)
-
-
-def cross_layer_similarity(maps: Sequence[Tensor], per_head: bool = False) -> Tensor:
-    """Mean M between all pairs of blocks, over images, heads and tokens.
-
-    Args:
-        maps: `[B, H, N, N]` per block, from `attention_maps` or `record(model, x).maps(stage)`; of the latter at most
-            256 MiB are held at a time, and maps are computed again where that does not do.
-        per_head: one matrix per head instead of their mean.
-    Returns:
-        `[L, L]`, symmetric with ones on the diagonal, or `[H, L, L]`.
-    """
-    # Products of all pairs of blocks are one small matrix product for each row; a single one of all rows would sum too
-    # many numbers of one sign in float32.
-    first = maps[0]
-    total = bytes_of_all(first, len(maps))
-    size = len(maps) if total <= HELD_BYTES else max(1, HELD_BYTES * len(maps) // (2 * total))  # blocks at a time
-    groups = [range(start, min(start + size, len(maps))) for start in range(0, len(maps), size)]
-    sims = torch.empty(first.shape[1], len(maps), len(maps), device=first.device)
-    with _exact_products(first.device):
-        for at, rows in enumerate(groups):
-            mine = _unit_columns_of(maps, rows, first)
-            for columns in groups[at:]:
-                others = mine if columns is rows else _unit_columns_of(maps, columns, first)
-                products = (mine @ others.mT).sum((1, 2)) / (first.shape[0] * first.shape[-1])  # [H, rows, columns]
-                sims[:, rows.start:rows.stop, columns.start:columns.stop] = products
-                sims[:, columns.start:columns.stop, rows.start:rows.stop] = products.mT
-    return sims if per_head else sims.mean(0)
-
-
-@contextmanager
-def _exact_products(device: torch.device) -> Iterator[None]:
-    """float32 products in float32: no autocast, no TF32."""
-    allowed = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = allowed
-
-
-def bytes_of_all(block: Tensor, blocks: int) -> int:
-    """What the float32 maps of as many blocks take."""
-    return 4 * block.numel() * blocks
-
-
-def _unit_columns_of(maps: Sequence[Tensor], blocks: range, like: Tensor) -> Tensor:
-    """The unit columns of some blocks, `[H, B, N, blocks, N]`."""
-    B, H, N, _ = like.shape
-    gathered = torch.empty(H, B, N, len(blocks), N, device=like.device)
-    for place, block in enumerate(blocks):
-        columns = unit_columns(maps[block])
-        _check_alike(like, columns)
-        gathered[:, :, :, place] = columns.transpose(0, 1)
-    return gathered
-
-
-def held(maps: Sequence[Tensor]) -> Sequence[Tensor]:
-    """The same maps, computed once and for all where together they take at most 256 MiB."""
-    return list(maps) if bytes_of_all(maps[0], len(maps)) <= HELD_BYTES else maps
-
-
-def images_for_pairs(model: nn.Module, x: Tensor) -> int:
-    """How many images keep the maps of all blocks within 256 MiB."""
-    if not len(x):
-        return 1
-    maps = record(model, x[:1]).maps()
-    return max(1, HELD_BYTES // bytes_of_all(maps[0], len(maps)))
 
 
 @measure("similarity/softmax", "previous/softmax", "unit/softmax")
@@ -147,17 +63,59 @@ def _check_alike(p: Tensor, q: Tensor) -> None:
                         f"have the same number of heads and tokens.")
 
 
-class Transformed(Sequence[Tensor]):
-    """A sequence of maps with a function applied as they are read, such as `Transformed(maps, centred)`."""
+def adjacent_similarity(maps: Sequence[Tensor], per_head: bool = False) -> Tensor:
+    """Mean M between each block and the next, over images, heads and tokens: `[L - 1]`, or `[L - 1, H]` per head. Holds
+    the maps of two blocks at a time."""
+    rows = [mean_product(p, q) for p, q in pairwise(map(unit_columns, maps))]
+    sims = torch.stack(rows) if rows else maps[0].new_empty(0, maps[0].shape[1])  # [L - 1, H]
+    return sims if per_head else sims.mean(-1)
 
-    def __init__(self, maps: Sequence[Tensor], function: Callable[[Tensor], Tensor]):
-        self.maps, self.function = maps, function
 
-    def __len__(self) -> int:
-        return len(self.maps)
+def cross_layer_similarity(maps: Sequence[Tensor], per_head: bool = False, *, minus_uniform: bool = False) -> Tensor:
+    """Mean M between all pairs of blocks, over images, heads and tokens: `[L, L]`, symmetric with ones on the diagonal,
+    or `[H, L, L]` per head; with `minus_uniform` of the `centred` maps.
 
-    def __getitem__(self, block: int) -> Tensor:
-        return self.function(self.maps[block])
+    `maps`: `[B, H, N, N]` per block, from `attention_maps` or `record(model, x).maps(stage)`; of the latter at most 256
+    MiB are held at a time, and maps are computed again where that is too little.
+    """
+    # Products of all pairs of blocks are one small matrix product for each row; a single one of all rows would sum too
+    # many numbers of one sign in float32.
+    first, blocks = maps[0], range(len(maps))
+    total = 4 * first.numel() * len(maps)  # bytes in float32
+    size = len(maps) if total <= HELD_BYTES else max(1, HELD_BYTES * len(maps) // (2 * total))  # blocks at a time
+    groups = [blocks[start:start + size] for start in blocks[::size]]
+    sims = torch.empty(first.shape[1], len(maps), len(maps), device=first.device)
+    with _exact_products(first.device):
+        for at, rows in enumerate(groups):
+            mine = _gather_unit_columns(maps, rows, first, minus_uniform)
+            for columns in groups[at:]:
+                others = mine if columns is rows else _gather_unit_columns(maps, columns, first, minus_uniform)
+                products = (mine @ others.mT).sum((1, 2)) / (first.shape[0] * first.shape[-1])  # [H, rows, columns]
+                sims[:, rows.start:rows.stop, columns.start:columns.stop] = products
+                sims[:, columns.start:columns.stop, rows.start:rows.stop] = products.mT
+    return sims if per_head else sims.mean(0)
+
+
+@contextmanager
+def _exact_products(device: torch.device) -> Iterator[None]:
+    """float32 products in float32: no autocast, no TF32."""
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
+def _gather_unit_columns(maps: Sequence[Tensor], blocks: range, like: Tensor, minus_uniform: bool) -> Tensor:
+    B, H, N, _ = like.shape
+    gathered = torch.empty(H, B, N, len(blocks), N, device=like.device)
+    for place, block in enumerate(blocks):
+        columns = unit_columns(centred(maps[block]) if minus_uniform else maps[block])
+        _check_alike(like, columns)
+        gathered[:, :, :, place] = columns.transpose(0, 1)
+    return gathered
 
 
 def similarity_matrix(model: nn.Module, x: Tensor, stage: Stage = "final", *, minus_uniform: bool = False,
@@ -165,22 +123,18 @@ def similarity_matrix(model: nn.Module, x: Tensor, stage: Stage = "final", *, mi
     """`cross_layer_similarity` of a model on images `[B, C, height, width]` without ever holding all maps: `[L, L]`, or
     `[H, L, L]` per head. `minus_uniform`: of the `centred` maps."""
     total = 0
-    for recording in recordings(model, x, batch_size or images_for_pairs(model, x)):
-        maps = recording.maps(stage)
-        chosen = Transformed(maps, centred) if minus_uniform else maps
-        total = total + cross_layer_similarity(chosen, per_head) * (len(recording) / len(x))
+    for recording in recordings(model, x, batch_size, all_blocks=True):
+        sims = cross_layer_similarity(recording.maps(stage), per_head, minus_uniform=minus_uniform)
+        total = total + sims * (len(recording) / len(x))
     return total
 
 
 def similar_blocks(maps_or_similarity: Tensor | Sequence[Tensor], threshold: float = 0.9,
                    rule: Rule = "adjacent") -> int:
-    """The number of similar blocks. The paper counts them at 90 % but leaves open which pairs and which mean.
-
-    Args:
-        maps_or_similarity: a similarity matrix `[L, L]`, adjacent similarities `[L - 1]`, or maps of every block.
-        threshold: a pair counts when its mean M over images, heads and tokens exceeds this.
-        rule: "adjacent": pairs of a block and the next; "earlier": blocks similar to any block before them.
-    """
+    """The number of similar blocks, of a similarity matrix `[L, L]`, adjacent similarities `[L - 1]`, or maps of every
+    block. A pair counts when its mean M over images, heads and tokens exceeds `threshold`: with rule "adjacent" pairs
+    of a block and the next, with "earlier" blocks similar to any block before them. (The paper counts them at 90 % but
+    leaves open which pairs and which mean.)"""
     sims = maps_or_similarity
     if not isinstance(sims, Tensor):
         sims = adjacent_similarity(sims) if rule == "adjacent" else cross_layer_similarity(sims)
@@ -209,3 +163,60 @@ def mean_head_product(unit: Tensor) -> float | None:
     total = unit.sum(1).square().sum(-2)  # [B, N], |sum of the heads|^2 = each head's own square + all products
     own = unit.square().sum((1, 2))  # [B, N]
     return float((total - own).mean() / (heads * (heads - 1)))
+
+
+@measure("feature_cosine_first", "first", "after")
+@measure("feature_cosine_adjacent", "before", "after")
+def feature_cosine(p: Tensor, q: Tensor) -> float:
+    """Mean cosine between a token in one block and the same token in another, `[B, N, D]` twice."""
+    return float(F.cosine_similarity(p.float(), q.float(), dim=-1, eps=1e-30).mean())
+
+
+@measure("cka_first", "rows_first", "rows_after", title="Tokens against the first block's input", unit="linear CKA")
+@measure("cka_adjacent", "rows_before", "rows_after")
+def linear_cka(p: Tensor, q: Tensor) -> float:
+    """Linear centred kernel alignment of features `[n, D]` and `[n, E]`, from 0 to 1 (same up to rotation and scale).
+
+    `|P^T Q|^2 / (|P^T P| |Q^T Q|)` in Frobenius norms, columns centred (Kornblith et al., arXiv:1905.00414, eq. 4).
+    Biased upwards where n is not far above D.
+    """
+    p, q = (x.double() - x.double().mean(0) for x in (p, q))
+    cross, own = (p.mT @ q).square().sum(), (p.mT @ p).norm() * (q.mT @ q).norm()
+    return float(cross / own) if own > 0 else 0.0
+
+
+class SampledRows:
+    """Evenly taken token vectors of every block, gathered over batches: at most about `rows` of `images * N`."""
+
+    def __init__(self, images: int, rows: int = CKA_ROWS):
+        self.images, self.rows, self.seen, self.parts = images, rows, 0, []
+
+    def add(self, tokens: Sequence[Tensor]) -> None:
+        B, N, _ = tokens[0].shape
+        stride = max(1, math.ceil(self.images * N / self.rows))
+        while math.gcd(stride, N) > 1:  # else the same places of every image
+            stride += 1
+        first = -self.seen * N % stride
+        self.parts.append([block.flatten(0, 1)[first::stride].float() for block in tokens])
+        self.seen += B
+
+    def blocks(self) -> list[Tensor]:
+        """One `[rows, D]` tensor per block."""
+        return [torch.cat(parts) for parts in zip(*self.parts)]
+
+
+def cka_matrix(model: nn.Module, x: Tensor, batch_size: int | None = None) -> Tensor:
+    """Linear CKA between the tokens after all pairs of blocks, on images `[B, C, height, width]`: `[L + 1, L + 1]`,
+    index 0 the input of the first block. Takes about 1024 tokens at most, evenly spaced. Raises UserError if the model
+    has no `blocks`."""
+    sample = SampledRows(len(x))
+    for recording in recordings(model, x, batch_size):
+        if not recording.tokens:
+            raise UserError(f"{type(model).__name__} has no `blocks` whose tokens could be compared.")
+        sample.add(recording.tokens)
+    blocks = sample.blocks()
+    result = torch.eye(len(blocks), dtype=torch.float64)
+    for i, p in enumerate(blocks):
+        for j, q in enumerate(blocks[:i]):
+            result[i, j] = result[j, i] = linear_cka(p, q)
+    return result

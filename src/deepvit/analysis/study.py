@@ -1,8 +1,8 @@
-"""What the figures show, computed once: a model's maps and measures on some images, in one safetensors file."""
+"""What the figures show of models on some images, computed once and kept in one safetensors file."""
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,49 +11,46 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from deepvit.analysis.initial import at_initialisation
-from deepvit.analysis.measures import patch_grid, thetas
 from deepvit.analysis.images import Images, class_names, top_classes
-from deepvit.analysis.probe import probe
+from deepvit.analysis.measures import class_token_mask, patch_grid, rollout, thetas
+from deepvit.analysis.probe import at_initialisation, probe
 from deepvit.analysis.recording import attention_modules, recordings
-from deepvit.analysis.rollout import class_token_mask, rollout
 from deepvit.data.folders import printable
 from deepvit.errors import Failure, UserError
 from deepvit.models import ViT
 
 FORMAT = "deepvit attention study 1"
-SHOWN = 8  # images in the figures; the measures are over all
-STATISTICS = 32  # images that set an untrained norm's statistics
+MAX_SHOWN = 8  # images in the figures; the measures are over all
+MAX_STATISTICS = 32  # images that set an untrained norm's statistics
 
 
 @dataclass
 class Study:
-    """One model on some images. `tensors`:
+    """One model on some images. `tensors`: `mean_maps` `[L, N, N]`, final maps, mean over images and heads; `head_maps`
+    `[L, H, N, N]` of the first image, float16; `rollout` `[b, rows, columns]` from 0 to 1 and `pixels` uint8 `[b, 3,
+    height, width]` of the first 8 images; `theta/<block>` `[H, H]` where there is one. `facts`: `name`, `attention`,
+    `pictures` (the images' names), `top` (the most probable classes), `probe`, and `initial`, the probe of the model
+    before training, or None."""
 
-    `mean_maps` `[L, N, N]` final maps, mean over images and heads; `head_maps` `[L, H, N, N]` of the first image,
-    float16; `rollout` `[b, rows, columns]` from 0 to 1 and `pixels` uint8 `[b, 3, height, width]` of the first 8
-    images; `theta/<block>` `[H, H]` where there is one. `facts`: `name`, `attention`, `images` (names), `top` (the
-    most probable classes), `probe`, and `initial`, the probe of the model before training, or None.
-    """
-
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    facts: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any]
 
 
 @torch.no_grad()
 def study(model: ViT, images: Images, name: str, initial: bool = True) -> Study:
-    """Computes everything the figures need of a model from `deepvit.load_model`, a few images at a time; for `initial`
-    also probes a fresh model, its norms' statistics set to these images. Raises UserError for one without attention."""
+    """Everything the figures need of a model from `deepvit.load_model`, computed a few images at a time; for `initial`
+    also the probe of a fresh model, its norms' statistics set to these images. Raises UserError for a model without
+    attention."""
     x = images.x.to(next(model.parameters()).device)
     tensors, tops = _over_images(model, x)
-    tensors["pixels"] = images.pixels[:SHOWN].contiguous()
+    tensors["pixels"] = images.pixels[:MAX_SHOWN].contiguous()
     tensors |= {f"theta/{i:02d}": theta for i, theta in enumerate(thetas(model)) if theta is not None}
     kinds = dict.fromkeys(type(module).__name__ for module in attention_modules(model))
     attention = (getattr(model, "config", {}).get("attention") or {}).get("name", " + ".join(kinds))
     before = None
-    if initial:  # the very model that its run started from, where the checkpoint tells the seed; else one like it
+    if initial:  # the very model that its run started from if the checkpoint tells the seed, else one like it
         seed = (model.load_report.said.get("run") or {}).get("seed", 0)
-        before = probe(at_initialisation(model, seed=seed, images=x[:STATISTICS]), x, matrix=True)
+        before = probe(at_initialisation(model, seed=seed, images=x[:MAX_STATISTICS]), x, matrix=True)
     return Study(tensors, {"name": printable(name), "attention": attention,
                            "pictures": [*map(printable, images.names)], "top": tops,
                            "probe": probe(model, x, matrix=True), "initial": before})
@@ -67,10 +64,10 @@ def _over_images(model: ViT, x: Tensor) -> tuple[dict[str, Tensor], list]:
         if head_maps is None:
             head_maps = torch.stack([block[0].half() for block in maps])
         logits.append(recording.logits)
-        if (room := SHOWN - sum(map(len, masks))) > 0 and (grid := patch_grid(model, mean_maps.shape[-1])):
+        if (room := MAX_SHOWN - sum(map(len, masks))) > 0 and (grid := patch_grid(model, mean_maps.shape[-1])):
             masks.append(class_token_mask(rollout([block[:room] for block in maps]), grid))
     tensors = {"mean_maps": mean_maps, "head_maps": head_maps, **({"rollout": torch.cat(masks)} if masks else {})}
-    tops = top_classes(torch.cat(logits)[:SHOWN], class_names(model)) if model.num_classes else []
+    tops = top_classes(torch.cat(logits)[:MAX_SHOWN], class_names(model)) if model.num_classes else []
     return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, tops
 
 
@@ -93,7 +90,7 @@ def load_studies(path: Path) -> list[Study]:
         raise UserError(f"The maps {path} cannot be read ({error}): give a file made with --save-maps, or the "
                         f"published code's attention pickle.") from error
     if metadata.get("format") != FORMAT:
-        raise UserError(f"{path} holds no maps of ours: give a file made with --save-maps.")
+        raise UserError(f"{path} holds no maps made by deepvit figures: give a file made with --save-maps.")
     studies = [Study({}, facts) for facts in json.loads(metadata["facts"])]
     for name, tensor in tensors.items():
         number, _, own = name.partition("/")

@@ -9,16 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepvit import ops
-from deepvit.bench.ceilings import ceilings
-from deepvit.bench.timing import interleaved, left_out, reason, summary
+from deepvit.bench.timing import ceilings, interleaved, left_out, summary
 from deepvit.engine.memory import kept_storages
+from deepvit.errors import reason
 from deepvit.ops import HeadNorm, reference
 
 HEADS, HEAD_DIM = 12, 32  # deepvit32: width 384
 SHAPES = {"cuda": ((256, 197, HEADS, HEAD_DIM), (64, 577, HEADS, HEAD_DIM)),  # batch, tokens, heads, head width
           "cpu": ((8, 197, HEADS, HEAD_DIM), (2, 577, HEADS, HEAD_DIM), (64, 17, 4, 16), (64, 65, 6, 16))}
 SMALL = 100  # tokens, below which a shape is measured on one thread, as such models train best
-BASE = "self-attention (SDPA)"
+BASE, OURS, PUBLISHED = "self-attention (SDPA)", "re-attention, ours", "re-attention, published"
 
 
 @dataclass(frozen=True)
@@ -43,17 +43,8 @@ class Problem:
         leaves = [x.requires_grad_() for x in (qkv, theta[:-1].clone(), theta[-1].clone(), ones(), zeros())]
         return cls(leaves[0], grad, leaves[1], leaves[2], HeadNorm(leaves[3], leaves[4], zeros(), ones()))
 
-    @property
-    def leaves(self) -> list[Tensor]:
-        return [self.qkv, self.mix, self.norm.gamma, self.norm.beta]
-
-
-def _self_attention(p: Problem, q: Tensor, k: Tensor, v: Tensor, training: bool) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v)
-
-
-def _ours(p: Problem, q: Tensor, k: Tensor, v: Tensor, training: bool) -> Tensor:
-    return ops.reattention(q, k, v, p.mix, p.bias, norm=p.norm, training=training)
+    def split(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.qkv.permute(2, 0, 3, 1, 4).unbind(0)  # q, k, v [B, H, N, d]
 
 
 def _published(p: Problem, q: Tensor, k: Tensor, v: Tensor, training: bool) -> Tensor:
@@ -61,35 +52,32 @@ def _published(p: Problem, q: Tensor, k: Tensor, v: Tensor, training: bool) -> T
 
 
 def _vit_pytorch(p: Problem, q: Tensor, k: Tensor, v: Tensor, training: bool) -> Tensor:
-    """Heads mixed by an einsum, then LayerNorm over them at each entry (vit-pytorch's deepvit.py, written again)."""
+    """Heads mixed by an einsum, then LayerNorm over them at each entry (vit-pytorch's deepvit.py, rewritten)."""
     maps = torch.einsum("bhij,hg->bgij", reference.softmax_maps(q, k), p.mix.to(q.dtype))  # [B, H, N, N]
     norm = F.layer_norm(maps.movedim(1, -1), maps.shape[1:2], p.norm.gamma.to(q.dtype), p.norm.beta.to(q.dtype))
     return norm.movedim(-1, 1) @ v
 
 
 FORMS: dict[str, Callable[[Problem, Tensor, Tensor, Tensor, bool], Tensor]] = {
-    BASE: _self_attention, "re-attention, ours": _ours, "re-attention, published": _published,
-    "re-attention, vit-pytorch": _vit_pytorch}
+    BASE: lambda p, q, k, v, training: F.scaled_dot_product_attention(q, k, v),
+    OURS: lambda p, q, k, v, training: ops.reattention(q, k, v, p.mix, p.bias, norm=p.norm, training=training),
+    PUBLISHED: _published, "re-attention, vit-pytorch": _vit_pytorch}
 
 
 def _train(form: Callable, p: Problem) -> None:
-    out = form(p, *p.qkv.permute(2, 0, 3, 1, 4).unbind(0), True)
-    torch.autograd.grad(out, p.leaves, p.grad, allow_unused=True)  # SDPA has no parameters
+    leaves = [p.qkv, p.mix, p.norm.gamma, p.norm.beta]
+    torch.autograd.grad(form(p, *p.split(), True), leaves, p.grad, allow_unused=True)  # SDPA has no parameters
 
 
 @torch.inference_mode()
 def _evaluate(form: Callable, p: Problem) -> None:
-    form(p, *p.qkv.permute(2, 0, 3, 1, 4).unbind(0), False)
+    form(p, *p.split(), False)
 
 
 def measure(device: str = "cpu", *, batch: int | None = None, seconds: float = 20.0) -> Iterator[dict]:
-    """Rows with `case`, `name`, `ms` (median over interleaved rounds), `spread` (its quartiles, ms), `ratio` to SDPA
-    (median over rounds of the ratio within a round), `floor` (that ratio by counted multiplications), `floor_ms` and,
-    for training, `kept_mb` for backward besides the packed qkv; or `failed`. In float32, on a GPU in bfloat16.
-
-    Args:
-        batch: of all cases; seconds: to spend on each.
-    """
+    """Rows with `case`, `name`, `ms`, `spread` and `ratio` to SDPA (see `timing.summary`), `floor` (that ratio by
+    counted multiplications), `floor_ms` and, for training, `kept_mb` for backward besides the packed qkv; or `failed`.
+    In float32, on a GPU in bfloat16. batch: of all cases; seconds: for each case."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     threads = torch.get_num_threads()
     for usual, tokens, heads, head_dim in SHAPES[device]:
@@ -102,7 +90,7 @@ def measure(device: str = "cpu", *, batch: int | None = None, seconds: float = 2
 
 
 def _rows(problem: Problem, step: Callable[[Callable, Problem], None], device: str, seconds: float) -> Iterator[dict]:
-    steps = {}
+    steps, training = {}, step is _train
     for name, form in FORMS.items():
         try:
             step(form, problem)
@@ -111,43 +99,41 @@ def _rows(problem: Problem, step: Callable[[Callable, Problem], None], device: s
             yield {"name": name, "failed": reason(error)}
     times = interleaved(steps, device, seconds)
     yield from left_out(steps, times)
-    heads, head_dim = problem.qkv.shape[-2:]
     for name, taken in times.items():
-        training = step is _train
-        kept = {"kept_mb": kept_bytes(name, problem) / 1e6} if training else {}
-        yield {"name": name, **summary(taken, times.get(BASE)), "floor": _floor(name, heads, head_dim, training),
-               "floor_ms": _floor_ms(name, problem, device, training)} | kept
+        kept = {"kept_mb": _kept_bytes(FORMS[name], problem) / 1e6} if training else {}
+        yield {"name": name, **summary(taken, times.get(BASE)), **_floors(name, problem, device, training), **kept}
 
 
-def _floor_ms(name: str, p: Problem, device: str, training: bool) -> float:
-    """By operations, or by bytes: q, k, v read and the output written; backward these and their gradients too."""
+def _floors(name: str, p: Problem, device: str, training: bool) -> dict[str, float]:
+    """`floor`: multiplications per map entry and head over SDPA's, which are 2 products of width d forward and 5 more
+    backward; re-attention adds 1 mix of width H forward, 3 backward (recomputed, of the maps' gradient, of Theta).
+
+    `floor_ms`: by operations, or by bytes: q, k, v read and the output written; backward these and their gradients too.
+    """
     B, N, _, H, d = p.qkv.shape
-    products = _floor(name, H, d, training) * (7 if training else 2) * d * B * H * N**2  # multiplications
-    return ceilings(device).floor_ms(2 * products, p.grad.nbytes * (11 if training else 4))
+    products, mixes = (7 * d, 4 * H) if training else (2 * d, H)
+    floor = 1.0 if name == BASE else (products + mixes) / products
+    multiplications = floor * products * B * H * N**2
+    least = ceilings(device).floor_ms(2 * multiplications, p.grad.nbytes * (11 if training else 4))
+    return {"floor": floor, "floor_ms": least}
 
 
-def _floor(name: str, heads: int, head_dim: int, training: bool) -> float:
-    """Multiplications per map entry and head over SDPA's: 2 products of width d forward, 5 more backward, and 1 mix of
-    width H forward, 3 backward (recomputed, of the maps' gradient, of Theta)."""
-    products, mixes = (7 * head_dim, 4 * heads) if training else (2 * head_dim, heads)
-    return 1.0 if name == BASE else (products + mixes) / products
-
-
-def kept_bytes(name: str, p: Problem) -> int:
+def _kept_bytes(form: Callable, p: Problem) -> int:
     """Bytes that one training call keeps for backward, besides the packed qkv."""
-    return sum(kept_storages(lambda: FORMS[name](p, *p.qkv.permute(2, 0, 3, 1, 4).unbind(0), True), [p.qkv]))
+    return sum(kept_storages(lambda: form(p, *p.split(), True), [p.qkv]))
 
 
-def half_precision_error(std: float = 0.4, tokens: int = 197, device: str = "cpu") -> list[dict]:
-    """Rows with `name` and `error`: the relative l2 error of the output under bf16 autocast against float64, with the
-    parameters of initialisation and q, k, v of the deviation that the published 16-block model begins with."""
-    p = Problem.draw(2, tokens, HEADS, HEAD_DIM, device, torch.float32, std)
+def half_precision_error(device: str = "cpu") -> list[dict]:
+    """Rows with `case`, `name` and `error`: the relative l2 error of the output under bf16 autocast against float64,
+    with the parameters of initialisation and q, k, v of the deviation that the published 16-block model begins with."""
+    p = Problem.draw(2, 197, HEADS, HEAD_DIM, device, torch.float32, std=0.4)
     q, k, v = p.qkv.detach().bfloat16().float().permute(2, 0, 3, 1, 4).unbind(0)
     wide = [x.detach().double() for x in (q, k, v, p.mix, p.bias)]
     exact = reference.reattention(*wide, norm=HeadNorm(*[x.detach().double() for x in p.norm[:4]]), training=True)
     rows = []
-    for name, op in (("re-attention, ours", ops.reattention), ("re-attention, published", reference.reattention)):
+    for name, op in ((OURS, ops.reattention), (PUBLISHED, reference.reattention)):
         with torch.autocast(device, torch.bfloat16), torch.no_grad():
             out = op(q, k, v, p.mix, p.bias, norm=p.norm, training=True)
-        rows.append({"name": name, "error": float((out.double() - exact).norm() / exact.norm())})
+        rows.append({"case": "op under bf16 autocast at initialisation, against float64", "name": name,
+                     "error": float((out.double() - exact).norm() / exact.norm())})
     return rows

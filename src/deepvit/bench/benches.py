@@ -1,35 +1,29 @@
 """The benches by name, each as rows with a `case`."""
 
 import argparse
+import inspect
 import logging
 import traceback
 from collections.abc import Callable, Iterable
-from typing import Any
+from functools import partial
 
-from deepvit.bench import attention, ceilings, forecast, listing, loader, memory, models, rows, scaling, small, startup
-from deepvit.bench.timing import reason
-from deepvit.errors import UserError
+from deepvit.bench import attention, loader, models, rows, startup, timing, training
+from deepvit.errors import UserError, reason
 
-BENCHES: dict[str, Callable[[argparse.Namespace], Iterable[dict]]] = {
-    "ceilings": lambda given: ceilings.measure(given.device),
-    "train-step": lambda given: models.train_step(given.device, **_given(given, "depth", "batch", "seconds"),
-                                                  compiled=given.compile),
-    "eval": lambda given: models.evaluation(given.device, **_given(given, "depth", "batch", "seconds"),
-                                            compiled=given.compile),
-    "attention": lambda given: attention.measure(given.device, **_given(given, "batch", "seconds")),
-    "precision": lambda given: [{"case": "op under bf16 autocast at initialisation, against float64", **row}
-                                for row in attention.half_precision_error(device=given.device)],
-    "memory": lambda given: memory.measure(given.device, **_given(given, "depth", "batch")),
-    "forecast": lambda given: forecast.measure(given.device, **_given(given, "depth", "batch")),
-    "imagenet": lambda given: models.imagenet(given.device, **_given(given, "depth", "batch", "seconds"),
-                                              compiled=given.compile),
-    "small": lambda given: small.measure(given.device, **_given(given, "depth", "batch", "cifar10"),
-                                         compiled=given.compile),
-    "loader": lambda given: [{"case": row.pop("task"), **row}
-                             for row in loader.measure(_data(given), **_given(given, "seconds"))],
-    "listing": lambda given: listing.measure(),
-    "startup": lambda given: startup.measure(),
-    "scaling": lambda given: scaling.measure(given.device, **_given(given, "depth", "batch", "seconds")),
+BENCHES: dict[str, Callable[..., Iterable[dict]]] = {  # each takes the command's options by name
+    "ceilings": timing.ceiling_rows,
+    "train-step": partial(models.measure, models.TrainStep),
+    "eval": partial(models.measure, models.Forward),
+    "attention": attention.measure,
+    "precision": attention.half_precision_error,
+    "memory": models.memory,
+    "forecast": training.forecasts,
+    "imagenet": models.imagenet,
+    "small": training.small_model,
+    "loader": loader.measure,
+    "listing": startup.listing,
+    "startup": startup.commands,
+    "scaling": models.growth,
 }
 
 
@@ -40,19 +34,9 @@ def all_of(given: argparse.Namespace) -> list[str]:
     return [name for name in BENCHES if name not in without]
 
 
-def _given(given: argparse.Namespace, *names: str) -> dict[str, Any]:
-    return {name: getattr(given, name) for name in names if getattr(given, name) is not None}
-
-
-def _data(given: argparse.Namespace) -> str:
-    if given.data is None:
-        raise UserError("The loader is measured on your JPEGs: give --data FOLDER.")
-    return given.data
-
-
 def measure(name: str, given: argparse.Namespace, on: str) -> list[dict]:
-    """The rows of one bench, each of which `given.json` holds once it is known; what ends it is the last of them. Each
-    says what it was made `on`."""
+    """The rows of one bench, each with what it was made `on` and added to the file `given.json` as soon as it is known.
+    An error that ends the bench is its last row."""
     logging.basicConfig(level=logging.WARNING)
     found = []
 
@@ -61,8 +45,10 @@ def measure(name: str, given: argparse.Namespace, on: str) -> list[dict]:
         found.append(row)
         rows.append(given.json, name, row)
 
+    options = {option: value for option, value in vars(given).items()
+               if value is not None and option in inspect.signature(BENCHES[name]).parameters}
     try:
-        for row in BENCHES[name](given):
+        for row in BENCHES[name](**options):
             keep(row)
     except UserError:
         raise

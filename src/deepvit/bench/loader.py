@@ -4,124 +4,108 @@ import io
 import itertools
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_transform
+from torch import Tensor
 from torchvision.transforms import Compose
 
-from deepvit.bench.timing import Call, interleaved, paired
+from deepvit.bench.timing import interleaved, paired
 from deepvit.data.decode import decode
 from deepvit.data.randomness import generators_kept, seed_sample
 from deepvit.data.transforms import eval_transform, mend_posterize, train_transform
 from deepvit.errors import UserError
 
 SIZE, MOST_FILES, ROUND = 224, 200, 20  # pixels, images, images timed in a row
-RECIPE = "rand-m9-mstd0.5-inc1"
+CROP, FULL, EVALUATION = "decode + crop + flip", "full recipe", "evaluation"
+DECODERS = "pil", "torchvision"
 HALF = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
 
-
-@dataclass(frozen=True)
-class Contender:
-    """One way from a file's bytes to an array of 224 x 224, in a task shared with its peers."""
-
-    task: str
-    name: str
-    make: Callable[[bytearray], torch.Tensor]
+Maker = Callable[[bytearray], Tensor]  # a file's bytes -> the image [3, 224, 224]
 
 
-def contenders() -> list[Contender]:
-    """timm first in each task: as its plain loader (floats) and as its prefetching loader (uint8) do it."""
-    found = []
-    for task, policy in (("decode + crop + flip", None), ("full recipe", RECIPE)):
-        augment = {"auto_augment": policy, "color_jitter": None}
-        for name, prefetch in (("timm", False), ("timm, prefetching loader", True)):
-            theirs = create_transform(SIZE, is_training=True, interpolation="random", use_prefetcher=prefetch,
-                                      re_prob=0.25 if policy else 0.0, re_mode="pixel", **augment, **HALF)
-            found.append(Contender(task, name, _timm(theirs)))
-        ours = train_transform(SIZE, random_erasing=0.25 if policy else 0.0, **augment)
-        found += [Contender(task, f"deepvit, {decoder}", _ours(ours, decoder)) for decoder in ("pil", "torchvision")]
-    theirs = create_transform(SIZE, crop_pct=0.9, interpolation="bicubic", use_prefetcher=True)
-    found.append(Contender("evaluation", "timm, prefetching loader", _timm(theirs)))
-    found += [Contender("evaluation", f"deepvit, {decoder}", _ours(eval_transform(SIZE), decoder))
-              for decoder in ("pil", "torchvision")]
-    return found
+def measure(data: str | None = None, seconds: float = 60.0) -> list[dict]:
+    """Rows with `case`, `name`, `images_per_s` (median over rounds, per core: CPU time), `spread` (its quartiles), what
+    `timing.paired` says of the case's first row against it, and `difference` to PIL (mean over pixels, of 255; in cases
+    without a PIL-only stage that amplifies rounding).
 
-
-def measure(folder: str, seconds: float = 60.0) -> list[dict]:
-    """Rows with `task`, `name`, `images_per_s` (median over rounds, per core: CPU time), `spread` (its quartiles),
-    `ratio` to the first row of the task with `pairs` and `waited` (`timing.paired`), and `difference` to PIL (mean over
-    pixels, of 255; tasks without a PIL-only stage that amplifies rounding).
-
-    folder: any folder of JPEGs; up to 200 are held in memory, so that the disk is not measured.
+    data: a folder of JPEGs, of which up to 200 are held in memory, so that the disk is not measured.
     """
-    files = _files(folder)
-    candidates, threads = contenders(), torch.get_num_threads()
+    if data is None:
+        raise UserError("The loader is measured on your JPEGs: give --data FOLDER.")
+    paths = sorted(path for path in Path(data).rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
+    if not paths:
+        raise UserError(f"{data} holds no JPEGs to time the loader on.")
+    files = [bytearray(path.read_bytes()) for path in paths[::max(1, len(paths) // MOST_FILES)][:MOST_FILES]]
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with generators_kept():
-            times = interleaved({one: _step(one, files) for one in candidates}, "cpu", seconds)
+            times = interleaved({key: _step(make, files) for key, make in contenders().items()}, "cpu", seconds)
             differences = _differences(files)
     finally:
         torch.set_num_threads(threads)
-    return _rows(times, differences)
+    rows, base = [], {}
+    for (case, name), calls in times.items():
+        low, rate, high = statistics.quantiles([ROUND / call.computed for call in calls], n=4)
+        rows.append({"case": case, "name": name, "images_per_s": rate, "spread": [low, high],
+                     **paired(base.setdefault(case, calls), calls),
+                     "difference": differences.get(case) if name == "deepvit, torchvision" else None})
+    return rows
 
 
-def _files(folder: str) -> list[bytearray]:
-    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
-    if not paths:
-        raise UserError(f"{folder} holds no JPEGs to time the loader on.")
-    chosen = paths[::max(1, len(paths) // MOST_FILES)][:MOST_FILES]
-    return [bytearray(path.read_bytes()) for path in chosen]
+def contenders() -> dict[tuple[str, str], Maker]:
+    """(case, name) -> a way to make an image; timm first, as its plain loader (floats) and as its prefetching loader
+    (uint8) do it."""
+    found = {}
+    for case, policy in ((CROP, None), (FULL, "rand-m9-mstd0.5-inc1")):
+        augment = {"auto_augment": policy, "color_jitter": None}
+        for name, prefetch in (("timm", False), ("timm, prefetching loader", True)):
+            found[case, name] = _timm(create_transform(
+                SIZE, is_training=True, interpolation="random", use_prefetcher=prefetch,
+                re_prob=0.25 if policy else 0.0, re_mode="pixel", **augment, **HALF))
+        ours = train_transform(SIZE, random_erasing=0.25 if policy else 0.0, **augment)
+        found |= {(case, f"deepvit, {decoder}"): _ours(ours, decoder) for decoder in DECODERS}
+    found[EVALUATION, "timm, prefetching loader"] = _timm(create_transform(
+        SIZE, crop_pct=0.9, interpolation="bicubic", use_prefetcher=True))
+    return found | {(EVALUATION, f"deepvit, {decoder}"): _ours(eval_transform(SIZE), decoder) for decoder in DECODERS}
 
 
-def _step(contender: Contender, files: list[bytearray]) -> Callable[[], None]:
-    """Makes ROUND images, each time others; of the same files and seeds for all contenders."""
+def _timm(transform: Compose) -> Maker:
+    for step in transform.transforms:
+        mend_posterize(step)  # or timm itself stops under Pillow 13
+    return lambda data: transform(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def _ours(transform: Callable, decoder: str) -> Maker:
+    return lambda data: transform(decode(data, decoder)[0])[0]
+
+
+def _step(make: Maker, files: list[bytearray]) -> Callable[[], None]:
+    """Makes the next ROUND images at each call, of the same files and seeds for all contenders."""
     turns = itertools.count()
 
     def step() -> None:
         turn = next(turns)
         for place in range(turn * ROUND, (turn + 1) * ROUND):
             seed_sample(0, turn, place % len(files), 0)
-            contender.make(files[place % len(files)])
+            make(files[place % len(files)])
 
     return step
 
 
 def _differences(files: list[bytearray]) -> dict[str, float]:
     """Mean absolute difference between our two decoders on the same draws, of 255."""
-    crop = train_transform(SIZE, color_jitter=None)
     result = {}
-    for task, transform in (("decode + crop + flip", crop), ("evaluation", eval_transform(SIZE))):
+    for case, transform in ((CROP, train_transform(SIZE, color_jitter=None)), (EVALUATION, eval_transform(SIZE))):
         errors = []
         for index, data in enumerate(files):
             seed_sample(1, 0, index, 0)
             slow = _ours(transform, "pil")(data).float()
             seed_sample(1, 0, index, 0)
             errors.append((slow - _ours(transform, "torchvision")(data).float()).abs().mean().item())
-        result[task] = float(np.mean(errors))
+        result[case] = float(np.mean(errors))
     return result
-
-
-def _rows(times: dict[Contender, list[Call]], differences: dict[str, float]) -> list[dict]:
-    rows, base = [], {}
-    for one, calls in times.items():
-        low, rate, high = statistics.quantiles([ROUND / call.computed for call in calls], n=4)
-        fast = one.name == "deepvit, torchvision"
-        rows.append({"task": one.task, "name": one.name, "images_per_s": rate, "spread": [low, high],
-                     **paired(base.setdefault(one.task, calls), calls),
-                     "difference": differences.get(one.task) if fast else None})
-    return rows
-
-
-def _timm(transform: Compose) -> Callable[[bytearray], torch.Tensor]:
-    for step in transform.transforms:
-        mend_posterize(step)  # or timm itself stops under Pillow 13
-    return lambda data: transform(Image.open(io.BytesIO(data)).convert("RGB"))
-
-
-def _ours(transform: Callable, decoder: str) -> Callable[[bytearray], torch.Tensor]:
-    return lambda data: transform(decode(data, decoder)[0])[0]

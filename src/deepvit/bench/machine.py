@@ -22,42 +22,37 @@ from deepvit.ops import native
 PROCESSOR = "/proc/cpuinfo"
 STOOD_IN = " (stand-in)"
 HELD_BACK = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
-PRODUCT = "import torch; torch.ones(2, 2) @ torch.ones(2, 2)"
 
 
 def made_on(device: str) -> str:
-    """The card, or the instructions in torch's words: `AVX2 (stand-in)` on a processor that has AVX-512, which is not
-    the same as `AVX2`.
-
-    Raises:
-        UserError: torch alone is held back.
-    """
+    """The card, or the instruction set as torch names it; `AVX2 (stand-in)` on a processor that has AVX-512, which is
+    not the same as `AVX2`. UserError if torch alone is held back to AVX2."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     name = torch.backends.cpu.get_cpu_capability()
-    if name == "AVX2" and _told(PROCESSOR, r"^flags\s*:.* (avx512f) "):
+    if name == "AVX2" and _found_in(PROCESSOR, r"^flags\s*:.* (avx512f) "):
         missing = [f"{key}={value}" for key, value in HELD_BACK.items() if os.environ.get(key) != value]
         if missing:
-            raise UserError(f"ATEN_CPU_CAPABILITY holds torch back to AVX2, but nothing the other libraries: set "
-                            f"{' '.join(missing)}, too.")
+            raise UserError(f"ATEN_CPU_CAPABILITY holds torch back to AVX2, but not the other libraries: also set "
+                            f"{' '.join(missing)}.")
         name += STOOD_IN
     return name if native.instructions() else f"{name}, no compiler"
 
 
 def provenance(device: str) -> dict[str, Any]:
-    """Where and when; on a CPU with `instructions`: of torch, of its matrix library, of our compiled kernel."""
+    """Where and when; on a CPU also the caches of the first core and the `instructions` of torch, of its matrix library
+    and of our compiled kernel."""
     on_cpu = {"instructions": {"torch": torch.backends.cpu.get_cpu_capability(), "matrices": _matrix_library(),
                                "kernel": native.instructions() or native.load()[1]}, "caches": _caches()}
     return {"date": time.strftime("%Y-%m-%d %H:%M"), "machine": platform.machine(),
-            "processor": _told(PROCESSOR, r"^model name\s*: (.*)$") or platform.processor(),
+            "processor": _found_in(PROCESSOR, r"^model name\s*: (.*)$") or platform.processor(),
             "cores": usable_cores(), "threads": torch.get_num_threads(), "load": os.getloadavg()[0],
             "device": device_name(torch.device(device)), **(on_cpu if device == "cpu" else {}),
-            "driver": _told("/proc/driver/nvidia/version", r"^NVRM version: .*?\s(\d+\.[\d.]+)\s"),
+            "driver": _found_in("/proc/driver/nvidia/version", r"^NVRM version: .*?\s(\d+\.[\d.]+)\s"),
             "triton": next((found.version for found in metadata.distributions(name="triton")), None), **versions()}
 
 
-def _told(path: str, pattern: str) -> str | None:
-    """What the system says in a file of its own, if it has one."""
+def _found_in(path: str | Path, pattern: str) -> str | None:
     with suppress(OSError):
         if found := re.search(pattern, Path(path).read_text(), re.MULTILINE):
             return found[1]
@@ -66,15 +61,15 @@ def _told(path: str, pattern: str) -> str | None:
 
 @cache
 def _matrix_library() -> str:
-    """As MKL names itself and its instructions; on an AMD processor it tells none."""
-    said = subprocess.run([sys.executable, "-c", PRODUCT], env={**os.environ, "MKL_VERBOSE": "1"}, capture_output=True,
-                          text=True).stdout
-    found = re.search("MKL_VERBOSE (.*?), ", said)
+    """MKL with its instructions, which on an AMD processor it does not name."""
+    program = [sys.executable, "-c", "import torch; torch.ones(2, 2) @ torch.ones(2, 2)"]
+    output = subprocess.run(program, env={**os.environ, "MKL_VERBOSE": "1"}, capture_output=True, text=True).stdout
+    found = re.search("MKL_VERBOSE (.*?), ", output)
     return found[1] if found else "not MKL"
 
 
 def _caches() -> dict[str, str]:
-    """Of the first core, by level and type: L1 Data, L1 Instruction, L2 Unified ..."""
+    """Sizes by level and type: L1 Data, L1 Instruction, L2 Unified ..."""
     caches = sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"))
-    told = ([_told(str(cache / key), "(.*)") for key in ("level", "type", "size")] for cache in caches)
-    return {f"L{level} {kind}": size for level, kind, size in told}
+    read = ([_found_in(cache / key, "(.*)") for key in ("level", "type", "size")] for cache in caches)
+    return {f"L{level} {kind}": size for level, kind, size in read}

@@ -9,10 +9,9 @@ from pathlib import Path
 import torch
 
 from deepvit.bench import rows
-from deepvit.bench.apart import apart
 from deepvit.bench.benches import BENCHES, all_of, measure
 from deepvit.bench.machine import made_on, provenance
-from deepvit.bench.targets import against_targets
+from deepvit.bench.timing import apart
 from deepvit.errors import DONE, Failure
 
 
@@ -26,7 +25,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--batch", type=int, help="images (default: CPU 4, memory 8, small 32; GPU 256, small 512)")
     parser.add_argument("--data", help="a folder of JPEGs, for the loader")
     parser.add_argument("--cifar10", help="its folder, for the small model (default: the built-in digits)")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the models")
+    parser.add_argument("--compile", dest="compiled", action="store_true", help="torch.compile the models")
     parser.add_argument("--json", type=Path, help="add the rows to this file too, a line for each once it is known")
     given = parser.parse_args(arguments)
     chosen = all_of(given) if "all" in given.benches else given.benches
@@ -41,7 +40,7 @@ def main(arguments: Sequence[str]) -> int:
             results[name] = [{"case": name, "on": on, "name": "all of it", "failed": "its process was killed"}]
             rows.append(given.json, name, results[name][0])
         print(f"\n{rows.tables(results[name])}", flush=True)
-    judged = against_targets(results, given.device)
+    judged = rows.against_targets(results, given.device)
     if judged:
         print(f"\nagainst the targets\n\n{rows.table(judged)}")
     failed = [row for found in results.values() for row in found if "failed" in row]

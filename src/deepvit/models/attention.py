@@ -1,9 +1,9 @@
-"""Attention as interchangeable modules: the base, self-attention with all that is done to its maps, two presets of it.
+"""Attention as interchangeable modules.
 
-Each has `forward(x)`, which may be fused, and `weights(x)`, which says what it means. One law holds for all, in eval
-mode: `merge(weights(x) @ v) == forward(x)`, where `q, k, v = split(x)`; where maps are shared, with the leader's x.
-A variant of the maps is a YAML file in `conf/model/attention` with settings of `SelfAttention`. What it cannot say
-needs a subclass of `Attention`: a rule for the logits, or a norm across heads at each entry.
+Each has `forward(x)`, which may be fused, and `weights(x)`, which defines it. One law holds for all, in eval mode:
+`merge(weights(x) @ v) == forward(x)`, where `q, k, v = split(x)`; with shared maps, of the leader's x. A variant of the
+maps is a YAML file in `conf/model/attention` with settings of `SelfAttention`. What these cannot express is a subclass
+of `Attention`: another rule for the logits, or a norm across heads at each entry.
 """
 
 import math
@@ -23,20 +23,17 @@ Stage = Literal["final", "softmax", "logits"]
 
 
 class Attention(nn.Module):
-    """Multi-head attention over tokens: qkv projection, a rule for the maps, output projection.
-
-    Subclasses say how `q, k, v` become the output (`attend`) and what the maps are (`maps`).
+    """Multi-head attention over tokens: qkv projection, a rule for the maps, output projection. A subclass defines
+    `maps(q, k)`, the final maps `[B, H, N, N]`, and a faster `attend(q, k, v)` if it has one.
 
     Args:
-        dim: width D of the tokens.
-        num_heads: H. D need not be H * head_dim when `head_dim` is given.
+        dim, num_heads: width D of the tokens, H.
         head_dim: width of a head; default D / H.
         qkv_bias, proj_bias: biases of the two projections.
         qk_scale: factor on `q k^T`; default head_dim^-0.5.
         attn_drop, proj_drop: dropout rates on the maps and after the output projection.
         map_scale: factor on the final maps (the published `transform_scale`).
-        qk_norm: LayerNorm on each head's q and k before their product (Dehghani et al., arXiv:2302.05442), of the
-            class `norm_layer`.
+        qk_norm: `norm_layer` (LayerNorm) on each head's q and k (Dehghani et al., arXiv:2302.05442).
         scale_norm: part of timm's `attn_layer`, refused if switched on.
     """
 
@@ -65,7 +62,7 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = (make_norm(self.head_dim, **factory) if qk_norm else nn.Identity() for _ in "qk")
         self.proj = nn.Linear(inner, dim, bias=proj_bias, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
-        self._leader: tuple[Attention, ...] = ()  # a tuple, lest it become a part of this module
+        self._leader: tuple[Attention, ...] = ()  # in a tuple, so that it is no submodule
 
     @property
     def source(self) -> "Attention":
@@ -73,15 +70,12 @@ class Attention(nn.Module):
         return self._leader[0] if self._leader else self
 
     def follow(self, leader: "Attention") -> None:
-        """From now on q and k are `leader`'s, handed to `forward`; of its own this module keeps v and what follows.
-
-        Raises:
-            UserError: maps that are more than a softmax of q k^T.
-        """
+        """From now on q and k are `leader`'s, handed to `forward`; this module keeps its v and all behind the maps.
+        UserError if either has more than a softmax of q k^T for maps."""
         for attention in (self, leader):
             if (type(attention).split, type(attention).softmax) != (Attention.split, Attention.softmax):
-                raise UserError(f"share_maps goes with plain softmax maps, and {type(attention).__name__} has a rule "
-                                f"of its own for the logits: leave share_maps at 1.")
+                raise UserError(f"share_maps needs plain softmax maps, and {type(attention).__name__} computes its "
+                                f"logits differently: leave share_maps at 1.")
         self._leader, self.scale, own = (leader,), leader.scale, self.qkv
         self.v = nn.Linear(own.in_features, own.out_features // 3, own.bias is not None, own.weight.device,
                            own.weight.dtype)
@@ -114,11 +108,8 @@ class Attention(nn.Module):
         return self.merge(self.attend(*qk, self.values(x)) if self._leader else self.attend(*self.split(x)))
 
     def weights(self, x: Tensor, stage: Stage = "final") -> Tensor:
-        """The maps `[B, H, N, N]` (rows: queries) that multiply v; `stage="softmax"`: before the heads are exchanged,
-        `stage="logits"`: before the softmax.
-
-        Draws no random numbers (attention dropout is left out) and never moves a norm's running statistics.
-        """
+        """The maps `[B, H, N, N]` (rows: queries) that multiply v; `stage="softmax"`: before the heads are mixed,
+        `stage="logits"`: before the softmax. Leaves attention dropout out and moves no running statistics."""
         q, k, _ = self.split(x)
         return {"logits": self.logits, "softmax": self.softmax, "final": self.maps}[stage](q, k)
 
@@ -136,9 +127,6 @@ class Attention(nn.Module):
         """Final maps, or heads' outputs, times `map_scale`."""
         return x if self.map_scale == 1.0 else x * self.map_scale
 
-    def maps(self, q: Tensor, k: Tensor) -> Tensor:
-        raise TypeError(f"{type(self).__name__} must define maps(q, k)")
-
 
 class HeadMix(nn.Module):
     """The learned mix of heads Theta: `weight` `[H, H]` (row = new head, column = source head), `bias` `[H]`."""
@@ -152,10 +140,7 @@ class HeadMix(nn.Module):
 
     def reset_parameters(self, stream: Callable[[str], torch.Generator | None] = lambda name: None) -> None:
         """`random`: U(+-1/sqrt(H)), PyTorch's default of the published 1x1 convolution; `normal`: N(0, 1), as
-        vit-pytorch; `identity`: the heads as they are. (Theta of the identity was reported to give similar results.)
-
-        stream: the generator of a parameter, by its name; None: torch's own.
-        """
+        vit-pytorch; `identity`: the heads unmixed. `stream` gives each parameter's generator by its name."""
         bound = 1 / math.sqrt(len(self.weight))
         draw = {"random": lambda weight: nn.init.uniform_(weight, -bound, bound, stream("weight")),
                 "normal": lambda weight: nn.init.normal_(weight, generator=stream("weight")),
@@ -171,24 +156,21 @@ class SelfAttention(Attention):
 
         norm(Theta ((1 - centre) / N + gain (A - 1/N)) + bias) * map_scale
 
-    Self-attention, AttnScale, centred attention, both re-attentions and all rungs between them are settings of this.
-    Nothing of size N x N is kept, whatever the settings, unless there is dropout on the maps: see `ops`.
+    Self-attention, AttnScale, centred attention, re-attention and everything between them are settings of this. Without
+    dropout on the maps nothing of size N x N is kept: see `ops`. UserError: settings that undo each other.
 
     Args:
         gain: factor on A - 1/N, the part of the maps that distinguishes tokens.
         learn_gain: that factor becomes `gain (1 + contrast)`, contrast learned per head from 0: a raw parameter of 300
             would hardly move under Adam.
-        centre: the share of the uniform map 1/N that is taken away, from 0 to 1.
+        centre: the share of the uniform map 1/N that is subtracted, from 0 to 1.
         mix: learn Theta and its bias; "frozen": they stay as drawn.
-        theta_init: `random` as published, `identity`, or `normal`.
-        norm: BatchNorm over heads after the mix; "frozen": of which the first training batch fixes the statistics.
+        theta_init: see `HeadMix.reset_parameters`.
+        norm: BatchNorm over heads after the mix; "frozen": with the statistics of the first training batch.
         norm_eps: eps of that norm. Near initialisation the variance of the maps is far below the published 1e-5, so
             the norm is a constant gain there, 1 / sqrt(norm_eps).
-        norm_batch: images whose maps share the norm's batch statistics. Groups of that many consecutive images are
-            normalised by themselves, so a result does not depend on how a batch is dealt out to devices as long as
-            each gets whole groups; None: the whole batch that the module sees.
-    Raises:
-        UserError: settings that undo each other.
+        norm_batch: consecutive images that share the norm's batch statistics: results do not depend on the devices, as
+            long as each has whole groups. None: the whole batch that the module sees.
     """
 
     def __init__(self, dim: int, num_heads: int = 8, gain: float = 1.0, learn_gain: bool = False, centre: float = 0.0,
@@ -200,18 +182,18 @@ class SelfAttention(Attention):
         if norm_batch is not None and norm_batch < 1:
             raise UserError(f"norm_batch={norm_batch} must be at least 1 image, or null for the whole batch.")
         if norm and (learn_gain or not ops.is_plain(gain, centre)):
-            raise UserError("The norm over heads centres the maps and has a gain of its own: leave gain, learn_gain "
-                            "and centre out, or set norm=false; the norm's dose is norm_eps.")
+            raise UserError("The norm over heads centres the maps and has its own gain: leave gain, learn_gain and "
+                            "centre out, or set norm=false; the norm's dose is norm_eps.")
         self.gain, self.centre, self.norm_batch, self.frozen = gain, centre, norm_batch, norm == "frozen"
         if self.frozen and self.attn_drop:
-            raise UserError("norm=frozen goes without dropout on the maps: set attn_drop_rate (or attn_drop) to 0.")
+            raise UserError("norm=frozen excludes dropout on the maps: set attn_drop_rate (or attn_drop) to 0.")
         self.contrast = nn.Parameter(torch.zeros(num_heads, **factory)) if learn_gain else None
         self.mix = HeadMix(num_heads, init=theta_init, **factory) if mix else None
         if mix == "frozen":
             self.mix.requires_grad_(False)
         momentum = 1.0 if self.frozen else 0.1
         self.norm = nn.BatchNorm2d(num_heads, norm_eps, momentum, **factory) if norm else None
-        self.track_stats = True  # off while a checkpointed block is recomputed: see models/recompute.py
+        self.track_stats = True  # off while a checkpointed block is recomputed: see `blocks.checkpoint_block`
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         by_batch, track = self._by_batch, self.track_stats
@@ -231,11 +213,8 @@ class SelfAttention(Attention):
         """Whether the norm takes batch statistics: its own mode, as any BatchNorm's, and, frozen, before it has any."""
         if self.norm is None:
             return self.training
-        return self.norm.training and not (self.frozen and self._has_statistics())
-
-    def _has_statistics(self) -> bool:
-        """Whether a batch was counted, beside the one that is just being recomputed."""
-        return int(self.norm.num_batches_tracked) > (0 if self.track_stats else 1)
+        counted = 0 if self.track_stats else 1  # by the pass that is being recomputed
+        return self.norm.training and not (self.frozen and int(self.norm.num_batches_tracked) > counted)
 
     def _gain(self) -> Tensor | float:
         return self.gain if self.contrast is None else self.gain * (1 + self.contrast)  # [H]
@@ -244,7 +223,7 @@ class SelfAttention(Attention):
         return (None, None) if self.mix is None else (self.mix.weight, self.mix.bias)
 
     def _head_norm(self, track: bool) -> ops.HeadNorm | None:
-        """The norm as tensors. In training without `track` the statistics are copies, whose update leaves no trace."""
+        """The norm as tensors; in training without `track` with copies of its statistics, which take the update."""
         if self.norm is None:
             return None
         norm = ops.HeadNorm.of(self.norm)
@@ -255,9 +234,7 @@ class SelfAttention(Attention):
 
 class ReAttention(SelfAttention):
     """Re-attention: the softmax maps mixed over heads by Theta, then BatchNorm over heads (arXiv:2103.11886, eq. 3).
-
-    All arguments are `SelfAttention`'s: theta_init, norm_eps, norm_batch, head_dim, qk_scale, attn_drop ...
-    """
+    All arguments are `SelfAttention`'s."""
 
     def __init__(self, dim: int, num_heads: int = 8, mix: bool | Literal["frozen"] = True,
                  norm: bool | Literal["frozen"] = True, **kwargs):
@@ -273,10 +250,8 @@ class AttnScale(SelfAttention):
 
 
 class ReAttentionLN(Attention):
-    """Re-attention with LayerNorm over the head axis at each map entry, as vit-pytorch and DeepViT-flax have it.
-
-    The mix has no bias; dropout acts on the softmax maps before the mix (vit-pytorch since 0.30).
-    """
+    """Re-attention with LayerNorm over the head axis at each map entry, as in vit-pytorch and DeepViT-flax. The mix has
+    no bias; dropout acts on the softmax maps before the mix (vit-pytorch since 0.30)."""
 
     def __init__(self, dim: int, num_heads: int = 8, theta_init: Literal["random", "identity", "normal"] = "normal",
                  norm_eps: float = 1e-5, **kwargs):
@@ -294,3 +269,53 @@ class ReAttentionLN(Attention):
     def _exchange(self, maps: Tensor) -> Tensor:
         mixed = ops.mix_heads(maps, self.mix.weight)  # [B, H, N, N]
         return self.scaled(self.norm(mixed.movedim(1, -1)).movedim(-1, 1))
+
+
+class LearnedTemperature(SelfAttention):
+    """Softmax attention with a temperature learned per head: `softmax(e^s q k^T / sqrt(d))`, s starting at 0. Little
+    help according to the DeepViT paper (arXiv:2103.11886); part of LSA in Lee et al., "Vision Transformer for
+    Small-Size Datasets" (arXiv:2112.13492)."""
+
+    def __init__(self, dim: int, num_heads: int = 8, **kwargs):
+        super().__init__(dim, num_heads, **kwargs)
+        factory = {name: kwargs[name] for name in ("device", "dtype") if name in kwargs}
+        self.log_sharpness = nn.Parameter(torch.zeros(num_heads, **factory))  # s = -ln(temperature)
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = super().split(x)
+        return q * self.log_sharpness.exp()[:, None, None].to(q.dtype), k, v
+
+
+class DecayedTemperature(SelfAttention):
+    """Softmax attention whose temperature falls with depth, so that deep blocks attend more sharply: from `first` in
+    the first block to `last`, `T = first (last / first)^(block_index / (depth - 1))`; `ViT` gives block_index and
+    depth. Little help according to the DeepViT paper (arXiv:2103.11886), which gives no numbers: 1 to 0.5 is our
+    choice."""
+
+    def __init__(self, dim: int, num_heads: int = 8, first: float = 1.0, last: float = 0.5, block_index: int = 0,
+                 depth: int = 1, **kwargs):
+        super().__init__(dim, num_heads, **kwargs)
+        self.temperature = first * (last / first) ** (block_index / max(1, depth - 1))
+        self.scale = self.scale / self.temperature
+
+
+class TalkingHeads(Attention):
+    """Heads mixed before and after the softmax: `P_w softmax(P_l q k^T / sqrt(d))` (Shazeer et al., arXiv:2003.02436),
+    as there without bias and norm. Both mixes start as the identity by default, which is our choice. `stage="softmax"`
+    are the maps between them."""
+
+    def __init__(self, dim: int, num_heads: int = 8, theta_init: Literal["random", "identity", "normal"] = "identity",
+                 **kwargs):
+        super().__init__(dim, num_heads, **kwargs)
+        factory = {name: kwargs[name] for name in ("device", "dtype") if name in kwargs}
+        self.mix_logits = HeadMix(num_heads, bias=False, init=theta_init, **factory)
+        self.mix = HeadMix(num_heads, bias=False, init=theta_init, **factory)
+
+    def logits(self, q: Tensor, k: Tensor) -> Tensor:
+        return ops.mix_heads(super().logits(q, k), self.mix_logits.weight)  # [B, H, N, N]
+
+    def softmax(self, q: Tensor, k: Tensor) -> Tensor:
+        return self.logits(q, k).softmax(-1)
+
+    def maps(self, q: Tensor, k: Tensor) -> Tensor:
+        return self.scaled(ops.mix_heads(self.softmax(q, k), self.mix.weight))

@@ -1,25 +1,37 @@
-"""Transformer blocks: how attention and MLP are joined to the residual stream."""
+"""Transformer blocks: how attention and MLP join the residual stream, stochastic depth, gradient checkpointing."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
+from typing import Any
 
+import timm.layers
 import torch
 from timm.layers import LayerScale, Mlp
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from deepvit.errors import UserError
-from deepvit.models.attention import Attention
-from deepvit.models.stochastic_depth import DropPath
+from deepvit.models.attention import Attention, SelfAttention
 
 GELUS = {"erf": nn.GELU, "tanh": lambda: nn.GELU(approximate="tanh")}
 
 
-class FeatScale(nn.Module):
-    """`x + s * mean(x) + t * (x - mean(x))`, the mean over tokens, s and t learned per channel from 0.
+class DropPath(timm.layers.DropPath):
+    """Leaves a residual branch out for some images (Huang et al., "Deep Networks with Stochastic Depth",
+    arXiv:1603.09382); draws as timm's does where `BranchMasks` has not set `keep`."""
 
-    Reweighs what all tokens share against what tells them apart, after every attention (Wang et al., arXiv:2203.05962,
-    "Anti-Oversmoothing in Deep Vision Transformers via the Fourier Domain Analysis", and its published code).
-    """
+    keep: Tensor | None = None  # [B], 0 or 1 / (1 - rate) for each image of the next batch
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.keep is None or not self.training:
+            return super().forward(x)
+        return x * self.keep.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+
+
+class FeatScale(nn.Module):
+    """`x + s * mean(x) + t * (x - mean(x))`, the mean over tokens, s and t learned per channel from 0 (Wang et al.,
+    "Anti-Oversmoothing in Deep Vision Transformers via the Fourier Domain Analysis", arXiv:2203.05962)."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -32,15 +44,13 @@ class FeatScale(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: `x += attn(norm1(a x)) / a; x += mlp(norm2(a x)) / a`.
+    """Pre-norm transformer block: `x += attn(norm1(a x)) / a; x += mlp(norm2(a x)) / a`, in a model of `depth` blocks.
 
     Args:
-        dim: D; attn: the attention; depth: the number of blocks of the model.
-        residual_scale: a, the published `scale_adjustment`: as LayerNorm undoes the factor inside, a = 0.5 doubles
-            both branches.
-        init_values: LayerScale (Touvron et al., "Going deeper with Image Transformers", arXiv:2103.17239) on both
-            branches, starting at this (0: as ReZero, arXiv:2003.04887); None: none.
-        feat_scale: `FeatScale` behind the attention.
+        residual_scale: a, the published `scale_adjustment`: as LayerNorm undoes the factor inside, 0.5 doubles both
+            branches.
+        init_values: start of LayerScale (Touvron et al., "Going deeper with Image Transformers", arXiv:2103.17239) on
+            both branches (0: as ReZero, arXiv:2003.04887); None: none.
     """
 
     def __init__(self, dim: int, attn: Attention, mlp_ratio: float, drop: float, drop_path: float,
@@ -66,7 +76,7 @@ class Block(nn.Module):
         return x + self.drop_path2(self._branch(self.norm2, (self.mlp, self.ls2), x))
 
     def shared(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """q and k `[B, H, N, d]` of the tokens that enter this block, for those that follow it."""
+        """q and k `[B, H, N, d]` of the tokens that enter this block, for the blocks that follow it."""
         return self.attn.split(self.norm1(x if self.residual_scale == 1.0 else x * self.residual_scale))[:2]
 
     def _branch(self, norm: nn.Module, layers: Sequence[nn.Module], x: Tensor) -> Tensor:
@@ -87,8 +97,7 @@ class DeepNormBlock(Block):
 
     def __init__(self, *args, residual_scale: float, depth: int, **kwargs):
         if residual_scale != 1.0:
-            raise UserError(f"block=deepnorm has its own residual factor: leave residual_scale at 1 "
-                            f"(it is {residual_scale}).")
+            raise UserError(f"block=deepnorm has its own residual factor: set residual_scale={residual_scale} to 1.")
         super().__init__(*args, residual_scale=residual_scale, depth=depth, **kwargs)
         self.alpha, self.beta = (2 * depth) ** 0.25, (8 * depth) ** -0.25
 
@@ -97,7 +106,7 @@ class DeepNormBlock(Block):
         return self.norm2(self.alpha * x + self.drop_path2(self.ls2(self.mlp(x))))
 
     def reset_parameters(self, stream: Callable[[str], torch.Generator | None]) -> None:
-        """The start of the weights that the scheme needs, each from its stream; biases and norms stay as they are."""
+        """Draws the weights that the scheme scales, each from its stream; biases and norms stay as they are."""
         generator = stream("attn.qkv.weight")
         for weight, gain in zip(self.attn.qkv.weight.detach().chunk(3), (1.0, 1.0, self.beta)):  # views: q, k, v
             nn.init.xavier_normal_(weight, gain, generator)
@@ -109,14 +118,60 @@ BLOCKS: dict[str, type[Block]] = {"pre_norm": Block, "deepnorm": DeepNormBlock}
 
 
 def share_among(blocks: Sequence[Block], size: int, weight_init: str | None) -> None:
-    """Within groups of `size` blocks all follow the first: see `Attention.follow`.
-
-    Raises:
-        UserError: groups larger than the model, or an initialisation that needs each block's own q and k.
-    """
+    """Within groups of `size` blocks all follow the first: see `Attention.follow`. UserError for groups larger than the
+    model, and for an initialisation that needs each block's own q and k."""
     if size > len(blocks) or weight_init or isinstance(blocks[0], DeepNormBlock):
-        raise UserError(f"share_maps={size} goes with at least as many blocks (depth is {len(blocks)}), and with "
-                        f"neither block=deepnorm nor weight_init: leave it at 1.")
+        raise UserError(f"share_maps={size} needs at least {size} blocks (depth is {len(blocks)}) and excludes "
+                        f"block=deepnorm and weight_init: leave it at 1.")
     for i, block in enumerate(blocks):
         if i % size:
             block.attn.follow(blocks[i - i % size].attn)
+
+
+def checkpoint_block(block: nn.Module, *inputs: Any) -> Tensor:
+    """`block(*inputs)` that keeps only the inputs for the backward pass, and moves running statistics once."""
+    if torch.compiler.is_compiling():  # it never repeats an update of buffers, and supports no contexts
+        return checkpoint(block, *inputs, use_reentrant=False)
+    return checkpoint(block, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), _without_tracking(block)))
+
+
+@contextmanager
+def _without_tracking(block: nn.Module) -> Iterator[None]:
+    attentions = [module for module in block.modules() if isinstance(module, SelfAttention)]
+    for attention in attentions:
+        attention.track_stats = False
+    try:
+        yield
+    finally:
+        for attention in attentions:
+            attention.track_stats = True
+
+
+class BranchMasks:
+    """Stochastic depth's masks for all branches of a model: a function of (seed, batch index, place in the global
+    batch, branch), so the same for any number of devices and micro-batches."""
+
+    def __init__(self, model: nn.Module, seed: int, device: torch.device):
+        self._branches = [module for module in model.modules() if isinstance(module, DropPath)]
+        self._rates = torch.tensor([branch.drop_prob for branch in self._branches])  # [branches]
+        self._seed, self._device = seed, device
+        self._all = self._placed = torch.empty(0, 0)
+
+    def draw(self, batch_index: int, batch_size: int) -> None:
+        """Draws the masks of a global batch, on the host."""
+        if not self._branches:
+            return
+        seed = self._seed * 0x9E3779B97F4A7C15 + batch_index & 2**63 - 1
+        chance = torch.rand(batch_size, len(self._branches), generator=torch.Generator().manual_seed(seed))
+        self._all = (chance >= self._rates) / (1 - self._rates)  # [B, branches]
+
+    def place(self, start: int, stop: int) -> None:
+        """Gives every branch the masks of images `start` to `stop` of the global batch, always in the same memory."""
+        if not self._branches:
+            return
+        masks = self._all[start:stop].T.contiguous()  # [branches, b]
+        if masks.shape != self._placed.shape:
+            self._placed = torch.empty_like(masks, device=self._device)
+            for branch, keep in zip(self._branches, self._placed, strict=True):
+                branch.keep = keep
+        self._placed.copy_(masks.pin_memory() if self._device.type == "cuda" else masks, non_blocking=True)

@@ -1,8 +1,6 @@
-"""The published regularisation between the maps of neighbouring blocks.
-
-What it needs are maps with gradients from a training pass. No block hands maps on: the inputs of the attention modules
-are recorded by hooks, and the modules asked for their maps afterwards, outside of any checkpointed region.
-"""
+"""The published regularisation between the maps of neighbouring blocks, from a training pass with gradients. No block
+passes maps on: hooks record the inputs of the attention modules, which are asked for their maps afterwards, outside of
+any checkpointed region."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,16 +14,11 @@ from deepvit.models.attention import Attention
 
 
 def cosine_regularisation(maps: Sequence[Tensor], pairs: int) -> Tensor:
-    """`sum_{i < pairs} mean(cos(A_i, A_{i+1})) / pairs`; the published code adds 0.1 times this to the loss.
+    """`sum_{i < pairs} mean(cos(A_i, A_{i+1})) / pairs` of the final maps `[B, H, N, N]` of the first `pairs + 1`
+    blocks or more; the published code adds 0.1 times this to the loss.
 
-    The cosine is taken over the *head* axis at every entry of the maps, and of the first pairs of blocks, as
-    `loss/cross_entropy.py` there has it (its `cos_reg_component` is `pairs`; eps 1e-8). The paper's own similarity is
-    per head and token instead.
-
-    Args:
-        maps: final maps `[B, H, N, N]` of the first `pairs + 1` blocks or more.
-    Raises:
-        UserError: fewer blocks than that.
+    The cosine is taken over the *head* axis at every entry of the maps, as in its `loss/cross_entropy.py` (where
+    `pairs` is `cos_reg_component`; eps 1e-8). The paper's own similarity is per head and token instead.
     """
     if not 1 <= pairs < len(maps):
         raise UserError(f"The cosine regularisation of {pairs} pairs needs the maps of {pairs + 1} blocks, and there "
@@ -37,13 +30,8 @@ def cosine_regularisation(maps: Sequence[Tensor], pairs: int) -> Tensor:
 @contextmanager
 def record_maps(model: nn.Module, first: int) -> Iterator[list[Tensor]]:
     """`with record_maps(model, first=4) as maps: logits = model(x)`: afterwards `maps` holds the final maps
-    `[B, H, N, N]` of the first 4 blocks, float32, with gradients.
-
-    In training mode they are by the statistics of this batch; no running statistics move and no random numbers are
-    drawn (dropout on the maps is left out). `model` may be inside DistributedDataParallel.
-
-    Raises:
-        UserError: the model has fewer attention modules.
+    `[B, H, N, N]` of the first 4 blocks, float32, with gradients, in training mode by the statistics of this batch. No
+    running statistics move, and dropout on the maps is left out. `model` may be inside DistributedDataParallel.
     """
     modules = [module for module in model.modules() if isinstance(module, Attention)][:first]
     if len(modules) < first:

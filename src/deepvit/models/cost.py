@@ -10,17 +10,14 @@ from deepvit.models.vit import ViT
 
 
 def count_flops(model: ViT) -> int:
-    """Floating-point operations of one image's forward pass in eval mode: matrix products and convolutions only.
-
-    A multiply-add is two operations (the published tables count it as one "MAC"). Counted on a copy on the meta
-    device, so it costs neither time nor memory.
-    """
+    """Floating-point operations of one image's forward pass in eval mode: matrix products and convolutions only, a
+    multiply-add as two (the published tables count one "MAC"). Counted on the meta device, at no cost."""
     from deepvit.models.registry import build_model
     return forward_flops(lambda: build_model(model.config), model.input_size)
 
 
 def forward_flops(make: Callable[[], nn.Module], shape: Sequence[int]) -> int:
-    """The same of any model that `make()` builds, for an image of `shape` `[channels, height, width]`."""
+    """The same of any model that `make()` builds, for an image of `shape` (channels, height, width)."""
     with torch.device("meta"):
         model, image = make().eval(), torch.empty(1, *shape)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:

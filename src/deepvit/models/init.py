@@ -16,15 +16,13 @@ Stream = Callable[[str], Generator | None]  # name of a parameter -> its own gen
 
 
 def draw_seed() -> int:
-    """A number of torch's generator, whatever is built with it; none on the meta device, where nothing is drawn."""
+    """One number of torch's generator for a whole model; 0 on the meta device, where nothing is drawn."""
     return 0 if torch.get_default_device().type == "meta" else int(torch.randint(2**31, (), device="cpu"))
 
 
 def stream(seed: int, path: str, device: torch.device, name: str) -> Generator | None:
-    """The generator of parameter `name` of the module at `path`, a function of (seed, full name) alone.
-
-    So models of one seed share all parameters that they have in common, whatever else they are made of.
-    """
+    """The generator of parameter `name` of the module at `path`, a function of (seed, full name) alone: models of one
+    seed share all parameters that they have in common."""
     if device.type == "meta":
         return None
     digest = hashlib.blake2b(f"{seed}/{path}.{name}".encode(), digest_size=4).digest()  # what a CPU's generator takes
@@ -46,9 +44,6 @@ def init_weights(model: nn.Module, seed: int | None = None, std: float = STD, mi
     | contrast, temperatures, FeatScale  | so that they change nothing                                       |
     | Linear weight in a `DeepNormBlock` | Xavier normal, scaled with depth: see there                       |
     | attention, if `mimetic`            | see `mimic`                                                       |
-
-    Args:
-        seed: of the parameters' streams; None: drawn.
     """
     seed = draw_seed() if seed is None else seed
     device = next(model.parameters(), torch.empty(0)).device
@@ -80,18 +75,12 @@ def _start(module: nn.Module, draws: Stream, std: float) -> None:
 
 @torch.no_grad()
 def mimic(attention: Attention, draws: Stream) -> None:
-    """Trockman & Kolter, "Mimetic Initialization of Self-Attention Layers" (arXiv:2305.09828), with their ViT's values.
-
+    """Trockman & Kolter, "Mimetic Initialization of Self-Attention Layers" (arXiv:2305.09828), with their ViT's values:
     `W_q^T W_k` of each head is the best of its rank for 0.7 Z + 0.7, `W_proj W_v` for 0.4 Z - 0.4; Z is normal with
-    variance 1/D. Their sinusoidal positions, another change, are left out.
-
-    Raises:
-        UserError: heads that together are wider than the tokens.
-    """
+    variance 1/D. Their sinusoidal positions, another change, are left out."""
     inner, dim = attention.proj.in_features, attention.proj.out_features
     if inner > dim:
-        raise UserError(f"weight_init=mimetic needs heads that together are no wider than the tokens: num_heads * "
-                        f"head_dim = {inner} is above embed_dim = {dim}.")
+        raise UserError(f"weight_init=mimetic needs num_heads * head_dim = {inner} to be at most embed_dim = {dim}.")
     q, k, v = attention.qkv.weight.view(3, attention.num_heads, attention.head_dim, dim)
     generator = draws("qkv.weight")
     for head in range(attention.num_heads):

@@ -1,8 +1,9 @@
-"""The named models: the YAML files of `conf/model` are their one truth, read here without hydra."""
+"""The named models, defined by the YAML files of `conf/model` alone, which are read here without hydra."""
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from deepvit.config import CONF
 from deepvit.config.signature import ABOVE_ZERO, check_arguments, check_ranges, parameters_of
-from deepvit.errors import UserError, did_you_mean
+from deepvit.errors import UserError, choose, did_you_mean
 from deepvit.models.attention import ATTENTIONS
 from deepvit.models.stem import pair, plain, stem_of
 from deepvit.models.vit import ViT, pool_of
@@ -31,14 +32,12 @@ def list_attentions() -> list[str]:
 
 
 def create_model(name: str, **overrides: Any) -> ViT:
-    """Builds a model of `conf/model`; keywords override its settings (see `ViT`).
+    """Builds a model of `conf/model`, freshly initialised, with `.config`, the plain settings that rebuild it.
 
     Args:
         name: one of `list_models()`.
-        **overrides: keywords of `ViT`; `attention` may be a name of `model/attention` or a mapping, and
-            `global_pool` is `pool` in timm's words (see `pool_of`).
-    Returns:
-        a freshly initialised `ViT` with `.config`, the plain settings that rebuild it.
+        **overrides: keywords of `ViT`; `attention` may be a name of `model/attention` or a mapping, `global_pool` is
+            `pool` in timm's terms ("token", "avg", "" for none).
     Raises:
         UserError: an unknown name or keyword, a value of the wrong type, sizes that do not fit together.
     """
@@ -77,11 +76,8 @@ SWITCHED = ("norm", "norm_eps"), ("mix", "theta_init")  # of an attention: a swi
 
 
 def check_model(config: Mapping[str, Any], where: str = "") -> None:
-    """Refuses settings that `ViT`, its stem or its attention would not take, naming what was meant.
-
-    Args:
-        where: the path of these settings in a larger config, for the sentence: "model" -> `model.depth`.
-    """
+    """Refuses settings that `ViT`, its stem or its attention would not take, naming what was meant; `where` is their
+    path in a larger config: "model" -> `model.depth`."""
     known = {name: value for name, value in config.items() if (name, value) != ("num_classes", None)}  # the data's
     prefix = f"{where}." if where else ""
     check_arguments(ViT, known, where)
@@ -90,18 +86,13 @@ def check_model(config: Mapping[str, Any], where: str = "") -> None:
     _check_options(stem, options, f"{prefix}stem", ("img_size", "patch_size", "in_chans", "embed_dim", "norm_eps"))
     attention = dict(config.get("attention") or {"class": "SelfAttention"})
     attention.pop("name", None)
-    cls = ATTENTIONS.get(str(attention.pop("class", None)))
-    if cls is None:
-        raise UserError(f"{prefix}attention.class must be one of {', '.join(ATTENTIONS)}.")
-    if "sync_norm" in attention:
-        raise UserError(f"{prefix}attention.sync_norm is gone: norm_batch says over how many images the norm takes its "
-                        f"statistics, on whatever devices they are.")
+    cls = choose(f"{prefix}attention.class", str(attention.pop("class", None)), ATTENTIONS)
     _check_options(cls, attention, f"{prefix}attention", ("dim", "block_index", "depth", "norm_layer", "device",
                                                           "dtype"))
 
 
 def without_effect(config: Mapping[str, Any]) -> list[str]:
-    """A sentence for each of a model's settings that does nothing beside the others."""
+    """A sentence for each of a model's settings that the others leave without effect."""
     rule, path = config["attention"], "model.attention"
     usual = parameters_of(ATTENTIONS[rule["class"]])[0]
     found = [(f"{path}.{name}", f"{path}.{switch}=false") for switch, name in SWITCHED
@@ -114,20 +105,17 @@ def without_effect(config: Mapping[str, Any]) -> list[str]:
 
 
 def _check_options(cls: type, options: Mapping[str, Any], where: str, given: Collection[str]) -> None:
-    """Checks the options of a part against its constructor, but for the arguments that the model gives it."""
+    """Checks the options of a part against its constructor, all but the arguments `given` by the model."""
     for name in options:
         if name in given:
-            raise UserError(f"{where}.{name} is not a setting of its own: the model gives it.")
+            raise UserError(f"{where}.{name} cannot be set: the model gives it.")
     check_arguments(cls, options, where, ignore_missing=given)
     check_ranges(options, RANGES, where)
 
 
 def model_config(name: str) -> dict[str, Any]:
     """The settings of `conf/model/<name>.yaml`, its defaults list followed."""
-    if name not in list_models():
-        raise UserError(f"There is no model '{name}'.{did_you_mean(name, list_models())} "
-                        f"The models are: {', '.join(list_models())}.")
-    own = yaml.safe_load((MODELS / f"{name}.yaml").read_text())
+    own = _settings("model", name, MODELS, list_models())
     config: dict[str, Any] = {}
     for entry in own.pop("defaults", []):
         if isinstance(entry, Mapping):  # {attention: self} or {override attention: reattention}
@@ -139,10 +127,13 @@ def model_config(name: str) -> dict[str, Any]:
 
 def attention_config(name: str) -> dict[str, Any]:
     """The settings of `conf/model/attention/<name>.yaml`."""
-    if name not in list_attentions():
-        raise UserError(f"There is no attention '{name}'.{did_you_mean(name, list_attentions())} "
-                        f"The attentions are: {', '.join(list_attentions())}.")
-    return yaml.safe_load((MODELS / "attention" / f"{name}.yaml").read_text())
+    return _settings("attention", name, MODELS / "attention", list_attentions())
+
+
+def _settings(kind: str, name: str, folder: Path, known: Sequence[str]) -> dict[str, Any]:
+    if name not in known:
+        raise UserError(f"There is no {kind} '{name}'.{did_you_mean(name, known)} The {kind}s are: {', '.join(known)}.")
+    return yaml.safe_load((folder / f"{name}.yaml").read_text())
 
 
 def register_with_timm() -> None:
@@ -170,7 +161,7 @@ def _entrypoint(name: str):
 
 
 def _fit_positions(state: dict[str, Tensor], model: ViT) -> dict[str, Tensor]:
-    """Resamples the positions of a checkpoint that timm loads, from the image size that its metadata tell."""
+    """Resamples the positions of a checkpoint that timm loads, from the image size in its metadata."""
     height, width = model.pretrained_cfg["input_size"][1:]
     old = [height // model.patch_size[0], width // model.patch_size[1]]
     if state["pos_embed"].shape[1] == 1 + old[0] * old[1]:
@@ -179,7 +170,7 @@ def _fit_positions(state: dict[str, Tensor], model: ViT) -> dict[str, Tensor]:
 
 
 def _timm_cfg(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Preprocessing as published (mean = std = 0.5; crop 0.9 at 224, 1.0 above), in timm's words."""
+    """Preprocessing as published (mean = std = 0.5; crop 0.9 at 224, 1.0 above), under timm's names."""
     size, half = pair(config["img_size"]), (0.5,) * config["in_chans"]
     classes = 1000 if config["num_classes"] is None else config["num_classes"]
     return {"num_classes": classes, "input_size": (config["in_chans"], *size), "pool_size": None,

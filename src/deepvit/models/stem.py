@@ -1,30 +1,23 @@
 """From images to tokens: `[B, in_chans, height, width]` -> `[B, N, D]`, row by row."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch.nn.functional as F
-from timm.layers import resample_patch_embed
+from timm.layers import pad_same, resample_patch_embed
 from torch import Tensor, nn
 
 from deepvit import ops
-from deepvit.errors import UserError, did_you_mean
-from deepvit.models.hybrid import ARITHMETICS, GROUPS, Root, make_body
+from deepvit.errors import UserError, choose
 
 Size = tuple[int, int]
+GROUPS = 32  # of the hybrid's group norms
 
 
 class Stem(nn.Module):
-    """Layers with a `stride` in pixels, then `proj`, a convolution that makes one token of each patch.
-
-    Sizes have the names of timm's `PatchEmbed`, whose clients read them.
-
-    Args:
-        img_size, patch_size: (height, width) in pixels.
-        stride: pixels per cell of what `proj` sees.
-    Raises:
-        UserError: the patches do not tile the image, or are no multiple of the stride.
-    """
+    """Layers with a `stride` in pixels, then `proj`, a convolution that makes one token of each patch: `embed`, which a
+    subclass defines. Sizes are (height, width) in pixels, under the names of timm's `PatchEmbed`, whose clients read
+    them. UserError: patches that do not tile the image, or are no multiple of the stride."""
 
     first_conv: ClassVar[str]  # the convolution that sees the image
 
@@ -39,9 +32,6 @@ class Stem(nn.Module):
             raise UserError(f"The images have shape {tuple(x.shape)}, the model is built for (batch, {wanted}): "
                             f"set in_chans or img_size.")
         return self.embed(x)
-
-    def embed(self, x: Tensor) -> Tensor:
-        raise TypeError(f"{type(self).__name__} must define embed(x)")
 
     @property
     def input_size(self) -> tuple[int, int, int]:
@@ -88,11 +78,9 @@ class Stem(nn.Module):
 
 
 class PatchStem(Stem):
-    """One convolution with kernel = stride = patch (Dosovitskiy et al., arXiv:2010.11929).
-
-    With `norm_eps` the flattened patch is layer-normed before the projection and the token after it, as vit-pytorch
-    has it since 1.0; the patch is flattened as `(channel, row, column)`.
-    """
+    """One convolution with kernel = stride = patch (Dosovitskiy et al., arXiv:2010.11929). With `norm_eps` the patch,
+    flattened as `(channel, row, column)`, is layer-normed before the projection and the token after it, as in
+    vit-pytorch since 1.0."""
 
     first_conv = "proj"
 
@@ -117,10 +105,7 @@ class PatchStem(Stem):
 
 
 class GroupedBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm with batch statistics over groups of `norm_batch` consecutive images (None: the batch it sees).
-
-    Each training forward moves the running statistics once, as `ops.batch_norm` says.
-    """
+    """BatchNorm with batch statistics over groups of `norm_batch` consecutive images: see `ops.batch_norm`."""
 
     def __init__(self, channels: int, norm_batch: int | None):
         super().__init__(channels)
@@ -134,10 +119,8 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
 
 class ConvStem(Stem):
     """Three convolutions, the DeepViT-S and -L stem: 7x7/2, 3x3, then patch/2 with stride patch/2 (after T2T-ViT).
-
-    `norm_batch`: see `GroupedBatchNorm2d`. `ViT` gives that of an attention which has one, so that all batch norms are
-    of the same images; 32 is what a process of the published code saw.
-    """
+    `ViT` passes an attention's `norm_batch`, so that all batch norms see the same images; 32 is what a process of the
+    published code saw."""
 
     first_conv = "conv1"
 
@@ -155,13 +138,79 @@ class ConvStem(Stem):
         return self.proj(x).flatten(2).mT  # [B, N, D]
 
 
+class Arithmetic(NamedTuple):
+    """What google-research/vision_transformer and jeonsworld/ViT-pytorch compute differently from the same weights."""
+
+    same_padding: bool  # as TensorFlow's SAME (more at the end), also before the max-pool; else symmetric, there none
+    eps_outside: bool  # weights are divided by `std + 1e-5`, else by `sqrt(var + 1e-5)`
+    shortcut_groups: int | None  # of the GroupNorm of a projected shortcut; None: a group per channel
+    shortcut_eps: float
+
+
+ARITHMETICS = {"google": Arithmetic(True, True, GROUPS, 1e-6),  # the only faithful one for Google's own R50 file
+               "vit_pytorch": Arithmetic(False, False, None, 1e-5)}
+
+
+class StdConv2d(nn.Conv2d):
+    """Convolution without bias whose weights are standardised per output channel (arXiv:1903.10520)."""
+
+    def __init__(self, cin: int, cout: int, kernel: int, stride: int, rule: Arithmetic):
+        super().__init__(cin, cout, kernel, stride, bias=False)
+        self.rule = rule
+
+    def forward(self, x: Tensor) -> Tensor:
+        var, mean = self.weight.var((1, 2, 3), correction=0, keepdim=True), self.weight.mean((1, 2, 3), keepdim=True)
+        std = var.sqrt() + 1e-5 if self.rule.eps_outside else (var + 1e-5).sqrt()
+        weight = (self.weight - mean) / std
+        if self.rule.same_padding:
+            return F.conv2d(pad_same(x, list(self.kernel_size), list(self.stride)), weight, stride=self.stride)
+        return F.conv2d(x, weight, stride=self.stride, padding=self.kernel_size[0] // 2)
+
+
+class Root(nn.Module):
+    """7x7 convolution with stride 2, GroupNorm, ReLU, 3x3 max-pool with stride 2."""
+
+    def __init__(self, in_chans: int, width: int, rule: Arithmetic):
+        super().__init__()
+        self.rule = rule
+        self.conv = StdConv2d(in_chans, width, 7, 2, rule)
+        self.gn = nn.GroupNorm(GROUPS, width, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.gn(self.conv(x)))  # [B, width, height/2, width/2]
+        if self.rule.same_padding:
+            x = pad_same(x, [3, 3], [2, 2], value=float("-inf"))
+        return F.max_pool2d(x, 3, 2)
+
+
+class Unit(nn.Module):
+    """Bottleneck: 1x1, 3x3 (with the stride), 1x1 to four times the width; the sum goes through a ReLU."""
+
+    def __init__(self, cin: int, width: int, stride: int, rule: Arithmetic):
+        super().__init__()
+        cout = 4 * width
+        self.conv1, self.gn1 = StdConv2d(cin, width, 1, 1, rule), nn.GroupNorm(GROUPS, width, eps=1e-6)
+        self.conv2, self.gn2 = StdConv2d(width, width, 3, stride, rule), nn.GroupNorm(GROUPS, width, eps=1e-6)
+        self.conv3, self.gn3 = StdConv2d(width, cout, 1, 1, rule), nn.GroupNorm(GROUPS, cout, eps=1e-6)
+        self.downsample = None
+        if stride != 1 or cin != cout:
+            self.downsample = StdConv2d(cin, cout, 1, stride, rule)
+            self.gn_proj = nn.GroupNorm(rule.shortcut_groups or cout, cout, eps=rule.shortcut_eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.gn_proj(self.downsample(x))
+        x = F.relu(self.gn1(self.conv1(x)))
+        x = F.relu(self.gn2(self.conv2(x)))
+        return F.relu(shortcut + self.gn3(self.conv3(x)))
+
+
 class HybridStem(Stem):
-    """The ResNet of Google's hybrids, then patches of its feature map.
+    """The ResNet of Google's hybrids (R50+ViT-B/16), then patches of its feature map.
 
     Args:
         patch_size: a multiple of the ResNet's stride, 4 * 2^(stages - 1) (16 for three stages).
-        layers: units per stage, (3, 4, 9) in R50+ViT-B/16.
-        width: channels of the first convolution; stages put out 4, 8, 16, ... times as many. A multiple of 32.
+        layers: units per stage; the first stage keeps its size, each other halves it.
+        width: channels of the first convolution, a multiple of 32; the stages have 4, 8, 16, ... times as many.
         arithmetic: `google`, or `vit_pytorch` for weights that were fine-tuned there.
     """
 
@@ -176,7 +225,14 @@ class HybridStem(Stem):
         super().__init__(img_size, patch_size, in_chans, stride=4 * 2 ** (len(layers) - 1))
         rule = ARITHMETICS[arithmetic]
         self.root = Root(in_chans, width, rule)
-        self.body, channels = make_body(layers, width, rule)
+        self.body, channels = nn.Sequential(), width
+        for stage, units in enumerate(layers):
+            block = nn.Sequential()
+            for unit in range(units):
+                stride = 2 if stage and not unit else 1
+                block.add_module(f"unit{unit + 1}", Unit(channels, width * 2**stage, stride, rule))
+                channels = 4 * width * 2**stage
+            self.body.add_module(f"block{stage + 1}", block)
         self.proj = nn.Conv2d(channels, embed_dim, self.cell, self.cell)
 
     def embed(self, x: Tensor) -> Tensor:
@@ -189,10 +245,7 @@ STEMS: dict[str, type[Stem]] = {"patch": PatchStem, "conv": ConvStem, "hybrid": 
 def stem_of(stem: str | Mapping[str, Any]) -> tuple[type[Stem], dict[str, Any]]:
     """Class and options of `"hybrid"` or `{"name": "hybrid", "layers": [3, 4, 9]}`."""
     options = {"name": stem} if isinstance(stem, str) else dict(stem)
-    name = str(options.pop("name", None))
-    if name not in STEMS:
-        raise UserError(f"stem={name} is not known: choose from {', '.join(STEMS)}.{did_you_mean(name, STEMS)}")
-    return STEMS[name], options
+    return choose("stem", str(options.pop("name", None)), STEMS), options
 
 
 def pair(size: int | Sequence[int]) -> Size:

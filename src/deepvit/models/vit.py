@@ -9,11 +9,10 @@ from timm.layers import resample_abs_pos_embed
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from deepvit.errors import UserError, did_you_mean
+from deepvit.errors import UserError, choose
 from deepvit.models.attention import ATTENTIONS, Attention
-from deepvit.models.blocks import BLOCKS, share_among
+from deepvit.models.blocks import BLOCKS, checkpoint_block, share_among
 from deepvit.models.init import STD, draw_seed, init_weights
-from deepvit.models.recompute import checkpoint_block
 from deepvit.models.stem import PatchStem, pair, plain, stem_of
 
 POOLS = {
@@ -25,33 +24,13 @@ POOLS = {
 
 
 class ViT(nn.Module):
-    """Vision Transformer: images `[B, in_chans, height, width]` -> logits `[B, C]`.
+    """Vision Transformer: images `[B, in_chans, height, width]` -> logits `[B, C]`, C = `num_classes` (0: no head).
+    `.config` holds the plain settings that rebuild it, kept up to date by `reset_classifier` and `set_input_size`.
 
-    `.config` are the plain settings that rebuild it, whatever `reset_classifier` and `set_input_size` have changed.
-
-    Args:
-        img_size, patch_size: pixels, one number or (height, width).
-        num_classes: C; 0 leaves the head out.
-        embed_dim, depth, num_heads, head_dim: D, number of blocks, H, width of a head (default D / H).
-        mlp_ratio: hidden width of the MLP over D.
-        stem: `patch`, `conv` or `hybrid`, or `{"name": one of them, ...its options}`.
-        attention: `{"class": a class of models.attention, ...its options}`.
-        reattention_blocks: the blocks that have that attention, as indices (negative from the end) or a slice such
-            as "-12:"; the others have plain self-attention. None: all.
-        qk_scale, map_scale: factors on `q k^T` (default head_dim^-0.5) and on the final maps of those blocks.
-        residual_scale: see `blocks.Block`.
-        drop_rate, pos_drop_rate, attn_drop_rate, drop_path_rate: dropout in MLP and projection, after the position
-            embedding, on the maps; stochastic depth of the last block (linear from 0).
-        init_values: initial LayerScale, 0 included; None: no LayerScale.
-        pool, final_norm: class token, mean of all tokens, avg of the patch tokens, or "" for none (logits of every
-            token, `[B, N, C]`); LayerNorm before or after it.
-        patch_norm: LayerNorms around the patch projection (vit-pytorch).
-        representation_size: width of the tanh layer before the head (`pre_logits`); None: no such layer.
-        block: "pre_norm", or "deepnorm" for very deep models: see `blocks.DeepNormBlock`.
-        feat_scale: see `blocks.FeatScale`.
-        init_std: initial standard deviation of all Linear weights; None: 0.02, as published.
-        weight_init: "mimetic": see `init.mimic`; None: the published one, see `init.init_weights`.
-        share_maps: in groups of as many blocks all take q and k of the first and have none; 1: each has its own.
+    The settings are explained in `conf/model/vit.yaml`. Beyond that, `stem` may be `{"name": one of the stems, ...its
+    options}`, `attention` is `{"class": a class of models.attention, ...its options}`, and all blocks but those that
+    `reattention_blocks` chooses have plain self-attention. `pool=""` gives the logits of every token, `[B, N, C]`. See
+    also `blocks.Block`, `blocks.DeepNormBlock`, `blocks.FeatScale`, `init.init_weights` and `init.mimic`.
     """
 
     img_size = property(lambda self: self.patch_embed.img_size)
@@ -62,7 +41,7 @@ class ViT(nn.Module):
 
     @property
     def global_pool(self) -> str:
-        """`pool` in timm's words."""
+        """timm's name for `pool`."""
         return {"cls": "token"}.get(self.pool, self.pool)
 
     def __init__(self, img_size: int | tuple[int, int] = 224, patch_size: int | tuple[int, int] = 16, in_chans: int = 3,
@@ -87,7 +66,7 @@ class ViT(nn.Module):
         self.pool, self.final_norm = pool, final_norm
         self.grad_checkpointing = False
 
-        (make_stem, options), make_block = stem_of(stem), _choose("block", block, BLOCKS)
+        (make_stem, options), make_block = stem_of(stem), choose("block", block, BLOCKS)
         rule = {"map_scale": map_scale, **(attention or {"class": "SelfAttention"})}
         if rule.get("norm") or "norm_batch" in rule:  # all batch norms take the same images
             options = {**_wanted(make_stem, norm_batch=rule.get("norm_batch")), **options}
@@ -122,13 +101,13 @@ class ViT(nn.Module):
         if share_maps > 1:
             share_among(self.blocks, share_maps, weight_init)
         if weight_init and block == "deepnorm":
-            raise UserError(f"block=deepnorm has an initialisation of its own: leave weight_init={weight_init} out.")
+            raise UserError(f"block=deepnorm has its own initialisation: leave weight_init={weight_init} out.")
         init_weights(self, seed, STD if init_std is None else init_std, mimetic=weight_init == "mimetic")
         torch.set_rng_state(before)  # what the layers drew as they were built differs from model to model
 
     @property
     def norm_batches(self) -> set[int | None]:
-        """Images over which its batch norms take their statistics (None: the whole batch); empty: it has none."""
+        """Images over which its batch norms take their statistics (None: the whole batch); empty: no such norms."""
         return {module.norm_batch for module in self.modules()
                 if hasattr(module, "norm_batch") and getattr(module, "norm", module) is not None}
 
@@ -152,18 +131,9 @@ class ViT(nn.Module):
                               return_prefix_tokens: bool = False, norm: bool = False, stop_early: bool = False,
                               output_fmt: Literal["NCHW", "NLC"] = "NCHW", intermediates_only: bool = False,
                               output_dict: bool = False) -> Any:
-        """The tokens after some blocks; arguments and results as timm's `VisionTransformer.forward_intermediates`.
-
-        Args:
-            indices: of blocks (negative from the end), or how many of the last; None: all.
-            return_prefix_tokens: with each, its class token `[B, 1, D]`.
-            norm: the final norm on each, where it stands before the pooling.
-            stop_early: leave out the blocks behind the last that is wanted.
-            output_fmt: `[B, D, rows, columns]` or `[B, patches, D]`.
-        Returns:
-            `forward_features(x)` and the list of intermediates; the list alone with `intermediates_only`; both under
-            the names `image_features`, `image_intermediates` and `image_intermediates_prefix` with `output_dict`.
-        """
+        """The tokens after some blocks, with the arguments and results of timm's
+        `VisionTransformer.forward_intermediates`: `forward_features(x)` and a list of `[B, D, rows, columns]` (NCHW) or
+        `[B, patches, D]` (NLC). `indices` counts blocks (negative from the end), or says how many of the last."""
         if output_fmt not in ("NCHW", "NLC"):
             raise UserError(f"output_fmt={output_fmt} is not known: choose NCHW or NLC.")
         wanted, last = feature_take_indices(len(self.blocks), indices)
@@ -185,13 +155,13 @@ class ViT(nn.Module):
 
     def get_intermediate_layers(self, x: Tensor, n: int | Sequence[int] = 1, reshape: bool = False,
                                 return_prefix_tokens: bool = False, norm: bool = False) -> list[Any]:
-        """`forward_intermediates` in DINO's words."""
+        """`forward_intermediates` with DINO's signature."""
         return self.forward_intermediates(x, n, return_prefix_tokens, norm, output_fmt="NCHW" if reshape else "NLC",
                                           intermediates_only=True)
 
     def prune_intermediate_layers(self, indices: int | Sequence[int] = 1, prune_norm: bool = False,
                                   prune_head: bool = True) -> list[int]:
-        """Drops what these intermediates do not need. `.config` goes on describing the whole model."""
+        """Drops what these intermediates do not need; `.config` still describes the whole model."""
         wanted, last = feature_take_indices(len(self.blocks), indices)
         self.blocks = self.blocks[:last + 1]
         if prune_norm if self.final_norm == "before_pool" else prune_head:
@@ -208,27 +178,22 @@ class ViT(nn.Module):
 
     def _after_each(self, blocks: nn.Sequential, x: Tensor) -> Iterator[Tensor]:
         """The tokens `[B, N, D]` after each block."""
+        recomputes = self.grad_checkpointing and torch.is_grad_enabled()
         for i, block in enumerate(blocks):
             follows = i % self.share_maps > 0
             if not follows and self.share_maps > 1:
                 qk = block.shared(x)
-            x = self._run(block, x, qk) if follows else self._run(block, x)
+            inputs = (x, qk) if follows else (x,)
+            x = checkpoint_block(block, *inputs) if recomputes else block(*inputs)
             yield x
-
-    def _run(self, block: nn.Module, *inputs: Any) -> Tensor:
-        recomputes = self.grad_checkpointing and torch.is_grad_enabled()
-        return checkpoint_block(block, *inputs) if recomputes else block(*inputs)
 
     def _norm_of_tokens(self, x: Tensor) -> Tensor:
         return self.norm(x) if self.final_norm == "before_pool" else x
 
     def set_input_size(self, img_size: int | Sequence[int] | None = None,
                        patch_size: int | Sequence[int] | None = None) -> None:
-        """Another image or patch size, in pixels: positions and patch kernel are resampled as timm does it.
-
-        Raises:
-            UserError: sizes that do not fit together; nothing has changed then.
-        """
+        """Another image or patch size, in pixels: positions and patch kernel are resampled as timm does it. UserError
+        for sizes that do not fit together, which change nothing."""
         before = self.grid_size
         self.patch_embed.set_input_size(img_size, patch_size)
         if self.grid_size != before:
@@ -251,16 +216,12 @@ class ViT(nn.Module):
         """timm's factory notes its keywords; `.config` has them already."""
 
     def freeze(self, part: int | Literal["backbone"]) -> None:
-        """Keeps the stem and so many first blocks ("backbone": all but the head) as they are: without gradients, and in
-        eval mode whatever mode the rest is in, so that nothing is dropped and no statistics move.
-
-        Raises:
-            UserError: more blocks than there are.
-        """
-        if part != "backbone" and not 0 <= part <= len(self.blocks):
-            raise UserError(f"freeze={part} is no number of blocks of this model, which has {len(self.blocks)}: give 0 "
-                            f"(the stem alone) to {len(self.blocks)}, or backbone (all but the head).")
+        """Keeps the stem and the first `part` blocks ("backbone": all but the head) as they are: without gradients, and
+        in eval mode whatever mode the rest is in, so that nothing is dropped and no statistics move."""
         whole = part == "backbone"
+        if not whole and not 0 <= part <= len(self.blocks):
+            raise UserError(f"freeze={part} does not fit a model of {len(self.blocks)} blocks: give 0 (the stem alone) "
+                            f"to {len(self.blocks)}, or backbone (all but the head).")
         self._frozen = [self.patch_embed, self.pos_drop, *self.blocks[:None if whole else part],
                         *([self.norm, self.pre_logits] if whole else [])]
         kept = nn.ModuleList(self._frozen)
@@ -268,7 +229,7 @@ class ViT(nn.Module):
             tensor.requires_grad_(False)
         for norm in kept.modules():
             if isinstance(norm, nn.modules.batchnorm._BatchNorm):
-                norm.track_running_stats = False  # nor are they taken anew for an average
+                norm.track_running_stats = False  # nor are they recomputed for an average
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "ViT":
@@ -302,30 +263,23 @@ class ViT(nn.Module):
 
 
 def pool_of(global_pool: str) -> str:
-    """Our name of a pooling in timm's words: "token", "avg", "" (none), or one of `POOLS`."""
+    """Our name of timm's pooling: "token", "avg", "" (none), or one of `POOLS`."""
     pool = {"token": "cls"}.get(global_pool, global_pool)
     if pool not in POOLS:
-        raise UserError(f"global_pool='{global_pool}' is no pooling of this model: choose from token, "
+        raise UserError(f"global_pool='{global_pool}' is not known: choose from token, "
                         f"{', '.join(filter(None, POOLS))}, or '' for none.")
     return pool
 
 
-def _choose(setting: str, name: str, choices: Mapping[str, Any]) -> Any:
-    if name not in choices:
-        raise UserError(f"{setting}={name} is not known: choose from {', '.join(choices)}."
-                        f"{did_you_mean(name, choices)}")
-    return choices[name]
-
-
 def _attention(rule: Mapping[str, Any], dim: int, shared: Mapping[str, Any], **place: int) -> Attention:
-    """An attention by its rule; a class that has parameters `block_index` or `depth` is told where it stands."""
+    """An attention by its rule; its `place` goes to a class with parameters `block_index` or `depth`."""
     options = {name: value for name, value in rule.items() if name not in ("class", "name")}
-    cls = _choose("attention.class", rule.get("class", ""), ATTENTIONS)
+    cls = choose("attention.class", rule.get("class", ""), ATTENTIONS)
     return cls(dim, **{**shared, **options, **_wanted(cls, **place)})
 
 
 def _wanted(cls: type, **offered: Any) -> dict[str, Any]:
-    """What of `offered` the constructor has parameters for."""
+    """Those of `offered` that the constructor has parameters for."""
     return {name: value for name, value in offered.items() if name in inspect.signature(cls).parameters}
 
 

@@ -1,9 +1,9 @@
 """The algebra that lets re-attention run without a map in memory. Exact, for maps whose rows sum to one (no dropout).
 
-BatchNorm over heads stands between two linear maps, so it is an affine on the *output*. With the centred maps
+BatchNorm over heads lies between two linear maps, so it is an affine on the *output*. With the centred maps
 `C_g = A_g - 1/N`, `M_h = sum_g mix[h, g] C_g` (which has mean 0 whatever A is) and `total_h = sum_j v_h[j]`:
 
-    U_h   = M_h v_h                              the core: one pass over the maps, see `plain.centred_mix`
+    U_h   = M_h v_h                              the core: one pass over the maps, see `reference.centred_mix`
     out_h = gain_h U_h + shift_h total_h
     training with norm:  gain = s gamma / sqrt(sum M^2 / n + eps),  shift = s beta,  s = map_scale,
                          the sum over the n = norm_batch N^2 entries of a group of images
@@ -27,12 +27,8 @@ def fold(mix: Tensor, bias: Tensor | None = None, norm: HeadNorm | None = None,
          map_scale: float = 1.0) -> tuple[Tensor, Tensor]:
     """Evaluation in one mix and one rank-one term: `out_h = sum_g mix'[h, g] A_g v_h + shift'_h sum_j v_h[j]`.
 
-    Args:
-        mix, bias: Theta `[H, H]` and its bias `[H]` or None; norm: with running statistics, or None.
-    Returns:
-        mix' `[H, H]` and shift' `[H]`, in at least float32; differentiable in mix, bias, gamma and beta.
-    Errors:
-        UserError if the norm keeps no running statistics.
+    Takes Theta `[H, H]`, its bias `[H]` or None and a norm with running statistics (else UserError) or None; returns
+    mix' `[H, H]` and shift' `[H]` in at least float32, differentiable in mix, bias, gamma and beta.
     """
     mix = at_least_float(mix)
     shift = mix.new_zeros(mix.shape[0]) if bias is None else bias.to(mix.dtype)
@@ -50,13 +46,8 @@ def at_least_float(t: Tensor) -> Tensor:
 
 
 def group_mean(x: Tensor, size: int | None) -> tuple[Tensor, Tensor | int]:
-    """The mean of `x [B, H]` over the group that each image is in: `size` consecutive images, the last what is left.
-
-    None: all are one group.
-
-    Returns:
-        the means, `[B, H]`, and the number of images in the group, `[B, 1]` or one number for all.
-    """
+    """The mean of `x [B, H]` over each image's group: `size` consecutive images (None: all), in the last group the
+    rest; and the number of images in that group, `[B, 1]` or one number for all."""
     B, H = x.shape
     if size is None:
         return x.mean(dim=0, keepdim=True).expand(B, H), B
@@ -69,29 +60,23 @@ def group_mean(x: Tensor, size: int | None) -> tuple[Tensor, Tensor | int]:
 def batch_gain(sumsq: Tensor, tokens: int, mean: Tensor, norm: HeadNorm, norm_batch: int | None,
                map_scale: float) -> Tensor:
     """`gain [B, H]` from each image's `sumsq [B, H] = sum M^2` over tokens^2 entries; moves the running statistics.
-
-    mean: of the maps that the norm sees, `[H]`, the same in every group: rows of A sum to one.
-    """
+    `mean [H]` of the maps that the norm sees is the same in every group, as rows of A sum to one."""
     last = (sumsq.shape[0] - 1) % (norm_batch or sumsq.shape[0]) + 1  # images of the last group
     if tokens == 1 and last == 1:
         raise UserError("Batch statistics of one entry do not exist: train the head norm on more than one token.")
     var, images = group_mean(sumsq / tokens**2, norm_batch)  # [B, H], biased
     if norm.running_mean is not None and norm.running_var is not None:
-        update_running(norm, var, images * tokens**2, mean)
+        count = images * tokens**2
+        with torch.no_grad():  # one move, to the mean over the images: linear, so that averages of moves are exact
+            unbiased = (var * (count / (count - 1))).mean(dim=0)  # [H]
+            norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
+            norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), norm.momentum)
     return norm.gamma.to(var.dtype) * (var + norm.eps).rsqrt() * map_scale
 
 
-@torch.no_grad()
-def update_running(norm: HeadNorm, var: Tensor, count: Tensor | int, mean: Tensor) -> None:
-    """One move, to the mean over the images of their groups' statistics: linear, so averages of moves are exact."""
-    unbiased = (var * (count / (count - 1))).mean(dim=0)  # [H]
-    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
-    norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), norm.momentum)
-
-
 class _AffineInPlace(torch.autograd.Function):
-    """`gain_h U_h + shift_h total_h` written over U. Keeps its own output for the backward, which the next layer
-    keeps anyway, instead of U; U itself only where the output has lost it (`_recoverable`)."""
+    """`gain_h U_h + shift_h total_h` written over U. Keeps its output for the backward, which the next layer keeps
+    anyway, and U only where it cannot be recovered from the output."""
 
     @staticmethod
     def forward(ctx, u: Tensor, gain: Tensor, total: Tensor, shift: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
-"""The core of the affine form as a torch operator: autograd and torch.compile see one node, whatever runs it."""
+"""The one entrance to re-attention, which chooses how and never what; and the core of the affine form as a torch
+operator: autograd and torch.compile see one node, whatever runs it."""
 
 import importlib.util
 import logging
@@ -6,20 +7,95 @@ from functools import cache
 from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from deepvit.errors import UserError
-from deepvit.ops import native, tiles
-from deepvit.ops.plain import tokens_first
+from deepvit.ops import affine, native, reference, tiles
+from deepvit.ops.reference import HeadNorm, is_plain
+from deepvit.ops.tiles import tokens_first
+
+LIFT = 64  # on U before the norm: near initialisation it is below float16's normal range, trained far from its end
 
 log = logging.getLogger("deepvit.ops")
 
 
+def reattention(q: Tensor, k: Tensor, v: Tensor, mix: Tensor | None = None, bias: Tensor | None = None, *,
+                norm: HeadNorm | None = None, gain: Tensor | float = 1.0, centre: float = 0.0,
+                scale: float | None = None, map_scale: float = 1.0, dropout_p: float = 0.0, training: bool = False,
+                norm_batch: int | None = None) -> Tensor:
+    """`reference.reattention`, with the same arguments, by the fastest path that is proven for these tensors; logs once
+    which. Returns `[B, H, N, d]`, in autocast's dtype where that is on, else q's. Its gradient can be taken once."""
+    device = q.device.type
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if mix is None and norm is None and is_plain(gain, centre):
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p if training else 0.0, scale=scale)
+        return out if map_scale == 1.0 else out * map_scale
+    rest = {"norm": norm, "gain": gain, "centre": centre, "scale": scale, "map_scale": map_scale, "training": training,
+            "norm_batch": norm_batch}
+    if device == "meta":  # shapes and counts of operations, no values
+        return _by_definition(q, k, v, mix, bias, dropout_p=dropout_p, **rest)
+    if torch.is_autocast_enabled(device) and q.dtype != torch.float64:
+        q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
+    path, why = choose(q, k, v, dropout_p=dropout_p, training=training)
+    if why and not torch.compiler.is_compiling():
+        kept = 4 * q.shape[1] * q.shape[2] * k.shape[2] * max(4, q.dtype.itemsize) / 1e6  # 4 maps, float32 or more
+        announce(path, f"{why}; it keeps {kept:.1f} MB of maps an image and block")
+    with torch.autocast(device, enabled=False):
+        if path == "reference":
+            return _by_definition(q, k, v, mix, bias, dropout_p=dropout_p, **rest)
+        return _by_affine(path, q, k, v, mix, bias, **rest)
+
+
+def choose(q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float = 0.0, training: bool = False) -> tuple[str, str]:
+    """The path for these tensors, "reference", "plain" or "core", and why not the core."""
+    if training and dropout_p > 0:
+        return "reference", "attention dropout needs the maps"
+    if not q.shape == k.shape == v.shape:
+        return "reference", "queries, keys and values differ in shape"
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        return "plain", "exports hold plain operations only"
+    if torch._C._are_functorch_transforms_active():
+        return "plain", "function transforms need plain operations"
+    return "core", ""
+
+
 @cache
 def announce(path: str, why: str) -> None:
-    """Log a slower path once in the life of the process."""
+    """Logs a slower path once per process."""
     log.info("re-attention takes the %s path: %s", path, why)
+
+
+def _by_definition(q, k, v, mix, bias, **rest) -> Tensor:
+    """The reference in at least float32: half precision drowns the maps near initialisation (38 to 64 % error)."""
+    wide = [None if x is None else affine.at_least_float(x) for x in (q, k, v, mix, bias)]
+    return reference.reattention(*wide, **rest).to(v.dtype)
+
+
+def _by_affine(path, q, k, v, mix, bias, *, norm, gain, centre, scale, map_scale, training, norm_batch) -> Tensor:
+    H, N = q.shape[1:3]
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if mix is None:
+        mix, bias = torch.eye(H, dtype=wide, device=q.device), None
+    mix = mix.to(wide)
+    by_batch = training and norm is not None
+    if not by_batch:
+        mix, shift = affine.fold(mix, bias, norm, map_scale)
+    uniform = (1 - centre) * mix.sum(dim=1) / N  # [H], the mean of the mixed maps
+    mix = mix if is_plain(gain, 0.0) else mix * gain
+    compute = reference.centred_mix if path == "plain" else centred_mix
+    if not by_batch:
+        u, _, total = compute(q, k, v, mix, scale, False)[:3]
+        return affine.affine_out(u, None, total, shift + uniform)
+    u, sumsq, total = compute(q, k, v, LIFT * mix, scale, True)[:3]
+    mean = uniform if bias is None else uniform + bias.to(wide)
+    gains = affine.batch_gain(sumsq / LIFT**2, N, mean, norm, norm_batch, map_scale) / LIFT
+    shift = norm.beta.to(wide)
+    shift = shift if map_scale == 1.0 else shift * map_scale  # a product by 1 breaks inductor's recomputation (2.15)
+    if bias is not None:
+        shift = shift + 0 * bias.to(wide)  # it cancels; DDP wants the gradient of zeros that it has
+    return affine.normalised(u, gains, total, shift)
 
 
 @cache
@@ -46,7 +122,7 @@ def _form_of(q: Tensor) -> ModuleType:
 @torch.library.custom_op("deepvit::centred_mix", mutates_args=())
 def centred_mix(q: Tensor, k: Tensor, v: Tensor, mix: Tensor, scale: float,
                 statistics: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`plain.centred_mix` and, as a fourth, what its backward wants besides the inputs (empty but from Triton)."""
+    """`reference.centred_mix` and what its backward needs besides the inputs (empty except from Triton)."""
     with torch.autocast(q.device.type, enabled=False), torch.cuda.device_of(q):
         u, sumsq, total, *kept = _form_of(q).centred_mix(q, k, v, mix, scale, statistics)
     return u, sumsq, total, kept[0] if kept else mix.new_empty(0)
@@ -73,7 +149,7 @@ def _(du, dsumsq, dtotal, q, k, v, mix, kept, scale):
     return *(tokens_first(x) for x in (q, k, v)), mix.new_empty(mix.shape)
 
 
-def _setup(ctx, inputs, output) -> None:
+def _setup(ctx, inputs, output):
     q, k, v, mix, scale, _ = inputs
     ctx.save_for_backward(q, k, v, mix, output[3])
     ctx.scale = scale
@@ -95,17 +171,17 @@ def _second_backward(ctx, *grads):
 centred_mix_backward.register_autograd(_second_backward)
 
 
-# Matrix products only, as torch counts; a backward that computes the maps anew counts those too, as torch's attention.
+# Matrix products only, as torch counts; recomputing the maps in backward counts too, as in torch's attention.
 
 @register_flop_formula(torch.ops.deepvit.centred_mix)
 def _flops(q, k, v, mix, *_, **__) -> int:
-    """Operations for these shapes: `q k^T`, the mix over heads, maps times v."""
+    """`q k^T`, the mix over heads, maps times v."""
     B, H, N, d = q
     return 2 * B * H * N * N * (2 * d + H)
 
 
 @register_flop_formula(torch.ops.deepvit.centred_mix_backward)
 def _flops_backward(du, dsumsq, dtotal, q, *_, **__) -> int:
-    """`q k^T` and the mix anew; then two products each for q k^T, the mix and maps times v."""
+    """`q k^T` and the mix again; then two products each for q k^T, the mix and maps times v."""
     B, H, N, d = q
     return 2 * B * H * N * N * (5 * d + 3 * H)

@@ -1,4 +1,4 @@
-// The core of the affine form (see affine.py, plain.py) as one parallel region: each task is some query rows of one
+// The core of the affine form (see affine.py, reference.py) as one parallel region: each task is some query rows of one
 // sample, whose maps of all heads never leave the core's cache. Compiled at first use by native.py; float32.
 //
 // Every array a task works on is padded with zeros to whole vectors: tokens to Np, head width to Dp, rows to 8.

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from deepvit.ops.plain import tokens_first
+from deepvit.ops.tiles import tokens_first
 
 SOURCE = Path(__file__).with_name("native.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp")
@@ -35,8 +35,8 @@ class Sizes(ctypes.Structure):
 
 def _processor() -> list[str]:
     """What `-march=native` looks at: a home may be shared with machines that lack this one's instructions."""
-    told = ("model name", "flags", "Features", "CPU part")  # x86 and Arm
-    lines = {line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(told)}
+    fields = ("model name", "flags", "Features", "CPU part")  # x86 and Arm
+    lines = {line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(fields)}
     return [platform.machine(), *sorted(lines)]
 
 
@@ -56,8 +56,8 @@ def _build(library: Path, compiler: str) -> None:
         subprocess.run([compiler, *_flags(), "-c", SOURCE, "-o", objects], check=True, capture_output=True)
         # linked without -fopenmp: the OpenMP runtime is the one torch has loaded, so that both share its threads
         subprocess.run([compiler, "-shared", objects, "-o", linked], check=True, capture_output=True)
-        ctypes.CDLL(str(linked))  # what does not load is not kept
-        linked.replace(library)  # whole or not at all, also if several processes build
+        ctypes.CDLL(str(linked))  # one that does not load is not kept
+        linked.replace(library)  # atomic, as several processes may build at once
 
 
 @cache
@@ -81,7 +81,7 @@ def load() -> tuple[ctypes.CDLL | None, str]:
 
 
 def instructions() -> str | None:
-    """What the compiled form was built for, in torch's words: AVX512, AVX2 or DEFAULT; None without it."""
+    """What the compiled form was built for, as torch names it: AVX512, AVX2 or DEFAULT; None without it."""
     library, _ = load()
     return library and ctypes.c_char_p.in_dll(library, "deepvit_instructions").value.decode()
 
@@ -117,7 +117,7 @@ def _pointers(*tensors: Tensor) -> list[ctypes.c_void_p]:
 
 def centred_mix(q: Tensor, k: Tensor, v: Tensor, mix: Tensor, scale: float,
                 statistics: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """`plain.centred_mix` for float32 and half precision, computed in float32; no gradient of its own."""
+    """`reference.centred_mix` for float32 and half precision, computed in float32, without autograd."""
     dtype = q.dtype
     q, k, v = _float_inputs(q, k, v)
     mix, sizes = mix.contiguous(), _sizes(q, scale)

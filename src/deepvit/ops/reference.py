@@ -13,10 +13,8 @@ from torch import Tensor, nn
 
 
 class HeadNorm(NamedTuple):
-    """BatchNorm over the head axis of `[B, H, N, N]` maps, as the arguments of `F.batch_norm`.
-
-    `running_mean` and `running_var` are updated in place in training, and may both be None there (no update).
-    """
+    """BatchNorm over the head axis of `[B, H, N, N]` maps, as the arguments of `F.batch_norm`. The running statistics
+    are updated in place in training, and may both be None there (no update)."""
 
     gamma: Tensor  # [H]
     beta: Tensor  # [H]
@@ -27,7 +25,7 @@ class HeadNorm(NamedTuple):
 
     @classmethod
     def of(cls, norm: nn.BatchNorm2d) -> "HeadNorm":
-        """A module's own; momentum None (torch's `update_bn` sets it) is the average of all batches counted so far."""
+        """Of a module; momentum None (set by torch's `update_bn`) averages all batches counted so far."""
         momentum = 1 / max(1, int(norm.num_batches_tracked)) if norm.momentum is None else norm.momentum
         return cls(norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps, momentum)
 
@@ -58,11 +56,9 @@ def mix_heads(maps: Tensor, mix: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def batch_norm(x: Tensor, norm: HeadNorm, training: bool, norm_batch: int | None = None) -> Tensor:
-    """`F.batch_norm` of `x [B, C, ...]`, in training over each group of `norm_batch` consecutive images separately.
-
-    The last group holds the images that are left. Running statistics make one move, the mean over the images of what
-    their groups would do.
-    """
+    """`F.batch_norm` of `x [B, C, ...]`, in training over each group of `norm_batch` consecutive images separately
+    (None: all; the last group holds the rest), so that it does not depend on how a batch is split over devices. Running
+    statistics make one move, the mean over the images of their groups' moves."""
     if not training or norm_batch is None or len(x) <= norm_batch:
         return F.batch_norm(x, norm.running_mean, norm.running_var, norm.gamma, norm.beta, training, norm.momentum,
                             norm.eps)
@@ -94,21 +90,31 @@ def reattention(q: Tensor, k: Tensor, v: Tensor, mix: Tensor | None = None, bias
                 norm: HeadNorm | None = None, gain: Tensor | float = 1.0, centre: float = 0.0,
                 scale: float | None = None, map_scale: float = 1.0, dropout_p: float = 0.0, training: bool = False,
                 norm_batch: int | None = None) -> Tensor:
-    """Re-attention by its definition; materialises the `[B, H, N, N]` maps.
+    """Re-attention of q, k, v `[B, H, N, d]` by its definition, with the maps `[B, H, N, N]` in memory.
 
     Args:
-        q, k, v: `[B, H, N, d]`.
         mix, bias: Theta `[H, H]` (row = new head, column = source head) and its bias `[H]`; None: no mixing.
-        norm: BatchNorm over heads, or None.
+        norm: BatchNorm over heads, or None; norm_batch: see `batch_norm`.
         gain, centre: see `contrast`, which acts before dropout and mix.
         scale: factor on `q k^T`; default d^-0.5.
         map_scale: factor on the maps after the norm (the published `transform_scale`).
         dropout_p: dropout on the maps before the mix, in training only.
         training: batch statistics and dropout; else running statistics.
-        norm_batch: batch statistics are those of groups of so many consecutive images (the last one holds what is
-            left), so that they do not depend on how a batch is dealt out; None: of the whole batch.
-    Returns:
-        `[B, H, N, d]`.
     """
     maps = F.dropout(contrast(softmax_maps(q, k, scale), gain, centre), dropout_p, training)
     return exchange_heads(maps, mix, bias, norm=norm, map_scale=map_scale, training=training, norm_batch=norm_batch) @ v
+
+
+def centred_mix(q: Tensor, k: Tensor, v: Tensor, mix: Tensor, scale: float,
+                statistics: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """What every core of the affine form computes (see `affine`); this one, for exports and function transforms alone,
+    keeps the maps.
+
+    From q, k, v `[B, H, N, d]` of any strides and mix `[H, H]` in float32 (float64 if q is), with
+    `C = softmax(scale q k^T) - 1/N` and `M_h = sum_g mix[h, g] C_g`: U `[B, H, N, d]` = M v in v's dtype; sumsq
+    `[B, H]` = sum of M^2 over both N (zeros without `statistics`) and total `[B, H, d]` = sum of v over N in mix's.
+    """
+    maps = softmax_maps(q.to(mix.dtype), k.to(mix.dtype), scale) - 1 / k.shape[2]  # [B, H, N, N], rows sum to 0
+    mixed = torch.einsum("hg,bgij->bhij", mix, maps)  # [B, H, N, N], rows sum to 0
+    sumsq = mixed.square().sum(dim=(2, 3)) if statistics else mix.new_zeros(mixed.shape[:2])
+    return (mixed @ v.to(mix.dtype)).to(v.dtype), sumsq, v.sum(dim=2, dtype=mix.dtype)

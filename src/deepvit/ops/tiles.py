@@ -13,8 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deepvit.ops.plain import tokens_first
-
 # Of one maps buffer; two are alive in forward, three in backward
 CPU_TILE = 2_900_000  # bytes: 2 MiB of L2 and a shared L3
 DEVICE_TILE = 85_000_000  # bytes: matrix products large enough for a GPU, a quarter of a gigabyte at once
@@ -22,14 +20,16 @@ DEVICE_TILE = 85_000_000  # bytes: matrix products large enough for a GPU, a qua
 _workspace = threading.local()
 
 
+def tokens_first(x: Tensor) -> Tensor:
+    """An empty `[B, H, N, d]` laid out `[B, N, H, d]`, so that the reshape to `[B, N, D]` after attention is a view."""
+    B, H, N, d = x.shape
+    return x.new_empty_strided((B, H, N, d), (N * H * d, d, H * d, 1))
+
+
 class Tile(NamedTuple):
     samples: slice
     rows: slice
     shape: tuple[int, int, int]  # S, R, N
-
-    @property
-    def last(self) -> bool:
-        return self.rows.stop == self.shape[2]
 
 
 def cover(batch: int, heads: int, tokens: int, itemsize: int, device: str) -> Iterator[Tile]:
@@ -72,23 +72,22 @@ class _Maps:
     """The maps of one tile: `softmax [H + 1, S, R, N]` (the last is the constant) and scratch of `[H, S, R, N]`."""
 
     def __init__(self, mix: Tensor, tile: Tile, scratch: int):
-        heads, (S, R, N) = len(mix), tile.shape
-        self.softmax, *self.scratch = _buffers(mix, (heads + 1, S, R, N), *[(heads, S, R, N)] * scratch)
-        self.softmax[heads].fill_(1 / N)
-        self.heads = heads
+        H, (S, R, N) = len(mix), tile.shape
+        self.softmax, *self.scratch = _buffers(mix, (H + 1, S, R, N), *[(H, S, R, N)] * scratch)
+        self.softmax[-1].fill_(1 / N)
 
     def fill(self, q: Tensor, k: Tensor, mix: Tensor) -> Tensor:
         """Computes the softmax maps, and returns the mixed centred ones `[H, S, R, N]` in the first scratch."""
         logits = self.scratch[0]
         torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT, out=logits.flatten(0, 1))
-        torch.softmax(logits, dim=-1, out=self.softmax[:self.heads])
+        torch.softmax(logits, dim=-1, out=self.softmax[:-1])
         torch.mm(mix, self.softmax.flatten(1), out=logits.flatten(1))
         return logits
 
 
 def centred_mix(q: Tensor, k: Tensor, v: Tensor, mix: Tensor, scale: float,
                 statistics: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """`plain.centred_mix` tile by tile; no gradient of its own."""
+    """`reference.centred_mix` tile by tile, without autograd."""
     B, H, N, d = q.shape
     dtype = mix.dtype
     u = tokens_first(q)  # [B, H, N, d]
@@ -123,28 +122,20 @@ def centred_mix_backward(du: Tensor, dsumsq: Tensor, dtotal: Tensor, q: Tensor, 
             dvalues = torch.empty_like(values).copy_(dtotal[tile.samples].transpose(0, 1)[:, :, None])
         queries, dout = _heads_first(q, tile, dtype, True, scale), _heads_first(du, tile, dtype, True)  # [H, S, R, d]
         maps = _Maps(mix, tile, scratch=2)
-        mixed = maps.fill(queries, keys, centring)
-        dmaps = _into_maps(maps, mixed, mix, dout, values, twice[:, tile.samples], dvalues, dmix)
-        dqueries = torch.bmm(dmaps.flatten(0, 1), keys.flatten(0, 1)).view(dout.shape)
+        mixed, dmixed = maps.fill(queries, keys, centring), maps.scratch[1]
+        _accumulate(dvalues, mixed, dout)
+        torch.bmm(dout.flatten(0, 1), values.flatten(0, 1).mT, out=dmixed.flatten(0, 1))
+        dmixed.addcmul_(mixed, twice[:, tile.samples])
+        dmix.addmm_(dmixed.flatten(1), maps.softmax.flatten(1).T)
+        dmaps = torch.mm(mix.T, dmixed.flatten(1), out=mixed.flatten(1)).view(mixed.shape)  # [H, S, R, N]
+        dlogits = torch.ops.aten._softmax_backward_data.out(dmaps, maps.softmax[:-1], -1, dtype, grad_input=dmixed)
+        dqueries = torch.bmm(dlogits.flatten(0, 1), keys.flatten(0, 1)).view(dout.shape)
         torch.mul(dqueries.transpose(0, 1), scale, out=dq[tile.samples, :, tile.rows])
-        _accumulate(dkeys, dmaps, queries)
-        if tile.last:
+        _accumulate(dkeys, dlogits, queries)
+        if tile.rows.stop == N:
             dk[tile.samples].copy_(dkeys.transpose(0, 1))
             dv[tile.samples].copy_(dvalues.transpose(0, 1))
     return dq, dk, dv, dmix[:, :H] - dmix[:, H:]
-
-
-def _into_maps(maps: _Maps, mixed: Tensor, mix: Tensor, dout: Tensor, values: Tensor, twice: Tensor, dvalues: Tensor,
-               dmix: Tensor) -> Tensor:
-    """One tile's gradient of the logits `[H, S, R, N]`; adds to `dvalues` and `dmix` on the way."""
-    dmixed = maps.scratch[1]
-    _accumulate(dvalues, mixed, dout)
-    torch.bmm(dout.flatten(0, 1), values.flatten(0, 1).mT, out=dmixed.flatten(0, 1))
-    dmixed.addcmul_(mixed, twice)
-    dmix.addmm_(dmixed.flatten(1), maps.softmax.flatten(1).T)
-    dsoftmax = torch.mm(mix.T, dmixed.flatten(1), out=mixed.flatten(1)).view(mixed.shape)
-    softmax = maps.softmax[:maps.heads]
-    return torch.ops.aten._softmax_backward_data.out(dsoftmax, softmax, -1, softmax.dtype, grad_input=dmixed)
 
 
 def _accumulate(into: Tensor, maps: Tensor, rows: Tensor) -> None:

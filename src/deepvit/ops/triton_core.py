@@ -9,8 +9,8 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from deepvit.ops import triton_backward, triton_kernels
-from deepvit.ops.plain import tokens_first
+from deepvit.ops import triton_kernels
+from deepvit.ops.tiles import tokens_first
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -117,7 +117,7 @@ def forward_launch(q: Tensor, k: Tensor, v: Tensor, mix: Tensor,
 
 def centred_mix(q: Tensor, k: Tensor, v: Tensor, mix: Tensor, scale: float,
                 statistics: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`plain.centred_mix` for q, k, v of float32 or half precision, and the rows' log2-sum-exp2 `[B, H, N]`."""
+    """`reference.centred_mix` for q, k, v of float32 or half precision, and the rows' log2-sum-exp2 `[B, H, N]`."""
     launch, (u, lse, sumsq) = forward_launch(q, k, v, mix, scale)
     launch.run()
     return u, sumsq[:, :, :q.shape[1]].sum(dim=1), v.sum(dim=2, dtype=mix.dtype), lse
@@ -135,8 +135,8 @@ def backward_launches(du: Tensor, dsumsq: Tensor, dtotal: Tensor, q: Tensor, k: 
     sizes = (*_sizes(q, d), scale, scale * LOG2_E)
     grid, key_grid = (triton.cdiv(N, options["BM"]), B), (triton.cdiv(N, key_options["BN"]), B)
     delta, dmix = torch.empty_like(lse), mix.new_empty(B * grid[0], 16, 16)
-    return (Launch(triton_backward.bwd_dq, grid, (*given, dq, delta, dmix, *sizes), options),
-            Launch(triton_backward.bwd_dkv, key_grid, (*given, delta, dtotal.contiguous(), dk, dv, *sizes), key_options)
+    return (Launch(triton_kernels.bwd_dq, grid, (*given, dq, delta, dmix, *sizes), options),
+            Launch(triton_kernels.bwd_dkv, key_grid, (*given, delta, dtotal.contiguous(), dk, dv, *sizes), key_options)
             ), (dq, dk, dv, dmix)
 
 

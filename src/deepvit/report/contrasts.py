@@ -1,4 +1,4 @@
-"""Contrasts of a study, named in its sweep file before it runs (docs/tables.md has the keys), paired by seed."""
+"""Contrasts of a study, named in its sweep file before it runs (keys: docs/tables.md), paired by seed."""
 
 import math
 from collections import defaultdict
@@ -17,13 +17,13 @@ WHERE = "hydra.callbacks.sweep.statistics"
 OUTCOMES = {"top1": "top-1 of the last step", "uncalibrated_top1": "top-1 of the last step",
             "best_top1": "the best top-1 of each run, chosen on the images that it is measured on"}
 LEVEL = 0.05
-MOST_PRIMARY = 3
-ENOUGH = 3  # seeds of which an interval says something
+MAX_PRIMARY = 3
+MIN_SEEDS = 3  # for an interval that says something
 
 
 @dataclass(frozen=True)
 class Contrast:
-    """`plus` less `minus`, at the settings `at`; with `against` less the same difference there."""
+    """`plus` minus `minus`, at the settings `at`; with `against` minus the same difference there."""
 
     name: str
     plus: Mapping[str, Any]
@@ -35,13 +35,13 @@ class Contrast:
 
     @property
     def arms(self) -> list[tuple[int, dict[str, Any]]]:
-        """Sign and settings of each."""
+        """Sign and settings of each arm."""
         arms = [(1, {**self.at, **self.plus}), (-1, {**self.at, **self.minus})]
         return arms + [(-sign, {**arm, **self.against}) for sign, arm in arms if self.against]
 
     @property
     def meaning(self) -> str:
-        plus, minus, at, against = map(_said, (self.plus, self.minus, self.at, self.against))
+        plus, minus, at, against = map(_in_words, (self.plus, self.minus, self.at, self.against))
         return f"{plus} minus {minus}{at and f', at {at}'}{against and f', less the same at {against}'}"
 
 
@@ -63,7 +63,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Finding:
-    """What came of a contrast. `points`: the difference of each seed; `left_out`: seeds with a run missing;
+    """A contrast's result. `points`, `losses`: the difference of each seed; `left_out`: seeds with a run missing;
     `adjusted`: Holm's p, of the primary ones; `problem`: why there are no pairs."""
 
     contrast: Contrast
@@ -76,7 +76,7 @@ class Finding:
 
     @property
     def is_enough(self) -> bool:
-        return len(self.points) >= ENOUGH
+        return len(self.points) >= MIN_SEEDS
 
     @cached_property
     def difference(self) -> Summary | None:
@@ -96,7 +96,7 @@ class Finding:
 
     @property
     def p(self) -> float:
-        """Of what the claim denies: no difference, or one of the margin or more."""
+        """Of what the claim denies: no difference, or one of at least the margin."""
         return self.equivalence.p if self.contrast.claim == "equal" else self.p_different
 
     @property
@@ -125,24 +125,24 @@ def read_plan(given: Mapping[str, Any]) -> Plan:
     for name, one in given["contrasts"].items():
         check_arguments(Contrast, one, f"{WHERE}.contrasts.{name}", ignore_missing=("name",))
         contrasts.append(Contrast(**{**one, "name": name}))
-    if sum(one.primary for one in contrasts) > MOST_PRIMARY:
-        raise UserError(f"{WHERE}.contrasts has more than {MOST_PRIMARY} with primary: true: choose those that carry "
+    if sum(one.primary for one in contrasts) > MAX_PRIMARY:
+        raise UserError(f"{WHERE}.contrasts has more than {MAX_PRIMARY} with primary: true: choose those that carry "
                         f"the study.")
     return Plan(**{**given, "contrasts": sorted(contrasts, key=lambda one: not one.primary)})
 
 
 def plan_of(grid: Grid) -> Plan | None:
-    """As its sweep's record has it."""
+    """From its sweep's record."""
     return read_plan(grid.sweep.statistics) if grid.sweep and grid.sweep.statistics else None
 
 
 def find(plan: Plan, grid: Grid) -> list[Finding]:
-    """The contrasts of a plan in the cells of its sweep."""
+    """A plan's contrasts in the runs of its sweep."""
     found = []
     for contrast in plan.contrasts:
         try:
-            points, left_out = _paired(contrast, grid.planned, plan.outcome)
-            losses, _ = _paired(contrast, grid.planned, plan.loss)
+            points, left_out = _pair(contrast, grid.planned, plan.outcome)
+            losses, _ = _pair(contrast, grid.planned, plan.loss)
             found.append(Finding(contrast, plan.margin, points, losses, left_out))
         except LookupError as error:
             found.append(Finding(contrast, plan.margin, {}, {}, [], problem=error.args[0]))
@@ -151,32 +151,31 @@ def find(plan: Plan, grid: Grid) -> list[Finding]:
     return [replace(one, adjusted=p) for one, p in zip(primary, adjusted)] + found[len(primary):]
 
 
-def _paired(contrast: Contrast, runs: Sequence[Run], outcome: str) -> tuple[dict[int, float], list[int]]:
-    """The difference of each seed, the mean over what all arms have in common and the contrast leaves open; and the
-    seeds that lack a run. Raises LookupError where an arm is no run's, or two runs' of one seed."""
+def _pair(contrast: Contrast, runs: Sequence[Run], outcome: str) -> tuple[dict[int, float], list[int]]:
+    """The difference of each seed, averaged over the settings that the contrast leaves open and all arms have; and the
+    seeds that lack a run. Raises LookupError if an arm has no run, or two of one seed."""
     places, arms, seeds = _places(contrast, runs), [], set()
     signs, settings = zip(*contrast.arms)
     for arm in settings:
         values: dict[str, dict[int, float]] = defaultdict(dict)
         for run, place in zip(runs, places):
             if all(run.chosen(name) == value for name, value in arm.items()):
-                seed = run.config.get("seed", 0)
-                if seed in values[place]:
-                    raise LookupError(f"several runs of one seed are {_said(arm)}: name what tells them apart")
+                if run.seed in values[place]:
+                    raise LookupError(f"several runs of one seed are {_in_words(arm)}: name what tells them apart")
                 plain = run.result.get(outcome.removeprefix("uncalibrated_"), math.nan)
-                values[place][seed] = run.result.get(outcome, plain)  # without batch statistics there is no other
-                seeds.add(seed)
+                values[place][run.seed] = run.result.get(outcome, plain)  # without batch statistics there is no other
+                seeds.add(run.seed)
         arms.append(values)
     common = set.intersection(*map(set, arms))
     if not common:
-        raise LookupError(f"no run is {' or '.join(map(_said, settings))}, all else alike")
+        raise LookupError(f"no run is {' or '.join(map(_in_words, settings))}, all else alike")
     found = {seed: sum(sign * values[place].get(seed, math.nan) for place in common
                        for sign, values in zip(signs, arms)) / len(common) for seed in sorted(seeds)}
     return ({seed: value for seed, value in found.items() if math.isfinite(value)},
             [seed for seed, value in found.items() if not math.isfinite(value)])
 
 
-def _said(settings: Mapping[str, Any]) -> str:
+def _in_words(settings: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={value}" for name, value in settings.items())
 
 

@@ -1,4 +1,4 @@
-"""Which runs belong in one table, what its axes are, and which of its runs are missing."""
+"""Which runs belong in one table, what its axes are, and what each of its cells holds."""
 
 import re
 from collections import Counter, defaultdict
@@ -9,25 +9,26 @@ from typing import Any
 
 from deepvit.report.runs import Run, Sweep, without_paths
 
-WIDEST = 3  # settings beside depth, attention and seed in which runs that were started alone may differ in one table
+MAX_VARYING = 3  # settings beside depth, attention and seed in which runs started alone may differ in one table
 # Settings that change no result, or that another one repeats.
 NOT_COMPARED = ("engine.", "probe.", "fresh", "dry", "logger", "seed", "data.root", "data.workers",
                 "data.eval_batch_size", "data.in_memory_mb", "data.max_bad", "data.on_error", "data.decoder",
                 "data.img_size", "data.on_device", "model.num_classes")
+AXES = ("model.depth", "model.attention.")  # always columns
 NAMED_GROUPS = ("augment", "precision")
 ATTENTION_ORDER = ("self", "norm_only", "reattention_fc", "reattention", "reattention_identity", "reattention_ln")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """All seeds of one configuration. `extras`: the values of the table's further columns; `settings`: of all that
-    differ in the table."""
+    """All seeds of one configuration. `extras`: the values of the table's further columns; `settings`: of all settings
+    that differ in the table."""
 
     depth: int
     attention: str
     extras: tuple[Any, ...]
-    runs: tuple[Run, ...] = ()
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    runs: tuple[Run, ...]
+    settings: Mapping[str, Any]
 
     @property
     def finished(self) -> list[Run]:
@@ -36,7 +37,7 @@ class Cell:
     @property
     def status(self) -> str:
         """What is not finished, in words; empty for a whole cell."""
-        return "; ".join(f"seed {run.config.get('seed')}: {run.progress}" if len(self.runs) > 1 else run.progress
+        return "; ".join(f"seed {run.seed}: {run.progress}" if len(self.runs) > 1 else run.progress
                          for run in self.runs if not run.finished)
 
     def details(self, grid: "Grid", but: str = "") -> list[str]:
@@ -59,8 +60,8 @@ class Grid:
     followers: Mapping[str, Sequence[str]]  # of each of `extras`, what always changes together with it
     cells: list[Cell]
     shared: dict[str, Any] = field(repr=False)  # what all runs have in common, flat
-    duplicates: list[str] = field(default_factory=list)  # a sentence for each run that is left out
-    sweep: Sweep | None = None
+    duplicates: list[str]  # a sentence for each run that is left out
+    sweep: Sweep | None
     label: str = ""  # what tells the experiment from others of the same data and recipe
 
     @property
@@ -69,7 +70,7 @@ class Grid:
 
     @cached_property
     def planned(self) -> list[Run]:
-        """All, with those that a sweep was to run and did not."""
+        """All runs, with those that a sweep was to run and did not."""
         return [run for cell in self.cells for run in cell.runs]
 
     @cached_property
@@ -87,39 +88,35 @@ class Grid:
 
     @property
     def seeds(self) -> list[int]:
-        return sorted({run.config.get("seed", 0) for run in self.planned})
+        return sorted({run.seed for run in self.planned})
 
 
 def grids(runs: Sequence[Run]) -> list[Grid]:
     """One grid for each experiment: a sweep file's runs, or runs of the same data and recipe started by hand (alone or
     as cells of a command) while they differ in few settings."""
-    started: dict[tuple[str, ...], list[Run]] = defaultdict(list)
+    started: dict[tuple[str, ...], list[Run]] = defaultdict(list)  # by data, recipe, sweep file, and what was started
     for run in runs:
-        started[_where_from(run)].append(run)
-    found: list[list[Run]] = []
-    for (*of, name, _), group in sorted(started.items()):
-        homes = (other for other in found if _where_from(other[0])[:3] == (*of, "") and not name and _fit(other, group))
-        if home := next(homes, None):
+        data, sweep = run.config["data"], run.sweep
+        root = data.get("root") if data["source"] in ("folder", "timm") else ""
+        started[f"{_data_name(data)} {root}", run.origin.get("recipe") or "", sweep and sweep.name or "",
+                sweep.key if sweep else run.place].append(run)
+    found: list[tuple[tuple[str, str, str], list[Run]]] = []
+    for (name, recipe, file, _), group in sorted(started.items()):
+        alike = (others for key, others in found if key == (name, recipe, "") and not file and _fit(others, group))
+        if home := next(alike, None):
             home += group
         else:
-            found.append(group)
-    return _labelled([*map(_grid, found)])
-
-
-def _where_from(run: Run) -> tuple[str, str, str, str]:
-    """Data, recipe, sweep file, and what was started."""
-    data = run.config["data"]
-    return (f"{data_name(data)} {data.get('root') if data['source'] in ('folder', 'timm') else ''}",
-            run.origin.get("recipe") or "", run.sweep and run.sweep.name or "",
-            run.sweep.key if run.sweep else run.place)
+            found.append(((name, recipe, file), group))
+    return _label([_grid(group) for _, group in found])
 
 
 def _fit(first: Sequence[Run], second: Sequence[Run]) -> bool:
-    """Whether two groups differ from each other in no more than is readable, or than either does alone."""
-    return len(_differing([*first, *second])) <= max(WIDEST, len(_differing(first)), len(_differing(second)))
+    """Whether together they vary in no more settings than is readable, or than either does alone."""
+    alone, other, together = (len(_varying(compared_settings(runs))) for runs in (first, second, [*first, *second]))
+    return together <= max(MAX_VARYING, alone, other)
 
 
-def data_name(data: Mapping[str, Any]) -> str:
+def _data_name(data: Mapping[str, Any]) -> str:
     """Which images: the built-in sets by name, folders by theirs."""
     parts = [data["source"]]
     if data["source"] in ("folder", "timm"):
@@ -129,18 +126,17 @@ def data_name(data: Mapping[str, Any]) -> str:
     return " ".join(parts)
 
 
-def _labelled(made: Sequence[Grid]) -> list[Grid]:
-    """Those of the same data and recipe by their sweep's file, or by what was typed for all of their runs."""
-    same = Counter((grid.data, grid.recipe) for grid in made)
-    labels = [f"sweep {grid.sweep.name}" if grid.sweep and grid.sweep.name else
-              _typed(grid.planned) if same[grid.data, grid.recipe] > 1 else "" for grid in made]
-    named = [replace(grid, label=label) for grid, label in zip(made, labels)]
-    seen = Counter()
-    for index, grid in enumerate(named):
-        seen[grid.name] += 1
-        if (count := seen[grid.name]) > 1:
-            named[index] = replace(grid, label=f"{grid.label} ({count})".strip())
-    return named
+def _label(made: Sequence[Grid]) -> list[Grid]:
+    """By their sweep's file, or where several are of the same data and recipe by what was typed for all runs."""
+    same, seen, labelled = Counter((grid.data, grid.recipe) for grid in made), Counter(), []
+    for grid in made:
+        label = _typed(grid.planned) if same[grid.data, grid.recipe] > 1 else ""
+        if grid.sweep and grid.sweep.name:
+            label = f"sweep {grid.sweep.name}"
+        key = (grid.data, grid.recipe, label)
+        seen[key] += 1
+        labelled.append(replace(grid, label=f"{label} ({seen[key]})".strip() if seen[key] > 1 else label))
+    return labelled
 
 
 def _typed(runs: Sequence[Run]) -> str:
@@ -157,31 +153,29 @@ def _typed_names(runs: Sequence[Run]) -> set[str]:
 
 def _grid(runs: Sequence[Run]) -> Grid:
     compared = compared_settings(runs)
-    different, varying, typed = differing(compared), _differing(runs), _typed_names(runs)
+    different, varying, typed = differing(compared), _varying(compared), _typed_names(runs)
     columns = [sorted(column, key=lambda name: name not in typed) for column in merged(varying, compared)]
     found: dict[tuple, list[Run]] = defaultdict(list)
     settings_of, duplicates = {}, []
     for run, settings, attention in zip(runs, compared, _attention_labels(runs)):
-        key = (run.config["model"]["depth"], attention, tuple(_value(settings.get(column[0])) for column in columns))
-        twin = next((other for other in found[key] if other.config.get("seed") == run.config.get("seed")), None)
+        key = (run.config["model"]["depth"], attention, tuple(_shown(settings.get(column[0])) for column in columns))
+        twin = next((other for other in found[key] if other.seed == run.seed), None)
         settings_of[key] = {name: settings.get(name) for name in varying}
         if twin is None:
             found[key].append(run)
         elif not run.is_missing:
             duplicates.append(f"{run.place} repeats {twin.place} (same settings and seed); it is left out.")
-    extras = tuple(column[0].removeprefix("model.") for column in columns)
-    return Grid(data_name(runs[0].config["data"]), runs[0].origin.get("recipe"), extras,
-                {extra: column[1:] for extra, column in zip(extras, columns)},
-                [Cell(*key, runs=tuple(sorted(found[key], key=lambda run: run.config.get("seed", 0))),
-                      settings=settings_of[key]) for key in sorted(found, key=_order)],
-                {name: compared[0].get(name) for settings in compared for name in settings if name not in different},
-                duplicates, runs[-1].sweep)
+    cells = [Cell(*key, tuple(sorted(found[key], key=lambda run: run.seed)), settings_of[key])
+             for key in sorted(found, key=_order)]
+    shared = {name: compared[0].get(name) for settings in compared for name in settings if name not in different}
+    followers = {column[0].removeprefix("model."): column[1:] for column in columns}
+    return Grid(_data_name(runs[0].config["data"]), runs[0].origin.get("recipe"), tuple(followers), followers, cells,
+                shared, duplicates, runs[-1].sweep)
 
 
-def _differing(runs: Sequence[Run]) -> list[str]:
+def _varying(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     """Settings beside depth, attention and seed in which runs differ."""
-    return [name for name in differing(compared_settings(runs))
-            if not name.startswith(("model.depth", "model.attention."))]
+    return [name for name in differing(settings) if not name.startswith(AXES)]
 
 
 def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -190,7 +184,7 @@ def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def compared_settings(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """The settings that make a difference, of each run. A group of settings goes by its name where all tell theirs."""
+    """The settings that make a difference, of each run. A group of settings goes by its name where all runs have it."""
     compared = [{name: value for name, value in run.settings.items() if not name.startswith(NOT_COMPARED)}
                 for run in runs]
     typed = _typed_names(runs)
@@ -206,9 +200,9 @@ def _by_name(group: str, names: Sequence[str], compared: Sequence[dict[str, Any]
     """`group` as the chosen name, and beside it what was typed or differs between runs of one name."""
     keys = {key for settings in compared for key in settings if key.startswith(f"{group}.")} - {*typed}
     one_of = dict(zip(names, compared))
-    told = {key for key in keys if all(settings.get(key) == one_of[name].get(key)
-                                       for name, settings in zip(names, compared))}
-    return [{**{key: value for key, value in settings.items() if key not in told}, group: name}
+    implied = {key for key in keys if all(settings.get(key) == one_of[name].get(key)
+                                          for name, settings in zip(names, compared))}
+    return [{**{key: value for key, value in settings.items() if key not in implied}, group: name}
             for name, settings in zip(names, compared)]
 
 
@@ -221,7 +215,7 @@ def merged(names: Sequence[str], settings: Sequence[Mapping[str, Any]]) -> list[
     return [*columns.values()]
 
 
-def _value(value: Any) -> Any:
+def _shown(value: Any) -> Any:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return value
     return "–" if value is None else without_paths(str(value))
@@ -229,20 +223,15 @@ def _value(value: Any) -> Any:
 
 def _attention_labels(runs: Sequence[Run]) -> list[str]:
     """The attention's name, with those of its settings that differ between runs of that name."""
-    variants = [*map(_attention, runs)]
+    attentions = [run.config["model"]["attention"] for run in runs]
+    attentions = [{"name": one} if isinstance(one, str) else one for one in attentions]
+    variants = [{**one, "name": one.get("name") or one.get("class", "unnamed")} for one in attentions]
     labels = []
     for variant in variants:
         varying = differing([other for other in variants if other["name"] == variant["name"]])
         details = ", ".join(f"{key}={variant.get(key)}" for key in varying)
         labels.append(f"{variant['name']} ({details})" if details else variant["name"])
     return labels
-
-
-def _attention(run: Run) -> dict[str, Any]:
-    attention = run.config["model"]["attention"]
-    if isinstance(attention, str):
-        return {"name": attention}
-    return {"name": attention.get("name") or attention.get("class", "unnamed"), **attention}
 
 
 def _order(key: tuple[int, str, tuple]) -> tuple:

@@ -1,4 +1,4 @@
-"""The paper's numbers, each with its source, for the cells that it has too."""
+"""Published numbers with their sources, to stand beside the same cells of ours."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,58 +9,38 @@ from typing import Any
 
 import yaml
 
-FILE = Path(__file__).with_name("published.yaml")
-IMAGENET_VAL = 50_000  # images of the validation set that the figures are of
+IMAGENET_VAL = 50_000  # images of the validation set that the numbers are of
 
 
 @dataclass(frozen=True)
 class Published:
-    """A published cell. `top1` in percent; `source` a key of `sources()`; `time` of training, as it is told."""
+    """A published result. `top1` in percent; `source` a key of `sources()`; `match`: settings that a run of the same
+    cell has, None for a model that is not built here, whose `remark` is what to know before comparing; `time` of
+    training, in the source's words."""
 
     model: str
     source: str
     top1: float
-    match: Mapping[str, Any]
+    match: Mapping[str, Any] | None = None
     params: float | None = None
+    gflops: float | None = None
+    img_size: int | None = None
     similar_blocks: int | None = None
     time: str | None = None
-
-    def is_of(self, settings: Mapping[str, Any]) -> bool:
-        """Whether a run of these settings (flat) is the same cell."""
-        return all(_is(settings.get(name), wanted) for name, wanted in self.match.items())
-
-
-@dataclass(frozen=True)
-class Other:
-    """A model of others that is not built here; `remark`: what to know before comparing."""
-
-    model: str
-    source: str
-    top1: float
-    params: float
-    gflops: float | None
-    img_size: int
-    remark: str
-
-
-def _is(value: Any, wanted: Any) -> bool:
-    """`*` in a word stands for anything but null, `!` before it for everything else than that."""
-    if not isinstance(wanted, str) or "*" not in wanted:
-        return value == wanted
-    return value is not None and fnmatchcase(str(value), wanted.lstrip("!")) != wanted.startswith("!")
+    remark: str = ""
 
 
 @cache
 def _content() -> dict[str, Any]:
-    return yaml.safe_load(FILE.read_text())
+    return yaml.safe_load(Path(__file__).with_name("published.yaml").read_text())
 
 
 def entries() -> list[Published]:
     return [Published(**entry) for entry in _content()["entries"]]
 
 
-def others() -> list[Other]:
-    return [Other(**entry) for entry in _content()["others"]]
+def others() -> list[Published]:
+    return [Published(**entry) for entry in _content()["others"]]
 
 
 def sources() -> dict[str, str]:
@@ -69,4 +49,12 @@ def sources() -> dict[str, str]:
 
 def published_of(settings: Mapping[str, Any]) -> list[Published]:
     """The published cells that a run of these settings (flat) is comparable to, the leading source first."""
-    return [entry for entry in entries() if entry.is_of(settings)]
+    return [entry for entry in entries()
+            if all(_matches(settings.get(name), wanted) for name, wanted in entry.match.items())]
+
+
+def _matches(value: Any, wanted: Any) -> bool:
+    """`*` in a word stands for anything but null; `!` before it negates it."""
+    if not isinstance(wanted, str) or "*" not in wanted:
+        return value == wanted
+    return value is not None and fnmatchcase(str(value), wanted.lstrip("!")) != wanted.startswith("!")

@@ -1,12 +1,12 @@
 """Tables as text for a terminal, as markdown, as HTML; cells as CSV."""
 
 import csv
-import html
 import io
 import re
 import textwrap
 from collections.abc import Iterable, Sequence
 from functools import partial
+from html import escape
 from itertools import product
 
 import rich.table
@@ -17,22 +17,19 @@ from deepvit.report.grid import Cell, Grid
 from deepvit.report.tables import (KINDS, MOMENTS, NONE, Measure, Table, interval, mean_similarity, of_result,
                                    over_seeds, published_for, similar_blocks)
 
-NUMBER = re.compile(r"[-+<]? ?\d|$|" + NONE)  # what begins so is set to the right
+NUMBER = re.compile(r"[-+<]? ?\d|$|" + NONE)  # cells that begin so are aligned to the right
 
 
 def printed(headers: Sequence[str], rows: Sequence[Sequence[str]], markdown: bool = False) -> str:
-    """A table as lines of text, columns of numbers to the right.
-
-    Args:
-        headers: for a terminal broken into lines at spaces where they are wider than their column.
-    """
+    """A table as lines of text, columns of numbers to the right. In a terminal, headers wider than their column are
+    broken into lines at spaces."""
     drawn = rich.table.Table(box=box.MARKDOWN if markdown else box.SIMPLE_HEAD, pad_edge=markdown,
                              padding=(0, 1) if markdown else (0, 1, 0, 0))
     right = []
     for index, header in enumerate(headers):
         cells = [row[index] for row in rows]
         width = max(map(len, [*header.split(" "), *cells]))
-        right.append(_is_number(cells))
+        right.append(_are_numbers(cells))
         drawn.add_column(header if markdown else textwrap.fill(header, width, break_on_hyphens=False),
                          justify="right" if right[-1] else "left", vertical="bottom", no_wrap=True)
     for row in rows:
@@ -46,7 +43,7 @@ def printed(headers: Sequence[str], rows: Sequence[Sequence[str]], markdown: boo
     return "\n".join(lines)
 
 
-def _is_number(cells: Iterable[str]) -> bool:
+def _are_numbers(cells: Iterable[str]) -> bool:
     return all(map(NUMBER.match, cells))
 
 
@@ -55,24 +52,21 @@ def as_text(table: Table) -> str:
 
 
 def as_markdown(table: Table) -> str:
-    def escaped(words: Sequence[str]) -> list[str]:
-        return [word.replace("|", "\\|") for word in words]
-
+    headers, *rows = ([word.replace("|", "\\|") for word in words] for words in (table.headers, *table.rows))
     notes = "\n".join(f"- {note}" for note in table.notes)
-    grid = printed(escaped(table.headers), [*map(escaped, table.rows)], markdown=True)
-    return f"### {table.title}\n\n{grid}\n\n{notes}\n"
+    return f"### {table.title}\n\n{printed(headers, rows, markdown=True)}\n\n{notes}".strip()
 
 
 def as_html(table: Table) -> str:
-    left = [not _is_number(row[index] for row in table.rows) for index in range(len(table.headers))]
+    left = [not _are_numbers(row[index] for row in table.rows) for index in range(len(table.headers))]
 
     def row(words: Sequence[str], tag: str) -> str:
-        cells = (f'<{tag}{_class(header, word, is_left)}>{html.escape(word)}</{tag}>'
+        cells = (f'<{tag}{_class(header, word, is_left)}>{escape(word)}</{tag}>'
                  for header, word, is_left in zip(table.headers, words, left))
         return f"<tr>{''.join(cells)}</tr>"
 
-    notes = "".join(f"<li>{html.escape(note)}</li>" for note in table.notes)
-    return (f'<h3>{html.escape(table.title)}</h3><div class="scroll"><table><thead>{row(table.headers, "th")}</thead>'
+    notes = "".join(f"<li>{escape(note)}</li>" for note in table.notes)
+    return (f'<h3>{escape(table.title)}</h3><div class="scroll"><table><thead>{row(table.headers, "th")}</thead>'
             f'<tbody>{"".join(row(words, "td") for words in table.rows)}</tbody></table></div>'
             f'<ul class="notes">{notes}</ul>')
 
@@ -85,9 +79,8 @@ def _class(header: str, word: str, is_left: bool) -> str:
 def as_csv(grids: Sequence[Grid], threshold: float) -> str:
     """A row for each cell: plain numbers, a column for each setting, mean, deviation, count and bound."""
     rows = [_csv_row(grid, cell, threshold) for grid in grids for cell in grid.cells]
-    names = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO()
-    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer = csv.DictWriter(text, dict.fromkeys(name for row in rows for name in row), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
@@ -96,7 +89,7 @@ def as_csv(grids: Sequence[Grid], threshold: float) -> str:
 def _csv_row(grid: Grid, cell: Cell, threshold: float) -> dict[str, object]:
     row = {"data": grid.data, "recipe": grid.recipe, "experiment": grid.label, "depth": cell.depth,
            "attention": cell.attention, **cell.settings, "n": len(cell.finished), "status": cell.status or "finished",
-           "seeds": " ".join(str(run.config.get("seed")) for run in cell.finished),
+           "seeds": " ".join(str(run.seed) for run in cell.finished),
            "folders": " ".join(run.place for run in cell.runs)}
     row |= _mean_and_std("top1", cell, of_result("top1"))
     row["top1_low"], row["top1_high"] = interval(cell)

@@ -1,14 +1,13 @@
-"""Run folders as they are: finished, at work, stopped, or broken off. Reads only, imports nothing heavy."""
+"""Run folders as they are: finished, running, stopped, or broken off. Reads only, imports nothing heavy."""
 
 import json
 import math
 import os
 import re
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,8 @@ from deepvit.errors import UserError
 
 @dataclass(frozen=True)
 class Sweep:
-    """What its record tells. `key`: the same for all starts of a sweep file, or of a command without one;
-    `statistics`: the contrasts of the last start, as they were given."""
+    """What its record says. `key`: the same for all starts of a sweep file, or of a command without one; `statistics`:
+    the contrasts of the last start, as they were given."""
 
     key: str
     name: str | None
@@ -47,14 +46,18 @@ class Run:
     def settings(self) -> dict[str, Any]:
         return {name: value for name, value in flat(self.config) if not name.startswith("origin")}
 
+    @property
+    def origin(self) -> Mapping[str, Any]:
+        """Recipe, sweep, choices, overrides and command, as noted in the config; empty in runs that predate it."""
+        return self.config.get("origin") or {}
+
     def chosen(self, name: str) -> Any:
         """A setting's value (`model.depth`), or what was chosen of a group (`model/attention`)."""
         return self.settings[name] if name in self.settings else self.origin.get("choices", {}).get(name)
 
     @property
-    def origin(self) -> Mapping[str, Any]:
-        """Recipe, sweep, choices, overrides and command, as noted in the config; empty in runs of before that."""
-        return self.config.get("origin") or {}
+    def seed(self) -> int:
+        return self.config.get("seed", 0)
 
     @property
     def is_missing(self) -> bool:
@@ -73,11 +76,12 @@ class Run:
         """Steps of the whole run; None where neither the config nor a logged epoch tells."""
         schedule = self.config.get("schedule", {})
         logged = [line for line in self.lines if line.get("epoch")]
-        per_epoch = logged[-1]["step"] / logged[-1]["epoch"] if logged else None
-        if (steps := schedule.get("steps")) is None:
-            if per_epoch is None:
+        steps = schedule.get("steps")
+        if steps is None:
+            if not logged:
                 return None
-            steps = (schedule["epochs"] + (schedule.get("cooldown_epochs") or 0)) * per_epoch
+            epochs = schedule["epochs"] + (schedule.get("cooldown_epochs") or 0)
+            steps = epochs * logged[-1]["step"] / logged[-1]["epoch"]
         return max(math.ceil(steps - 0.2), self.step)  # logged epochs are rounded
 
     @property
@@ -91,30 +95,29 @@ class Run:
         return f"{self.state}, step {self.step}{share}{so_far}"
 
 
-def read_runs(paths: Iterable[Path]) -> tuple[list[Run], list[str]]:
+def read_runs(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
     """All runs in and below `paths`, the missing ones of sweeps too, and a sentence for each thing left out. Raises
     UserError if a path is missing, or there is no readable run in any."""
-    tops, runs, problems = [*map(Path, paths)], {}, []
-    for top in tops:
-        if not top.exists():
-            raise UserError(f"{top} does not exist: give run folders, or a folder above them such as runs/.")
-    records = _records(tops)
+    for path in paths:
+        if not path.exists():
+            raise UserError(f"{path} does not exist: give run folders, or a folder above them such as runs/.")
+    tops, runs, problems = [*map(Path.resolve, paths)], {}, []
+    records = sorted({record for top in tops for place in (top.rglob, *(above.glob for above in top.parents))
+                      for record in place(f"{FOLDER}/*.jsonl")})
     sweeps = _sweeps(records)
-    for top in map(Path.resolve, tops):
+    for top in tops:
         for folder in _run_folders(top, problems):
             try:
                 runs[folder] = replace(read_run(folder), place=_place(folder, top), sweep=sweeps.get(folder))
             except UserError as error:
                 problems.append(_place(error, top))
-        for cell in chain.from_iterable(map(missing_cells, records)):
-            if not cell.folder.is_relative_to(top):
-                continue
+        for cell in (cell for record in records for cell in missing_cells(record) if cell.folder.is_relative_to(top)):
             reason = f" ({cell.sentence.rstrip('.')})" if cell.sentence else ""
             runs[cell.folder] = Run(cell.folder, cell.config, {}, [], f"missing{reason}", _place(cell.folder, top),
                                     sweeps.get(cell.folder))
     if all(run.is_missing for run in runs.values()):
         why = " ".join(problems) or "No config.yaml was found there or below."
-        raise UserError(f"No runs to report in {', '.join(map(str, tops))}. {why}")
+        raise UserError(f"No runs to report in {', '.join(map(str, paths))}. {why}")
     return [*runs.values()], [*dict.fromkeys(problems)]
 
 
@@ -128,15 +131,8 @@ def without_paths(text: str) -> str:
     return re.sub(r"(?<![\w.])/(?:[^\s/'\"=,]+/)*([^\s/'\"=,]+)", r".../\1", text)
 
 
-def _records(tops: Iterable[Path]) -> list[Path]:
-    """Of sweeps: there, below and above."""
-    return sorted({record for top in map(Path.resolve, tops)
-                   for place in (top.rglob, *(above.glob for above in top.parents))
-                   for record in place(f"{FOLDER}/*.jsonl")})
-
-
 def _sweeps(records: Iterable[Path]) -> dict[Path, Sweep]:
-    """The sweep of each cell's folder; where it is in several, the one that was started last."""
+    """The sweep of each cell's folder; of several, the one that was started last."""
     starts = [(line["time"], record, line) for record in records for line in read_json_lines(record) if "cells" in line]
     sweeps, folders = {}, {}
     for _, record, line in sorted(starts, key=lambda start: start[:2]):
@@ -147,20 +143,17 @@ def _sweeps(records: Iterable[Path]) -> dict[Path, Sweep]:
 
 
 def _run_folders(top: Path, problems: list[str]) -> list[Path]:
-    def left_out(error: OSError) -> None:
+    def leave_out(error: OSError) -> None:
         problems.append(f"{error.filename} cannot be read ({error.strerror}) and is left out.")
 
-    return sorted(Path(folder) for folder, _, files in os.walk(top, onerror=left_out) if "config.yaml" in files)
+    return sorted(Path(folder) for folder, _, files in os.walk(top, onerror=leave_out) if "config.yaml" in files)
 
 
 def read_run(folder: Path) -> Run:
     """Raises UserError if the folder has no config of a run, or an unreadable one."""
-    folder = Path(folder)
-    config, result = _read_config(folder / "config.yaml"), _read_json(folder / "metrics.json")
+    config, result = _read_config(folder / "config.yaml"), _read_result(folder / "metrics.json")
     lines = [line for line in read_json_lines(folder / "metrics.jsonl") if isinstance(line.get("step"), int)]
-    if result.get("finished") and isinstance(result.get("top1"), int | float):
-        return Run(folder, config, result, lines, "finished")
-    return Run(folder, config, {}, lines, _unfinished_state(folder))
+    return Run(folder, config, result, lines, "finished" if result else _unfinished_state(folder))
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -178,13 +171,14 @@ def _read_config(path: Path) -> dict[str, Any]:
                     f"it is left out.")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """A torn or missing file has nothing to say."""
+def _read_result(path: Path) -> dict[str, Any]:
+    """A finished run's; empty where the file is torn, missing or of an unfinished run."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
-    return content if isinstance(content, dict) else {}
+    is_result = isinstance(content, dict) and content.get("finished") and isinstance(content.get("top1"), int | float)
+    return content if is_result else {}
 
 
 def _unfinished_state(folder: Path) -> str:
@@ -192,22 +186,18 @@ def _unfinished_state(folder: Path) -> str:
         return "running"
     if [line.get("event") for line in read_json_lines(folder / "events.jsonl")][-1:] == ["PREEMPTED"]:
         return "stopped"
-    return f"unfinished{_elsewhere(folder / 'lock')}"
+    try:
+        owner = re.search(r" on (\S+)", (folder / "lock").read_text())
+    except (OSError, UnicodeDecodeError):
+        owner = None
+    is_elsewhere = owner and owner[1] != socket.gethostname()  # its lock cannot be seen here: it may be running
+    return f"unfinished (last worked on by {owner[1]})" if is_elsewhere else "unfinished"
 
 
-def _is_locked(lock: Path, table: Path = Path("/proc/locks")) -> bool:
+def _is_locked(lock: Path) -> bool:
     """Whether a process of this machine holds the lock, from the kernel's list: taking it would disturb the run."""
     try:
-        inode, held = lock.stat().st_ino, table.read_text()
+        inode, held = lock.stat().st_ino, Path("/proc/locks").read_text()
     except OSError:
         return False
     return re.search(rf"POSIX .*:{inode} ", held) is not None
-
-
-def _elsewhere(lock: Path) -> str:
-    """A lock of another machine cannot be seen from here: its run may be at work."""
-    try:
-        owner = re.search(r" on (\S+)", lock.read_text())
-    except (OSError, UnicodeDecodeError):
-        return ""
-    return f" (last worked on by {owner[1]})" if owner and owner[1] != socket.gethostname() else ""

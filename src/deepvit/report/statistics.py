@@ -1,4 +1,4 @@
-"""Means over seeds with what they leave open, and tests of paired differences."""
+"""Means over seeds with their intervals, and tests of paired differences."""
 
 import math
 import statistics
@@ -30,16 +30,14 @@ class Summary:
 
 
 def summarise(values: Sequence[float | None]) -> Summary | None:
-    """Of the values that are there and finite; None if there is none."""
+    """Of the values that exist and are finite; None if there are none."""
     values = [value for value in values if value is not None and math.isfinite(value)]
-    if not values:
-        return None
-    mean = statistics.fmean(values)
-    if len(values) == 1:
-        return Summary(1, mean, None, None, None)
-    std = statistics.stdev(values)
-    half = float(stdtrit(len(values) - 1, 0.975)) * std / math.sqrt(len(values))
-    return Summary(len(values), mean, std, mean - half, mean + half)
+    n = len(values)
+    if n < 2:
+        return Summary(1, float(values[0]), None, None, None) if values else None
+    mean, std = statistics.fmean(values), statistics.stdev(values)
+    half = float(stdtrit(n - 1, 0.975)) * std / math.sqrt(n)
+    return Summary(n, mean, std, mean - half, mean + half)
 
 
 @dataclass(frozen=True)
@@ -52,12 +50,8 @@ class Equivalence:
 
 
 def equivalence(mean: float, error: float, freedom: float, margin: float) -> Equivalence:
-    """Two one-sided t-tests that a mean lies within `margin` of 0 (D. J. Schuirmann, J. Pharmacokinet. Biopharm. 15,
-    1987).
-
-    Args:
-        error: standard error of the mean, with `freedom` degrees of freedom.
-    """
+    """Two one-sided t-tests that a mean, of standard error `error` with `freedom` degrees of freedom, lies within
+    `margin` of 0 (D. J. Schuirmann, J. Pharmacokinet. Biopharm. 15, 1987)."""
     if error == 0:
         return Equivalence(mean, mean, float(abs(mean) >= margin))
     half = float(stdtrit(freedom, 0.95)) * error

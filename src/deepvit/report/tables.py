@@ -1,14 +1,14 @@
 """A grid as tables: what each column says, and the sentences below them."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain, compress
 from typing import Any
 
 from deepvit.report.contrasts import OUTCOMES, Finding, Plan, find, plan_of
 from deepvit.report.grid import Cell, Grid, plain
-from deepvit.report.published import IMAGENET_VAL, Other, Published, others, published_of, sources
+from deepvit.report.published import IMAGENET_VAL, Published, others, published_of, sources
 from deepvit.report.runs import Run
 from deepvit.report.statistics import Equivalence, Summary, summarise
 
@@ -21,28 +21,25 @@ Measure = Callable[[Run], float | None]
 
 @dataclass(frozen=True)
 class Table:
-    """Text in rows under headers; `notes` are sentences below."""
+    """Rows of text under headers; `notes` are sentences below."""
 
     title: str
     headers: Sequence[str]
     rows: list[list[str]]
-    notes: list[str] = field(default_factory=list)
+    notes: list[str]
 
 
 def _table(title: str, columns: Mapping[str, Callable[[Any], str]], items: Iterable[Any], notes: list[str]) -> Table:
-    """A row for each item, without the columns that say nothing. `columns`: by header, how it reads an item."""
+    """A row for each item, without the columns that say nothing. `columns`: header -> how it reads an item."""
     rows = [[read(item) for read in columns.values()] for item in items]
     kept = [not {*texts} <= {"", NONE} for texts in zip(*rows)]
     return Table(title, [*compress(columns, kept)], [[*compress(row, kept)] for row in rows], notes)
 
 
 def similarity(run: Run, moment: str, kind: str) -> list[float]:
-    """M of each pair of adjacent blocks (mean over images, heads and tokens), empty if it was not measured.
-
-    Args:
-        moment: initial (before the first step) or final (after the last).
-        kind: final or softmax, each also as `_centred` (maps minus 1/N).
-    """
+    """M of each pair of adjacent blocks (mean over images, heads and tokens), empty if it was not measured. `moment`:
+    initial (before the first step) or final (after the last); `kind`: final or softmax, each also as `_centred` (maps
+    minus 1/N)."""
     found = (run.result.get(f"probe_{moment}") or {}).get("similarity", {}).get(kind) or {}
     return [value for value in found.get("adjacent", []) if value is not None]
 
@@ -67,7 +64,7 @@ def of_result(name: str) -> Measure:
 
 
 def interval(cell: Cell) -> tuple[float | None, float | None]:
-    """95 % interval of the top-1: of the mean over three seeds or more, or of the one run's share of right images."""
+    """95 % interval of the top-1: of the mean over three seeds or more, or of a single run's share of images."""
     summary = over_seeds(cell, of_result("top1"))
     if summary is None or summary.n == 2:
         return None, None
@@ -78,15 +75,12 @@ def interval(cell: Cell) -> tuple[float | None, float | None]:
 
 
 def published_for(cell: Cell, grid: Grid) -> list[Published]:
-    """The paper's numbers for a cell, unless a cell of its row was evaluated on a part of ImageNet."""
+    """The published numbers of a cell, unless one of its attention and settings, of any depth, was evaluated on a part
+    of ImageNet: any folder can be given as data=imagenet."""
     same = [run for other in grid.cells if (other.attention, other.extras) == (cell.attention, cell.extras)
-            for run in other.runs]
-    return [] if any(map(_is_part_of_imagenet, same)) else published_of(cell.runs[0].settings)
-
-
-def _is_part_of_imagenet(run: Run) -> bool:
-    """Any folder can be given as data=imagenet."""
-    return run.settings.get("data.source") == "imagenet" and run.result.get("n", IMAGENET_VAL) != IMAGENET_VAL
+            for run in other.runs if run.settings.get("data.source") == "imagenet"]
+    is_part = any(run.result.get("n", IMAGENET_VAL) != IMAGENET_VAL for run in same)
+    return [] if is_part else published_of(cell.runs[0].settings)
 
 
 def tables(grid: Grid, threshold: float) -> list[Table]:
@@ -94,7 +88,8 @@ def tables(grid: Grid, threshold: float) -> list[Table]:
     plan = plan_of(grid)
     found = [_contrasts(plan, grid)] if plan else []
     found += [_results(grid, threshold), _similarities(grid), _costs(grid)]
-    return [table for table in found + [_others()] * (grid.data == "imagenet") if table.rows]
+    found += [_others()] if grid.data == "imagenet" else []
+    return [table for table in found if table.rows]
 
 
 def _contrasts(plan: Plan, grid: Grid) -> Table:
@@ -118,8 +113,14 @@ def _contrasts(plan: Plan, grid: Grid) -> Table:
               f"intervals. p: of no difference; Holm: p of the claim, over the primary contrasts; 90 % and p equal: "
               f"two one-sided tests of a difference of {plan.margin:g} points or more."]
     unfinished = sum(not run.finished for run in grid.planned)
-    notes += [f"An interim look: {unfinished} runs are not finished."] if unfinished else []
-    notes += [_preregistration(plan, grid)] if plan.preregistered else []
+    if unfinished:
+        notes.append(f"An interim look: {unfinished} runs are not finished.")
+    if plan.preregistered:
+        digests = {(run.origin.get("preregistered") or {}).get("sha256") for run in grid.runs}
+        is_same = len(digests) == 1 and None not in digests
+        notes.append(f"Preregistered in {plan.preregistered}, " + (
+            f"sha256 {digests.pop()}, as every run noted." if is_same else
+            "but not every run noted the same text of it."))
     return _table("Contrasts", columns, findings, notes)
 
 
@@ -141,15 +142,8 @@ def _p(p: float) -> str:
     return f"{p:.3f}" if p >= 0.001 else "< 0.001"
 
 
-def _preregistration(plan: Plan, grid: Grid) -> str:
-    digests = {(run.origin.get("preregistered") or {}).get("sha256") for run in grid.runs}
-    same = f"sha256 {next(iter(digests))}, as every run noted" if len(digests) == 1 and None not in digests else (
-        "but not every run noted the same text of it")
-    return f"Preregistered in {plan.preregistered}, {same}."
-
-
 def _outcome(plan: Plan, grid: Grid) -> str:
-    """Of which weights and statistics the numbers are, as the runs recorded it."""
+    """Which weights and statistics the numbers are of, as the runs recorded it."""
     weights = dict.fromkeys(f"averaged weights (ema.decay={run.settings['ema.decay']})" if run.settings.get("ema.decay")
                             else "raw weights" for run in grid.runs)
     norms = dict.fromkeys("norms calibrated" if "uncalibrated_top1" in run.result and plan.outcome == "top1" else
@@ -183,12 +177,8 @@ def _similarities(grid: Grid) -> Table:
 
 
 def _costs(grid: Grid) -> Table:
-    columns = {**_axes(grid), "parameters": _mean_as(",.0f", of_result("params")),
-               "GFLOP an image": _mean_as(".3g", lambda run: run.result.get("flops") and run.result["flops"] / 1e9),
-               "images/s": _mean(of_result("images_per_s"), 0), "epochs": _mean(of_result("epochs"), 1),
-               "device": _devices}
-    return _table("Size and speed", columns, grid.finished, [
-        "GFLOP: forward, one image. images/s: training, as these runs met their machines; not a benchmark."])
+    return _table("Size and speed", {**_axes(grid), **COSTS}, grid.finished, [
+        "GFLOP: forward, one image. images/s: training speed of these runs on their machines, not a benchmark."])
 
 
 def _others() -> Table:
@@ -216,7 +206,7 @@ def _mean(measure: Measure, digits: int) -> Callable[[Cell], str]:
     return read
 
 
-def _mean_as(form: str, measure: Measure) -> Callable[[Cell], str]:
+def mean_as(form: str, measure: Measure) -> Callable[[Cell], str]:
     return lambda cell: format(found.mean, form) if (found := over_seeds(cell, measure)) else NONE
 
 
@@ -230,6 +220,12 @@ def _devices(cell: Cell) -> str:
         " 1 threads", " 1 thread") for run in cell.finished))
 
 
+COSTS: dict[str, Callable[[Cell], str]] = {  # the columns of size and speed, by header
+    "parameters": mean_as(",.0f", of_result("params")),
+    "GFLOP an image": mean_as(".3g", lambda run: run.result.get("flops") and run.result["flops"] / 1e9),
+    "images/s": _mean(of_result("images_per_s"), 0), "epochs": _mean(of_result("epochs"), 1), "device": _devices}
+
+
 def _published(cell: Cell, grid: Grid) -> str:
     return next((f"{one.top1:.2f} [{one.source}]" for one in published_for(cell, grid)), NONE)
 
@@ -240,19 +236,19 @@ def _beyond(cell: Cell, grid: Grid) -> str:
     return f"{top1.mean - found[0].top1:+.2f}" if found and top1 else NONE
 
 
-def _references(entries: Iterable[Published | Other]) -> list[str]:
+def _references(entries: Iterable[Published]) -> list[str]:
     return [f"[{name}] {sources()[name]}." for name in dict.fromkeys(one.source for one in entries)]
 
 
 def _published_notes(grid: Grid) -> list[str]:
     found = [entries for cell in grid.cells if (entries := published_for(cell, grid))]
     if not found and grid.data != "imagenet":
-        return [f"The paper's numbers are of ImageNet: there is none to stand beside {grid.data}."]
+        return [f"The paper reports results on ImageNet only: it has no number for {grid.data}."]
     notes = _references(chain.from_iterable(found))
     notes += [f"Also published for {first.model}: {', '.join(f'{one.top1:g} [{one.source}]' for one in more)}."
               for first, *more in found if more]
     if counts := [f"{one.model} {one.similar_blocks}" for one, *_ in found if one.similar_blocks is not None]:
-        notes.append(f"Similar blocks as published, by a rule that is left open: {', '.join(counts)}.")
+        notes.append(f"Similar blocks as published, by a rule that is not stated: {', '.join(counts)}.")
     if times := dict.fromkeys(f"{one.model} on {one.match['data.source']} {one.time}" for one, *_ in found if one.time):
-        notes.append(f"Training time as published, of a GPU that is not named: {', '.join(times)}.")
+        notes.append(f"Training time as published, on a GPU that is not named: {', '.join(times)}.")
     return notes

@@ -1,49 +1,59 @@
 """The report: what is printed, and the files report.md, report.csv, report.html and figures/."""
 
+import base64
 import itertools
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from pathlib import Path
 
+from deepvit.config.compare import labels
 from deepvit.config.provenance import git_revision
 from deepvit.errors import UserError
-from deepvit.report import page, render, sentences
-from deepvit.report.compare import comparison, comparison_chart
-from deepvit.report.figures import charts
-from deepvit.report.grid import grids
-from deepvit.report.chart import Chart
-from deepvit.report.runs import Run, without_paths
-from deepvit.report.tables import Table, tables
+from deepvit.report import render
+from deepvit.report.figures import Chart, charts, comparison_chart
+from deepvit.report.grid import Grid, grids
+from deepvit.report.runs import Run, flat, without_paths
+from deepvit.report.tables import NONE, Table, mean_similarity, of_result, over_seeds, tables
 
 TITLE = "Depth and attention: report"
-ANY_NAME = {"encoding": "utf-8", "errors": "backslashreplace"}  # a folder's name may be no UTF-8
+ANY_NAME = {"encoding": "utf-8", "errors": "backslashreplace"}  # a folder's name may not be UTF-8
+RECIPE = {  # what a reader asks for first, and how it is put
+    "model.embed_dim": "width {}", "model.num_heads": "{} heads", "model.mlp_ratio": "MLP x {:g}",
+    "model.img_size": "images of {} pixels", "model.patch_size": "patches of {}", "model.stem": "{} stem",
+    "model.reattention_blocks": "the attention in blocks {}", "model.drop_path_rate": "drop path {:g}",
+    "data.fraction": "{:.0%} of the training images", "data.batch_size": "batches of {}",
+    "schedule.epochs": "{:g} epochs", "schedule.steps": "{:,} steps", "schedule.kind": "{} schedule",
+    "optimizer.opt": "{}", "optimizer.lr": "learning rate {:g}", "optimizer.weight_decay": "weight decay {:g}",
+    "augment": "augmentation {}", "precision": "precision {}", "ema.decay": "weights averaged over {:g}",
+    "loss.cosine_blocks": "cosine regularisation of {} pairs of maps", "init": "started from {}"}
+
+RESULTS = ("top1", "top5", "loss", "best_top1", "n", "params", "flops", "steps", "epochs", "images_per_s", "git")
 
 Part = str | Table | Chart  # of a report; a text that begins with ## is a heading
 
 
 def write_report(runs: Sequence[Run], problems: Sequence[str], out: Path, threshold: float,
                  pair: Sequence[Run] = (), command: str = "deepvit report") -> Iterator[str]:
-    """Writes everything into `out` and gives the lines to print. `pair`: two runs to compare, or none. Raises UserError
-    if `out` cannot be written, or has files of these names that no report wrote."""
+    """Writes everything into `out` and yields the lines to print. `pair`: two runs to compare, or none. Raises
+    UserError if `out` cannot be written, or has files of these names that no report wrote."""
     _refuse_strange(out)
     found = grids(runs)
-    made = f"Made {time.strftime('%Y-%m-%d %H:%M %z')} by `{without_paths(command)}` at revision " \
-           f"{git_revision() or 'unknown'}. {sentences.revisions(found)}"
-    parts = [sentences.summary(found), made.strip(), *problems,
+    parts = [_summary(found), _origin(found, command), *problems,
              *itertools.chain.from_iterable(grid.duplicates for grid in found)]
     for number, grid in enumerate(found, 1):
         name = re.sub(r"[^A-Za-z0-9]+", "-", f"{grid.data}-{grid.recipe}-{grid.label}")[:40].strip("-")
-        parts += [f"## {grid.name}", sentences.shared_recipe(grid), sentences.limits(grid), *tables(grid, threshold),
+        parts += [f"## {grid.name}", _shared_recipe(grid), _limits(grid), *tables(grid, threshold),
                   *charts(grid, threshold, f"{name}-{number}-" if len(found) > 1 else "")]
-    parts += [comparison(pair), comparison_chart(pair)] if pair else []
+    parts += [_comparison(pair), comparison_chart(pair, _labels(pair))] if pair else []
     try:
         (out / "figures").mkdir(parents=True, exist_ok=True)
         saved = [part.save(out / "figures") for part in parts if isinstance(part, Chart)]
         (out / "report.csv").write_text(render.as_csv(found, threshold), **ANY_NAME)
         (out / "report.md").write_text("\n\n".join([f"# {TITLE}", *map(_as_markdown, parts)]) + "\n", **ANY_NAME)
-        (out / "report.html").write_text(page.page(TITLE, [*map(_as_html, parts)]), **ANY_NAME)
+        (out / "report.html").write_text(_page(map(_as_html, parts)), **ANY_NAME)
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror}): choose another folder with --out.") from error
     yield from (text for part in parts if (text := _as_text(part)))
@@ -58,8 +68,78 @@ def _refuse_strange(out: Path) -> None:
         is_ours = False
     there = [name for name in ("report.csv", "report.md", "report.html", "figures") if (out / name).exists()]
     if there and not is_ours:
-        raise UserError(f"{out / there[0]} is not of a report, and would be overwritten: choose another folder with "
-                        f"--out.")
+        raise UserError(f"{out / there[0]} was not written by a report, and would be overwritten: choose another "
+                        f"folder with --out.")
+
+
+def _summary(grids: Sequence[Grid]) -> str:
+    """How many runs there are and how they went; of one experiment also its best cell."""
+    runs = [run for grid in grids for run in grid.planned]
+    states = Counter(run.state.split(" (")[0] for run in runs)
+    counts = ", ".join(f"{count} {state}" for state, count in states.items())
+    total = f"{len(runs)} run{'s' * (len(runs) != 1)} ({counts})"
+    if len(grids) > 1:
+        return f"{total} in {len(grids)} experiments, with separate tables: their numbers are not comparable."
+    means = [(found.mean, cell) for cell in grids[0].cells if (found := over_seeds(cell, of_result("top1")))]
+    if not means:
+        return f"{total}."
+    highest, cell = max(means, key=lambda one: one[0])
+    where = ", ".join([cell.attention, f"{cell.depth} blocks", *cell.details(grids[0])])
+    return f"{total}. The highest top-1 is {highest:.2f} %: {where}."
+
+
+def _origin(grids: Sequence[Grid], command: str) -> str:
+    """When and by what the report was made, and of which code its runs are."""
+    made = f"Made {time.strftime('%Y-%m-%d %H:%M %z')} by `{without_paths(command)}` at revision " \
+           f"{git_revision() or 'unknown'}."
+    named = dict.fromkeys(run.result.get("git") or "unknown" for grid in grids for run in grid.runs if run.finished)
+    return f"{made} The runs are of revision {', '.join(named)}." if named else made
+
+
+def _shared_recipe(grid: Grid) -> str:
+    """The settings that all cells have in common."""
+    known = dict(flat(grid.shared))
+    phrases = [phrase.format(known[name]) for name, phrase in RECIPE.items() if known.get(name)]
+    phrases += [f"{name}={value}" for name, value in known.items() if name.split(".")[0] in known and "." in name]
+    seeds = f"seed{'s' * (len(grid.seeds) > 1)} {', '.join(map(str, grid.seeds))}"
+    return without_paths(f"All cells share: {', '.join(phrases)}; {seeds}.")
+
+
+def _limits(grid: Grid) -> str:
+    """What the tables do not show."""
+    found = ["digits of 8 x 8 pixels, a small width and a short training are not ImageNet"] * (grid.data == "digits")
+    if len(grid.seeds) == 1:
+        counts = {run.result["n"] for run in grid.runs if "n" in run.result}
+        sample = f" ({counts.pop()} test images)" if len(counts) == 1 else ""
+        found.append(f"one seed, so differences within the 95 % bounds may be chance{sample}")
+    found.append("low similarity alone is no merit: the norm over heads lowers it by construction, as norm_only shows")
+    return f"Limits: {'; '.join(found)}."
+
+
+def _comparison(runs: Sequence[Run]) -> Table:
+    """Two runs beside each other: differing settings first, then the results."""
+    first, second = (run.settings for run in runs)
+    names = [name for name in dict.fromkeys([*first, *second]) if first.get(name) != second.get(name)]
+    rows = [[name, _text(first.get(name)), _text(second.get(name))] for name in names]
+    rows += [["command", *(run.origin.get("command", "not recorded") for run in runs)],
+             ["state", *(run.state if run.finished else run.progress for run in runs)]]
+    rows += [[name, *(_text(run.result.get(name)) for run in runs)] for name in RESULTS]
+    rows += [[f"mean M, {stage}, trained", *(_text(mean_similarity(run, "final", stage)) for run in runs)]
+             for stage in ("final", "softmax")]
+    notes = [f"{letter}: {without_paths(str(run.path))}" for letter, run in zip("AB", runs)]
+    notes += [] if names else ["All settings are the same."]
+    rows = [[name, *map(without_paths, values)] for name, *values in rows if {*values} != {NONE}]
+    return Table("Two runs compared", ["setting", *_labels(runs)], rows, notes)
+
+
+def _labels(runs: Sequence[Run]) -> list[str]:
+    """`A: self`, `B: reattention`."""
+    return [f"{letter}{label and f': {without_paths(label)}'}"
+            for letter, label in zip("AB", labels([run.settings for run in runs]))]
+
+
+def _text(value: object) -> str:
+    return NONE if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _as_text(part: Part) -> str:
@@ -72,12 +152,31 @@ def _as_text(part: Part) -> str:
 def _as_markdown(part: Part) -> str:
     if isinstance(part, Chart):
         return f"![{part.caption}](figures/{part.name}.png)\n\n{part.caption}"
-    return render.as_markdown(part).strip() if isinstance(part, Table) else part
+    return render.as_markdown(part) if isinstance(part, Table) else part
 
 
 def _as_html(part: Part) -> str:
     if isinstance(part, Chart):
-        return page.figure(part)
+        return _figure(part)
     if isinstance(part, Table):
         return render.as_html(part)
-    return f"<h2>{escape(part[3:])}</h2>" if part.startswith("## ") else f"<p>{escape(part)}</p>"
+    if part.startswith("## "):
+        return f"<h2>{escape(part[3:])}</h2>"
+    return re.sub("`([^`]+)`", r"<code>\1</code>", f"<p>{escape(part)}</p>")
+
+
+def _figure(chart: Chart) -> str:
+    """Panels side by side on a screen, one in a row on a phone."""
+    wide, narrow = (f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
+                    for svg in (chart.svg, chart.narrow_svg))
+    caption = escape(chart.caption)
+    return (f'<figure><picture><source media="screen and (max-width: 700px)" srcset="{narrow}">'
+            f'<img src="{wide}" alt="{caption}"></picture><figcaption>{caption}</figcaption></figure>')
+
+
+def _page(sections: Iterable[str]) -> str:
+    """One file that needs nothing else: tables and charts inside it, readable on a phone, no script."""
+    style = Path(__file__).with_name("page.css").read_text()
+    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
+            f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{TITLE}</title>'
+            f"<style>\n{style}</style></head><body><h1>{TITLE}</h1>{''.join(sections)}</body></html>\n")

@@ -23,8 +23,8 @@ from deepvit.engine.state import TrainState
 from deepvit.engine.step import OBJECTIVES, Objective, Precision, Stepper, allocate_moments, is_out_of_memory
 from deepvit.errors import UserError
 from deepvit.models import ViT, build_model
+from deepvit.models.blocks import BranchMasks
 from deepvit.models.registry import check_model, without_effect
-from deepvit.models.stochastic_depth import BranchMasks
 from deepvit.run.micro_batches import advice, allowed, unit
 from deepvit.run.micro_batches import choose as choose_micro_batch
 from deepvit.run.optimizer import optimizer, try_out

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from deepvit import analysis
-from deepvit.analysis.board import draw_probe, without_matrices
+from deepvit.analysis.draw_depth import draw_probe
+from deepvit.analysis.probe import without_matrices
 from deepvit.engine.evaluate import Evaluation, evaluate
 from deepvit.engine.fit import Measures
 from deepvit.engine.progress import Display

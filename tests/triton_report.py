@@ -1,4 +1,4 @@
-"""What Triton's compiler makes of the kernels, without a GPU: `python -m deepvit.ops.triton_report`."""
+"""What Triton's compiler makes of the kernels, without a GPU: `python tests/triton_report.py`."""
 
 import re
 import subprocess
