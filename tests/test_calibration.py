@@ -12,7 +12,7 @@ from torch.optim.swa_utils import update_bn
 from deepvit.commands import main
 from deepvit.config.compare import changed
 from deepvit.config.compose import compose
-from deepvit.engine.calibrate import calibrate
+from deepvit.engine.evaluate import calibrate
 from deepvit.engine.folder import RunFolder
 from deepvit.engine.ranks import Ranks
 from deepvit.engine.step import Precision
@@ -99,9 +99,11 @@ def test_asked_to_stop_it_leaves_the_statistics():
 class Share(Ranks):
     """One of two ranks whose sums and agreements are made with what the other has."""
 
-    def sum(self, values):
-        self.other.append(values)
-        return values if len(self.other) == 1 else self.other[0] + self.other[1]
+    def gather(self, value):
+        if not isinstance(value, torch.Tensor):
+            return [value]
+        self.other.append(value)
+        return list(self.other)
 
 
 def test_ranks_with_shares_of_any_size_agree():

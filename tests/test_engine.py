@@ -192,7 +192,7 @@ class Shares(Ranks):
     given: list = field(default_factory=list)
 
     def gather(self, value):
-        if isinstance(value, tuple) and len(value) == 3:
+        if isinstance(value[0], type):  # an error, or that there is none
             return [value]
         self.given.append(value)
         return list(self.given)

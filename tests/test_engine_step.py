@@ -290,8 +290,7 @@ def test_the_first_module_that_went_wrong_is_named():
     batch = a_batch()
 
     def first() -> str | None:
-        losses = (nn.functional.cross_entropy(model(x), y) for x, y in [(batch.images, batch.targets)])
-        return examine(model, losses, scale=lambda loss: loss).first
+        return examine(stepper_of(model, Schedule(0.1, 10)), state_of(model), [batch], 0).first
 
     assert first() is None
     with torch.no_grad():
@@ -312,7 +311,7 @@ def test_an_examination_tells_the_loss_of_the_step(size):
     state = state_of(model)
     state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
     stepper = stepper_of(model, Schedule(0.1, 10, kind="constant"))
-    found = stepper.examine(state, parts_of(a_batch(), size), 0)
+    found = examine(stepper, state, parts_of(a_batch(), size), 0)
     hidden = model.first(a_batch().images)
     assert found.ranges["first"][:2] == pytest.approx([hidden.min().item(), hidden.max().item()], abs=1e-6)
     assert found.loss == pytest.approx(float(made(stepper, state, parts_of(a_batch(), size)).loss), abs=1e-6)

@@ -14,7 +14,7 @@ from torch import nn
 
 from deepvit.config.compose import compose
 from deepvit.config.settings import Settings, read_settings
-from deepvit.engine import memory
+from deepvit.engine import device
 from deepvit.engine.device import sharing
 from deepvit.engine.schedule import Schedule
 from deepvit.engine.signals import StopRequest
@@ -44,7 +44,7 @@ def update_of(extra: int | None, answer) -> None:
     state, stepper = state_of(model), stepper_of(model, Schedule(0.1, 10, kind="constant"))
     made(stepper, state, [a_batch(2)])
     if extra is not None:
-        taken = memory._field("/proc/self/status", "VmData")
+        taken = device._field("/proc/self/status", "VmData")
         resource.setrlimit(resource.RLIMIT_DATA, (taken + extra, resource.RLIM_INFINITY))
     update = made(stepper, state, [a_batch(64)])
     answer.send((stepper.limit, float(update.loss)))
@@ -68,8 +68,8 @@ def test_a_cpu_without_memory_halves_the_micro_batches():
 @pytest.mark.parametrize(("sharing", "free", "wanted"), [(1, 12, 6), (2, 12, 6), (4, 12, 4), (4, 6, 3)])
 def test_runs_that_share_a_host_take_their_parts(monkeypatch, sharing, free, wanted):
     """Half of what is free, and no more than half of their part of 32 GiB."""
-    monkeypatch.setattr(memory, "_host_memory", lambda: (free * GIB, 32 * GIB))
-    assert memory.available_bytes(torch.device("cpu"), sharing) == wanted * GIB
+    monkeypatch.setattr(device, "_host_memory", lambda: (free * GIB, 32 * GIB))
+    assert device.available_bytes(torch.device("cpu"), sharing) == wanted * GIB
 
 
 @pytest.mark.parametrize(("sharing", "wanted"), [(1, 62), (2, 26), (4, 8)])
@@ -78,17 +78,17 @@ def test_runs_that_share_a_gpu_take_their_parts(monkeypatch, sharing, wanted):
     seen = {"mem_get_info": (66 * GIB, 80 * GIB), "memory_allocated": 10 * GIB, "memory_reserved": 14 * GIB}
     for name, value in seen.items():
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
-    assert memory.available_bytes(torch.device("cuda"), sharing) == wanted * GIB
+    assert device.available_bytes(torch.device("cuda"), sharing) == wanted * GIB
 
 
 @pytest.mark.parametrize(("sharing", "size"), [(1, 64), (2, 32), (8, 8), (1000, 4)])
 def test_the_part_decides_how_many_images_go_at_once(monkeypatch, sharing, size):
     """An image of `Wide` keeps 1 MiB; where none fits, the smallest is taken."""
-    monkeypatch.setattr(memory, "_host_memory", lambda: (180 * 2**20, 180 * 2**20))
+    monkeypatch.setattr(device, "_host_memory", lambda: (180 * 2**20, 180 * 2**20))
     model = Wide()
     stepper = stepper_of(model, Schedule(0.1, 10))
     example = lambda count: (torch.zeros(count, 6), torch.zeros(count, dtype=torch.int64))  # noqa: E731
-    chosen, words = memory.largest_batch([64, 32, 16, 8, 4], state_of(model), stepper, example, sharing)
+    chosen, words = device.largest_batch([64, 32, 16, 8, 4], state_of(model), stepper, example, sharing)
     assert chosen == size and words.endswith("GiB")
 
 

@@ -64,7 +64,7 @@ def test_train_evaluate_predict_and_again(run, tmp_path):
 def test_a_result_tells_the_decoder_and_how_often_it_refused(run, tmp_path):
     """One image of eight is CMYK, which PIL reads: once in each of four epochs."""
     for at in range(16):
-        file = tmp_path / "pictures" / ("train", "val")[at // 8] / "ab"[at % 2] / f"{at}.jpg"
+        file = tmp_path / "images" / ("train", "val")[at // 8] / "ab"[at % 2] / f"{at}.jpg"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.new("CMYK" if at == 3 else "RGB", (20, 20)).save(file)
     code, *_ = run("train", *TINY, "recipe=folder", "data.root=images", "model.img_size=8", "model.patch_size=4",

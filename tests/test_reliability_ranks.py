@@ -181,7 +181,7 @@ def train_watched(config: dict, folder: str) -> int:
     import json
 
     from deepvit.engine.fit import Fit
-    original = Fit._evaluate_if_due
+    original = Fit._evaluate_and_save
 
     def watched(self: Fit) -> bool:
         due = self.state.step % 45 == 0 and self.state.step > self.state.evaluated
@@ -192,7 +192,7 @@ def train_watched(config: dict, folder: str) -> int:
                                        "children": len(children(os.getpid()))}) + "\n")
         return going_on
 
-    Fit._evaluate_if_due = watched
+    Fit._evaluate_and_save = watched
     return soak._train(config, folder)
 
 

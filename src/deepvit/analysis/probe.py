@@ -14,7 +14,7 @@ from deepvit.analysis.measures import BatchNorm, patch_grid, thetas
 from deepvit.analysis.recording import BRANCHES, HELD_BYTES, Maps, Recording, attention_modules, recordings, unwrap
 from deepvit.analysis.registry import MEASURES
 from deepvit.analysis.similarity import SampledRows, centred, cross_layer_similarity, similar_blocks, unit_columns
-from deepvit.engine.calibrate import statistics_of_the_batch
+from deepvit.engine.evaluate import statistics_of_the_batch
 from deepvit.errors import UserError
 from deepvit.models.registry import build_model
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from deepvit import ops
 from deepvit.bench.timing import ceilings, interleaved, left_out, summary
-from deepvit.engine.memory import kept_storages
+from deepvit.engine.device import kept_storages
 from deepvit.errors import reason
 from deepvit.ops import HeadNorm, reference
 

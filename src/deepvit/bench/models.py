@@ -8,7 +8,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from deepvit.bench.timing import apart, ceilings, fitting, interleaved, left_out, summary
-from deepvit.engine.memory import kept_storages, peak_bytes, reset_peak
+from deepvit.engine.device import kept_storages, peak_bytes, reset_peak
 from deepvit.errors import reason
 from deepvit.models import ReAttention, create_model
 from deepvit.models.cost import forward_flops

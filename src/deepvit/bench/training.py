@@ -12,7 +12,7 @@ from deepvit.bench.models import OURS
 from deepvit.bench.timing import apart
 from deepvit.config.compose import compose
 from deepvit.config.json_lines import read_json_lines
-from deepvit.engine.memory import peak_bytes, reset_peak
+from deepvit.engine.device import peak_bytes, reset_peak
 from deepvit.engine.ranks import Ranks
 from deepvit.engine.signals import StopRequest
 from deepvit.errors import UserError, reason

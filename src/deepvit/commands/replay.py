@@ -12,7 +12,7 @@ from typing import Any
 from deepvit.config.settings import Settings
 from deepvit.engine import checkpoint
 from deepvit.engine.folder import RunFolder
-from deepvit.engine.nonfinite import Examination
+from deepvit.engine.nonfinite import Examination, examine
 from deepvit.engine.ranks import Ranks, pick_device
 from deepvit.errors import DONE, UserError
 from deepvit.run import build, micro_batches
@@ -57,17 +57,17 @@ def _given(weights: Path) -> tuple[Path, dict[str, Any]]:
 
 def _share(settings: Settings, content: dict[str, Any], number: int, rank: int) -> Examination:
     splits = build.splits(settings.data)
-    alone = Ranks(0, 1, pick_device(settings.engine.accelerator))
+    world = content["world"]
+    alone = Ranks(rank, world, pick_device(settings.engine.accelerator))  # in its place, but without the others
     network = build.model(settings, len(splits.class_ids), continued=True)
     state = build.state(settings, network, alone)
     state.load_state_dict(content)
     schedule, _ = build.schedule_and_plan(settings, len(splits.train))
-    world = content["world"]
     size = content.get("micro_batch") or micro_batches.allowed(settings, network.norm_batches, world)[0]
     stepper = build.stepper(settings, network, schedule, len(splits.class_ids), alone,
                             masks=content.get("masks") == "image")
-    drawn = next(build.batch_maker(settings, splits.train, Ranks(rank, world, alone.device))(number, 1, size))
-    return stepper.examine(state, drawn, number, rank)
+    drawn = next(build.batch_maker(settings, splits.train, alone)(number, 1, size))
+    return examine(stepper, state, drawn, number)
 
 
 def show(found: Examination, rank: int) -> None:

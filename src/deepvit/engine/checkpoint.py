@@ -5,12 +5,15 @@ import logging
 import os
 import pickle
 import shutil
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
+from deepvit.engine.folder import RunFolder, aside_of, sync_folder, write_synced
+from deepvit.engine.ranks import Ranks
+from deepvit.engine.state import TrainState
 from deepvit.errors import Failure, UserError, first_line
 
 FORMAT, VERSION = "deepvit", 1
@@ -18,23 +21,21 @@ log = logging.getLogger(__name__)
 
 
 def save(path: Path, content: dict[str, Any], previous: Path | None = None) -> None:
-    """Writes `content` to `path`; a kill at any moment leaves the old or the new file whole.
+    """Writes `content` to `path`; a kill at any moment leaves the old or the new file whole. The file that stands there
+    goes to `previous`, so that two good checkpoints exist.
 
-    Args:
-        previous: where the file that stands at `path` goes, so that two good checkpoints exist.
-    Raises:
-        Failure: the disk refused (full, read-only); the old file is intact and the partial one gone.
+    Raises Failure if the disk refused (full, read-only); the old file is intact and the partial one gone.
     """
-    partial, partial_digest = (_aside(one) for one in (path, digest_path(path)))
+    partial, partial_digest = aside_of(path), aside_of(digest_path(path))
     try:
-        _write(partial, lambda file: torch.save({"format": FORMAT, "version": VERSION, **content}, file))
-        _write(partial_digest, lambda file: file.write(f"{_digest(partial)}  {path.name}\n".encode()))
+        write_synced(partial, lambda file: torch.save({"format": FORMAT, "version": VERSION, **content}, file))
+        write_synced(partial_digest, lambda file: file.write(f"{_digest(partial)}  {path.name}\n".encode()))
     except (OSError, RuntimeError) as error:  # torch wraps a full disk in a RuntimeError
         partial.unlink(missing_ok=True)
         partial_digest.unlink(missing_ok=True)
-        free = shutil.disk_usage(path.parent).free
-        raise Failure(f"The checkpoint {path} could not be written ({_reason(error)}): about {_size(size_of(content))} "
-                      f"are needed, {_size(free)} are free.") from error
+        needed, free = size_of(content), shutil.disk_usage(path.parent).free
+        raise Failure(f"The checkpoint {path} could not be written ({_reason(error)}): about {needed:,} bytes "
+                      f"({_size(needed)}) are needed, {free:,} bytes ({_size(free)}) are free.") from error
     # A kill between any two of these lines leaves a pair that verifies, or a file without digest that loads.
     if previous is not None and path.exists():
         digest_path(previous).unlink(missing_ok=True)
@@ -45,14 +46,13 @@ def save(path: Path, content: dict[str, Any], previous: Path | None = None) -> N
         digest_path(path).unlink(missing_ok=True)
     os.replace(partial, path)
     os.replace(partial_digest, digest_path(path))
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def load(path: Path) -> dict[str, Any]:
     """One of our checkpoints, on the CPU, its digest checked. Nothing but tensors and plain values is ever unpickled.
 
-    Raises:
-        UserError: missing, torn, altered, poisoned, or not one of ours.
+    Raises UserError if it is missing, torn, altered, poisoned, or not one of ours.
     """
     if not path.is_file():
         raise UserError(f"There is no checkpoint at {path}.")
@@ -63,15 +63,14 @@ def load(path: Path) -> dict[str, Any]:
     except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError, OSError) as error:
         raise UserError(f"The checkpoint {path} cannot be read ({_reason(error)}).") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"{path} is no checkpoint of a deepvit run: give it to `init=` to start from its weights.")
+        raise UserError(f"{path} is not a checkpoint of a deepvit run: give it to `init=` to start from its weights.")
     return content
 
 
 def load_newest(*candidates: Path, advice: str = "") -> tuple[Path, dict[str, Any]] | None:
     """The first of `candidates` that is whole; each one that is not is named. None if none exists.
 
-    Raises:
-        UserError: some exist and none is whole; ends with `advice`.
+    Raises UserError, which ends with `advice`, if some exist and none is whole.
     """
     broken = []
     for path in filter(Path.exists, candidates):
@@ -88,11 +87,70 @@ def load_newest(*candidates: Path, advice: str = "") -> tuple[Path, dict[str, An
     return None
 
 
-def write_text_synced(path: Path, text: str) -> None:
-    """Replaces a small file atomically."""
-    _write(_aside(path), lambda file: file.write(text.encode()))
-    os.replace(_aside(path), path)
-    _sync_folder(path.parent)
+class Saver:
+    """Writes a run's checkpoints, on rank 0, and decides what happens where the disk refuses one.
+
+    `identity` is what a checkpoint holds beside the state: the model's config, class names, the run's settings.
+    """
+
+    def __init__(self, folder: RunFolder, ranks: Ranks, identity: Mapping[str, Any]):
+        self._folder, self._ranks, self._identity = folder, ranks, identity
+
+    def save_last(self, state: TrainState, must: bool = False,
+                  otherwise: str = "Training goes on and tries again at the next save.") -> bool:
+        """Whether the whole state was written; where it `must` be and was not, all ranks fail together."""
+        error = self._write(self._folder.last, state, self._whole(state), otherwise, self._folder.previous)
+        if must:
+            self._ranks.raise_together(error)
+        if error is None and self._ranks.is_main:
+            self._folder.drop_replaced()
+        return error is None
+
+    def save_weights(self, path: Path, state: TrainState, **more: Any) -> None:
+        """The weights alone: the best so far, or an epoch's."""
+        content = {**state.weights(), "step": state.step, **more}
+        self._write(path, state, content, "These weights are not kept.")
+
+    def save_nonfinite(self, state: TrainState) -> None:
+        self._write(self._folder.nonfinite, state, self._whole(state), "The weights cannot be looked at later.")
+
+    def log_sizes(self, state: TrainState) -> None:
+        """Says what the run will leave on the disk, and warns where that has no room."""
+        if not self._ranks.is_main:
+            return
+        weights = size_of(state.weights())
+        trained = [weight for group in state.optimizer.param_groups for weight in group["params"]]
+        # As many moments as Adam's where the optimizer allocates its own only at its first update.
+        whole = weights + (size_of(state.optimizer.state_dict()["state"]) or 2 * size_of(trained))
+        log.info("Checkpoints: last and previous of %s each, best of %s; engine.keep=best leaves only the best.",
+                 _size(whole), _size(weights))
+        needed, free = 3 * whole + weights, shutil.disk_usage(self._folder.path).free  # a third while one is written
+        if needed > free:
+            log.warning("The checkpoints of this run may need %s, and %s are free at %s.", _size(needed), _size(free),
+                        self._folder.path)
+
+    def _whole(self, state: TrainState) -> dict[str, Any]:
+        return {**state.state_dict(), "world": self._ranks.world}
+
+    def _write(self, path: Path, state: TrainState, content: dict[str, Any], otherwise: str,
+               previous: Path | None = None) -> Failure | None:
+        """A checkpoint that cannot be written does not end a run that may write its next one."""
+        if not self._ranks.is_main:
+            return None
+        try:
+            save(path, {**content, **self._identity}, previous)
+            return None
+        except Failure as error:
+            log.error("%s %s", error, otherwise)
+            self._folder.log_event("save_failed", step=state.step, reason=str(error))
+            return error
+
+
+def drop_all_but_best(folder: RunFolder) -> None:
+    """Removes the checkpoints that would continue a finished run, if its best weights are there."""
+    for path in (folder.last, folder.previous) if folder.best.exists() else ():
+        digest_path(path).unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
 
 
 def size_of(content: Any) -> int:
@@ -110,33 +168,13 @@ def digest_path(path: Path) -> Path:
     return path.with_name(path.name + ".sha256")
 
 
-def _aside(path: Path) -> Path:
-    return path.with_name(path.name + ".tmp")
-
-
-def _write(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    with path.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _size(count: int) -> str:
-    """12,345,678 -> "12,345,678 bytes (12 MiB)"."""
-    return f"{count:,} bytes ({count / 2**20:.0f} MiB)"
+    return f"{count / 2**20:,.0f} MiB" if count >= 2**20 else f"{count / 2**10:,.0f} KiB"
 
 
 def _reason(error: BaseException) -> str:

@@ -1,21 +1,29 @@
-"""The device of this process, and its share of the machine."""
+"""The device of this process, its share of the machine, and how many images fit into its memory at once."""
 
+import ctypes
 import os
 import re
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from deepvit.engine.ranks import Ranks
-from deepvit.engine.step import Precision
+from deepvit.engine.state import TrainState
+from deepvit.engine.step import Precision, Stepper, is_out_of_memory
 from deepvit.errors import UserError
+
+USEFUL = 2 * 2**30  # bytes kept for the backward pass on a CPU: more images at once bring no speed
+USABLE = {"cuda": 0.9, "cpu": 0.5}  # of the memory: a GPU's allocator needs some air, a host's other programs half
+
+Example = Callable[[int], tuple[Tensor, Tensor]]  # number of images -> images and targets, as the model takes them
 
 
 def prepare_device(precision: Precision, ranks: Ranks, threads: int | None = None, deterministic: bool = False) -> None:
-    """`threads` of this rank (None: on a CPU its share of the cores), the precision of float32 products, and whether
-    every operation gives the same bits each time."""
+    """Sets the `threads` of this rank (None: on a CPU its share of the cores), the precision of float32 products, and
+    whether every operation gives the same bits each time."""
     if threads is None and local_world(ranks) > 1 and ranks.device.type == "cpu":
         threads = max(1, usable_cores() // local_world(ranks))
     if threads is not None:
@@ -26,14 +34,24 @@ def prepare_device(precision: Precision, ranks: Ranks, threads: int | None = Non
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first product
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether it is a GPU that multiplies in bfloat16 (from Ampere on)."""
+    return device.type == "cuda" and torch.cuda.get_device_properties(device).major >= 8
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
 def local_world(ranks: Ranks) -> int:
     """Ranks on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world))
 
 
 def usable_cores() -> int:
-    """Those that this process may use: by its affinity, and by the quotas of its control groups, where the system
-    tells."""
+    """Cores that this process may use, by its affinity and by the quotas of its control groups."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min([cores, *_quotas()]))
 
@@ -51,21 +69,156 @@ def _quotas(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/
 
 
 def sharing() -> int:
-    """Runs at once on this process's device, by the environment: DEEPVIT_SHARE=1/4 is a quarter of it. A sweep sets it
-    for cells that run side by side; `engine.device_batch=auto` takes that part of the memory and no more."""
+    """Number of runs at once on this process's device: 4 for DEEPVIT_SHARE=1/4. A sweep sets it for cells that run side
+    by side; `engine.device_batch=auto` takes that part of the memory and no more."""
     value = os.environ.get("DEEPVIT_SHARE") or "1/1"
     one, _, count = value.partition("/")
     if one != "1" or not count.isdecimal() or not int(count):
-        raise UserError(f"DEEPVIT_SHARE={value} is no part of a device: give 1/2, 1/3, ..., or unset it.")
+        raise UserError(f"DEEPVIT_SHARE={value} is not a part of a device: give 1/2, 1/3, ..., or unset it.")
     return int(count)
 
 
-def has_bf16(device: torch.device) -> bool:
-    """Whether it is a GPU that multiplies in bfloat16 (from Ampere on)."""
-    return device.type == "cuda" and torch.cuda.get_device_properties(device).major >= 8
+# Memory
 
-
-def device_name(device: torch.device) -> str:
+def available_bytes(device: torch.device, sharing: int = 1) -> int:
+    """What this process may still take: what is free, and no more than its part where `sharing` processes share the
+    device."""
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
+        free, total = torch.cuda.mem_get_info(device)
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        part = USABLE["cuda"] * total / sharing - used_bytes(device)
+        return int(min(free - (1 - USABLE["cuda"]) * total, part))
+    free, total = _host_memory()
+    return int(USABLE["cpu"] * min(free, total / sharing))
+
+
+def _host_memory() -> tuple[int, int]:
+    """Free and total bytes: the machine's, or the control group's where that is less."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    free = _field("/proc/meminfo", "MemAvailable") or total
+    limit, used = (Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory.current"))
+    if limit.exists() and (most := limit.read_text().strip()) != "max":
+        total, free = min(total, int(most)), min(free, int(most) - int(used.read_text()))
+    return free, total
+
+
+def used_bytes(device: torch.device) -> int:
+    """What this process holds now."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else _field("/proc/self/status", "VmRSS") or 0
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most that this process held since `reset_peak`. (getrusage's could be that of the process's parent.)"""
+    on_gpu = device.type == "cuda"
+    return torch.cuda.max_memory_allocated(device) if on_gpu else _field("/proc/self/status", "VmHWM") or 0
+
+
+def reset_peak(device: torch.device) -> int:
+    """Starts the peak anew from the bytes that are held now, which are returned."""
+    give_back()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    return used_bytes(device)
+
+
+def give_back() -> None:
+    """Returns to the system what the C library keeps of freed memory, often more than training can use of it."""
+    with suppress(AttributeError):  # glibc's alone
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _field(path: str, name: str) -> int | None:
+    """Bytes, from one of Linux's files of "name: number kB"; None on another system."""
+    if not Path(path).exists():
+        return None
+    lines = dict(line.split(":", 1) for line in Path(path).read_text().splitlines() if ":" in line)
+    return int(lines[name].split()[0]) * 1024
+
+
+def kept_storages(compute: Callable[[], Tensor], own: Iterable[Tensor]) -> list[int]:
+    """Bytes of each distinct storage that `compute()` saves for backward, those of `own` left out."""
+    known = {x.untyped_storage().data_ptr() for x in own}
+    kept: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        compute()
+    return [size for address, size in kept.items() if address not in known]
+
+
+# Images at once: what a pass takes, measured on a few images, against what this process may have
+
+def largest_batch(sizes: Sequence[int], state: TrainState, stepper: Stepper, example: Example, sharing: int = 1
+                  ) -> tuple[int, str]:
+    """The largest of `sizes` (descending) that fits on this rank's device, which `sharing` processes share, and in
+    words what it takes of what; the smallest where none fits. Weights, statistics and generators are left as they were.
+    """
+    device = stepper.ranks.device
+    fixed, each = needed_bytes(state, stepper, example)
+    budget = available_bytes(device, sharing)
+    most = budget if device.type == "cuda" else min(budget, USEFUL)
+    fitting = [size for size in sizes if fixed + size * each <= most] or sizes[-1:]
+    with _traceless(state):
+        size = next(one for one in fitting if one == sizes[-1] or not _is_too_much(state, stepper, example, one))
+    return size, f"{(fixed + size * each) / 2**30:.3g} of {budget / 2**30:.3g} GiB"
+
+
+def needed_bytes(state: TrainState, stepper: Stepper, example: Example) -> tuple[int, int]:
+    """What an update takes beside the state: in any case, and for each image at once. Nothing is left changed."""
+    with _traceless(state):
+        two, four = (_bytes_of(state, stepper, example, count) for count in (2, 4))
+    each = max(1, (four - two) // 2)
+    weights = sum(weight.nbytes for weight in state.model.parameters())
+    # Beside its passes: the average's moves, and the one exchange between ranks.
+    return max(0, two - 2 * each) + weights * ((state.ema is not None) + 2 * (stepper.ranks.world > 1)), each
+
+
+@contextmanager
+def _traceless(state: TrainState) -> Iterator[None]:
+    state.statistics.begin()
+    state.model.train()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            state.statistics.put_back()
+            state.optimizer.zero_grad(set_to_none=True)
+
+
+def _loss(state: TrainState, stepper: Stepper, x: Tensor, y: Tensor) -> Tensor:
+    with stepper.precision.autocast(stepper.ranks.device):
+        return stepper.objective(state.model, x, y)
+
+
+def _bytes_of(state: TrainState, stepper: Stepper, example: Example, count: int) -> int:
+    """A GPU's peak over a pass forward and back; on a CPU, which does not tell, what is kept in between."""
+    x, y = example(count)
+    if not x.is_cuda:
+        own = [x, y, *state.model.parameters(), *state.model.buffers()]
+        return sum(kept_storages(lambda: _loss(state, stepper, x, y), own))
+    torch.cuda.reset_peak_memory_stats(x.device)
+    before = torch.cuda.memory_allocated(x.device)
+    _loss(state, stepper, x, y).backward()
+    state.optimizer.zero_grad(set_to_none=True)
+    return torch.cuda.max_memory_allocated(x.device) - before
+
+
+def _is_too_much(state: TrainState, stepper: Stepper, example: Example, size: int) -> bool:
+    """On a GPU, whether one real pass runs out of memory after all."""
+    if stepper.ranks.device.type != "cuda":
+        return False
+    try:
+        _loss(state, stepper, *example(size)).backward()  # compiled it takes no more, but minutes
+        return False
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    finally:
+        state.optimizer.zero_grad(set_to_none=True)
+    torch.cuda.empty_cache()
+    return True

@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from scipy.special import bdtr, ndtri
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from deepvit.engine.ranks import Ranks
+from deepvit.engine.ranks import Ranks, views_like
 from deepvit.engine.step import Precision, Prepare, is_out_of_memory
 from deepvit.errors import Failure
 
@@ -40,10 +42,6 @@ class Evaluation:
         return 100 * self.correct1 / self.n
 
     @property
-    def top5(self) -> float:
-        return 100 * self.correct5 / self.n
-
-    @property
     def correct(self) -> np.ndarray:
         """bool `[n]`: whether the best guess is right."""
         return self.predictions[:, 0] == self.targets
@@ -53,7 +51,7 @@ class Evaluation:
         low, high = wilson_interval(self.correct1, self.n)
         before = self.uncalibrated
         return {**({} if before is None else {"uncalibrated_top1": before.top1, "uncalibrated_loss": before.loss}),
-                **({"top5": self.top5} if self.classes > 5 else {}),  # of five classes it is always right
+                **({"top5": 100 * self.correct5 / self.n} if self.classes > 5 else {}),  # else always right
                 **({} if self.correct_present is None else {"present_top1": 100 * self.correct_present / self.n}),
                 "top1": self.top1, "loss": self.loss, "n": self.n,
                 "top1_low": 100 * low, "top1_high": 100 * high, "bad_pictures": len(self.bad),
@@ -66,13 +64,12 @@ def evaluate(model: nn.Module, batches: Iterable[Any], prepare: Prepare, ranks: 
              advance: Callable[[int], None] = lambda images: None) -> Evaluation | None:
     """Top-1, top-5 and mean cross-entropy of `model` over this rank's `batches`, summed over all ranks.
 
-    Args:
-        n: size of the whole set; every image must have come exactly once.
-        among: indices of classes to choose among for `correct_present`.
-        should_stop: asked before each batch; if any rank says yes, all give up and None is returned.
-        advance: told the number of images done, for a progress bar.
-    Raises:
-        UserError, Failure: what any rank's `batches` raised, on all ranks; or the images seen are not the whole set.
+    `n` is the size of the whole set, of which every image must come exactly once; `among` are indices of classes to
+    choose among for `correct_present`. `should_stop` is asked before each batch; if any rank says yes, all give up and
+    None is returned. `advance` is called with the number of images done, for a progress bar.
+
+    Raises, on all ranks, UserError or Failure that any rank's `batches` raised, or Failure if the images are not the
+    whole set.
     """
     training, start = model.training, time.perf_counter()
     parts, bad = [], []
@@ -117,7 +114,7 @@ def _score(model: nn.Module, batch: Any, prepare: Prepare, ranks: Ranks, precisi
         unusable |= torch.isin(batch.indices, torch.tensor([one.index for one in bad])).to(y.device)
     best = best.masked_fill(unusable[:, None], -1)  # never right
     present = {} if among is None else {"present": (among[logits[:, among].argmax(-1)] == y) & ~unusable}
-    # They stay on the device: fetching them here would have it wait for each batch.
+    # They stay on the device: fetching them here would make it wait for each batch.
     return {"indices": batch.indices, "targets": y, "predictions": best, "confidences": confidences,
             "losses": F.cross_entropy(logits, y, reduction="none"),
             "classes": torch.tensor(logits.shape[-1:]), **present}
@@ -132,11 +129,76 @@ def _gather(parts: list[dict[str, Tensor]], bad: list[Any], ranks: Ranks, n: int
         "indices", "targets", "predictions", "confidences", "losses"))
     if not np.array_equal(indices, np.arange(n)):
         raise Failure(f"The evaluation saw {len(indices)} images ({len(np.unique(indices))} different ones) of a set "
-                      f"of {n}: its numbers are not to be trusted.")
+                      f"of {n}: its numbers cannot be trusted.")
     hits = predictions == targets[:, None]  # [n, 5]
     return Evaluation(n, int(hits[:, 0].sum()), int(hits.any(1).sum()), float(losses.mean(dtype=float)), seconds,
                       [one for _, some in shares for one in some], indices, targets, predictions, confidences,
                       int(whole["classes"][0]), int(whole["present"].sum()) if "present" in whole else None)
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, batches: Iterable[Any], prepare: Prepare, ranks: Ranks, precision: Precision,
+              should_stop: Callable[[], bool] = lambda: False) -> bool:
+    """Sets each BatchNorm's running statistics to their mean over the training images of all ranks' `batches`: an
+    average of weights has no statistics of its own.
+
+    The cumulative average of `torch.optim.swa_utils.update_bn`, but of the network as it is evaluated: dropout and
+    stochastic depth are off, so the result is the same on any number of ranks. Momenta and modes are as before.
+
+    `batches` are this rank's (perhaps none), each of whole groups of images that share their statistics. `should_stop`
+    is asked before each; if any rank says yes, nothing is changed and False is returned. Raises, on all ranks,
+    UserError or Failure that any rank's `batches` raised.
+    """
+    statistics = [tensor for norm in _tracking_norms(model) for tensor in (norm.running_mean, norm.running_var)]
+    if not statistics:
+        return True
+    before = _flat(statistics)
+    total, seen = torch.zeros_like(before), before.new_zeros(1)
+
+    def take(batch: Any) -> None:
+        x, _ = prepare(batch, 0, ranks.device, training=False)
+        with precision.autocast(ranks.device):
+            model(x)
+        total.add_(_flat(statistics) * len(batch))
+        seen.add_(len(batch))
+
+    with statistics_of_the_batch(model):
+        try:
+            complete = ranks.for_each(batches, take, should_stop)
+        finally:
+            torch._foreach_copy_(statistics, views_like(statistics, before))
+    if complete:
+        sums = sum(ranks.gather(torch.cat([total, seen]).cpu()))
+        torch._foreach_copy_(statistics, views_like(statistics, (sums[:-1] / sums[-1]).to(before.device)))
+    return complete
+
+
+def _tracking_norms(model: nn.Module) -> list[_BatchNorm]:
+    return [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+
+
+@contextmanager
+def statistics_of_the_batch(model: nn.Module) -> Iterator[None]:
+    """Inside, a forward pass leaves its batch's own statistics in each BatchNorm; all else is in eval mode."""
+    norms = _tracking_norms(model)
+    training = {module: module.training for module in model.modules()}
+    kept = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+    model.eval()
+    for norm in norms:
+        norm.train()
+        norm.momentum = 1.0
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+        for norm, (momentum, count) in zip(norms, kept, strict=True):
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(count)
+
+
+def _flat(statistics: list[Tensor]) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in statistics]).double()
 
 
 def wilson_interval(correct: int, n: int) -> tuple[float, float]:
@@ -150,10 +212,8 @@ def wilson_interval(correct: int, n: int) -> tuple[float, float]:
 def mcnemar(first_correct: np.ndarray, second_correct: np.ndarray) -> dict[str, float]:
     """Exact two-sided McNemar test between two models on the same images (Q. McNemar, Psychometrika 12, 1947).
 
-    Args:
-        first_correct, second_correct: bool `[n]`, the same images in the same order.
-    Returns:
-        how many only the first and only the second got right, and the p value of "equally good".
+    From bool `[n]`, the same images in the same order: how many only the first and only the second got right, and the
+    p value of "equally good".
     """
     first = int((first_correct & ~second_correct).sum())
     second = int((second_correct & ~first_correct).sum())

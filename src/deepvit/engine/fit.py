@@ -6,20 +6,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from typing import Any
 
-import torch
 from torch import nn
 from torch.profiler import record_function
 
+from deepvit.engine.checkpoint import Saver
+from deepvit.engine.device import give_back
 from deepvit.engine.evaluate import Evaluation
 from deepvit.engine.folder import RunFolder
 from deepvit.engine.loggers import Draw, Loggers
-from deepvit.engine.memory import give_back
+from deepvit.engine.nonfinite import SkipWatch
 from deepvit.engine.profile import StepProfile
 from deepvit.engine.progress import Display, Meter, clock
-from deepvit.engine.saver import Saver
 from deepvit.engine.schedule import Plan, is_due
 from deepvit.engine.signals import StopRequest
-from deepvit.engine.skips import SkipWatch, give_up
 from deepvit.engine.state import TrainState
 from deepvit.engine.step import Status, Stepper, Update
 from deepvit.errors import Failure, UserError
@@ -35,7 +34,7 @@ class Fit:
 
     Args:
         make_batches: `(start, count) -> iterator` over global batches start, start + 1, ...
-        evaluate: `(model, display) -> Evaluation`, or None if it was told to stop.
+        evaluate: `(model, display) -> Evaluation`, or None if it was asked to stop.
         attention_metrics: `(model, step) -> Measures`; before the first step, every `plan.probe_every` and at the
             end. None: never.
     """
@@ -53,9 +52,9 @@ class Fit:
         self._bar = self._display.bar("train", plan.total, state.step)
         self._profile = StepProfile(folder.path / "profile", self._ranks.device, plan.profile, state.step,
                                     plan.total - state.step) if plan.profile and self._ranks.is_main else None
-        self._skips = SkipWatch(state, folder, self._ranks, plan.max_skipped, self._give_up)
+        self._skips = SkipWatch(state, stepper, folder, saver, plan.max_skipped, make_batches)
         self._newest: Update | None = None
-        self._limit = stepper.limit  # the last that was told
+        self._limit = stepper.limit  # the last one noted
         self._error: UserError | Failure | None = None  # of making the next batch
         self._seen_bad: set[int] = set()
         self._pil_fallbacks = 0  # images that the fast decoder refused, since the last log line
@@ -88,10 +87,10 @@ class Fit:
     def _begin(self) -> bool:
         """What comes before the first step; False if a request to stop came meanwhile."""
         if self.state.step == 0:
-            self._saver.say_what_stays(self.state)
+            self._saver.log_sizes(self.state)
             self._saver.save_last(self.state, must=True)  # what cannot be saved should not start
             self._measure_attention()
-        elif self._is_evaluation_due() and self.state.evaluated < self.state.step:  # a request to stop cut it short
+        elif self.state.evaluated < self.state.step and self._is_evaluation_due():  # a request to stop cut it short
             return self._evaluate_and_save()
         return True
 
@@ -114,22 +113,24 @@ class Fit:
     def _preempt(self) -> None:
         self._skips.catch_up()
         saved = self._saver.save_last(self.state, otherwise="Stopping without it; the same command continues from the "
-                                                            "checkpoint before.")
+                                                            "previous checkpoint.")
         if self._ranks.is_main:
             self._folder.log_event("PREEMPTED", step=self.state.step, signal=self._stop.name, saved=saved)
-            log.info("Stopped at step %d on request (%s); the same command continues.", self.state.step,
+            log.info("Stopped at step %d on request (%s); the same command continues the run.", self.state.step,
                      self._stop.name or "to another rank")
-
-    # What is due after a step
 
     def _after_update(self, update: Update, batches: Batches) -> None:
         state, plan = self.state, self.plan
         self._newest = update
         self._bar.advance()
         self._skips.add(update, batches)
-        self._say_how_long()
+        self._log_time_to_go()
         if self.stepper.limit != self._limit:
-            self._note_out_of_memory(update)
+            self._limit = self.stepper.limit
+            if self._ranks.is_main:
+                self._folder.log_event("out_of_memory", step=update.batch_index, device_batch=self._limit)
+                log.warning("Out of memory in step %d, which was repeated: from now on %d images at once.",
+                            update.batch_index + 1, self._limit)
         if is_due(state.step, plan.log_every, plan.total):
             self._log(update)
         if is_due(state.step, plan.probe_every, plan.total):
@@ -138,13 +139,13 @@ class Fit:
     def _log(self, update: Update) -> None:
         state, plan = self.state, self.plan
         self._skips.catch_up()
-        refused, self._pil_fallbacks = int(self._ranks.sum(torch.tensor(self._pil_fallbacks))), 0
+        refused, self._pil_fallbacks = sum(self._ranks.gather(self._pil_fallbacks)), 0
         line = {"loss": float(update.loss), "lr": self.stepper.schedule(state.step),
                 "grad_norm": float(update.grad_norm), **self.meter.read(),
                 **({"decoder_refused": refused} if refused else {})}
         if not self._ranks.is_main:
             return
-        self._log_scalars("train", line)
+        self._loggers.log_scalars("train", line, state.step, self._epoch())
         left = (plan.total - state.step) * plan.batch_size / max(self.meter.images_per_s, 1e-9)
         details = [f"loss {line['loss']:.4f}", f"{line['images_per_s']:.1f} img/s", f"epoch {self._epoch():.2f}",
                    f"data wait {line['data_wait']:.0%}", f"lr {line['lr']:.3g}"]
@@ -152,14 +153,14 @@ class Fit:
         level = logging.DEBUG if self._display.replaces_lines else logging.INFO
         log.log(level, "step %d/%d  %s  left %s", state.step, plan.total, "  ".join(details), clock(left))
 
-    def _say_how_long(self) -> None:
+    def _log_time_to_go(self) -> None:
         """Once, from the second to the fifth step of this process: the first one warms up."""
         steps = self.state.step - self._first_step
         if steps == 1:
             self._warm = time.perf_counter()
         elif steps == 5 and self._ranks.is_main:
             seconds = (time.perf_counter() - self._warm) / 4
-            log.info("About %s to go, evaluations apart: %.2g s a step.",
+            log.info("About %s to go, not counting evaluations: %.2g s per step.",
                      clock((self.plan.total - self.state.step) * seconds), seconds)
 
     def _measure_attention(self) -> None:
@@ -167,7 +168,7 @@ class Fit:
             return
         with self.meter.paused():
             values, draw = self._attention_metrics(self.state.evaluated_model, self.state.step)
-            self._log_scalars("attention", values)
+            self._loggers.log_scalars("attention", values, self.state.step, self._epoch())
             self._loggers.log_images(draw, self.state.step)
             give_back()
 
@@ -187,7 +188,7 @@ class Fit:
             if saves:
                 self._saver.save_last(state, must=state.step == plan.total)
             if plan.keep_every and state.step % plan.keep_every == 0:
-                self._saver.save_epoch(state)
+                self._saver.save_weights(self._folder.checkpoints / f"step-{state.step}.pt", state)
         return True
 
     def _is_evaluation_due(self) -> bool:
@@ -201,36 +202,19 @@ class Fit:
             state.best = {"top1": summary["top1"], "step": state.step}
         if not self._ranks.is_main:
             return
-        self._log_scalars("val", summary)
+        self._loggers.log_scalars("val", summary, state.step, self._epoch())
         top5 = f"top-5 {summary['top5']:.2f} %  " if "top5" in summary else ""
         log.info("step %d  epoch %.2f  top-1 %.2f %%  %sloss %.4f%s", state.step, self._epoch(), summary["top1"], top5,
                  summary["loss"], "  best so far" if is_best else "")
         if is_best:
-            self._saver.save_best(state, summary)
-
-    def _log_scalars(self, group: str, values: dict[str, Any]) -> None:
-        self._loggers.log_scalars(group, values, self.state.step, self._epoch())
-
-    # What may go wrong
-
-    def _give_up(self, batch_index: int) -> None:
-        self._saver.save_nonfinite(self.state)
-        with closing(self._make_batches(batch_index, 1)) as stream:
-            give_up(self.state, self.stepper, next(stream), batch_index, self._folder)
-
-    def _note_out_of_memory(self, update: Update) -> None:
-        self._limit = self.stepper.limit
-        if self._ranks.is_main:
-            self._folder.log_event("out_of_memory", step=update.batch_index, device_batch=self._limit)
-            log.warning("Out of memory in step %d, which was repeated: from now on %d images at once.",
-                        update.batch_index + 1, self._limit)
+            self._saver.save_weights(self._folder.best, state, metrics=summary)
 
     def _note_bad(self, batches: Batches) -> None:
         for one in (one for batch in batches for one in batch.bad if one.index not in self._seen_bad):
             self._seen_bad.add(one.index)
             self._folder.log_event("bad_picture", name=one.name, index=one.index, reason=one.reason,
                                    replaced_by=one.replaced_by)
-            log.warning("The image %s cannot be used (%s); another takes its place.", one.name, one.reason)
+            log.warning("The image %s cannot be used (%s); another one is shown instead.", one.name, one.reason)
 
     def _epoch(self) -> float:
         return round(self.state.step * self.plan.batch_size / self.plan.epoch_size, 4)

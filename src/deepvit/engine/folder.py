@@ -11,15 +11,14 @@ import socket
 import tempfile
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, ClassVar
+from typing import IO, Any, BinaryIO, ClassVar
 
 import yaml
 
 from deepvit.config.json_lines import read_json_lines
-from deepvit.engine.checkpoint import digest_path, write_text_synced
 from deepvit.engine.ranks import Ranks
 from deepvit.errors import UserError
 
@@ -33,13 +32,13 @@ log = logging.getLogger(__name__)
 class RunFolder:
     """The paths of a run and its append-only files. Rank 0 owns it; the others only read.
 
-    A folder is a run's only if it says so. In one of ours, only files of our own names are replaced or removed.
+    A folder is a run's only if it says so, and even there only files with our own names are replaced or removed.
 
     The lock is the kernel's (`lockf`): it ends with its process, however that dies, so no lock is ever stale. (Not
     `flock`, which the processes that load images would inherit and hold for seconds after a SIGKILL.)
     """
 
-    _claimed: ClassVar[set[Path]] = set()  # by this process, to which its own lockf gives way
+    _claimed: ClassVar[set[Path]] = set()  # by this process, which its own lockf would not keep out
 
     OWN = ("config.yaml", "metrics.jsonl", "metrics.json", "events.jsonl", "train.log")
 
@@ -54,31 +53,53 @@ class RunFolder:
         self._lock: IO[str] | None = None
         self._waiting: dict[Path, str] = {}
 
+    @contextmanager
+    def claimed(self, ranks: Ranks, fresh: bool = False, restarted: bool = False) -> Iterator[bool]:
+        """Rank 0 owns the folder, on behalf of all; see `claim`."""
+        with ranks.sync_errors():
+            starts_over = ranks.is_main and self.claim(fresh, restarted)
+        try:
+            yield ranks.gather(starts_over)[0]
+        finally:
+            self.release()
+
     def claim(self, fresh: bool = False, restarted: bool = False) -> bool:
         """Creates the folder, marks it as a run's, proves that it can be written, and takes its lock.
 
-        Args:
-            fresh: an earlier run is to be replaced.
-            restarted: by the launcher, so that what stands there may be this command's own.
-        Returns:
-            whether an earlier run is still to be replaced.
-        Raises:
-            UserError: somebody else's folder, not writable, or another process (which is named) works in it.
+        `fresh`: an earlier run is to be replaced; `restarted` by the launcher, so that what stands there may be this
+        command's own. Returns whether an earlier run is still to be replaced. Raises UserError if the folder is not a
+        run's or not writable, or if another process (which is named) works in it.
         """
         if self.path.resolve() in self._claimed:
             raise UserError(f"The run folder {self.path} is in use by this very process.")
+        self._lock = self._take_lock(self._open())
+        self._claimed.add(self.path.resolve())
+        for partial in self._own_files(self.path):
+            if partial.suffix == ".tmp":
+                partial.unlink()
+        starts_over = (self._finish_replacement() or not restarted) and fresh
+        if starts_over:
+            self.aside.mkdir(exist_ok=True)
+        return starts_over
+
+    def _open(self) -> IO[str]:
         try:
             if self.path.is_dir() and not self.is_ours():
-                raise UserError(f"The folder {self.path} holds files that are not of a run, such as "
-                                f"{min(self.path.iterdir()).name}: give an empty or a new one with hydra.run.dir=...")
+                raise UserError(f"The folder {self.path} holds files that do not belong to a run, such "
+                                f"as {min(self.path.iterdir()).name}: give an empty or new one with hydra.run.dir=...")
             self.path.mkdir(parents=True, exist_ok=True)
             self.mark.touch()
             self.checkpoints.mkdir(exist_ok=True)
             lock = (self.path / "lock").open("a+")
-            self._prove_writable()
+            for folder in (self.path, self.checkpoints):  # a full disk shows itself now, not after the first epoch
+                with tempfile.TemporaryFile(dir=folder) as file:
+                    file.write(bytes(4096))
+            return lock
         except OSError as error:
             raise UserError(f"The run folder {self.path} cannot be written ({error.strerror}): "
                             f"choose another with hydra.run.dir=...") from error
+
+    def _take_lock(self, lock: IO[str]) -> IO[str]:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -89,53 +110,10 @@ class RunFolder:
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         lock.flush()
-        self._lock = lock
-        self._claimed.add(self.path.resolve())
-        for partial in self._own_files(self.path):
-            if partial.suffix == ".tmp":
-                partial.unlink()
-        starts_over = (self._finish_replacement() or not restarted) and fresh
-        if starts_over:
-            self.aside.mkdir(exist_ok=True)
-        return starts_over
-
-    def is_ours(self) -> bool:
-        """Empty, marked by a run, or begun by one of a version that set no mark."""
-        if self.mark.exists() or not any(self.path.iterdir()):
-            return True
-        with suppress(OSError):
-            begun = any(event.get("event") in ("start", "resume") for event in read_json_lines(self.events))
-            return begun and self.read_config().keys() >= SETTINGS
-        return False
-
-    def read_config(self) -> dict[str, Any]:
-        """The settings in config.yaml, which may be anything; empty where it is missing, torn or no mapping."""
-        try:
-            config = yaml.safe_load(self.config.read_text())
-        except (OSError, ValueError, yaml.YAMLError):  # ValueError: not UTF-8, or a date such as 2020-13-99
-            return {}
-        return config if isinstance(config, dict) else {}
-
-    @contextmanager
-    def claimed(self, ranks: Ranks, fresh: bool = False, restarted: bool = False) -> Iterator[bool]:
-        """Rank 0 owns the folder, on behalf of all; see `claim`."""
-        starts_over = False
-        with ranks.sync_errors():
-            if ranks.is_main:
-                starts_over = self.claim(fresh, restarted)
-        try:
-            yield ranks.from_main(starts_over)
-        finally:
-            self.release()
-
-    def _prove_writable(self) -> None:
-        """A full or read-only disk shows itself now, not after the first epoch."""
-        for folder in (self.path, self.checkpoints):
-            with tempfile.TemporaryFile(dir=folder) as file:
-                file.write(bytes(4096))
+        return lock
 
     def release(self) -> None:
-        """Gives the lock back; a folder in which nothing was begun is left as it was found."""
+        """Gives the lock back; a folder in which nothing was started is left as it was found."""
         if self._lock is None:
             return
         self._finish_replacement()
@@ -149,6 +127,15 @@ class RunFolder:
         self._lock = None
         self._claimed.discard(self.path.resolve())
 
+    def is_ours(self) -> bool:
+        """Empty, marked by a run, or begun by a version that set no mark."""
+        if self.mark.exists() or not any(self.path.iterdir()):
+            return True
+        with suppress(OSError):
+            begun = any(event.get("event") in ("start", "resume") for event in read_json_lines(self.events))
+            return begun and self.read_config().keys() >= SETTINGS
+        return False
+
     # `fresh=true`: the earlier run goes only when the new one's first checkpoint stands. Until then it lies aside, and
     # last.pt, the first file to be moved and the first to be written anew, tells which of the two is whole.
 
@@ -157,7 +144,7 @@ class RunFolder:
         self._move(self.path, self.aside)
 
     def drop_replaced(self) -> None:
-        """The new run's first checkpoint stands: forgets the earlier run."""
+        """Forgets the earlier run, once the new run's first checkpoint stands."""
         for path in list(self._own_files(self.aside)):
             path.unlink()
         for folder in (self.aside / "checkpoints", self.aside):
@@ -165,7 +152,7 @@ class RunFolder:
                 folder.rmdir()
 
     def _finish_replacement(self) -> bool:
-        """Ends what a `fresh=true` that was cut began; whether the earlier run stands (again)."""
+        """Ends what an interrupted `fresh=true` began; whether the earlier run stands (again)."""
         if not self.aside.exists():
             return False
         stands = not (self.last.exists() and any(self._own_files(self.aside)))
@@ -186,11 +173,15 @@ class RunFolder:
         yield from (path for name in self.OWN if (path := base / name).exists())
         yield from base.glob("events.out.tfevents.*")
 
-    def drop_all_but_best(self) -> None:
-        """Of a finished run: the checkpoints that would continue it go, if the best weights are there."""
-        for path in (self.last, self.previous) if self.best.exists() else ():
-            digest_path(path).unlink(missing_ok=True)
-            path.unlink(missing_ok=True)
+    # The files
+
+    def read_config(self) -> dict[str, Any]:
+        """The settings in config.yaml, which may be anything; empty where it is missing, torn or no mapping."""
+        try:
+            config = yaml.safe_load(self.config.read_text())
+        except (OSError, ValueError, yaml.YAMLError):  # ValueError: not UTF-8, or a date such as 2020-13-99
+            return {}
+        return config if isinstance(config, dict) else {}
 
     def is_finished(self) -> bool:
         result = self.read_result()
@@ -214,23 +205,25 @@ class RunFolder:
         self._append(self.events, {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": event, **details})
 
     def _append(self, path: Path, line: dict[str, Any]) -> None:
-        """Adds a line now or, where the disk refuses, together with the next one: none is lost while we live."""
-        waiting = self._waiting.get(path, "") + json.dumps(plain(line), allow_nan=False) + "\n"
+        """Adds a line now or, where the disk refuses, together with the next one: none is lost unless we die."""
+        waiting = self._waiting.pop(path, "") + json.dumps(plain(line), allow_nan=False) + "\n"
         try:
-            _append_whole(path, waiting.encode())
-            waiting = ""
+            with path.open("ab", buffering=0) as file:
+                size, text = file.tell(), waiting.encode()
+                if (written := file.write(text)) < len(text):
+                    file.truncate(size)
+                    raise OSError(errno.ENOSPC, f"{written} of {len(text)} bytes were taken")
         except OSError as error:
-            log.warning("%s cannot be written (%s); its lines are kept in memory and tried again.", path,
-                        error.strerror)
-        self._waiting[path] = waiting
+            self._waiting[path] = waiting
+            log.warning("%s cannot be written (%s); its lines wait in memory.", path, error.strerror)
 
     def run_id(self) -> str:
-        """What viewers know the run by: the same however often it is resumed, another after `fresh=true`."""
+        """The run's name in viewers: the same however often it is resumed, another after `fresh=true`."""
         return next((event["run_id"] for event in read_json_lines(self.events) if "run_id" in event),
                     uuid.uuid4().hex[:8])
 
     def drop_metrics_after(self, step: int) -> None:
-        """Forgets lines that the continued run will write again, and a line that a kill tore (also an event's)."""
+        """Drops lines that the resumed run will write again, and any line that a kill tore (also an event's)."""
         for path in (self.metrics, self.events):
             kept = [line for line in read_json_lines(path) if path == self.events or line.get("step", 0) <= step]
             write_text_synced(path, "".join(json.dumps(line) + "\n" for line in kept))
@@ -256,13 +249,28 @@ def plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _append_whole(path: Path, text: bytes) -> None:
-    """All of `text` or, when the disk refuses, nothing of it."""
-    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+def write_text_synced(path: Path, text: str) -> None:
+    """Replaces a small file atomically."""
+    aside = aside_of(path)
+    write_synced(aside, lambda file: file.write(text.encode()))
+    os.replace(aside, path)
+    sync_folder(path.parent)
+
+
+def aside_of(path: Path) -> Path:
+    return path.with_name(path.name + ".tmp")
+
+
+def write_synced(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    with path.open("wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        size = os.fstat(handle).st_size
-        if (written := os.write(handle, text)) < len(text):
-            os.ftruncate(handle, size)
-            raise OSError(errno.ENOSPC, f"{written} of {len(text)} bytes were taken")
+        os.fsync(handle)
     finally:
         os.close(handle)

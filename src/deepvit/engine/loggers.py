@@ -20,7 +20,7 @@ from deepvit.config.compare import flat
 from deepvit.engine.folder import RunFolder
 from deepvit.errors import UserError, did_you_mean
 
-# In metrics.jsonl alone: what is the same all along, and what a mean beside it tells.
+# In metrics.jsonl alone: what never changes, and what is told by a mean beside it.
 NOT_CURVES = {"n", "images", "tokens", "heads", "blocks", "norm_eps", "adjacent"}
 
 Draw = Callable[[], Mapping[str, np.ndarray]]  # images by name, uint8 [height, width, 3]
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LoggedRun:
-    """What a logger is told of its run: `id` stays the same when the run is resumed, which it is at `step`."""
+    """What a logger knows of its run: `id` stays the same when the run is resumed, at `step`."""
 
     folder: RunFolder
     id: str
@@ -38,24 +38,19 @@ class LoggedRun:
 
 
 class Logger(Protocol):
-    """Told on rank 0 alone. Its constructor takes a `LoggedRun`; `needs` names the package that it imports there.
+    """Called on rank 0 alone. Its constructor takes a `LoggedRun`; `needs` names the package that it imports there.
 
-    Whoever derives from this class need not define what it has no place for.
+    `log_scalars` takes the values of a group (train, val, attention): numbers, or mappings and lists (an entry per
+    block) of them. `log_images` calls `draw` if it shows images. `log_result` takes what a finished run came to.
+    A class derived from this one need not define the methods that it has no use for.
     """
 
     needs: str
 
-    def log_scalars(self, group: str, values: Mapping[str, Any], step: int, epoch: float) -> None:
-        """`values` of `group` (train, val, attention): numbers, or mappings and lists (an entry per block) of them."""
-
-    def log_images(self, draw: Draw, step: int) -> None:
-        """Images are drawn for those who show them."""
-
+    def log_scalars(self, group: str, values: Mapping[str, Any], step: int, epoch: float) -> None: ...
+    def log_images(self, draw: Draw, step: int) -> None: ...
     def log_text(self, name: str, text: str, step: int) -> None: ...
-
-    def log_result(self, metrics: Mapping[str, float], step: int) -> None:
-        """What the run's settings led to, when it is finished."""
-
+    def log_result(self, metrics: Mapping[str, float], step: int) -> None: ...
     def close(self) -> None: ...
 
 
@@ -123,13 +118,13 @@ class WandB:
         self._run.define_metric("*", step_metric="step")  # its own count cannot go back to where a run resumes
 
     def log_scalars(self, group: str, values: Mapping[str, Any], step: int, epoch: float) -> None:
-        self._log({f"{group}/{name}": value for name, value in curves(values)} | {"epoch": epoch}, step)
+        self._run.log({**{f"{group}/{name}": value for name, value in curves(values)}, "epoch": epoch, "step": step})
 
     def log_images(self, draw: Draw, step: int) -> None:
-        self._log({name: self._wandb.Image(pixels) for name, pixels in draw().items()}, step)
+        self._run.log({**{name: self._wandb.Image(pixels) for name, pixels in draw().items()}, "step": step})
 
     def log_text(self, name: str, text: str, step: int) -> None:
-        self._log({name: self._wandb.Html(f"<pre>{html.escape(text)}</pre>")}, step)
+        self._run.log({name: self._wandb.Html(f"<pre>{html.escape(text)}</pre>"), "step": step})
 
     def log_result(self, metrics: Mapping[str, float], step: int) -> None:
         self._run.summary.update({f"result/{name}": value for name, value in metrics.items()})
@@ -137,62 +132,55 @@ class WandB:
     def close(self) -> None:
         self._run.finish()
 
-    def _log(self, values: dict[str, Any], step: int) -> None:
-        self._run.log({**values, "step": step})
-
 
 LOGGERS: dict[str, type[Logger]] = {"tensorboard": TensorBoard, "wandb": WandB}
 
 
 def chosen(names: str | Sequence[str] | None) -> list[type[Logger]]:
-    """The viewers that `logger` names.
-
-    Raises:
-        UserError: there is none of this name, or its package is not installed.
-    """
+    """The viewers that `logger` names. Raises UserError if there is none of this name, or its package is missing."""
     names = [names] if isinstance(names, str) else names or []
     for name in names:
         if name not in LOGGERS:
-            raise UserError(f"logger={name} is none of {', '.join(LOGGERS)}.{did_you_mean(name, LOGGERS)}")
+            raise UserError(f"logger={name} is not one of {', '.join(LOGGERS)}.{did_you_mean(name, LOGGERS)}")
         if importlib.util.find_spec(LOGGERS[name].needs) is None:
             raise UserError(f"logger={name} needs a package that is not installed: pip install {LOGGERS[name].needs}")
     return [LOGGERS[name] for name in names]
 
 
 class Loggers:
-    """`metrics.jsonl` and viewers as one logger; without a run (on all ranks but the first) nobody listens."""
+    """`metrics.jsonl` and viewers as one logger; without a run (on all ranks but the first) it does nothing."""
 
     def __init__(self, run: LoggedRun | None = None, viewers: Sequence[type[Logger]] = ()):
         self._loggers: list[Logger] = [JsonLines(run)] if run else []
         for viewer in viewers if run else ():
             self._try(viewer, lambda make=viewer: self._loggers.append(make(run)))
 
-    def _tell(self, method: str, *arguments: Any) -> None:
+    def _call(self, method: str, *arguments: Any) -> None:
         for logger in list(self._loggers):
             if not self._try(type(logger), functools.partial(getattr(logger, method), *arguments)):
                 self._loggers.remove(logger)
 
-    log_scalars = functools.partialmethod(_tell, "log_scalars")
-    log_text = functools.partialmethod(_tell, "log_text")
-    log_result = functools.partialmethod(_tell, "log_result")
-    close = functools.partialmethod(_tell, "close")
+    log_scalars = functools.partialmethod(_call, "log_scalars")
+    log_text = functools.partialmethod(_call, "log_text")
+    log_result = functools.partialmethod(_call, "log_result")
+    close = functools.partialmethod(_call, "close")
 
     def log_images(self, draw: Draw, step: int) -> None:
-        self._tell("log_images", functools.cache(draw), step)  # drawn once for all
+        self._call("log_images", functools.cache(draw), step)  # drawn once for all
 
     @staticmethod
     def _try(kind: type[Logger], action: Callable[[], Any]) -> bool:
         try:
             action()
         except (OSError, UnicodeEncodeError) as error:  # the latter: a folder's name that is not UTF-8
-            log.warning("%s cannot be written (%s) and is left out from here on; metrics.jsonl has all of it.",
+            log.warning("%s cannot be written (%s) and is left out from now on; metrics.jsonl still has every number.",
                         kind.__name__, getattr(error, "strerror", None) or error)
             return False
         return True
 
 
 def curves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """The numbers of `values` that change, by their path; of a measure for each block its mean."""
+    """The numbers of `values` that change, by their path; the mean of those that have an entry per block."""
     for name, value in values.items():
         if isinstance(value, Mapping):
             yield from curves(value, f"{prefix}{name}/")

@@ -9,18 +9,15 @@ from torch.autograd.profiler_util import EventList
 from torch.profiler import ProfilerActivity, profile, schedule
 
 PARTS = ("wait for data", "prepare", "forward", "backward", "exchange", "optimizer")  # as the loop records them
-SKIPPED = 5  # steps before the first that is recorded: by then nothing is compiled or allocated any more
+SKIPPED = 5  # steps before the first that is recorded: by then everything is compiled and allocated
 ROWS = 12  # of operators
 
 log = logging.getLogger(__name__)
 
 
 class StepProfile:
-    """Records `steps` steps, after a few, then logs a table and writes it and the trace to `folder`.
-
-    Args:
-        first: number of the step that comes next; steps: with `left` of them to come.
-    """
+    """Records `steps` steps after a few, then logs a table and writes it and the trace to `folder`; the next step is
+    number `first`, with `left` of them to come."""
 
     def __init__(self, folder: Path, device: torch.device, steps: int, first: int, left: int):
         self._folder, self._on_gpu, self._steps = folder, device.type == "cuda", max(1, min(steps, left - 1))
@@ -40,12 +37,12 @@ class StepProfile:
             log.warning("engine.profile: the run ended before %d steps were recorded.", self._steps)
 
     def step(self) -> None:
-        """A step and what was due after it are done."""
+        """Marks the end of a step and of what was due after it."""
         self._profile.step()
 
     def _write(self, recorded: profile) -> None:
         self._written = True
-        table = "\n".join([*_parts(recorded.key_averages()), "", *_operators(recorded.key_averages(), self._on_gpu)])
+        table = "\n".join(_table(recorded.key_averages(), self._on_gpu))
         name = self._folder / f"steps-{self._first + 1}-{self._first + self._steps}"
         log.info("%s", table)
         try:
@@ -54,30 +51,27 @@ class StepProfile:
             recorded.export_chrome_trace(f"{name}.json.gz")
         except OSError as error:
             log.warning("The profile cannot be written to %s (%s).", self._folder, error.strerror)
-            return
-        log.info("The trace, for ui.perfetto.dev: %s.json.gz", name)
+        else:
+            log.info("The trace, for ui.perfetto.dev: %s.json.gz", name)
 
 
-def _parts(averages: EventList) -> Iterator[str]:
-    """Time on the host by part of a step; on a GPU, to which the host only hands work, mostly of waiting for it."""
-    times = {event.key: event.cpu_time_total for event in averages if event.key in PARTS}  # microseconds
+def _table(averages: EventList, on_gpu: bool) -> Iterator[str]:
+    """Time on the host by part of a step (with a GPU, mostly spent waiting for it), then the operators that keep the
+    device busy longest by themselves."""
     step = next(event for event in averages if event.key.startswith("ProfilerStep"))
+    parts = {event.key: event.cpu_time_total for event in averages if event.key in PARTS}  # microseconds
+    times = {**dict.fromkeys(PARTS, 0), **parts, "the rest": step.cpu_time_total - sum(parts.values())}
     yield f"{'on the host':40} {'ms a step':>10} {'share':>7}"
-    rest = step.cpu_time_total - sum(times.values())
-    for name, time in [*((name, times.get(name, 0)) for name in PARTS), ("the rest", rest)]:
+    for name, time in times.items():
         yield f"{name:40} {time / step.count / 1000:10.2f} {time / step.cpu_time_total:7.1%}"
     title = f"mean of {step.count} steps"
-    yield f"{title:40} {step.cpu_time_total / step.count / 1000:10.2f}"
+    yield f"{title:40} {step.cpu_time_total / step.count / 1000:10.2f}\n"
 
-
-def _operators(averages: EventList, on_gpu: bool) -> Iterator[str]:
-    """The operators that take the device longest, by themselves."""
     own = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    steps = next(event.count for event in averages if event.key.startswith("ProfilerStep"))
     events = [event for event in averages if event.key not in PARTS and not event.key.startswith("ProfilerStep")]
     total = sum(getattr(event, own) for event in events) or 1
     title = f"on the {'GPU' if on_gpu else 'CPU'}, the longest by themselves"
     yield f"{title:40} {'ms a step':>10} {'share':>7} {'calls':>7}"
     for event in sorted(events, key=lambda event: -getattr(event, own))[:ROWS]:
-        time = getattr(event, own)
-        yield f"{event.key[:40]:40} {time / steps / 1000:10.2f} {time / total:7.1%} {event.count / steps:7.1f}"
+        time, calls = getattr(event, own), event.count / step.count
+        yield f"{event.key[:40]:40} {time / step.count / 1000:10.2f} {time / total:7.1%} {calls:7.1f}"

@@ -1,4 +1,4 @@
-"""What a person sees while a run works: a bar in a terminal, plain lines elsewhere."""
+"""What a user sees while a run works: a bar in a terminal, plain lines elsewhere."""
 
 import sys
 import time
@@ -12,10 +12,8 @@ from rich.text import Text
 
 
 class Display:
-    """Bars below the log lines of a terminal, which rich prints above them. Without a terminal bars are silent.
-
-    Args:
-        shown: False on every rank but the first.
+    """Bars below the log lines of a terminal, which rich prints above them. Without a terminal bars are silent, and
+    so they are where `shown` is false: on every rank but the first.
 
     Attributes:
         replaces_lines: whether a reader of standard output sees the bars, so that no line need repeat them.
@@ -68,14 +66,12 @@ class Bar:
 class _Details(ProgressColumn):
     """As many of a task's details as leave room for its name, its count, a short bar and the time left."""
 
-    LEFT, SHORTEST = len(" left 00:00:00"), 8
-
     def __init__(self, console: Console):
         super().__init__(Column(no_wrap=True))
         self._console = console
 
     def render(self, task: Task) -> Text:
-        used = len(f"{task.description} {task.total}/{task.total} ") + self.SHORTEST + self.LEFT
+        used = len(f"{task.description} {task.total}/{task.total} ######## left 00:00:00")
         shown: list[str] = []
         for one in task.fields["details"]:
             used += 1 + len(one)
@@ -86,7 +82,7 @@ class _Details(ProgressColumn):
 
 
 class Meter:
-    """Rate over the time since it was last read: images per second, and the share of it spent waiting for data."""
+    """Images per second since it was last read, and the share of that time spent waiting for data."""
 
     def __init__(self) -> None:
         self.total_images, self.total_seconds = 0, 0.0

@@ -1,7 +1,10 @@
-"""The processes that train together: who they are, and the few things they must agree on."""
+"""The processes that train together: who they are, what they must agree on, and how they notice that one is gone."""
 
 import os
 import re
+import socket
+import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,16 +14,59 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
-from deepvit.engine.heartbeat import Heartbeat, connect
 from deepvit.errors import Failure, UserError, first_line, names_nothing, unusable
 
 CONNECT_S = 60  # for ranks that are all there to connect
+ROLL_CALL_S = 3.0  # how long the remaining ranks wait for each other before they name the missing ones
 ABOUT_RANKS = re.compile("gloo|nccl|connection|timed out|timeout|socket|broken pipe", re.IGNORECASE)  # in an error
 
 
 class LostRank(Failure):
     """Another rank died or hangs; starting all of them again may help."""
+
+
+class Heartbeat:
+    """Notes outside the collectives, in the launcher's key-value store, which outlives a rank.
+
+    `store` belongs to this round alone: a restarted group must not read the notes of the one before.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, world: int):
+        self._store, self._rank, self._world, self.step = store, rank, world, 0
+        self._note("not yet training")
+
+    def _note(self, words: str) -> None:
+        self._store.set(f"rank/{self._rank}", f"process {os.getpid()} on {socket.gethostname()}, {words}")
+
+    def record_step(self, step: int) -> None:
+        self.step = step
+        self._note(f"last heard of after step {step}")
+
+    def any_asked_to_stop(self, asked: bool) -> bool:
+        if asked:
+            self._store.set("stop", "1")
+        return asked or self._store.check(["stop"])
+
+    def missing(self) -> list[str]:
+        """The ranks that do not answer a roll call, as `rank 1 (process 71 on n3, last heard of after step 12)`.
+
+        Every rank that noticed a loss calls this; it takes `ROLL_CALL_S` if one does not.
+        """
+        deadline, absent = time.monotonic() + ROLL_CALL_S, list(range(self._world))
+        try:
+            self._store.set(f"here/{self._rank}", "1")
+            while absent and time.monotonic() < deadline:
+                absent = [rank for rank in absent if not self._store.check([f"here/{rank}"])]
+                time.sleep(0.05)
+            return [f"rank {rank} ({self._last_words(rank)})" for rank in absent]
+        except dist.DistError:  # without a launcher the store lived in rank 0
+            return ["rank 0 (which kept the ranks' common notes)"]
+
+    def _last_words(self, rank: int) -> str:
+        key = f"rank/{rank}"
+        return self._store.get(key).decode() if self._store.check([key]) else "never heard of"
 
 
 @dataclass(frozen=True)
@@ -40,30 +86,16 @@ class Ranks:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def sum(self, values: Tensor) -> Tensor:
-        """Sum of `values` over the ranks, in place; values live on the host."""
-        if self.control is not None:
-            dist.all_reduce(values, group=self.control)
-        return values
-
     def max(self, value: int) -> int:
-        """The largest of the ranks' values: the way all of them take one decision."""
+        """The largest of the ranks' values: how they all reach one decision."""
         if self.control is None:
             return int(value)
         box = torch.tensor(int(value))
         dist.all_reduce(box, dist.ReduceOp.MAX, group=self.control)
         return int(box)
 
-    def from_main(self, value: object) -> object:
-        """Rank 0's `value` (plain Python) on every rank."""
-        if self.control is None:
-            return value
-        box = [value if self.is_main else None]
-        dist.broadcast_object_list(box, src=0, group=self.control)
-        return box[0]
-
     def gather(self, value: object) -> list[object]:
-        """Every rank's `value` (plain Python or numpy), in the order of the ranks, on all of them."""
+        """Every rank's `value` (plain Python, numpy or on the host), in the order of the ranks, on all of them."""
         if self.control is None:
             return [value]
         values = [None] * self.world
@@ -72,10 +104,8 @@ class Ranks:
 
     @contextmanager
     def sync_errors(self) -> Iterator[None]:
-        """A sentence that ends the block on one rank ends it on all of them, so that none waits for the others.
-
-        Nothing collective may stand in the block: the ranks would not meet there.
-        """
+        """An error sentence that ends the block on one rank ends it on all of them. Nothing collective may stand in
+        the block: the ranks would not meet there."""
         error = None
         try:
             yield
@@ -85,34 +115,27 @@ class Ranks:
             error = Failure(f"{first_line(raised)}.") if names_nothing(raised) else unusable(raised)
         self.raise_together(error)
 
-    def raise_together(self, error: UserError | Failure | None, flag: bool = False) -> bool:
-        """Whether any rank raises `flag`; the first rank's error is raised on all of them."""
+    def raise_together(self, error: UserError | Failure | None) -> None:
+        """Raises the first rank's error on all of them."""
         if self.control is None and error is not None:
             raise error
-        answers = self.gather((type(error), str(error), flag))
-        for kind, text, _ in answers:
+        for kind, text in self.gather((type(error), str(error))):
             if kind is not type(None):
                 raise kind(text) from error
-        return any(answer[2] for answer in answers)
 
     def for_each(self, batches: Iterable[Any], take: Callable[[Any], None], should_stop: Callable[[], bool]) -> bool:
-        """Has `take` each of this rank's batches; False, on all ranks, if `should_stop` said yes before one on any.
-
-        Raises:
-            UserError, Failure: what any rank's `batches` raised, on all ranks.
-        """
-        error, stopped = None, False
-        try:
+        """Calls `take` with each of this rank's batches; False, on all ranks, if `should_stop` was true before one on
+        any. Raises on all ranks the UserError or Failure that any rank's `batches` raised."""
+        stopped = False
+        with self.sync_errors():
             for batch in batches:
                 if stopped := should_stop():
                     break
                 take(batch)
-        except (UserError, Failure) as raised:
-            error = raised
-        return not self.raise_together(error, stopped)
+        return not self.max(stopped)
 
     def record_step(self, step: int) -> None:
-        """Leaves a note of the step reached, for those who might miss this rank."""
+        """Notes that this rank has done `step` updates, for those who might miss it."""
         if self.heartbeat is not None:
             self.heartbeat.record_step(step)
 
@@ -128,21 +151,25 @@ class Ranks:
 
     def average(self, tensors: list[Tensor]) -> None:
         """Sets each tensor to its mean over the ranks, all in one exchange."""
-        if self.world == 1 or not tensors:
+        if self.world == 1:
             return
         flat = torch.cat([tensor.flatten() for tensor in tensors])
         dist.all_reduce(flat)
         flat /= self.world
-        parts = flat.split([tensor.numel() for tensor in tensors])
-        torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)])
+        torch._foreach_copy_(tensors, views_like(tensors, flat))
+
+
+def views_like(tensors: list[Tensor], flat: Tensor) -> list[Tensor]:
+    """The parts of `flat`, which has the values of all `tensors` in a row, in the shapes of the tensors."""
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 @contextmanager
 def join(accelerator: str, timeout_s: float) -> Iterator[Ranks]:
     """This process's place: from torchrun's (or the elastic launcher's) environment if there is one, else alone.
 
-    Raises:
-        LostRank: another rank did not come, died, or kept the others waiting for more than `timeout_s`.
+    Raises LostRank if another rank did not come, died, or kept the others waiting for more than `timeout_s`.
     """
     device = pick_device(accelerator)
     if "RANK" not in os.environ:
@@ -156,7 +183,10 @@ def join(accelerator: str, timeout_s: float) -> Iterator[Ranks]:
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and not ABOUT_RANKS.search(str(error)):
             raise
-        raise LostRank(_lost(ranks, error)) from error
+        missing = ranks.heartbeat.missing()
+        who = f"lost {' and '.join(missing)}" if missing else "lost the connection to the others, though all are there,"
+        raise LostRank(f"Rank {ranks.rank} {who} at its own step {ranks.heartbeat.step + 1} "
+                       f"({_reason(error)}).") from error
     dist.destroy_process_group()  # after a loss it could wait for the one that is gone
 
 
@@ -164,7 +194,7 @@ def _meet(device: torch.device, timeout: timedelta) -> Ranks:
     soon = min(timeout, timedelta(seconds=CONNECT_S))
     set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # its name before 2.15
     try:
-        store, rank, world = connect(timeout)
+        store, rank, world = _new_round(timeout)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=soon, rank=rank, world_size=world,
                                 store=dist.PrefixStore("default", store))
         control = dist.new_group(backend="gloo", timeout=soon)
@@ -176,15 +206,47 @@ def _meet(device: torch.device, timeout: timedelta) -> Ranks:
     return Ranks(rank, world, device, control, Heartbeat(dist.PrefixStore("heartbeat", store), rank, world))
 
 
-def _lost(ranks: Ranks, error: RuntimeError) -> str:
-    missing = ranks.heartbeat.missing()
-    who = f"lost {' and '.join(missing)}" if missing else "lost the connection to the others, though all are there,"
-    return f"Rank {ranks.rank} {who} at its own step {ranks.heartbeat.step + 1} ({_reason(error)})."
-
-
 def _reason(error: Exception) -> str:
     """The library's words without its source line and advice."""
     return re.sub(r"^(\[[^]]*\] )+", "", first_line(error)).split(". ")[0].rstrip(".")
+
+
+def _new_round(timeout: timedelta) -> tuple[dist.Store, int, int]:
+    """A store for this round of ranks, this process's rank and their number, from the launcher's environment.
+
+    torch's elastic launcher gives restarted ranks the store that their dead predecessors wrote to, and gloo then calls
+    addresses where nobody is left (seen with torch 2.15); so the ranks first agree on a new name.
+    """
+    store, rank, world = next(iter(rendezvous("env://", timeout=timeout)))
+    store.set_timeout(timeout)
+    name = _name_round(store, world, timeout) if rank == 0 else _learn_round(store, rank)
+    return dist.PrefixStore(name, store), rank, world
+
+
+def _name_round(store: dist.Store, world: int, timeout: timedelta) -> str:
+    """Rank 0 answers every greeting, even a dead rank's, until each rank has confirmed; only then the name holds."""
+    name, deadline = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
+    absent = list(range(1, world))
+    while absent:
+        for rank in absent:
+            if store.check([f"greeting/{rank}"]):
+                store.set(f"answer/{store.get(f'greeting/{rank}').decode()}", name)
+        absent = [rank for rank in absent if not store.check([f"{name}/confirmed/{rank}"])]
+        if absent and time.monotonic() > deadline:
+            raise dist.DistStoreError(f"no sign of rank {', '.join(map(str, absent))} in {timeout}")
+        time.sleep(0.01)
+    store.set(f"{name}/complete", "1")
+    return name
+
+
+def _learn_round(store: dist.Store, rank: int) -> str:
+    """A greeting that nobody used before gets an answer that nobody got before."""
+    greeting = uuid.uuid4().hex
+    store.set(f"greeting/{rank}", greeting)
+    name = store.get(f"answer/{greeting}").decode()
+    store.set(f"{name}/confirmed/{rank}", "1")
+    store.wait([f"{name}/complete"])
+    return name
 
 
 def pick_device(accelerator: str) -> torch.device:
@@ -194,11 +256,11 @@ def pick_device(accelerator: str) -> torch.device:
     if not torch.cuda.is_available():
         raise UserError("engine.accelerator=cuda, but torch sees no CUDA device here: use engine.accelerator=auto, "
                         "or check the driver and CUDA_VISIBLE_DEVICES.")
-    local = int(os.environ.get("LOCAL_RANK", 0))
+    count, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
     by_srun = "SLURM_STEP_NUM_TASKS" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
-    if by_srun and torch.cuda.device_count() == 1:
+    if by_srun and count == 1:
         local = 0  # srun --gpus-per-task=1 shows each task its own GPU alone
-    if local >= torch.cuda.device_count():
-        raise UserError(f"{local + 1} processes were started on this machine, which has "
-                        f"{torch.cuda.device_count()} CUDA devices: lower engine.devices or --nproc-per-node.")
+    if local >= count:
+        raise UserError(f"{local + 1} processes were started on this machine, which has {count} CUDA devices: lower "
+                        f"engine.devices or --nproc-per-node.")
     return torch.device("cuda", local)

@@ -7,15 +7,11 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Schedule:
-    """Warm-up, decay, rest. Update number `step` counts from 1 to `total`, so the first update already moves.
+    """Warm-up, decay, cooldown. Update number `step` counts from 1 to `total`, so the first update already moves.
 
-    Args:
-        kind: `cosine`, `linear` or `constant` decay from `lr` to `min_lr`.
-        lr, warmup_lr, min_lr: peak, start of the warm-up, end of the decay.
-        steps, warmup_steps, cooldown_steps: updates of warm-up and decay together, of the warm-up, and after the
-            decay at `min_lr`.
-        decay_from: where the decay's clock starts: at the end of the `warmup` (as ViT-pytorch) or at the `start` of
-            the run (as the published DeepViT recipe, timm's default).
+    From `warmup_lr` to the peak `lr` in `warmup_steps` updates; down to `min_lr` until update `steps`, by a decay of
+    `kind`; there for `cooldown_steps`. The decay's clock starts (`decay_from`) at the end of the `warmup`, as in
+    ViT-pytorch, or at the `start` of the run, as in the published DeepViT recipe and timm's default.
     """
 
     lr: float
@@ -53,22 +49,15 @@ def is_due(step: int, every: int | None, total: int) -> bool:
 
 @dataclass(frozen=True)
 class Plan:
-    """When what is due, in steps (None: only after the last).
-
-    Args:
-        total: steps of the run.
-        batch_size, epoch_size: images of a global batch and of an epoch.
-        max_skipped: updates skipped in a row (loss or gradient not finite) after which the run stops.
-        profile: steps to record, near the start; None: none.
-    """
+    """When what is due, in steps (None: only after the last)."""
 
     total: int
-    batch_size: int
-    epoch_size: int
+    batch_size: int  # images of a global batch
+    epoch_size: int  # images of an epoch
     log_every: int = 50
     save_every: int | None = None
     eval_every: int | None = None
     keep_every: int | None = None
     probe_every: int | None = None
-    max_skipped: int = 20
-    profile: int | None = None
+    max_skipped: int = 20  # updates skipped in a row (loss or gradient not finite) after which the run stops
+    profile: int | None = None  # steps to record, near the start; None: none

@@ -8,8 +8,60 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from deepvit.engine.statistics import RunningStatistics
+from deepvit.engine.ranks import views_like
 from deepvit.errors import UserError
+
+
+class RunningStatistics:
+    """The buffers of what is in training mode. Every micro-batch moves them from where they stood before the update,
+    and the update moves them by the mean of these moves: exact, since a running mean moves linearly. Counters move by
+    one. Copies are views of one flat tensor, so that each turn is one call or two.
+
+    Attributes:
+        moved: where this rank's micro-batches have moved the floating-point buffers to (flat; empty without any).
+    """
+
+    def __init__(self, model: nn.Module):
+        moving = [named for module in model.modules() if module.training
+                  for named in module.named_buffers(recurse=False)]
+        self._floats = [buffer for _, buffer in moving if buffer.is_floating_point()]
+        self._counters = [buffer for name, buffer in moving if name == "num_batches_tracked"]
+        self._counted = [counter.clone() for counter in self._counters]
+        self.moved = torch.zeros(sum(buffer.numel() for buffer in self._floats), device=next(model.parameters()).device)
+        self._before = self.moved.clone()
+        self._parts_moved, self._parts_before = (views_like(self._floats, flat) for flat in (self.moved, self._before))
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Notes where the buffers stand."""
+        self.moved.zero_()
+        if self._floats:
+            torch._foreach_copy_(self._parts_before, self._floats)
+        if self._counters:
+            torch._foreach_copy_(self._counted, self._counters)
+
+    @torch.no_grad()
+    def take(self, share: float) -> None:
+        """After a micro-batch of this share of the rank's images: notes its move and takes it back."""
+        if self._floats:
+            torch._foreach_add_(self._parts_moved, self._floats, alpha=share)
+        self.put_back()
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        if self._floats:
+            torch._foreach_copy_(self._floats, self._parts_before)
+        if self._counters:
+            torch._foreach_copy_(self._counters, self._counted)
+
+    @torch.no_grad()
+    def move(self, unless: Tensor) -> None:
+        """Moves the buffers by the update's own move; `unless` (bool scalar) leaves every bit as it was."""
+        if self._floats:
+            torch.where(unless, self._before, self.moved, out=self.moved)
+            torch._foreach_copy_(self._floats, self._parts_moved)
+        if self._counters:
+            torch._foreach_add_(self._counters, (~unless).to(self._counters[0].dtype))
 
 
 @dataclass
@@ -40,23 +92,35 @@ class TrainState:
 
     @cached_property
     def parameters(self) -> list[nn.Parameter]:
-        """The model's. To walk through its modules costs milliseconds a step."""
+        """The model's, kept because walking its modules costs milliseconds a step."""
         return list(self.model.parameters())
 
     @cached_property
-    def averaged(self) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
-        """The average's parameters, the model's; the average's buffers, the model's."""
+    def _averaged(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         average = self.ema.module
-        return list(average.parameters()), self.parameters, list(average.buffers()), list(self.model.buffers())
+        return list(average.parameters()), list(average.buffers()), list(self.model.buffers())
 
     @property
     def evaluated_model(self) -> nn.Module:
-        """The weights that count: the moving average if there is one."""
+        """The model that counts: the moving average if there is one."""
         return self.model if self.ema is None else self.ema.module
 
     def all_weights(self) -> list[nn.Parameter]:
         """The parameters of the model, and of the average if it is on."""
         return [*self.parameters, *([] if self.ema is None else self.ema.module.parameters())]
+
+    @torch.no_grad()
+    def update_average(self, unless: Tensor) -> None:
+        """Moves the average, if it is on, in a few calls for all weights, and copies the buffers to it; `unless` (bool
+        scalar) leaves its weights as they were."""
+        if self.ema is None:
+            return
+        averages, copies, buffers = self._averaged
+        moves = torch._foreach_sub(self.parameters, averages)
+        torch._foreach_mul_(moves, (1 - self.ema.get_decay(self.step)) * ~unless)
+        torch._foreach_add_(averages, moves)
+        if buffers:
+            torch._foreach_copy_(copies, buffers)
 
     def weights(self) -> dict[str, Any]:
         """The tensors of `model`, and of `ema` if it is on."""
@@ -64,9 +128,8 @@ class TrainState:
         return {"model": self.model.state_dict(), **ema}
 
     def state_dict(self) -> dict[str, Any]:
-        counters = {name: getattr(self, name) for name in self.COUNTERS}
         return {**self.weights(), "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-                **counters}
+                **{name: getattr(self, name) for name in self.COUNTERS}}
 
     def load_state_dict(self, content: dict[str, Any]) -> None:
         if ("ema" in content) != (self.ema is not None):

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from deepvit.engine.nonfinite import Examination, examine
 from deepvit.engine.ranks import Ranks
 from deepvit.engine.schedule import Schedule
 from deepvit.engine.state import TrainState
@@ -21,13 +20,11 @@ Objective = Callable[[nn.Module, Tensor, Tensor], Tensor]  # (network, images, t
 
 
 class Masks(Protocol):
-    """Randomness of the model that belongs to an image's place in the global batch (stochastic depth)."""
+    """Randomness of the model that belongs to an image's place in the global batch (stochastic depth): `draw` draws it
+    for all images of a global batch, `place` hands the model that of the images which it sees next."""
 
-    def draw(self, batch_index: int, batch_size: int) -> None:
-        """Draws for all images of a global batch."""
-
-    def place(self, start: int, stop: int) -> None:
-        """Hands the model the part of the images that it sees next."""
+    def draw(self, batch_index: int, batch_size: int) -> None: ...
+    def place(self, start: int, stop: int) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -76,7 +73,7 @@ class Update:
         return bool(self._answer)
 
     def mark_queued(self) -> None:
-        """Called when all that belongs to this update was given to the device."""
+        """Called when all work of this update was given to the device."""
         self._queued = _event(self.loss)
 
     def idle_s(self) -> float:
@@ -139,14 +136,11 @@ class Stepper:
 
         Nothing is exchanged before the ranks agree that every pass of each of them fitted into memory. A loss or
         gradient that is not finite leaves parameters, moments, average and running statistics as they were, by masks
-        on the device: the host waits for none of it. `state.step` counts the batch all the same.
+        on the device: the host waits for none of it. `state.step` counts the batch all the same. Once `stop` is true
+        on any rank, all ranks give the batch up between two micro-batches.
 
-        Args:
-            stop: true once this rank was asked to stop. Then all ranks give the batch up between two micro-batches.
-        Returns:
-            the status that all ranks agree on, and the update where it is DONE or STOP; else nothing has changed.
-        Raises:
-            UserError: not even one `unit` of images fits into memory.
+        Returns the status that all ranks agree on, and the update where it is DONE or STOP; else nothing has changed.
+        Raises UserError if not even one `unit` of images fits into memory.
         """
         while True:
             state.statistics.begin()
@@ -165,22 +159,19 @@ class Stepper:
                 return status, None
             self._halve(state, batches)
 
-    def examine(self, state: TrainState, batches: Sequence[Any], batch_index: int,
-                rank: int | None = None) -> Examination:
-        """Repeats the passes of a rank (by default this one) over its micro-batches of a global batch, watched module
-        by module; nothing is updated."""
-        rank = self.ranks.rank if rank is None else rank
-        share = sum(map(len, batches))  # images
-        state.model.train()
-
-        def losses() -> Iterator[Tensor]:
-            for batch in self._seeded(batches, batch_index, rank):
-                x, y = self.prepare(batch, batch_index, self.ranks.device, training=True)
-                with self.precision.autocast(self.ranks.device):
-                    loss = self.objective(state.model, x, y)
-                yield loss * len(x) / share
-
-        return examine(state.model, losses(), state.scaler.scale)
+    def seeded(self, batches: Sequence[Any], batch_index: int) -> Iterator[Any]:
+        """This rank's micro-batches of a global batch, each when the model's randomness is that of its images."""
+        rank, share = self.ranks.rank, sum(map(len, batches))  # images
+        digest = hashlib.blake2b(repr((self.seed, batch_index, rank)).encode(), digest_size=8).digest()
+        torch.manual_seed(int.from_bytes(digest, "little") >> 1)  # of every device, for element-wise dropout
+        if self.masks is not None:
+            self.masks.draw(batch_index, share * self.ranks.world)
+        start = rank * share
+        for batch in batches:
+            if self.masks is not None:
+                self.masks.place(start, start + len(batch))
+            yield batch
+            start += len(batch)
 
     def _passes(self, state: TrainState, batches: Sequence[Any] | None, stop: object) -> tuple[Status, Tensor | None]:
         """Gradients of this rank's mean loss, which is returned."""
@@ -189,7 +180,7 @@ class Stepper:
         share = sum(map(len, batches))  # images
         state.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.ranks.device)
-        for number, batch in enumerate(self._seeded(self._cut(batches), state.step, self.ranks.rank)):
+        for number, batch in enumerate(self.seeded(self._cut(batches), state.step)):
             if number and self.ranks.any_asked_to_stop(bool(stop)):
                 return Status.GIVEN_UP, None
             with record_function("prepare"):
@@ -225,31 +216,15 @@ class Stepper:
             state.optimizer.step()
         state.scaler.update()
         state.step += 1
-        if state.ema is not None:
-            _average(state, unless=update.found_nonfinite)
+        state.update_average(unless=update.found_nonfinite)
         update.mark_queued()
         return update
 
-    def _seeded(self, batches: Sequence[Any], batch_index: int, rank: int) -> Iterator[Any]:
-        """A rank's micro-batches of a global batch, each when the model's randomness is that of its images."""
-        share = sum(map(len, batches))
-        seed_randomness(self.seed, batch_index, rank)  # element-wise dropout
-        if self.masks is not None:
-            self.masks.draw(batch_index, share * self.ranks.world)
-        start = rank * share
-        for batch in batches:
-            if self.masks is not None:
-                self.masks.place(start, start + len(batch))
-            yield batch
-            start += len(batch)
-
     def _cut(self, batches: Sequence[Any]) -> Sequence[Any]:
-        if self.limit is None:
-            return batches
-        return [part for batch in batches for part in batch.split(self.limit)]
+        return batches if self.limit is None else [part for batch in batches for part in batch.split(self.limit)]
 
     def _halve(self, state: TrainState, batches: Sequence[Any]) -> None:
-        """Micro-batches of half as many images, in whole units, from now on."""
+        """From now on, micro-batches of half as many images, in whole units."""
         if self.ranks.device.type == "cuda":
             torch.cuda.empty_cache()
         largest = max(len(batch) for batch in self._cut(batches))
@@ -259,19 +234,8 @@ class Stepper:
         self.limit = max(1, largest // self.unit // 2) * self.unit
 
 
-@torch.no_grad()
-def _average(state: TrainState, unless: Tensor) -> None:
-    """The average's move after an update, in a few calls for all weights; buffers are copied."""
-    averages, weights, copies, buffers = state.averaged
-    steps = torch._foreach_sub(weights, averages)
-    torch._foreach_mul_(steps, (1 - state.ema.get_decay(state.step)) * ~unless)
-    torch._foreach_add_(averages, steps)
-    if buffers:
-        torch._foreach_copy_(copies, buffers)
-
-
 def allocate_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Has a fused optimizer allocate its moments now, by a step that it skips; the others do at their first update."""
+    """Makes a fused optimizer allocate its moments now, by a step that it skips; others do so at their first update."""
     if not _is_fused(optimizer) or "betas" not in optimizer.defaults:
         return
     weights = [weight for group in optimizer.param_groups for weight in group["params"] if weight.requires_grad]
@@ -282,12 +246,12 @@ def allocate_moments(optimizer: torch.optim.Optimizer) -> None:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """A GPU's allocator has a class of its own; a CPU's only these words."""
+    """A GPU's allocator has a class of its own; a CPU's has only these words."""
     return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 def _event(like: Tensor) -> torch.cuda.Event | None:
-    """A mark in the device's queue, on a GPU; who waits for it leaves the core to others."""
+    """On a GPU, a mark in the device's queue; blocking, so whoever waits for it leaves the core to others."""
     if not like.is_cuda:
         return None
     event = torch.cuda.Event(enable_timing=True, blocking=True)
@@ -296,7 +260,7 @@ def _event(like: Tensor) -> torch.cuda.Event | None:
 
 
 def _is_fused(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether it is one of torch's whose steps the device can leave out, as GradScaler asks them to."""
+    """Whether the device can leave out its steps, as GradScaler asks torch's fused optimizers to."""
     return getattr(optimizer, "_step_supports_amp_scaling", False)
 
 
@@ -304,9 +268,3 @@ def _step_unless(skip: Tensor, optimizer: torch.optim.Optimizer) -> None:
     optimizer.grad_scale, optimizer.found_inf = None, skip.float()
     optimizer.step()
     del optimizer.grad_scale, optimizer.found_inf
-
-
-def seed_randomness(*words: int) -> None:
-    """Makes the model's own randomness (dropout) a function of `words`, so none need be saved."""
-    digest = hashlib.blake2b(repr(words).encode(), digest_size=8).digest()
-    torch.manual_seed(int.from_bytes(digest, "little") >> 1)  # seeds every device

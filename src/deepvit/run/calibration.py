@@ -8,8 +8,7 @@ from torch import nn
 
 from deepvit import data as inputs
 from deepvit.config.settings import Data, Settings
-from deepvit.engine.calibrate import calibrate
-from deepvit.engine.evaluate import Evaluation
+from deepvit.engine.evaluate import Evaluation, calibrate
 from deepvit.engine.ranks import Ranks
 from deepvit.engine.signals import StopRequest
 from deepvit.engine.step import Precision, Prepare

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from deepvit.data import ImageSet
-from deepvit.engine.checkpoint import write_text_synced
 from deepvit.engine.evaluate import Evaluation, mcnemar
+from deepvit.engine.folder import write_text_synced
 from deepvit.errors import UserError
 from deepvit.report.published import IMAGENET_VAL
 from deepvit.report.render import printed

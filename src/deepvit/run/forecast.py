@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 
-from deepvit.engine.device import prepare_device
+from deepvit.engine.device import peak_bytes, prepare_device, reset_peak
 from deepvit.engine.evaluate import scores
-from deepvit.engine.memory import peak_bytes, reset_peak
 from deepvit.engine.ranks import Ranks
 from deepvit.engine.signals import StopRequest
 from deepvit.models.cost import count_flops, count_parameters

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from deepvit import data as images
 from deepvit.config.settings import Data, read_evaluation
-from deepvit.engine.checkpoint import write_text_synced
 from deepvit.engine.device import prepare_device
+from deepvit.engine.folder import write_text_synced
 from deepvit.engine.ranks import Ranks
 from deepvit.engine.signals import StopRequest
 from deepvit.engine.step import Precision, Prepare
@@ -114,7 +114,7 @@ def _by_block(train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor], k: int, 
     bank, labels = (torch.from_numpy(np.concatenate([share[i] for share in shares], 1 - i)) for i in (0, 1))
     right = [vote(queries.to(ranks.device), known.to(ranks.device), labels.to(ranks.device), k, classes).cpu() == val[1]
              for queries, known in zip(val[0], bank, strict=True)]
-    counts = ranks.sum(torch.tensor([*(int(one.sum()) for one in right), len(val[1])]))
+    counts = np.sum(ranks.gather([*(int(one.sum()) for one in right), len(val[1])]), axis=0)
     return (100 * counts[:-1] / counts[-1]).tolist()
 
 

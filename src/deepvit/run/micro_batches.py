@@ -8,8 +8,7 @@ import torch
 
 from deepvit.config.settings import Settings
 from deepvit.data.prepare import mixes
-from deepvit.engine.device import device_name, sharing
-from deepvit.engine.memory import Example, available_bytes, largest_batch, needed_bytes
+from deepvit.engine.device import Example, available_bytes, device_name, largest_batch, needed_bytes, sharing
 from deepvit.engine.state import TrainState
 from deepvit.engine.step import Stepper
 from deepvit.errors import UserError
@@ -77,7 +76,8 @@ def advice(settings: Settings, state: TrainState, stepper: Stepper, count: int) 
 
     def needed(checkpointing: bool) -> str:
         network.set_grad_checkpointing(checkpointing)
-        return f"{needed_bytes(count, state, stepper, _example(network, device)) / 2**30:.3g} GiB"
+        fixed, each = needed_bytes(state, stepper, _example(network, device))
+        return f"{(fixed + count * each) / 2**30:.3g} GiB"
 
     ways = [] if settings.engine.grad_checkpointing else [f"engine.grad_checkpointing=true ({needed(True)})"]
     ways += ["precision=bf16"] * (stepper.precision.dtype is None)

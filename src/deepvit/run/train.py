@@ -13,13 +13,12 @@ from deepvit.config.provenance import versions
 from deepvit.config.settings import Settings
 from deepvit.data import resolve_decoder
 from deepvit.engine import checkpoint
-from deepvit.engine.checkpoint import write_text_synced
+from deepvit.engine.checkpoint import Saver
 from deepvit.engine.device import device_name, prepare_device
 from deepvit.engine.fit import Fit
-from deepvit.engine.folder import LogFile, RunFolder
+from deepvit.engine.folder import LogFile, RunFolder, write_text_synced
 from deepvit.engine.loggers import LoggedRun, Logger, Loggers, chosen
 from deepvit.engine.ranks import Ranks
-from deepvit.engine.saver import Saver
 from deepvit.engine.signals import StopRequest
 from deepvit.errors import UserError
 from deepvit.run import build
@@ -51,7 +50,7 @@ def train(config: Mapping[str, Any], path: Path, ranks: Ranks, stop: StopRequest
                    settings.engine.deterministic)
     build.check(settings, ranks)
     with folder.claimed(ranks, settings.fresh, restarted=restarts > 0) as starts_over:
-        if not starts_over and ranks.from_main(folder.is_finished()):
+        if not starts_over and ranks.gather(folder.is_finished())[0]:
             splits = build.shared_splits(settings.data, ranks)
             with ranks.sync_errors():
                 refuse_finished(folder, config, identity(settings, splits, folder))
@@ -130,5 +129,5 @@ def _refuse_different_folders(steps: list[int], folder: RunFolder) -> None:
 def _cut_down(folder: RunFolder, settings: Settings, ranks: Ranks) -> None:
     """What is left of a finished run's checkpoints."""
     if ranks.is_main and settings.engine.keep == "best":
-        folder.drop_all_but_best()
+        checkpoint.drop_all_but_best(folder)
 
