@@ -16,7 +16,7 @@ from deepvit.data import Splits
 from deepvit.engine import checkpoint
 from deepvit.engine.folder import RunFolder
 from deepvit.errors import UserError
-from deepvit.importers.files import find_checkpoint
+from deepvit.importers import find_checkpoint
 from deepvit.models import ViT
 from deepvit.run import build
 
