@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from deepvit.data.exclude import write_list
+from deepvit.data.source import write_list
 
 
 def save_images(folder: Path, count: int, seed: int) -> None:

@@ -120,7 +120,7 @@ def kept_batches(run):
 
 
 def in_memory(run):
-    run.splits.train.prepare()
+    run.splits.train.cache_decoded()
     return run.splits.train.in_memory
 
 

@@ -9,7 +9,7 @@ import deepvit
 from deepvit.commands.main import main
 from deepvit.engine import checkpoint
 from deepvit.errors import BAD_INPUT, DONE
-from deepvit.importers.save import described
+from deepvit.importers.ours import described
 
 SMALL = {"img_size": 8, "patch_size": 4, "embed_dim": 12, "num_heads": 2, "num_classes": 3}
 

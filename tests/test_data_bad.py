@@ -165,7 +165,7 @@ def test_what_the_fast_decoder_refuses_is_counted(tmp_path, in_memory_mb):
         (tmp_path / name / "0.jpg").write_bytes(strange()["cmyk.jpg"][0])
         (tmp_path / name / "1.jpg").write_bytes(saved(GRAIN, "JPEG"))
     val = data.load("folder", root=str(tmp_path), in_memory_mb=in_memory_mb).val
-    assert [batch.refused for batch in data.eval_batches(val, data.eval_transform(4), batch_size=2)] == [1, 1]
+    assert [batch.pil_fallbacks for batch in data.eval_batches(val, data.eval_transform(4), batch_size=2)] == [1, 1]
 
 
 @pytest.mark.parametrize("decoder", DECODERS)

@@ -31,7 +31,7 @@ def recipe() -> data.Transform:
 
 def same(one: data.Batch, other: data.Batch) -> bool:
     return all(torch.equal(getattr(one, name), getattr(other, name))
-               for name in ("images", "targets", "indices", "positions")) and \
+               for name in ("images", "targets", "indices")) and \
         torch.equal(one.erasures.places, other.erasures.places) and \
         torch.equal(one.erasures.values, other.erasures.values)
 
@@ -46,7 +46,7 @@ def joined(parts: list[data.Batch]) -> data.Batch:
     places = [part.erasures.places + torch.tensor([offset, 0, 0, 0, 0])
               for part, offset in zip(parts, offsets, strict=False)]
     tensors = {name: torch.cat([getattr(part, name) for part in parts])
-               for name in ("images", "targets", "indices", "positions")}
+               for name in ("images", "targets", "indices")}
     return data.Batch(**tensors, erasures=type(parts[0].erasures)(
         torch.cat(places), torch.cat([part.erasures.values for part in parts])))
 
@@ -132,13 +132,13 @@ def test_everything_the_workers_get_can_be_pickled(images, recipe):
 @pytest.mark.parametrize("in_memory_mb,kept", [(512, True), (0, False)])
 def test_a_small_set_is_prepared_for_all_evaluations_at_once(images, in_memory_mb, kept):
     options = {"batch_size": 5, "rank": 1, "world": 2, "workers": 0}
-    batches = data.eval_batches_again(images, data.eval_transform(8), in_memory_mb=in_memory_mb, **options)
+    batches = data.cached_eval_batches(images, data.eval_transform(8), in_memory_mb=in_memory_mb, **options)
     once = list(data.eval_batches(images, data.eval_transform(8), **options))
     first, second = list(batches()), list(batches())
     for made in (first, second):
         assert len(made) == len(once) and all(same(one, other) for one, other in zip(once, made, strict=True))
     assert (first[0] is second[0]) == kept
-    elsewhere = data.eval_batches_again(images, data.eval_transform(8), in_memory_mb=in_memory_mb, device="meta",
+    elsewhere = data.cached_eval_batches(images, data.eval_transform(8), in_memory_mb=in_memory_mb, device="meta",
                                         **options)
     assert {batch.images.device.type for batch in elsewhere()} == {"meta" if kept else "cpu"}
 
@@ -151,7 +151,7 @@ def test_what_was_prepared_in_part_is_not_kept(images):
                 raise BadImage("it is damaged")
             return super().image(index)
 
-    batches = data.eval_batches_again(Bad(images.pixels, images.targets, "bad"), data.eval_transform(8),
+    batches = data.cached_eval_batches(Bad(images.pixels, images.targets, "bad"), data.eval_transform(8),
                                       batch_size=5, in_memory_mb=512)
     for _ in range(2):
         with pytest.raises(UserError, match="bad/7 is not a usable image"):
@@ -185,7 +185,7 @@ def test_sizes_that_do_not_divide(images, recipe, options, words):
 
 def test_sent_ahead_they_are_the_same(images, recipe, device):
     plain = run(images, recipe, accumulation=2)
-    sent = list(data.ahead(iter(run(images, recipe, accumulation=2, pin=device.type == "cuda", workers=1)),
+    sent = list(data.prefetch(iter(run(images, recipe, accumulation=2, pin=device.type == "cuda", workers=1)),
                            device))
     assert len(sent) == 7 and sent[0][0].images.device == device
     assert all(same(one.to(torch.device("cpu")), other) for left, right in zip(sent, plain, strict=True)
@@ -195,5 +195,5 @@ def test_sent_ahead_they_are_the_same(images, recipe, device):
 @pytest.mark.parametrize(("device", "waits"), [("cpu", True), ("cuda:1", False)])
 def test_only_a_copy_to_the_host_waits(device, waits):
     images, targets, values = (Mock(spec=torch.Tensor) for _ in range(3))
-    data.Batch(images, targets, None, None, Erasures(None, values)).to(device)
+    data.Batch(images, targets, None, Erasures(None, values)).to(device)
     assert [one.to.call_args.kwargs["non_blocking"] for one in (images, targets, values)] == [not waits] * 3

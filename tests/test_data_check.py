@@ -5,11 +5,10 @@ from pathlib import Path
 
 import pytest
 from test_data_names import IMAGE, classes, log_given_back, names_of, webdataset  # noqa: F401
-from test_data_sets import IMAGES
 
 import deepvit.data as data
 from deepvit.commands.main import main
-from deepvit.data.exclude import read_list, write_list
+from deepvit.data.source import read_list, write_list
 from deepvit.errors import BAD_INPUT, DONE, UserError
 
 BAD = ("train/a/#0.png", 'train/a/"1".png', "train/a/two\nlines.png", "train/a/M\udcf6we.png", "val/b/ blank.png")
@@ -78,11 +77,3 @@ def test_other_sources_have_lists_too(tmp_path):
     assert len(splits.train) + len(splits.val) == 7
     write_list(tmp_path / "list", [("digits/3", "")], "")
     assert len(data.load("digits", exclude=str(tmp_path / "list")).train) in (1436, 1437)
-
-
-def test_images_are_found_by_name_in_any_part():
-    images = data.load("folder", root=str(IMAGES)).train
-    names = names_of(images)
-    some = [names[7], names[2], "nowhere", f"{IMAGES}/train/cat/none.jpg"]
-    assert images.find(some).tolist() == [2, 7]
-    assert images.take(images.find(names[1:])).find(some).tolist() == [1, 6]

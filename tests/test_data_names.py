@@ -134,7 +134,7 @@ def test_keys_of_webdataset(tmp_path, caplog, names, count):
         with pytest.raises(UserError, match=count):
             data.load("timm", **options)
         return
-    from deepvit.data.shards import read_webdataset
+    from deepvit.data.timm_sets import read_webdataset
     with caplog.at_level(logging.WARNING):
         images, _ = read_webdataset([root], "pil")
     assert len(images) == count and len({*names_of(images)}) == count

@@ -18,7 +18,7 @@ def batch_of(size: int, seed: int = 0, erasures: Erasures | None = None) -> Batc
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (size, 3, 12, 10), generator=generator, dtype=torch.uint8)
     nothing = Erasures(torch.empty(0, 5, dtype=torch.int64), torch.empty(0))
-    return Batch(images, torch.arange(size) % 4, torch.arange(size), torch.arange(size), erasures or nothing)
+    return Batch(images, torch.arange(size) % 4, torch.arange(size), erasures or nothing)
 
 
 def mirrored(size: int) -> list[int]:
@@ -86,9 +86,8 @@ def test_micro_batches_together_are_the_whole_batch(pieces):
     whole = batch_of(8)
     for step in range(6):
         x, y = prepare(whole, step, "cpu", True)
-        parts = [prepare(Batch(*(value.chunk(pieces)[part] for value in (
-            whole.images, whole.targets, whole.indices, whole.positions)), whole.erasures), step, "cpu", True)
-            for part in range(pieces)]
+        parts = [prepare(Batch(*(value.chunk(pieces)[part] for value in (whole.images, whole.targets, whole.indices)),
+                               whole.erasures), step, "cpu", True) for part in range(pieces)]
         assert torch.equal(torch.cat([part[0] for part in parts]), x)
         assert torch.equal(torch.cat([part[1] for part in parts]), y)
 

@@ -52,7 +52,7 @@ def test_folders_of_classes(source, in_memory_mb):
     splits = data.load(source, root=str(IMAGES), decoder="pil", in_memory_mb=in_memory_mb)
     assert splits.class_names == splits.class_ids == ["cat", "ship", "truck"]
     assert splits.train.targets.tolist() == [0] * 4 + [1] * 4 + [2] * 4 and len(splits.val) == 6
-    splits.train.prepare()
+    splits.train.cache_decoded()
     paths = sorted(IMAGES.glob("train/*/*"))
     for index, path in enumerate(paths):
         assert splits.train.name(index) == str(path)

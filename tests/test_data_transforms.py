@@ -11,7 +11,7 @@ from timm.data import create_transform
 from timm.data.random_erasing import RandomErasing
 
 from deepvit.data.decode import decode, resolve_decoder, to_tensor
-from deepvit.data.randomness import generators_kept, seed_sample
+from deepvit.data.stream import generators_kept, seed_sample
 from deepvit.data.transforms import CentreCrop, eval_transform, train_transform
 from deepvit.errors import UserError
 

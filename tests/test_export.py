@@ -17,7 +17,7 @@ from deepvit.commands.export import export
 from deepvit.commands.main import main
 from deepvit.errors import UserError
 from deepvit.importers import deepvit as published
-from deepvit.importers.table import write
+from deepvit.importers.dialect import write
 
 SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 4, "num_classes": 3}
 needs_onnx = pytest.mark.skipif(not all(map(importlib.util.find_spec, ("onnx", "onnxscript", "onnxruntime"))),
@@ -198,7 +198,7 @@ def test_timm_takes_it(tmp_path, settings):
 
 @pytest.mark.parametrize("to, settings, named", [
     ("timm", {"attention": "reattention"}, "re-attention"), ("timm", {"residual_scale": 0.5}, "residual_scale"),
-    ("timm", {"pool": "mean"}, "pooling"), ("timm", {"gelu": "tanh"}, "gelu"),
+    ("timm", {"pool": "mean"}, "pool='mean'"), ("timm", {"gelu": "tanh"}, "gelu"),
     ("deepvit", {"attention": "norm_only"}, "norm_only"), ("deepvit", {"pool": "avg"}, "pool"),
     ("deepvit", {"attention": "reattention_ln"}, "reattention_ln"),
     ("deepvit", {"attention": "reattention_fc"}, "reattention_fc"),

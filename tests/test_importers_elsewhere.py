@@ -24,7 +24,7 @@ from deepvit.commands.main import main
 from deepvit.config.compose import compose
 from deepvit.config.settings import read_evaluation
 from deepvit.errors import UserError
-from deepvit.importers import hub, takes_average
+from deepvit.importers import locate, takes_average
 from deepvit.importers.settings import as_keywords
 from deepvit.run import build, evaluate
 
@@ -63,6 +63,8 @@ def timm_checkpoint(model, path):
 WRITERS = {  # name -> (write, keywords that load_model needs then)
     "timm's train.py": (timm_checkpoint, {}),
     "arch beside the weights": (lambda m, p: torch.save({"arch": "deepvit16", "state_dict": m.state_dict()}, p), {}),
+    "arch, and keywords that are none": (lambda m, p: torch.save(
+        {"arch": "deepvit16", "model_args": [1], "state_dict": m.state_dict()}, p), {}),
     "bare, as avg_checkpoints.py": (lambda m, p: torch.save(m.state_dict(), p), {"arch": "deepvit16"}),
     "bare, by settings": (lambda m, p: torch.save(m.state_dict(), p),
                           {"attention": "reattention", "depth": 2, "num_heads": 4}),
@@ -423,7 +425,7 @@ def test_a_folder_of_the_hub(tmp_path):
     ("google:imagenet21k/ViT-X_1", "http://127.0.0.1:9/imagenet21k/ViT-X_1.npz .*give the file's path")])
 def test_names_that_lead_nowhere(monkeypatch, tmp_path, name, message):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("deepvit.importers.hub.GOOGLE", "http://127.0.0.1:9")  # where nobody listens
+    monkeypatch.setattr("deepvit.importers.locate.GOOGLE", "http://127.0.0.1:9")  # where nobody listens
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(UserError, match=message) as refusal:
         deepvit.load_model(name)
@@ -432,7 +434,7 @@ def test_names_that_lead_nowhere(monkeypatch, tmp_path, name, message):
 
 def test_weights_that_came_with_the_package(monkeypatch, tmp_path):
     deepvit.save_model(trained(), tmp_path / "tiny.safetensors")
-    monkeypatch.setattr("deepvit.importers.hub.RELEASED", tmp_path)
+    monkeypatch.setattr("deepvit.importers.locate.RELEASED", tmp_path)
     assert deepvit.load_model("deepvit:tiny").config["depth"] == 2
     with pytest.raises(UserError, match="are: tiny. Did you mean 'tiny'"):
         deepvit.load_model("deepvit:tiyn")
@@ -443,11 +445,11 @@ def test_googles_files_are_fetched_once(monkeypatch, tmp_path):
     there.mkdir()
     tensors = part(oracle("other/vit_plain")[0], "file")
     np.savez(there / "ViT-T_4.npz", **{name: tensor.numpy() for name, tensor in tensors.items()})
-    monkeypatch.setattr("deepvit.importers.hub.GOOGLE", tmp_path.as_uri())
+    monkeypatch.setattr("deepvit.importers.locate.GOOGLE", tmp_path.as_uri())
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     model = deepvit.load_model("google:imagenet21k+imagenet2012/ViT-T_4")
     assert model.load_report.dialect == "google" and (here / there.name / "ViT-T_4.npz").exists()
-    hub._of_google.cache_clear()
+    locate._of_google.cache_clear()
     (there / "ViT-T_4.npz").unlink()
     deepvit.load_model("google:imagenet21k+imagenet2012/ViT-T_4.npz")
 

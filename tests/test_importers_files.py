@@ -18,8 +18,7 @@ from safetensors.torch import save as save_safetensors
 
 import deepvit
 from deepvit.errors import UserError
-from deepvit.importers.files import open_weights
-from deepvit.importers import npz
+from deepvit.importers import files, open_weights
 
 FORMS = ["pth", "legacy pth", "ours", "by name", "npz", "deflated npz", "msgpack", "safetensors"]
 
@@ -169,7 +168,7 @@ def test_npz_with_a_huge_shape(tmp_path):
 
 
 def test_npz_that_unpacks_to_far_more_than_it_is(tmp_path, monkeypatch):
-    monkeypatch.setattr(npz, "FREE_BYTES", 2**20)
+    monkeypatch.setattr(files, "FREE_BYTES", 2**20)
     np.savez_compressed(tmp_path / "bomb.npz", cls=np.zeros(2**22, np.float32))
     with pytest.raises(UserError, match="unpack to 16 MiB"):
         deepvit.load_model(tmp_path / "bomb.npz")

@@ -202,6 +202,8 @@ def test_timm_heads_by_arch_or_keyword(tmp_path):
     theirs = timm.create_model("vit_tiny_patch16_224", img_size=32)
     with pytest.raises(UserError, match="num_heads"):
         deepvit.load_model(save(tmp_path / "a.pth", theirs.state_dict()))
+    with pytest.raises(UserError, match="num_heads"):
+        deepvit.load_model(tmp_path / "a.pth", num_heads="many")
     model = deepvit.load_model(save(tmp_path / "b.pth", {"state_dict": theirs.state_dict(),
                                                          "arch": "vit_tiny_patch16_224"})).eval()
     x = torch.randn(1, 3, 32, 32)

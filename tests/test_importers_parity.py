@@ -10,8 +10,9 @@ from torch.testing import assert_close
 
 import deepvit
 from deepvit.errors import UserError
-from deepvit.importers.positions import google as google_resize
-from deepvit.importers.positions import zoom_leaves_zeros
+from deepvit.importers.dialect import translate
+from deepvit.importers.google import VIT_PYTORCH_NPZ_ROWS, zoom_leaves_zeros
+from deepvit.importers.google import zoom as google_resize
 
 NPZ = [("vit_plain", 32), ("vit_plain", 48), ("vit_plain", 24), ("vit_prelogits", 32), ("vit_hybrid", 32),
        ("vit_hybrid", 48)]
@@ -138,16 +139,14 @@ def test_finetuning_trajectory(npz):
     ("r50_vit_b16", "R50+ViT-B_16", 97_890_112)])
 def test_named_models_take_googles_files(name, published, backbone):
     """Parameters without the head as published, and every name and shape of the released file has its place."""
-    from deepvit.importers import vit_pytorch
-    from deepvit.importers.table import translate
     with torch.device("meta"):
         model = deepvit.create_model(name)
     head = sum(parameter.numel() for parameter in model.head.parameters())
     assert sum(parameter.numel() for parameter in model.parameters()) - head == backbone
     shapes = {key: torch.Size(shape) for key, shape in keys(published).items()}
-    translation = translate(vit_pytorch.NPZ_ROWS, shapes, published)
+    steps, _ = translate(VIT_PYTORCH_NPZ_ROWS, shapes, published)
     wanted = {key: tensor.shape for key, tensor in model.state_dict().items() if not key.startswith("head.")}
-    assert {key: shape for key, shape in translation.shapes.items() if not key.startswith("head.")} == wanted
+    assert {key: step.shape for key, step in steps.items() if not key.startswith("head.")} == wanted
 
 
 def test_vit_pytorch_bin(npz, tmp_path):

@@ -11,8 +11,9 @@ from timm.loss import BinaryCrossEntropy
 from timm.optim import create_optimizer_v2
 
 from deepvit.config.compose import compose
-from deepvit.data.randomness import generators_kept, seed_sample
-from deepvit.data.sources import chosen, load
+from deepvit.data.source import chosen
+from deepvit.data.sources import load
+from deepvit.data.stream import generators_kept, seed_sample
 from deepvit.engine.ranks import Ranks
 from deepvit.engine.step import Status, binary_cross_entropy
 from deepvit.errors import UserError

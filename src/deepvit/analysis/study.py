@@ -15,7 +15,7 @@ from deepvit.analysis.images import Images, class_names, top_classes
 from deepvit.analysis.measures import class_token_mask, patch_grid, rollout, thetas
 from deepvit.analysis.probe import at_initialisation, probe
 from deepvit.analysis.recording import attention_modules, recordings
-from deepvit.data.folders import printable
+from deepvit.data.imageset import printable
 from deepvit.errors import Failure, UserError
 from deepvit.models import ViT
 

@@ -15,7 +15,7 @@ from torchvision.transforms import Compose
 
 from deepvit.bench.timing import interleaved, paired
 from deepvit.data.decode import decode
-from deepvit.data.randomness import generators_kept, seed_sample
+from deepvit.data.stream import generators_kept, seed_sample
 from deepvit.data.transforms import eval_transform, mend_posterize, train_transform
 from deepvit.errors import UserError
 

@@ -11,9 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from deepvit.bench.timing import apart, summary, timed
-from deepvit.data import index
 from deepvit.data.imageset import FileSet
-from deepvit.data.listing import Listing, list_images
+from deepvit.data.listing import Listing, list_images, open_index, write_index
 from deepvit.errors import UserError
 
 PROGRAM = Path(__file__).resolve().parents[3] / "train.py"
@@ -46,14 +45,14 @@ def listing(images: int = IMAGENET, files: int = 100_000) -> list[dict]:
         classes = [f"n{number:08d}" for number in range(min(CLASSES, files))]
         for name in classes:
             (folder / name).mkdir(parents=True)
-        index.write_index(path, _simulated(folder, classes, images))
+        write_index(path, _simulated(folder, classes, images))
         ms, own = apart(_open, path, folder, classes, start="spawn")
         rows = [{"name": f"{images:,} names from the index", "ms": ms,
                  "mb_node": path.stat().st_size / 1e6 + RANKS * own}]
         for number in range(files):
             (folder / classes[number % len(classes)] / f"{number}.jpg").touch()
         start = time.perf_counter()
-        index.write_index(path, list_images(folder, classes))
+        write_index(path, list_images(folder, classes))
         rows.append({"name": f"{files:,} files listed and kept", "ms": 1e3 * (time.perf_counter() - start)})
         ms, _ = apart(_open, path, folder, classes, start="spawn")
         rows.append({"name": f"{files:,} files from the index", "ms": ms})
@@ -72,7 +71,7 @@ def _simulated(folder: Path, classes: list[str], images: int) -> Listing:
 def _open(path: Path, folder: Path, classes: list[str]) -> tuple[float, float]:
     """ms and private MB it takes this process to open the set and ask for 1,000 names and the fingerprint."""
     before, start = _private_mb(), time.perf_counter()
-    images = FileSet(folder, classes, index.open_index(path, folder), decoder="pil")
+    images = FileSet(folder, classes, open_index(path, folder), decoder="pil")
     for number in np.linspace(0, len(images) - 1, num=1000, dtype=np.int64).tolist():
         images.name(number)
     images.fingerprint()

@@ -15,30 +15,27 @@ from torch import Tensor
 from deepvit.commands import cli
 from deepvit.engine.folder import RunFolder
 from deepvit.errors import DONE, UserError
-from deepvit.importers import load_model
-from deepvit.importers.files import find_checkpoint, open_weights, takes_average
-from deepvit.importers.save import described, write
+from deepvit.importers import find_checkpoint, load_model, open_weights, takes_average
+from deepvit.importers.ours import described, write
 
 
 def average(paths: Sequence[Path], weights: str = "auto") -> dict[str, Any]:
-    """The content of a checkpoint of ours: the newest one's model with averaged weights, and where they came from.
-
-    `paths`: two or more files (or run folders, for their best) of one model, the newest last; `weights`: `ema`, `raw`,
-    or `auto`: the moving average if the newest has one. Raises UserError for another model among them, or one that
-    `load_model` cannot read.
-    """
+    """The content of a checkpoint of ours: the newest one's model, which is last in `paths`, with averaged weights, and
+    where they came from. `weights`: see `takes_average`, asked of the newest."""
     ema = takes_average(paths[-1], weights)
     model = load_model(paths[-1], ema=ema)
     files = [open_weights(path, ema=ema) for path in paths]
-    for file in files[:-1]:
-        if file.shapes != files[-1].shapes or file.said.get("classes") != files[-1].said.get("classes"):
-            raise UserError(f"{file.path} and {files[-1].path} are of different models or classes, which have no "
+    newest = files[-1]
+    for file in files:
+        if file.shapes != newest.shapes or file.said.get("classes") != newest.said.get("classes"):
+            raise UserError(f"{file.path} and {newest.path} are of different models or classes, which have no "
                             f"average: give checkpoints of one model.")
-    if files[-1].shapes.keys() != model.state_dict().keys():
+    if newest.shapes.keys() != model.state_dict().keys():
         raise UserError(f"{paths[-1]} is not in our own layout: `deepvit export` it to safetensors first.")
-    model.load_state_dict({name: _mean([file.read(name) for file in files]) for name in files[-1].shapes})
-    return {**described(model), "averaged": [{"path": str(file.path), "step": file.said.get("step"),
-                                              "weights": "ema" if ema else "raw"} for file in files]}
+    model.load_state_dict({name: _mean([file.read(name) for file in files]) for name in newest.shapes})
+    which = "ema" if ema else "raw"
+    return {**described(model), "averaged": [
+        {"path": str(file.path), "step": file.said.get("step"), "weights": which} for file in files]}
 
 
 def _mean(tensors: Sequence[Tensor]) -> Tensor:
@@ -48,7 +45,7 @@ def _mean(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([tensor.double() for tensor in tensors]).mean(0).to(tensors[-1].dtype)
 
 
-def last_of(run: Path, count: int) -> list[Path]:
+def _last_of(run: Path, count: int) -> list[Path]:
     """The last `count` checkpoints of a run, the newest last."""
     folder = RunFolder(run)
     files = (*folder.checkpoints.glob("step-*.pt"), folder.previous, folder.last)
@@ -70,7 +67,7 @@ def main(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
     paths = given.sources
     if len(paths) == 1 and paths[0].is_dir():
-        paths = last_of(paths[0], given.last)
+        paths = _last_of(paths[0], given.last)
     if len(paths) < 2:
         raise UserError("An average is of two or more checkpoints: give a run folder with --last 2 or more, or files.")
     out = given.out or find_checkpoint(paths[-1])[0].with_name("average.pt")

@@ -15,7 +15,7 @@ from deepvit.bench.timing import apart
 from deepvit.errors import DONE, Failure
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="deepvit bench", description=__doc__)
     parser.add_argument("benches", nargs="+", choices=[*BENCHES, "all"], metavar="BENCH",
                         help=f"{', '.join(BENCHES)}, or all (without forecast; loader with --data, imagenet on a GPU)")

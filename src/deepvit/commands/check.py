@@ -16,7 +16,7 @@ from deepvit.config.compose import compose
 from deepvit.config.settings import read_group
 from deepvit.config.signature import check_range
 from deepvit.data import Bad, ImageSet, Transform, eval_batches, source_of
-from deepvit.data.exclude import TITLE, write_list
+from deepvit.data.source import TITLE, write_list
 from deepvit.engine.device import usable_cores
 from deepvit.engine.progress import Display
 from deepvit.errors import BAD_INPUT, DONE, UserError
@@ -60,7 +60,7 @@ def _unusable(images: ImageSet, workers: int, display: Display) -> list[Bad]:
     found, done, refused, last = [], 0, 0, time.monotonic()
     bar = display.bar(str(Path(images.name(0)).parent.parent), len(images))
     for batch in eval_batches(images, LOOK, batch_size=BATCH, workers=workers, on_error="report"):
-        found, done, refused = found + batch.bad, done + len(batch), refused + batch.refused
+        found, done, refused = found + batch.bad, done + len(batch), refused + batch.pil_fallbacks
         bar.show([f"{len(found)} bad"])
         bar.advance(len(batch))
         if not display.replaces_lines and time.monotonic() - last > PAUSE:

@@ -24,16 +24,17 @@ from deepvit.commands.model_card import is_card, write_card
 from deepvit.data import norm_values
 from deepvit.errors import DONE, Failure, UserError
 from deepvit.importers import deepvit as published
-from deepvit.importers import load_model, open_model
+from deepvit.importers import find_checkpoint, load_model, open_model, save_model
 from deepvit.importers import timm as timm_dialect
-from deepvit.importers.files import find_checkpoint
-from deepvit.importers.save import save_model, save_tensors
+from deepvit.importers.dialect import write
+from deepvit.importers.ours import save_tensors
 from deepvit.importers.settings import as_keywords
-from deepvit.importers.table import write
 from deepvit.models import Attention, ReAttention, SelfAttention, ViT
 
 HUB_FILES = ("model.safetensors", "config.json", "README.md")
-ATOL = 1e-4  # logits of the exported thing against ours; ONNX runtimes reorder sums
+USUAL = {"gelu": "erf", "patch_norm": False, "head_dim": None, "block": "pre_norm", "feat_scale": False,
+         "representation_size": None, "share_maps": 1}  # settings that neither timm's nor the published class has
+ATOL = 1e-4  # logits of the exported model against ours; ONNX runtimes reorder sums
 
 
 class Exported(NamedTuple):
@@ -47,24 +48,16 @@ class Exported(NamedTuple):
 
 def export(source: str | Path, to: str, out: str | Path | None = None, weights: str = "auto",
            **keywords: Any) -> Exported:
-    """Writes the model of a run or checkpoint in another form, reads it back and compares logits.
+    """Writes the model of a run folder or weights file in another form (`to`, of `FORMS`), reads it back and compares
+    logits.
 
-    Args:
-        source: a run folder (its best checkpoint) or a weights file of any dialect.
-        to: `safetensors` (our names, settings in the metadata), `timm` (a timm VisionTransformer's state dict),
-            `hub-folder` (what timm's `local-dir:` and `hf-hub:` load), `onnx` (dynamic batch), `deepvit` (the
-            published layout).
-        out: the file to write; default: beside the source's.
-        weights, **keywords: as `open_model`.
-    Raises:
-        UserError: an unreadable source, or a model that the form cannot hold.
-        Failure: the exported file does not give the same logits.
+    `out` is the file to write (default: beside the source's); `weights` and keywords are those of `open_model`. Raises
+    UserError for an unreadable source, or a model that the form cannot hold; Failure if the logits differ.
     """
-    if to not in WRITERS:
-        raise UserError(f"--to {to} is not known: choose from {', '.join(WRITERS)}.")
+    write_form, suffix = FORMS[to]
     path, run = find_checkpoint(source)
     model = open_model(path, weights, **keywords)
-    out = Path(out) if out else path.with_name(f"{path.name.split('.')[0]}.{SUFFIX[to]}")
+    out = Path(out) if out else path.with_name(f"{path.name.split('.')[0]}.{suffix}")
     if out.resolve() == path.resolve():
         raise UserError(f"--out {out} is the source itself: choose another file.")
     card = out / "README.md" if to == "hub-folder" else out.with_name(out.name + ".md")
@@ -72,7 +65,7 @@ def export(source: str | Path, to: str, out: str | Path | None = None, weights: 
     with torch.no_grad():
         try:
             _prove_writable(out, card, to)
-            read_back, check, snippet = WRITERS[to](model, out)
+            read_back, check, snippet = write_form(model, out)
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"{out} cannot be written ({reason}): choose another --out.") from None
@@ -92,8 +85,7 @@ def _prove_writable(out: Path, card: Path, to: str) -> None:
             return
     elif out.is_dir():
         raise UserError(f"--out {out} is a folder: name the file to write in it.")
-    strange = next((path for path in (out, card) if path.exists() and not is_card(card, out.name)), None)
-    if strange:
+    if strange := next((path for path in (out, card) if path.exists() and not is_card(card, out.name)), None):
         raise UserError(f"{strange} is there already and no earlier export: give another name with --out.")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=out.parent):
@@ -101,28 +93,24 @@ def _prove_writable(out: Path, card: Path, to: str) -> None:
 
 
 def _images(model: ViT) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(3, model.config["in_chans"], *model.img_size, generator=generator)
+    return torch.randn(3, model.config["in_chans"], *model.img_size, generator=torch.Generator().manual_seed(0))
 
 
-# Writers: (model, path) -> (what reads the file back and computes logits, a word on how, Python that
-# loads it)
+# Writers: (model, path) -> (what reads the file back and computes logits, how that was done, Python that loads it)
 
-Reader = Callable[[Tensor], Tensor]
+Written = tuple[Callable[[Tensor], Tensor], str, str]
 
 
-def _write_safetensors(model: ViT, path: Path) -> tuple[Reader, str, str]:
+def _write_safetensors(model: ViT, path: Path) -> Written:
     save_model(model, path)
     return (load_model(path).eval(), "read back by deepvit.load_model",
             f'import deepvit\nmodel = deepvit.load_model("{path.name}").eval()')
 
 
-def _write_deepvit(model: ViT, path: Path) -> tuple[Reader, str, str]:
+def _write_deepvit(model: ViT, path: Path) -> Written:
     config = model.config
-    _refuse(config, "the published DeepViT class", {
-        "pool": "cls", "gelu": "erf", "norm_eps": 1e-6, "final_norm": "before_pool", "patch_norm": False,
-        "head_dim": None, "block": "pre_norm", "feat_scale": False, "representation_size": None, "init_values": None,
-        "share_maps": 1})
+    _refuse(config, "the published DeepViT class", USUAL | {
+        "pool": "cls", "norm_eps": 1e-6, "final_norm": "before_pool", "init_values": None})
     for block in model.blocks:
         _refuse_attention(block.attn, config["attention"])
     arch = next((arch for arch, name in published.ARCHS.items() if published.is_named(name, model)), None)
@@ -130,29 +118,27 @@ def _write_deepvit(model: ViT, path: Path) -> tuple[Reader, str, str]:
     with path.open("wb") as file:
         torch.save(content | ({"arch": arch} if arch else {}), file)
     scalars = {key: config[key] for key in ("num_heads", "residual_scale", "map_scale", "qk_scale")}
-    return load_model(path, dialect="deepvit", img_size=config["img_size"], grid_size=model.grid_size,
-                      **scalars).eval(), f"read back in the published layout{f' as {arch}' if arch else ''}", (
-                          f'import deepvit\nmodel = deepvit.load_model("{path.name}", dialect="deepvit"'
-                          + (")" if arch else "".join(f", {key}={value}" for key, value in scalars.items()) + ")"))
+    again = load_model(path, dialect="deepvit", img_size=config["img_size"], grid_size=model.grid_size, **scalars)
+    told = "" if arch else "".join(f", {key}={value}" for key, value in scalars.items())
+    return (again.eval(), f"read back in the published layout{f' as {arch}' if arch else ''}",
+            f'import deepvit\nmodel = deepvit.load_model("{path.name}", dialect="deepvit"{told})')
 
 
 def _refuse_attention(attention: Attention, rule: Mapping[str, Any]) -> None:
-    """What the published class computes: softmax attention, or mix and BatchNorm together and a factor of 1 or the
-    scale of q k^T."""
-    name, instead = rule.get("name", rule["class"]), "export to safetensors or onnx"
+    """Only what the published class computes passes: softmax attention, or mix and BatchNorm together and a factor of
+    1 or the scale of q k^T."""
+    wrong = None
     if _is_plain(attention):
         if attention.map_scale != 1.0:
-            raise UserError(f"The published DeepViT class has no map_scale={attention.map_scale:g} in plain attention: "
-                            f"{instead}.")
-        return
-    if not isinstance(attention, ReAttention) or not attention.mix or not attention.norm or attention.qk_norm:
-        raise UserError(f"The published DeepViT class has no attention '{name}': {instead}.")
-    if attention.norm.eps != 1e-5:
-        raise UserError(f"The published DeepViT class has no norm_eps={attention.norm.eps:g} in its attention (only "
-                        f"1e-05): {instead}.")
-    if not any(math.isclose(attention.map_scale, factor) for factor in (1.0, attention.scale)):
-        raise UserError(f"The published DeepViT class has no map_scale={attention.map_scale:g} (only 1, or "
-                        f"{attention.scale:g} as its q k^T): {instead}.")
+            wrong = f"map_scale={attention.map_scale:g} in plain attention"
+    elif not isinstance(attention, ReAttention) or not attention.mix or not attention.norm or attention.qk_norm:
+        wrong = f"attention '{rule.get('name', rule['class'])}'"
+    elif attention.norm.eps != 1e-5:
+        wrong = f"norm_eps={attention.norm.eps:g} in its attention (only 1e-05)"
+    elif not any(math.isclose(attention.map_scale, factor) for factor in (1.0, attention.scale)):
+        wrong = f"map_scale={attention.map_scale:g} (only 1, or {attention.scale:g} as its q k^T)"
+    if wrong:
+        raise UserError(f"The published DeepViT class has no {wrong}: export to safetensors or onnx.")
 
 
 def _is_plain(attention: Attention) -> bool:
@@ -161,7 +147,7 @@ def _is_plain(attention: Attention) -> bool:
             and not any((attention.qk_norm, attention.contrast is not None, attention.mix, attention.norm)))
 
 
-def _write_timm(model: ViT, path: Path) -> tuple[Reader, str, str]:
+def _write_timm(model: ViT, path: Path) -> Written:
     arguments, state = _as_timm(model)
     save_tensors(path, state)
     theirs = VisionTransformer(**arguments, norm_layer=partial(torch.nn.LayerNorm, eps=model.config["norm_eps"]))
@@ -175,17 +161,14 @@ model.load_state_dict(safetensors.torch.load_file("{path.name}"))"""
 def _as_timm(model: ViT) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Arguments of timm's `VisionTransformer` and its state dict."""
     config, average = model.config, model.config["pool"] == "avg"
-    _refuse(config, "timm's VisionTransformer", {
-        "share_maps": 1, "gelu": "erf", "patch_norm": False, "head_dim": None, "qk_scale": None, "stem": "patch",
-        "block": "pre_norm", "feat_scale": False, "representation_size": None, "residual_scale": 1.0, "map_scale": 1.0,
+    _refuse(config, "timm's VisionTransformer", USUAL | {
+        "qk_scale": None, "stem": "patch", "residual_scale": 1.0, "map_scale": 1.0, "pool": "avg" if average else "cls",
         "final_norm": "after_pool" if average else "before_pool"})
-    if config["pool"] == "mean" or not all(_is_plain(block.attn) for block in model.blocks):
-        what = "pooling over all tokens" if config["pool"] == "mean" else "re-attention or its like"
-        raise UserError(f"timm's VisionTransformer has no {what}: export to safetensors, which "
-                        f"timm.create_model takes for our registered names.")
-    arguments = {name: config[name] for name in ("in_chans", "num_classes", "embed_dim", "depth", "num_heads",
-                                                 "qkv_bias")}
-    arguments |= {
+    if not all(_is_plain(block.attn) for block in model.blocks):
+        raise UserError("timm's VisionTransformer has no re-attention or its like: export to safetensors, which "
+                        "timm.create_model takes for our registered names.")
+    same = ("in_chans", "num_classes", "embed_dim", "depth", "num_heads", "qkv_bias")
+    arguments = {name: config[name] for name in same} | {
         "img_size": model.img_size, "patch_size": model.patch_size, "mlp_ratio": config["mlp_ratio"] + 1e-6,
         "init_values": None if config["init_values"] is None else 1.0,  # its values are in the state; 0 is none to timm
         "global_pool": model.global_pool}
@@ -193,8 +176,8 @@ def _as_timm(model: ViT) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return arguments, write(rows, model.state_dict(), "timm")
 
 
-def _write_hub_folder(model: ViT, path: Path) -> tuple[Reader, str, str]:
-    """The layout of timm's models on the Hugging Face hub, where the model is a ViT of timm's as one of these."""
+def _write_hub_folder(model: ViT, path: Path) -> Written:
+    """The layout of timm's models on the Hugging Face hub; as a ViT of timm's where the model is one, else as ours."""
     try:
         _refuse(model.config, "timm's models by name", {"norm_eps": 1e-6})
         arguments, state = _as_timm(model)
@@ -202,20 +185,21 @@ def _write_hub_folder(model: ViT, path: Path) -> tuple[Reader, str, str]:
         named.pretrained_cfg |= {"tag": None, "license": None}  # of timm's own weights
     except UserError:
         named, state, first = model, model.state_dict(), "import deepvit  # has this model\n"
-    said, trained = model.load_report.said, evaluated_as(model)
+    trained = evaluated_as(model)
     mean, std = norm_values(trained["norm"])
+    crop = {"crop_pct": trained["crop_pct"]} if trained["crop_pct"] else {}
     path.mkdir(exist_ok=True)
     save_tensors(path / "model.safetensors", state)
-    save_config_for_hf(named, path / "config.json", model_config={"label_names": said.get("classes")}, data_config={
-        "mean": mean, "std": std, "interpolation": trained["interpolation"],
-        **({"crop_pct": trained["crop_pct"]} if trained["crop_pct"] else {})})
-    name = f"local-dir:{path}"
-    return timm.create_model(name, pretrained=True).eval(), f"loaded by timm from {path.name}", f"""import timm
+    save_config_for_hf(named, path / "config.json",
+                       model_config={"label_names": model.load_report.said.get("classes")},
+                       data_config={"mean": mean, "std": std, "interpolation": trained["interpolation"], **crop})
+    return (timm.create_model(f"local-dir:{path}", pretrained=True).eval(), f"loaded by timm from {path.name}",
+            f"""import timm
 {first}model = timm.create_model("local-dir:{path.name}", pretrained=True).eval()  # or hf-hub:OWNER/NAME
-transform = timm.data.create_transform(**timm.data.resolve_data_config(model.pretrained_cfg))"""
+transform = timm.data.create_transform(**timm.data.resolve_data_config(model.pretrained_cfg))""")
 
 
-def _write_onnx(model: ViT, path: Path) -> tuple[Reader, str, str]:
+def _write_onnx(model: ViT, path: Path) -> Written:
     try:
         import onnxruntime
         import onnxscript  # noqa: F401  (the exporter needs it)
@@ -231,24 +215,22 @@ def _write_onnx(model: ViT, path: Path) -> tuple[Reader, str, str]:
             '(logits,) = session.run(None, {"pictures": x})  # float32 [B, 3, height, width]')
 
 
-def _refuse(config: Mapping[str, Any], target: str, asked: Mapping[str, Any]) -> None:
+def _refuse(config: Mapping[str, Any], target: str, only: Mapping[str, Any]) -> None:
     """Names the first setting that the target cannot hold."""
-    for key, value in asked.items():
+    for key, value in only.items():
         if config.get(key, value) != value:
             raise UserError(f"{target} has no {key}={config[key]!r} (only {value!r}): export to safetensors or onnx.")
 
 
-WRITERS: dict[str, Callable[[ViT, Path], tuple[Reader, str, str]]] = {
-    "safetensors": _write_safetensors, "timm": _write_timm, "hub-folder": _write_hub_folder, "onnx": _write_onnx,
-    "deepvit": _write_deepvit}
-SUFFIX = {"safetensors": "safetensors", "timm": "timm.safetensors", "hub-folder": "hub", "onnx": "onnx",
-          "deepvit": "pth.tar"}
+FORMS: dict[str, tuple[Callable[[ViT, Path], Written], str]] = {  # name -> its writer, suffix of the file
+    "safetensors": (_write_safetensors, "safetensors"), "timm": (_write_timm, "timm.safetensors"),
+    "hub-folder": (_write_hub_folder, "hub"), "onnx": (_write_onnx, "onnx"), "deepvit": (_write_deepvit, "pth.tar")}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="deepvit export", description=__doc__)
     parser.add_argument("source", type=Path, help="a run folder, or a checkpoint of any dialect")
-    parser.add_argument("--to", required=True, choices=list(WRITERS), help="the form to write")
+    parser.add_argument("--to", required=True, choices=list(FORMS), help="the form to write")
     parser.add_argument("--out", type=Path, help="the file to write (default: beside the checkpoint)")
     parser.add_argument("--weights", choices=["auto", "ema", "raw"], default="auto", help="auto: EMA if there is one")
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE",

@@ -12,8 +12,8 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from deepvit.analysis import draw_depth, draw_maps
-from deepvit.analysis.pickled import read_pickled_maps, study_of_maps
 from deepvit.analysis.images import read_images
+from deepvit.analysis.pickled import read_pickled_maps, study_of_maps
 from deepvit.analysis.study import Study, load_studies, save_studies, study
 from deepvit.config.compare import flat, labels
 from deepvit.errors import BAD_INPUT, DONE, UserError
@@ -25,12 +25,11 @@ from deepvit.models import ViT
 SIGNED = {"Creator": "deepvit"}  # in every image, which tells our own from a user's
 
 
-def compute(checkpoints: Sequence[Path], paths: Sequence[Path], *, weights: str = "auto",
-            initial: bool = True, **keywords: Any) -> tuple[list[Study], list[str]]:
-    """Studies of checkpoints on the same images, and a sentence for each image that could not be used. `keywords`: as
-    `open_model`, for what a file does not tell. Raises UserError for an unreadable checkpoint, one without attention,
-    or no usable image."""
-    models = [open_model(path, weights, **keywords) for path in checkpoints]
+def compute(checkpoints: Sequence[Path], paths: Sequence[Path], initial: bool, **keywords: Any
+            ) -> tuple[list[Study], list[str]]:
+    """Studies of checkpoints on the same images, and a sentence for each image that could not be used; `keywords`: of
+    `open_model`."""
+    models = [open_model(path, **keywords) for path in checkpoints]
     studies, refused = [], []
     for model, name in zip(models, _names(models, checkpoints), strict=True):
         images = read_images(model, paths)
@@ -40,8 +39,7 @@ def compute(checkpoints: Sequence[Path], paths: Sequence[Path], *, weights: str 
 
 
 def draw(studies: Sequence[Study], folder: Path, suffix: str = "png") -> list[Path]:
-    """Writes every figure of the studies, side by side where there are two, and returns the files. Raises UserError if
-    the folder cannot be written."""
+    """Writes every figure of the studies, side by side where there are two, and returns the files."""
     with rc_context({"text.parse_math": False}):  # a $ in a name is a $
         figures: dict[str, Figure | None] = {
             "maps_mean": draw_maps.mean_maps(studies),
@@ -66,7 +64,7 @@ def draw(studies: Sequence[Study], folder: Path, suffix: str = "png") -> list[Pa
 
 
 def refuse_strange(path: Path) -> None:
-    """UserError for an image that is there already and that no command of ours has drawn."""
+    """UserError for an existing image that no command of ours has drawn."""
     if path.exists() and SIGNED["Creator"].encode() not in path.read_bytes():
         raise UserError(f"{path} is there already and was not drawn here: choose another name or folder.")
 
@@ -77,23 +75,49 @@ def _name(checkpoint: Path) -> str:
     return path.parent.parent.name if path.parent.name == "checkpoints" else path.name
 
 
-def _default_out(given: argparse.Namespace) -> Path:
-    """A folder for each model or pair, so that one's figures do not replace another's."""
-    paths = [path for path in (given.maps or given.checkpoint, given.compare) if path]
-    names = [path.stem if path.is_file() and path.parent.name != "checkpoints" else _name(path) for path in paths]
-    return Path("figures", "-and-".join(name[:120] for name in names))
-
-
 def _names(models: Sequence[ViT], checkpoints: Sequence[Path]) -> list[str]:
     """What differs between the models' settings, or the attention of one alone; of files that tell none, theirs."""
-    told = [dict(flat({**(model.load_report.said.get("run") or {}), "model": model.config})) for model in models]
-    names = labels(told) if len(told) > 1 else [told[0].get("model.attention.name", "")]
+    settings = [dict(flat({**(model.load_report.said.get("run") or {}), "model": model.config})) for model in models]
+    names = labels(settings) if len(settings) > 1 else [settings[0].get("model.attention.name", "")]
     files = [_name(path) for path in checkpoints]
     return names if all(names) and len({*names}) == len(names) else [
         textwrap.fill(f"{'AB'[at]}: {name}" if len(files) > 1 else name, 40) for at, name in enumerate(files)]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def _drawn_before(path: Path) -> list[Study]:
+    """What --save-maps wrote, or the published code's pickle, told by its first bytes."""
+    start = b""
+    with suppress(OSError), path.open("rb") as file:  # `load_studies` says why it cannot be read
+        start = file.read(9)
+    is_pickle = start[:1] == b"\x80" and not is_safetensors(start)
+    return [study_of_maps(read_pickled_maps(path), path.name)] if is_pickle else load_studies(path)
+
+
+def main(arguments: Sequence[str]) -> int:
+    given = _parser().parse_intermixed_args(arguments)
+    if (given.maps is None) == (given.checkpoint is None):
+        raise UserError("Give a checkpoint, or --maps FILE to draw what was computed before, and not both.")
+    refused: list[str] = []
+    if given.maps:
+        studies = _drawn_before(given.maps)
+    else:
+        checkpoints = [path for path in (given.checkpoint, given.compare) if path]
+        images, keywords = paths_and_keywords(given.images)
+        studies, refused = compute(checkpoints, images, given.initial, weights=given.weights, **keywords)
+    if given.save_maps:
+        save_studies(given.save_maps, studies)
+    # A folder for each model or pair, so that one's figures do not replace another's
+    sources = [path for path in (given.maps or given.checkpoint, given.compare) if path]
+    names = [path.stem if path.is_file() and path.parent.name != "checkpoints" else _name(path) for path in sources]
+    out = given.out or Path("figures", "-and-".join(name[:120] for name in names))
+    for path in draw(studies, out, given.format):
+        print(path)
+    for sentence in refused:
+        print(f"Left out: {sentence}", file=sys.stderr)
+    return BAD_INPUT if refused else DONE
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="deepvit figures", description=__doc__)
     parser.add_argument("checkpoint", type=Path, nargs="?", help="a run folder, or a checkpoint of any dialect")
     parser.add_argument("images", nargs="*", metavar="IMAGE|KEY=VALUE", help="images or folders of them (none: "
@@ -107,32 +131,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--weights", choices=["auto", "ema", "raw"], default="auto", help="auto: EMA if there is one")
     parser.add_argument("--no-initial", dest="initial", action="store_false",
                         help="leave out the same model before training")
-    return _run(parser.parse_intermixed_args(arguments))
-
-
-def _drawn_before(path: Path) -> list[Study]:
-    """What --save-maps wrote, or the published code's pickle, told by its first bytes."""
-    start = b""
-    with suppress(OSError), path.open("rb") as file:  # `load_studies` says why it cannot be read
-        start = file.read(9)
-    is_pickle = start[:1] == b"\x80" and not is_safetensors(start)
-    return [study_of_maps(read_pickled_maps(path), path.name)] if is_pickle else load_studies(path)
-
-
-def _run(given: argparse.Namespace) -> int:
-    if (given.maps is None) == (given.checkpoint is None):
-        raise UserError("Give a checkpoint, or --maps FILE to draw what was computed before, and not both.")
-    refused: list[str] = []
-    if given.maps:
-        studies = _drawn_before(given.maps)
-    else:
-        checkpoints = [path for path in (given.checkpoint, given.compare) if path]
-        images, keywords = paths_and_keywords(given.images)
-        studies, refused = compute(checkpoints, images, weights=given.weights, initial=given.initial, **keywords)
-    if given.save_maps:
-        save_studies(given.save_maps, studies)
-    for path in draw(studies, given.out or _default_out(given), given.format):
-        print(path)
-    for sentence in refused:
-        print(f"Left out: {sentence}", file=sys.stderr)
-    return BAD_INPUT if refused else DONE
+    return parser

@@ -28,20 +28,19 @@ def write_card(path: Path, model: ViT, exported: Path, form: str, parity: str, s
     weights file alone."""
     report = model.load_report
     result = RunFolder(run).read_result() if run else {}
-    measured = report.said.get("metrics")  # a best checkpoint's own evaluation
-    if isinstance(measured, Mapping) and "top1" in measured:
-        shown, whose = {"data": result.get("data", "its data"), **measured}, f"`{report.path.name}`"
-    else:
-        shown, whose = result, "the run's last checkpoint"
     config = report.said.get("run") or (RunFolder(run).read_config() if run else {})
-    weights = "EMA" if report.weights == "ema" else "Raw"
+    made = {"command": (config.get("origin") or {}).get("command"), "git revision": result.get("git"),
+            **(result.get("versions") or {}), "device": result.get("device"), "devices": result.get("devices")}
+    classes = report.said.get("class_names") or report.said.get("classes") or []
+    names = f": {', '.join(map(str, classes[:20]))}{', ...' if len(classes) > 20 else ''}" if classes else ""
     parts = [FRONT, f"# {exported.name}", f"```python\n{snippet}\n```", f"Form: {form}. {parity}.",
-             f"{weights} weights of `{report.path.name}`.",
+             f"{'EMA' if report.weights == 'ema' else 'Raw'} weights of `{report.path.name}`.",
              *(f"Note: {note}." for note in report.notes),
              "## Model", _table({"parameters": f"{sum(p.numel() for p in model.parameters()):,}", **model.config}),
-             "## Recipe", _recipe(config), "## Evaluation", _evaluation(shown, whose), "## Curve", _curve(run),
-             "## Made with", _origin(config, result), "## Classes", _classes(model)]
-    text = ABSOLUTE.sub(".../", "\n\n".join(part for part in parts if part))
+             "## Recipe", _recipe(config), "## Evaluation", _evaluation(model, result), "## Curve", _curve(run),
+             "## Made with", _table(made) if result else "Not known.",
+             "## Classes", f"{model.num_classes} classes{names}."]
+    text = ABSOLUTE.sub(".../", "\n\n".join(parts))
     path.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
 
@@ -69,44 +68,30 @@ def _recipe(config: Mapping[str, Any]) -> str:
         "Not known: the weights did not come from a run of this framework.")
 
 
-def _evaluation(result: Mapping[str, Any], whose: str) -> str:
+def _evaluation(model: ViT, result: Mapping[str, Any]) -> str:
+    """A best checkpoint's own evaluation where it holds one, else the run's result."""
+    measured, whose = model.load_report.said.get("metrics"), "the run's last checkpoint"
+    if isinstance(measured, Mapping) and "top1" in measured:
+        result, whose = {"data": result.get("data", "its data"), **measured}, f"`{model.load_report.path.name}`"
     if "top1" not in result:
         return "Not known here: evaluate with `python eval.py checkpoint=...`."
     top5 = f"{result['top5']:.2f}" if "top5" in result else ""
     interval = f"{result['top1_low']:.2f} to {result['top1_high']:.2f}" if "top1_low" in result else ""
-    return (f"Of {whose}, on the validation part of `{result.get('data', 'its data')}`.\n\n"
-            + printed(["top-1 %", "95 % interval", "top-5 %", "loss", "images"],
-                      [[f"{result['top1']:.2f}", interval, top5, f"{result['loss']:.4f}", f"{result['n']:,}"]],
-                      markdown=True)
-            + (f"\n\nBest top-1 of the run: {result['best_top1']:.2f} % at step {result['best_step']:,}."
-               if "best_top1" in result else ""))
+    table = printed(["top-1 %", "95 % interval", "top-5 %", "loss", "images"],
+                    [[f"{result['top1']:.2f}", interval, top5, f"{result['loss']:.4f}", f"{result['n']:,}"]],
+                    markdown=True)
+    best = (f"\n\nBest top-1 of the run: {result['best_top1']:.2f} % at step {result['best_step']:,}."
+            if "best_top1" in result else "")
+    return f"Of {whose}, on the validation part of `{result.get('data', 'its data')}`.\n\n{table}{best}"
 
 
 def _curve(run: Path | None) -> str:
     """Evaluations along the training, at most `LINES` of them, first and last included."""
-    if not run or not (run / "metrics.jsonl").exists():
+    lines = read_json_lines(run / "metrics.jsonl") if run else []
+    found = [line for line in lines if {"step", "epoch", "top1", "loss"} <= line.keys()]
+    if not found:
         return "Not known."
-    evaluations = [line for line in read_json_lines(run / "metrics.jsonl")
-                   if {"step", "epoch", "top1", "loss"} <= line.keys()]
-    if not evaluations:
-        return "The run has not been evaluated."
-    last = len(evaluations) - 1
-    picked = sorted({round(i * last / max(1, LINES - 1)) for i in range(LINES)})
+    picked = sorted({round(i * (len(found) - 1) / (LINES - 1)) for i in range(LINES)})
     rows = [[f"{line['step']:,}", f"{line['epoch']:.1f}", f"{line['top1']:.2f}", f"{line['loss']:.4f}"]
-            for line in (evaluations[i] for i in picked)]
+            for line in (found[i] for i in picked)]
     return printed(["step", "epoch", "top-1 %", "loss"], rows, markdown=True)
-
-
-def _origin(config: Mapping[str, Any], result: Mapping[str, Any]) -> str:
-    if not result:
-        return "Not known."
-    return _table({"command": (config.get("origin") or {}).get("command"), "git revision": result.get("git"),
-                   **(result.get("versions") or {}), "device": result.get("device"), "devices": result.get("devices")})
-
-
-def _classes(model: ViT) -> str:
-    said = model.load_report.said
-    names = said.get("class_names") or said.get("classes") or []
-    shown = ", ".join(map(str, names[:20])) + (", ..." if len(names) > 20 else "")
-    return f"{model.num_classes} classes" + (f": {shown}" if shown else "") + "."
-

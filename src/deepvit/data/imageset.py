@@ -2,14 +2,15 @@
 
 import hashlib
 import os
+import re
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Self
 
 import numpy as np
 from PIL import Image
@@ -22,16 +23,13 @@ IN_MEMORY_MB = 512  # a folder whose decoded images fit is decoded once and kept
 
 
 class ImageSet(ABC):
-    """Labelled images. `targets` is int64 [n]; index i is the same image in every process.
+    """Labelled images; index i is the same image in every process. Anything of the size of the set lives in numpy
+    arrays with an entry per image: Python lists would be copied into every worker, page by page, as their reference
+    counts are touched."""
 
-    Anything of the size of the set lives in numpy arrays: Python lists would be copied into every worker, page by
-    page, as their reference counts are touched.
-    """
-
-    per_image: ClassVar[tuple[str, ...]] = ("targets",)  # the arrays that `take` takes from
-    targets: np.ndarray
+    targets: np.ndarray  # int64 [n]
     decoder: str  # `torchvision` or `pil`
-    refused: int = 0  # images that the fast decoder refused and PIL read, in this process
+    pil_fallbacks: int = 0  # images that the fast decoder refused and PIL read, in this process
     in_memory: bool = False  # whether all images are there, decoded
 
     def __len__(self) -> int:
@@ -43,18 +41,17 @@ class ImageSet(ABC):
 
     @abstractmethod
     def image(self, index: int) -> AnyImage:
-        """RGB image: PIL, or uint8 [3, H, W]. Raises BadImage with the reason."""
+        """RGB. Raises BadImage with the reason."""
 
     def take(self, indices: np.ndarray) -> Self:
         """The set of the given indices, in their order."""
         part = copy(self)
-        vars(part).update({name: getattr(self, name)[indices] for name in self.per_image})
+        vars(part).update({name: value[indices] for name, value in vars(self).items() if isinstance(value, np.ndarray)})
         return part
 
     def _opened(self, data: bytearray) -> AnyImage:
-        """The image in the bytes of a file; what the fast decoder refuses is counted."""
-        image, refused = decode(data, self.decoder)
-        self.refused += refused
+        image, by_pil = decode(data, self.decoder)
+        self.pil_fallbacks += by_pil
         return image
 
     def fingerprint(self) -> str:
@@ -67,10 +64,6 @@ class ImageSet(ABC):
     def _identity(self) -> Iterator[bytes | np.ndarray]:
         yield np.ascontiguousarray(self.targets)
 
-    def find(self, names: Collection[str]) -> np.ndarray:
-        """Indices of the images of these names, in order."""
-        return np.array([index for index in range(len(self)) if self.name(index) in names], np.int64)
-
     def size_mark(self) -> str:
         """16 hex digits from the sizes of 1,000 images at places fixed by a hash: re-encoded ones give others."""
         n = len(self)
@@ -82,14 +75,13 @@ class ImageSet(ABC):
         """Bytes of the encoded image; 0 where the source does not tell."""
         return 0
 
-    def prepare(self) -> None:  # noqa: B027  nothing to do for most
-        """Called in the main process before images are asked for in others: load what is worth keeping."""
+    def cache_decoded(self) -> None:  # noqa: B027  nothing to do for most
+        """Called in the main process before others ask for images: keeps a small set decoded."""
 
 
 class ArraySet(ImageSet):
     """Images already decoded: uint8 [n, H, W, 3]."""
 
-    per_image = ("targets", "pixels", "ids")
     in_memory = True
 
     def __init__(self, pixels: np.ndarray, targets: np.ndarray, label: str, *, decoder: str = "torchvision",
@@ -108,35 +100,29 @@ class ArraySet(ImageSet):
 
 
 class FileSet(ImageSet):
-    """Images in files `root/<class folder>/<name>`; a small set is decoded once, in `prepare`.
-
-    labels: class of each folder; None: its number.
-    """
-
-    per_image = ("targets", "places")
+    """Images in files `root/<class folder>/<name>`; targets are the folders' numbers."""
 
     def __init__(self, root: Path, folders: list[str], listing: Listing, *, decoder: str,
-                 in_memory_mb: int = IN_MEMORY_MB, labels: np.ndarray | None = None):
+                 in_memory_mb: int = IN_MEMORY_MB):
         self.root, self.folders, self.listing = Path(root), folders, listing
         self.decoder, self.in_memory_mb = decoder, in_memory_mb
-        self.places = listing.places  # of their class folders
-        self.targets = self.places if labels is None else labels[self.places].astype(np.int64)
-        self.rows: np.ndarray | None = None  # in the listing; None: all of it
-        self.kept: Kept | None = None
+        self.targets = self.places = listing.places  # of their class folders
+        self.rows: np.ndarray | range = range(len(listing))
+        self.cache: DecodedCache | None = None
 
     @property
     def in_memory(self) -> bool:
-        return self.kept is not None
+        return self.cache is not None
 
     def name(self, index: int) -> str:
-        file = self.listing.name(index if self.rows is None else self.rows[index])
-        return f"{self.root}/{self.folders[self.places[index]]}/{os.fsdecode(file)}"
+        file = os.fsdecode(self.listing.name(self.rows[index]))
+        return f"{self.root}/{self.folders[self.places[index]]}/{file}"
 
     def image(self, index: int) -> AnyImage:
-        if self.kept is not None:
-            self.refused += int(self.kept.refused[index])
-            return self.kept.image(index, self.decoder)
-        return self._opened(read_bytes(self.name(index)))
+        if self.cache is None:
+            return self._opened(read_bytes(self.name(index)))
+        self.pil_fallbacks += int(self.cache.by_pil[index])
+        return self.cache.image(index, self.decoder)
 
     def size(self, index: int) -> int:
         try:
@@ -146,69 +132,52 @@ class FileSet(ImageSet):
 
     def _identity(self) -> Iterator[bytes | np.ndarray]:
         yield from (np.ascontiguousarray(self.targets), np.ascontiguousarray(self.places))
-        yield from self.listing.padded(range(len(self)) if self.rows is None else self.rows)
+        yield from self.listing.padded(self.rows)
         yield os.fsencode("/".join(self.folders))
-
-    def find(self, names: Collection[str]) -> np.ndarray:
-        rows = [row for row in map(self._row, names) if row is not None]
-        return np.array(sorted(rows), np.int64) if self.rows is None else np.flatnonzero(np.isin(self.rows, rows))
-
-    def _row(self, name: str) -> int | None:
-        folder, _, file = name.removeprefix(f"{self.root}/").partition("/")
-        return self.listing.find(self.folders.index(folder), os.fsencode(file)) if folder in self.folders else None
 
     def take(self, indices: np.ndarray) -> Self:
         part = super().take(indices)
-        part.rows, part.kept = indices if self.rows is None else self.rows[indices], None
+        part.rows, part.cache = np.asarray(self.rows)[indices], None
         return part
 
-    def prepare(self) -> None:
-        if self.kept is None and len(self) * self._mean_bytes() <= self.in_memory_mb * 2**20:
-            self.kept = Kept.decode_all(self)
-
-    def _mean_bytes(self) -> float:
-        """Of a decoded image, estimated from the headers of 32 files."""
+    def cache_decoded(self) -> None:
+        """If their size, estimated from the headers of 32 files, allows it."""
+        if self.cache is not None:
+            return
         sizes = []
         for index in np.linspace(0, len(self) - 1, num=min(32, len(self)), dtype=np.int64).tolist():
-            # A bad image weighs nothing here; it is reported when it is asked for.
             with suppress(OSError, ValueError, SyntaxError, Image.DecompressionBombError), \
-                    Image.open(self.name(index)) as image:
+                    Image.open(self.name(index)) as image:  # a bad one is reported when it is asked for
                 sizes.append(3 * image.width * image.height)
-        return float(np.mean(sizes)) if sizes else 0.0
+        if len(self) * np.mean(sizes or [0]) <= self.in_memory_mb * 2**20:
+            self.cache = DecodedCache(self)
 
 
-@dataclass
-class Kept:
+class DecodedCache:
     """Decoded images of any sizes, end to end in one buffer that forked workers share."""
 
-    pixels: np.ndarray  # uint8 [sum of H * W * 3]
-    starts: np.ndarray  # int64 [n]
-    shapes: np.ndarray  # int32 [n, 2], height and width; 0, 0 for a bad image
-    refused: np.ndarray  # bool [n]: PIL read what the fast decoder refused
-    reasons: dict[int, str]  # of the bad ones
-
-    @staticmethod
-    def decode_all(images: FileSet) -> "Kept":
-        parts, shapes, refused, reasons = [], np.zeros((len(images), 2), np.int32), np.zeros(len(images), bool), {}
+    def __init__(self, images: FileSet):
+        self.shapes = np.zeros((len(images), 2), np.int64)  # height and width; 0, 0 for a bad image
+        self.by_pil = np.zeros(len(images), bool)  # since the fast decoder refused it
+        self.reasons: dict[int, str] = {}  # of the bad ones
+        parts = [np.zeros(0, np.uint8)]
         for index in range(len(images)):
             try:
-                image, refused[index] = decode(read_bytes(images.name(index)), images.decoder)
+                image, self.by_pil[index] = decode(read_bytes(images.name(index)), images.decoder)
             except BadImage as bad:
-                reasons[index] = str(bad)
+                self.reasons[index] = str(bad)
                 continue
             pixels = as_array(image)
-            shapes[index] = pixels.shape[:2]
+            self.shapes[index] = pixels.shape[:2]
             parts.append(pixels.reshape(-1))
-        lengths = shapes.astype(np.int64).prod(axis=1) * 3
-        pixels = np.concatenate(parts) if parts else np.zeros(0, np.uint8)
-        return Kept(pixels, np.cumsum(lengths) - lengths, shapes, refused, reasons)
+        self.pixels = np.concatenate(parts)  # uint8 [sum of H * W * 3]
+        self.ends = np.cumsum(3 * self.shapes.prod(axis=1))  # int64 [n]
 
     def image(self, index: int, decoder: str) -> AnyImage:
         if index in self.reasons:
             raise BadImage(self.reasons[index])
-        (height, width), start = self.shapes[index], self.starts[index]
-        pixels = self.pixels[start:start + int(height) * int(width) * 3].reshape(height, width, 3)
-        return as_image(pixels, decoder)
+        (height, width), end = self.shapes[index], self.ends[index]
+        return as_image(self.pixels[end - 3 * height * width:end].reshape(height, width, 3), decoder)
 
 
 @dataclass(frozen=True)
@@ -217,8 +186,22 @@ class Splits:
 
     train: ImageSet
     val: ImageSet
-    class_names: list[str]  # readable
     class_ids: list[str]  # folder names (wnids for ImageNet); what a checkpoint stores and evaluation compares
+
+    @property
+    def class_names(self) -> list[str]:
+        """For people: the first lemmas of an ImageNet wnid (timm's list), other names printable."""
+        if not all(re.fullmatch(r"n\d{8}", name) for name in self.class_ids):
+            return [printable(name) for name in self.class_ids]
+        from timm.data import ImageNetInfo
+        info = ImageNetInfo("imagenet-22k")
+        known = {*info.label_names()}
+        return [info.label_name_to_description(name) if name in known else name for name in self.class_ids]
+
+
+def printable(name: str) -> str:
+    """A file's name with replacement signs for what is not UTF-8 in it, which can be neither drawn nor encoded."""
+    return os.fsencode(name).decode("utf-8", "replace")
 
 
 def balanced_part(targets: np.ndarray, fraction: float, seed: int) -> np.ndarray:

@@ -4,7 +4,7 @@ import math
 import signal
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -14,9 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from deepvit.data.decode import BadImage
 from deepvit.data.imageset import ImageSet
-from deepvit.data.randomness import generators_kept, seed_sample
-from deepvit.data.stream import Draw, Stream
-from deepvit.data.transforms import Patch, Transform
+from deepvit.data.stream import Draw, Stream, generators_kept, seed_sample
+from deepvit.data.transforms import Transform
 from deepvit.errors import Failure, UserError
 
 LONGEST_SEARCH = 100  # bad images in a row before giving up on finding a replacement
@@ -36,11 +35,11 @@ class Bad:
 class Erasures:
     """Rectangles to write into a normalised batch."""
 
-    places: Tensor  # int64 [k, 5]: row of the batch, top, left, height, width
+    places: Tensor  # int64 [k, 5]: row of the batch, in order; top, left, height, width
     values: Tensor  # float32 [sum of 3 * height * width], one after the other
 
     def of_rows(self, start: int, stop: int) -> "Erasures":
-        """Those of rows `start` to `stop`, counted from `start`. Rows are in order."""
+        """Those of rows `start` to `stop`, counted from `start`."""
         first, end = torch.searchsorted(self.places[:, 0].contiguous(), torch.tensor([start, stop])).tolist()
         sizes = 3 * self.places[:, 3] * self.places[:, 4]  # [k]
         begin, count = int(sizes[:first].sum()), int(sizes[first:end].sum())
@@ -63,36 +62,34 @@ class Batch:
     images: Tensor  # uint8 [b, 3, S, S], channels last in memory
     targets: Tensor  # int64 [b]
     indices: Tensor  # int64 [b], of the images asked for
-    positions: Tensor  # int64 [b], place in the global batch (training) or in the set (evaluation)
     erasures: Erasures
     bad: list[Bad] = field(default_factory=list)
-    refused: int = 0  # images that the fast decoder refused and PIL read
+    pil_fallbacks: int = 0  # images that the fast decoder refused and PIL read
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def to(self, device: torch.device) -> "Batch":
         """A copy with what the model needs on the device; the places of the erasures stay, Python reads them."""
-        queued = {"device": device, "non_blocking": torch.device(device).type != "cpu"}  # to the host one must wait
-        return replace(self, images=self.images.to(**queued), targets=self.targets.to(**queued),
-                       erasures=replace(self.erasures, values=self.erasures.values.to(**queued)))
+        queued = torch.device(device).type != "cpu"  # copies to the host must be waited for
+        return self._moved(lambda tensor: tensor.to(device=device, non_blocking=queued))
+
+    def pin_memory(self) -> "Batch":
+        """Called by the DataLoader's pinning thread."""
+        return self._moved(Tensor.pin_memory)
+
+    def _moved(self, move: Callable[[Tensor], Tensor]) -> "Batch":
+        return replace(self, images=move(self.images), targets=move(self.targets),
+                       erasures=replace(self.erasures, values=move(self.erasures.values)))
 
     def split(self, size: int) -> "list[Batch]":
         """Parts of at most `size` images, as views; what is said of bad images stays with the first."""
         parts = []
         for start in range(0, len(self), size):
-            rows = slice(start, start + size)
-            part = replace(self, images=self.images[rows], targets=self.targets[rows], indices=self.indices[rows],
-                           positions=self.positions[rows], erasures=self.erasures.of_rows(start, start + size))
-            parts.append(part if not parts else replace(part, bad=[], refused=0))
+            tensors = {name: getattr(self, name)[start:start + size] for name in ("images", "targets", "indices")}
+            said = {"bad": [], "pil_fallbacks": 0} if parts else {}
+            parts.append(replace(self, erasures=self.erasures.of_rows(start, start + size), **tensors, **said))
         return parts
-
-    def pin_memory(self) -> "Batch":
-        """Called by the DataLoader's pinning thread."""
-        for part in (self, self.erasures):
-            vars(part).update({name: value.pin_memory() for name, value in vars(part).items()
-                               if isinstance(value, Tensor)})
-        return self
 
 
 class _Batches(Dataset):
@@ -103,59 +100,49 @@ class _Batches(Dataset):
 
     def __getitem__(self, draw: Draw) -> Batch | UserError:
         try:
-            with generators_kept() if self.transform.random else nullcontext():
-                return self._batch(draw)
+            return self._batch(draw)
         except UserError as error:
             return error
 
+    @generators_kept()
     def _batch(self, draw: Draw) -> Batch:
-        refused, bad, patches = self.images.refused, [], []
+        before, bad, places, values = self.images.pil_fallbacks, [], [], [torch.empty(0)]
         pixels = torch.empty(len(draw.indices), *self.transform.size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
         targets = torch.empty(len(draw.indices), dtype=torch.int64)
-        samples = np.stack([draw.epochs, draw.indices, draw.repeats], axis=1).tolist()
-        for row, sample in enumerate(samples):
+        for row, sample in enumerate(np.stack([draw.epochs, draw.indices, draw.repeats], axis=1).tolist()):
             (pixels[row], erased), used = self._sample(sample[1], (self.seed, *sample), bad)
             targets[row] = int(self.images.targets[used])
-            patches += [(row, *patch) for patch in erased]
-        return Batch(pixels, targets, torch.from_numpy(draw.indices), torch.from_numpy(draw.positions),
-                     _pack(patches), bad, self.images.refused - refused)
+            places += [(row, top, left, *patch.shape[1:]) for top, left, patch in erased]
+            values += [patch.flatten() for *_, patch in erased]
+        erasures = Erasures(torch.tensor(places, dtype=torch.int64).reshape(-1, 5), torch.cat(values))
+        return Batch(pixels, targets, torch.from_numpy(draw.indices), erasures, bad, self.images.pil_fallbacks - before)
 
     def _sample(self, index: int, seeds: tuple[int, ...], bad: list[Bad]):
-        """(what the transform makes, index used).
-
-        A bad one: the next that is good (training), black (report), or a UserError (stop).
-        """
-        used, first = index, ""
-        for _ in range(LONGEST_SEARCH):
+        """(what the transform makes, index used); in place of a bad image the next good one, black, or a UserError."""
+        reasons = []
+        for step in range(LONGEST_SEARCH if self.on_error == "replace" else 1):
+            used = (index + step) % len(self.images)
             try:
                 image = self.images.image(used)
-                if self.transform.random:
-                    seed_sample(*seeds)
+                seed_sample(*seeds)
                 made = self.transform(image)
             except BadImage as reason:
-                first = first or str(reason)
-                if self.on_error == "stop":
-                    raise UserError(f"{self.images.name(used)} is not a usable image: {reason}. Mend or remove it, "
-                                    "or give data.on_error=report to count such images as wrong.") from reason
-                if self.on_error == "report":
-                    bad.append(Bad(index, self.images.name(index), first, None))
-                    return (0, []), index
-                used = (used + 1) % len(self.images)
+                reasons.append(str(reason))
                 continue
-            if used != index:
-                bad.append(Bad(index, self.images.name(index), first, used))
+            if reasons:
+                bad.append(Bad(index, self.images.name(index), reasons[0], used))
             return made, used
-        raise UserError(f"{LONGEST_SEARCH} images in a row cannot be used, from {self.images.name(index)} on: "
-                        f"{first}.")
+        name = self.images.name(index)
+        if self.on_error == "report":
+            bad.append(Bad(index, name, reasons[0], None))
+            return (0, []), index
+        if self.on_error == "stop":
+            raise UserError(f"{name} is not a usable image: {reasons[0]}. Fix or remove it, or give "
+                            f"data.on_error=report to count such images as wrong.")
+        raise UserError(f"{LONGEST_SEARCH} images in a row cannot be used, from {name} on: {reasons[0]}.")
 
 
-def _pack(patches: Sequence[tuple[int, *Patch]]) -> Erasures:
-    places = [(row, top, left, *values.shape[1:]) for row, top, left, values in patches]
-    return Erasures(torch.tensor(places, dtype=torch.int64).reshape(-1, 5),
-                    torch.cat([torch.empty(0), *(values.flatten() for *_, values in patches)]))
-
-
-def _outlive_a_request_to_stop(worker: int) -> None:
+def _ignore_stop_signals(worker: int) -> None:
     """A signal to a whole process group (a job scheduler's, Ctrl-C) is for the training process, which then ends us."""
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
@@ -163,11 +150,11 @@ def _outlive_a_request_to_stop(worker: int) -> None:
 
 
 def _run(dataset: _Batches, draws: Stream | Sequence[Draw], workers: int, pin: bool) -> Iterator[Batch]:
-    dataset.images.prepare()
+    dataset.images.cache_decoded()
     with warnings.catch_warnings():  # of more processes than cores: said once, at the start of a run
         warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
         batches = iter(DataLoader(dataset, batch_size=None, sampler=draws, num_workers=workers, pin_memory=pin,
-                                  worker_init_fn=_outlive_a_request_to_stop,
+                                  worker_init_fn=_ignore_stop_signals,
                                   generator=torch.Generator()))  # own generator: iter() would draw from torch's
     try:
         for batch in batches:
@@ -180,30 +167,16 @@ def _run(dataset: _Batches, draws: Stream | Sequence[Draw], workers: int, pin: b
         raise Failure(f"A process that loads images died ({str(error) or type(error).__name__}); with too little "
                       "memory or shared memory (/dev/shm), lower data.workers.") from error
     finally:
-        if workers:
-            _end_workers(batches)
-
-
-def _end_workers(batches: Iterator[Batch]) -> None:
-    """At once: a traceback may keep the iterator alive, and torch would raise for a dead worker at any later time."""
-    try:
-        batches._shutdown_workers()
-    except RuntimeError as error:  # torch's signal handler, about a worker that died; the shutdown itself is complete
-        if "DataLoader worker" not in str(error):
-            raise
+        if workers:  # at once: a traceback may keep the iterator alive, and torch raises for dead workers at any time
+            with suppress(RuntimeError):  # torch's signal handler, about a worker that died; the shutdown is complete
+                batches._shutdown_workers()
 
 
 def train_batches(images: ImageSet, transform: Transform, *, workers: int = 0, max_bad: int = 100, pin: bool = False,
                   **places: int) -> Iterator[list[Batch]]:
-    """One list of `accumulation` micro-batches for each optimizer step in [start_step, steps).
-
-    Args:
-        max_bad: distinct bad images (replaced by the next good one) that this rank accepts.
-        pin: batches in page-locked memory, for a GPU.
-        places: the other fields of `Stream`.
-    Raises:
-        UserError for sizes that do not divide and for too many bad images; Failure if a worker dies.
-    """
+    """One list of `accumulation` micro-batches for each optimizer step in [start_step, steps). `pin`: in page-locked
+    memory, for a GPU; `places`: the other fields of `Stream`. Raises UserError for sizes that do not divide and for
+    more than `max_bad` distinct bad images on this rank, Failure if a worker dies."""
     stream = Stream(len(images), **places)
     batches = _run(_Batches(images, transform, stream.seed, "replace"), stream, workers, pin)
     return grouped(batches, stream.accumulation, max_bad)
@@ -224,31 +197,49 @@ def grouped(batches: Iterator[Batch], accumulation: int, max_bad: int) -> Iterat
             step = []
 
 
+def prefetch(steps: Iterator[list[Batch]], device: torch.device | str) -> Iterator[list[Batch]]:
+    """The same steps with their tensors on `device`: a GPU's are copied on a side stream while it computes the step
+    before. The batches should be pinned (`pin=True`), or the copies wait."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        yield from steps
+        return
+    side, waiting = torch.cuda.Stream(device), None
+    for step in steps:
+        with torch.cuda.stream(side):
+            sent = [batch.to(device) for batch in step]
+        if waiting is not None:
+            yield waiting
+        computing = torch.cuda.current_stream(device)
+        computing.wait_stream(side)
+        for batch in sent:
+            for tensor in (batch.images, batch.targets, batch.erasures.values):
+                tensor.record_stream(computing)  # tells the allocator, since the side stream allocated it
+        waiting = sent
+    if waiting is not None:
+        yield waiting
+
+
 def eval_batches(images: ImageSet, preprocess: Transform, *, batch_size: int, rank: int = 0, world: int = 1,
                  workers: int = 0, on_error: str = "stop", pin: bool = False) -> Iterator[Batch]:
     """Every image exactly once over all ranks: rank r has [r n / world, (r + 1) n / world), the last batch is short.
-
     Ranks may have different numbers of batches (also none), so nothing collective may happen per batch. A bad image
-    raises UserError with its name (`stop`), or comes as a black image listed in `Batch.bad` (`report`).
-    """
+    raises UserError with its name (`stop`), or comes as a black image listed in `Batch.bad` (`report`)."""
     share = np.arange(len(images) * rank // world, len(images) * (rank + 1) // world)
     parts = [share[start:start + batch_size] for start in range(0, len(share), batch_size)]
-    draws = [Draw(np.zeros_like(part), part, np.zeros_like(part), part) for part in parts]
+    draws = [Draw(np.zeros_like(part), part, np.zeros_like(part)) for part in parts]
     return _run(_Batches(images, preprocess, 0, on_error), draws, min(workers, len(draws)), pin)
 
 
-def eval_batches_again(images: ImageSet, preprocess: Transform, *, in_memory_mb: int,
-                       device: torch.device | str = "cpu", world: int = 1, workers: int = 0, **options: object
-                       ) -> Callable[[], Iterator[Batch]]:
-    """`eval_batches` for one evaluation after another; each call of what is returned gives all of them.
-
-    They are made but once, in this process, and stay on `device`, where the set is in memory and a rank's share of
-    what becomes of it fits in in_memory_mb too.
-    """
+def cached_eval_batches(images: ImageSet, preprocess: Transform, *, in_memory_mb: int,
+                        device: torch.device | str = "cpu", world: int = 1, workers: int = 0, **options: object
+                        ) -> Callable[[], Iterator[Batch]]:
+    """Each call of what is returned gives all `eval_batches`. Of a set in memory they are made once, in this process,
+    and stay on `device`, if a rank's share of them fits in `in_memory_mb` too."""
     kept: list[Batch] = []
 
     def batches() -> Iterator[Batch]:
-        images.prepare()
+        images.cache_decoded()
         share = 3 * math.prod(preprocess.size) * len(images) / world  # bytes
         if not images.in_memory or share > in_memory_mb * 2**20:
             yield from eval_batches(images, preprocess, world=world, workers=workers, **options)

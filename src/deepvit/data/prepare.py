@@ -21,13 +21,10 @@ def mixes(asked: Any) -> bool:
 
 @dataclass
 class Prepare:
-    """Batch of uint8 -> what the model and the loss take.
-
-    In training, in timm's order (its prefetching loader): mixup (Zhang et al., arXiv:1710.09412) or cutmix (Yun et
-    al., arXiv:1905.04899) in timm's batch mode, then the erasing that was drawn with the sample. The partner of
-    position p of the global batch is p ^ 1, and one lambda or rectangle serves the whole global batch of a step, so the
-    result does not depend on ranks or accumulation.
-    """
+    """Batch of uint8 -> what the model and the loss take. In training, in the order of timm's prefetching loader: mixup
+    (Zhang et al., arXiv:1710.09412) or cutmix (Yun et al., arXiv:1905.04899) in timm's batch mode, then the erasing
+    drawn with the sample. The partner of position p of the global batch is p ^ 1, and one lambda or rectangle serves
+    the whole global batch of a step: ranks and accumulation change nothing."""
 
     mean: Tensor | tuple[float, ...]  # per channel, of values in 0..1; afterwards [1, 3, 1, 1], of 0..255
     std: Tensor | tuple[float, ...]
@@ -46,22 +43,22 @@ class Prepare:
 
     def __call__(self, batch: Batch, step: int, device: torch.device | str, training: bool) -> tuple[Tensor, Tensor]:
         """-> (x float32 [b, 3, S, S] normalised, y): soft targets [b, C] if mixed or smoothed, else int64 [b]."""
-        x = self._normalise(batch.images, device)
+        x = batch.images.to(device, non_blocking=True).float()  # channels stay last, as convolutions like them
+        if self.mean.device != x.device:
+            self.mean, self.std = self.mean.to(x.device), self.std.to(x.device)
+        x = x.sub_(self.mean).div_(self.std)
         y = batch.targets.to(device, non_blocking=True)
         if not training:
             return x, y
         if mixes(self):
-            lam, box = self.mixing(step, tuple(x.shape[-2:]))
-            x, y = self._mix(x, y, lam, box)
+            x, y = self._mix(x, y, *self.mixing(step, tuple(x.shape[-2:])))
         elif self.label_smoothing > 0:
             y = self._soft(y)
         return batch.erasures.write(x), y
 
     def mixing(self, step: int, size: tuple[int, int]) -> tuple[float, tuple[int, int, int, int] | None]:
         """(lambda, box) of a step: box (top, bottom, left, right) for cutmix, None for mixup; lambda 1: no mixing.
-
-        The distribution is that of timm's Mixup: cutmix's lambda is corrected to the area cut.
-        """
+        Distributed as in timm's Mixup: cutmix's lambda is corrected to the area cut."""
         random = np.random.default_rng(stable_hash("mix", self.seed, step))
         if random.random() >= self.mix_prob:
             return 1.0, None
@@ -76,12 +73,6 @@ class Prepare:
                                         for whole, centre, side in zip(size, centres, sides, strict=True))
         return 1.0 - (bottom - top) * (right - left) / (size[0] * size[1]), (top, bottom, left, right)
 
-    def _normalise(self, images: Tensor, device: torch.device | str) -> Tensor:
-        x = images.to(device, non_blocking=True).float()  # channels stay last, as convolutions like them
-        if self.mean.device != x.device:
-            self.mean, self.std = self.mean.to(x.device), self.std.to(x.device)
-        return x.sub_(self.mean).div_(self.std)
-
     def _soft(self, targets: Tensor) -> Tensor:
         off = self.label_smoothing / self.num_classes
         soft = torch.full((len(targets), self.num_classes), off, device=targets.device)  # [b, C], rows sum to 1
@@ -91,7 +82,7 @@ class Prepare:
              ) -> tuple[Tensor, Tensor]:
         if len(x) % 2:
             raise UserError(f"Mixup and cutmix need micro-batches of even size, but this one has {len(x)} images: "
-                            "choose data.batch_size so that each device's share is even.")
+                            "make each device's share of data.batch_size even.")
         y = self._soft(targets)
         if lam == 1.0:
             return x, y

@@ -1,6 +1,9 @@
-"""What a source of images is: one class, which answers all that is asked of it."""
+"""What a source of images is: one class, which answers all that is asked of it; and the lists that choose from it."""
 
+import json
+import logging
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -10,12 +13,12 @@ import numpy as np
 from deepvit.config.settings import RANGES
 from deepvit.config.signature import check_ranges
 from deepvit.data.decode import resolve_decoder
-from deepvit.data.exclude import without
-from deepvit.data.folders import readable_names
 from deepvit.data.imageset import IN_MEMORY_MB, ImageSet, Splits, balanced_part
 from deepvit.errors import UserError, did_you_mean
 
 IMAGENET100 = Path(__file__).with_name("imagenet100.txt")
+TITLE = "# Images that deepvit check could not use; data.exclude takes this list"
+log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -43,8 +46,7 @@ class Source(ABC):
         check_ranges(vars(self), RANGES["data"], "data")
         self.decoder = resolve_decoder(self.decoder)
         if self.source != "timm" and (self.name, self.train_split, self.val_split) != (None, "train", "validation"):
-            raise UserError(f"data.name, data.train_split and data.val_split are for data=timm, not for "
-                            f"data={self.source}.")
+            raise UserError(f"data.name, train_split and val_split are for data=timm, not for data={self.source}.")
 
     @abstractmethod
     def whole(self) -> Splits:
@@ -57,14 +59,21 @@ class Source(ABC):
 
     def splits(self) -> Splits:
         """What is asked for."""
-        splits = _first_classes(self.whole(), self.classes)
+        splits = self.whole()
+        kept = chosen(self.classes, splits.class_ids)
+        if kept != splits.class_ids:
+            numbers = np.flatnonzero(np.isin(splits.class_ids, kept))
+            parts = [images.take(np.flatnonzero(np.isin(images.targets, numbers)))
+                     for images in (splits.train, splits.val)]
+            for part in parts:
+                part.targets = np.searchsorted(numbers, part.targets)
+            splits = Splits(*parts, kept)
         if self.exclude is not None:
             train, val = without([splits.train, splits.val], splits.class_ids, self.exclude, self.root)
             splits = replace(splits, train=train, val=val)
         if len(splits.class_ids) < 2:
-            raise UserError(f"data.root={self.root} has one class only, '{splits.class_ids[0]}', so nothing can be "
-                            f"learned: is it one level too high? Each class needs a folder below it, or below train/ "
-                            f"and val/.")
+            raise UserError(f"data.root={self.root} has one class only, '{splits.class_ids[0]}': is it one level too "
+                            f"high? Each class needs a folder in it, or in its train/ and val/.")
         if self.fraction < 1:
             part = balanced_part(splits.train.targets, self.fraction, self.seed)
             splits = replace(splits, train=splits.train.take(part))
@@ -72,55 +81,84 @@ class Source(ABC):
 
     def hold_out(self, images: ImageSet, class_ids: list[str], where: str) -> Splits:
         """`val_fraction` of each class for validation, the rest for training."""
-        alone = np.flatnonzero(np.bincount(images.targets, minlength=len(class_ids)) < 2)
-        if len(alone):
-            raise UserError(f"Class {class_ids[alone[0]]} of {where} has a single image: data.val_fraction needs "
-                            f"two.")
         held = balanced_part(images.targets, self.val_fraction, self.seed)
         rest = np.setdiff1d(np.arange(len(images)), held)
-        if len(np.unique(images.targets[rest])) < len(class_ids):
-            raise UserError(f"data.val_fraction={self.val_fraction} leaves a class of {where} without training "
-                            f"images.")
-        return Splits(images.take(rest), images.take(held), readable_names(class_ids), class_ids)
-
-
-def _first_classes(splits: Splits, classes: int | str | None) -> Splits:
-    kept = chosen(classes, splits.class_ids)
-    if kept == splits.class_ids:
-        return splits
-    places = np.array([kept.index(name) if name in kept else -1 for name in splits.class_ids])
-    parts = [images.take(np.flatnonzero(places[images.targets] >= 0)) for images in (splits.train, splits.val)]
-    for part in parts:
-        part.targets = places[part.targets]
-    return Splits(*parts, [name for name, place in zip(splits.class_names, places, strict=True) if place >= 0], kept)
+        left = np.bincount(images.targets[rest], minlength=len(class_ids))
+        if not left.all():
+            raise UserError(f"data.val_fraction={self.val_fraction} leaves class {class_ids[left.argmin()]} of {where} "
+                            f"without training images: lower it, or give that class two images or more.")
+        return Splits(images.take(rest), images.take(held), class_ids)
 
 
 def chosen(classes: int | str | None, class_ids: list[str]) -> list[str]:
-    """Those of the classes that `data.classes` names, in the same order."""
+    """Those of the classes that `data.classes` asks for, in the same order; in its lists, lines from # are comments."""
     if classes is None:
         return class_ids
-    if isinstance(classes, str):
-        wanted = _listed(classes)
-        missing = sorted({*wanted} - {*class_ids})
-        if missing:
-            raise UserError(f"data.classes={classes} lists {len(wanted)} classes, of which this data lacks "
-                            f"{len(missing)}, such as {missing[0]}.{did_you_mean(missing[0], class_ids)}")
-        return [name for name in class_ids if name in wanted]
-    if not 2 <= classes <= len(class_ids):
-        raise UserError(f"data.classes={classes}: this data has {len(class_ids)} classes; give 2 to {len(class_ids)}.")
-    return class_ids[:classes]
-
-
-def _listed(name: str) -> list[str]:
-    """The words of a list of classes; lines that start with # are remarks."""
-    path = IMAGENET100 if name == IMAGENET100.stem else Path(name).expanduser()
+    if isinstance(classes, int):
+        count = len(class_ids)
+        if not 2 <= classes <= count:
+            raise UserError(f"data.classes={classes}: this data has {count} classes; give 2 to {count}.")
+        return class_ids[:classes]
+    path = IMAGENET100 if classes == IMAGENET100.stem else Path(classes).expanduser()
     try:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"data.classes={name} is no number, nor a readable list of class folders "
-                        f"({getattr(error, 'strerror', None) or 'not text'}): give imagenet100 or a file.") from None
+        raise UserError(f"data.classes={classes} cannot be read ({getattr(error, 'strerror', None) or 'not text'}): "
+                        f"give a number, imagenet100, or a file that lists class folders.") from None
     words = [word for line in lines if not line.startswith("#") for word in line.split()]
     if len({*words}) < max(2, len(words)):
-        raise UserError(f"data.classes={name} lists {len({*words})} different classes in {len(words)} words: list two "
-                        f"or more, each once.")
-    return words
+        raise UserError(f"data.classes={classes} must list two classes or more, each once: {len({*words})} of its "
+                        f"{len(words)} words differ.")
+    missing = sorted({*words} - {*class_ids})
+    if missing:
+        raise UserError(f"data.classes={classes} lists {len(words)} classes, of which this data lacks {len(missing)}, "
+                        f"such as {missing[0]}.{did_you_mean(missing[0], class_ids)}")
+    return [name for name in class_ids if name in words]
+
+
+def read_list(file: str, root: str | None) -> set[str]:
+    """The names in a list for `data.exclude`, as `ImageSet.name` gives them. Raises UserError where it cannot be read.
+    It has a name a line, relative to the data's root, and comments that start with #; a name that this would not hold
+    (with a line break, or that begins like a comment) is written as JSON."""
+    try:
+        lines = Path(file).expanduser().read_text(encoding="utf-8", errors="surrogateescape").split("\n")
+        names = [json.loads(line) if line.startswith('"') else line for line in map(str.rstrip, lines)
+                 if line and not line.startswith("#")]
+    except (OSError, ValueError) as error:
+        raise UserError(f"data.exclude={file} cannot be read as a list of images ({error}).") from error
+    return {str(Path(root or "").expanduser() / name) for name in names}
+
+
+def write_list(file: Path, bad: Iterable[tuple[str, str]], root: str) -> None:
+    """(name, reason) of each image; what is not below `root` keeps its whole name."""
+    lines = [TITLE]
+    for name, reason in bad:
+        name = name.removeprefix(f"{Path(root).expanduser()}/")
+        is_plain = name == name.strip() and name[0] not in '#"' and not {*"\r\n"} & {*name}
+        lines += [f"# {' '.join(reason.split())}", name if is_plain else json.dumps(name)]
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="surrogateescape")
+
+
+def without(sets: Sequence[ImageSet], class_ids: list[str], file: str, root: str | None, below: str = ""
+            ) -> list[ImageSet]:
+    """The sets less the images in a list; logs names that begin with `below` and are in no set. Raises UserError for a
+    class that loses all its images."""
+    names = {name for name in read_list(file, root) if name.startswith(below)}
+    unknown, rest = set(names), []
+    for images in sets:
+        at = [index for index in range(len(images)) if images.name(index) in names]
+        kept = np.setdiff1d(np.arange(len(images)), at)
+        empty = np.setdiff1d(images.targets, images.targets[kept])
+        if len(empty):
+            raise UserError(f"data.exclude={file} leaves no image of class {class_ids[empty[0]]}: shorten the list.")
+        rest.append(images.take(kept) if at else images)
+        unknown.difference_update(map(images.name, at))
+    if unknown:
+        log.warning("%d of the names in data.exclude=%s are not among the images in use: %s.", len(unknown), file,
+                    some(sorted(unknown)))
+    return rest
+
+
+def some(names: Sequence[str], most: int = 3) -> str:
+    """The first few of them."""
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")

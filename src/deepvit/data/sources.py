@@ -1,6 +1,9 @@
-"""The sources of images by name; timm's is in `timm_sets.py`."""
+"""The sources of images by name: folders of classes and of splits, the built-in digits, CIFAR; and timm's."""
 
 import logging
+import os
+import re
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
@@ -8,93 +11,54 @@ from pathlib import Path
 import numpy as np
 
 from deepvit.config.settings import Data
-from deepvit.data.decode import resolve_decoder
-from deepvit.data.exclude import without
-from deepvit.data.folders import check_same_classes, class_folders, classes_of, existing, find_splits, readable_names
-from deepvit.data.imageset import IN_MEMORY_MB, ArraySet, FileSet, ImageSet, Splits
-from deepvit.data.index import kept_listing
-from deepvit.data.listing import KINDS, in_words
-from deepvit.data.source import Source, chosen
+from deepvit.data.imageset import ArraySet, FileSet, ImageSet, Splits
+from deepvit.data.listing import Walk, class_folders, entries, existing, kept_listing, log_left_out
+from deepvit.data.source import Source, chosen, some, without
 from deepvit.data.timm_sets import Timm
-from deepvit.errors import UserError, did_you_mean
+from deepvit.errors import UserError, choose, did_you_mean
 
+TRAIN, VAL = ("train", "training"), ("val", "valid", "validation", "test", "eval")
+VALPREP = "https://raw.githubusercontent.com/soumith/imagenetloader.torch/master/valprep.sh"
 log = logging.getLogger(__name__)
 
 
-def load(source: str, **asked: object) -> Splits:
-    """A data set by its source; `asked`: the fields of `Source`. Raises UserError for all that is wrong with it."""
-    return _kind(source)(**asked).splits()
+def find_splits(root: Path, known: Collection[str] = ()) -> tuple[Path | None, Path | None]:
+    """The folders (train, val) in `root`, each None where there is none; both None where `root` holds the classes. A
+    folder named like a split is one, unless it stands among folders of images and has no folders in it (a class of
+    vehicles may be named `train`), or all are `known` classes of a model. Raises UserError where both are possible."""
+    names = class_folders(root)
+    called = [name for name in (*TRAIN, *VAL) if name in names]
+    below = {name: class_folders(root / name) for name in called}
+    train, val = (next((name for name in split if name in called), None) for split in (TRAIN, VAL))
+    others = []
+    for name in names if called else []:
+        with suppress(UserError):  # one that cannot be read, such as lost+found/
+            if name not in called and any(True for _ in Walk().images(os.fsencode(root / name))):
+                others.append(name)
+    are_known, are_flat = {*names} <= {*known}, not any(below.values())
+    if (are_known or are_flat) and (others or are_known and are_flat):
+        return None, None
+    are_alike = None not in (train, val) and below[train] and below[train] == below[val]
+    if others and not are_alike:
+        raise UserError(f"{root} has folders named like splits ({some(called)}) beside others with images "
+                        f"({some(others)}): if all are classes, move them into {root / 'train'}, else move the splits "
+                        f"into a folder of their own.")
+    unused = [name for name in (*called, *others) if name not in (train, val)]
+    if unused:
+        log.warning("Not used of %s: %s.", root, some(unused))
+    return train and root / train, val and root / val
 
 
-def source_of(data: Data) -> Source:
-    """What the settings ask for."""
-    return _kind(data.source)(**{one.name: getattr(data, one.name) for one in fields(Source) if one.name != "seed"})
-
-
-def _kind(source: str) -> type[Source]:
-    if source not in SOURCES:
-        raise UserError(f"data.source={source} is none of {', '.join(SOURCES)}.{did_you_mean(source, SOURCES)}")
-    return SOURCES[source]
-
-
-def eval_folder(root: str, class_ids: list[str], *, decoder: str = "auto", in_memory_mb: int = IN_MEMORY_MB,
-                exclude: str | None = None) -> ImageSet:
-    """A folder of classes for evaluation alone, e.g. ImageNet-V2: targets are the places of its names in `class_ids`.
-
-    root: the class folders, or a folder whose val/ (or test/) holds them. Folders named 0 .. C-1 are the classes by
-    number. Some classes may be missing; a folder that is none of `class_ids` is refused by a UserError.
-    """
-    path = existing(root, "folder")
-    train, val = find_splits(path, class_ids)
-    if train is not None and val is None:
-        raise UserError(f"data.root={root} has {train.name}/ but no val/ folder: give data.root={train} to evaluate on "
-                        f"the training images.")
-    path = val or path
-    names = classes_of(path)
-    if names == [str(number) for number in range(len(class_ids))]:
-        wanted = np.arange(len(names))
-    else:
-        strangers = [name for name in names if name not in class_ids]
-        if strangers:
-            raise UserError(f"{path} has {len(strangers)} class folders that the model was not trained on "
-                            f"({', '.join(strangers[:3])}).{did_you_mean(strangers[0], class_ids)}")
-        wanted = np.array([class_ids.index(name) for name in names])
-    images = _file_set(path, names, decoder=resolve_decoder(decoder), in_memory_mb=in_memory_mb, labels=wanted)
-    return images if exclude is None else without([images], class_ids, exclude, root, f"{path}/")[0]
-
-
-def _file_set(folder: Path, classes: list[str], **options: object) -> FileSet:
-    """The images below `folder/<class>`; what is left out there is said."""
-    listing = kept_listing(folder, classes)
-    if listing.left_out:
-        log.warning("In %s %s Images are %s.", folder, in_words(listing.left_out), KINDS)
-    if listing.is_nested:
-        log.warning("No class folder of %s has images itself, only folders of them: is data.root one level too high?",
-                    folder)
-    return FileSet(folder, classes, listing, **options)
-
-
-class Digits(Source):
-    """scikit-learn's 1797 handwritten digits of 8 x 8 pixels; always the same 1437 / 360."""
-
-    source = "digits"
-    title = "the built-in digits (recipe= chooses others)"
-
-    def whole(self) -> Splits:
-        if self.root or self.val_fraction:
-            raise UserError(f"data.root={self.root} or data.val_fraction={self.val_fraction} is given, but the digits "
-                            f"are built in: to train on your images add recipe=imagenet (train/ and val/ folders of "
-                            f"classes), recipe=cifar10 or recipe=folder.")
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-        digits = load_digits()
-        grey = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # [1797, 8, 8]; sklearn's values run from 0 to 16
-        pixels = np.repeat(grey[..., None], 3, axis=-1)
-        parts = train_test_split(np.arange(len(grey)), test_size=360, stratify=digits.target, random_state=0)
-        names = [str(name) for name in digits.target_names]
-        sets = [ArraySet(pixels[part], digits.target[part], "digits", decoder=self.decoder, ids=part)
-                for part in map(np.sort, parts)]
-        return Splits(*sets, names, names)
+def classes_of(folder: Path) -> list[str]:
+    """`class_folders`; UserError where there are none; a flat ImageNet val/ gets its own sentence."""
+    if classes := class_folders(folder):
+        return classes
+    files = [entry.name for entry in entries(folder) if not entry.name.startswith(".")]
+    if any(re.match(r"ILSVRC2012_val_\d+", name) for name in files):
+        raise UserError(f"{folder} is flat (ILSVRC2012_val_*.JPEG): sort it into the 1000 wnid folders once, from "
+                        f"inside it, with `wget -qO- {VALPREP} | bash`.")
+    what = f"{len(files)} files but no folder of a class" if files else "nothing"
+    raise UserError(f"{folder} has {what} in it: it should hold a folder of images for each class.")
 
 
 class Folder(Source):
@@ -106,36 +70,42 @@ class Folder(Source):
     def whole(self) -> Splits:
         path = existing(self.root, "folder")
         train, val = find_splits(path)
-        if val is not None and train is None:
-            raise UserError(f"data.root={self.root} has {val.name}/ but no train/ folder.")
-        if not self.val_fraction:
-            if val is not None:
-                return self._two(train, val)
-            classes_of(train or path)
-            raise UserError(f"{path} has no val/ folder: give data.val_fraction=0.1 to hold out a tenth of each class.")
-        if val is not None and class_folders(val):
-            raise UserError(f"data.root={self.root} has {val.name}/, which data.val_fraction={self.val_fraction} would "
-                            f"not use: leave data.val_fraction out, or give data.root={train} to hold out a part of "
-                            f"the training images.")
         if val is not None:
+            if train is None:
+                raise UserError(f"data.root={self.root} has {val.name}/ but no train/ folder.")
+            if not self.val_fraction:
+                return self._both(train, val)
+            if class_folders(val):
+                raise UserError(f"data.root={self.root} has {val.name}/, which data.val_fraction={self.val_fraction} "
+                                f"would not use: leave data.val_fraction out, or give data.root={train}.")
             log.warning("%s has no class folders and is not used.", val)
         folder = train or path
         ids = classes_of(folder)
-        return self.hold_out(self._images(folder, ids), ids, str(folder))
+        if not self.val_fraction:
+            raise UserError(f"{path} has no val/ folder: give data.val_fraction=0.1 to hold out a tenth of each class.")
+        return self.hold_out(self.images(folder, ids), ids, str(folder))
 
     def sets(self) -> list[ImageSet]:
         path = existing(self.root, self.source)
-        return [self._images(folder, classes_of(folder))
+        return [self.images(folder, classes_of(folder))
                 for folder in [split for split in find_splits(path) if split] or [path]]
 
-    def _two(self, train: Path, val: Path) -> Splits:
+    def _both(self, train: Path, val: Path) -> Splits:
         ids, val_ids = classes_of(train), classes_of(val)
-        check_same_classes(ids, val_ids, train, val)
+        if {*ids} != {*val_ids}:
+            sides = ((sorted({*ids} - {*val_ids}), train), (sorted({*val_ids} - {*ids}), val))
+            alone = [f"{len(names)} only in {folder} ({some(names)})" for names, folder in sides if names]
+            raise UserError(f"Training and validation need folders of the same classes: {' and '.join(alone)}.")
         ids = chosen(self.classes, ids)  # no time is spent on folders that are not used
-        return Splits(self._images(train, ids), self._images(val, ids), readable_names(ids), ids)
+        return Splits(self.images(train, ids), self.images(val, ids), ids)
 
-    def _images(self, folder: Path, ids: list[str]) -> FileSet:
-        return _file_set(folder, ids, decoder=self.decoder, in_memory_mb=self.in_memory_mb)
+    def images(self, folder: Path, classes: list[str]) -> FileSet:
+        """The images below `folder/<class>`; what is left out there is logged."""
+        listing = kept_listing(folder, classes)
+        log_left_out(folder, listing.left_out)
+        if listing.is_nested:
+            log.warning("The class folders of %s hold only folders of images: is data.root one level too high?", folder)
+        return FileSet(folder, classes, listing, decoder=self.decoder, in_memory_mb=self.in_memory_mb)
 
 
 class ImageNet(Folder):
@@ -144,15 +114,35 @@ class ImageNet(Folder):
     source = "imagenet"
 
     def whole(self) -> Splits:
-        path = existing(self.root, "imagenet")
         if self.val_fraction:
             raise UserError("data=imagenet has its own val/ folder and takes no data.val_fraction: use data=folder.")
-        train, val = find_splits(path)
+        train, val = find_splits(existing(self.root, "imagenet"))
         if train is None or val is None:
             missing = "train/" if train is None else "val/"
             raise UserError(f"data.root={self.root} has no {missing} folder: data=imagenet wants train/<wnid>/*.JPEG "
                             f"and val/<wnid>/*.JPEG (data=folder is for other folders).")
-        return self._two(train, val)
+        return self._both(train, val)
+
+
+class Digits(Source):
+    """scikit-learn's 1797 handwritten digits of 8 x 8 pixels; always the same 1437 / 360."""
+
+    source = "digits"
+    title = "the built-in digits (recipe= chooses others)"
+
+    def whole(self) -> Splits:
+        if self.root or self.val_fraction:
+            raise UserError("The digits are built in and take no data.root or data.val_fraction: to train on your "
+                            "images add recipe=imagenet (train/ and val/ folders), recipe=cifar10 or recipe=folder.")
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+        digits = load_digits()
+        grey = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # [1797, 8, 8]; sklearn's values run from 0 to 16
+        pixels = np.repeat(grey[..., None], 3, axis=-1)
+        parts = train_test_split(np.arange(len(grey)), test_size=360, stratify=digits.target, random_state=0)
+        sets = [ArraySet(pixels[part], digits.target[part], "digits", decoder=self.decoder, ids=part)
+                for part in map(np.sort, parts)]
+        return Splits(*sets, [str(name) for name in digits.target_names])
 
 
 class Cifar10(Source):
@@ -163,31 +153,27 @@ class Cifar10(Source):
 
     def whole(self) -> Splits:
         if not self.root:
-            raise UserError(f"data={self.source} needs data.root: the folder that holds it as JPEGs "
-                            f"({{train,test}}/<class>/) or that torchvision shall download it to.")
+            raise UserError(f"data={self.source} needs data.root: a folder of JPEGs ({{train,test}}/<class>/), or one "
+                            f"for torchvision to download it to.")
         path = Path(self.root).expanduser()
         if path.is_dir() and find_splits(path)[0] is not None:
             return Folder(**vars(self)).whole()
         if self.val_fraction:
             raise UserError(f"data.val_fraction={self.val_fraction} is for folders without a val/ or test/: "
                             f"torchvision's {self.source} has its own test images, so leave it out.")
-        parts = self._downloaded(path)
-        sets = [ArraySet(part.data, np.array(part.targets), f"{self.source}/{split}", decoder=self.decoder)
-                for part, split in zip(parts, ("train", "test"), strict=True)]
-        return Splits(*sets, parts[0].classes, parts[0].classes)
-
-    def _downloaded(self, path: Path) -> list:
         from torchvision import datasets
         existed, dataset = path.exists(), getattr(datasets, self.source.upper())
         try:
-            return [dataset(path, train=train, download=True) for train in (True, False)]
+            parts = [dataset(path, train=train, download=True) for train in (True, False)]
         except (OSError, RuntimeError) as error:
             if not existed:
                 with suppress(OSError):
                     path.rmdir()  # only where it is empty
             raise UserError(f"data.root={self.root} holds neither train/<class>/ and test/<class>/ with JPEGs nor "
-                            f"torchvision's {dataset.base_folder}/, and {dataset.__name__} could not be downloaded to "
-                            f"it ({error}).") from error
+                            f"torchvision's {dataset.base_folder}/, which cannot be downloaded ({error}).") from error
+        sets = [ArraySet(part.data, np.array(part.targets), f"{self.source}/{split}", decoder=self.decoder)
+                for part, split in zip(parts, ("train", "test"), strict=True)]
+        return Splits(*sets, parts[0].classes)
 
 
 class Cifar100(Cifar10):
@@ -195,3 +181,52 @@ class Cifar100(Cifar10):
 
 
 SOURCES: dict[str, type[Source]] = {kind.source: kind for kind in (Digits, ImageNet, Folder, Cifar10, Cifar100, Timm)}
+
+
+def load(source: str, **asked: object) -> Splits:
+    """A data set by its source; `asked`: the fields of `Source`. Raises UserError for all that is wrong with it."""
+    return choose("data.source", source, SOURCES)(**asked).splits()
+
+
+def source_of(data: Data) -> Source:
+    """What the settings ask for."""
+    asked = {one.name: getattr(data, one.name) for one in fields(Source) if one.name != "seed"}
+    return choose("data.source", data.source, SOURCES)(**asked)
+
+
+def eval_folder(root: str, class_ids: list[str], **asked: object) -> ImageSet:
+    """A folder of classes for evaluation alone, e.g. ImageNet-V2: targets are the places of its names in `class_ids`.
+    `root` holds the class folders, or a val/ (or test/) that does. Folders named 0 .. C-1 are the classes by number.
+    Some classes may be missing; a folder that is none of `class_ids` raises UserError. `asked`: fields of `Source`."""
+    source, path = Folder(root=root, **asked), existing(root, "folder")
+    train, val = find_splits(path, class_ids)
+    if train is not None and val is None:
+        raise UserError(f"data.root={root} has {train.name}/ but no val/: give data.root={train} to evaluate on that.")
+    path = val or path
+    names = classes_of(path)
+    if names == [str(number) for number in range(len(class_ids))]:
+        class_ids = names
+    unknown = [name for name in names if name not in class_ids]
+    if unknown:
+        raise UserError(f"{path} has {len(unknown)} class folders that the model was not trained on "
+                        f"({some(unknown)}).{did_you_mean(unknown[0], class_ids)}")
+    images = source.images(path, names)
+    images.targets = np.array([class_ids.index(name) for name in names])[images.targets]
+    return images if source.exclude is None else without([images], class_ids, source.exclude, root, f"{path}/")[0]
+
+
+def real_top1(predictions: np.ndarray, names: Sequence[str]) -> float:
+    """Top-1 in percent by ImageNet's reassessed labels (ReaL; Beyer et al., arXiv:2006.07159), as timm ships them.
+    `predictions` [n] are places of the sorted wnids, `names` [n] end in ImageNet's own file names. Any of an image's
+    labels is right; images without one are left out. Raises UserError where nothing has a label."""
+    from timm.data import RealLabelsImagenet
+    labels = RealLabelsImagenet(filenames=range(50_000)).real_labels  # file name -> classes
+    right = []
+    for prediction, name in zip(predictions, names, strict=True):
+        if os.path.basename(name) not in labels:
+            raise UserError(f"{name} has no ReaL label: these exist for ILSVRC2012_val_00000001.JPEG to 00050000.")
+        if any_of := labels[os.path.basename(name)]:
+            right.append(int(prediction) in any_of)
+    if not right:
+        raise UserError("None of these images has a ReaL label.")
+    return 100.0 * float(np.mean(right))

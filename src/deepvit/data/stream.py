@@ -1,4 +1,5 @@
-"""Which image stands where: a pure function of (seed, step, position), whatever the workers, ranks or restarts.
+"""Which image stands where, a pure function of (seed, step, position) whatever the workers, ranks or restarts; and what
+is random in a sample, a function of (seed, epoch, index, repeat).
 
 The training data is an endless row of epochs, each a permutation. The global step s takes the places
 [s * u, (s + 1) * u) of it, u = batch_size / repeats images, so every batch is full and nothing is dropped; an epoch
@@ -7,7 +8,9 @@ and an epoch uses n // repeats images (DeiT's repeated augmentation).
 """
 
 import hashlib
+import random
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -42,7 +45,6 @@ class Draw:
     epochs: np.ndarray
     indices: np.ndarray
     repeats: np.ndarray
-    positions: np.ndarray  # in the global batch
 
 
 def draw(n: int, seed: int, step: int, positions: np.ndarray, batch_size: int, repeats: int = 1) -> Draw:
@@ -54,7 +56,7 @@ def draw(n: int, seed: int, step: int, positions: np.ndarray, batch_size: int, r
     for epoch in np.unique(epochs):
         here = epochs == epoch
         indices[here] = permutation(n, seed, int(epoch))[offsets[here]]
-    return Draw(epochs, indices, positions // unique, positions)
+    return Draw(epochs, indices, positions // unique)
 
 
 @dataclass(frozen=True)
@@ -74,10 +76,10 @@ class Stream:
     def __post_init__(self) -> None:
         if self.n < 1:
             raise UserError("There are no training images.")
-        if self.batch_size < 1 or self.batch_size % (self.world * self.accumulation):
-            raise UserError(f"data.batch_size={self.batch_size} (global) cannot be shared evenly by {self.world} "
-                            f"device(s) with {self.accumulation} micro-batch(es) each: choose a multiple of "
-                            f"{self.world * self.accumulation}.")
+        parts = self.world * self.accumulation
+        if self.batch_size < 1 or self.batch_size % parts:
+            raise UserError(f"data.batch_size={self.batch_size} must be a multiple of {parts}: {self.world} device(s) "
+                            f"with {self.accumulation} micro-batch(es) each.")
         if self.repeats < 1 or self.batch_size % self.repeats:
             raise UserError(f"augment.repeats={self.repeats} must divide data.batch_size={self.batch_size}.")
 
@@ -91,3 +93,23 @@ class Stream:
             for part in range(self.accumulation):
                 first = self.rank * share + part * micro
                 yield draw(self.n, self.seed, step, np.arange(first, first + micro), self.batch_size, self.repeats)
+
+
+def seed_sample(seed: int, epoch: int, index: int, repeat: int) -> None:
+    """Seeds the generators that timm's and torchvision's transforms draw from: Python's, numpy's, torch's."""
+    value = stable_hash("sample", seed, epoch, index, repeat)
+    random.seed(value)
+    np.random.seed(value & 0xFFFFFFFF)
+    torch.default_generator.manual_seed(value)  # torch.manual_seed would also queue a call per sample for CUDA
+
+
+@contextmanager
+def generators_kept() -> Iterator[None]:
+    """Without workers the samples are made in the training process, whose dropout must not see it."""
+    states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.default_generator.set_state(states[2])

@@ -1,27 +1,30 @@
-"""timm's data sets by timm's names: Hugging Face's and torchvision's through timm, tar files by our own index."""
+"""timm's data sets by timm's names: Hugging Face's and torchvision's through timm, tar files by an index of our own.
 
+Every read of a tar opens, seeks and closes: forked workers that share a handle would share one file position.
+"""
+
+import os
 import re
+import tarfile
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from deepvit.data.decode import BadImage, AnyImage, to_tensor
-from deepvit.data.folders import class_folders, existing, readable_names
+from deepvit.data.decode import AnyImage, BadImage, read_bytes, to_tensor
 from deepvit.data.imageset import ImageSet, Splits
-from deepvit.data.listing import entries
-from deepvit.data.shards import read_class_tars, read_webdataset
-from deepvit.data.source import Source
+from deepvit.data.listing import EXTENSIONS, KINDS, class_folders, entries, existing, log_left_out
+from deepvit.data.source import Source, some
 from deepvit.errors import UserError
 
-STREAMS = ("hfids", "tfds")  # timm reads these front to back only
 WORDS = ("val", "validation", "test")  # for the same split
 
 
 class TimmSet(ImageSet):
     """A map-style data set made by timm.data.create_dataset; `rows` are places in it."""
-
-    per_image = ("targets", "rows")
 
     def __init__(self, dataset: object, targets: np.ndarray, label: str, decoder: str):
         self.dataset, self.label, self.decoder = dataset, label, decoder
@@ -29,77 +32,101 @@ class TimmSet(ImageSet):
 
     def name(self, index: int) -> str:
         row = int(self.rows[index])
-        try:
-            return f"{self.label}/{self.dataset.filename(row)}"
-        except AttributeError:  # torchvision's data sets have no names
-            return f"{self.label}/{row}"
+        has_names = hasattr(self.dataset, "filename")  # torchvision's data sets do not
+        return f"{self.label}/{self.dataset.filename(row) if has_names else row}"
 
     def image(self, index: int) -> AnyImage:
-        row = int(self.rows[index])
-        reader = getattr(self.dataset, "reader", None)
         try:
-            content = self.dataset[row][0] if reader is None else reader[row][0]
+            content = getattr(self.dataset, "reader", self.dataset)[int(self.rows[index])][0]
         except (OSError, ValueError, SyntaxError) as error:
             raise BadImage(f"it is damaged ({error})") from error
         if isinstance(content, Image.Image):
             image = content.convert("RGB")
             return image if self.decoder == "pil" else to_tensor(image)
-        data = bytearray(content if isinstance(content, bytes) else content.read())
-        if not data:
-            raise BadImage("the file is empty")
+        return self._opened(bytearray(content if isinstance(content, bytes) else content.read()))
+
+
+class Member(NamedTuple):  # a file in a tar
+    shard: int
+    name: str
+    offset: int  # bytes from the start of the shard
+    size: int  # bytes
+
+
+class TarSet(ImageSet):
+    """Images at (shard, offset, size). Raises UserError where there are none."""
+
+    def __init__(self, shards: list[str], members: list[Member], targets: Sequence[int], decoder: str):
+        if not members:
+            raise UserError(f"{shards[0]} holds no images ({KINDS}).")
+        self.shards, self.targets, self.decoder = shards, np.array(targets, np.int64), decoder
+        self.names = np.array([os.fsencode(member.name) for member in members])
+        self.places = np.array([(one.shard, one.offset, one.size) for one in members], np.int64)  # [n, 3]
+
+    def name(self, index: int) -> str:
+        return f"{self.shards[self.places[index, 0]]}:{os.fsdecode(self.names[index])}"
+
+    def size(self, index: int) -> int:
+        return int(self.places[index, 2])
+
+    def image(self, index: int) -> AnyImage:
+        shard, offset, size = self.places[index].tolist()
+        data = read_bytes(self.shards[shard], offset, size)
+        if len(data) < size:
+            raise BadImage("the file ends before the image does")
         return self._opened(data)
 
 
 class Timm(Source):
-    """`data=timm`, of name `hfds/...`, `torch/...`, `wds/...`, or empty for tars with a folder or a tar per class.
-
-    Tars are found as `root` itself, `root/<split>.tar`, `root/<split>/*.tar` or `root/*<split>*.tar`.
-    """
+    """`data=timm`, of name `hfds/...`, `torch/...`, `wds/...`, or empty for tars with a folder or a tar per class. Tars
+    are found as `root` itself, `root/<split>.tar`, `root/<split>/*.tar` or `root/*<split>*.tar`."""
 
     source = "timm"
     may_download = True
 
     def whole(self) -> Splits:
         prefix = (self.name or "").partition("/")[0].lower()
-        if prefix in STREAMS:
+        if prefix in ("hfids", "tfds"):
             raise UserError(f"data.name={self.name}: timm reads {prefix}/ data sets only front to back, so no image "
                             f"can be asked for by its number; use hfds/, torch/, or tar files.")
         if prefix in ("", "wds"):
             path = Path(self.root or "").expanduser()
-            is_tar = self.root and path.is_file() and path.suffix == ".tar"
+            is_tar = path.suffix == ".tar" and path.is_file()
             return self._tars(path if is_tar else existing(self.root, "timm"), prefix == "wds")
         train, ids = self._created(self.train_split)
         if self.val_fraction:
             return self.hold_out(train, ids, self.name)
         val, val_ids = self._created(self.val_split)
         if val_ids != ids:
-            raise UserError(f"data.name={self.name}: the splits {self.train_split} and {self.val_split} have different "
-                            f"classes.")
-        return Splits(train, val, readable_names(ids), ids)
+            raise UserError(f"data.name={self.name}: data.train_split and data.val_split have different classes.")
+        return Splits(train, val, ids)
 
     def _tars(self, path: Path, is_webdataset: bool) -> Splits:
-        read = read_webdataset if is_webdataset else read_class_tars
-        train_tars = _shards(path, self.train_split)
-        train, ids = read(train_tars, self.decoder)
-        val_tars = [] if path.is_file() else _find_shards(path, self.val_split)
+        if path.is_file() and not self.val_fraction:
+            raise UserError(f"{path} is a single tar: give data.val_fraction=0.1 to hold out a tenth of each class.")
+        train_tars, val_tars = _shards(path, self.train_split), _shards(path, self.val_split)
+        needed = {self.train_split: train_tars} | ({} if self.val_fraction else {self.val_split: val_tars})
+        for split, tars in needed.items():
+            if not tars:
+                raise UserError(f"data.root={path} has no tar files of the split {split}, such as {split}.tar.")
         unused = sorted({*val_tars} - {*train_tars})
         if self.val_fraction and unused:
             raise UserError(f"data.root={path} has {unused[0]}, which data.val_fraction={self.val_fraction} would not "
                             f"use: leave data.val_fraction out, or move it away.")
+        if len(unused) < len(val_tars) and not self.val_fraction:
+            raise UserError(f"The same tars, such as {train_tars[0]}, match data.train_split={self.train_split} and "
+                            f"data.val_split={self.val_split}: rename them after one split each.")
+        read = read_webdataset if is_webdataset else read_class_tars
+        train, ids = read(train_tars, self.decoder)
         if self.val_fraction:
             return self.hold_out(train, ids, str(path))
-        if path.is_file():
-            raise UserError(f"{path} is a single tar: give data.val_fraction=0.1 to hold out a tenth of each class.")
-        if len(unused) < len(val_tars):
-            raise UserError(f"data.root={path}: the same tars are found for data.train_split={self.train_split} and "
-                            f"data.val_split={self.val_split}, such as {train_tars[0]}: rename them after one split "
-                            f"each.")
-        val_tars = _shards(path, self.val_split)
-        if not is_webdataset:
-            return Splits(train, read_class_tars(val_tars, self.decoder, ids)[0], readable_names(ids), ids)
-        val, val_ids = read_webdataset(val_tars, self.decoder)
-        ids = max(ids, val_ids, key=len)
-        return Splits(train, val, ids, ids)
+        val, val_ids = read(val_tars, self.decoder)
+        if is_webdataset:
+            ids = max(ids, val_ids, key=len)
+        elif val_ids != ids:
+            raise UserError(f"{val_tars[0]} has other classes than the training images: "
+                            f"{some(sorted({*ids} ^ {*val_ids}))} stand in one of the two only.")
+        return Splits(train, val, ids)
 
     def _created(self, split: str) -> tuple[TimmSet, list[str]]:
         """A split as timm makes it, and its classes."""
@@ -107,44 +134,33 @@ class Timm(Source):
         try:
             dataset = create_dataset(self.name, root=self.root, split=split, download=True)
         except ImportError as error:
-            missing = isinstance(error, ModuleNotFoundError) and error.name
-            advice = f": pip install {error.name.partition('.')[0]}" if missing else ""
-            raise UserError(f"data.name={self.name} needs a package that is not installed ({error}){advice}."
-                            ) from error
+            raise UserError(f"data.name={self.name} needs a package ({error}): install it with pip.") from error
         except Exception as error:  # whatever the library behind the name raises: a wrong name, split, root or network
             raise UserError(f"timm cannot open data.name={self.name}, split {split}, root {self.root}: "
                             f"{str(error) or type(error).__name__}.") from error
         reader = getattr(dataset, "reader", dataset)
-        targets = _targets(reader)
+        if hasattr(reader, "label_key"):  # Hugging Face: a column
+            targets = np.asarray(reader.dataset[reader.label_key])
+        elif hasattr(reader, "targets"):
+            targets = np.asarray(reader.targets)
+        else:
+            targets = np.asarray([target for _, target in getattr(reader, "samples", [])])
         if not len(targets):
-            raise UserError(f"data.name={self.name}, split {split}: no list of classes per image could be found in "
-                            f"it.")
+            raise UserError(f"data.name={self.name}, split {split}: it has no list of the images' classes.")
         numbers = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None) or {}
         ids = sorted(numbers, key=numbers.get) or [str(number) for number in range(int(targets.max()) + 1)]
         return TimmSet(dataset, targets, f"{self.name}/{split}", self.decoder), ids
 
 
-def _targets(reader: object) -> np.ndarray:
-    if hasattr(reader, "label_key"):  # Hugging Face: a column
-        return np.asarray(reader.dataset[reader.label_key])
-    if hasattr(reader, "targets"):
-        return np.asarray(reader.targets)
-    return np.asarray([target for _, target in getattr(reader, "samples", [])])
-
-
 def _shards(path: Path, split: str) -> list[str]:
-    found = [str(path)] if path.is_file() else _find_shards(path, split)
-    if not found:
-        raise UserError(f"data.root={path} has no tar files of the split {split} ({split}.tar, {split}/*.tar or "
-                        f"*{split}*.tar).")
-    return found
-
-
-def _find_shards(folder: Path, split: str) -> list[str]:
-    tars, folders = _tars_in(folder), class_folders(folder)
+    """The tars of a split: the path itself, or by name in a folder; none if none is called so."""
+    if path.is_file():
+        return [str(path)]
+    tars, folders = _tars_in(path), class_folders(path)
     for word in (split, *(WORDS if split in WORDS else ())):
-        found = [tar for tar in tars if tar.stem == word] + (_tars_in(folder / word) if word in folders else [])
-        if found := found or [tar for tar in tars if _has_word(tar.stem, word)]:
+        whole_word = re.compile(rf"(?<![a-zA-Z]){re.escape(word)}(?![a-zA-Z])")  # in `small-train-0`, not `constrained`
+        found = [tar for tar in tars if tar.stem == word] + (_tars_in(path / word) if word in folders else [])
+        if found := found or [tar for tar in tars if whole_word.search(tar.stem)]:
             return [str(tar) for tar in found]
     return []
 
@@ -153,6 +169,87 @@ def _tars_in(folder: Path) -> list[Path]:
     return sorted(Path(entry.path) for entry in entries(folder) if entry.name.endswith(".tar") and entry.name[0] != ".")
 
 
-def _has_word(stem: str, word: str) -> bool:
-    """`small-train-0001` has the word train, `constrained` does not."""
-    return re.search(rf"(?<![a-zA-Z]){re.escape(word)}(?![a-zA-Z])", stem) is not None
+def read_class_tars(shards: list[str], decoder: str) -> tuple[TarSet, list[str]]:
+    """Tars of class folders, or a tar per class (also inside a tar) -> (set, class names, sorted)."""
+    members = [*_members(shards)]
+    images = [member for member in members if not _fault(member.name)]
+    log_left_out(some(shards, 1), Counter(filter(None, (_fault(member.name) for member in members))))
+    labels = [Path(member.name).parent.name or Path(shards[member.shard]).stem for member in images]
+    found, targets = np.unique(labels, return_inverse=True)
+    return TarSet(shards, images, targets, decoder), found.tolist()
+
+
+def read_webdataset(shards: list[str], decoder: str) -> tuple[TarSet, list[str]]:
+    """WebDataset's shards: `key.jpg` beside `key.cls` (an integer) -> (set, class numbers as names). A key ends at the
+    first dot of a name; where that gives one key two images, and only there, at the last."""
+    members = [*_members(shards)]
+    images = [member for member in members if not _fault(member.name)]
+    classes = [member for member in members if member.name.endswith(".cls")]
+    try:
+        pairs = _paired(shards, images, classes, lambda name: name.split(".")[0])
+    except UserError as fault:
+        try:
+            pairs = _paired(shards, images, classes, lambda name: os.path.splitext(name)[0])
+        except UserError:
+            raise fault from None
+    log_left_out(some(shards, 1), {".cls without an image": len(classes) - len(pairs)})
+    targets = []
+    for _, member in pairs:
+        text = read_bytes(shards[member.shard], member.offset, member.size).decode("ascii", "replace").strip()
+        if not text.isdecimal():
+            raise UserError(f"{shards[member.shard]}: {member.name} should hold a class number, not '{text[:20]}'.")
+        targets.append(int(text))
+    names = [str(number) for number in range(max(targets, default=-1) + 1)]
+    return TarSet(shards, [image for image, _ in pairs], targets, decoder), names
+
+
+def _paired(shards: list[str], images: list[Member], classes: list[Member], stem: Callable[[str], str]
+            ) -> list[tuple[Member, Member]]:
+    """Each image with the class of its key: the shard, the folder, and the `stem` of the name."""
+    by_key = defaultdict(lambda: ([], []))
+    for kind, members in enumerate((images, classes)):
+        for member in members:
+            folder, name = os.path.split(member.name)
+            by_key[member.shard, folder, stem(name)][kind].append(member)
+    pairs = []
+    for (shard, _, key), (alike, labels) in by_key.items():
+        if not alike:
+            continue
+        if len(alike) == len(labels) == 1:
+            pairs.append((alike[0], labels[0]))
+            continue
+        several = alike if len(alike) > 1 else labels
+        fault = f"one key, '{key}', for {several[0].name} and {several[1].name}" if several else \
+            f"{alike[0].name} without a .cls file beside it that tells its class"
+        raise UserError(f"{shards[shard]}: there is {fault}; each image needs one .cls file of its key (the name up to "
+                        f"the first dot).")
+    return pairs
+
+
+def _fault(name: str) -> str:
+    """Why a file in a tar is no image; empty for one that is."""
+    if os.path.basename(name).startswith("."):
+        return "hidden"
+    extension = os.path.splitext(name)[1]
+    return "" if os.fsencode(extension).lower() in EXTENSIONS else extension or "without extension"
+
+
+def _members(shards: list[str]) -> Iterator[Member]:
+    for shard, path in enumerate(shards):
+        try:
+            with tarfile.open(path, "r:") as tar:
+                yield from _walk(tar, shard, "", 0)
+        except (tarfile.TarError, OSError) as error:
+            raise UserError(f"{path} cannot be read as an uncompressed tar file ({error}).") from error
+
+
+def _walk(tar: tarfile.TarFile, shard: int, prefix: str, start: int) -> Iterator[Member]:
+    for member in tar:
+        if not member.isfile():
+            continue
+        if member.name.endswith(".tar"):
+            with tarfile.open(fileobj=tar.extractfile(member), mode="r:") as inner:
+                yield from _walk(inner, shard, member.name.removesuffix(".tar") + "/", start + member.offset_data)
+        else:
+            yield Member(shard, prefix + member.name, start + member.offset_data, member.size)
+        tar.members = []  # tarfile would keep every header

@@ -8,7 +8,9 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -17,13 +19,12 @@ from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation, str_to_pil_interp
 from timm.data.transforms_factory import transforms_imagenet_train
 from torch import Tensor
-from torchvision.transforms import RandomHorizontalFlip, RandomVerticalFlip
 from torchvision.transforms.functional import crop, get_dimensions
 
 from deepvit.data.decode import AnyImage, to_pil, to_tensor
-from deepvit.errors import UserError, did_you_mean
+from deepvit.errors import UserError, choose
 
-INTERPOLATIONS = ("bilinear", "bicubic")
+INTERPOLATIONS = {"bilinear": ("bilinear",), "bicubic": ("bicubic",), "random": ("bilinear", "bicubic")}
 LONGEST = 16  # sides ratio above which an image is first cut to its middle: 20,000 x 10 would be resized to 123 MP
 NORMS = {"half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),  # as published (dvit_repo's default_cfg)
          "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -34,17 +35,14 @@ Patch = tuple[int, int, Tensor]  # top, left, normalised values [3, h, w]
 
 def norm_values(norm: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Name of a normalisation -> (mean, std) per channel, of values in 0..1."""
-    if norm not in NORMS:
-        raise UserError(f"data.norm={norm} is none of {', '.join(NORMS)}.{did_you_mean(norm, NORMS)}")
-    return NORMS[norm]
+    return choose("data.norm", norm, NORMS)
 
 
 def name_of_norm(mean: Sequence[float] | None, std: Sequence[float] | None) -> str | None:
     """The opposite of `norm_values`; None for others."""
-    told = [*(mean or ()), *(std or ())]
-    near = [name for name, values in NORMS.items()
-            if len(told) == 6 and all(abs(a - b) < 2e-3 for a, b in zip(sum(values, ()), told, strict=True))]
-    return near[0] if near else None
+    given = [*(mean or ()), *(std or ())]
+    return next((name for name, values in NORMS.items()
+                 if len(given) == 6 and np.allclose(sum(values, ()), given, rtol=0, atol=2e-3)), None)
 
 
 def resize(image: AnyImage, size: tuple[int, int], interpolation: str) -> AnyImage:
@@ -70,30 +68,27 @@ class CentreCrop:
         height, width = (min(side, LONGEST * min(sides)) for side in sides)
         if [height, width] != sides:
             image = crop(image, (sides[0] - height) // 2, (sides[1] - width) // 2, height, width)
-        new = _cover(height, width, *(math.floor(side / self.crop_pct) for side in self.size))
+        # The aspect kept, the size just covers the wanted one; torchvision's rounding of the longer side.
+        high, wide = (math.floor(side / self.crop_pct) for side in self.size)
+        if high * width <= wide * height:
+            new = max(high, int(wide * height / width)), wide
+        else:
+            new = high, max(wide, int(high * width / height))
         top, left = (round((have - side) / 2) for have, side in zip(new, self.size, strict=True))
         return crop(resize(image, new, self.interpolation), top, left, *self.size)
 
 
-def _cover(height: int, width: int, want_height: int, want_width: int) -> tuple[int, int]:
-    """Size with the aspect kept that just covers the wanted one; torchvision's rounding of the longer side."""
-    if want_height * width <= want_width * height:
-        return max(want_height, int(want_width * height / width)), want_width
-    return want_height, max(want_width, int(want_height * width / height))
-
-
 class RandomCrop(RandomResizedCropAndInterpolation):
-    """timm's random resized crop with timm's draws, for both kinds of images."""
+    """timm's random resized crop, with its draws, for both kinds of images."""
 
     def __init__(self, size: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float],
                  interpolation: str):
-        super().__init__(size, scale, ratio, "bilinear" if interpolation == "random" else interpolation)
-        self.names = INTERPOLATIONS if interpolation == "random" else (interpolation,)
+        self.names = INTERPOLATIONS[interpolation]
+        super().__init__(size, scale, ratio, self.names[0])
 
     def __call__(self, image: AnyImage) -> AnyImage:
         _, *whole = get_dimensions(image)
-        blank = torch.empty(1).expand(1, *whole)  # get_params asks it for its size alone
-        top, left, height, width = self.get_params(blank, self.scale, self.ratio)
+        top, left, height, width = self.get_params(image, self.scale, self.ratio)
         # Of an image of few pixels timm draws crops that round to nothing.
         box = min(top, whole[0] - 1), min(left, whole[1] - 1), max(height, 1), max(width, 1)
         name = random.choice(self.names) if len(self.names) > 1 else self.names[0]
@@ -119,31 +114,25 @@ class _Recorder:
 
 @dataclass
 class Transform:
-    """crop -> flips -> colour (PIL), and the rectangles to erase afterwards. Draws from the global generators."""
+    """crop -> flips -> colour (in PIL), and the rectangles to erase afterwards. Draws from the global generators."""
 
     size: tuple[int, int]
     crop: Callable[[AnyImage], AnyImage]
     flips: list[Callable[[AnyImage], AnyImage]] = field(default_factory=list)
-    colour: list[Callable[[Image.Image], Image.Image]] = field(default_factory=list)
+    colour: list[Callable[[AnyImage], Image.Image]] = field(default_factory=list)
     erasing: RandomErasing | None = None
-
-    @property
-    def random(self) -> bool:
-        """Whether it draws any random number."""
-        return isinstance(self.crop, RandomCrop) or bool(self.flips or self.colour or self.erasing)
 
     def __call__(self, image: AnyImage) -> tuple[Tensor, list[Patch]]:
         """-> (uint8 [3, S, S], rectangles to erase)."""
-        image = self.crop(image)
-        for step in [*self.flips, *([to_pil] if self.colour else []), *self.colour]:
+        for step in (self.crop, *self.flips, *self.colour):
             image = step(image)
         return to_tensor(image) if isinstance(image, Image.Image) else image, self._patches()
 
     def _patches(self) -> list[Patch]:
-        if self.erasing is None:
-            return []
+        """Draws the rectangles to erase."""
         recorder = _Recorder((3, *self.size))
-        self.erasing(recorder)
+        if self.erasing is not None:
+            self.erasing(recorder)
         return recorder.patches
 
 
@@ -152,58 +141,36 @@ def eval_transform(img_size: int | Sequence[int], crop_pct: float = 0.9, interpo
     return Transform(_pair(img_size), CentreCrop(_pair(img_size), crop_pct, interpolation))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """timm's ImageNet augmentation (`transforms_imagenet_train`); *_prob, hflip and vflip are probabilities."""
-
-    crop_scale: Sequence[float] | None = (0.08, 1.0)  # range of the random crop's area; None: the evaluation's crop
-    crop_ratio: Sequence[float] = (3 / 4, 4 / 3)  # range of its aspect
-    crop_pct: float = 0.9  # of the evaluation's crop
-    interpolation: str = "random"  # `bilinear`, `bicubic` or `random` (one of the two per sample)
-    hflip: float = 0.5
-    vflip: float = 0.0
-    color_jitter: float | Sequence[float] | None = 0.4  # as in timm without effect beside `auto_augment` but `3a`
-    auto_augment: str | None = None  # timm's string, e.g. `rand-m9-mstd0.5-inc1`
-    grayscale_prob: float = 0.0
-    gaussian_blur_prob: float = 0.0
-    random_erasing: float = 0.0  # probability
-    erasing_mode: str = "pixel"  # `const`, `rand` or `pixel`
-    erasing_count: int = 1  # rectangles at most
-    mean: Sequence[float] = NORMS["half"][0]  # colour of the pixels that RandAugment moves in
-
-
-def train_transform(img_size: int | Sequence[int], **recipe: object) -> Transform:
-    """What `Recipe` says for a side or (height, width) in pixels, the erasing recorded instead of written."""
-    asked, size = Recipe(**recipe), _pair(img_size)
-    _check_one_of("interpolation", asked.interpolation, (*INTERPOLATIONS, "random"))
-    _check_one_of("erasing_mode", asked.erasing_mode, ("const", "rand", "pixel"))
-    if asked.gaussian_blur_prob and min(size) < 12:
-        raise UserError(f"augment.gaussian_blur_prob={asked.gaussian_blur_prob} needs images of 12 pixels or more, as "
-                        f"timm's blur is 23 wide: set it to 0, or raise model.img_size.")
-    if asked.crop_scale is None:
-        name = "bicubic" if asked.interpolation == "random" else asked.interpolation
-        cut = CentreCrop(size, asked.crop_pct, name)
+def train_transform(img_size: int | Sequence[int], *, crop_scale: Sequence[float] | None = (0.08, 1.0),
+                    crop_ratio: Sequence[float] = (3 / 4, 4 / 3), crop_pct: float = 0.9, interpolation: str = "random",
+                    color_jitter: float | Sequence[float] | None = 0.4, random_erasing: float = 0.0,
+                    erasing_mode: str = "pixel", erasing_count: int = 1, mean: Sequence[float] = NORMS["half"][0],
+                    **timm: Any) -> Transform:
+    """timm's ImageNet augmentation to a side or (height, width) in pixels, the erasing recorded instead of written.
+    crop_scale, crop_ratio: ranges of the random crop's area and aspect; without crop_scale the evaluation's crop, of
+    `crop_pct`. interpolation: `bilinear`, `bicubic`, or `random` (one of them per sample). mean: colour of the pixels
+    that RandAugment moves in. timm: hflip, vflip, auto_augment, grayscale_prob, gaussian_blur_prob."""
+    size = _pair(img_size)
+    choose("augment.interpolation", interpolation, INTERPOLATIONS)
+    choose("augment.erasing_mode", erasing_mode, dict.fromkeys(("const", "rand", "pixel")))
+    if timm.get("gaussian_blur_prob") and min(size) < 12:
+        raise UserError(f"augment.gaussian_blur_prob={timm['gaussian_blur_prob']} needs images of 12 pixels or more, "
+                        f"as timm's blur is 23 wide: set it to 0, or raise model.img_size.")
+    if crop_scale is None:
+        cut = CentreCrop(size, crop_pct, "bicubic" if interpolation == "random" else interpolation)
     else:
-        cut = RandomCrop(size, _range(asked, "crop_scale"), _range(asked, "crop_ratio"), asked.interpolation)
-    flips = [flip(p=p) for flip, p in ((RandomHorizontalFlip, asked.hflip), (RandomVerticalFlip, asked.vflip)) if p > 0]
-    erasing = RandomErasing(asked.random_erasing, mode=asked.erasing_mode, max_count=asked.erasing_count, device="cpu")
-    return Transform(size, cut, flips, _colour(size, asked), erasing if asked.random_erasing > 0 else None)
-
-
-def _colour(size: tuple[int, int], asked: Recipe) -> list[Callable]:
-    jitter = asked.color_jitter or None
+        cut = RandomCrop(size, _range("crop_scale", crop_scale), _range("crop_ratio", crop_ratio), interpolation)
     try:
         stages = transforms_imagenet_train(
-            size, separate=True, interpolation=asked.interpolation, color_jitter=jitter, mean=asked.mean,
-            auto_augment=asked.auto_augment, grayscale_prob=asked.grayscale_prob,
-            gaussian_blur_prob=asked.gaussian_blur_prob)
+            size, separate=True, interpolation=interpolation, color_jitter=color_jitter or None, mean=mean,
+            re_prob=random_erasing, re_mode=erasing_mode, re_count=erasing_count, **timm)
     except (AssertionError, KeyError, ValueError) as error:
-        raise UserError(f"augment.auto_augment={asked.auto_augment} (such as rand-m9-mstd0.5-inc1) and "
-                        f"augment.color_jitter={jitter} are not both what timm takes ({error}).") from error
-    steps = list(stages[1].transforms)
-    for step in steps:
+        raise UserError(f"augment.auto_augment={timm.get('auto_augment')} (such as rand-m9-mstd0.5-inc1) and "
+                        f"augment.color_jitter={color_jitter} are not both what timm takes ({error}).") from error
+    (_, *flips), colour, final = (list(stage.transforms) for stage in stages)
+    for step in colour:
         mend_posterize(step)
-    return steps
+    return Transform(size, cut, flips, colour and [to_pil, *colour], final[-1] if random_erasing > 0 else None)
 
 
 def mend_posterize(step: Callable) -> None:
@@ -215,22 +182,15 @@ def mend_posterize(step: Callable) -> None:
 
 
 def _posterize(image: Image.Image, bits_to_keep: int, **options: object) -> Image.Image:
-    if bits_to_keep < 1:
-        return Image.new(image.mode, image.size)
-    return timm_posterize(image, bits_to_keep, **options)
+    black = Image.new(image.mode, image.size)
+    return black if bits_to_keep < 1 else timm_posterize(image, bits_to_keep, **options)
 
 
 def _pair(img_size: int | Sequence[int]) -> tuple[int, int]:
     return (img_size, img_size) if isinstance(img_size, int) else (int(img_size[0]), int(img_size[1]))
 
 
-def _range(asked: Recipe, name: str) -> tuple[float, float]:
-    values = getattr(asked, name)
+def _range(name: str, values: Sequence[float]) -> tuple[float, float]:
     if len(values) != 2 or not 0 < values[0] <= values[1]:
         raise UserError(f"augment.{name}={list(values)} must be [smallest, largest], both above 0.")
     return float(values[0]), float(values[1])
-
-
-def _check_one_of(setting: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise UserError(f"augment.{setting}={value} is none of {', '.join(choices)}.{did_you_mean(value, choices)}")

@@ -107,7 +107,7 @@ class Fit:
         waited = time.perf_counter() - start  # while the device may still have been at work
         self.meter.add(self.plan.batch_size, min(waited, self._newest.idle_s()) if self._newest else waited)
         self._note_bad(batches)
-        self._pil_fallbacks += sum(batch.refused for batch in batches)
+        self._pil_fallbacks += sum(batch.pil_fallbacks for batch in batches)
         return batches
 
     def _preempt(self) -> None:

@@ -1,35 +1,203 @@
-"""What a dialect is: how it is recognised, its table, what it computes that tensors do not tell, its resize rule."""
+"""A dialect: one implementation's layout of weights, as a table of names and tensor rules; and a file read by it."""
 
-from collections.abc import Callable, Mapping, Sequence, Set
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import Size
+import torch
+from torch import Size, Tensor, nn
 
+from deepvit.errors import UserError
 from deepvit.importers.files import WeightsFile
-from deepvit.importers.positions import Resize
-from deepvit.importers.table import Row
+from deepvit.importers.settings import Grid
+
+NUMBER, ANYTHING = r"(?:0|[1-9]\d{0,5})", ".+"
 
 
-class Told(NamedTuple):
-    """Settings that a dialect adds to what shapes decide, and remarks for the report."""
+class Rule(NamedTuple):
+    """How tensors become ours, `ours(*foreign)`, and back in the dialects that are written, `foreign(tensor)`."""
 
-    settings: dict[str, Any]
-    notes: list[str] = []
+    ours: Callable[..., Tensor]
+    foreign: Callable[[Tensor], Tensor] | None = None
+
+
+COPY = Rule(lambda tensor: tensor, lambda tensor: tensor)
+TRANSPOSE = Rule(lambda tensor: tensor.t())  # flax's [in, out] -> [out, in]
+FLATTEN = Rule(lambda tensor: tensor.reshape(-1))
+
+
+class Row(NamedTuple):
+    """One line of a table. `{l}`, `{b}`, `{u}` stand for numbers, the same on both sides, `{n}` for any name."""
+
+    foreign: str | tuple[str, ...]
+    ours: str | None  # None: dropped, and `why`
+    rule: Rule = COPY
+    why: str = ""
+
+
+def both(foreign: str, ours: str | None = None, rule: Rule = COPY) -> list[Row]:
+    """Weight and bias of a PyTorch layer; `ours` defaults to the same name."""
+    return [Row(f"{foreign}.{name}", f"{ours or foreign}.{name}", rule) for name in ("weight", "bias")]
+
+
+def flax_dense(foreign: str, ours: str) -> list[Row]:
+    return [Row(f"{foreign}/kernel", f"{ours}.weight", TRANSPOSE), Row(f"{foreign}/bias", f"{ours}.bias")]
+
+
+def flax_norm(foreign: str, ours: str) -> list[Row]:
+    """Scale and bias; old files store GroupNorm's as (1, 1, 1, C)."""
+    return [Row(f"{foreign}/scale", f"{ours}.weight", FLATTEN), Row(f"{foreign}/bias", f"{ours}.bias", FLATTEN)]
+
+
+class Step(NamedTuple):
+    """How one of our parameters is made: from which names of the file, by which rule, and its shape then."""
+
+    foreign: tuple[str, ...]
+    rule: Rule
+    shape: Size
+
+
+def translate(rows: Sequence[Row], shapes: Mapping[str, Size], source: str) -> tuple[dict[str, Step], dict[str, str]]:
+    """A table applied to a file's names and shapes: our names with the steps to them; and the names that are dropped,
+    with the reason. No tensor is read; `source` names file and dialect in messages. Raises UserError for names left
+    over, a missing part, two names for one parameter, or a shape that no rule fits."""
+    patterns = [(_names(row)[0], row) for row in rows]
+    steps: dict[str, Step] = {}
+    dropped: dict[str, str] = {}
+    left = set(shapes)
+    for name in shapes:
+        row, numbers = _match(patterns, name)
+        if row is None:
+            continue
+        names = tuple(part.format(**numbers) for part in _names(row))
+        if absent := [part for part in names if part not in shapes]:
+            raise UserError(f"{source} lacks '{absent[0]}', which goes with '{name}'.")
+        left.difference_update(names)
+        if row.ours is None:
+            dropped |= dict.fromkeys(names, row.why)
+            continue
+        ours = row.ours.format(**numbers)
+        if ours in steps:
+            raise UserError(f"{source} holds both '{steps[ours].foreign[0]}' and '{name}' for one parameter.")
+        steps[ours] = Step(names, row.rule, _shape(names, row.rule, shapes, source))
+    if left:
+        names = _listed(f"'{name[:80]}'" for name in sorted(left))
+        raise UserError(f"{source} holds {names}, which have no place in our models: it is of another kind of "
+                        f"model, or of another dialect.")
+    return steps, dropped
+
+
+def foreign_name(rows: Iterable[Row], ours: str) -> str:
+    """The dialect's name for one of our parameters, or ours if it has none."""
+    row, numbers = _match_ours(rows, ours)
+    return _names(row)[0].format(**numbers) if row else ours
+
+
+def write(rows: Iterable[Row], state: Mapping[str, Tensor], dialect: str) -> dict[str, Tensor]:
+    """Our state dict in a dialect's names: the table read backwards. Raises UserError for a parameter that the dialect
+    has no name for."""
+    written: dict[str, Tensor] = {}
+    for ours, tensor in state.items():
+        row, numbers = _match_ours(rows, ours)
+        if row is None:
+            raise UserError(f"The dialect '{dialect}' has no place for '{ours}': export to another one, "
+                            f"such as safetensors.")
+        written[row.foreign.format(**numbers)] = row.rule.foreign(tensor).contiguous()
+    return written
+
+
+def _names(row: Row) -> tuple[str, ...]:
+    return (row.foreign,) if isinstance(row.foreign, str) else row.foreign
+
+
+def _match_ours(rows: Iterable[Row], name: str) -> tuple[Row | None, dict[str, str]]:
+    return _match(((row.ours, row) for row in rows if row.ours is not None), name)
+
+
+def _match(patterns: Iterable[tuple[str, Row]], name: str) -> tuple[Row | None, dict[str, str]]:
+    """The first row whose pattern the name fits, and the numbers in the name."""
+    for pattern, row in patterns:
+        if found := _regex(pattern).fullmatch(name):
+            return row, found.groupdict()
+    return None, {}
+
+
+@cache
+def _regex(pattern: str) -> re.Pattern:
+    parts = re.split(r"\{(\w)\}", pattern)  # text, placeholder, text, ...
+    return re.compile("".join(f"(?P<{part}>{ANYTHING if part == 'n' else NUMBER})" if i % 2 else re.escape(part)
+                              for i, part in enumerate(parts)))
+
+
+def _shape(names: Sequence[str], rule: Rule, shapes: Mapping[str, Size], source: str) -> Size:
+    try:
+        return rule.ours(*(torch.empty(shapes[name], device="meta") for name in names)).shape
+    except (RuntimeError, ValueError, TypeError, IndexError, OverflowError):
+        found = ", ".join(f"'{name}' {tuple(shapes[name])}" for name in names)
+        raise UserError(f"{source} holds {found}, a shape that does not fit its name.") from None
+
+
+def _listed(names: Iterable[str]) -> str:
+    first, more = [*names][:3], [*names][3:]
+    return ", ".join(first) + (f" and {len(more)} more" if more else "")
+
+
+@dataclass
+class Report:
+    """What was done to load a file; `print(report)` shows it in sentences."""
+
+    path: Path
+    dialect: str
+    weights: str = "raw"  # or "ema"
+    tensors: int = 0  # loaded into the model
+    resized: list[str] = field(default_factory=list)
+    dropped: dict[str, str] = field(default_factory=dict)  # name in the file -> why
+    fresh: list[str] = field(default_factory=list)  # parameters that did not come from the file
+    notes: list[str] = field(default_factory=list)
+    said: dict[str, Any] = field(default_factory=dict)  # the file's metadata: arch, classes, ...
+    head: nn.Module | None = None  # the classifier that came from the file, whose classes `said` names
+
+    def __str__(self) -> str:
+        which = "averaged (EMA)" if self.weights == "ema" else "raw"
+        lines = [f"{self.path}: {self.tensors} tensors, {which} weights, read as dialect '{self.dialect}'"]
+        lines += [f"  resized: {text}" for text in self.resized]
+        for why in dict.fromkeys(self.dropped.values()):
+            lines.append(f"  dropped: {_listed(name for name in self.dropped if self.dropped[name] == why)} ({why})")
+        lines += [f"  not from the file: {', '.join(self.fresh)}"] if self.fresh else []
+        return "\n".join(lines + [f"  note: {note}" for note in self.notes])
 
 
 class Dialect(NamedTuple):
     """
-    speaks: whether a set of names is this dialect's.
+    matches: whether a file is in this dialect, by its metadata or names.
     rows: the table, given the file and the caller's keywords (some layouts need `in_chans`).
-    tells: (file, settings decided by shapes, our shapes, caller's keywords) -> the rest of the settings; with
-        `img_size` only where the file tells it.
-    resize: the rule for position embeddings of another image size.
-    square_only: its models know square images only.
+    infer: the settings that shapes do not decide, given the caller's keywords; `img_size` only if the file tells it.
+        Remarks go into the source's report.
+    resize: (positions `[1, 1 + N, D]`, their grid, the model's grid) -> positions of the model's images.
+    square_only: its models take square images only.
     """
 
     name: str
-    speaks: Callable[[Set[str]], bool]
+    matches: Callable[[WeightsFile], bool]
     rows: Callable[[WeightsFile, Mapping[str, Any]], Sequence[Row]]
-    tells: Callable[[WeightsFile, Mapping[str, Any], Mapping[str, Size], Mapping[str, Any]], Told]
-    resize: Resize
+    infer: Callable[["Source", Mapping[str, Any]], dict[str, Any]]
+    resize: Callable[[Tensor, Grid, Grid], Tensor]
     square_only: bool = False
+
+
+@dataclass
+class Source:
+    """A file read as a dialect."""
+
+    file: WeightsFile
+    dialect: Dialect
+    rows: Sequence[Row]
+    steps: dict[str, Step]
+    settings: dict[str, Any]  # those that its tensors decide
+    report: Report
+
+    def __str__(self) -> str:
+        return str(self.file.path)

@@ -1,44 +1,40 @@
 """Google's .npz files (google-research/vision_transformer): ViT-B/16, B/32, L/16, L/32, H/14 and the R50 hybrids.
 
 Google computes GELU by its tanh approximation, applies `pre_logits` where the file has it, and pads as SAME.
+jeonsworld/ViT-pytorch reads the same files by its own arithmetic (erf GELU, no pre_logits) and saves a .bin.
 """
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Size, Tensor
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from deepvit.importers import positions
-from deepvit.importers.dialect import Dialect, Told
+from deepvit.errors import UserError
+from deepvit.importers.dialect import Dialect, Row, Rule, Source, both, flax_dense, flax_norm
 from deepvit.importers.files import WeightsFile
-from deepvit.importers.table import HWIO, STACK, Row, Rule, flax_dense, flax_norm
+from deepvit.importers.settings import Grid
+
+HWIO = Rule(lambda kernel: kernel.permute(3, 2, 0, 1))  # [rows, columns, in, out] -> [out, in, rows, columns]
+MERGE_HEADS = Rule(lambda kernel: kernel.flatten(0, 1).t())  # [H, d, D] -> [D, H * d]
+STACK = Rule(lambda *parts: torch.cat(parts))  # q, k, v -> rows of qkv
+STACK_KERNELS = Rule(lambda *kernels: torch.cat([kernel.flatten(1, 2).t() for kernel in kernels]))  # each [D, H, d]
+STACK_BIASES = Rule(lambda *biases: torch.cat([bias.flatten() for bias in biases]))  # each [H, d]
 
 BLOCK = "Transformer/encoderblock_{l}"
 ATTENTION = f"{BLOCK}/MultiHeadDotProductAttention_1"
 QKV = ("query", "key", "value")
-
-
-def _qkv(*kernels: Tensor) -> Tensor:
-    """Three kernels [D, H, d] -> [3 * H * d, D]."""
-    width, heads, head_dim = kernels[0].shape
-    return STACK.ours(*(kernel.reshape(width, heads * head_dim).t() for kernel in kernels))
-
-
-def _qkv_bias(*biases: Tensor) -> Tensor:
-    return STACK.ours(*(bias.reshape(-1) for bias in biases))
-
-
 UNIT, OUR_UNIT = "block{b}/unit{u}", "patch_embed.body.block{b}.unit{u}"
-ROWS = [
+NPZ_ROWS = [
     Row("cls", "cls_token"),
     Row("Transformer/posembed_input/pos_embedding", "pos_embed"),
     Row("embedding/kernel", "patch_embed.proj.weight", HWIO),
     Row("embedding/bias", "patch_embed.proj.bias"),
     *flax_norm(f"{BLOCK}/LayerNorm_0", "blocks.{l}.norm1"),
-    Row(tuple(f"{ATTENTION}/{part}/kernel" for part in QKV), "blocks.{l}.attn.qkv.weight", Rule(_qkv)),
-    Row(tuple(f"{ATTENTION}/{part}/bias" for part in QKV), "blocks.{l}.attn.qkv.bias", Rule(_qkv_bias)),
-    Row(f"{ATTENTION}/out/kernel", "blocks.{l}.attn.proj.weight",
-        Rule(lambda kernel: kernel.flatten(0, 1).t())),  # [H, d, D] -> [D, H * d]
+    Row(tuple(f"{ATTENTION}/{part}/kernel" for part in QKV), "blocks.{l}.attn.qkv.weight", STACK_KERNELS),
+    Row(tuple(f"{ATTENTION}/{part}/bias" for part in QKV), "blocks.{l}.attn.qkv.bias", STACK_BIASES),
+    Row(f"{ATTENTION}/out/kernel", "blocks.{l}.attn.proj.weight", MERGE_HEADS),
     Row(f"{ATTENTION}/out/bias", "blocks.{l}.attn.proj.bias"),
     *flax_norm(f"{BLOCK}/LayerNorm_2", "blocks.{l}.norm2"),
     *flax_dense(f"{BLOCK}/MlpBlock_3/Dense_0", "blocks.{l}.mlp.fc1"),
@@ -54,26 +50,83 @@ ROWS = [
     Row(f"{UNIT}/conv_proj/kernel", f"{OUR_UNIT}.downsample.weight", HWIO),
     *flax_norm(f"{UNIT}/gn_proj", f"{OUR_UNIT}.gn_proj"),
 ]
+VIT_PYTORCH_NPZ_ROWS = [
+    row._replace(ours=None, why="ViT-pytorch has no pre_logits layer and ignores it")
+    if row.ours.startswith("pre_logits") else row for row in NPZ_ROWS]
+
+EMBED, LAYER = "transformer.embeddings", "transformer.encoder.layer.{l}"
+BIN_UNIT = f"{EMBED}.hybrid_model.body.block{{b}}.unit{{u}}"
+BIN_ROWS = [
+    Row(f"{EMBED}.cls_token", "cls_token"),
+    Row(f"{EMBED}.position_embeddings", "pos_embed"),
+    *both(f"{EMBED}.patch_embeddings", "patch_embed.proj"),
+    *both(f"{LAYER}.attention_norm", "blocks.{l}.norm1"),
+    *(Row(tuple(f"{LAYER}.attn.{part}.{name}" for part in QKV), f"blocks.{{l}}.attn.qkv.{name}", STACK)
+      for name in ("weight", "bias")),
+    *both(f"{LAYER}.attn.out", "blocks.{l}.attn.proj"),
+    *both(f"{LAYER}.ffn_norm", "blocks.{l}.norm2"),
+    *both(f"{LAYER}.ffn.fc1", "blocks.{l}.mlp.fc1"),
+    *both(f"{LAYER}.ffn.fc2", "blocks.{l}.mlp.fc2"),
+    *both("transformer.encoder.encoder_norm", "norm"),
+    *both("head"),
+    Row(f"{EMBED}.hybrid_model.root.conv.weight", "patch_embed.root.conv.weight"),
+    *both(f"{EMBED}.hybrid_model.root.gn", "patch_embed.root.gn"),
+    *(Row(f"{BIN_UNIT}.{layer}.weight", f"{OUR_UNIT}.{layer}.weight")
+      for layer in ("conv1", "conv2", "conv3", "downsample")),
+    *(row for layer in ("gn1", "gn2", "gn3", "gn_proj") for row in both(f"{BIN_UNIT}.{layer}", f"{OUR_UNIT}.{layer}")),
+]
+ZOO_HEADS = {768: 12, 1024: 16, 1280: 16}  # width -> heads in ViT-pytorch's configs, which a .bin does not tell
 
 
-def speaks(names: Set[str]) -> bool:
-    return "Transformer/posembed_input/pos_embedding" in names
+def _is_npz(file: WeightsFile) -> bool:
+    return "Transformer/posembed_input/pos_embedding" in file.shapes
 
 
-def heads(file: WeightsFile) -> int:
-    """H as the query kernel [D, H, d] has it."""
-    return file.shapes[f"{ATTENTION}/query/kernel".format(l=0)][1]
+def _vit_pytorch_rows(file: WeightsFile, given: Mapping[str, Any]) -> Sequence[Row]:
+    return VIT_PYTORCH_NPZ_ROWS if _is_npz(file) else BIN_ROWS
 
 
-def with_arithmetic(stem: Any, arithmetic: str) -> Any:
-    """The stem's settings; a hybrid's with the side of ARITHMETICS it is to follow."""
-    return stem if isinstance(stem, str) else {**stem, "arithmetic": arithmetic}
+def _infer_google(source: Source, given: Mapping[str, Any]) -> dict[str, Any]:
+    source.report.notes.append("taken as Google's (tanh GELU, pre_logits applied); dialect='vit_pytorch' computes the "
+                               "file as ViT-pytorch")
+    return _infer_both(source, "google") | {"gelu": "tanh"}
 
 
-def _tells(file: WeightsFile, told: Mapping[str, Any], shapes: Mapping[str, Size], given: Mapping[str, Any]) -> Told:
-    note = "taken as Google's (tanh GELU, pre_logits applied); dialect='vit_pytorch' computes the file as ViT-pytorch"
-    return Told({"gelu": "tanh", "norm_eps": 1e-6, "stem": with_arithmetic(told["stem"], "google"),
-                 "num_heads": heads(file)}, [note])
+def _infer_vit_pytorch(source: Source, given: Mapping[str, Any]) -> dict[str, Any]:
+    settings, width = _infer_both(source, "vit_pytorch") | {"gelu": "erf"}, source.settings["embed_dim"]
+    if "num_heads" not in settings | given and width in ZOO_HEADS:
+        settings["num_heads"] = ZOO_HEADS[width]
+        source.report.notes.append(f"{ZOO_HEADS[width]} heads, as ViT-pytorch's models of width {width} have; the "
+                                   f"file does not tell")
+    return settings
 
 
-DIALECT = Dialect("google", speaks, lambda file, given: ROWS, _tells, positions.google, square_only=True)
+def _infer_both(source: Source, arithmetic: str) -> dict[str, Any]:
+    """H as the query kernel [D, H, d] of a .npz has it; a hybrid's stem with the side of ARITHMETICS it follows."""
+    stem, query = source.settings["stem"], source.file.shapes.get(f"{ATTENTION}/query/kernel".format(l=0))
+    return {"norm_eps": 1e-6, "stem": stem if isinstance(stem, str) else {**stem, "arithmetic": arithmetic},
+            **({"num_heads": query[1]} if query else {})}
+
+
+def zoom(pos: Tensor, old: Grid, new: Grid) -> Tensor:
+    """Google's rule and ViT-pytorch's, `scipy.ndimage.zoom(order=1)`: bilinear between aligned corners.
+
+    Where scipy's rounding leaves its last row and column at zero (35 pairs of sides up to 32 and 48, such as 16 -> 30)
+    this refuses: zeros are no embedding, and anything else would not be Google's model.
+    """
+    if any(zoom_leaves_zeros(before, after) for before, after in zip(old, new, strict=True)):
+        raise UserError(f"Google's rule for {old[0]}x{old[1]} -> {new[0]}x{new[1]} patches leaves position "
+                        f"embeddings at zero (a rounding in scipy's zoom): choose another img_size.")
+    grid = pos[:, 1:].reshape(1, *old, -1).permute(0, 3, 1, 2).float()  # [1, D, rows, columns]
+    grid = F.interpolate(grid, new, mode="bilinear", align_corners=True)
+    return torch.cat([pos[:, :1].float(), grid.flatten(2).mT], dim=1)
+
+
+def zoom_leaves_zeros(old: int, new: int) -> bool:
+    """Whether scipy's zoom samples its last point outside the grid: `(new - 1) * ((old - 1) / (new - 1)) > old - 1`."""
+    return new > 1 and (new - 1) * ((old - 1) / (new - 1)) > old - 1
+
+
+GOOGLE = Dialect("google", _is_npz, lambda file, given: NPZ_ROWS, _infer_google, zoom, square_only=True)
+VIT_PYTORCH = Dialect("vit_pytorch", lambda file: f"{EMBED}.position_embeddings" in file.shapes,
+                      _vit_pytorch_rows, _infer_vit_pytorch, zoom, square_only=True)

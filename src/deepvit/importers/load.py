@@ -4,25 +4,27 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from deepvit.errors import Untold, UserError, did_you_mean
-from deepvit.importers import deepvit, deepvit_flax, google, lucidrains, ours, timm, vit_pytorch
-from deepvit.importers.dialect import Dialect, Told
-from deepvit.importers.files import WeightsFile, open_weights, takes_average
-from deepvit.importers.fill import Head, Report, Source, fill, other_head
-from deepvit.importers.positions import Grid, grid_of, native_grid, pair
-from deepvit.importers.settings import empty_model, head_width, settings_from_config, settings_from_shapes
-from deepvit.importers.table import translate
+from deepvit.importers import deepvit, google, lucidrains, ours, timm
+from deepvit.importers.dialect import Dialect, Report, Source, Step, foreign_name, translate
+from deepvit.importers.files import open_weights, takes_average
+from deepvit.importers.settings import Grid, empty_model, grid_of, pair, settings_from_config, settings_from_shapes
 from deepvit.models import ViT, list_models, model_config
+from deepvit.models.init import init_weights
 
-DIALECTS: dict[str, Dialect] = {module.DIALECT.name: module.DIALECT for module in (
-    ours, deepvit, google, vit_pytorch, deepvit_flax, lucidrains, timm)}
+# In the order in which they are tried: timm's names are in ours and in the published checkpoints too
+DIALECTS: dict[str, Dialect] = {dialect.name: dialect for dialect in (
+    ours.OURS, deepvit.DEEPVIT, google.GOOGLE, google.VIT_PYTORCH, lucidrains.FLAX, lucidrains.LUCIDRAINS, timm.TIMM)}
 DECIDED = ("embed_dim", "depth", "num_heads", "in_chans", "patch_size", "qkv_bias")  # a keyword must not contradict
 NAMED = ("ours", "deepvit", "timm")  # dialects whose files may leave it to a name what the model is
 SCALARS = ("gelu", "norm_eps", "residual_scale", "map_scale", "pool", "final_norm")  # told by no shape
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+Head = Literal["keep", "reset", "zero"]
 log = logging.getLogger("deepvit")
 
 
@@ -31,26 +33,24 @@ def load_model(path: str | Path, *, dialect: str | None = None, ema: bool = Fals
     """Builds the model that a weights file describes, and loads it strictly. See docs/importing.md for the dialects.
 
     Args:
-        path: a checkpoint of ours, a published `.pth.tar`, Google's `.npz`, flax's npz or msgpack, ...
-        dialect: one of `DIALECTS`; None: found out from the content.
+        path: a checkpoint of ours, a published `.pth.tar`, Google's `.npz`, flax's npz or msgpack, ...; a run's folder;
+            or a name such as `timm:NAME`.
+        dialect: one of `DIALECTS` (default: detected from the content).
         ema: take the averaged weights.
         head: `keep` the file's classifier, or start it anew (`reset`: random, `zero`).
         arch: the model that was trained, where the file does not tell: a name of `list_models()`, of the published
             DeepViT code or of timm.
         grid_size: (rows, columns) of patches that the file's positions stand for, where it does not tell.
         **keywords: of `ViT`, for what the file does not tell (`num_heads`, `pool`, ...) or to change the image size.
-    Returns:
-        a `ViT` in training mode with `.config` and `.load_report` (a `Report`).
-    Raises:
-        UserError: the file is missing, torn, poisoned or foreign, or does not fit what was asked.
+
+    Returns a `ViT` in training mode with `.config` and `.load_report` (a `Report`). Raises UserError if the file is
+    missing, torn, poisoned or foreign, or does not fit what was asked.
     """
     source = _understand(path, dialect, ema, arch, keywords)
     _refuse_contradictions(source, keywords)
     config, grid = _settings(source, keywords, grid_size)
-    if head == "keep" and config["num_classes"] != source.told["num_classes"]:
-        raise other_head(source, config["num_classes"])
     model = empty_model(config, str(source))
-    fill(model, source, grid, head)
+    _fill(model, source, grid, head)
     model.load_report = source.report
     log.info("%s", source.report)
     return model
@@ -63,15 +63,8 @@ def open_model(path: str | Path, weights: str = "auto", **keywords: Any) -> ViT:
 
 def told_settings(path: str | Path, given: Mapping[str, Any], dialect: str | None = None, ema: bool = False
                   ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Reads a weights file's names and shapes alone.
-
-    Args:
-        given: keywords of `ViT` that count whatever the file tells.
-    Returns:
-        the settings of the model that the file tells, and what it tells besides (`Report.said`).
-    Raises:
-        UserError: as `load_model`.
-    """
+    """The model's settings by a weights file's names and shapes alone, and the file's metadata (`Report.said`).
+    `given`: keywords of `ViT` that count whatever the file tells. Raises UserError as `load_model`."""
     source = _understand(path, dialect, ema, None, given)
     return _settings(source, given, None)[0], source.report.said
 
@@ -81,31 +74,27 @@ def load_weights(model: ViT, path: str | Path, dialect: str | None = None, ema: 
     """Loads a weights file into a model you have, strictly; position embeddings are resized to the model's images.
 
     Args:
+        path, dialect, ema, grid_size: as `load_model`.
         head: `keep` asks for as many classes as the model has; `reset` and `zero` leave the file's head out.
-        classes: the model's, in order: a kept head of the same classes in another order is brought into theirs, one
-            of other classes is refused, where the file names its own.
-        grid_size: as `load_model`.
-    Returns:
-        a `Report` of what was resized, dropped or does not agree.
-    Raises:
-        UserError: as `load_model`; the model is unchanged if names or shapes do not fit.
+        classes: the model's, in order: a kept head of the same classes in another order is reordered, one of other
+            classes is refused (where the file names its own).
+
+    Returns a `Report` of what was resized, dropped or does not agree. Raises UserError as `load_model`; the model is
+    unchanged if names or shapes do not fit.
     """
     if not isinstance(model, ViT):
         raise UserError(f"load_weights fills models of deepvit.create_model, not a {type(model).__name__}.")
-    heads = model.blocks[0].attn.num_heads
-    config = {"residual_scale": None, "map_scale": None, **getattr(model, "config", {}), "num_heads": heads}
+    config = model.config
     source = _understand(path, dialect, ema, None, config)
-    rest = _tells(source, config)
-    source.told["num_heads"] = {**source.told, **rest.settings}.get("num_heads", heads)
-    source.report.notes += [f"the model has {key}={config[key]}, these weights were made with {rest.settings[key]}"
-                            for key in SCALARS if config.get(key, rest.settings.get(key)) != rest.settings.get(key)
-                            and key in rest.settings]
-    grid = _grid(source, rest.settings.get("img_size"), model.grid_size, grid_size)
+    inferred = source.dialect.infer(source, config)
+    source.report.notes += [f"the model has {key}={config[key]}, these weights were made with {inferred[key]}"
+                            for key in SCALARS if key in inferred and config[key] != inferred[key]]
+    grid = _grid(source, inferred.get("img_size"), model.grid_size, grid_size)
+    source.settings["num_heads"] = heads = {**config, **source.settings, **inferred}["num_heads"]
     try:
-        if source.told["num_heads"] != heads:
-            raise UserError(f"{source} has {source.told['num_heads']} heads, the model {heads}: its logits would be "
-                            f"others.")
-        fill(model, source, grid, head, classes)
+        if heads != config["num_heads"]:
+            raise UserError(f"{source} has {heads} heads, the model {config['num_heads']}: its logits would differ.")
+        _fill(model, source, grid, head, classes)
     except UserError as error:
         raise UserError(f"{error}{_advice(source, config)}") from None
     log.info("%s", source.report)
@@ -120,97 +109,95 @@ def _understand(path: str | Path, dialect: str | None, ema: bool, arch: str | No
     file = open_weights(path, ema)
     if arch is not None:
         file.said |= {"arch": _known_arch(arch)} | ({} if file.said.get("arch") == arch else {"model_args": None})
-    spoken = DIALECTS[dialect] if dialect else _find_dialect(file)
-    if arch is not None and (spoken.name not in NAMED or "config" in file.said):
-        raise UserError(f"{file.path} already says which model it is (dialect '{spoken.name}'): leave arch={arch} out.")
-    translation = translate(spoken.rows(file, given), file.shapes, f"{file.path} (read as dialect '{spoken.name}')")
-    told = settings_from_shapes(translation.shapes, str(file.path))
+    found = DIALECTS[dialect] if dialect else next((one for one in DIALECTS.values() if one.matches(file)), None)
+    if found is None:
+        raise UserError(f"{file.path} holds tensors such as '{next(iter(file.shapes))[:80]}' that no known "
+                        f"dialect has: the dialects are {', '.join(DIALECTS)}.")
+    if arch is not None and (found.name not in NAMED or "config" in file.said):
+        raise UserError(f"{file.path} already says which model it is (dialect '{found.name}'): leave arch={arch} out.")
+    rows = found.rows(file, given)
+    steps, dropped = translate(rows, file.shapes, f"{file.path} (read as dialect '{found.name}')")
+    settings = settings_from_shapes({name: step.shape for name, step in steps.items()}, str(file.path))
     said = {key: value for key, value in file.said.items() if not isinstance(value, Tensor)}
-    return Source(file, spoken, translation, told, Report(
-        file.path, spoken.name, "ema" if ema else "raw", dropped=dict(translation.dropped), said=said))
+    report = Report(file.path, found.name, "ema" if ema else "raw", dropped=dropped, said=said)
+    return Source(file, found, rows, steps, settings, report)
 
 
 def _known_arch(arch: str) -> str:
     known = [*list_models(), *deepvit.ARCHS]
     if arch not in known and not timm.named_model(str(arch)):
-        raise UserError(f"arch={arch} is no model known here: choose from {', '.join(known)}, or one of timm's "
+        raise UserError(f"arch={arch} is not a known model: choose from {', '.join(known)}, or one of timm's "
                         f"vit_<size>_patch... names.{did_you_mean(arch, known)}")
     return arch
 
 
-def _find_dialect(file: WeightsFile) -> Dialect:
-    names = file.shapes.keys()
-    if ours.is_ours(file):
-        return DIALECTS["ours"]
-    if file.said.get("arch") in deepvit.ARCHS:  # a plain ViT of that code looks like timm's
-        return DIALECTS["deepvit"]
-    for spoken in DIALECTS.values():
-        if spoken.speaks(names):
-            return spoken
-    raise UserError(f"{file.path} holds tensors such as '{next(iter(names))[:80]}' that no dialect known here has: "
-                    f"the dialects are {', '.join(DIALECTS)}.")
-
-
-def _tells(source: Source, given: Mapping[str, Any]) -> Told:
-    rest = source.spoken.tells(source.file, source.told, source.translation.shapes, given)
-    source.report.notes += rest.notes
-    return rest
-
-
 def _refuse_contradictions(source: Source, given: Mapping[str, Any]) -> None:
-    told = source.told
+    shaped = source.settings
     wrong = [key for key, value in given.items()
-             if key in DECIDED and key in told and value not in (told[key], (told[key],) * 2, [told[key]] * 2)]
+             if key in DECIDED and key in shaped and value not in (shaped[key], (shaped[key],) * 2, [shaped[key]] * 2)]
     if wrong:
         asked = ", ".join(f"{key}={given[key]!r}" for key in wrong)
         raise UserError(f"{asked} is asked for, but the tensors of {source} say "
-                        f"{', '.join(repr(told[key]) for key in wrong)}: leave {', '.join(wrong)} out.")
+                        f"{', '.join(repr(shaped[key]) for key in wrong)}: leave {', '.join(wrong)} out.")
 
 
 def _settings(source: Source, given: Mapping[str, Any], grid_size: Sequence[int] | None
               ) -> tuple[dict[str, Any], Grid]:
     """Settings of the model: by shapes, then by the dialect, then by the caller; and the grid of the file's
     positions."""
-    told, rest = source.told, _tells(source, given)
-    config = model_config("vit") | {"num_heads": None} | told | rest.settings | dict(given)
+    shaped, inferred = source.settings, source.dialect.infer(source, given)
+    config = model_config("vit") | {"num_heads": None} | shaped | inferred | dict(given)
     if config["num_heads"] is None:
         raise Untold(f"{source} does not tell its number of heads: give num_heads=... ({config['embed_dim']} "
                      f"channels).")
-    if "head_dim" not in {**rest.settings, **given}:
-        config["head_dim"] = head_width(source.translation.shapes, config["num_heads"], str(source))
-    own = rest.settings.get("img_size")
-    asked = grid_of(given["img_size"], told["patch_size"]) if "img_size" in given else None
-    grid = _grid(source, own, asked, grid_size)
-    if asked is None and not (own and grid_of(own, told["patch_size"]) == grid):
-        height, width = (side * patch for side, patch in zip(grid, pair(told["patch_size"]), strict=True))
+    if shaped["stem"] == "conv" and not {"residual_scale", "map_scale"} <= {**inferred, **given}.keys():
+        raise Untold(f"{source} has a conv stem and does not tell residual_scale and map_scale: give them (published: "
+                     f"0.5 and, in L, 1.0, in S head_dim**-0.5), or arch=NAME (such as deepvit_s).")
+    if "head_dim" not in {**inferred, **given}:
+        inner, heads = source.steps["blocks.0.attn.qkv.weight"].shape[0] // 3, config["num_heads"]
+        if not isinstance(heads, int) or heads < 1 or inner % heads:
+            raise UserError(f"The attention of {source} has {inner} channels, which do not divide into {heads} heads: "
+                            f"give another num_heads, or get the file again.")
+        config["head_dim"] = None if inner == shaped["embed_dim"] else inner // heads
+    own, patch = inferred.get("img_size"), shaped["patch_size"]
+    wanted = grid_of(given["img_size"], patch) if "img_size" in given else None
+    grid = _grid(source, own, wanted, grid_size)
+    if wanted is None and not (own and grid_of(own, patch) == grid):
+        height, width = (side * pixels for side, pixels in zip(grid, pair(patch), strict=True))
         config["img_size"] = height if height == width else [height, width]
     return config, grid
 
 
-def _grid(source: Source, own: Any, asked: Grid | None, given: Sequence[int] | None) -> Grid | None:
-    """Rows and columns of patches that the file's positions stand for: what is given, what the file's own image size
-    makes of them, what is asked for, or a square."""
-    count = source.translation.shapes["pos_embed"][1] - 1
+def _grid(source: Source, own: Any, wanted: Grid | None, given: Sequence[int] | None) -> Grid:
+    """Rows and columns of patches that the file's positions stand for: `given`; or by the image size of its `own` that
+    the file tells; or a square; or the `wanted` model's. Raises Untold if both of the last two fit, or nothing does."""
+    count = source.steps["pos_embed"].shape[1] - 1
     if given is not None:
         if not (isinstance(given, Sequence) and len(given) == 2 and all(isinstance(side, int) for side in given)
                 and math.prod(given) == count):
             raise UserError(f"grid_size={given} is not the grid of the {count} patch positions of {source}: give "
                             f"[rows, columns].")
         return tuple(given)
-    own = grid_of(own, source.told["patch_size"]) if own else None
-    grid = native_grid(count, own, asked or own or (0, 0), source.spoken.square_only, str(source))
-    if grid is None and asked is None:
-        raise Untold(f"{source} has {count} patch positions, no square: give img_size=[height, width] in pixels.")
-    return grid
+    if own and math.prod(grid := grid_of(own, source.settings["patch_size"])) == count:
+        return grid
+    side = math.isqrt(max(count, 0))
+    is_square = side > 0 and side * side == count
+    if wanted and math.prod(wanted) == count and not source.dialect.square_only and wanted != (side, side):
+        if is_square:
+            raise Untold(f"{source} has {count} patch positions and does not tell whether they are {side}x{side} or "
+                         f"{wanted[0]}x{wanted[1]}: give grid_size=[rows, columns] of the file.")
+        return wanted
+    if not is_square:
+        raise Untold(f"{source} has {count} patch positions, no square: give grid_size=[rows, columns] of the file"
+                     f"{'.' if wanted else ', or img_size=[height, width] in pixels.'}")
+    return side, side
 
 
 def _advice(source: Source, config: Mapping[str, Any]) -> str:
     """All settings in which a model differs from the file's tensors, as a command line would set them."""
-    if "embed_dim" not in config:
-        return ""
-    mine = config | settings_from_config({**config, "num_classes": source.told["num_classes"]}, "the model")
+    mine = config | settings_from_config({**config, "num_classes": source.settings["num_classes"]}, "the model")
     changes = [f"{_typed(key, value)} (now {_typed(key, mine[key]).partition('=')[2]})"
-               for key, value in source.told.items() if key in mine and mine[key] != value]
+               for key, value in source.settings.items() if key in mine and mine[key] != value]
     return f" The weights are of a model with {', '.join(changes)}." if changes else ""
 
 
@@ -220,3 +207,103 @@ def _typed(key: str, value: Any) -> str:
         return f"model/attention={value['name']}"
     plain = "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value).replace(" ", "")
     return f"model.{key}={plain}"
+
+
+def _fill(model: ViT, source: Source, grid: Grid, head: Head, classes: Sequence[str] | None = None) -> None:
+    """Copies the weights into the model, which is unchanged unless names, shapes and classes fit."""
+    if head not in ("keep", "reset", "zero"):
+        raise UserError(f"head={head!r} is not known: choose from keep, reset, zero.")
+    report, steps = source.report, dict(source.steps)
+    order = _order_of_classes(source, classes) if head == "keep" else None
+    _set_head_aside(model, source, steps, head)
+    _check_fit(model, source, steps, head)
+    state = _with_storage(model, source)
+    with torch.no_grad():
+        for name, step in steps.items():
+            tensor = _read(source, step)
+            if name == "pos_embed" and grid != model.grid_size:
+                tensor = source.dialect.resize(tensor, grid, model.grid_size)
+                sizes = " -> ".join(f"{rows}x{columns}" for rows, columns in (grid, model.grid_size))
+                report.resized.append(f"pos_embed {sizes} patches by the rule '{source.dialect.resize.__name__}'")
+            if order is not None and name.startswith("head."):
+                tensor = tensor[order]
+            state[name].copy_(tensor)
+        if head != "keep" and isinstance(model.head, nn.Linear):
+            init_weights(model.head) if head == "reset" else [nn.init.zeros_(p) for p in model.head.parameters()]
+        fresh = [name for name in state if name not in steps]
+        for name in fresh:
+            if name.endswith("num_batches_tracked"):
+                state[name].zero_()
+    report.tensors, report.fresh = len(steps), fresh
+    report.head = model.head if head == "keep" else None
+
+
+def _order_of_classes(source: Source, classes: Sequence[str] | None) -> list[int] | None:
+    """Rows of the file's head in the order of `classes`; None if they are already, or the file names no classes."""
+    held = source.report.said.get("classes")
+    if classes is None or not isinstance(held, list) or len(held) != len(classes) or held == list(classes):
+        return None
+    held = list(map(str, held))
+    places = {name: index for index, name in enumerate(held)}
+    if absent := [name for name in classes if name not in places]:
+        theirs = next(name for name in held if name not in set(classes))
+        raise UserError(f"{source} classifies other classes (it has '{theirs}', the data '{absent[0]}'): start the "
+                        f"head anew with head=reset (or head=zero).")
+    source.report.notes.append("its classes are the data's in another order: the head's rows were reordered")
+    return [places[name] for name in classes]
+
+
+def _set_head_aside(model: ViT, source: Source, steps: dict[str, Step], head: Head) -> None:
+    """Leaves out a head that starts anew; refuses one of another size that is kept."""
+    held = source.settings["num_classes"]
+    if head == "keep":
+        if held != model.num_classes:
+            raise UserError(f"{source} has {f'a head of {held} classes' if held else 'no head'}, the model is to have "
+                            f"{model.num_classes}: start the head anew with head=reset (or head=zero).")
+        return
+    without = ("head.", "pre_logits.") if isinstance(model.pre_logits, nn.Identity) else ("head.",)
+    for name in [name for name in steps if name.startswith(without)]:
+        source.report.dropped |= dict.fromkeys(steps.pop(name).foreign, f"head={head}")
+
+
+def _check_fit(model: ViT, source: Source, steps: Mapping[str, Step], head: Head) -> None:
+    """Every parameter and buffer must be in the file, positions in any number, all else with its shape; and no more."""
+    rows, state = source.rows, model.state_dict()
+    for name, tensor in state.items():
+        if name not in steps:
+            if name.endswith("num_batches_tracked") or (head != "keep" and name.startswith("head.")):
+                continue
+            raise UserError(f"{source} lacks '{foreign_name(rows, name)}', which the model needs.")
+        if steps[name].shape != tensor.shape and name != "pos_embed":
+            raise UserError(f"{source} has '{foreign_name(rows, name)}' as {tuple(steps[name].shape)} in our layout, "
+                            f"the model has {tuple(tensor.shape)}.")
+    if extra := [name for name in steps if name not in state]:
+        raise UserError(f"{source} has '{foreign_name(rows, extra[0])}'"
+                        f"{f' and {len(extra) - 1} more' if len(extra) > 1 else ''}, for which the model has no place.")
+
+
+def _with_storage(model: ViT, source: Source) -> dict[str, Tensor]:
+    """The model's parameters and buffers, in memory."""
+    state = model.state_dict(keep_vars=True)
+    if not any(tensor.is_meta for tensor in state.values()):
+        return state
+    try:
+        model.to_empty(device="cpu")
+    except RuntimeError as error:
+        raise UserError(f"The model of {source} for images of {model.img_size} pixels does not fit into memory "
+                        f"({str(error)[-80:]}): choose a smaller img_size.") from None
+    return model.state_dict(keep_vars=True)
+
+
+def _read(source: Source, step: Step) -> Tensor:
+    """A parameter from the file; UserError for one that is no finite floating point."""
+    tensor, name = step.rule.ours(*(source.file.read(foreign) for foreign in step.foreign)), step.foreign[0]
+    if name.endswith("num_batches_tracked") and not tensor.is_complex():
+        return tensor
+    if tensor.dtype not in FLOATS:
+        raise UserError(f"{source} holds '{name}' as {tensor.dtype}, not in floating point of 16 to 64 bits: it "
+                        f"is refused.")
+    if not tensor.isfinite().all():
+        raise UserError(f"{source} holds NaN or infinity in '{name}': its training went wrong, take another "
+                        f"checkpoint.")
+    return tensor

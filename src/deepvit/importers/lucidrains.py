@@ -1,17 +1,79 @@
-"""lucidrains/vit-pytorch `vit_pytorch.deepvit.DeepViT`: one model, three generations of names."""
+"""Two re-implementations of DeepViT that project flattened patches.
 
-from collections.abc import Mapping, Sequence, Set
+lucidrains/vit-pytorch's `vit_pytorch.deepvit.DeepViT`: one model, three generations of names. And its port
+conceptofmind/DeepViT-flax: a parameter tree, as .npz or as flax's msgpack, with or without `params/` in front.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Size
+from torch import Tensor
 
-from deepvit.importers.deepvit_flax import assumptions, in_channels, unflatten
-from deepvit.importers.dialect import Dialect, Told
+from deepvit.errors import Untold, UserError
+from deepvit.importers.dialect import TRANSPOSE, Dialect, Row, Rule, Source, both, flax_dense, flax_norm
 from deepvit.importers.files import WeightsFile
-from deepvit.importers.positions import first_rows
-from deepvit.importers.table import TRANSPOSE, Row, Rule, both
+from deepvit.importers.settings import Grid
 from deepvit.models import attention_config
 
+
+def _patch_sizes(patch_dim: int, positions: Sequence[int], given: Mapping[str, Any], source: str) -> tuple[int, int]:
+    """(channels, side) of a flattened square patch: by in_chans or patch_size where given, else by an img_size that
+    just fits the file's `positions` (their shape), else 3 channels, or 1 or 4 if only one of them makes a square."""
+    readings = [(patch_dim // side**2, side) for side in range(1, math.isqrt(max(patch_dim, 0)) + 1)
+                if patch_dim % side**2 == 0]
+    if given.get("in_chans"):
+        found = [one for one in readings if one[0] == given["in_chans"]]
+    elif given.get("patch_size"):
+        found = [one for one in readings if _is_square(given["patch_size"], one[1])]
+    else:
+        found = ([one for one in readings if _fits(given.get("img_size"), positions, one[1])]
+                 or [one for one in readings if one[0] == 3] or [one for one in readings if one[0] in (1, 4)])
+    if len(found) == 1:
+        return found[0]
+    known = " or ".join(f"in_chans={channels} (patches of {side} pixels)" for channels, side in found)
+    raise Untold(f"{source} has patches of {patch_dim} numbers: give {known or 'an in_chans that makes a square'}.")
+
+
+def _is_square(size: Any, side: int) -> bool:
+    return size == side or isinstance(size, Sequence) and list(size) == [side, side]
+
+
+def _fits(img_size: Any, positions: Sequence[int], side: int) -> bool:
+    """Whether patches of `side` pixels make an image of that size at all positions that the file has."""
+    count = positions[1] - 1 if len(positions) == 3 else 0
+    return count > 0 and _is_square(img_size, math.isqrt(count) * side)
+
+
+def _unflatten(channels: int, side: int) -> Rule:
+    """A patch projection [D, p * p * C], patch flattened as (row, column, channel) -> [D, C, p, p]."""
+    return Rule(lambda weight: weight.view(-1, side, side, channels).permute(0, 3, 1, 2))
+
+
+def _note_assumptions(source: Source, given: Mapping[str, Any]) -> None:
+    """Remarks on what was taken because neither file nor caller told it."""
+    channels, side, notes = source.settings["in_chans"], source.settings["patch_size"], source.report.notes
+    if "pool" not in given:
+        notes.append("the file does not tell its pooling: class token, the package's default; pool='mean' takes the "
+                     "mean of all tokens")
+    if not given.keys() & {"in_chans", "patch_size"}:
+        whole = _fits(given.get("img_size"), source.steps["pos_embed"].shape, side)
+        others = [(4 * channels, side // 2)] if side % 2 == 0 and not whole else []
+        others += [(channels // 4, 2 * side)] if channels % 4 == 0 else []
+        notes += [f"taken as {channels} channels and patches of {side} pixels; in_chans={count} makes patches of "
+                  f"{pixels} of them" for count, pixels in others]
+
+
+def first_rows(pos: Tensor, old: Grid, new: Grid) -> Tensor:
+    """The rule of DeepViT-flax and vit-pytorch: a smaller image takes the first rows, a larger one has none."""
+    tokens = 1 + new[0] * new[1]
+    if tokens > pos.shape[1]:
+        raise UserError(f"The weights know {pos.shape[1] - 1} positions, the model needs {tokens - 1}: this dialect "
+                        f"takes the first rows and has none for larger images; choose a smaller img_size.")
+    return pos[:, :tokens]
+
+
+# vit-pytorch
 
 def _block(attention: str, norm1: str, norm2: str, fc1: str, fc2: str) -> list[Row]:
     layer = "transformer.layers.{l}"
@@ -33,34 +95,63 @@ FRAME = [Row("cls_token", "cls_token"), Row("pos_embedding", "pos_embed"),
          *both("mlp_head.0", "norm"), *both("mlp_head.1", "head")]
 
 
-def _patch(file: WeightsFile, given: Mapping[str, Any]) -> list[Row]:
-    """The patch projection; since 1.0.0 as layer 2, between two LayerNorms."""
+def _rows(file: WeightsFile, given: Mapping[str, Any]) -> list[Row]:
+    """The patch projection is layer 2 of its stem since 1.0.0, between two LayerNorms."""
     normed = "to_patch_embedding.2.weight" in file.shapes
     linear = "to_patch_embedding.2" if normed else "to_patch_embedding.1"
     patch_dim, positions = (file.shapes.get(f"{linear}.weight") or (0,))[-1], file.shapes.get("pos_embedding", ())
-    channels, side = in_channels(patch_dim, positions, given, str(file.path))
-    project = [Row(f"{linear}.weight", "patch_embed.proj.weight", unflatten(channels, side)),
-               Row(f"{linear}.bias", "patch_embed.proj.bias")]
-    if not normed:
-        return project
+    channels, side = _patch_sizes(patch_dim, positions, given, str(file.path))
     reorder = Rule(lambda norm: norm.view(side, side, channels).permute(2, 0, 1).reshape(-1))  # (channel, row, column)
-    return [*both("to_patch_embedding.1", "patch_embed.norm_in", reorder), *project,
-            *both("to_patch_embedding.3", "patch_embed.norm_out")]
+    norms = [*both("to_patch_embedding.1", "patch_embed.norm_in", reorder),
+             *both("to_patch_embedding.3", "patch_embed.norm_out")] if normed else []
+    return [*FRAME, Row(f"{linear}.weight", "patch_embed.proj.weight", _unflatten(channels, side)),
+            Row(f"{linear}.bias", "patch_embed.proj.bias"), *norms,
+            *(WRAPPED if "transformer.layers.0.0.fn.fn.reattn_weights" in file.shapes else CURRENT)]
 
 
-def _rows(file: WeightsFile, given: Mapping[str, Any]) -> Sequence[Row]:
-    wrapped = "transformer.layers.0.0.fn.fn.reattn_weights" in file.shapes
-    return [*FRAME, *_patch(file, given), *(WRAPPED if wrapped else CURRENT)]
+def _infer(source: Source, given: Mapping[str, Any]) -> dict[str, Any]:
+    _note_assumptions(source, given)
+    return {"gelu": "erf", "norm_eps": 1e-5, "attention": attention_config("reattention_ln"), "pool": "cls",
+            "final_norm": "after_pool"}
 
 
-def _speaks(names: Set[str]) -> bool:
-    return ("transformer.layers.0.0.reattn_weights" in names
-            or "transformer.layers.0.0.fn.fn.reattn_weights" in names)
+# DeepViT-flax
+
+def _flax_block(l: int) -> list[Row]:
+    attention, feed_forward = f"Transformer_0/Attention_{l}", f"Transformer_0/FeedForward_{l}"
+    return [
+        *flax_norm(f"Transformer_0/PreNorm_{2 * l}/LayerNorm_0", f"blocks.{l}.norm1"),
+        Row(f"{attention}/Dense_0/kernel", f"blocks.{l}.attn.qkv.weight", TRANSPOSE),
+        Row(f"{attention}/reattn_weights", f"blocks.{l}.attn.mix.weight", TRANSPOSE),  # [source, new] -> [new, source]
+        *flax_norm(f"{attention}/LayerNorm_0", f"blocks.{l}.attn.norm"),
+        *flax_dense(f"{attention}/Dense_1", f"blocks.{l}.attn.proj"),
+        *flax_norm(f"Transformer_0/PreNorm_{2 * l + 1}/LayerNorm_0", f"blocks.{l}.norm2"),
+        *flax_dense(f"{feed_forward}/Dense_0", f"blocks.{l}.mlp.fc1"),
+        *flax_dense(f"{feed_forward}/Dense_1", f"blocks.{l}.mlp.fc2"),
+    ]
 
 
-def _tells(file: WeightsFile, told: Mapping[str, Any], shapes: Mapping[str, Size], given: Mapping[str, Any]) -> Told:
-    return Told({"gelu": "erf", "norm_eps": 1e-5, "attention": attention_config("reattention_ln"), "pool": "cls",
-                 "final_norm": "after_pool"}, assumptions(told, shapes, given))
+def _flax_rows(file: WeightsFile, given: Mapping[str, Any]) -> list[Row]:
+    depth = sum(name.endswith("/reattn_weights") for name in file.shapes)
+    patch_dim, positions = (file.shapes.get("Dense_0/kernel") or (0,))[0], file.shapes.get("pos_embedding", ())
+    unflatten = _unflatten(*_patch_sizes(patch_dim, positions, given, str(file.path)))
+    return [
+        Row("cls", "cls_token"),
+        Row("pos_embedding", "pos_embed"),
+        Row("Dense_0/kernel", "patch_embed.proj.weight", Rule(lambda kernel: unflatten.ours(kernel.t().contiguous()))),
+        Row("Dense_0/bias", "patch_embed.proj.bias"),
+        *(row for l in range(depth) for row in _flax_block(l)),
+        *flax_norm("LayerNorm_0", "norm"),
+        *flax_dense("Dense_1", "head"),
+    ]
 
 
-DIALECT = Dialect("lucidrains", _speaks, _rows, _tells, first_rows, square_only=True)
+def _infer_flax(source: Source, given: Mapping[str, Any]) -> dict[str, Any]:
+    attention = {**attention_config("reattention_ln"), "norm_eps": 1e-6}
+    return _infer(source, given) | {"gelu": "tanh", "norm_eps": 1e-6, "attention": attention}
+
+
+LUCIDRAINS = Dialect("lucidrains", lambda file: any(name.endswith(".reattn_weights") for name in file.shapes),
+                     _rows, _infer, first_rows, square_only=True)
+FLAX = Dialect("deepvit_flax", lambda file: any(name.endswith("/reattn_weights") for name in file.shapes),
+               _flax_rows, _infer_flax, first_rows, square_only=True)

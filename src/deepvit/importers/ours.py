@@ -1,122 +1,153 @@
-"""What this framework writes: its own names, with the model's settings as plain JSON beside them.
+"""What this framework writes: our own names, with the model's settings as plain JSON beside them.
 
 A checkpoint is `{"format": "deepvit", "version": 1, "model": ..., "ema": ..., "config": {...}, "classes": [...]}`;
 a safetensors export holds the same (without tensors) as JSON in its metadata under `deepvit`.
 """
 
+import json
 import math
-from collections.abc import Mapping, Sequence, Set
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from torch import Size
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from timm.utils import unwrap_model
+from torch import Tensor, nn
 
-from deepvit.errors import Untold, UserError
-from deepvit.importers.dialect import Dialect, Told
+from deepvit.errors import Untold, UserError, reason
+from deepvit.importers.dialect import Dialect, Row, Source
 from deepvit.importers.files import WeightsFile
-from deepvit.importers.positions import bicubic, grid_of
-from deepvit.importers.settings import PER_HEAD, settings_from_config
-from deepvit.importers.table import Row
-from deepvit.models import list_models, model_config
+from deepvit.importers.settings import PER_HEAD, empty_model, grid_of, settings_from_config
+from deepvit.importers.timm import bicubic
+from deepvit.models import ViT, list_models, model_config
 
 FORMAT, VERSION = "deepvit", 1
-
-NORM, LINEAR = ("weight", "bias"), ("weight", "bias")
-BATCH_NORM = (*NORM, "running_mean", "running_var", "num_batches_tracked")
-
-
-def same(layer: str, names: Sequence[str]) -> list[Row]:
-    """Rows of a layer that the other side names as we do."""
-    return [Row(f"{layer}.{name}", f"{layer}.{name}") for name in names]
+SUFFIXES = (".safetensors", ".pt", ".pth")
+ORIGIN = ("classes", "class_names", "run")  # of the head, told by the file that it came from
 
 
-FRAME = [Row("cls_token", "cls_token"), Row("pos_embed", "pos_embed"), *same("patch_embed.proj", LINEAR),
-         *same("norm", NORM), *same("head", LINEAR)]
-BLOCK = [row for layer in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
-         for row in same(f"blocks.{{l}}.{layer}", LINEAR)]
-LAYER_SCALE = [row for layer in ("ls1", "ls2") for row in same(f"blocks.{{l}}.{layer}", ["gamma"])]
-CONV_STEM = [*same("patch_embed", ["conv1.weight", "conv2.weight"]),
-             *same("patch_embed.bn1", BATCH_NORM), *same("patch_embed.bn2", BATCH_NORM)]
-ROWS = [Row("{n}", "{n}")]
+def save_model(model: nn.Module, path: str | Path, classes: Sequence[str] | None = None) -> None:
+    """Writes a model's weights with its settings; `deepvit.load_model(path)` reads the same model back.
+
+    The model is one of `deepvit.create_model` or `timm.create_model`, also within DistributedDataParallel or
+    torch.compile; `path` is `*.safetensors` (settings in the metadata), `*.pt` or `*.pth`, and an existing file is
+    replaced whole; `classes` are names in the order of the logits (default: those that came with the head from a file).
+    Raises UserError for another kind of model, one whose layers were changed by hand, or a path that cannot be written.
+    """
+    write(Path(path), described(unwrap_model(model), classes))
 
 
-def _speaks(names: Set[str]) -> bool:
-    return "cls_token" in names and any(name.endswith(tuple(f".attn.{part}" for part in PER_HEAD)) for name in names)
+def write(path: Path, content: dict[str, Any]) -> None:
+    """A file of `described`'s content, which may have more to tell in plain JSON."""
+    if path.suffix not in SUFFIXES:
+        raise UserError(f"Models are written as {', '.join(SUFFIXES)}, and {path} is none: choose another name.")
+    aside = path.with_name(path.name + ".tmp")
+    try:
+        if path.suffix == ".safetensors":
+            save_tensors(aside, content.pop("model"), {"deepvit": json.dumps(content)})
+        else:
+            torch.save(content, aside)
+        os.replace(aside, path)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        aside.unlink(missing_ok=True)
+        raise UserError(f"{path} cannot be written ({reason(error)}): choose another path.") from None
 
 
-def is_ours(file: WeightsFile) -> bool:
-    """Whether the file says so: by its format, its settings, or one of our models' names."""
-    config = file.said.get("config")
-    named = file.said.get("arch") in list_models() and "blocks.0.attn.qkv.weight" in file.shapes
+def described(model: nn.Module, classes: Sequence[str] | None = None) -> dict[str, Any]:
+    """The content of a checkpoint of ours: the weights as `model`, and all else as plain JSON."""
+    if not isinstance(model, ViT):
+        raise UserError(f"save_model writes models of deepvit.create_model, not a {type(model).__name__}.")
+    if classes is not None and len(classes) != model.num_classes:
+        raise UserError(f"{len(classes)} classes are given, the model has {model.num_classes}: give a name for each.")
+    state = model.state_dict()
+    built = empty_model(model.config, "The model").state_dict()
+    if wrong := next((name for name in {**state, **built} if name not in state or name not in built
+                      or state[name].shape != built[name].shape), None):
+        raise UserError(f"The model's '{wrong}' is not what its config makes, so it could not be loaded again: change "
+                        f"models by their settings (reset_classifier for the head).")
+    report = getattr(model, "load_report", None)
+    said = report.said if report and classes is None and report.head is model.head else {"classes": classes}
+    return {"format": FORMAT, "version": VERSION, "config": model.config, "model": state,
+            **{key: said[key] for key in ORIGIN if said.get(key) is not None}}
+
+
+def save_tensors(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """A safetensors file with the mode that the umask gives (the library's own is readable to its owner alone)."""
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path,
+              metadata={"format": "pt", **(metadata or {})})
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
+def _matches(file: WeightsFile) -> bool:
+    """By the file's format, its settings, the name of one of our models, or parameters that only ours have."""
+    config, names = file.said.get("config"), file.shapes.keys()
+    named = file.said.get("arch") in list_models() and "blocks.0.attn.qkv.weight" in names
     return (file.said.get("format") == FORMAT or isinstance(config, Mapping) and {"embed_dim", "attention"} <= {*config}
-            or named and not any(".reatten_matrix." in name for name in file.shapes))
+            or named and not any(".reatten_matrix." in name for name in names) or "cls_token" in names
+            and any(name.endswith(tuple(f".attn.{part}" for part in PER_HEAD)) for name in names))
 
 
-def _tells(file: WeightsFile, told: Mapping[str, Any], shapes: Mapping[str, Size], given: Mapping[str, Any]) -> Told:
-    """The stored settings, once they agree with the tensors; without any, those of the model that is named."""
-    config, version = file.said.get("config"), file.said.get("version", VERSION)
+def _infer(source: Source, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The stored settings, once they agree with the tensors; without any, those of the model that `arch` names."""
+    said, shaped = source.file.said, source.settings
+    config, version = said.get("config"), said.get("version", VERSION)
     if config is None:
-        return _without_config(file, told, given)
+        return _infer_named(source) if said.get("arch") in list_models() else _check_given(source, given)
     if not isinstance(config, Mapping) or not all(isinstance(key, str) for key in config):
-        raise UserError(f"{file.path} holds model settings ('config') that are no mapping: it is torn or forged.")
+        raise UserError(f"{source} holds model settings ('config') that are not a mapping: it is torn or forged.")
     if version != VERSION:
-        raise UserError(f"{file.path} is a checkpoint of version {version!r}, this is deepvit for version {VERSION}.")
-    if not _fits(config.get("img_size"), told["patch_size"], shapes["pos_embed"][1] - 1):
-        raise UserError(f"{file.path} says img_size {config.get('img_size')}, which its positions "
-                        f"{tuple(shapes['pos_embed'])} do not fit: it is torn or forged.")
-    _check_sizes(file, config, told)
+        raise UserError(f"{source} is a checkpoint of version {version!r}, this is deepvit for version {VERSION}.")
+    positions = source.steps["pos_embed"].shape
+    try:
+        count = math.prod(grid_of(config.get("img_size"), shaped["patch_size"]))
+    except UserError:
+        count = None
+    if count != positions[1] - 1:
+        raise UserError(f"{source} says img_size {config.get('img_size')}, which its positions {tuple(positions)} do "
+                        f"not fit: it is torn or forged.")
+    _check_sizes(source, config)
     if isinstance(attention := config.get("attention"), Mapping):  # older files have sync_norm, which was for training
         config = {**config, "attention": {key: value for key, value in attention.items() if key != "sync_norm"}}
-    return Told({**config, "num_classes": told["num_classes"]})
+    return {**config, "num_classes": shaped["num_classes"]}
 
 
-def _check_sizes(file: WeightsFile, config: Mapping[str, Any], told: Mapping[str, Any]) -> None:
-    """Sizes that would be built before shapes are compared."""
+def _check_sizes(source: Source, config: Mapping[str, Any]) -> None:
+    """Sizes that decide how much is built before shapes are compared."""
     for key in ("embed_dim", "depth"):
-        if config.get(key) != told[key]:
-            raise UserError(f"{file.path} says {key} {config.get(key)!r}, its tensors have {told[key]}: "
+        if config.get(key) != source.settings[key]:
+            raise UserError(f"{source} says {key} {config.get(key)!r}, its tensors have {source.settings[key]}: "
                             f"it is torn or forged.")
 
 
-def _fits(img_size: Any, patch_size: Any, count: int) -> bool:
-    try:
-        return math.prod(grid_of(img_size, patch_size)) == count
-    except UserError:
-        return False
-
-
-def _without_config(file: WeightsFile, told: Mapping[str, Any], given: Mapping[str, Any]) -> Told:
-    """Settings of weights that another trainer saved: of the model that `arch` names (with the keywords that timm's
-    train.py stored), as far as the tensors agree; or those given."""
-    arch = file.said.get("arch")
-    if arch not in list_models():
-        return _given(file, told, given)
-    keywords = _keywords_of_timm(file)
-    _check_sizes(file, told | keywords, told)
+def _infer_named(source: Source) -> dict[str, Any]:
+    """Settings of weights that another trainer saved: of the model that `arch` names, with the keywords that timm's
+    train.py stored, as far as the tensors agree."""
+    arch, keywords = source.file.said["arch"], dict(source.file.said.get("model_args") or {})
+    if pool := keywords.pop("global_pool", None):
+        keywords["pool"] = "cls" if pool == "token" else pool
+    _check_sizes(source, source.settings | keywords)
     base = model_config(arch) | keywords
-    named = settings_from_config(base, str(file.path))
-    other = [key for key in told if named.get(key) != told[key] and key != "num_classes"]
-    settings = {key: value for key, value in base.items() if key not in other and key != "num_classes"}
-    note = f"its arch '{arch}' is taken with the tensors' {', '.join(f'{key}={told[key]}' for key in other)}"
-    return Told(settings, [note] if other else [])
+    named = settings_from_config(base, str(source))
+    other = {key: value for key, value in source.settings.items()
+             if named.get(key) != value and key != "num_classes"}
+    if other:
+        sizes = ", ".join(f"{key}={value}" for key, value in other.items())
+        source.report.notes.append(f"its arch '{arch}' is taken with the tensors' {sizes}")
+    return {key: value for key, value in base.items() if key not in other and key != "num_classes"}
 
 
-def _given(file: WeightsFile, told: Mapping[str, Any], given: Mapping[str, Any]) -> Told:
+def _check_given(source: Source, given: Mapping[str, Any]) -> dict[str, Any]:
     """Nothing, once the caller has told what tensors do not tell."""
-    if not given.keys() - (told.keys() - {"attention", "depth"}) - {"img_size", "num_classes"}:
-        raise Untold(f"{file.path} holds our names without model settings ('config'): say which model it is with "
+    if not given.keys() - (source.settings.keys() - {"attention", "depth"}) - {"img_size", "num_classes"}:
+        raise Untold(f"{source} holds our names without model settings ('config'): say which model it is with "
                      f"arch=NAME (such as deepvit16) or by its settings (attention=..., map_scale=...), or load it "
                      f"into a model you have with load_weights.")
-    if told["stem"] == "conv" and not {"residual_scale", "map_scale"} <= given.keys():
-        raise Untold(f"{file.path} has a conv stem and does not tell residual_scale and map_scale: give them, or "
-                     f"arch=NAME (such as deepvit_s).")
-    return Told({})
+    return {}
 
 
-def _keywords_of_timm(file: WeightsFile) -> dict[str, Any]:
-    """Keywords of `ViT` that were given to `timm.create_model`, in our words."""
-    keywords = dict(file.said.get("model_args") or {})
-    pool = keywords.pop("global_pool", None)
-    return keywords | ({"pool": "cls" if pool == "token" else pool} if pool else {})
-
-
-DIALECT = Dialect("ours", _speaks, lambda file, given: ROWS, _tells, bicubic)
+OURS = Dialect("ours", _matches, lambda file, given: [Row("{n}", "{n}")], _infer, bicubic)

@@ -1,53 +1,52 @@
 """timm's VisionTransformer state dicts: our names already, but for the norm after average pooling."""
 
 import re
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
 import timm
 import torch
-from timm.layers import GELU, GELUTanh
+from timm.layers import GELU, GELUTanh, resample_abs_pos_embed
 from timm.models import VisionTransformer, is_model
-from torch import Size, nn
+from torch import Tensor, nn
 
 from deepvit.errors import Untold, UserError
-from deepvit.importers.dialect import Dialect, Told
-from deepvit.importers.files import WeightsFile
-from deepvit.importers.ours import BLOCK, FRAME, LAYER_SCALE, same
-from deepvit.importers.positions import bicubic
-from deepvit.importers.table import Row, both
+from deepvit.importers.dialect import Dialect, Row, Source, both
+from deepvit.importers.settings import Grid
 from deepvit.models import list_models, model_config
 
-AFTER_POOL = both("fc_norm", "norm")
-ROWS = [*FRAME, *BLOCK, *LAYER_SCALE, *same("pre_logits.0", ("weight", "bias")),
-        *both("pre_logits.fc", "pre_logits.0")]
+FRAME = [Row("cls_token", "cls_token"), Row("pos_embed", "pos_embed"),
+         *(row for layer in ("patch_embed.proj", "norm", "head") for row in both(layer))]
+BLOCK = [row for layer in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+         for row in both(f"blocks.{{l}}.{layer}")]
+LAYER_SCALE = [Row(name, name) for name in ("blocks.{l}.ls1.gamma", "blocks.{l}.ls2.gamma")]
+AFTER_POOL = both("fc_norm", "norm")  # `norm` and `fc_norm` are one norm, before or after pooling: a file has either
+ROWS = [*FRAME, *BLOCK, *LAYER_SCALE, *both("pre_logits.0"), *both("pre_logits.fc", "pre_logits.0")]
 SIZES = {192: "tiny has 3", 384: "small has 6", 768: "base has 12", 1024: "large has 16", 1280: "huge has 16"}
 
 
-def _speaks(names: Set[str]) -> bool:
-    return {"blocks.0.attn.qkv.weight", "patch_embed.proj.weight", "pos_embed"} <= names
-
-
-def _rows(file: WeightsFile, given: Mapping[str, Any]) -> list[Row]:
-    """`norm` and `fc_norm` are one norm, before or after pooling: a file has either."""
-    return [*AFTER_POOL, *ROWS]
-
-
-def _tells(file: WeightsFile, told: Mapping[str, Any], shapes: Mapping[str, Size], given: Mapping[str, Any]) -> Told:
+def _infer(source: Source, given: Mapping[str, Any]) -> dict[str, Any]:
+    file = source.file
     named, arguments = named_model(file.said.get("arch") or ""), file.said.get("model_args") or {}
     heads = arguments.get("num_heads") or (named.blocks[0].attn.num_heads if named else given.get("num_heads"))
     if heads is None:
-        raise Untold(f"{file.path} does not tell its number of heads: give num_heads=..., or arch=NAME of timm's or "
-                     f"of deepvit's models{_readings(told['embed_dim'])}.")
-    averaged, eps = "fc_norm.weight" in file.shapes, named.blocks[0].norm1.eps if named else 1e-6
-    return Told({"gelu": _gelu(file, named), "norm_eps": eps, "num_heads": heads, "pool": "avg" if averaged else "cls",
-                 "final_norm": "after_pool" if averaged else "before_pool"})
+        raise Untold(f"{source} does not tell its number of heads: give num_heads=..., or arch=NAME of timm's or "
+                     f"of deepvit's models{_known_heads(source.settings['embed_dim'])}.")
+    act = named.blocks[0].mlp.act if named else nn.GELU()
+    if not isinstance(act, (nn.GELU, GELU, GELUTanh)):
+        raise UserError(f"{source} is of a model with {type(act).__name__}, which no ViT of ours has: take one with "
+                        f"GELU.")
+    is_tanh = isinstance(act, GELUTanh) or getattr(act, "approximate", "none") == "tanh"
+    averaged = "fc_norm.weight" in file.shapes
+    return {"gelu": "tanh" if is_tanh else "erf", "norm_eps": named.blocks[0].norm1.eps if named else 1e-6,
+            "num_heads": heads, "pool": "avg" if averaged else "cls",
+            "final_norm": "after_pool" if averaged else "before_pool"}
 
 
 @cache
 def named_model(arch: str) -> VisionTransformer | None:
-    """timm's model of that name, without storage; None for what is no plain ViT of timm's.
+    """timm's model of that name, without storage; None if it is not a plain ViT.
 
     Of what a file says only the name is used, and only of models that are ViTs by their name.
     """
@@ -59,16 +58,8 @@ def named_model(arch: str) -> VisionTransformer | None:
     return model if isinstance(model, VisionTransformer) else None
 
 
-def _gelu(file: WeightsFile, named: VisionTransformer | None) -> str:
-    act = named.blocks[0].mlp.act if named else None
-    if act is not None and not isinstance(act, (nn.GELU, GELU)):
-        raise UserError(f"{file.path} is of a model with {type(act).__name__}, which no model here has: take one with "
-                        f"GELU.")
-    return "tanh" if getattr(act, "approximate", "none") == "tanh" or isinstance(act, GELUTanh) else "erf"
-
-
-def _readings(width: int) -> str:
-    """The models known here that are so wide, and their heads."""
+def _known_heads(width: int) -> str:
+    """The known models of this width, and their heads."""
     known = [f"timm's {SIZES[width]}"] if width in SIZES else []
     ours = sorted({(model["num_heads"], name) for name in list_models() if (model := model_config(name))["embed_dim"]
                    == width and model["attention"]["class"] == "SelfAttention"})
@@ -76,4 +67,11 @@ def _readings(width: int) -> str:
     return f" (of width {width}: {', '.join(known)})" if known else f" (its width is {width})"
 
 
-DIALECT = Dialect("timm", _speaks, _rows, _tells, bicubic)
+def bicubic(pos: Tensor, old: Grid, new: Grid) -> Tensor:
+    """timm's rule: antialiased bicubic, class row kept. pos `[1, 1 + old rows * columns, D]` -> `[1, 1 + new, D]`."""
+    return resample_abs_pos_embed(pos, new_size=list(new), old_size=list(old), num_prefix_tokens=1)
+
+
+TIMM = Dialect("timm",
+               lambda file: {"blocks.0.attn.qkv.weight", "patch_embed.proj.weight", "pos_embed"} <= file.shapes.keys(),
+               lambda file, given: [*AFTER_POOL, *ROWS], _infer, bicubic)

@@ -178,14 +178,14 @@ def batch_maker(settings: Settings, train: inputs.ImageSet, ranks: Ranks
             return on_device.train_batches(**share)
         steps = inputs.train_batches(train, transform, seed=seed, workers=data.workers,
                                      pin=ranks.device.type == "cuda", **share)
-        return inputs.ahead(steps, ranks.device)
+        return inputs.prefetch(steps, ranks.device)
 
     return batches
 
 
 def eval_batches(data: Data, images: inputs.ImageSet, ranks: Ranks) -> Callable[[], Iterator[inputs.Batch]]:
     """Makes this rank's batches, once for each evaluation."""
-    return inputs.eval_batches_again(
+    return inputs.cached_eval_batches(
         images, eval_transform(data), batch_size=data.eval_batch_size, rank=ranks.rank, world=ranks.world,
         workers=data.workers, on_error=data.on_error, pin=ranks.device.type == "cuda", in_memory_mb=data.in_memory_mb,
         device=ranks.device)

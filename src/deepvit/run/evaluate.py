@@ -26,8 +26,7 @@ from deepvit.engine.ranks import Ranks
 from deepvit.engine.signals import StopRequest
 from deepvit.engine.step import Precision
 from deepvit.errors import UserError
-from deepvit.importers import open_model
-from deepvit.importers.files import find_checkpoint
+from deepvit.importers import find_checkpoint, open_model
 from deepvit.importers.settings import checked
 from deepvit.models import ViT
 from deepvit.models.cost import count_flops, count_parameters

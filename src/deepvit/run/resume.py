@@ -16,7 +16,7 @@ from deepvit.data import Splits, name_of_norm
 from deepvit.engine import checkpoint
 from deepvit.engine.folder import RunFolder
 from deepvit.errors import Untold, UserError
-from deepvit.importers.files import find_checkpoint
+from deepvit.importers import find_checkpoint
 from deepvit.models import ViT, model_config
 from deepvit.run import build
 

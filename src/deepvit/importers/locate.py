@@ -1,0 +1,105 @@
+"""Where weights lie: a file, a folder of a run or of the Hugging Face hub, or a name that is fetched into a cache."""
+
+import json
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deepvit.errors import UserError, did_you_mean, reason
+
+RELEASED = Path(__file__).parents[1] / "weights"
+GOOGLE = "https://storage.googleapis.com/vit_models"  # google-research/vision_transformer's README
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+RUN_FILES, FOLDER_FILES = ("best.pt", "last.pt"), (WEIGHTS, "pytorch_model.bin")
+
+
+def find_checkpoint(source: str | Path) -> tuple[Path, Path | None]:
+    """(weights file, its run folder if it lies in one) of a file, a folder, or a name: `timm:NAME`,
+    `hf-hub:OWNER/NAME[@REVISION]`, `google:COLLECTION/NAME`, `local-dir:FOLDER`, `deepvit:NAME` (in the package).
+
+    Only safetensors and Google's .npz are fetched; `HF_ENDPOINT`, `HF_HOME` and `TORCH_HOME` are respected. Raises
+    UserError for an unknown name, one that cannot be fetched, or a folder without weights.
+    """
+    scheme, colon, name = str(source).partition(":")
+    source = SCHEMES[scheme](name) if colon and scheme in SCHEMES else Path(source)
+    if source.is_dir():
+        paths = [source / "checkpoints" / name for name in RUN_FILES] + [source / name for name in FOLDER_FILES]
+        path = next((path for path in paths if path.exists()), None)
+        if path is None:
+            raise UserError(f"The folder {source} holds no checkpoints/best.pt or last.pt, and no "
+                            f"{' or '.join(FOLDER_FILES)}: give a run's folder or a weights file.")
+        return path, source if path.name in RUN_FILES else None
+    run = source.parent.parent
+    return source, run if source.parent.name == "checkpoints" and (run / "config.yaml").exists() else None
+
+
+def hub_metadata(path: Path) -> dict[str, Any]:
+    """What timm's `config.json` tells of the weights beside it: architecture, keywords, classes, normalisation."""
+    config = path.with_name(CONFIG)
+    if path.name not in FOLDER_FILES or not config.exists():
+        return {}
+    try:
+        content = json.loads(config.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{config} is no JSON ({reason(error)}): get it again.") from None
+    content = content if isinstance(content, dict) else {}
+    images = content.get("pretrained_cfg") if isinstance(content.get("pretrained_cfg"), dict) else {}
+    typed = {"arch": ("architecture", str), "model_args": ("model_args", dict), "classes": ("label_names", list)}
+    found = {key: content[theirs] for key, (theirs, kind) in typed.items() if isinstance(content.get(theirs), kind)}
+    return found | {key: values for key in ("mean", "std") if isinstance(values := images.get(key), list)
+                    and all(isinstance(one, float) for one in values)}
+
+
+def _released(name: str) -> Path:
+    there = {path.stem: path for path in sorted(RELEASED.glob("*.safetensors"))}
+    if name not in there:
+        raise UserError(f"deepvit:{name} is not among the weights that came with the package, which are: "
+                        f"{', '.join(there) or 'none yet'}.{did_you_mean(name, there)}")
+    return there[name]
+
+
+@cache
+def _of_hub(repository: str) -> Path:
+    from timm.models._hub import download_from_hf
+    try:
+        download_from_hf(repository, CONFIG)
+        return Path(download_from_hf(repository, WEIGHTS))
+    except Exception as error:  # of the network, in a dozen kinds
+        raise UserError(f"{repository} cannot be fetched from the Hugging Face hub ({reason(error)}): check the name "
+                        f"and the network, or give the path of a file.") from None
+
+
+def _of_timm(name: str) -> Path:
+    from timm.models import get_pretrained_cfg, list_pretrained
+    try:
+        found = get_pretrained_cfg(name)
+    except RuntimeError:  # a tag that the model does not have
+        found = None
+    if found is None or not found.hf_hub_id:
+        raise UserError(f"timm:{name} has no weights on the Hugging Face hub: timm.list_pretrained('vit_*') lists "
+                        f"those that do.{did_you_mean(name, list_pretrained('vit_*'))}")
+    return _of_hub(found.hf_hub_id)
+
+
+@cache
+def _of_google(name: str) -> Path:
+    """A file of Google's, such as `imagenet21k/ViT-B_16`."""
+    if not re.fullmatch(r"[\w+-]+/[\w+.-]+", name):
+        raise UserError(f"google:{name} is not COLLECTION/NAME: give e.g. google:imagenet21k/ViT-B_16, "
+                        f"google:imagenet21k+imagenet2012/ViT-L_32 or the name of an augreg/ file.")
+    name = f"{name.removesuffix('.npz')}.npz"
+    path = Path(torch.hub.get_dir(), "checkpoints", "vit_models", name)
+    try:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(f"{GOOGLE}/{name}", str(path), progress=False)
+    except Exception as error:  # of the network or the disk, in a dozen kinds
+        raise UserError(f"google:{name} cannot be fetched from {GOOGLE}/{name} ({reason(error)}): check the name and "
+                        f"the network, or download that address elsewhere and give the file's path.") from None
+    return path
+
+
+SCHEMES = {"timm": _of_timm, "hf-hub": _of_hub, "google": _of_google, "local-dir": Path, "deepvit": _released}
