@@ -54,8 +54,8 @@ def test_a_data_set_is_learned(run, tmp_path):
     """Half of it, with what a data set gets for nothing."""
     (tmp_path / "conf" / "data").mkdir(parents=True)
     (tmp_path / "conf" / "data" / "stripes.yaml").write_text(written("conf/data/stripes.yaml"))
-    code, said, _ = run("train", "--config-dir", str(tmp_path / "conf"), "data=stripes", "data.fraction=0.5", "model=vit",
-                        "model.depth=1", "schedule.epochs=3", "schedule.warmup_epochs=0", "probe.images=0",
+    code, said, _ = run("train", "--config-dir", str(tmp_path / "conf"), "data=stripes", "data.fraction=0.5",
+                        "model=vit", "model.depth=1", "schedule.epochs=3", "schedule.warmup_epochs=0", "probe.images=0",
                         f"hydra.run.dir={tmp_path}/run")
     assert code == 0 and "200 images in 2 classes from stripes, 100 to evaluate" in said
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["top1"] > 90
