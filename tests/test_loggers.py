@@ -11,6 +11,7 @@ import pytest
 import soak
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from tensorboard.summary.writer import event_file_writer
 from test_programs import TINY
 
 from deepvit.config.compose import compose
@@ -61,7 +62,9 @@ def test_tensorboard_gets_few_curves_settings_and_a_row_in_the_hparams_tab(tmp_p
     assert shown == {"result/top1", "result/params"} <= {*tags}
 
 
-def test_tensorboard_forgets_what_was_logged_beyond_the_step_of_a_resumed_run(tmp_path):
+def test_tensorboard_forgets_what_was_logged_beyond_the_step_of_a_resumed_run(tmp_path, monkeypatch):
+    # A reader takes files of one second in the order of this number, by its digits: 10 before 9.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     steps = [line["step"] for line in read_json_lines(RECORDED / "metrics.jsonl") if "lr" in line]
     told(tmp_path, [TensorBoard]).close()
     told(tmp_path, [TensorBoard], step=steps[2], until=steps[3]).close()
