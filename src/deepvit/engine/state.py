@@ -1,5 +1,6 @@
 """All that changes while a model trains, and nothing else."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -35,10 +36,8 @@ class RunningStatistics:
     def begin(self) -> None:
         """Notes where the buffers stand."""
         self.moved.zero_()
-        if self._floats:
-            torch._foreach_copy_(self._parts_before, self._floats)
-        if self._counters:
-            torch._foreach_copy_(self._counted, self._counters)
+        _copy(self._floats, self._parts_before)
+        _copy(self._counters, self._counted)
 
     @torch.no_grad()
     def take(self, share: float) -> None:
@@ -49,19 +48,22 @@ class RunningStatistics:
 
     @torch.no_grad()
     def put_back(self) -> None:
-        if self._floats:
-            torch._foreach_copy_(self._floats, self._parts_before)
-        if self._counters:
-            torch._foreach_copy_(self._counters, self._counted)
+        _copy(self._parts_before, self._floats)
+        _copy(self._counted, self._counters)
 
     @torch.no_grad()
     def move(self, unless: Tensor) -> None:
         """Moves the buffers by the update's own move; `unless` (bool scalar) leaves every bit as it was."""
-        if self._floats:
-            torch.where(unless, self._before, self.moved, out=self.moved)
-            torch._foreach_copy_(self._floats, self._parts_moved)
+        torch.where(unless, self._before, self.moved, out=self.moved)
+        _copy(self._parts_moved, self._floats)
         if self._counters:
             torch._foreach_add_(self._counters, (~unless).to(self._counters[0].dtype))
+
+
+def _copy(source: Sequence[Tensor], target: Sequence[Tensor]) -> None:
+    """In one call for all; torch's refuses empty lists."""
+    if source:
+        torch._foreach_copy_(target, source)
 
 
 @dataclass
@@ -119,8 +121,7 @@ class TrainState:
         moves = torch._foreach_sub(self.parameters, averages)
         torch._foreach_mul_(moves, (1 - self.ema.get_decay(self.step)) * ~unless)
         torch._foreach_add_(averages, moves)
-        if buffers:
-            torch._foreach_copy_(copies, buffers)
+        _copy(buffers, copies)
 
     def weights(self) -> dict[str, Any]:
         """The tensors of `model`, and of `ema` if it is on."""
