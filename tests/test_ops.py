@@ -66,7 +66,7 @@ def form(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.parametrize("shape", SHAPES + [(3, 7, 23, 16), (2, 5, 130, 65)], ids=str)
+@pytest.mark.parametrize("shape", SHAPES + [(3, 7, 23, 16), (2, 5, 130, 65), (2, 11, 9, 8)], ids=str)
 @pytest.mark.parametrize("packed, training", [(True, True), (False, True), (True, False)])
 def test_single_precision_and_strides(form, shape, packed, training):
     double = outcome(reference.reattention, problem(*shape, torch.float64, std=0.7), training=training)

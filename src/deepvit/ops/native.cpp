@@ -4,6 +4,7 @@
 // Every array a task works on is padded with zeros to whole vectors: tokens to Np, head width to Dp, rows to 8.
 // With C = softmax(scale q k^T) - 1/N and M = mix C, forward gives u = M v and sum M^2; backward recomputes both:
 //   dM = du v^T + 2 dsumsq M,  dmix = sum dM C^T,  dA = mix^T dM,  dS = (C + 1/N) (dA - sum_j (C + 1/N) dA).
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -28,7 +29,7 @@ constexpr int ROWS = 8;  // rows of a register block; padded row counts are mult
 static inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
 static inline void store(float* p, Vec x) { *reinterpret_cast<Vec*>(p) = x; }
 static inline long up(long n, long to) { return (n + to - 1) / to * to; }
-// Pairwise, so that no chain of W operations waits for each other
+// Pairwise: log2(W) dependent steps instead of W
 template <class Pair>
 static inline float reduce(Vec x, Pair pair) {
     float part[W];
@@ -40,7 +41,7 @@ static inline float reduce(Vec x, Pair pair) {
     return part[0];
 }
 static inline float total(Vec x) { return reduce(x, [](float a, float b) { return a + b; }); }
-static inline float largest(Vec x) { return reduce(x, [](float a, float b) { return a > b ? a : b; }); }
+static inline float largest(Vec x) { return reduce(x, [](float a, float b) { return std::max(a, b); }); }
 
 // exp for x <= 0 to about 1 ulp (Cephes' polynomial); below -87 as at -87
 static inline Vec exponential(Vec x) {
@@ -158,7 +159,7 @@ struct Sizes {
     long chunks() const { return (N + chunk - 1) / chunk; }
     Sizes tile(long left) const {  // the last of a task has only the rows that are left
         Sizes t = *this;
-        t.rows = left < rows ? up(left, ROWS) : rows;
+        t.rows = std::min(rows, up(left, ROWS));
         return t;
     }
 };
@@ -197,7 +198,7 @@ static void pack_columns(const float* from, long row, long N, long Np, long D, f
         for (long j = N; j < Np; j++) to[c * Np + j] = 0.0f;
     for (long j0 = 0; j0 < N; j0 += 16)
         for (long c = 0; c < D; c++)
-            for (long j = j0; j < (j0 + 16 < N ? j0 + 16 : N); j++) to[c * Np + j] = from[j * row + c];
+            for (long j = j0; j < std::min(j0 + 16, N); j++) to[c * Np + j] = from[j * row + c];
 }
 
 // Logits of one row, in place, to softmax - 1/N; 0 beyond N
@@ -246,10 +247,10 @@ static void forward_task(const Sizes& s, long b, long begin, const float* q, con
             for (long i = 0; i < W && c + i < D; i++) sums[(b * H + h) * D + c + i] = sum[i];
         }
     }
-    const long end = begin + s.chunk < N ? begin + s.chunk : N;
+    const long end = std::min(begin + s.chunk, N);
     for (long i = begin; i < end; i += s.rows) {
         const Sizes t = s.tile(end - i);
-        const long there = end - i < t.rows ? end - i : t.rows, area = t.rows * Np;
+        const long there = std::min(end - i, t.rows), area = t.rows * Np;
         for (long h = 0; h < H; h++)
             pack(q + b * s.sb + h * s.sh + i * s.sn, s.sn, there, t.rows, D, Dp, s.scale, queries + h * t.rows * Dp);
         fill_maps(t, queries, keys, there, maps);
@@ -290,10 +291,10 @@ static void backward_task(const Sizes& s, long b, long begin, const float* q, co
         pack(k + at, s.sn, N, Np, D, Dp, 1.0f, key_rows + h * Np * Dp);
     }
     const float centre = 1.0f / N;
-    const long end = begin + s.chunk < N ? begin + s.chunk : N;
+    const long end = std::min(begin + s.chunk, N);
     for (long i = begin; i < end; i += s.rows) {
         const Sizes t = s.tile(end - i);
-        const long there = end - i < t.rows ? end - i : t.rows, area = t.rows * Np;
+        const long there = std::min(end - i, t.rows), area = t.rows * Np;
         for (long h = 0; h < H; h++) {
             pack(q + b * s.sb + h * s.sh + i * s.sn, s.sn, there, t.rows, D, Dp, s.scale, queries + h * t.rows * Dp);
             pack(du + ((b * N + i) * H + h) * D, H * D, there, t.rows, D, Dp, 1.0f, grads + h * t.rows * Dp);
@@ -343,7 +344,8 @@ void deepvit_forward(const float* q, const float* k, const float* v, const float
                      sums, Scratch(floats));
 }
 
-// du, dq `[B, N, H, D]`; dsumsq `[B, H]`; dk, dv `[B chunks, N, H, D]`, of each task; dmix `[B chunks, H, H]`, likewise, zero before
+// du, dq `[B, N, H, D]`; dsumsq `[B, H]`; dk, dv `[B chunks, N, H, D]` and dmix `[B chunks, H, H]`, zero before, a part
+// per task
 void deepvit_backward(const float* q, const float* k, const float* v, const float* mix, const float* du,
                       const float* dsumsq, const float* dtotal, float* dq, float* dk, float* dv, float* dmix,
                       const Sizes* sizes, int threads) {
