@@ -156,6 +156,7 @@ def test_evaluation_never_replaces(folder, workers):
     assert torch.cat([batch.indices for batch in batches]).tolist() == list(range(8))
     assert all(bad.replaced_by is None for batch in batches for bad in batch.bad)
     assert batches[0].images[1].max() == 0 and batches[0].targets[1] == 0
+    assert [len(part.bad) for part in batches[0].split(2)] == [1, 0]  # reported once
 
 
 @pytest.mark.parametrize("in_memory_mb", [0, 512])
@@ -169,7 +170,7 @@ def test_what_the_fast_decoder_refuses_is_counted(tmp_path, in_memory_mb):
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
-def test_garbage_is_a_bad_image_or_a_image(decoder):
+def test_garbage_is_a_bad_image_or_an_image(decoder):
     """900 mutated files: nothing but BadImage comes out."""
     rng, seeds = np.random.default_rng(1), [content for content, _ in strange().values() if len(content) < 40_000]
     refused = 0

@@ -57,6 +57,8 @@ def test_folders_of_classes(source, in_memory_mb):
     for index, path in enumerate(paths):
         assert splits.train.name(index) == str(path)
         assert torch.equal(pixels(splits.train, index), to_tensor(Image.open(path).convert("RGB")))
+    part = splits.train.take(np.array([7, 2]))  # of a set whose images may be in memory already
+    assert all(torch.equal(pixels(part, at), pixels(splits.train, index)) for at, index in enumerate([7, 2]))
 
 
 def test_fraction_classes_and_held_out_parts_are_fixed_and_balanced():

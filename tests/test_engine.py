@@ -225,7 +225,7 @@ def test_evaluation_counts_every_image_once(n, world):
     assert np.array_equal(result.indices, np.arange(n))
 
 
-def test_evaluation_refuses_a_image_too_many_and_scores_nan_as_wrong():
+def test_evaluation_refuses_an_image_too_many_and_scores_nan_as_wrong():
     logits, targets = torch.eye(10)[:4], torch.arange(4)
     batch = Images(logits.clone(), targets, torch.arange(4))
     with pytest.raises(Failure, match="saw 8 images"):

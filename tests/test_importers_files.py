@@ -167,6 +167,12 @@ def test_npz_with_a_huge_shape(tmp_path):
         deepvit.load_model(path)
 
 
+def test_a_tensor_of_one_number_that_claims_to_be_huge(tmp_path):
+    content = torch_bytes({"cls_token": torch.zeros(1).expand(1, 1, 10**9)})
+    with pytest.raises(UserError, match="more than the file holds"):
+        load(tmp_path / "weights.pth", content)
+
+
 def test_npz_that_unpacks_to_far_more_than_it_is(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "FREE_BYTES", 2**20)
     np.savez_compressed(tmp_path / "bomb.npz", cls=np.zeros(2**22, np.float32))

@@ -164,7 +164,7 @@ def test_positions_are_resized_as_timm_does(tmp_path):
     assert_close(model(x), larger.eval()(x), atol=1e-5, rtol=0)
 
 
-def test_a_image_that_is_not_square(tmp_path):
+def test_an_image_that_is_not_square(tmp_path):
     model = deepvit.create_model("vit", **SMALL | {"img_size": [8, 20]})
     path = save(tmp_path / "wide.pth", model.state_dict())
     with pytest.raises(UserError, match="no square"):
