@@ -1,4 +1,4 @@
-"""What a bench runs on: without it a time says nothing."""
+"""The machine that a bench ran on, without which a time means nothing."""
 
 import os
 import platform

@@ -1,4 +1,4 @@
-"""Rows of figures: in a file that gets a line of JSON for each as soon as it is known, as tables, against targets."""
+"""Measured rows: appended to a file as lines of JSON, printed as tables, compared with targets."""
 
 import json
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""From the bytes of an image file to RGB pixels, or the reason in words why that cannot be done.
+"""Image files decoded to RGB pixels, or a readable reason why one cannot be.
 
 Two decoders: `pil` is the field's reference; `torchvision` decodes JPEG with libjpeg-turbo into a uint8 tensor over
 rows of RGB pixels, which ATen resizes without leaving uint8. What it refuses goes through PIL and is counted. Neither
@@ -113,7 +113,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         raise BadImage("its pixels are floating-point numbers, whose range is unknown")
     if image.mode == "I" or image.mode.startswith("I;16"):  # PIL's own convert() would clip 16 bits at 255: all white
         pixels = np.asarray(image).astype(np.int64)
-        # Bits of grey beyond 8: a 16-bit file may hold 12 (scanners, microscopes), which no header tells.
+        # Bits of grey beyond 8: a 16-bit file may hold only 12 (scanners, microscopes), and no header records it.
         surplus = 0 if image.mode == "I" and pixels.max() < 256 else 4 if pixels.max() < 4096 else 8
         image = Image.fromarray(np.clip(pixels >> surplus, 0, 255).astype(np.uint8))
     return image.convert("RGB")

@@ -1,4 +1,4 @@
-"""What a data set is to the rest: targets in an array, images on demand, memory flat across workers."""
+"""The interface of every data set: targets in an array, images on demand, no memory copied into workers."""
 
 import hashlib
 import os
@@ -141,7 +141,7 @@ class FileSet(ImageSet):
         return part
 
     def cache_decoded(self) -> None:
-        """If their size, estimated from the headers of 32 files, allows it."""
+        """Only if their size, estimated from the headers of 32 files, is within `in_memory_mb`."""
         if self.cache is not None:
             return
         sizes = []
@@ -190,7 +190,7 @@ class Splits:
 
     @property
     def class_names(self) -> list[str]:
-        """For people: the first lemmas of an ImageNet wnid (timm's list), other names printable."""
+        """Readable names: the first lemmas of an ImageNet wnid (timm's list), other names made printable."""
         if not all(re.fullmatch(r"n\d{8}", name) for name in self.class_ids):
             return [printable(name) for name in self.class_ids]
         from timm.data import ImageNetInfo
@@ -200,7 +200,7 @@ class Splits:
 
 
 def printable(name: str) -> str:
-    """A file's name with replacement signs for what is not UTF-8 in it, which can be neither drawn nor encoded."""
+    """A file's name with replacement characters for what is not UTF-8, and could be neither drawn nor encoded."""
     return os.fsencode(name).decode("utf-8", "replace")
 
 

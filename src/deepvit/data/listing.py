@@ -53,7 +53,7 @@ def is_dead_link(entry: os.DirEntry) -> bool:
 
 
 def existing(root: str | None, source: str) -> Path:
-    """The data folder, or a UserError that says what is missing."""
+    """The data folder, or a UserError that says what is wrong with it."""
     if not root:
         raise UserError(f"data={source} needs the folder of the images: give data.root=/path/to/it.")
     path = Path(root).expanduser()
@@ -69,7 +69,7 @@ def class_folders(folder: Path) -> list[str]:
     found = [entry for entry in entries(folder) if not entry.name.startswith(".")]
     for entry in found:
         if is_dead_link(entry):
-            raise UserError(f"The link {entry.path} leads nowhere, and may stand for a class: fix or remove it.")
+            raise UserError(f"The link {entry.path} leads nowhere, but may be meant as a class: fix or remove it.")
     names = [entry.name for entry in found if is_folder(entry)]
     return sorted(names, key=int if all(map(str.isdecimal, names)) else None)
 
@@ -215,7 +215,7 @@ def _are_many(folder: Path, classes: Sequence[str]) -> bool:
 
 
 def index_path(folder: Path, classes: Sequence[str]) -> Path:
-    """Where the index of a folder lies; the inode tells the disks of machines that share a home apart."""
+    """Where the index of a folder lies; the inode distinguishes the disks of machines that share a home."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     words = (os.path.realpath(folder), str(folder.stat().st_ino), *classes)
     return cache / "deepvit" / f"{hashlib.blake2b(os.fsencode('/'.join(words)), digest_size=12).hexdigest()}.index"

@@ -83,17 +83,17 @@ class Batch:
                        erasures=replace(self.erasures, values=move(self.erasures.values)))
 
     def split(self, size: int) -> "list[Batch]":
-        """Parts of at most `size` images, as views; what is said of bad images stays with the first."""
+        """Parts of at most `size` images, as views; the report of bad images stays with the first."""
         parts = []
         for start in range(0, len(self), size):
             tensors = {name: getattr(self, name)[start:start + size] for name in ("images", "targets", "indices")}
-            said = {"bad": [], "pil_fallbacks": 0} if parts else {}
-            parts.append(replace(self, erasures=self.erasures.of_rows(start, start + size), **tensors, **said))
+            reported = {"bad": [], "pil_fallbacks": 0} if parts else {}
+            parts.append(replace(self, erasures=self.erasures.of_rows(start, start + size), **tensors, **reported))
         return parts
 
 
 class _Batches(Dataset):
-    """Draw -> Batch, or the UserError that this led to (raised in a worker it would come back as a traceback)."""
+    """Draw -> Batch, or the UserError that it raised (which would leave a worker as a traceback)."""
 
     def __init__(self, images: ImageSet, transform: Transform, seed: int, on_error: str):
         self.images, self.transform, self.seed, self.on_error = images, transform, seed, on_error
@@ -151,7 +151,7 @@ def _ignore_stop_signals(worker: int) -> None:
 
 def _run(dataset: _Batches, draws: Stream | Sequence[Draw], workers: int, pin: bool) -> Iterator[Batch]:
     dataset.images.cache_decoded()
-    with warnings.catch_warnings():  # of more processes than cores: said once, at the start of a run
+    with warnings.catch_warnings():  # of more processes than cores: reported once, at the start of a run
         warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
         batches = iter(DataLoader(dataset, batch_size=None, sampler=draws, num_workers=workers, pin_memory=pin,
                                   worker_init_fn=_ignore_stop_signals,

@@ -1,8 +1,8 @@
 """A small training set that lives on the training device as uint8, and is augmented there a micro-batch at a time.
 
-The same crop gives the same bits as `transforms.py` on any device. The random numbers are others, hashed for a whole
-micro-batch at once; the same numbers give timm's rectangles. One copy takes them to the device, and no shape depends on
-them, so the host never waits.
+The same crop gives the same bits as `transforms.py` on any device. The random numbers differ: they are hashed
+for a whole micro-batch at once; equal numbers give timm's rectangles. One copy takes them to the device, and no shape
+depends on them, so the host never waits.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""What a source of images is: one class, which answers all that is asked of it; and the lists that choose from it."""
+"""The base class of all data sources, and the lists that select classes and exclude images."""
 
 import json
 import logging
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class Source(ABC):
-    """A kind of data set, and what is asked of it; all methods raise UserError for what is wrong with either."""
+    """A data source with its options. All methods raise UserError for data or options that cannot be used."""
 
     root: str | None = None  # folder of the images
     fraction: float = 1.0  # a fixed, class-balanced part of the training images, in (0, 1]
@@ -53,12 +53,12 @@ class Source(ABC):
         """All classes; fewer only where that saves listing them."""
 
     def sets(self) -> list[ImageSet]:
-        """All that is there, whether it could be trained on or not."""
+        """Every image set found, whether or not it can be trained on."""
         splits = self.splits()
         return [splits.train, splits.val]
 
     def splits(self) -> Splits:
-        """What is asked for."""
+        """The training and validation sets that the options select."""
         splits = self.whole()
         kept = chosen(self.classes, splits.class_ids)
         if kept != splits.class_ids:
@@ -91,7 +91,7 @@ class Source(ABC):
 
 
 def chosen(classes: int | str | None, class_ids: list[str]) -> list[str]:
-    """Those of the classes that `data.classes` asks for, in the same order; in its lists, lines from # are comments."""
+    """The classes that `data.classes` selects, in the same order. Lines of its lists that start with # are comments."""
     if classes is None:
         return class_ids
     if isinstance(classes, int):

@@ -100,7 +100,7 @@ class Folder(Source):
         return Splits(self.images(train, ids), self.images(val, ids), ids)
 
     def images(self, folder: Path, classes: list[str]) -> FileSet:
-        """The images below `folder/<class>`; what is left out there is logged."""
+        """The images below `folder/<class>`; logs the files that it leaves out."""
         listing = kept_listing(folder, classes)
         log_left_out(folder, listing.left_out)
         if listing.is_nested:
@@ -184,12 +184,12 @@ SOURCES: dict[str, type[Source]] = {kind.source: kind for kind in (Digits, Image
 
 
 def load(source: str, **asked: object) -> Splits:
-    """A data set by its source; `asked`: the fields of `Source`. Raises UserError for all that is wrong with it."""
+    """The splits of a source; `asked`: the fields of `Source`. Raises UserError for data that cannot be used."""
     return choose("data.source", source, SOURCES)(**asked).splits()
 
 
 def source_of(data: Data) -> Source:
-    """What the settings ask for."""
+    """The source that the settings describe."""
     asked = {one.name: getattr(data, one.name) for one in fields(Source) if one.name != "seed"}
     return choose("data.source", data.source, SOURCES)(**asked)
 

@@ -1,5 +1,5 @@
-"""Which image stands where, a pure function of (seed, step, position) whatever the workers, ranks or restarts; and what
-is random in a sample, a function of (seed, epoch, index, repeat).
+"""The order of the images, a pure function of (seed, step, position) whatever the workers, ranks or restarts; and the
+random seed of each sample, a function of (seed, epoch, index, repeat).
 
 The training data is an endless row of epochs, each a permutation. The global step s takes the places
 [s * u, (s + 1) * u) of it, u = batch_size / repeats images, so every batch is full and nothing is dropped; an epoch
@@ -71,7 +71,7 @@ class Stream:
     rank: int = 0
     world: int = 1
     accumulation: int = 1
-    repeats: int = 1  # times that an image stands in its batch
+    repeats: int = 1  # times that an image appears in its batch
 
     def __post_init__(self) -> None:
         if self.n < 1:
@@ -105,7 +105,7 @@ def seed_sample(seed: int, epoch: int, index: int, repeat: int) -> None:
 
 @contextmanager
 def generators_kept() -> Iterator[None]:
-    """Without workers the samples are made in the training process, whose dropout must not see it."""
+    """Restores the global generators: without workers, samples are made in the process that draws dropout."""
     states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
     try:
         yield

@@ -125,7 +125,7 @@ class Timm(Source):
             ids = max(ids, val_ids, key=len)
         elif val_ids != ids:
             raise UserError(f"{val_tars[0]} has other classes than the training images: "
-                            f"{some(sorted({*ids} ^ {*val_ids}))} stand in one of the two only.")
+                            f"{some(sorted({*ids} ^ {*val_ids}))} are in only one of the two.")
         return Splits(train, val, ids)
 
     def _created(self, split: str) -> tuple[TimmSet, list[str]]:
@@ -220,7 +220,7 @@ def _paired(shards: list[str], images: list[Member], classes: list[Member], stem
             continue
         several = alike if len(alike) > 1 else labels
         fault = f"one key, '{key}', for {several[0].name} and {several[1].name}" if several else \
-            f"{alike[0].name} without a .cls file beside it that tells its class"
+            f"{alike[0].name} without a .cls file beside it that gives its class"
         raise UserError(f"{shards[shard]}: there is {fault}; each image needs one .cls file of its key (the name up to "
                         f"the first dot).")
     return pairs

@@ -52,7 +52,7 @@ def _differences(name: str, settings: Mapping[str, Any]) -> list[str]:
 
 
 def _matches(file: WeightsFile) -> bool:
-    """A plain ViT of that code has timm's names, and is told by its arch alone."""
+    """A plain ViT of that code has timm's names, and is recognised by its arch alone."""
     names = file.shapes.keys()
     return file.said.get("arch") in ARCHS or {"blocks.0.attn.qkv.weight", "patch_embed.proj.weight"} <= names and (
         any(".reatten_matrix." in name for name in names) or "patch_embed.conv1.weight" in names)

@@ -174,8 +174,8 @@ class Dialect(NamedTuple):
     """
     matches: whether a file is in this dialect, by its metadata or names.
     rows: the table, given the file and the caller's keywords (some layouts need `in_chans`).
-    infer: the settings that shapes do not decide, given the caller's keywords; `img_size` only if the file tells it.
-        Remarks go into the source's report.
+    infer: the settings that shapes do not decide, given the caller's keywords; `img_size` only if the file records
+        it. Remarks go into the source's report.
     resize: (positions `[1, 1 + N, D]`, their grid, the model's grid) -> positions of the model's images.
     square_only: its models take square images only.
     """

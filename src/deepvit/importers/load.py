@@ -21,8 +21,8 @@ from deepvit.models.init import init_weights
 DIALECTS: dict[str, Dialect] = {dialect.name: dialect for dialect in (
     ours.OURS, deepvit.DEEPVIT, google.GOOGLE, google.VIT_PYTORCH, lucidrains.FLAX, lucidrains.LUCIDRAINS, timm.TIMM)}
 DECIDED = ("embed_dim", "depth", "num_heads", "in_chans", "patch_size", "qkv_bias")  # a keyword must not contradict
-NAMED = ("ours", "deepvit", "timm")  # dialects whose files may leave it to a name what the model is
-SCALARS = ("gelu", "norm_eps", "residual_scale", "map_scale", "pool", "final_norm")  # told by no shape
+NAMED = ("ours", "deepvit", "timm")  # dialects whose files may identify the model by name alone
+SCALARS = ("gelu", "norm_eps", "residual_scale", "map_scale", "pool", "final_norm")  # which no shape determines
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 Head = Literal["keep", "reset", "zero"]
 log = logging.getLogger("deepvit")
@@ -64,7 +64,7 @@ def open_model(path: str | Path, weights: str = "auto", **keywords: Any) -> ViT:
 def told_settings(path: str | Path, given: Mapping[str, Any], dialect: str | None = None, ema: bool = False
                   ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The model's settings by a weights file's names and shapes alone, and the file's metadata (`Report.said`).
-    `given`: keywords of `ViT` that count whatever the file tells. Raises UserError as `load_model`."""
+    `given`: keywords of `ViT` that override the file. Raises UserError as `load_model`."""
     source = _understand(path, dialect, ema, None, given)
     return _settings(source, given, None)[0], source.report.said
 
@@ -267,7 +267,7 @@ def _set_head_aside(model: ViT, source: Source, steps: dict[str, Step], head: He
 
 
 def _check_fit(model: ViT, source: Source, steps: Mapping[str, Step], head: Head) -> None:
-    """Every parameter and buffer must be in the file, positions in any number, all else with its shape; and no more."""
+    """The file must hold every parameter and buffer with its shape, except the number of positions, and no other."""
     rows, state = source.rows, model.state_dict()
     for name, tensor in state.items():
         if name not in steps:

@@ -1,4 +1,4 @@
-"""Where weights lie: a file, a folder of a run or of the Hugging Face hub, or a name that is fetched into a cache."""
+"""Where weights are found: a file, a folder of a run or of the Hugging Face hub, or a name to fetch into a cache."""
 
 import json
 import re
@@ -37,7 +37,7 @@ def find_checkpoint(source: str | Path) -> tuple[Path, Path | None]:
 
 
 def hub_metadata(path: Path) -> dict[str, Any]:
-    """What timm's `config.json` tells of the weights beside it: architecture, keywords, classes, normalisation."""
+    """What timm's `config.json` records about the weights beside it: architecture, keywords, classes, normalisation."""
     config = path.with_name(CONFIG)
     if path.name not in FOLDER_FILES or not config.exists():
         return {}

@@ -51,7 +51,7 @@ def _unflatten(channels: int, side: int) -> Rule:
 
 
 def _note_assumptions(source: Source, given: Mapping[str, Any]) -> None:
-    """Remarks on what was taken because neither file nor caller told it."""
+    """Notes each default that was used because neither the file nor the caller decides it."""
     channels, side, notes = source.settings["in_chans"], source.settings["patch_size"], source.report.notes
     if "pool" not in given:
         notes.append("the file does not tell its pooling: class token, the package's default; pool='mean' takes the "

@@ -26,7 +26,7 @@ from deepvit.models import ViT, list_models, model_config
 
 FORMAT, VERSION = "deepvit", 1
 SUFFIXES = (".safetensors", ".pt", ".pth")
-ORIGIN = ("classes", "class_names", "run")  # of the head, told by the file that it came from
+ORIGIN = ("classes", "class_names", "run")  # of the head, from the file that it came from
 
 
 def save_model(model: nn.Module, path: str | Path, classes: Sequence[str] | None = None) -> None:
@@ -142,7 +142,7 @@ def _infer_named(source: Source) -> dict[str, Any]:
 
 
 def _check_given(source: Source, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Nothing, once the caller has told what tensors do not tell."""
+    """Nothing to infer; refuses to guess unless the caller gave what the tensors leave open."""
     if not given.keys() - (source.settings.keys() - {"attention", "depth"}) - {"img_size", "num_classes"}:
         raise Untold(f"{source} holds our names without model settings ('config'): say which model it is with "
                      f"arch=NAME (such as deepvit16) or by its settings (attention=..., map_scale=...), or load it "

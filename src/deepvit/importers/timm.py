@@ -48,7 +48,7 @@ def _infer(source: Source, given: Mapping[str, Any]) -> dict[str, Any]:
 def named_model(arch: str) -> VisionTransformer | None:
     """timm's model of that name, without storage; None if it is not a plain ViT.
 
-    Of what a file says only the name is used, and only of models that are ViTs by their name.
+    Only the name is taken from the file, and only names of ViTs are built.
     """
     name = arch.partition(".")[0]
     if not re.match(r"(vit|deit|deit3)_\w+_patch", name) or not is_model(name):

@@ -1,4 +1,4 @@
-"""Tensors in, tensors out: the attention operations. `reference` says what they mean, `reattention` is the fast one."""
+"""Tensors in, tensors out: the attention operations. `reference` defines them, `reattention` is fast."""
 
 from deepvit.ops.affine import fold
 from deepvit.ops.core import reattention
