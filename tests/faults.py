@@ -80,7 +80,7 @@ def train_with_bad_weights(config: dict[str, Any], folder: str) -> int:
 
 def train_with_masks_of_each_rank(config: dict[str, Any], folder: str) -> int:
     """Stochastic depth is drawn where the images are, as outside our engine."""
-    from deepvit.models.stochastic_depth import BranchMasks
+    from deepvit.models.blocks import BranchMasks
     BranchMasks.place = lambda *_: None
     return soak._train(config, folder)
 

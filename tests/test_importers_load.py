@@ -198,6 +198,15 @@ def test_timm_models(tmp_path, settings):
     assert_close(model(x), theirs(x), atol=1e-5, rtol=0)
 
 
+def test_a_parameter_by_two_names_is_refused(tmp_path):
+    theirs = timm.models.vision_transformer.VisionTransformer(img_size=16, patch_size=4, embed_dim=24, depth=1,
+                                                              num_heads=6, num_classes=5)
+    state = theirs.state_dict()
+    path = save(tmp_path / "both.pth", {**state, "fc_norm.weight": state["norm.weight"]})
+    with pytest.raises(UserError, match="fc_norm.weight"):
+        deepvit.load_model(path, num_heads=6)
+
+
 def test_timm_heads_by_arch_or_keyword(tmp_path):
     theirs = timm.create_model("vit_tiny_patch16_224", img_size=32)
     with pytest.raises(UserError, match="num_heads"):
@@ -250,7 +259,8 @@ def test_our_bare_state_dict_goes_into_a_model_one_has(tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"config": {"depth": 10**9}}, "depth"), ({"config": {"embed_dim": 10**9}}, "embed_dim"),
+    ({"config": {"depth": 9000}}, "depth.* torn or forged"),
+    ({"config": {"embed_dim": 65536}}, "embed_dim.* torn or forged"),
     ({"config": {"num_heads": 10**9}}, "num_heads|heads"), ({"config": {"surprise": 1}}, "surprise"),
     ({"config": {"attention": {"class": "os.system"}}}, "attention"), ({"config": None}, "config"),
     ({"version": 2}, "version"), ({"config": {"mlp_ratio": float("nan")}}, "settings"),
