@@ -9,6 +9,7 @@ from oracles import uniform
 from torch.testing import assert_close
 
 import deepvit
+from deepvit.models.blocks import BranchMasks
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 4, "num_classes": 5}
 SETTINGS = {
@@ -31,6 +32,18 @@ SETTINGS = {
                             "gelu": "tanh", "norm_eps": 1e-5},
     "mlp and pre_logits": {"mlp_ratio": 100 / 24, "representation_size": 7, "pool": "avg"},
 }
+
+
+def test_stochastic_depth_keeps_the_mean():
+    """A kept branch is scaled by 1 / (1 - rate)."""
+    model = deepvit.create_model("vit", **SMALL, drop_path_rate=0.5)
+    masks = BranchMasks(model, 0, torch.device("cpu"))
+    masks.draw(0, 4000)
+    masks.place(0, 4000)
+    for block, rate in zip(model.blocks[1:], (0.25, 0.5), strict=True):
+        for keep in (block.drop_path1.keep, block.drop_path2.keep):
+            assert_close(keep.unique(), torch.tensor([0, 1 / (1 - rate)]))
+            assert abs(keep.mean() - 1) < 0.1
 
 
 @pytest.fixture(params=SETTINGS)
