@@ -85,7 +85,7 @@ def test_a_viewer_that_cannot_be_written_leaves_the_others_and_the_record(tmp_pa
     assert len(warnings) == 1 and "Full cannot be written (No space left on device)" in warnings[0]
 
 
-def test_a_logger_is_one_class_and_a_line_and_is_told_where_a_run_resumes(run, monkeypatch):  # noqa: F811
+def test_a_logger_is_one_class_and_a_line_and_is_told_where_a_run_resumes(run, monkeypatch):
     seen = []
 
     class Mine:
@@ -141,7 +141,7 @@ def records_of(path: Path) -> list:
 
 
 @pytest.mark.slow
-def test_wandb_offline_goes_on_under_the_same_id(run, monkeypatch):  # noqa: F811
+def test_wandb_offline_goes_on_under_the_same_id(run, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     words = [*ONE_EPOCH, "logger=wandb"]
@@ -160,7 +160,7 @@ def test_wandb_offline_goes_on_under_the_same_id(run, monkeypatch):  # noqa: F81
 
 
 @pytest.mark.slow
-def test_wandb_without_an_account_is_one_sentence_and_nothing_is_written(run, monkeypatch):  # noqa: F811
+def test_wandb_without_an_account_is_one_sentence_and_nothing_is_written(run, monkeypatch):
     wandb = pytest.importorskip("wandb")
 
     def refuse(**_):
