@@ -107,6 +107,12 @@ def test_a_verdict_follows_from_the_tests(claim, shift, verdict):
     assert Finding(contrast, 0.5, points, {}, []).verdict == verdict
 
 
+def test_the_verdict_of_a_primary_contrast_goes_by_its_adjusted_p():
+    contrast = Contrast("one", {"model/attention": "norm_only"}, {"model/attention": "self"}, claim="greater")
+    found = Finding(contrast, 0.5, {seed: 3 + 0.2 * (-1) ** seed for seed in range(8)}, {}, [], adjusted=0.06)
+    assert found.p < 0.001 and found.verdict == "undecided"
+
+
 def test_a_preregistration_is_named_and_a_changed_one_too(study, tmp_path):
     study(3, {**PLAN, "preregistered": "docs/plan.md"})
     configs = list((tmp_path / "runs").rglob("config.yaml"))

@@ -302,7 +302,8 @@ def test_published_numbers_stand_beside_the_same_cells_only(make_run, tmp_path):
     assert any("similar blocks as published" in note.lower() for note in table.notes)
 
 
-@pytest.mark.parametrize("changes", [{}, {**IMAGENET, "result": {"n": 200}}])  # any folder can be data=imagenet
+@pytest.mark.parametrize("changes", [{}, {  # any folder can be data=imagenet
+    **IMAGENET, "model__depth": 32, "model__attention": attention("reattention"), "result": {"n": 200}}])
 def test_columns_of_the_papers_numbers_are_left_out_where_it_has_none(make_run, tmp_path, changes):
     make_run("a", **changes)
     table = tables.tables(the_grid(tmp_path), 0.9)[0]
