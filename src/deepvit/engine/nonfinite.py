@@ -63,7 +63,7 @@ class SkipWatch:
 
     def _give_up(self, number: int) -> None:
         self._saver.save_nonfinite(self._state)
-        with closing(self._make_batches(number, 1)) as stream:
+        with self._ranks.sync_errors(), closing(self._make_batches(number, 1)) as stream:
             culprit = examine(self._stepper, self._state, next(stream), number).first
         culprits = [f"rank {rank}: {first}" for rank, first in enumerate(self._ranks.gather(culprit)) if first]
         where = culprits[0] if culprits else "seen again it is finite, so the cause lies in the scaling or the machine"
