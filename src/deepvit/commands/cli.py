@@ -21,8 +21,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from deepvit.commands.sweep import Recorder, Refused, in_quotes, record_of, sum_up
 from deepvit.config import CONF
-from deepvit.config.provenance import as_typed, origin, run_folder
 from deepvit.config.compose import PLUGINS, setting_meant
+from deepvit.config.provenance import as_typed, origin, run_folder
 from deepvit.errors import BAD_INPUT, DONE, FAILED, STOPPED, UserError, did_you_mean, first_line
 from deepvit.run.console import say
 from deepvit.run.launch import Job, Outcome, eval_job, launch, train_job, unexpected
