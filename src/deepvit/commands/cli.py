@@ -119,7 +119,7 @@ def _start(program: Callable[[], Any], arguments: Sequence[str]) -> int:
     except Exception as error:
         if not Recorder.opened or isinstance(error, UserError):
             raise
-        unexpected(error)  # of the sweeper or the launcher: what its cells did stands in the record
+        unexpected(error)  # of the sweeper or the launcher: what its cells did is in the record
         return sum_up(Recorder.opened) or FAILED
     if Recorder.opened:
         return sum_up(Recorder.opened)
@@ -147,7 +147,8 @@ def sentences() -> Iterator[None]:
     except (TypeError, ValueError) as error:  # Hydra's own, of a group set to null or to a list of numbers
         if Path(traceback.extract_tb(error.__traceback__)[-1].filename).name != "defaults_list.py":
             raise
-        raise UserError("A group of settings is set to no name: choose one of `--help`'s, or leave it out.") from None
+        raise UserError("A group of settings is set to null or a list: choose a name that `--help` lists, or leave it "
+                        "out.") from None
 
 
 def flags_first(words: Iterable[str]) -> list[str]:

@@ -188,6 +188,6 @@ def sum_up(sweep: OpenSweep) -> int:
         say(f"    {sentence}")
     codes = {line["code"] for line in troubled}
     if len(outcomes) < total:
-        say(f"  {total - len(outcomes)} left no word: their processes died, or were never started.")
+        say(f"  {total - len(outcomes)} reported nothing: their processes died or were never started.")
         codes.add(FAILED)
     return STOPPED if STOPPED in codes else min(codes, default=DONE)

@@ -1,4 +1,4 @@
-"""The types of all settings. Their values stand in `conf/`, so that none stands twice."""
+"""The types of all settings. Their values are in `conf/` alone, so that none is written twice."""
 
 import dataclasses
 import math
@@ -194,7 +194,7 @@ def read_evaluation(config: Mapping[str, Any]) -> EvalSettings:
 
 def read_settings(config: Mapping[str, Any]) -> Settings:
     """A composed, resolved config as typed settings; UserError for an unknown key, a missing one, a value of the wrong
-    type or out of its range, and settings that contradict each other or have no effect beside each other."""
+    type or out of its range, and settings that contradict each other or have no effect together."""
     settings = _read(Settings, config)
     if not 0 <= settings.seed <= 2**62:
         raise UserError(f"seed={settings.seed} must be from 0 to 2**62.")

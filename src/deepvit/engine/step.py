@@ -160,8 +160,8 @@ class Stepper:
             self._halve(state, batches)
 
     def seeded(self, batches: Sequence[Any], batch_index: int) -> Iterator[Any]:
-        """This rank's micro-batches of a global batch, cut to `limit`; before each is yielded, the model's randomness is
-        set to that of its images."""
+        """This rank's micro-batches of a global batch, cut to `limit`; as each is yielded, the model's randomness is
+        that of its images."""
         rank, share = self.ranks.rank, sum(map(len, batches))  # images
         digest = hashlib.blake2b(repr((self.seed, batch_index, rank)).encode(), digest_size=8).digest()
         torch.manual_seed(int.from_bytes(digest, "little") >> 1)  # of every device, for element-wise dropout

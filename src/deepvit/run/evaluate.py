@@ -232,7 +232,7 @@ def out_folder(candidate: Candidate, data_name: str, out: str | None) -> Path:
 
 
 def _mark(path: str | Path) -> str:
-    """Tells paths of the same name apart."""
+    """A hash that distinguishes paths of the same name."""
     return hashlib.blake2b(os.fsencode(Path(path).resolve()), digest_size=4).hexdigest()
 
 

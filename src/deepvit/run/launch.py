@@ -121,8 +121,8 @@ def take_place(environ: MutableMapping[str, str]) -> None:
         environ.setdefault(name, value)
     gpus = environ.get("SLURM_GPUS_ON_NODE", "")
     if gpus.isdecimal() and int(gpus) > here and place["LOCAL_RANK"] == "0":
-        log.warning("This machine has %s GPUs but srun started %d tasks on it, each of which uses one: start a task for "
-                    "each GPU (--ntasks-per-node).", gpus, here)
+        log.warning("This machine has %s GPUs but srun started %d tasks on it, each of which uses one: start a task "
+                    "for each GPU (--ntasks-per-node).", gpus, here)
 
 
 def first_host(nodes: str) -> str:
