@@ -1,10 +1,13 @@
 """Shared by all tests: one thread (two cores are often shared), and either no GPU or one that was asked for."""
 
+import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 DATA = Path(__file__).parent / "data"
 
@@ -59,3 +62,34 @@ def run(monkeypatch, capfd, tmp_path):
         return code, *capfd.readouterr()
 
     return start
+
+
+@pytest.fixture(scope="session")
+def template() -> Path:
+    """A finished run of a real sweep: a copy of its JSON."""
+    return next(path.parent for path in sorted((DATA / "report").rglob("metrics.json")))
+
+
+@pytest.fixture
+def make_run(template, tmp_path):
+    """Makes run folders from the `template`: settings by dotted key, results by name."""
+    def make(name: str, recipe: str = "digits", result: dict | None = None, finished: bool = True,
+             augmentation: str = "none", **settings):
+        folder = tmp_path / "runs" / recipe / "vit" / name
+        folder.mkdir(parents=True)
+        config = yaml.safe_load((template / "config.yaml").read_text())
+        for key, value in settings.items():
+            *groups, last = key.split("__")
+            values = config
+            for group in groups:
+                values = values[group]
+            values[last] = value
+        config["origin"] = {"recipe": recipe, "choices": {"augment": augmentation, "precision": "fp32"}}
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+        for name in ("metrics.jsonl", "events.jsonl"):
+            shutil.copy(template / name, folder)
+        if finished:
+            content = json.loads((template / "metrics.json").read_text())
+            (folder / "metrics.json").write_text(json.dumps({**content, **(result or {})}))
+        return folder
+    return make

@@ -116,7 +116,9 @@ def test_compiled_and_autocast_models_are_read_in_full_precision(images):
     expected = analysis.attention_maps(model, images)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         under_autocast = analysis.attention_maps(torch.compile(model), images)
+        similar = analysis.cross_layer_similarity(expected)
     assert all(torch.equal(a, b) for a, b in zip(expected, under_autocast))
+    assert torch.equal(similar, analysis.cross_layer_similarity(expected))
 
 
 def test_user_mistakes(images):

@@ -10,9 +10,10 @@ from torch.nn import functional as F
 
 import deepvit
 from deepvit import analysis
-from deepvit.analysis import measures, registry
+from deepvit.analysis import draw_depth, measures, registry
 from deepvit.analysis.registry import MEASURES
 from deepvit.analysis.similarity import SampledRows
+from deepvit.analysis.study import Study
 from deepvit.errors import UserError
 
 TINY = dict(img_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=4, num_classes=5)
@@ -291,6 +292,8 @@ def test_a_measure_is_one_function(images, monkeypatch):
     result = analysis.probe(tiny("self"), images)
     assert result["mine"]["largest"] == [attn.max().item() for attn in analysis.attention_maps(
         tiny("self"), images, "softmax")]
+    study = Study({}, {"name": "", "attention": "", "probe": result, "initial": None})
+    assert "Mine" in [ax.get_title() for ax in draw_depth.measures_with_depth([study]).axes]
     for name, one in MEASURES.items():
         pairs = name.startswith("similarity/")
         found = result["similarity"][one.name.partition("/")[2]]["adjacent"] if pairs else one.found_in(result)

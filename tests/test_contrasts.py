@@ -10,7 +10,7 @@ import pytest
 import yaml
 from scipy import stats
 from test_provenance import TINY
-from test_report import attention, make, template, the_grid  # noqa: F401  fixtures
+from test_report import attention, the_grid
 
 from deepvit.commands.main import main
 from deepvit.config.compare import flat
@@ -31,7 +31,7 @@ ARMS = ("self", "norm_only", "reattention")
 
 
 @pytest.fixture
-def study(make, tmp_path):  # noqa: F811
+def study(make_run, tmp_path):
     """`study(seeds)`: runs of every arm at 16 and 32 blocks under a sweep's record, and their top-1 and log-loss."""
     def runs_of(seeds: int, plan: dict = PLAN) -> dict[str, np.ndarray]:
         draw = np.random.default_rng(0)
@@ -41,8 +41,8 @@ def study(make, tmp_path):  # noqa: F811
         cells = []
         for (arm, depth), values in top1.items():
             for seed, value in enumerate(values):
-                folder = make(f"{arm}-{depth}-{seed}", model__depth=depth, model__attention=attention(arm), seed=seed,
-                              result={"top1": value, "loss": 2 - value / 100, "seed": seed})
+                folder = make_run(f"{arm}-{depth}-{seed}", model__depth=depth, model__attention=attention(arm),
+                                  seed=seed, result={"top1": value, "loss": 2 - value / 100, "seed": seed})
                 config = yaml.safe_load((folder / "config.yaml").read_text())
                 config["origin"]["choices"]["model/attention"] = arm
                 (folder / "config.yaml").write_text(yaml.safe_dump(config))
@@ -105,6 +105,12 @@ def test_a_verdict_follows_from_the_tests(claim, shift, verdict):
     points = {seed: shift + 0.2 * (-1) ** seed for seed in range(8)}
     contrast = Contrast("one", {"model/attention": "norm_only"}, {"model/attention": "self"}, claim=claim)
     assert Finding(contrast, 0.5, points, {}, []).verdict == verdict
+
+
+def test_the_verdict_of_a_primary_contrast_goes_by_its_adjusted_p():
+    contrast = Contrast("one", {"model/attention": "norm_only"}, {"model/attention": "self"}, claim="greater")
+    found = Finding(contrast, 0.5, {seed: 3 + 0.2 * (-1) ** seed for seed in range(8)}, {}, [], adjusted=0.06)
+    assert found.p < 0.001 and found.verdict == "undecided"
 
 
 def test_a_preregistration_is_named_and_a_changed_one_too(study, tmp_path):

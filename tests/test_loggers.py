@@ -49,7 +49,8 @@ def test_tensorboard_gets_few_curves_settings_and_a_row_in_the_hparams_tab(tmp_p
     last = [line for line in read_json_lines(RECORDED / "metrics.jsonl") if "probe" in line][-1]
     tags = found.Tags()["scalars"]
     assert 20 < len(tags) <= 60 and {"train/loss", "val/top1", "result/top1"} <= {*tags}
-    assert not {"images", "tokens", "heads", "blocks", "norm_eps", "n"} & {tag.split("/")[-1] for tag in tags}
+    left_out = {"images", "tokens", "heads", "blocks", "norm_eps", "n", "adjacent"}
+    assert not left_out & {tag.split("/")[-1] for tag in tags}
     assert found.Scalars("attention/entropy")[-1].value == pytest.approx(np.mean(last["probe"]["entropy"]))
     assert found.Images("attention/by_block")[0].width == 6
     assert b"depth: 32" in found.Tensors("settings/text_summary")[0].tensor_proto.string_val[0]
@@ -85,7 +86,7 @@ def test_a_viewer_that_cannot_be_written_leaves_the_others_and_the_record(tmp_pa
     assert len(warnings) == 1 and "Full cannot be written (No space left on device)" in warnings[0]
 
 
-def test_a_logger_is_one_class_and_a_line_and_is_told_where_a_run_resumes(run, monkeypatch):  # noqa: F811
+def test_a_logger_is_one_class_and_a_line_and_is_told_where_a_run_resumes(run, monkeypatch):
     seen = []
 
     class Mine:
@@ -141,7 +142,7 @@ def records_of(path: Path) -> list:
 
 
 @pytest.mark.slow
-def test_wandb_offline_goes_on_under_the_same_id(run, monkeypatch):  # noqa: F811
+def test_wandb_offline_goes_on_under_the_same_id(run, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     words = [*ONE_EPOCH, "logger=wandb"]
@@ -160,7 +161,7 @@ def test_wandb_offline_goes_on_under_the_same_id(run, monkeypatch):  # noqa: F81
 
 
 @pytest.mark.slow
-def test_wandb_without_an_account_is_one_sentence_and_nothing_is_written(run, monkeypatch):  # noqa: F811
+def test_wandb_without_an_account_is_one_sentence_and_nothing_is_written(run, monkeypatch):
     wandb = pytest.importorskip("wandb")
 
     def refuse(**_):

@@ -28,37 +28,6 @@ from deepvit.report.statistics import summarise
 SWEEP = Path(__file__).parent / "data" / "report"
 
 
-@pytest.fixture(scope="module")
-def template() -> Path:
-    """A finished run of the sweep."""
-    return next(path.parent for path in sorted(SWEEP.rglob("metrics.json")))
-
-
-@pytest.fixture
-def make(template, tmp_path):
-    """Makes run folders from the finished one: settings by dotted key, results by name."""
-    def make_run(name: str, recipe: str = "digits", result: dict | None = None, finished: bool = True,
-                 augmentation: str = "none", **settings):
-        folder = tmp_path / "runs" / recipe / "vit" / name
-        folder.mkdir(parents=True)
-        config = yaml.safe_load((template / "config.yaml").read_text())
-        for key, value in settings.items():
-            *groups, last = key.split("__")
-            values = config
-            for group in groups:
-                values = values[group]
-            values[last] = value
-        config["origin"] = {"recipe": recipe, "choices": {"augment": augmentation, "precision": "fp32"}}
-        (folder / "config.yaml").write_text(yaml.safe_dump(config))
-        for name in ("metrics.jsonl", "events.jsonl"):
-            shutil.copy(template / name, folder)
-        if finished:
-            content = json.loads((template / "metrics.json").read_text())
-            (folder / "metrics.json").write_text(json.dumps({**content, **(result or {})}))
-        return folder
-    return make_run
-
-
 def attention(name: str) -> dict:
     return {"name": name, "class": "ReAttention"}
 
@@ -132,10 +101,10 @@ def test_threshold_counts_the_pairs_above_it(template):
 
 # Seeds, axes, holes
 
-def test_mean_and_deviation_over_seeds(make, tmp_path):
+def test_mean_and_deviation_over_seeds(make_run, tmp_path):
     values = [80.0, 83.0, 85.5]
     for seed, top1 in enumerate(values):
-        make(f"seed={seed}", seed=seed, result={"top1": top1, "seed": seed})
+        make_run(f"seed={seed}", seed=seed, result={"top1": top1, "seed": seed})
     cell, = the_grid(tmp_path).cells
     summary = tables.over_seeds(cell, tables.of_result("top1"))
     assert summary.text(2) == f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
@@ -164,8 +133,8 @@ def test_summaries_leave_out_what_is_not_there():
 
 
 @pytest.fixture
-def swept(make, tmp_path):
-    """A sweep's record of runs made by `make`, two of which are then taken away; the second said why it failed."""
+def swept(make_run, tmp_path):
+    """A sweep's record of runs made by `make_run`, two of which are then taken away; the second said why it failed."""
     def make_record(*folders: Path) -> None:
         top = tmp_path / "runs"
         record = SweepRecord(top / "sweeps" / "cells-0.jsonl", "first")
@@ -181,8 +150,8 @@ def swept(make, tmp_path):
     return make_record
 
 
-def test_cells_that_a_sweep_was_to_run_are_marked(make, swept, tmp_path):
-    swept(*(make(f"{depth}-{name}", model__depth=depth, model__attention=attention(name))
+def test_cells_that_a_sweep_was_to_run_are_marked(make_run, swept, tmp_path):
+    swept(*(make_run(f"{depth}-{name}", model__depth=depth, model__attention=attention(name))
             for depth, name in ((8, "self"), (8, "reattention"), (16, "self"), (16, "reattention"))))
     grid = the_grid(tmp_path)
     assert [(cell.depth, cell.attention, cell.status) for cell in grid.cells] == [
@@ -193,21 +162,21 @@ def test_cells_that_a_sweep_was_to_run_are_marked(make, swept, tmp_path):
     assert all(cell.runs[0].finished for cell in the_grid(tmp_path / "runs" / "digits" / "vit" / "8-self").cells)
 
 
-def test_a_missing_seed_is_named(make, swept, tmp_path):
-    swept(*(make(f"{depth}-{seed}", model__depth=depth, seed=seed) for depth in (8, 16) for seed in (0, 1)))
-    make("16-0", model__depth=16)
+def test_a_missing_seed_is_named(make_run, swept, tmp_path):
+    swept(*(make_run(f"{depth}-{seed}", model__depth=depth, seed=seed) for depth in (8, 16) for seed in (0, 1)))
+    make_run("16-0", model__depth=16)
     assert [cell.status for cell in the_grid(tmp_path).cells] == ["", "seed 1: missing (Out of luck)"]
 
 
-def test_without_a_record_nothing_is_said_to_be_missing(make, tmp_path):
+def test_without_a_record_nothing_is_said_to_be_missing(make_run, tmp_path):
     for depth, name in ((8, "self"), (8, "reattention"), (16, "self")):
-        make(f"{depth}-{name}", model__depth=depth, model__attention=attention(name))
+        make_run(f"{depth}-{name}", model__depth=depth, model__attention=attention(name))
     assert len(the_grid(tmp_path).cells) == 3
 
 
-def test_settings_that_differ_become_columns(make, tmp_path):
-    make("a", model__embed_dim=48, model__num_heads=3, engine__log_every=7)
-    make("b", model__embed_dim=96, model__num_heads=6)
+def test_settings_that_differ_become_columns(make_run, tmp_path):
+    make_run("a", model__embed_dim=48, model__num_heads=3, engine__log_every=7)
+    make_run("b", model__embed_dim=96, model__num_heads=6)
     grid = the_grid(tmp_path)
     assert grid.extras == ("embed_dim",) and [cell.extras for cell in grid.cells] == [(48,), (96,)]
     assert any("num_heads" in note for note in tables.tables(grid, 0.9)[0].notes)
@@ -215,20 +184,20 @@ def test_settings_that_differ_become_columns(make, tmp_path):
     assert [(row["model.embed_dim"], row["model.num_heads"]) for row in rows] == [("48", "3"), ("96", "6")]
 
 
-def test_one_number_is_one_value(make, tmp_path):
-    make("a", model__mlp_ratio=3, seed=0, augment__mixup=0)
-    make("b", model__mlp_ratio=3.0, seed=1, augment__mixup=0.0)
+def test_one_number_is_one_value(make_run, tmp_path):
+    make_run("a", model__mlp_ratio=3, seed=0, augment__mixup=0)
+    make_run("b", model__mlp_ratio=3.0, seed=1, augment__mixup=0.0)
     assert the_grid(tmp_path).extras == () and len(the_grid(tmp_path).cells) == 1
-    make("c", model__mlp_ratio=4.0, seed=1)
+    make_run("c", model__mlp_ratio=4.0, seed=1)
     assert [cell.details(the_grid(tmp_path)) for cell in the_grid(tmp_path).cells] == [["mlp_ratio 3"], ["mlp_ratio 4"]]
 
 
-def test_runs_that_differ_in_many_settings_become_several_tables(make, tmp_path, capsys):
+def test_runs_that_differ_in_many_settings_become_several_tables(make_run, tmp_path, capsys):
     many = {"optimizer__lr": 0.5, "optimizer__weight_decay": 0.2, "schedule__epochs": 3, "model__drop_rate": 0.1,
             "data__root": "/home/me/images"}
     for seed in (0, 1):
-        make(f"scratch-{seed}", seed=seed)
-        make(f"tuned-{seed}", seed=seed, init="/home/me/best.pt", **many)
+        make_run(f"scratch-{seed}", seed=seed)
+        make_run(f"tuned-{seed}", seed=seed, init="/home/me/best.pt", **many)
     found = grids(runs.read_runs([tmp_path])[0])
     assert [(len(grid.runs), grid.extras) for grid in found] == [(2, ()), (2, ())]
     assert len({grid.name for grid in found}) == 2
@@ -239,9 +208,9 @@ def test_runs_that_differ_in_many_settings_become_several_tables(make, tmp_path,
     assert "deepvit report" in (tmp_path / "out" / "report.md").read_text()
 
 
-def test_a_sweeps_runs_stay_in_one_table(make, tmp_path):
-    folders = [make(str(at), optimizer__lr=0.1 * at, schedule__epochs=at % 2 + 2, model__drop_rate=0.1 * (at % 3),
-                    optimizer__weight_decay=0.1 * (at % 4), model__embed_dim=48 * (at % 5 + 1)) for at in range(6)]
+def test_a_sweeps_runs_stay_in_one_table(make_run, tmp_path):
+    folders = [make_run(str(at), optimizer__lr=0.1 * at, schedule__epochs=at % 2 + 2, model__drop_rate=0.1 * (at % 3),
+                        optimizer__weight_decay=0.1 * (at % 4), model__embed_dim=48 * (at % 5 + 1)) for at in range(6)]
     alone = len(grids(runs.read_runs([tmp_path])[0]))
     SweepRecord(tmp_path / "runs/sweeps/mine-0.jsonl", "1").open("deepvit", "mine", [
         {"overrides": [], "folder": str(folder.relative_to(tmp_path / "runs")), "settings": {}}
@@ -249,32 +218,32 @@ def test_a_sweeps_runs_stay_in_one_table(make, tmp_path):
     assert alone > 1 and the_grid(tmp_path).name.endswith("sweep mine")
 
 
-def test_labels_say_what_differs(make):
-    folders = [make("a", model__attention=attention("self")),
-               make("b", model__attention=attention("reattention"), seed=1, engine__log_every=3)]
+def test_labels_say_what_differs(make_run):
+    folders = [make_run("a", model__attention=attention("self")),
+               make_run("b", model__attention=attention("reattention"), seed=1, engine__log_every=3)]
     assert labels([runs.read_run(folder).settings for folder in folders]) == ["self, seed 0", "reattention, seed 1"]
 
 
-def test_a_single_value_is_a_dot(make):
-    folder = make("a")
+def test_a_single_value_is_a_dot(make_run):
+    folder = make_run("a")
     (folder / "metrics.jsonl").write_text('{"step": 1, "epoch": 0.5, "loss": 2.0}\n')
     axes = Figure().subplots()
     draw_curve(axes, runs.read_run(folder), "loss")
     assert axes.lines[0].get_marker() == "o"
 
 
-def test_augmentation_goes_by_the_name_that_was_chosen(make, tmp_path):
-    make("none")
-    make("light", augmentation="light", augment__crop_scale=[0.6, 1.0])
+def test_augmentation_goes_by_the_name_that_was_chosen(make_run, tmp_path):
+    make_run("none")
+    make_run("light", augmentation="light", augment__crop_scale=[0.6, 1.0])
     grid = the_grid(tmp_path)
     assert grid.extras == ("augment",) and {cell.extras for cell in grid.cells} == {("none",), ("light",)}
-    make("changed", augmentation="light", augment__crop_scale=[0.6, 1.0], augment__mixup=0.2)
+    make_run("changed", augmentation="light", augment__crop_scale=[0.6, 1.0], augment__mixup=0.2)
     assert the_grid(tmp_path).extras == ("augment.mixup", "augment")
 
 
-def test_runs_that_do_not_tell_their_choices_are_told_apart_by_values(make, tmp_path):
-    make("none")
-    folder = make("old", augment__mixup=0.2)
+def test_runs_that_do_not_tell_their_choices_are_told_apart_by_values(make_run, tmp_path):
+    make_run("none")
+    folder = make_run("old", augment__mixup=0.2)
     config = yaml.safe_load((folder / "config.yaml").read_text())
     del config["origin"]["choices"]
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
@@ -285,24 +254,24 @@ def test_runs_that_do_not_tell_their_choices_are_told_apart_by_values(make, tmp_
         "digits, recipe not recorded", "digits, recipe digits"]
 
 
-def test_attentions_of_one_name_are_told_apart(make, tmp_path):
+def test_attentions_of_one_name_are_told_apart(make_run, tmp_path):
     for rate in (0.1, 0.2):
-        make(str(rate), model__attention={"name": "attention_dropout", "class": "SelfAttention", "attn_drop": rate})
+        make_run(str(rate), model__attention={"name": "attention_dropout", "class": "SelfAttention", "attn_drop": rate})
     assert [cell.attention for cell in the_grid(tmp_path).cells] == [
         "attention_dropout (attn_drop=0.1)", "attention_dropout (attn_drop=0.2)"]
 
 
-def test_a_repeated_run_counts_once(make, tmp_path):
-    make("a")
-    make("b")
+def test_a_repeated_run_counts_once(make_run, tmp_path):
+    make_run("a")
+    make_run("b")
     grid = the_grid(tmp_path)
     assert len(grid.cells[0].runs) == 1 and "repeats" in grid.duplicates[0]
 
 
-def test_different_data_and_recipes_get_tables_of_their_own(make, tmp_path, capsys):
-    make("a", data__source="cifar10", recipe="cifar10")
-    make("b", recipe="imagenet", data__source="imagenet")
-    make("c", recipe="imagenet_32b", data__source="imagenet")
+def test_different_data_and_recipes_get_tables_of_their_own(make_run, tmp_path, capsys):
+    make_run("a", data__source="cifar10", recipe="cifar10")
+    make_run("b", recipe="imagenet", data__source="imagenet")
+    make_run("c", recipe="imagenet_32b", data__source="imagenet")
     assert [grid.name for grid in grids(runs.read_runs([tmp_path])[0])] == [
         "cifar10, recipe cifar10", "imagenet, recipe imagenet", "imagenet, recipe imagenet_32b"]
     shutil.rmtree(tmp_path / "runs" / "cifar10")
@@ -318,12 +287,12 @@ IMAGENET = {"data__source": "imagenet", "model__embed_dim": 384, "model__num_hea
             "model__patch_size": 16, "recipe": "imagenet"}
 
 
-def test_published_numbers_stand_beside_the_same_cells_only(make, tmp_path):
+def test_published_numbers_stand_beside_the_same_cells_only(make_run, tmp_path):
     whole, deepvit32 = {"top1": 80.0, "n": 50_000}, {"model__depth": 32, "model__attention": attention("reattention")}
-    make("a", **IMAGENET, **deepvit32, result=whole)
-    make("b", **IMAGENET, model__depth=32, model__attention=attention("reattention_fc"), result=whole)
-    make("c", **{**IMAGENET, "model__embed_dim": 512}, **deepvit32, result=whole)
-    make("d", **IMAGENET, **deepvit32, data__fraction=0.1, result=whole)
+    make_run("a", **IMAGENET, **deepvit32, result=whole)
+    make_run("b", **IMAGENET, model__depth=32, model__attention=attention("reattention_fc"), result=whole)
+    make_run("c", **{**IMAGENET, "model__embed_dim": 512}, **deepvit32, result=whole)
+    make_run("d", **IMAGENET, **deepvit32, data__fraction=0.1, result=whole)
     table = tables.tables(the_grid(tmp_path), 0.9)[0]
     column, difference = table.headers.index("published"), table.headers.index("difference")
     begun = [row for row in table.rows if row[-1] != "missing"]
@@ -333,9 +302,10 @@ def test_published_numbers_stand_beside_the_same_cells_only(make, tmp_path):
     assert any("similar blocks as published" in note.lower() for note in table.notes)
 
 
-@pytest.mark.parametrize("changes", [{}, {**IMAGENET, "result": {"n": 200}}])  # any folder can be data=imagenet
-def test_columns_of_the_papers_numbers_are_left_out_where_it_has_none(make, tmp_path, changes):
-    make("a", **changes)
+@pytest.mark.parametrize("changes", [{}, {  # any folder can be data=imagenet
+    **IMAGENET, "model__depth": 32, "model__attention": attention("reattention"), "result": {"n": 200}}])
+def test_columns_of_the_papers_numbers_are_left_out_where_it_has_none(make_run, tmp_path, changes):
+    make_run("a", **changes)
     table = tables.tables(the_grid(tmp_path), 0.9)[0]
     assert not {"published", "difference", "status"} & {*table.headers}
 
@@ -343,9 +313,10 @@ def test_columns_of_the_papers_numbers_are_left_out_where_it_has_none(make, tmp_
 def test_every_published_number_has_a_source_and_a_place():
     for entry in published.entries():
         assert entry.source in published.sources() and 50 < entry.top1 < 100
+        assert {"data.source", "model.depth", "model.attention.name"} <= set(entry.match)
     for other in published.others():
         assert other.source in published.sources() and 80 < other.top1 < 90 and 2e7 < other.params < 1e8
-        assert {"data.source", "model.depth", "model.attention.name"} <= set(entry.match)
+        assert other.img_size and other.remark and not other.match
     readme = {entry.model: (entry.top1, entry.similar_blocks) for entry in published.entries()
               if entry.source == "readme1"}
     assert readme == {"ViT-16": (78.88, 5), "DeepViT-16": (79.10, 0), "ViT-24": (79.35, 11), "DeepViT-24": (79.99, 0),
@@ -354,8 +325,8 @@ def test_every_published_number_has_a_source_and_a_place():
 
 # Runs at work, stopped, broken
 
-def test_progress_of_an_unfinished_run(make, tmp_path):
-    folder = make("a", finished=False)
+def test_progress_of_an_unfinished_run(make_run, tmp_path):
+    folder = make_run("a", finished=False)
     whole = (folder / "metrics.jsonl").read_text().splitlines()
     half = len(whole) // 2
     (folder / "metrics.jsonl").write_text("\n".join(whole[:half]) + "\n" + whole[half][:20])
@@ -367,8 +338,8 @@ def test_progress_of_an_unfinished_run(make, tmp_path):
     assert f"step {done}/{total}" in the_grid(tmp_path).cells[0].status
 
 
-def test_states(make, template):
-    folder = make("a", finished=False)
+def test_states(make_run, template):
+    folder = make_run("a", finished=False)
     run = RunFolder(folder)
     run.claim()
     assert runs.read_run(folder).state == "running"
@@ -381,11 +352,11 @@ def test_states(make, template):
     assert runs.read_run(template).state == "finished"
 
 
-def test_one_broken_run_does_not_stop_the_rest(make, tmp_path, capsys):
-    make("good")
-    (make("poisoned") / "config.yaml").write_bytes(b"\xff\xfe: [")
-    (make("foreign") / "config.yaml").write_text("hello: world\n")
-    torn = make("torn", seed=1)
+def test_one_broken_run_does_not_stop_the_rest(make_run, tmp_path, capsys):
+    make_run("good")
+    (make_run("poisoned") / "config.yaml").write_bytes(b"\xff\xfe: [")
+    (make_run("foreign") / "config.yaml").write_text("hello: world\n")
+    torn = make_run("torn", seed=1)
     (torn / "metrics.json").write_text('{"finished": true, "top1": 9')
     assert main(["report", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
@@ -393,14 +364,14 @@ def test_one_broken_run_does_not_stop_the_rest(make, tmp_path, capsys):
     assert "seed 1: unfinished" in printed
 
 
-def test_a_run_without_a_probe_still_has_its_row(make, tmp_path):
-    make("a", result={"probe_initial": None, "probe_final": None})
+def test_a_run_without_a_probe_still_has_its_row(make_run, tmp_path):
+    make_run("a", result={"probe_initial": None, "probe_final": None})
     assert main(["report", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
     assert not (tmp_path / "out" / "figures" / "blocks.png").exists()
 
 
-def test_only_begun_runs_can_be_reported(make, tmp_path):
-    folder = make("a", finished=False)
+def test_only_begun_runs_can_be_reported(make_run, tmp_path):
+    folder = make_run("a", finished=False)
     (folder / "metrics.jsonl").unlink()
     assert main(["report", str(folder), "--out", str(tmp_path / "out")]) == 0
 
@@ -420,16 +391,17 @@ def test_bad_input_is_one_sentence(arguments, words, tmp_path, capsys):
     assert words in error and "\n" not in error
 
 
-def test_a_threshold_that_is_no_cosine_is_refused(capsys):
+@pytest.mark.parametrize("threshold", ["90", "abc"])
+def test_a_threshold_that_is_no_cosine_is_refused(threshold, capsys):
     with pytest.raises(SystemExit) as stopped:
-        main(["report", str(SWEEP), "--threshold", "90"])
+        main(["report", str(SWEEP), "--threshold", threshold])
     assert stopped.value.code == 2 and "not a cosine" in capsys.readouterr().err
 
 
 # Two runs
 
-def test_compare_names_what_differs(make, tmp_path, capsys):
-    first, second = make("a"), make("b", optimizer__lr=0.5, result={"top1": 12.5})
+def test_compare_names_what_differs(make_run, tmp_path, capsys):
+    first, second = make_run("a"), make_run("b", optimizer__lr=0.5, result={"top1": 12.5})
     assert main(["report", "--compare", str(first), str(second), "--out", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
     rows = [line.split() for line in printed.splitlines()]

@@ -1,36 +1,29 @@
 """The report where a part of it is missing, or its settings are many."""
 
-import pytest
-from test_report import make, template, the_grid  # noqa: F401  fixtures
+from test_report import the_grid
 
 from deepvit.commands.main import main
 from deepvit.report.figures import depth_chart
 
 
-def test_a_missing_run_to_compare_costs_the_comparison_alone(make, tmp_path, capsys):  # noqa: F811
-    first = make("a")
+def test_a_missing_run_to_compare_costs_the_comparison_alone(make_run, tmp_path, capsys):
+    first = make_run("a")
     assert main(["report", str(tmp_path), "--compare", str(first), "/nope", "--out", str(tmp_path / "r")]) == 2
     said = capsys.readouterr()
     assert "/nope does not exist" in said.err and said.err.count("\n") == 1 and (tmp_path / "r/report.html").exists()
 
 
-def test_schedules_that_change_together_are_named_by_one(make, tmp_path, recwarn):  # noqa: F811
+def test_schedules_that_change_together_are_named_by_one(make_run, tmp_path, recwarn):
     for at in range(10):
-        make(str(at), schedule__epochs=5 + at, schedule__warmup_epochs=at, optimizer__lr=0.1 * (at + 1))
+        make_run(str(at), schedule__epochs=5 + at, schedule__warmup_epochs=at, optimizer__lr=0.1 * (at + 1))
     drawn = depth_chart(the_grid(tmp_path), 0.9, "").draw(columns=2)
     assert drawn.axes[0].get_xlabel() in ("schedule.epochs", "schedule.warmup_epochs", "optimizer.lr")
     assert not recwarn.list
     assert all(axes.get_position().width > 0.2 for axes in drawn.axes if axes.axison)
 
 
-def test_a_threshold_that_is_no_number_is_refused(capsys):
-    with pytest.raises(SystemExit):
-        main(["report", "--threshold", "abc", "."])
-    assert "abc is not a cosine" in capsys.readouterr().err
-
-
-def test_a_config_that_would_run_code_is_left_out(make, tmp_path, capsys):  # noqa: F811
-    folder, trap = make("a"), tmp_path / "executed"
+def test_a_config_that_would_run_code_is_left_out(make_run, tmp_path, capsys):
+    folder, trap = make_run("a"), tmp_path / "executed"
     (folder / "config.yaml").write_text(f"model: !!python/object/apply:os.mkdir ['{trap}']\n")
     assert main(["report", str(tmp_path), "--out", str(tmp_path / "r")]) == 2 and not trap.exists()
     assert "config.yaml cannot be read" in capsys.readouterr().err

@@ -6,12 +6,12 @@ measures of a model on a batch as plain numbers. Formulas and sources: docs/anal
 
 from deepvit.analysis.gradients import block_norms
 from deepvit.analysis.measures import (attention_distance, attention_entropy, class_token_mask, diagonal_share,
-                                       effective_rank, norm_variance, patch_grid, rollout, thetas, token_similarity)
+                                       effective_rank, feature_cosine, linear_cka, norm_variance, patch_grid, rollout,
+                                       thetas, token_similarity)
 from deepvit.analysis.probe import at_initialisation, probe, regime, with_statistics_of
 from deepvit.analysis.recording import Recording, attention_maps, record, recordings
 from deepvit.analysis.similarity import (adjacent_similarity, centred, cka_matrix, column_similarity,
-                                         cross_layer_similarity, feature_cosine, head_similarity, linear_cka,
-                                         similar_blocks, similarity_matrix)
+                                         cross_layer_similarity, head_similarity, similar_blocks, similarity_matrix)
 
 __all__ = ["Recording", "adjacent_similarity", "at_initialisation", "attention_distance", "attention_entropy",
            "attention_maps", "block_norms", "centred", "cka_matrix", "class_token_mask", "column_similarity",

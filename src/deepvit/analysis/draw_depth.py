@@ -15,12 +15,11 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from deepvit.analysis.draw_maps import SIGNED, caption, hide_axes, side_by_side
-from deepvit.analysis.registry import MEASURES
+from deepvit.analysis.registry import MEASURES, Measure
 from deepvit.analysis.study import Study
 
 KINDS = {"final": "final maps", "softmax": "softmax maps", "final_centred": "final minus uniform",
          "softmax_centred": "softmax minus 1/N"}
-DRAWN = [one for one in MEASURES.values() if one.title]
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7"]  # Okabe & Ito, distinct for every eye
 MARKERS = ["o", "s", "^", "D"]
 WIDTHS = {"final": 7, "softmax": 2.5, "final_centred": 4, "softmax_centred": 1.2}  # points: coinciding lines show
@@ -87,7 +86,7 @@ def similarity_with_depth(studies: Sequence[Study]) -> Figure:
 
 def measures_with_depth(studies: Sequence[Study]) -> Figure:
     """The other measures against depth, all models in one panel each, before training dotted."""
-    shown = [measure for measure in DRAWN if any(_has(measure.found_in(one.facts["probe"])) for one in studies)]
+    shown = _drawn(*(one.facts["probe"] for one in studies))
     rows = -(-len(shown) // 2)
     figure = Figure(figsize=(10, 2.7 * rows + 1.2), layout="constrained", dpi=130)
     figure.suptitle("What attention does, against depth (dotted: before training)", fontsize=12)
@@ -130,7 +129,7 @@ def _similarity(found: Mapping[str, Any]) -> Figure:
 
 
 def _by_block(values: Mapping[str, Any]) -> Figure:
-    shown = [measure for measure in DRAWN if _has(measure.found_in(values))]
+    shown = _drawn(values)
     rows = -(-len(shown) // 4)
     figure = Figure(figsize=(13, 2.7 * rows), dpi=90)
     axes = figure.subplots(rows, 4, squeeze=False).ravel()
@@ -146,6 +145,11 @@ def _pixels(figure: Figure) -> np.ndarray:
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3]
+
+
+def _drawn(*probes: Mapping[str, Any]) -> list[Measure]:
+    """The measures with a panel of their own that any of the probes has."""
+    return [one for one in MEASURES.values() if one.title and any(_has(one.found_in(probe)) for probe in probes)]
 
 
 def _has(values: Sequence[float | None]) -> bool:

@@ -51,7 +51,7 @@ def read_images(model: ViT, paths: Sequence[Path]) -> Images:
         pixels.append(transform(image)[0])
         names.append(name)
     if not pixels:
-        raise UserError(refused[0] if refused else f"There are no images in {', '.join(map(str, paths))}.")
+        raise UserError(refused[0])
     stack = torch.stack(pixels)  # uint8 [B, 3, height, width]
     mean, std = (torch.tensor(values).view(3, 1, 1) * 255 for values in data.norm_values(evaluation["norm"]))
     return Images((stack - mean) / std, stack, names, refused)

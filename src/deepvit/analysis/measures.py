@@ -1,4 +1,4 @@
-"""What a block does, as numbers: its maps, the norm and the head mix behind them, its tokens and branches; and rollout,
+"""What a block does, as numbers: its tokens and branches, its maps, the norm and the head mix behind them; and rollout,
 what attention does over all blocks.
 
 Maps are `[B, H, N, N]`, rows queries. A measure of maps gives one number per head, `[H]`, the mean over images.
@@ -16,6 +16,26 @@ from deepvit.analysis.recording import attention_modules, rms, unwrap
 from deepvit.analysis.registry import measure
 from deepvit.errors import UserError
 from deepvit.models.attention import HeadMix
+
+
+@measure("feature_cosine_first", "first", "after")
+@measure("feature_cosine_adjacent", "before", "after")
+def feature_cosine(p: Tensor, q: Tensor) -> float:
+    """Mean cosine between a token in one block and the same token in another, `[B, N, D]` twice."""
+    return float(F.cosine_similarity(p.float(), q.float(), dim=-1, eps=1e-30).mean())
+
+
+@measure("cka_first", "rows_first", "rows_after", title="Tokens against the first block's input", unit="linear CKA")
+@measure("cka_adjacent", "rows_before", "rows_after")
+def linear_cka(p: Tensor, q: Tensor) -> float:
+    """Linear centred kernel alignment of features `[n, D]` and `[n, E]`, from 0 to 1 (same up to rotation and scale).
+
+    `|P^T Q|^2 / (|P^T P| |Q^T Q|)` in Frobenius norms, columns centred (Kornblith et al., arXiv:1905.00414, eq. 4).
+    Biased upwards where n is not far above D.
+    """
+    p, q = (x.double() - x.double().mean(0) for x in (p, q))
+    cross, own = (p.mT @ q).square().sum(), (p.mT @ p).norm() * (q.mT @ q).norm()
+    return float(cross / own) if own > 0 else 0.0
 
 
 @measure("entropy", "softmax", title="Entropy of the softmax maps", unit="nats")

@@ -47,7 +47,7 @@ class Measure:
         return found.get(own, []) if own and isinstance(found, Mapping) else found or []
 
 
-MEASURES: dict[str, Measure] = {}  # name -> measure, filled as their modules are imported
+MEASURES: dict[str, Measure] = {}  # name -> measure, in the order of probes and panels
 
 
 def measure(name: str, *takes: str, **drawn: Any) -> Callable:

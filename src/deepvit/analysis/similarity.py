@@ -1,6 +1,6 @@
-"""How alike attention maps are across blocks (the paper's M) and across the heads of a block, how alike the blocks'
-tokens are (cosine, linear CKA), and how many blocks count as similar. Maps are `[B, H, N, N]` per block, rows queries;
-a sequence of them may compute them as they are read. Tokens are `[B, N, D]` per block.
+"""How alike attention maps are across blocks (the paper's M) and across the heads of a block, how many blocks count as
+similar, and how alike the tokens of any two blocks are. Maps are `[B, H, N, N]` per block, rows queries; a sequence of
+them may compute them as they are read.
 
 M is confounded: a norm over heads centres the maps and so lowers M without the heads being mixed, and softmax maps near
 uniform are alike whatever the model learned. So look at M beside M of the softmax maps, of `centred` maps, and at
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deepvit.analysis.measures import linear_cka
 from deepvit.analysis.recording import HELD_BYTES, recordings
 from deepvit.analysis.registry import measure
 from deepvit.errors import UserError
@@ -163,26 +164,6 @@ def mean_head_product(unit: Tensor) -> float | None:
     total = unit.sum(1).square().sum(-2)  # [B, N], |sum of the heads|^2 = each head's own square + all products
     own = unit.square().sum((1, 2))  # [B, N]
     return float((total - own).mean() / (heads * (heads - 1)))
-
-
-@measure("feature_cosine_first", "first", "after")
-@measure("feature_cosine_adjacent", "before", "after")
-def feature_cosine(p: Tensor, q: Tensor) -> float:
-    """Mean cosine between a token in one block and the same token in another, `[B, N, D]` twice."""
-    return float(F.cosine_similarity(p.float(), q.float(), dim=-1, eps=1e-30).mean())
-
-
-@measure("cka_first", "rows_first", "rows_after", title="Tokens against the first block's input", unit="linear CKA")
-@measure("cka_adjacent", "rows_before", "rows_after")
-def linear_cka(p: Tensor, q: Tensor) -> float:
-    """Linear centred kernel alignment of features `[n, D]` and `[n, E]`, from 0 to 1 (same up to rotation and scale).
-
-    `|P^T Q|^2 / (|P^T P| |Q^T Q|)` in Frobenius norms, columns centred (Kornblith et al., arXiv:1905.00414, eq. 4).
-    Biased upwards where n is not far above D.
-    """
-    p, q = (x.double() - x.double().mean(0) for x in (p, q))
-    cross, own = (p.mT @ q).square().sum(), (p.mT @ p).norm() * (q.mT @ q).norm()
-    return float(cross / own) if own > 0 else 0.0
 
 
 class SampledRows:

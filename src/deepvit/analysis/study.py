@@ -85,7 +85,7 @@ def load_studies(path: Path) -> list[Study]:
     try:
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no mapping
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # it is no mapping
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"The maps {path} cannot be read ({error}): give a file made with --save-maps, or the "
                         f"published code's attention pickle.") from error

@@ -236,7 +236,7 @@ class _Plot:
                                                         "softmax": "Maps before mixing and norm (softmax)"}[kind])
         moments = [axes.plot([], [], color="grey", marker="o", linestyle=style, markerfacecolor=face, label=label)[0]
                    for label, style, face in (("trained", "-", "grey"), ("untrained", ":", "none"))]
-        axes.legend(handles=moments, frameon=False, fontsize="small", loc="center right")
+        axes.legend(handles=moments, fontsize="small", loc="center right")
         unit_range(axes)
 
     def _draw_published(self, axes: Axes, value: Callable[[Published], float | None]) -> None:

@@ -9,13 +9,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from pathlib import Path
 
-from deepvit.config.compare import labels
+from deepvit.config.compare import flat, labels
 from deepvit.config.provenance import git_revision
 from deepvit.errors import UserError
 from deepvit.report import render
 from deepvit.report.figures import Chart, charts, comparison_chart
 from deepvit.report.grid import Grid, grids
-from deepvit.report.runs import Run, flat, without_paths
+from deepvit.report.runs import Run, without_paths
 from deepvit.report.tables import NONE, Table, mean_similarity, of_result, over_seeds, tables
 
 TITLE = "Depth and attention: report"
