@@ -9,6 +9,7 @@ import yaml
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
+import deepvit
 from deepvit.commands import main
 from deepvit.config.compare import changed
 from deepvit.config.compose import compose
@@ -186,3 +187,13 @@ def test_what_cannot_be_calibrated_is_refused(trained, tmp_path, capsys, setting
     code = main.main(["eval", f"checkpoint={trained}/checkpoints/last.pt", setting, f"out={tmp_path}"])
     said = capsys.readouterr().err
     assert code == 2 and all(word in said for word in words) and not list(tmp_path.glob("*/metrics.json"))
+
+
+def test_what_cannot_be_calibrated_does_not_keep_others_from_it(trained, tmp_path, capsys):
+    """`calibrate=20` is less than a group of the one model; the other has no norm that sees several images."""
+    plain = deepvit.create_model("vit", img_size=8, patch_size=2, embed_dim=8, depth=1, num_heads=1, num_classes=10)
+    deepvit.save_model(plain, tmp_path / "plain.pt")
+    code = main.main(["eval", f"checkpoint=[{trained}/checkpoints/last.pt,{tmp_path}/plain.pt]", "data=digits",
+                      "calibrate=20", f"out={tmp_path}", "engine.accelerator=cpu"])
+    assert code == 2 and "calibrate=20" in capsys.readouterr().err
+    assert len(list(tmp_path.glob("*/metrics.json"))) == 1

@@ -304,6 +304,14 @@ def test_the_first_module_that_went_wrong_is_named():
     assert all(weight.grad is None for weight in model.parameters())
 
 
+def test_an_examination_takes_no_more_images_at_once_than_fit():
+    model, sizes = Net(), []
+    model.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    stepper = replace(stepper_of(model, Schedule(0.1, 10)), limit=8)
+    assert examine(stepper, state_of(model), [a_batch()], 0).first is None
+    assert sizes == [8] * 4
+
+
 @pytest.mark.parametrize("size", [32, 8])
 def test_an_examination_tells_the_loss_of_the_step(size):
     """Over all its micro-batches, and not as the scaler scales it; the ranges are those of the whole batch."""

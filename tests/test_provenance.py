@@ -200,7 +200,7 @@ def test_cells_in_other_processes_are_summed_up(run, launcher, monkeypatch, dies
     monkeypatch.setattr(launcher, "launch", forked)
     code, said, _ = run("train", "-m", *TINY, "model.num_heads=1,3")
     assert "1 of 2 cells are done" in said
-    assert code == (FAILED if dies else BAD_INPUT) and ("no word" if dies else "3 heads") in said
+    assert code == (FAILED if dies else BAD_INPUT) and ("1 reported nothing" if dies else "3 heads") in said
 
 
 def test_a_job_returns_its_top1(run, launcher, monkeypatch, tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from deepvit.errors import UserError
+from deepvit.run import launch
 from deepvit.run.launch import first_host, take_place
 
 ROOT = Path(__file__).parents[1]
@@ -26,6 +27,15 @@ def test_a_task_of_srun_knows_its_place():
     other = {**STEP, "SLURM_PROCID": "4", "SLURM_NODEID": "2", "SLURM_LOCALID": "0"}
     take_place(other)
     assert other["LOCAL_WORLD_SIZE"] == "1" and other["MASTER_PORT"] == environ["MASTER_PORT"]
+
+
+def test_gpus_that_no_task_uses_are_named_once(monkeypatch):
+    warnings = []
+    monkeypatch.setattr(launch.log, "warning", lambda text, *words: warnings.append(text % words))
+    for local, gpus in (("0", "2"), ("1", "4"), ("0", "4")):
+        take_place({**STEP, "SLURM_LOCALID": local, "SLURM_GPUS_ON_NODE": gpus})
+    (warning,) = warnings
+    assert "4 GPUs" in warning and "2 tasks" in warning and "--ntasks-per-node" in warning
 
 
 @pytest.mark.parametrize("environ", [

@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     check_range("--workers", given.workers, 0, 1024)
     if given.list.exists() and not given.list.read_text(errors="replace").startswith(TITLE):
-        raise UserError(f"{given.list} is there and not a list of images: give another file with --list.")
+        raise UserError(f"{given.list} exists and is not a list of images: give another file with --list.")
     set_up_logging()
     with sentences():
         config = compose([quoted(word) for word in ("data=folder", f"data.root={given.data}", *given.settings)])

@@ -21,8 +21,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from deepvit.commands.sweep import Recorder, Refused, in_quotes, record_of, sum_up
 from deepvit.config import CONF
-from deepvit.config.provenance import as_typed, origin, run_folder
 from deepvit.config.compose import PLUGINS, setting_meant
+from deepvit.config.provenance import as_typed, origin, run_folder
 from deepvit.errors import BAD_INPUT, DONE, FAILED, STOPPED, UserError, did_you_mean, first_line
 from deepvit.run.console import say
 from deepvit.run.launch import Job, Outcome, eval_job, launch, train_job, unexpected
@@ -119,7 +119,7 @@ def _start(program: Callable[[], Any], arguments: Sequence[str]) -> int:
     except Exception as error:
         if not Recorder.opened or isinstance(error, UserError):
             raise
-        unexpected(error)  # of the sweeper or the launcher: what its cells did stands in the record
+        unexpected(error)  # of the sweeper or the launcher: what its cells did is in the record
         return sum_up(Recorder.opened) or FAILED
     if Recorder.opened:
         return sum_up(Recorder.opened)
@@ -147,7 +147,8 @@ def sentences() -> Iterator[None]:
     except (TypeError, ValueError) as error:  # Hydra's own, of a group set to null or to a list of numbers
         if Path(traceback.extract_tb(error.__traceback__)[-1].filename).name != "defaults_list.py":
             raise
-        raise UserError("A group of settings is set to no name: choose one of `--help`'s, or leave it out.") from None
+        raise UserError("A group of settings is set to null or a list: choose a name that `--help` lists, or leave it "
+                        "out.") from None
 
 
 def flags_first(words: Iterable[str]) -> list[str]:

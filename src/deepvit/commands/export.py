@@ -1,6 +1,6 @@
 """Hands a model over: `deepvit export RUN_OR_CHECKPOINT --to safetensors|timm|hub-folder|onnx|deepvit [KEY=VALUE ...]`.
 
-What was written is read back and must give the same logits; a model card lands beside it.
+What was written is read back and must give the same logits; a model card is written next to it.
 """
 
 import argparse
@@ -86,7 +86,7 @@ def _prove_writable(out: Path, card: Path, to: str) -> None:
     elif out.is_dir():
         raise UserError(f"--out {out} is a folder: name the file to write in it.")
     if strange := next((path for path in (out, card) if path.exists() and not is_card(card, out.name)), None):
-        raise UserError(f"{strange} is there already and no earlier export: give another name with --out.")
+        raise UserError(f"{strange} is there already and is not an earlier export: give another name with --out.")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=out.parent):
         pass
@@ -119,9 +119,9 @@ def _write_deepvit(model: ViT, path: Path) -> Written:
         torch.save(content | ({"arch": arch} if arch else {}), file)
     scalars = {key: config[key] for key in ("num_heads", "residual_scale", "map_scale", "qk_scale")}
     again = load_model(path, dialect="deepvit", img_size=config["img_size"], grid_size=model.grid_size, **scalars)
-    told = "" if arch else "".join(f", {key}={value}" for key, value in scalars.items())
+    needed = "" if arch else "".join(f", {key}={value}" for key, value in scalars.items())
     return (again.eval(), f"read back in the published layout{f' as {arch}' if arch else ''}",
-            f'import deepvit\nmodel = deepvit.load_model("{path.name}", dialect="deepvit"{told})')
+            f'import deepvit\nmodel = deepvit.load_model("{path.name}", dialect="deepvit"{needed})')
 
 
 def _refuse_attention(attention: Attention, rule: Mapping[str, Any]) -> None:
@@ -234,7 +234,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, help="the file to write (default: beside the checkpoint)")
     parser.add_argument("--weights", choices=["auto", "ema", "raw"], default="auto", help="auto: EMA if there is one")
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE",
-                        help="what the file does not tell of its model, e.g. num_heads=12 or dialect=vit_pytorch")
+                        help="what the file does not say about its model, e.g. num_heads=12 or dialect=vit_pytorch")
     given = parser.parse_intermixed_args(arguments)
     done = export(given.source, given.to, given.out, given.weights, **as_keywords(given.settings))
     size = sum(file.stat().st_size for file in (done.path.iterdir() if done.path.is_dir() else [done.path]))

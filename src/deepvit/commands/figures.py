@@ -76,7 +76,7 @@ def _name(checkpoint: Path) -> str:
 
 
 def _names(models: Sequence[ViT], checkpoints: Sequence[Path]) -> list[str]:
-    """What differs between the models' settings, or the attention of one alone; of files that tell none, theirs."""
+    """What differs between the models' settings, or the attention of one alone; the files' names if that is no help."""
     settings = [dict(flat({**(model.load_report.said.get("run") or {}), "model": model.config})) for model in models]
     names = labels(settings) if len(settings) > 1 else [settings[0].get("model.attention.name", "")]
     files = [_name(path) for path in checkpoints]
@@ -85,7 +85,7 @@ def _names(models: Sequence[ViT], checkpoints: Sequence[Path]) -> list[str]:
 
 
 def _drawn_before(path: Path) -> list[Study]:
-    """What --save-maps wrote, or the published code's pickle, told by its first bytes."""
+    """What --save-maps wrote, or the published code's pickle, recognised by its first bytes."""
     start = b""
     with suppress(OSError), path.open("rb") as file:  # `load_studies` says why it cannot be read
         start = file.read(9)
@@ -121,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="deepvit figures", description=__doc__)
     parser.add_argument("checkpoint", type=Path, nargs="?", help="a run folder, or a checkpoint of any dialect")
     parser.add_argument("images", nargs="*", metavar="IMAGE|KEY=VALUE", help="images or folders of them (none: "
-                        "built-in examples), and settings for what a file does not tell, such as num_heads=12")
+                        "built-in examples), and settings that a file does not say, such as num_heads=12")
     parser.add_argument("--out", type=Path, help="folder of the figures (default: figures/<run or file name>)")
     parser.add_argument("--compare", type=Path, help="a second checkpoint, drawn beside the first")
     parser.add_argument("--format", choices=("png", "svg"), default="png")

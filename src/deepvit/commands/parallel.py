@@ -167,7 +167,7 @@ class Machine:
         return self._places.total() // self._size(engine)
 
     def free(self, engine: DictConfig, taken: Iterable[Sequence[str]]) -> list[str]:
-        """Places for a cell beside those that are taken, the emptiest first; none where too few are free."""
+        """Free places for a cell besides those that are taken, the emptiest first; none where too few are free."""
         left = self._places - Counter(place for places in taken for place in places)
         return [place for place, _ in left.most_common(size)] if len(left) >= (size := self._size(engine)) else []
 

@@ -16,7 +16,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="deepvit predict", description=__doc__)
     parser.add_argument("checkpoint", help="a run folder, a checkpoint of any dialect, or a name such as timm:NAME")
     parser.add_argument("images", nargs="+", metavar="IMAGE|KEY=VALUE", help="images or folders of them, and settings "
-                        "for what the file does not tell of its model, such as num_heads=12")
+                        "that the file does not say about its model, such as num_heads=12")
     parser.add_argument("--top", type=int, default=5, help="how many classes (default 5)")
     parser.add_argument("--weights", choices=["auto", "ema", "raw"], default="auto", help="auto: EMA if there is one")
     given = parser.parse_intermixed_args(arguments)

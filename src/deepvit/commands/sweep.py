@@ -21,8 +21,8 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from deepvit.config.compare import flat
-from deepvit.config.provenance import as_typed, choices_of, preregistration
 from deepvit.config.json_lines import FOLDER, SweepRecord
+from deepvit.config.provenance import as_typed, choices_of, preregistration
 from deepvit.errors import DONE, FAILED, STOPPED, UserError, did_you_mean
 from deepvit.report.contrasts import WHERE, Plan, read_plan
 from deepvit.run.console import say
@@ -188,6 +188,6 @@ def sum_up(sweep: OpenSweep) -> int:
         say(f"    {sentence}")
     codes = {line["code"] for line in troubled}
     if len(outcomes) < total:
-        say(f"  {total - len(outcomes)} left no word: their processes died, or were never started.")
+        say(f"  {total - len(outcomes)} reported nothing: their processes died or were never started.")
         codes.add(FAILED)
     return STOPPED if STOPPED in codes else min(codes, default=DONE)

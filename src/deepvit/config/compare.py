@@ -48,7 +48,7 @@ def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tupl
 
 
 def labels(configs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What tells flat configs apart, in three words at most: `self`, `reattention, seed 1`; empty where all agree."""
+    """What distinguishes flat configs, in three words at most: `self`, `reattention, seed 1`; empty where all agree."""
     names = [name for name in dict.fromkeys(name for config in configs for name in config) if not has_no_effect(name)
              and any(config.get(name) != configs[0].get(name) for config in configs)]
     if "model.attention.name" in names:

@@ -1,4 +1,4 @@
-"""The types of all settings. Their values stand in `conf/`, so that none stands twice."""
+"""The types of all settings. Their values are in `conf/` alone, so that none is written twice."""
 
 import dataclasses
 import math
@@ -10,19 +10,18 @@ from typing import Annotated, Any, Literal
 from deepvit.config.signature import ABOVE_ZERO, BELOW_ONE, Ranges, check_arguments, check_ranges, ranges_of
 from deepvit.errors import UserError
 
-COUNT, NOT_NEGATIVE, POSITIVE = (1, math.inf), (0, math.inf), (ABOVE_ZERO, math.inf)  # smallest, largest
-SHARE, BELOW_1 = (0, 1), (0, BELOW_ONE)
-Count, NotNegativeInt = Annotated[int, COUNT], Annotated[int, NOT_NEGATIVE]
-NotNegative, Positive = Annotated[float, NOT_NEGATIVE], Annotated[float, POSITIVE]
-Share, Below1, AtMost1 = Annotated[float, SHARE], Annotated[float, BELOW_1], Annotated[float, (ABOVE_ZERO, 1)]
-Epochs, Cores = Annotated[float, (ABOVE_ZERO, 10**6)], Annotated[int, (1, 1024)]
+# With the smallest and the largest value
+Count, NotNegativeInt, Cores = Annotated[int, (1, math.inf)], Annotated[int, (0, math.inf)], Annotated[int, (1, 1024)]
+NotNegative, Positive = Annotated[float, (0, math.inf)], Annotated[float, (ABOVE_ZERO, math.inf)]
+Share, Below1, AtMost1 = Annotated[float, (0, 1)], Annotated[float, (0, BELOW_ONE)], Annotated[float, (ABOVE_ZERO, 1)]
+Epochs = Annotated[float, (ABOVE_ZERO, 10**6)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
     source: str
     root: str | None
-    img_size: Annotated[int | tuple[int, int], COUNT]  # pixels; height, width
+    img_size: Count | tuple[Count, Count]  # pixels; height, width
     batch_size: Count  # of all devices together
     eval_batch_size: Count  # of each device
     workers: Annotated[int, (0, 1024)]  # processes for each device
@@ -195,7 +194,7 @@ def read_evaluation(config: Mapping[str, Any]) -> EvalSettings:
 
 def read_settings(config: Mapping[str, Any]) -> Settings:
     """A composed, resolved config as typed settings; UserError for an unknown key, a missing one, a value of the wrong
-    type or out of its range, and settings that contradict each other or have no effect beside each other."""
+    type or out of its range, and settings that contradict each other or have no effect together."""
     settings = _read(Settings, config)
     if not 0 <= settings.seed <= 2**62:
         raise UserError(f"seed={settings.seed} must be from 0 to 2**62.")
@@ -221,7 +220,8 @@ def _read(kind: type, config: Mapping[str, Any]) -> Any:
     groups = [name for name, hint in typing.get_type_hints(kind).items() if dataclasses.is_dataclass(hint)]
     check_arguments(kind, {name: value for name, value in config.items() if name not in groups}, "",
                     ignore_missing=groups)
-    check_ranges({name: config.get(name) for name in ("calibrate", "knn")}, ranges_of(kind))
+    ranges = ranges_of(kind)
+    check_ranges({name: config.get(name) for name in ranges}, ranges)
     return kind(**{**config, **{name: read_group(name, config.get(name)) for name in groups}})
 
 

@@ -48,7 +48,7 @@ def check_range(name: str, value: float, least: float, most: float) -> None:
         return
     words = [] if least == -math.inf else ["above 0" if 0 < least <= 1 else f"at least {least:g}"]
     words += [] if most == math.inf else ["below 1" if most == BELOW_ONE else f"at most {most:g}"]
-    words += [] if -held <= value <= held else ["a finite number that a computer counts with"]
+    words += [] if -held <= value <= held else ["a finite number of at most 32 bits"]
     raise UserError(f"{name}={value} must be {' and '.join(words)}.")
 
 

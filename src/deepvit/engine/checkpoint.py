@@ -21,8 +21,8 @@ log = logging.getLogger(__name__)
 
 
 def save(path: Path, content: dict[str, Any], previous: Path | None = None) -> None:
-    """Writes `content` to `path`; a kill at any moment leaves the old or the new file whole. The file that stands there
-    goes to `previous`, so that two good checkpoints exist.
+    """Writes `content` to `path`; a kill at any moment leaves the old or the new file whole. The old file, if there
+    is one, moves to `previous`, so that two good checkpoints exist.
 
     Raises Failure if the disk refused (full, read-only); the old file is intact and the partial one gone.
     """
@@ -90,7 +90,7 @@ def load_newest(*candidates: Path, advice: str = "") -> tuple[Path, dict[str, An
 class Saver:
     """Writes a run's checkpoints, on rank 0, and decides what happens where the disk refuses one.
 
-    `identity` is what a checkpoint holds beside the state: the model's config, class names, the run's settings.
+    `identity` is what a checkpoint holds besides the state: the model's config, class names, the run's settings.
     """
 
     def __init__(self, folder: RunFolder, ranks: Ranks, identity: Mapping[str, Any]):

@@ -151,13 +151,13 @@ def kept_storages(compute: Callable[[], Tensor], own: Iterable[Tensor]) -> list[
     return [size for address, size in kept.items() if address not in known]
 
 
-# Images at once: what a pass takes, measured on a few images, against what this process may have
+# Images at once: what a pass takes, measured on a few images, against what this process may use
 
 def largest_batch(sizes: Sequence[int], state: TrainState, stepper: Stepper, example: Example, sharing: int = 1
                   ) -> tuple[int, str]:
     """The largest of `sizes` (descending) that fits on this rank's device, which `sharing` processes share, and in
-    words what it takes of what; the smallest where none fits. Weights, statistics and generators are left as they were.
-    """
+    words how much of the memory it takes; the smallest where none fits. Weights, statistics and generators are left as
+    they were."""
     device = stepper.ranks.device
     fixed, each = needed_bytes(state, stepper, example)
     budget = available_bytes(device, sharing)
@@ -169,12 +169,12 @@ def largest_batch(sizes: Sequence[int], state: TrainState, stepper: Stepper, exa
 
 
 def needed_bytes(state: TrainState, stepper: Stepper, example: Example) -> tuple[int, int]:
-    """What an update takes beside the state: in any case, and for each image at once. Nothing is left changed."""
+    """Bytes that an update needs besides the state: a fixed part, and a part per image. Nothing is left changed."""
     with _traceless(state):
         two, four = (_bytes_of(state, stepper, example, count) for count in (2, 4))
     each = max(1, (four - two) // 2)
     weights = sum(weight.nbytes for weight in state.model.parameters())
-    # Beside its passes: the average's moves, and the one exchange between ranks.
+    # Besides the passes: the average's moves, and the one exchange between ranks.
     return max(0, two - 2 * each) + weights * ((state.ema is not None) + 2 * (stepper.ranks.world > 1)), each
 
 
@@ -196,7 +196,7 @@ def _loss(state: TrainState, stepper: Stepper, x: Tensor, y: Tensor) -> Tensor:
 
 
 def _bytes_of(state: TrainState, stepper: Stepper, example: Example, count: int) -> int:
-    """A GPU's peak over a pass forward and back; on a CPU, which does not tell, what is kept in between."""
+    """A GPU's peak over a forward and backward pass; on a CPU, which reports no peak, what is kept for backward."""
     x, y = example(count)
     if not x.is_cuda:
         own = [x, y, *state.model.parameters(), *state.model.buffers()]

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 class RunFolder:
-    """The paths of a run and its append-only files. Rank 0 owns it; the others only read.
+    """The paths of a run and its append-only files. Rank 0 owns it; the others read it and append events.
 
     A folder is a run's only if it says so, and even there only files with our own names are replaced or removed.
 
@@ -66,7 +66,7 @@ class RunFolder:
     def claim(self, fresh: bool = False, restarted: bool = False) -> bool:
         """Creates the folder, marks it as a run's, proves that it can be written, and takes its lock.
 
-        `fresh`: an earlier run is to be replaced; `restarted` by the launcher, so that what stands there may be this
+        `fresh`: an earlier run is to be replaced; `restarted` by the launcher, so that what is there may be this
         command's own. Returns whether an earlier run is still to be replaced. Raises UserError if the folder is not a
         run's or not writable, or if another process (which is named) works in it.
         """

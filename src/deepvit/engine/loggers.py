@@ -20,7 +20,7 @@ from deepvit.config.compare import flat
 from deepvit.engine.folder import RunFolder
 from deepvit.errors import UserError, did_you_mean
 
-# In metrics.jsonl alone: what never changes, and what is told by a mean beside it.
+# In metrics.jsonl alone: what never changes, or is summarised by a mean next to it.
 NOT_CURVES = {"n", "images", "tokens", "heads", "blocks", "norm_eps", "adjacent"}
 
 Draw = Callable[[], Mapping[str, np.ndarray]]  # images by name, uint8 [height, width, 3]
@@ -137,7 +137,7 @@ LOGGERS: dict[str, type[Logger]] = {"tensorboard": TensorBoard, "wandb": WandB}
 
 
 def chosen(names: str | Sequence[str] | None) -> list[type[Logger]]:
-    """The viewers that `logger` names. Raises UserError if there is none of this name, or its package is missing."""
+    """The viewers that `logger` names. Raises UserError for an unknown name or a missing package."""
     names = [names] if isinstance(names, str) else names or []
     for name in names:
         if name not in LOGGERS:

@@ -63,10 +63,10 @@ class SkipWatch:
 
     def _give_up(self, number: int) -> None:
         self._saver.save_nonfinite(self._state)
-        with closing(self._make_batches(number, 1)) as stream:
+        with self._ranks.sync_errors(), closing(self._make_batches(number, 1)) as stream:
             culprit = examine(self._stepper, self._state, next(stream), number).first
         culprits = [f"rank {rank}: {first}" for rank, first in enumerate(self._ranks.gather(culprit)) if first]
-        where = culprits[0] if culprits else "seen again it is finite, so the cause lies in the scaling or the machine"
+        where = culprits[0] if culprits else "but repeated it is finite, so the cause is the scaling or the machine"
         if self._ranks.is_main:
             self._folder.log_event("gave_up", step=self._state.step, batch=number, first=where)
         raise Failure(f"{self._state.skipped_in_a_row} batches in a row gave a loss or gradient that is not finite. "

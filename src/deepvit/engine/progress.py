@@ -56,7 +56,7 @@ class Bar:
             self._drawn = time.monotonic()
 
     def show(self, details: Sequence[str]) -> None:
-        """Words beside the bar, the most important first: a narrow terminal has room for these alone."""
+        """Words next to the bar, the most important first: a narrow terminal has room for few."""
         self._bars.update(self._task, details=details)
 
     def close(self) -> None:

@@ -160,14 +160,15 @@ class Stepper:
             self._halve(state, batches)
 
     def seeded(self, batches: Sequence[Any], batch_index: int) -> Iterator[Any]:
-        """This rank's micro-batches of a global batch, each when the model's randomness is that of its images."""
+        """This rank's micro-batches of a global batch, cut to `limit`; as each is yielded, the model's randomness is
+        that of its images."""
         rank, share = self.ranks.rank, sum(map(len, batches))  # images
         digest = hashlib.blake2b(repr((self.seed, batch_index, rank)).encode(), digest_size=8).digest()
         torch.manual_seed(int.from_bytes(digest, "little") >> 1)  # of every device, for element-wise dropout
         if self.masks is not None:
             self.masks.draw(batch_index, share * self.ranks.world)
         start = rank * share
-        for batch in batches:
+        for batch in self._cut(batches):
             if self.masks is not None:
                 self.masks.place(start, start + len(batch))
             yield batch
@@ -180,7 +181,7 @@ class Stepper:
         share = sum(map(len, batches))  # images
         state.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.ranks.device)
-        for number, batch in enumerate(self.seeded(self._cut(batches), state.step)):
+        for number, batch in enumerate(self.seeded(batches, state.step)):
             if number and self.ranks.any_asked_to_stop(bool(stop)):
                 return Status.GIVEN_UP, None
             with record_function("prepare"):

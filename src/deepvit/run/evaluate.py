@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from deepvit.analysis.images import class_names
 from deepvit.config.compare import flat
 from deepvit.config.provenance import versions
 from deepvit.config.settings import Data, EvalSettings, read_evaluation, read_group
-from deepvit.data import ImageSet, eval_folder, real_top1, resolve_decoder, source_of
+from deepvit.data import Batch, ImageSet, eval_folder, real_top1, resolve_decoder, source_of
 from deepvit.engine.device import device_name, prepare_device
 from deepvit.engine.evaluate import Evaluation, mcnemar
 from deepvit.engine.folder import RunFolder
@@ -64,7 +64,7 @@ class Case:
     data: Data
     root: str | None  # of `also`: a further folder, in place of the data's own
     images: ImageSet
-    train: ImageSet | None  # training images, if it is calibrated on them
+    calibration: Callable[[], Iterator[Batch]] | None  # see `measures.calibration`
     folder: Path
 
 
@@ -156,7 +156,8 @@ def _open(path: Path, root: str | None, asked: EvalSettings, ranks: Ranks) -> Ca
             train = build.splits(own).train if asked.calibrate else None
         except UserError as error:
             raise UserError(f"calibrate= needs the training images. {error}") from None
-        return Case(candidate, data, root, images, train, folder)
+        batches = calibration(asked.calibrate, data, train, candidate.model.norm_batches, ranks)
+        return Case(candidate, data, root, images, batches, folder)
 
 
 def load(path: Path, asked: EvalSettings) -> Candidate:
@@ -231,7 +232,7 @@ def out_folder(candidate: Candidate, data_name: str, out: str | None) -> Path:
 
 
 def _mark(path: str | Path) -> str:
-    """Tells paths of the same name apart."""
+    """A hash that distinguishes paths of the same name."""
     return hashlib.blake2b(os.fsencode(Path(path).resolve()), digest_size=4).hexdigest()
 
 
@@ -241,8 +242,7 @@ def _evaluate(case: Case, asked: EvalSettings, ranks: Ranks, precision: Precisio
     candidate, data, images = case.candidate, case.data, case.images
     model, present = candidate.model.to(ranks.device), np.unique(images.targets)
     evaluator = Evaluator(
-        data, images, build.prepare(data, model.num_classes), ranks, precision, stop,
-        calibration(asked.calibrate, data, case.train, model.norm_batches, ranks),
+        data, images, build.prepare(data, model.num_classes), ranks, precision, stop, case.calibration,
         among=torch.as_tensor(present, device=ranks.device) if len(present) < model.num_classes else None)
     evaluate = partial(evaluator, model, title=candidate.path.name)
     evaluation = evaluate()

@@ -119,6 +119,10 @@ def take_place(environ: MutableMapping[str, str]) -> None:
                         f"is unknown ({reason(error)}): start with srun, or through torchrun.") from None
     for name, value in place.items():
         environ.setdefault(name, value)
+    gpus = environ.get("SLURM_GPUS_ON_NODE", "")
+    if gpus.isdecimal() and int(gpus) > here and place["LOCAL_RANK"] == "0":
+        log.warning("This machine has %s GPUs but srun started %d tasks on it, each of which uses one: start a task "
+                    "for each GPU (--ntasks-per-node).", gpus, here)
 
 
 def first_host(nodes: str) -> str:

@@ -147,8 +147,8 @@ def _of_file(config: Mapping[str, Any], own: Mapping[str, Any]) -> tuple[dict[st
 # Whether this command may resume the run
 
 def identity(settings: Settings, splits: Splits, folder: RunFolder) -> dict[str, Any]:
-    """What a run is made of beside its settings: the images of both splits, and the content of `init` (None where there
-    is no such file any more, or it is one of this very run's, which keeps changing).
+    """What a run is made of besides its settings: the images of both splits, and the content of `init` (None where
+    there is no such file any more, or it is one of this very run's, which keeps changing).
 
     A checkpoint and `metrics.json` keep it, so that a path is never taken for what lay there.
     """
