@@ -14,7 +14,7 @@ from test_report import attention, the_grid
 
 from deepvit.commands.main import main
 from deepvit.config.compare import flat
-from deepvit.config.json_lines import SweepRecord, read_json_lines
+from deepvit.config.records import SweepRecord, read_json_lines
 from deepvit.errors import BAD_INPUT, DONE, UserError
 from deepvit.report.contrasts import Contrast, Finding, find, read_plan
 from deepvit.report.statistics import holm

@@ -15,7 +15,7 @@ import torch
 from scipy import stats
 from torch import nn
 
-from deepvit.config.json_lines import read_json_lines
+from deepvit.config.records import read_json_lines
 from deepvit.engine import checkpoint
 from deepvit.engine.evaluate import Evaluation, evaluate, mcnemar, wilson_interval
 from deepvit.engine.folder import RunFolder, plain

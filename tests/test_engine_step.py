@@ -175,15 +175,16 @@ def test_statistics_move_once_an_update_by_the_mean_of_the_micro_batches():
 class Hungry(Net):
     """Runs out of memory in the passes of these numbers, counted from 0."""
 
-    def __init__(self, *passes: int, backward: bool = False, error: type[Exception] = torch.OutOfMemoryError):
+    def __init__(self, *passes: int, backward: bool = False, error: type[Exception] = torch.OutOfMemoryError,
+                 words: str = "DefaultCPUAllocator: can't allocate memory"):
         super().__init__(nn.BatchNorm1d)
-        self.passes, self.backward, self.error, self.count = passes, backward, error, 0
+        self.passes, self.backward, self.error, self.words, self.count = passes, backward, error, words, 0
 
     def forward(self, x):
         number, self.count = self.count, self.count + 1
         y = super().forward(x)
         if number in self.passes and not self.backward:
-            raise self.error("DefaultCPUAllocator: can't allocate memory")
+            raise self.error(self.words)
         if number in self.passes:
             y.register_hook(self._raise)
         return y
@@ -192,7 +193,8 @@ class Hungry(Net):
         raise self.error("CUDA out of memory")
 
 
-@pytest.mark.parametrize("options", [{}, {"backward": True}, {"error": RuntimeError}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"backward": True}, {"error": RuntimeError}, {
+    "error": RuntimeError, "words": "could not create a primitive"}], ids=str)
 @pytest.mark.parametrize(("passes", "size", "limit"), [((0,), 16, 8), ((1,), 16, 8), ((3, 7), 8, 2)], ids=str)
 def test_out_of_memory_halves_the_micro_batches_and_leaves_no_trace(passes, size, limit, options):
     """The update is what a run with the smaller micro-batches from the start would have made, to the bit."""

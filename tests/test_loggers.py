@@ -15,7 +15,7 @@ from tensorboard.summary.writer import event_file_writer
 from test_programs import TINY
 
 from deepvit.config.compose import compose
-from deepvit.config.json_lines import read_json_lines
+from deepvit.config.records import read_json_lines
 from deepvit.engine import loggers
 from deepvit.engine.folder import RunFolder
 from deepvit.engine.loggers import LoggedRun, Loggers, TensorBoard, chosen

@@ -72,6 +72,15 @@ def test_runs_that_share_a_host_take_their_parts(monkeypatch, sharing, free, wan
     assert device.available_bytes(torch.device("cpu"), sharing) == wanted * GIB
 
 
+@pytest.mark.parametrize(("kind", "field"), [(resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")])
+def test_what_ulimit_leaves_is_all_there_is(monkeypatch, kind, field):
+    taken = device._field("/proc/self/status", field)
+    limits = {kind: (taken + 2**30, resource.RLIM_INFINITY)}
+    monkeypatch.setattr(resource, "getrlimit", lambda asked: limits.get(asked, (resource.RLIM_INFINITY,) * 2))
+    free, total = device._host_memory()
+    assert 0.9 * 2**30 < free <= 2**30 and total <= taken + 2**30
+
+
 @pytest.mark.parametrize(("sharing", "wanted"), [(1, 62), (2, 26), (4, 8)])
 def test_runs_that_share_a_gpu_take_their_parts(monkeypatch, sharing, wanted):
     """Of 80 GiB, 70 of them free, this process holds 10 and has 4 free in its cache: 90 % may be taken by all."""
@@ -155,8 +164,8 @@ def test_what_does_not_fit_and_cannot_be_cut_is_refused_with_what_helps(monkeypa
         built.stepper.update(built.state, next(built.make_batches(0, 1)))
     said = str(refusal.value)
     images, needs, there, less = map(float, re.fullmatch(
-        r"(\d+) images .* need (\S+) GiB and (\S+) GiB are there; set engine.grad_checkpointing=true \((\S+) GiB\), "
-        r"precision=bf16, a smaller model.attention.norm_batch.", said).groups())
+        r"(\d+) images .* need (\S+) GiB and (\S+) GiB are there; set engine.grad_checkpointing=true \((\S+) GiB\) or "
+        r"precision=bf16 or a smaller model.attention.norm_batch.", said).groups())
     assert images == count and less < needs < 1 < there
     assert not built.model.grad_checkpointing and all(map(torch.equal, before, built.model.parameters()))
 

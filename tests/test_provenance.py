@@ -15,7 +15,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from PIL import Image
 
 from deepvit.commands.main import expanded
-from deepvit.config.json_lines import missing_cells, read_json_lines
+from deepvit.config.records import missing_cells, read_json_lines
 from deepvit.errors import BAD_INPUT, DONE, FAILED, UserError
 from deepvit.report import runs
 from deepvit.run.launch import joined

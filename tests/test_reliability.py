@@ -210,6 +210,7 @@ def test_nan_in_a_row_ends_the_run_and_names_the_first_layer(config, tmp_path, c
     assert f"deepvit replay {folder} --batch 4." in run.words() and "Traceback" not in run.words()
     assert [event["batch"] for event in soak.events(folder, "skipped")] == [2, 3, 4]
     assert main(["replay", str(folder), "--batch", "4"]) == 0
+    assert main(["replay", str(folder), "--batch", "99999"]) == 2
     shown = capsys.readouterr().out
     assert "First not finite: the output of blocks.1.mlp.fc1 (" in shown and "blocks.0.attn" in shown
     assert main(["replay", str(tmp_path), "--batch", "4"]) == 2
@@ -236,7 +237,7 @@ def test_a_batch_replayed_as_two_ranks_is_the_same_batch(tmp_path, capsys):
     for world in (1, 2):
         content = checkpoint.load(last)
         checkpoint.save(last, {**content, "world": world, "micro_batch": content["micro_batch"] // world})
-        assert main(["replay", str(tmp_path), "--batch", "1"]) == 0
+        assert main(["replay", str(tmp_path), "--batch", "0"]) == 0
         losses.append(float(capsys.readouterr().out.rpartition("Loss of the batch: ")[2]))
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from deepvit.commands.main import main
 from deepvit.config.compare import flat, labels
-from deepvit.config.json_lines import SweepRecord
+from deepvit.config.records import SweepRecord
 from deepvit.engine.folder import RunFolder
 from deepvit.report import grid as grid_module
 from deepvit.report import published, render, runs, tables

@@ -8,7 +8,7 @@ from typing import Any
 
 from deepvit.bench.machine import STOOD_IN
 from deepvit.bench.models import OURS
-from deepvit.config.json_lines import read_json_lines
+from deepvit.config.records import read_json_lines
 from deepvit.report.render import printed
 
 OP, LOADER = "re-attention, ours", "deepvit, torchvision"

@@ -11,7 +11,7 @@ import torch
 from deepvit.bench.models import OURS
 from deepvit.bench.timing import apart
 from deepvit.config.compose import compose
-from deepvit.config.json_lines import read_json_lines
+from deepvit.config.records import read_json_lines
 from deepvit.engine.device import peak_bytes, reset_peak
 from deepvit.engine.ranks import Ranks
 from deepvit.engine.signals import StopRequest

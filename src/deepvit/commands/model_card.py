@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from deepvit.config.compare import flat, has_no_effect
-from deepvit.config.json_lines import read_json_lines
+from deepvit.config.records import read_json_lines
 from deepvit.engine.folder import RunFolder
 from deepvit.models import ViT
 from deepvit.report.render import printed

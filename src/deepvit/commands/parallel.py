@@ -29,7 +29,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from deepvit.commands.sweep import OpenSweep, Recorder, composed_cell
-from deepvit.config.json_lines import read_json_lines
+from deepvit.config.records import read_json_lines
 from deepvit.engine.device import usable_cores
 from deepvit.engine.progress import clock
 from deepvit.engine.signals import StopRequest, handled_signals, stop_requests

@@ -59,5 +59,7 @@ def _examine(settings: Settings, content: dict[str, Any], number: int, rank: int
     size = content.get("micro_batch", None if engine.device_batch == "auto" else engine.device_batch)
     settings = replace(settings, engine=replace(engine, device_batch=size))
     built = build.build(settings, Ranks(rank, content["world"], pick_device(engine.accelerator)), begun=content)
+    if number >= built.plan.total:
+        raise UserError(f"--batch {number} is not a batch of this run: it has {built.plan.total:,}, counted from 0.")
     built.state.load_state_dict(content)
     return examine(built.stepper, built.state, next(built.make_batches(number, 1)), number)

@@ -21,7 +21,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from deepvit.config.compare import flat
-from deepvit.config.json_lines import FOLDER, SweepRecord
+from deepvit.config.records import FOLDER, SweepRecord
 from deepvit.config.provenance import as_typed, choices_of, preregistration
 from deepvit.errors import DONE, FAILED, STOPPED, UserError, did_you_mean
 from deepvit.report.contrasts import WHERE, Plan, read_plan

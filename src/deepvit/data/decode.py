@@ -9,6 +9,7 @@ import io
 import struct
 import warnings
 import zlib
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from deepvit.errors import UserError, choose
 try:
     from torchvision.io import ImageReadMode, decode_jpeg
 except ImportError:  # torchvision is moving its decoders
-    decode_jpeg = None
+    decode_jpeg = ImageReadMode = None
 
 AnyImage = Image.Image | Tensor  # PIL RGB, or uint8 [3, H, W] over memory of [H, W, 3]
 _BROKEN = (OSError, SyntaxError, ValueError, TypeError, EOFError, IndexError, KeyError, OverflowError,
@@ -34,10 +35,26 @@ class BadImage(Exception):
 
 def resolve_decoder(decoder: str) -> str:
     """`auto` -> the decoder used on this machine, to be recorded with the run. Raises UserError for one it lacks."""
-    available = "torchvision" if decode_jpeg else "pil"
+    available = "torchvision" if _torchvision_decodes() else "pil"
     if decoder == "torchvision" != available:
-        raise UserError("data.decoder=torchvision: this torchvision has no decode_jpeg; use data.decoder=pil.")
+        raise UserError("data.decoder=torchvision: this torchvision cannot decode JPEG; use data.decoder=pil.")
     return choose("data.decoder", decoder, {"auto": available, "torchvision": available, "pil": "pil"})
+
+
+@cache
+def _torchvision_decodes() -> bool:
+    """Tried out: it may have been built without libjpeg."""
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "JPEG")
+    try:
+        return _jpeg_pixels(bytearray(file.getvalue())).shape == (3, 8, 8)
+    except (RuntimeError, AttributeError):  # AttributeError: without ImageReadMode
+        return False
+
+
+def _jpeg_pixels(data: bytearray) -> Tensor:
+    """uint8 [3, H, W] over memory of [H, W, 3], by libjpeg-turbo. RuntimeError for what torchvision refuses."""
+    return decode_jpeg(torch.frombuffer(data, dtype=torch.uint8), mode=ImageReadMode.RGB)
 
 
 def read_bytes(path: str | bytes, offset: int = 0, size: int = -1) -> bytearray:
@@ -75,8 +92,8 @@ def _decode(data: bytearray, decoder: str) -> tuple[AnyImage, bool]:
     is_jpeg = image.format in ("JPEG", "MPO")
     if is_jpeg and image.mode in ("RGB", "L"):  # no CMYK
         try:
-            return decode_jpeg(torch.frombuffer(data, dtype=torch.uint8), mode=ImageReadMode.RGB), False
-        except (RuntimeError, AttributeError):  # refuses this JPEG, or was built without its decoder: PIL decides
+            return _jpeg_pixels(data), False
+        except RuntimeError:  # refuses this JPEG: PIL decides
             pass
     return to_tensor(_to_rgb(image)), is_jpeg
 

@@ -4,7 +4,6 @@ import math
 import signal
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -167,9 +166,17 @@ def _run(dataset: _Batches, draws: Stream | Sequence[Draw], workers: int, pin: b
         raise Failure(f"A process that loads images died ({str(error) or type(error).__name__}); with too little "
                       "memory or shared memory (/dev/shm), lower data.workers.") from error
     finally:
-        if workers:  # at once: a traceback may keep the iterator alive, and torch raises for dead workers at any time
-            with suppress(RuntimeError):  # torch's signal handler, about a worker that died; the shutdown is complete
-                batches._shutdown_workers()
+        if workers:
+            _end_workers(batches)
+
+
+def _end_workers(batches: Iterator[Batch]) -> None:
+    """At once: a traceback may keep the iterator alive, and torch raises for dead workers at any later time."""
+    try:
+        batches._shutdown_workers()
+    except RuntimeError as error:  # torch's signal handler, about a worker that died; the shutdown itself is complete
+        if "DataLoader worker" not in str(error):
+            raise
 
 
 def train_batches(images: ImageSet, transform: Transform, *, workers: int = 0, max_bad: int = 100, pin: bool = False,

@@ -195,7 +195,10 @@ def read_webdataset(shards: list[str], decoder: str) -> tuple[TarSet, list[str]]
     log_left_out(some(shards, 1), {".cls without an image": len(classes) - len(pairs)})
     targets = []
     for _, member in pairs:
-        text = read_bytes(shards[member.shard], member.offset, member.size).decode("ascii", "replace").strip()
+        try:
+            text = read_bytes(shards[member.shard], member.offset, member.size).decode("ascii", "replace").strip()
+        except BadImage as reason:
+            raise UserError(f"{shards[member.shard]}: {reason}.") from reason
         if not text.isdecimal():
             raise UserError(f"{shards[member.shard]}: {member.name} should hold a class number, not '{text[:20]}'.")
         targets.append(int(text))

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import re
+import resource
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -93,12 +94,16 @@ def available_bytes(device: torch.device, sharing: int = 1) -> int:
 
 
 def _host_memory() -> tuple[int, int]:
-    """Free and total bytes: the machine's, or the control group's where that is less."""
+    """Free and total bytes: the machine's, or what the control group or `ulimit` leaves where that is less."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     free = _field("/proc/meminfo", "MemAvailable") or total
     limit, used = (Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory.current"))
     if limit.exists() and (most := limit.read_text().strip()) != "max":
         total, free = min(total, int(most)), min(free, int(most) - int(used.read_text()))
+    for kind, field in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
+        most, _ = resource.getrlimit(kind)
+        if most != resource.RLIM_INFINITY:
+            total, free = min(total, most), min(free, most - (_field("/proc/self/status", field) or 0))
     return free, total
 
 

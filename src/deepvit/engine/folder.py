@@ -18,7 +18,7 @@ from typing import IO, Any, BinaryIO, ClassVar
 
 import yaml
 
-from deepvit.config.json_lines import read_json_lines
+from deepvit.config.records import read_json_lines
 from deepvit.engine.ranks import Ranks
 from deepvit.errors import UserError
 

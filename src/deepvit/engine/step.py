@@ -247,8 +247,9 @@ def allocate_moments(optimizer: torch.optim.Optimizer) -> None:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """A GPU's allocator has a class of its own; a CPU's has only these words."""
-    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+    """A GPU's allocator has a class of its own; a CPU's has only these words, and oneDNN's kernels theirs."""
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        words in str(error) for words in ("allocate memory", "could not create a primitive"))
 
 
 def _event(like: Tensor) -> torch.cuda.Event | None:

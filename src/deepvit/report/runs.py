@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from deepvit.config.compare import flat
-from deepvit.config.json_lines import FOLDER, missing_cells, read_json_lines
+from deepvit.config.records import FOLDER, missing_cells, read_json_lines
 from deepvit.errors import UserError
 
 

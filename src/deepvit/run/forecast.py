@@ -36,6 +36,9 @@ def forecast(config: Mapping[str, Any], ranks: Ranks, stop: StopRequest) -> dict
     build.check(settings, ranks)
     before = reset_peak(ranks.device)
     built = build.build(settings, ranks)
+    if ranks.is_main:
+        log.info("%s", summary_of(built))
+        log.info("Timing a few steps.")
     seconds = list(_steps(built, stop))
     if not seconds or ranks.any_asked_to_stop(bool(stop)):
         return None
@@ -48,7 +51,6 @@ def forecast(config: Mapping[str, Any], ranks: Ranks, stop: StopRequest) -> dict
              "memory_mib": (peak_bytes(ranks.device) - before) / 2**20, "steps": built.plan.total, "step_s": step,
              "hours": hours, "device_hours": hours * ranks.world}
     if ranks.is_main:
-        log.info("%s", summary_of(built))
         log.info("Dry run: %.3g GFLOP an image forward, %.0f MiB at most, %.3g s a step, so %.3g h (%.3g "
                  "device-hours), evaluation not counted.", found["flops"] / 1e9, found["memory_mib"], step, hours,
                  found["device_hours"])

@@ -15,7 +15,7 @@ from deepvit import analysis
 from deepvit import data as inputs
 from deepvit.analysis.draw_depth import draw_probe
 from deepvit.analysis.probe import without_matrices
-from deepvit.config.json_lines import read_json_lines
+from deepvit.config.records import read_json_lines
 from deepvit.config.provenance import versions
 from deepvit.config.settings import Data, Settings
 from deepvit.engine.device import device_name, local_world, usable_cores

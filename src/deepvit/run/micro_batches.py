@@ -45,8 +45,9 @@ def allowed(settings: Settings, norm_batches: Collection[int | None], world: int
         fitting = [size for size in range(min(group, share), 1, -1) if share % math.lcm(size, pair) == 0]
         other = f", or model.attention.norm_batch={fitting[0]}" if group > 1 and fitting else ""
         multiple = math.lcm(group, pair)
-        raise UserError(f"data.batch_size={batch} leaves each of {world} devices {share} images, which is no multiple "
-                        f"of {multiple} ({why}): give a multiple of {world * multiple}{other}.")
+        leaves = f"data.batch_size={batch} leaves each of {world} devices {share} images, which" if world > 1 else \
+            f"data.batch_size={batch}"
+        raise UserError(f"{leaves} is no multiple of {multiple} ({why}): give a multiple of {world * multiple}{other}.")
     sizes = [share // parts for parts in range(1, share // whole + 1) if share % (parts * whole) == 0]
     if most == "auto":
         return sizes[:1] if None in norm_batches else sizes
@@ -89,7 +90,7 @@ def advice(settings: Settings, state: TrainState, stepper: Stepper, count: int) 
     ways += ["a smaller model.attention.norm_batch"] * (count > 1)
     there = available_bytes(device, sharing()) / 2**30
     needs = needed(settings.engine.grad_checkpointing)
-    return f"they need {needs} and {there:.3g} GiB are there; set {', '.join(ways) or 'a smaller model'}"
+    return f"they need {needs} and {there:.3g} GiB are there; set {' or '.join(ways) or 'a smaller model'}"
 
 
 def _example(network: ViT, device: torch.device) -> Example:

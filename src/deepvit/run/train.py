@@ -49,6 +49,8 @@ def train(config: Mapping[str, Any], path: Path, ranks: Ranks, stop: StopRequest
                 refuse_finished(folder, config, identity(settings, splits, folder))
             log.info("The run in %s is finished (top-1 %.2f %% after %d steps); fresh=true starts over.", folder.path,
                      *(folder.read_result()[name] for name in ("top1", "steps")))
+            if settings.engine.profile:
+                log.warning("engine.profile=%d has no effect on a finished run.", settings.engine.profile)
             _drop_checkpoints(folder, settings, ranks)
             return True
 
