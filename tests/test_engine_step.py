@@ -139,17 +139,12 @@ def test_an_update_given_up_between_micro_batches_leaves_every_bit():
     assert all(weight.grad is None for weight in model.parameters())
 
 
-@dataclass(frozen=True)
 class AsksAfter(Ranks):
     """Another rank asks to stop before this rank's micro-batch number `count`."""
 
-    count: int = 0
-    seen: list = field(default_factory=list)
-
     def __init__(self, count):
         super().__init__(0, 1, torch.device("cpu"))
-        object.__setattr__(self, "count", count)
-        object.__setattr__(self, "seen", [])
+        self.count, self.seen = count, []
 
     def any_asked_to_stop(self, asked):
         self.seen.append(asked)

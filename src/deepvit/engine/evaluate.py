@@ -21,7 +21,7 @@ from deepvit.errors import Failure
 
 @dataclass
 class Evaluation:
-    """Counts over a data set, and per image (in the order of their indices) what was predicted."""
+    """Counts over a data set, and what was predicted for each image in its order."""
 
     n: int
     correct1: int
@@ -29,7 +29,6 @@ class Evaluation:
     loss: float  # mean cross-entropy, nats
     seconds: float
     bad: list[Any] = field(default_factory=list)  # images that could not be read, counted wrong
-    indices: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # [n]
     targets: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # [n]
     predictions: np.ndarray = field(default_factory=lambda: np.empty((0, 5), np.int64))  # [n, 5], best first
     confidences: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))  # [n], of the best
@@ -64,12 +63,9 @@ def evaluate(model: nn.Module, batches: Iterable[Any], prepare: Prepare, ranks: 
              advance: Callable[[int], None] = lambda images: None) -> Evaluation | None:
     """Top-1, top-5 and mean cross-entropy of `model` over this rank's `batches`, summed over all ranks.
 
-    `n` is the size of the whole set, of which every image must come exactly once; `among` are indices of classes to
-    choose among for `correct_present`. `should_stop` is asked before each batch; if any rank says yes, all give up and
-    None is returned. `advance` is called with the number of images done, for a progress bar.
-
-    Raises, on all ranks, UserError or Failure that any rank's `batches` raised, or Failure if the images are not the
-    whole set.
+    `n` is the size of the whole set, of which every image must come exactly once, or Failure is raised; `among` are
+    indices of classes to choose among for `correct_present`. `advance` is called with the number of images done.
+    `should_stop` and what else is raised: see `Ranks.for_each`; None if it was asked to stop.
     """
     training, start = model.training, time.perf_counter()
     parts, bad = [], []
@@ -116,24 +112,24 @@ def _score(model: nn.Module, batch: Any, prepare: Prepare, ranks: Ranks, precisi
     present = {} if among is None else {"present": (among[logits[:, among].argmax(-1)] == y) & ~unusable}
     # They stay on the device: fetching them here would make it wait for each batch.
     return {"indices": batch.indices, "targets": y, "predictions": best, "confidences": confidences,
-            "losses": F.cross_entropy(logits, y, reduction="none"),
-            "classes": torch.tensor(logits.shape[-1:]), **present}
+            "losses": F.cross_entropy(logits, y, reduction="none"), "classes": torch.full_like(y, logits.shape[-1]),
+            **present}
 
 
 def _gather(parts: list[dict[str, Tensor]], bad: list[Any], ranks: Ranks, n: int, seconds: float) -> Evaluation:
     mine = {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in parts[0]} if parts else {}
     shares = [share for share in ranks.gather((mine, bad)) if share[0]]
     whole = {name: np.concatenate([share[name] for share, _ in shares]) for name in shares[0][0]}
-    order = np.argsort(whole["indices"], kind="stable")
-    indices, targets, predictions, confidences, losses = (whole[name][order] for name in (
-        "indices", "targets", "predictions", "confidences", "losses"))
-    if not np.array_equal(indices, np.arange(n)):
+    indices = whole["indices"]
+    if not np.array_equal(np.sort(indices), np.arange(n)):
         raise Failure(f"The evaluation saw {len(indices)} images ({len(np.unique(indices))} different ones) of a set "
                       f"of {n}: its numbers cannot be trusted.")
-    hits = predictions == targets[:, None]  # [n, 5]
-    return Evaluation(n, int(hits[:, 0].sum()), int(hits.any(1).sum()), float(losses.mean(dtype=float)), seconds,
-                      [one for _, some in shares for one in some], indices, targets, predictions, confidences,
-                      int(whole["classes"][0]), int(whole["present"].sum()) if "present" in whole else None)
+    whole = {name: values[np.argsort(indices)] for name, values in whole.items()}
+    hits = whole["predictions"] == whole["targets"][:, None]  # [n, 5]
+    return Evaluation(n, int(hits[:, 0].sum()), int(hits.any(1).sum()), float(whole["losses"].mean(dtype=float)),
+                      seconds, [one for _, some in shares for one in some], whole["targets"], whole["predictions"],
+                      whole["confidences"], int(whole["classes"][0]),
+                      int(whole["present"].sum()) if "present" in whole else None)
 
 
 @torch.no_grad()
@@ -143,11 +139,9 @@ def calibrate(model: nn.Module, batches: Iterable[Any], prepare: Prepare, ranks:
     average of weights has no statistics of its own.
 
     The cumulative average of `torch.optim.swa_utils.update_bn`, but of the network as it is evaluated: dropout and
-    stochastic depth are off, so the result is the same on any number of ranks. Momenta and modes are as before.
-
-    `batches` are this rank's (perhaps none), each of whole groups of images that share their statistics. `should_stop`
-    is asked before each; if any rank says yes, nothing is changed and False is returned. Raises, on all ranks,
-    UserError or Failure that any rank's `batches` raised.
+    stochastic depth are off, so the result is the same on any number of ranks. Momenta and modes are as before. Each of
+    `batches` (perhaps none) has whole groups of images that share their statistics. `should_stop` and what is raised:
+    see `Ranks.for_each`; False if it was asked to stop, and then nothing is changed.
     """
     statistics = [tensor for norm in _tracking_norms(model) for tensor in (norm.running_mean, norm.running_var)]
     if not statistics:
@@ -210,11 +204,8 @@ def wilson_interval(correct: int, n: int) -> tuple[float, float]:
 
 
 def mcnemar(first_correct: np.ndarray, second_correct: np.ndarray) -> dict[str, float]:
-    """Exact two-sided McNemar test between two models on the same images (Q. McNemar, Psychometrika 12, 1947).
-
-    From bool `[n]`, the same images in the same order: how many only the first and only the second got right, and the
-    p value of "equally good".
-    """
+    """Exact two-sided McNemar test between two models on the same images (Q. McNemar, Psychometrika 12, 1947). From
+    bool `[n]`: how many only the first and only the second got right, and the p value of "equally good"."""
     first = int((first_correct & ~second_correct).sum())
     second = int((second_correct & ~first_correct).sum())
     p = min(1.0, 2 * float(bdtr(min(first, second), first + second, 0.5)))  # a fair coin as lopsided as this, or more

@@ -27,60 +27,21 @@ class LostRank(Failure):
     """Another rank died or hangs; starting all of them again may help."""
 
 
-class Heartbeat:
-    """Notes outside the collectives, in the launcher's key-value store, which outlives a rank.
-
-    `store` belongs to this round alone: a restarted group must not read the notes of the one before.
-    """
-
-    def __init__(self, store: dist.Store, rank: int, world: int):
-        self._store, self._rank, self._world, self.step = store, rank, world, 0
-        self._note("not yet training")
-
-    def _note(self, words: str) -> None:
-        self._store.set(f"rank/{self._rank}", f"process {os.getpid()} on {socket.gethostname()}, {words}")
-
-    def record_step(self, step: int) -> None:
-        self.step = step
-        self._note(f"last heard of after step {step}")
-
-    def any_asked_to_stop(self, asked: bool) -> bool:
-        if asked:
-            self._store.set("stop", "1")
-        return asked or self._store.check(["stop"])
-
-    def missing(self) -> list[str]:
-        """The ranks that do not answer a roll call, as `rank 1 (process 71 on n3, last heard of after step 12)`.
-
-        Every rank that noticed a loss calls this; it takes `ROLL_CALL_S` if one does not.
-        """
-        deadline, absent = time.monotonic() + ROLL_CALL_S, list(range(self._world))
-        try:
-            self._store.set(f"here/{self._rank}", "1")
-            while absent and time.monotonic() < deadline:
-                absent = [rank for rank in absent if not self._store.check([f"here/{rank}"])]
-                time.sleep(0.05)
-            return [f"rank {rank} ({self._last_words(rank)})" for rank in absent]
-        except dist.DistError:  # without a launcher the store lived in rank 0
-            return ["rank 0 (which kept the ranks' common notes)"]
-
-    def _last_words(self, rank: int) -> str:
-        key = f"rank/{rank}"
-        return self._store.get(key).decode() if self._store.check([key]) else "never heard of"
-
-
-@dataclass(frozen=True)
+@dataclass
 class Ranks:
-    """One process among `world`; with `world == 1` every exchange is free.
-
-    `control` is a gloo group for small host-side decisions, so that none waits for a GPU stream.
-    """
+    """One process among `world`; with `world == 1` every exchange is free. `control` is a gloo group for small host-side
+    decisions, so that none waits for a GPU stream. `heartbeat` is this round's part of the launcher's key-value store,
+    for notes outside the collectives that outlive a rank."""
 
     rank: int
     world: int
     device: torch.device
     control: dist.ProcessGroup | None = None
-    heartbeat: Heartbeat | None = None
+    heartbeat: dist.Store | None = None
+    step: int = 0  # updates done
+
+    def __post_init__(self) -> None:
+        self._note("not yet training")
 
     @property
     def is_main(self) -> bool:
@@ -117,11 +78,8 @@ class Ranks:
 
     def raise_together(self, error: UserError | Failure | None) -> None:
         """Raises the first rank's error on all of them."""
-        if self.control is None and error is not None:
-            raise error
-        for kind, text in self.gather((type(error), str(error))):
-            if kind is not type(None):
-                raise kind(text) from error
+        if first := next(filter(None, self.gather(error)), None):
+            raise first
 
     def for_each(self, batches: Iterable[Any], take: Callable[[Any], None], should_stop: Callable[[], bool]) -> bool:
         """Calls `take` with each of this rank's batches; False, on all ranks, if `should_stop` was true before one on
@@ -134,14 +92,37 @@ class Ranks:
                 take(batch)
         return not self.max(stopped)
 
+    def _note(self, words: str) -> None:
+        if self.heartbeat is not None:
+            self.heartbeat.set(f"rank/{self.rank}", f"process {os.getpid()} on {socket.gethostname()}, {words}")
+
     def record_step(self, step: int) -> None:
         """Notes that this rank has done `step` updates, for those who might miss it."""
-        if self.heartbeat is not None:
-            self.heartbeat.record_step(step)
+        self.step = step
+        self._note(f"last heard of after step {step}")
 
     def any_asked_to_stop(self, asked: bool) -> bool:
         """Whether this or any other rank was asked to stop; not collective: any rank may call it at any time."""
-        return asked if self.heartbeat is None else self.heartbeat.any_asked_to_stop(asked)
+        if asked and self.heartbeat is not None:
+            self.heartbeat.set("stop", "1")
+        return asked or self.heartbeat is not None and self.heartbeat.check(["stop"])
+
+    def missing(self) -> list[str]:
+        """The ranks that do not answer a roll call, as `rank 1 (process 71 on n3, last heard of after step 12)`. Every
+        rank that noticed a loss calls this; it takes `ROLL_CALL_S` if one does not."""
+        deadline, absent = time.monotonic() + ROLL_CALL_S, list(range(self.world))
+        try:
+            self.heartbeat.set(f"here/{self.rank}", "1")
+            while absent and time.monotonic() < deadline:
+                absent = [rank for rank in absent if not self.heartbeat.check([f"here/{rank}"])]
+                time.sleep(0.05)
+            return [f"rank {rank} ({self._last_words(rank)})" for rank in absent]
+        except dist.DistError:  # without a launcher the store lived in rank 0
+            return ["rank 0 (which kept the ranks' common notes)"]
+
+    def _last_words(self, rank: int) -> str:
+        key = f"rank/{rank}"
+        return self.heartbeat.get(key).decode() if self.heartbeat.check([key]) else "never heard of"
 
     def broadcast(self, tensors: list[Tensor]) -> None:
         """Sets each tensor to rank 0's."""
@@ -167,10 +148,8 @@ def views_like(tensors: list[Tensor], flat: Tensor) -> list[Tensor]:
 
 @contextmanager
 def join(accelerator: str, timeout_s: float) -> Iterator[Ranks]:
-    """This process's place: from torchrun's (or the elastic launcher's) environment if there is one, else alone.
-
-    Raises LostRank if another rank did not come, died, or kept the others waiting for more than `timeout_s`.
-    """
+    """This process's place: from torchrun's (or the elastic launcher's) environment if there is one, else alone. Raises
+    LostRank if another rank did not come, died, or kept the others waiting for more than `timeout_s`."""
     device = pick_device(accelerator)
     if "RANK" not in os.environ:
         yield Ranks(0, 1, device)
@@ -183,10 +162,9 @@ def join(accelerator: str, timeout_s: float) -> Iterator[Ranks]:
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and not ABOUT_RANKS.search(str(error)):
             raise
-        missing = ranks.heartbeat.missing()
+        missing = ranks.missing()
         who = f"lost {' and '.join(missing)}" if missing else "lost the connection to the others, though all are there,"
-        raise LostRank(f"Rank {ranks.rank} {who} at its own step {ranks.heartbeat.step + 1} "
-                       f"({_reason(error)}).") from error
+        raise LostRank(f"Rank {ranks.rank} {who} at its own step {ranks.step + 1} ({_reason(error)}).") from error
     dist.destroy_process_group()  # after a loss it could wait for the one that is gone
 
 
@@ -203,7 +181,7 @@ def _meet(device: torch.device, timeout: timedelta) -> Ranks:
     except RuntimeError as error:
         raise LostRank(f"Rank {os.environ['RANK']} of {os.environ.get('WORLD_SIZE')} did not meet the others: "
                        f"{_reason(error)}.") from error
-    return Ranks(rank, world, device, control, Heartbeat(dist.PrefixStore("heartbeat", store), rank, world))
+    return Ranks(rank, world, device, control, dist.PrefixStore("heartbeat", store))
 
 
 def _reason(error: Exception) -> str:
@@ -212,11 +190,9 @@ def _reason(error: Exception) -> str:
 
 
 def _new_round(timeout: timedelta) -> tuple[dist.Store, int, int]:
-    """A store for this round of ranks, this process's rank and their number, from the launcher's environment.
-
-    torch's elastic launcher gives restarted ranks the store that their dead predecessors wrote to, and gloo then calls
-    addresses where nobody is left (seen with torch 2.15); so the ranks first agree on a new name.
-    """
+    """A store for this round of ranks, this process's rank and their number, from the launcher's environment."""
+    # torch's elastic launcher gives restarted ranks the store that their dead predecessors wrote to, and gloo then
+    # calls addresses where nobody is left (seen with torch 2.15); so the ranks first agree on a new name.
     store, rank, world = next(iter(rendezvous("env://", timeout=timeout)))
     store.set_timeout(timeout)
     name = _name_round(store, world, timeout) if rank == 0 else _learn_round(store, rank)

@@ -81,11 +81,10 @@ def write(folder: Path, images: ImageSet, evaluation: Evaluation, result: Mappin
     order of the logits."""
     with results_in(folder):
         write_text_synced(folder / "metrics.json", json.dumps(result, indent=1) + "\n")
-        images_of = zip(evaluation.indices, evaluation.targets, evaluation.predictions[:, 0], evaluation.confidences,
-                        strict=True)
+        predicted = zip(evaluation.targets, evaluation.predictions[:, 0], evaluation.confidences, strict=True)
         _write_csv(folder / "predictions.csv", ["image", "target", "prediction", "confidence"],
-                   ([images.name(int(index)), names[target], names[guess] if guess >= 0 else "", f"{confidence:.6f}"]
-                    for index, target, guess, confidence in images_of))
+                   ([images.name(index), names[target], names[guess] if guess >= 0 else "", f"{confidence:.6f}"]
+                    for index, (target, guess, confidence) in enumerate(predicted)))
         _write_csv(folder / "classes.csv", ["class", "images", "top1", "taken_for", "times"],
                    ([row["class"], row["n"], f"{row['top1']:.2f}", row["taken_for"], row["times"]]
                     for row in by_class(evaluation, names)))

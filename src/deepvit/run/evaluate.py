@@ -250,7 +250,7 @@ def _evaluate(case: Case, asked: EvalSettings, ranks: Ranks, precision: Precisio
         return None
     real = {}
     if asked.labels == "real" and case.root is None:
-        names = [images.name(index) for index in evaluation.indices]
+        names = [images.name(index) for index in range(evaluation.n)]
         real = {"real_top1": real_top1(evaluation.predictions[:, 0], names)}
     result = {
         "checkpoint": str(candidate.path), "weights": candidate.weights, "calibrate": asked.calibrate,
