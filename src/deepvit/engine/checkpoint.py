@@ -22,10 +22,8 @@ log = logging.getLogger(__name__)
 
 def save(path: Path, content: dict[str, Any], previous: Path | None = None) -> None:
     """Writes `content` to `path`; a kill at any moment leaves the old or the new file whole. The old file, if there
-    is one, moves to `previous`, so that two good checkpoints exist.
-
-    Raises Failure if the disk refused (full, read-only); the old file is intact and the partial one gone.
-    """
+    is one, moves to `previous`, so that two good checkpoints exist. Raises Failure if the disk refused (full,
+    read-only); the old file is intact then and the partial one gone."""
     partial, partial_digest = aside_of(path), aside_of(digest_path(path))
     try:
         write_synced(partial, lambda file: torch.save({"format": FORMAT, "version": VERSION, **content}, file))
@@ -51,9 +49,7 @@ def save(path: Path, content: dict[str, Any], previous: Path | None = None) -> N
 
 def load(path: Path) -> dict[str, Any]:
     """One of our checkpoints, on the CPU, its digest checked. Nothing but tensors and plain values is ever unpickled.
-
-    Raises UserError if it is missing, torn, altered, poisoned, or not one of ours.
-    """
+    Raises UserError if it is missing, torn, altered, poisoned, or not one of ours."""
     if not path.is_file():
         raise UserError(f"There is no checkpoint at {path}.")
     if digest_path(path).exists() and digest_path(path).read_text().split()[:1] != [_digest(path)]:
@@ -68,10 +64,8 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def load_newest(*candidates: Path, advice: str = "") -> tuple[Path, dict[str, Any]] | None:
-    """The first of `candidates` that is whole; each one that is not is named. None if none exists.
-
-    Raises UserError, which ends with `advice`, if some exist and none is whole.
-    """
+    """The first of `candidates` that is whole; each one that is not is named. None if none exists; UserError, which
+    ends with `advice`, if some exist and none is whole."""
     broken = []
     for path in filter(Path.exists, candidates):
         try:
@@ -88,10 +82,8 @@ def load_newest(*candidates: Path, advice: str = "") -> tuple[Path, dict[str, An
 
 
 class Saver:
-    """Writes a run's checkpoints, on rank 0, and decides what happens where the disk refuses one.
-
-    `identity` is what a checkpoint holds besides the state: the model's config, class names, the run's settings.
-    """
+    """Writes a run's checkpoints, on rank 0, and decides what happens where the disk refuses one. `identity` is what a
+    checkpoint holds besides the state: the model's config, class names, the run's settings."""
 
     def __init__(self, folder: RunFolder, ranks: Ranks, identity: Mapping[str, Any]):
         self._folder, self._ranks, self._identity = folder, ranks, identity
@@ -108,8 +100,7 @@ class Saver:
 
     def save_weights(self, path: Path, state: TrainState, **more: Any) -> None:
         """The weights alone: the best so far, or an epoch's."""
-        content = {**state.weights(), "step": state.step, **more}
-        self._write(path, state, content, "These weights are not kept.")
+        self._write(path, state, {**state.weights(), "step": state.step, **more}, "These weights are not kept.")
 
     def save_nonfinite(self, state: TrainState) -> None:
         self._write(self._folder.nonfinite, state, self._whole(state), "The weights cannot be looked at later.")

@@ -103,19 +103,18 @@ def _host_memory() -> tuple[int, int]:
     for kind, field in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
         most, _ = resource.getrlimit(kind)
         if most != resource.RLIM_INFINITY:
-            total, free = min(total, most), min(free, most - (_field("/proc/self/status", field) or 0))
+            total, free = min(total, most), min(free, most - _field("/proc/self/status", field))
     return free, total
 
 
 def used_bytes(device: torch.device) -> int:
     """What this process holds now."""
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else _field("/proc/self/status", "VmRSS") or 0
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else _field("/proc/self/status", "VmRSS")
 
 
 def peak_bytes(device: torch.device) -> int:
     """The most that this process held since `reset_peak`. (getrusage's could be that of the process's parent.)"""
-    on_gpu = device.type == "cuda"
-    return torch.cuda.max_memory_allocated(device) if on_gpu else _field("/proc/self/status", "VmHWM") or 0
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _field("/proc/self/status", "VmHWM")
 
 
 def reset_peak(device: torch.device) -> int:
@@ -134,12 +133,11 @@ def give_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _field(path: str, name: str) -> int | None:
-    """Bytes, from one of Linux's files of "name: number kB"; None on another system."""
-    if not Path(path).exists():
-        return None
-    lines = dict(line.split(":", 1) for line in Path(path).read_text().splitlines() if ":" in line)
-    return int(lines[name].split()[0]) * 1024
+def _field(path: str, name: str) -> int:
+    """Bytes, from one of Linux's files of "name: number kB"; 0 on another system."""
+    with suppress(FileNotFoundError):
+        return 1024 * int(re.search(rf"^{name}:\s*(\d+)", Path(path).read_text(), re.MULTILINE)[1])
+    return 0
 
 
 def kept_storages(compute: Callable[[], Tensor], own: Iterable[Tensor]) -> list[int]:
@@ -160,9 +158,9 @@ def kept_storages(compute: Callable[[], Tensor], own: Iterable[Tensor]) -> list[
 
 def largest_batch(sizes: Sequence[int], state: TrainState, stepper: Stepper, example: Example, sharing: int = 1
                   ) -> tuple[int, str]:
-    """The largest of `sizes` (descending) that fits on this rank's device, which `sharing` processes share, and in
-    words how much of the memory it takes; the smallest where none fits. Weights, statistics and generators are left as
-    they were."""
+    """The largest of `sizes` (descending) that fits on this rank's device, which `sharing` processes share, or the
+    smallest where none does; and in words how much of the memory it takes. Weights, statistics and generators are left
+    as they were."""
     device = stepper.ranks.device
     fixed, each = needed_bytes(state, stepper, example)
     budget = available_bytes(device, sharing)
@@ -195,20 +193,15 @@ def _traceless(state: TrainState) -> Iterator[None]:
             state.optimizer.zero_grad(set_to_none=True)
 
 
-def _loss(state: TrainState, stepper: Stepper, x: Tensor, y: Tensor) -> Tensor:
-    with stepper.precision.autocast(stepper.ranks.device):
-        return stepper.objective(state.model, x, y)
-
-
 def _bytes_of(state: TrainState, stepper: Stepper, example: Example, count: int) -> int:
     """A GPU's peak over a forward and backward pass; on a CPU, which reports no peak, what is kept for backward."""
     x, y = example(count)
     if not x.is_cuda:
         own = [x, y, *state.model.parameters(), *state.model.buffers()]
-        return sum(kept_storages(lambda: _loss(state, stepper, x, y), own))
+        return sum(kept_storages(lambda: stepper.loss(state.model, x, y), own))
     torch.cuda.reset_peak_memory_stats(x.device)
     before = torch.cuda.memory_allocated(x.device)
-    _loss(state, stepper, x, y).backward()
+    stepper.loss(state.model, x, y).backward()
     state.optimizer.zero_grad(set_to_none=True)
     return torch.cuda.max_memory_allocated(x.device) - before
 
@@ -218,7 +211,7 @@ def _is_too_much(state: TrainState, stepper: Stepper, example: Example, size: in
     if stepper.ranks.device.type != "cuda":
         return False
     try:
-        _loss(state, stepper, *example(size)).backward()  # compiled it takes no more, but minutes
+        stepper.loss(state.model, *example(size)).backward()  # compiled it takes no more, but minutes
         return False
     except RuntimeError as error:
         if not is_out_of_memory(error):

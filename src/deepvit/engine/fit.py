@@ -30,14 +30,9 @@ log = logging.getLogger(__name__)
 
 
 class Fit:
-    """A run from wherever `state` stands to its end, or to a request to stop.
-
-    Args:
-        make_batches: `(start, count) -> iterator` over global batches start, start + 1, ...
-        evaluate: `(model, display) -> Evaluation`, or None if it was asked to stop.
-        attention_metrics: `(model, step) -> Measures`; before the first step, every `plan.probe_every` and at the
-            end. None: never.
-    """
+    """A run from wherever `state` stands to its end, or to a request to stop. `make_batches`: `(start, count) ->
+    iterator` over global batches start, start + 1, ...; `evaluate` gives None if it was asked to stop;
+    `attention_metrics`: of a model at a step; before the first, every `plan.probe_every`, and at the end."""
 
     def __init__(self, state: TrainState, stepper: Stepper, plan: Plan,
                  make_batches: Callable[[int, int], Iterator[Batches]],

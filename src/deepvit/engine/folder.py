@@ -30,16 +30,14 @@ log = logging.getLogger(__name__)
 
 
 class RunFolder:
-    """The paths of a run and its append-only files. Rank 0 owns it; the others read it and append events.
-
-    A folder is a run's only if it says so, and even there only files with our own names are replaced or removed.
+    """The paths of a run and its append-only files. Rank 0 owns it; the others read it and append events. A folder is a
+    run's only if it says so, and even there only files with our own names are replaced or removed.
 
     The lock is the kernel's (`lockf`): it ends with its process, however that dies, so no lock is ever stale. (Not
     `flock`, which the processes that load images would inherit and hold for seconds after a SIGKILL.)
     """
 
     _claimed: ClassVar[set[Path]] = set()  # by this process, which its own lockf would not keep out
-
     OWN = ("config.yaml", "metrics.jsonl", "metrics.json", "events.jsonl", "train.log")
 
     def __init__(self, path: Path):
@@ -64,11 +62,9 @@ class RunFolder:
             self.release()
 
     def claim(self, fresh: bool = False, restarted: bool = False) -> bool:
-        """Creates the folder, marks it as a run's, proves that it can be written, and takes its lock.
-
-        `fresh`: an earlier run is to be replaced; `restarted` by the launcher, so that what is there may be this
-        command's own. Returns whether an earlier run is still to be replaced. Raises UserError if the folder is not a
-        run's or not writable, or if another process (which is named) works in it.
+        """Creates the folder, marks it as a run's, proves that it can be written, and takes its lock. Returns whether
+        an earlier run is still to be replaced, as `fresh` asks; where the launcher `restarted` us, what is there may be
+        this command's own. UserError if the folder is not a run's, not writable, or another process (named) is in it.
         """
         if self.path.resolve() in self._claimed:
             raise UserError(f"The run folder {self.path} is in use by this very process.")

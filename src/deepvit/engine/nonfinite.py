@@ -125,9 +125,7 @@ def examine(stepper: Stepper, state: TrainState, batches: Sequence[Any], batch_i
             found.check("an input weight", dict(model.named_parameters()))
             for batch in stepper.seeded(batches, batch_index):
                 x, y = stepper.prepare(batch, batch_index, device, training=True)
-                with stepper.precision.autocast(device):
-                    loss = stepper.objective(model, x, y)
-                loss = loss * len(x) / share
+                loss = stepper.loss(model, x, y) * len(x) / share
                 found.loss += float(loss.detach())
                 state.scaler.scale(loss).backward()
             found.check("the gradient of", {name: weight.grad for name, weight in model.named_parameters()

@@ -15,7 +15,7 @@ ROWS = 12  # of operators
 log = logging.getLogger(__name__)
 
 
-class StepProfile:
+class StepProfile(profile):
     """Records `steps` steps after a few, then logs a table and writes it and the trace to `folder`; the next step is
     number `first`, with `left` of them to come."""
 
@@ -24,21 +24,13 @@ class StepProfile:
         skipped = max(1, min(SKIPPED, left - self._steps))
         self._first, self._written = first + skipped, False
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * self._on_gpu
-        self._profile = profile(activities=activities, on_trace_ready=self._write,
-                                schedule=schedule(wait=skipped - 1, warmup=1, active=self._steps, repeat=1))
+        super().__init__(activities=activities, on_trace_ready=self._write,
+                         schedule=schedule(wait=skipped - 1, warmup=1, active=self._steps, repeat=1))
 
-    def __enter__(self) -> "StepProfile":
-        self._profile.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._profile.stop()
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
         if not self._written:
             log.warning("engine.profile: the run ended before %d steps were recorded.", self._steps)
-
-    def step(self) -> None:
-        """Marks the end of a step and of what was due after it."""
-        self._profile.step()
 
     def _write(self, recorded: profile) -> None:
         self._written = True

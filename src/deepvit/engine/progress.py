@@ -11,33 +11,23 @@ from rich.table import Column
 from rich.text import Text
 
 
-class Display:
-    """Bars below the log lines of a terminal, which rich prints above them. Without a terminal bars are silent, and
-    so they are where `shown` is false: on every rank but the first.
-
-    Attributes:
-        replaces_lines: whether a reader of standard output sees the bars, so that no line need repeat them.
-    """
+class Display(Progress):
+    """Bars below the log lines of a terminal, which rich prints above them. Without a terminal bars are silent, and so
+    they are where `shown` is false: on every rank but the first. `replaces_lines`: whether a reader of standard output
+    sees the bars, so that no line need repeat them."""
 
     def __init__(self, shown: bool = True):
         console = Console(file=sys.stderr)
         terminal = shown and sys.stderr.isatty() and not console.is_dumb_terminal
         self.replaces_lines = terminal and sys.stdout.isatty()
-        self._bars = Progress(
+        super().__init__(
             TextColumn("{task.description}"), MofNCompleteColumn(table_column=Column(no_wrap=True)),
             BarColumn(bar_width=None, table_column=Column(ratio=1)), _Details(console), TextColumn("left"),
             TimeRemainingColumn(), console=console, expand=True, transient=True, disable=not terminal,
             redirect_stdout=self.replaces_lines, auto_refresh=False)  # rich's thread may erase a line just printed
 
-    def __enter__(self) -> "Display":
-        self._bars.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bars.stop()
-
     def bar(self, title: str, total: int, done: int = 0) -> "Bar":
-        return Bar(self._bars, title, total, done)
+        return Bar(self, title, total, done)
 
 
 class Bar:
@@ -45,22 +35,22 @@ class Bar:
 
     INTERVAL_S = 0.1  # between two drawings
 
-    def __init__(self, bars: Progress, title: str, total: int, done: int):
-        self._bars, self._drawn = bars, 0.0
-        self._task = bars.add_task(title, total=total, completed=done, details=())
+    def __init__(self, display: Display, title: str, total: int, done: int):
+        self._display, self._drawn = display, 0.0
+        self._task = display.add_task(title, total=total, completed=done, details=())
 
     def advance(self, amount: int = 1) -> None:
-        self._bars.advance(self._task, amount)
+        self._display.advance(self._task, amount)
         if time.monotonic() - self._drawn > self.INTERVAL_S:
-            self._bars.refresh()
+            self._display.refresh()
             self._drawn = time.monotonic()
 
     def show(self, details: Sequence[str]) -> None:
         """Words next to the bar, the most important first: a narrow terminal has room for few."""
-        self._bars.update(self._task, details=details)
+        self._display.update(self._task, details=details)
 
     def close(self) -> None:
-        self._bars.remove_task(self._task)
+        self._display.remove_task(self._task)
 
 
 class _Details(ProgressColumn):
@@ -86,9 +76,6 @@ class Meter:
 
     def __init__(self) -> None:
         self.total_images, self.total_seconds = 0, 0.0
-        self._restart()
-
-    def _restart(self) -> None:
         self._start, self._images, self._waited = time.perf_counter(), 0, 0.0
 
     def add(self, images: int, waited: float) -> None:
@@ -100,7 +87,7 @@ class Meter:
         reading = {"images_per_s": self._images / seconds, "data_wait": self._waited / seconds}
         self.total_images += self._images
         self.total_seconds += seconds
-        self._restart()
+        self._start, self._images, self._waited = time.perf_counter(), 0, 0.0
         return reading
 
     @contextmanager

@@ -29,8 +29,8 @@ class LostRank(Failure):
 
 @dataclass
 class Ranks:
-    """One process among `world`; with `world == 1` every exchange is free. `control` is a gloo group for small host-side
-    decisions, so that none waits for a GPU stream. `heartbeat` is this round's part of the launcher's key-value store,
+    """One process among `world`; with `world == 1` every exchange is free. `control`: a gloo group for small decisions
+    of the hosts, so that none waits for a GPU stream. `heartbeat`: this round's part of the launcher's key-value store,
     for notes outside the collectives that outlive a rank."""
 
     rank: int

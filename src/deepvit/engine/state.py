@@ -16,11 +16,8 @@ from deepvit.errors import UserError
 class RunningStatistics:
     """The buffers of what is in training mode. Every micro-batch moves them from where they stood before the update,
     and the update moves them by the mean of these moves: exact, since a running mean moves linearly. Counters move by
-    one. Copies are views of one flat tensor, so that each turn is one call or two.
-
-    Attributes:
-        moved: where this rank's micro-batches have moved the floating-point buffers to (flat; empty without any).
-    """
+    one. `moved` is where this rank's micro-batches have moved the floating-point buffers to; copies are views of one
+    flat tensor, so that each turn is one call or two."""
 
     def __init__(self, model: nn.Module):
         moving = [named for module in model.modules() if module.training
@@ -61,30 +58,22 @@ class RunningStatistics:
 
 
 def _copy(source: Sequence[Tensor], target: Sequence[Tensor]) -> None:
-    """In one call for all; torch's refuses empty lists."""
-    if source:
+    if source:  # torch refuses empty lists
         torch._foreach_copy_(target, source)
 
 
 @dataclass
 class TrainState:
-    """Every rank holds the same state after every step.
-
-    Attributes:
-        step: global batches taken; the schedule's clock. Those whose update was skipped count as well.
-        skipped_in_a_row: skipped updates since the last one that was made.
-        evaluated: the step of the last evaluation.
-        best: `{"top1": percent, "step": ...}` of the best evaluation so far.
-    """
+    """Every rank holds the same state after every step."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     ema: ModelEmaV3 | None = None
-    step: int = 0
+    step: int = 0  # global batches taken, those whose update was skipped as well; the schedule's clock
     skipped_in_a_row: int = 0
-    evaluated: int = 0
-    best: dict[str, float] = field(default_factory=dict)
+    evaluated: int = 0  # step of the last evaluation
+    best: dict[str, float] = field(default_factory=dict)  # `{"top1": percent, "step": ...}` of the best so far
 
     COUNTERS = ("step", "skipped_in_a_row", "evaluated", "best")
 

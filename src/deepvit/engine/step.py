@@ -50,13 +50,9 @@ class Status(IntEnum):
 
 
 class Update:
-    """What became of a global batch; the same on all ranks, but for `local_loss`.
-
-    Attributes:
-        batch_index: of the global batch.
-        loss: mean over the global batch; `local_loss`: over this rank's part; `grad_norm`: before clipping. Scalars.
-        found_nonfinite: bool scalar: loss or gradient is not finite, so nothing was changed.
-    """
+    """What became of global batch `batch_index`; the same on all ranks, but for `local_loss`. Scalars: `loss`, its mean
+    over the global batch; `local_loss`, over this rank's part; `grad_norm`, before clipping; `found_nonfinite`, whether
+    one of them is not finite, so that nothing was changed."""
 
     def __init__(self, batch_index: int, loss: Tensor, local_loss: Tensor, grad_norm: Tensor):
         self.batch_index, self.loss, self.local_loss, self.grad_norm = batch_index, loss, local_loss, grad_norm
@@ -93,10 +89,8 @@ def cross_entropy(network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 def binary_cross_entropy(network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """A logistic loss for each class, mean over images and classes, in float32; targets as in `cross_entropy`.
-
-    Wightman et al., "ResNet strikes back", arXiv:2110.00476; DeiT III, arXiv:2204.07118.
-    """
+    """A logistic loss for each class, mean over images and classes, in float32; targets as in `cross_entropy`. Wightman
+    et al., "ResNet strikes back", arXiv:2110.00476; DeiT III, arXiv:2204.07118."""
     logits = network(x).float()  # [B, C]
     y = y if y.ndim == 2 else nn.functional.one_hot(y, logits.shape[1])
     return nn.functional.binary_cross_entropy_with_logits(logits, y.to(logits))
@@ -107,40 +101,30 @@ OBJECTIVES: dict[str, Objective] = {"cross_entropy": cross_entropy, "bce": binar
 
 @dataclass
 class Stepper:
-    """What every update has in common.
+    """What every update has in common."""
 
-    Args:
-        network: the state's model as it is called (perhaps compiled).
-        unit: images of a micro-batch that must stay together (a group of the head norm, a pair of mixup).
-        clip_grad: largest global norm of the gradients; None: as they are.
-        limit: images that a micro-batch may have; None: as it comes. Running out of memory halves it.
-        advice: `(state, images) -> what would help` where that is no way out.
-    """
-
-    network: nn.Module
+    network: nn.Module  # the state's model as it is called (perhaps compiled)
     prepare: Prepare
     schedule: Schedule
     precision: Precision
     ranks: Ranks
     seed: int
     objective: Objective = cross_entropy
-    clip_grad: float | None = None
+    clip_grad: float | None = None  # largest global norm of the gradients
     masks: Masks | None = None
-    unit: int = 1
-    limit: int | None = None
-    advice: Callable[[TrainState, int], str] = lambda state, images: "take a smaller model"
+    unit: int = 1  # images of a micro-batch that must stay together (a group of the head norm, a pair of mixup)
+    limit: int | None = None  # images that a micro-batch may have; running out of memory halves it
+    advice: Callable[[TrainState, int], str] = lambda state, images: "take a smaller model"  # where that is no way out
 
     def update(self, state: TrainState, batches: Sequence[Any] | None, stop: object = None
                ) -> tuple[Status, Update | None]:
-        """One update from this rank's micro-batches of a global batch (None: they could not be made).
+        """One update from this rank's micro-batches of a global batch (None: they could not be made). Returns the
+        status that all ranks agree on, and the update where it is DONE or STOP; else nothing has changed.
 
         Nothing is exchanged before the ranks agree that every pass of each of them fitted into memory. A loss or
         gradient that is not finite leaves parameters, moments, average and running statistics as they were, by masks
         on the device: the host waits for none of it. `state.step` counts the batch all the same. Once `stop` is true
-        on any rank, all ranks give the batch up between two micro-batches.
-
-        Returns the status that all ranks agree on, and the update where it is DONE or STOP; else nothing has changed.
-        Raises UserError if not even one `unit` of images fits into memory.
+        on any rank, all give the batch up between two micro-batches. UserError if not even one `unit` of images fits.
         """
         while True:
             state.statistics.begin()
@@ -158,6 +142,10 @@ class Stepper:
             if status is not Status.OUT_OF_MEMORY:
                 return status, None
             self._halve(state, batches)
+
+    def loss(self, network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        with self.precision.autocast(self.ranks.device):
+            return self.objective(network, x, y)
 
     def seeded(self, batches: Sequence[Any], batch_index: int) -> Iterator[Any]:
         """This rank's micro-batches of a global batch, cut to `limit`; as each is yielded, the model's randomness is
@@ -186,8 +174,8 @@ class Stepper:
                 return Status.GIVEN_UP, None
             with record_function("prepare"):
                 x, y = self.prepare(batch, state.step, self.ranks.device, training=True)
-            with record_function("forward"), self.precision.autocast(self.ranks.device):
-                loss = self.objective(self.network, x, y) / (share / len(x))
+            with record_function("forward"):
+                loss = self.loss(self.network, x, y) / (share / len(x))
             with record_function("backward"):
                 state.scaler.scale(loss).backward()
             state.statistics.take(len(x) / share)
