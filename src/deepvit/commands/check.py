@@ -58,15 +58,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _unusable(images: ImageSet, workers: int, display: Display) -> list[Bad]:
     found, done, refused, last = [], 0, 0, time.monotonic()
-    bar = display.bar(str(Path(images.name(0)).parent.parent), len(images))
+    bar = display.add_task(str(Path(images.name(0)).parent.parent), total=len(images))
     for batch in eval_batches(images, LOOK, batch_size=BATCH, workers=workers, on_error="report"):
         found, done, refused = found + batch.bad, done + len(batch), refused + batch.pil_fallbacks
-        bar.show([f"{len(found)} bad"])
-        bar.advance(len(batch))
+        display.update(bar, details=[f"{len(found)} bad"])
+        display.advance(bar, len(batch))
         if not display.replaces_lines and time.monotonic() - last > PAUSE:
             say(f"{done:,} of {len(images):,} decoded, {len(found)} cannot be used")
             last = time.monotonic()
-    bar.close()
+    display.remove_task(bar)
     if refused:
         say(f"{refused:,} JPEGs are read by PIL only, more slowly.")
     return found

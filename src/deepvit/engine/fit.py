@@ -44,7 +44,7 @@ class Fit:
         self._folder, self._saver, self._loggers, self._stop = folder, saver, loggers, stop
         self._ranks = stepper.ranks
         self._display = Display(self._ranks.is_main)
-        self._bar = self._display.bar("train", plan.total, state.step)
+        self._bar = self._display.add_task("train", total=plan.total, completed=state.step)
         self._profile = StepProfile(folder.path / "profile", self._ranks.device, plan.profile, state.step,
                                     plan.total - state.step) if plan.profile and self._ranks.is_main else None
         self._skips = SkipWatch(state, stepper, folder, saver, plan.max_skipped, make_batches)
@@ -117,7 +117,7 @@ class Fit:
     def _after_update(self, update: Update, batches: Batches) -> None:
         state, plan = self.state, self.plan
         self._newest = update
-        self._bar.advance()
+        self._display.advance(self._bar)
         self._skips.add(update, batches)
         self._log_time_to_go()
         if self.stepper.limit != self._limit:
@@ -144,7 +144,7 @@ class Fit:
         left = (plan.total - state.step) * plan.batch_size / max(self.meter.images_per_s, 1e-9)
         details = [f"loss {line['loss']:.4f}", f"{line['images_per_s']:.1f} img/s", f"epoch {self._epoch():.2f}",
                    f"data wait {line['data_wait']:.0%}", f"lr {line['lr']:.3g}"]
-        self._bar.show(details)
+        self._display.update(self._bar, details=details)
         level = logging.DEBUG if self._display.replaces_lines else logging.INFO
         log.log(level, "step %d/%d  %s  left %s", state.step, plan.total, "  ".join(details), clock(left))
 

@@ -36,12 +36,11 @@ class SkipWatch:
 
     def add(self, update: Update, batches: Sequence[Any]) -> None:
         self._pending.append((update, [batch.indices for batch in batches]))
-        while len(self._pending) > self._lag:
-            self._ask()
+        self.catch_up(self._lag)
 
-    def catch_up(self) -> None:
-        """Learns what became of every update so far."""
-        while self._pending:
+    def catch_up(self, lag: int = 0) -> None:
+        """Learns what became of every update so far, but for the last `lag`."""
+        while len(self._pending) > lag:
             self._ask()
 
     def _ask(self) -> None:

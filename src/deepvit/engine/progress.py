@@ -2,13 +2,16 @@
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import (BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn,
+                           TimeRemainingColumn)
 from rich.table import Column
 from rich.text import Text
+
+INTERVAL_S = 0.1  # between two drawings
 
 
 class Display(Progress):
@@ -19,42 +22,22 @@ class Display(Progress):
     def __init__(self, shown: bool = True):
         console = Console(file=sys.stderr)
         terminal = shown and sys.stderr.isatty() and not console.is_dumb_terminal
-        self.replaces_lines = terminal and sys.stdout.isatty()
+        self.replaces_lines, self._drawn = terminal and sys.stdout.isatty(), 0.0
         super().__init__(
             TextColumn("{task.description}"), MofNCompleteColumn(table_column=Column(no_wrap=True)),
             BarColumn(bar_width=None, table_column=Column(ratio=1)), _Details(console), TextColumn("left"),
             TimeRemainingColumn(), console=console, expand=True, transient=True, disable=not terminal,
             redirect_stdout=self.replaces_lines, auto_refresh=False)  # rich's thread may erase a line just printed
 
-    def bar(self, title: str, total: int, done: int = 0) -> "Bar":
-        return Bar(self, title, total, done)
-
-
-class Bar:
-    """A bar of a `Display`; `close` removes it."""
-
-    INTERVAL_S = 0.1  # between two drawings
-
-    def __init__(self, display: Display, title: str, total: int, done: int):
-        self._display, self._drawn = display, 0.0
-        self._task = display.add_task(title, total=total, completed=done, details=())
-
-    def advance(self, amount: int = 1) -> None:
-        self._display.advance(self._task, amount)
-        if time.monotonic() - self._drawn > self.INTERVAL_S:
-            self._display.refresh()
+    def advance(self, task: TaskID, amount: float = 1) -> None:
+        super().advance(task, amount)
+        if time.monotonic() - self._drawn > INTERVAL_S:
+            self.refresh()
             self._drawn = time.monotonic()
-
-    def show(self, details: Sequence[str]) -> None:
-        """Words next to the bar, the most important first: a narrow terminal has room for few."""
-        self._display.update(self._task, details=details)
-
-    def close(self) -> None:
-        self._display.remove_task(self._task)
 
 
 class _Details(ProgressColumn):
-    """As many of a task's details as leave room for its name, its count, a short bar and the time left."""
+    """As many of a task's `details`, the most important first, as leave room for the rest and a short bar."""
 
     def __init__(self, console: Console):
         super().__init__(Column(no_wrap=True))
@@ -63,7 +46,7 @@ class _Details(ProgressColumn):
     def render(self, task: Task) -> Text:
         used = len(f"{task.description} {task.total}/{task.total} ######## left 00:00:00")
         shown: list[str] = []
-        for one in task.fields["details"]:
+        for one in task.fields.get("details", ()):
             used += 1 + len(one)
             if used > self._console.width:
                 break

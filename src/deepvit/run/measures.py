@@ -76,10 +76,10 @@ class Evaluator:
         return build.eval_batches(self.data, self.images, self.ranks)
 
     def _evaluate(self, model: nn.Module, display: Display, title: str) -> Evaluation | None:
-        bar = display.bar(title, len(self.images))
+        bar = display.add_task(title, total=len(self.images))
         evaluation = evaluate(model, self._batches(), self.prepare, self.ranks, self.precision, n=len(self.images),
-                              among=self.among, advance=bar.advance, should_stop=self._should_stop)
-        bar.close()
+                              among=self.among, advance=partial(display.advance, bar), should_stop=self._should_stop)
+        display.remove_task(bar)
         return evaluation
 
     def _should_stop(self) -> bool:
