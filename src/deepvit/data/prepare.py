@@ -37,8 +37,7 @@ class Prepare:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        ranges = RANGES["augment"]
-        check_ranges({name: value for name, value in vars(self).items() if name in ranges}, ranges, "augment")
+        check_ranges(vars(self), RANGES["augment"], "augment")
         self.mean, self.std = (torch.tensor(values).view(1, -1, 1, 1) * 255 for values in (self.mean, self.std))
 
     def __call__(self, batch: Batch, step: int, device: torch.device | str, training: bool) -> tuple[Tensor, Tensor]:

@@ -69,8 +69,7 @@ class Source(ABC):
                 part.targets = np.searchsorted(numbers, part.targets)
             splits = Splits(*parts, kept)
         if self.exclude is not None:
-            train, val = without([splits.train, splits.val], splits.class_ids, self.exclude, self.root)
-            splits = replace(splits, train=train, val=val)
+            splits = Splits(*without([splits.train, splits.val], splits.class_ids, self.exclude, self.root), kept)
         if len(splits.class_ids) < 2:
             raise UserError(f"data.root={self.root} has one class only, '{splits.class_ids[0]}': is it one level too "
                             f"high? Each class needs a folder in it, or in its train/ and val/.")
@@ -157,6 +156,13 @@ def without(sets: Sequence[ImageSet], class_ids: list[str], file: str, root: str
         log.warning("%d of the names in data.exclude=%s are not among the images in use: %s.", len(unknown), file,
                     some(sorted(unknown)))
     return rest
+
+
+def refuse_other_classes(train: list[str], val: list[str], *places: Path | str) -> None:
+    """UserError unless training and validation, which are at these places, have the same classes."""
+    sides = zip((sorted({*train} - {*val}), sorted({*val} - {*train})), places, strict=True)
+    if alone := [f"{len(names)} only in {where} ({some(names)})" for names, where in sides if names]:
+        raise UserError(f"Training and validation need the same classes: {' and '.join(alone)}.")
 
 
 def some(names: Sequence[str], most: int = 3) -> str:

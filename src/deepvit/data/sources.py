@@ -13,7 +13,7 @@ import numpy as np
 from deepvit.config.settings import Data
 from deepvit.data.imageset import ArraySet, FileSet, ImageSet, Splits
 from deepvit.data.listing import Walk, class_folders, entries, existing, kept_listing, log_left_out
-from deepvit.data.source import Source, chosen, some, without
+from deepvit.data.source import Source, chosen, refuse_other_classes, some, without
 from deepvit.data.timm_sets import Timm
 from deepvit.errors import UserError, choose, did_you_mean
 
@@ -91,11 +91,8 @@ class Folder(Source):
                 for folder in [split for split in find_splits(path) if split] or [path]]
 
     def _both(self, train: Path, val: Path) -> Splits:
-        ids, val_ids = classes_of(train), classes_of(val)
-        if {*ids} != {*val_ids}:
-            sides = ((sorted({*ids} - {*val_ids}), train), (sorted({*val_ids} - {*ids}), val))
-            alone = [f"{len(names)} only in {folder} ({some(names)})" for names, folder in sides if names]
-            raise UserError(f"Training and validation need folders of the same classes: {' and '.join(alone)}.")
+        ids = classes_of(train)
+        refuse_other_classes(ids, classes_of(val), train, val)
         ids = chosen(self.classes, ids)  # no time is spent on folders that are not used
         return Splits(self.images(train, ids), self.images(val, ids), ids)
 
@@ -118,9 +115,8 @@ class ImageNet(Folder):
             raise UserError("data=imagenet has its own val/ folder and takes no data.val_fraction: use data=folder.")
         train, val = find_splits(existing(self.root, "imagenet"))
         if train is None or val is None:
-            missing = "train/" if train is None else "val/"
-            raise UserError(f"data.root={self.root} has no {missing} folder: data=imagenet wants train/<wnid>/*.JPEG "
-                            f"and val/<wnid>/*.JPEG (data=folder is for other folders).")
+            raise UserError(f"data.root={self.root} has no {'val' if train else 'train'}/ folder: data=imagenet wants "
+                            f"train/<wnid>/*.JPEG and val/<wnid>/*.JPEG (data=folder is for other folders).")
         return self._both(train, val)
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 from deepvit.data.decode import AnyImage, BadImage, read_bytes, to_tensor
 from deepvit.data.imageset import ImageSet, Splits
 from deepvit.data.listing import EXTENSIONS, KINDS, class_folders, entries, existing, log_left_out
-from deepvit.data.source import Source, some
+from deepvit.data.source import Source, refuse_other_classes, some
 from deepvit.errors import UserError
 
 WORDS = ("val", "validation", "test")  # for the same split
@@ -123,9 +123,8 @@ class Timm(Source):
         val, val_ids = read(val_tars, self.decoder)
         if is_webdataset:
             ids = max(ids, val_ids, key=len)
-        elif val_ids != ids:
-            raise UserError(f"{val_tars[0]} has other classes than the training images: "
-                            f"{some(sorted({*ids} ^ {*val_ids}))} are in only one of the two.")
+        else:
+            refuse_other_classes(ids, val_ids, train_tars[0], val_tars[0])
         return Splits(train, val, ids)
 
     def _created(self, split: str) -> tuple[TimmSet, list[str]]:
