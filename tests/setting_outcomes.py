@@ -120,8 +120,7 @@ def kept_batches(run):
 
 
 def in_memory(run):
-    run.splits.train.cache_decoded()
-    return run.splits.train.in_memory
+    return run.splits.train.cache_decoded()
 
 
 def workers(run):

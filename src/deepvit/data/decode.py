@@ -9,6 +9,7 @@ import io
 import struct
 import warnings
 import zlib
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -25,8 +26,7 @@ except ImportError:  # torchvision is moving its decoders
     decode_jpeg = ImageReadMode = None
 
 AnyImage = Image.Image | Tensor  # PIL RGB, or uint8 [3, H, W] over memory of [H, W, 3]
-_BROKEN = (OSError, SyntaxError, ValueError, TypeError, EOFError, IndexError, KeyError, OverflowError,
-           struct.error, zlib.error)  # seen from PIL's format plug-ins on damaged files
+_BROKEN = (OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, OverflowError, struct.error, zlib.error)
 
 
 class BadImage(Exception):
@@ -81,7 +81,7 @@ def decode(data: bytearray, decoder: str) -> tuple[AnyImage, bool]:
         raise BadImage(f"it claims more than {Image.MAX_IMAGE_PIXELS:,} pixels (a decompression bomb?)") from bomb
     except Image.UnidentifiedImageError as error:
         raise BadImage("the content is no known image format") from error
-    except _BROKEN as error:
+    except _BROKEN as error:  # seen from PIL's format plug-ins on damaged files
         raise BadImage(f"it is damaged ({str(error) or type(error).__name__})".replace("\n", " ")) from error
 
 
@@ -91,10 +91,8 @@ def _decode(data: bytearray, decoder: str) -> tuple[AnyImage, bool]:
         return _to_rgb(image), False
     is_jpeg = image.format in ("JPEG", "MPO")
     if is_jpeg and image.mode in ("RGB", "L"):  # no CMYK
-        try:
+        with suppress(RuntimeError):  # refuses this JPEG: PIL decides
             return _jpeg_pixels(data), False
-        except RuntimeError:  # refuses this JPEG: PIL decides
-            pass
     return to_tensor(_to_rgb(image)), is_jpeg
 
 

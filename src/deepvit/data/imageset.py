@@ -30,7 +30,6 @@ class ImageSet(ABC):
     targets: np.ndarray  # int64 [n]
     decoder: str  # `torchvision` or `pil`
     pil_fallbacks: int = 0  # images that the fast decoder refused and PIL read, in this process
-    in_memory: bool = False  # whether all images are there, decoded
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -75,14 +74,13 @@ class ImageSet(ABC):
         """Bytes of the encoded image; 0 where the source does not tell."""
         return 0
 
-    def cache_decoded(self) -> None:  # noqa: B027  nothing to do for most
-        """Called in the main process before others ask for images: keeps a small set decoded."""
+    def cache_decoded(self) -> bool:
+        """Called in the main process before others ask for images: keeps a small set decoded. Whether all are there."""
+        return False
 
 
 class ArraySet(ImageSet):
     """Images already decoded: uint8 [n, H, W, 3]."""
-
-    in_memory = True
 
     def __init__(self, pixels: np.ndarray, targets: np.ndarray, label: str, *, decoder: str = "torchvision",
                  ids: np.ndarray | None = None):
@@ -98,6 +96,9 @@ class ArraySet(ImageSet):
     def image(self, index: int) -> AnyImage:
         return as_image(self.pixels[index], self.decoder)
 
+    def cache_decoded(self) -> bool:
+        return True
+
 
 class FileSet(ImageSet):
     """Images in files `root/<class folder>/<name>`; targets are the folders' numbers."""
@@ -110,19 +111,15 @@ class FileSet(ImageSet):
         self.rows: np.ndarray | range = range(len(listing))
         self.cache: DecodedCache | None = None
 
-    @property
-    def in_memory(self) -> bool:
-        return self.cache is not None
-
     def name(self, index: int) -> str:
         file = os.fsdecode(self.listing.name(self.rows[index]))
         return f"{self.root}/{self.folders[self.places[index]]}/{file}"
 
     def image(self, index: int) -> AnyImage:
-        if self.cache is None:
+        if self.cache is None or not self.cache[index].size:
             return self._opened(read_bytes(self.name(index)))
         self.pil_fallbacks += int(self.cache.by_pil[index])
-        return self.cache.image(index, self.decoder)
+        return as_image(self.cache[index], self.decoder)
 
     def size(self, index: int) -> int:
         try:
@@ -140,44 +137,40 @@ class FileSet(ImageSet):
         part.rows, part.cache = np.asarray(self.rows)[indices], None
         return part
 
-    def cache_decoded(self) -> None:
+    def cache_decoded(self) -> bool:
         """Only if their size, estimated from the headers of 32 files, is within `in_memory_mb`."""
         if self.cache is not None:
-            return
+            return True
         sizes = []
         for index in np.linspace(0, len(self) - 1, num=min(32, len(self)), dtype=np.int64).tolist():
             with suppress(OSError, ValueError, SyntaxError, Image.DecompressionBombError), \
                     Image.open(self.name(index)) as image:  # a bad one is reported when it is asked for
                 sizes.append(3 * image.width * image.height)
-        if len(self) * np.mean(sizes or [0]) <= self.in_memory_mb * 2**20:
-            self.cache = DecodedCache(self)
+        fits = bool(len(self) * np.mean(sizes or [0]) <= self.in_memory_mb * 2**20)
+        self.cache = DecodedCache(self) if fits else None
+        return fits
 
 
 class DecodedCache:
     """Decoded images of any sizes, end to end in one buffer that forked workers share."""
 
     def __init__(self, images: FileSet):
-        self.shapes = np.zeros((len(images), 2), np.int64)  # height and width; 0, 0 for a bad image
+        self.shapes = np.zeros((len(images), 3), np.int64)  # of [H, W, 3]; zeros for a bad image
         self.by_pil = np.zeros(len(images), bool)  # since the fast decoder refused it
-        self.reasons: dict[int, str] = {}  # of the bad ones
         parts = [np.zeros(0, np.uint8)]
         for index in range(len(images)):
-            try:
+            with suppress(BadImage):  # it tells its reason when it is asked for
                 image, self.by_pil[index] = decode(read_bytes(images.name(index)), images.decoder)
-            except BadImage as bad:
-                self.reasons[index] = str(bad)
-                continue
-            pixels = as_array(image)
-            self.shapes[index] = pixels.shape[:2]
-            parts.append(pixels.reshape(-1))
+                pixels = as_array(image)
+                self.shapes[index] = pixels.shape
+                parts.append(pixels.reshape(-1))
         self.pixels = np.concatenate(parts)  # uint8 [sum of H * W * 3]
-        self.ends = np.cumsum(3 * self.shapes.prod(axis=1))  # int64 [n]
+        self.ends = np.cumsum(self.shapes.prod(axis=1))  # int64 [n]
 
-    def image(self, index: int, decoder: str) -> AnyImage:
-        if index in self.reasons:
-            raise BadImage(self.reasons[index])
-        (height, width), end = self.shapes[index], self.ends[index]
-        return as_image(self.pixels[end - 3 * height * width:end].reshape(height, width, 3), decoder)
+    def __getitem__(self, index: int) -> np.ndarray:
+        """uint8 [H, W, 3], empty for a bad image."""
+        shape, end = self.shapes[index], self.ends[index]
+        return self.pixels[end - shape.prod():end].reshape(shape)
 
 
 @dataclass(frozen=True)

@@ -102,11 +102,9 @@ class Walk:
     def is_image(self, entry: os.DirEntry) -> bool:
         """Whether a file counts as an image; a dead link does, and is a bad one."""
         extension = os.path.splitext(entry.name)[1].lower()
-        is_image = extension in EXTENSIONS
         if entry.name.startswith(b"."):
-            if is_image:
-                self.left_out["hidden"] += 1
-        elif not is_image:
+            self.left_out["hidden"] += extension in EXTENSIONS
+        elif extension not in EXTENSIONS:
             dead = is_dead_link(entry)
             self.left_out["link that leads nowhere" if dead else os.fsdecode(extension) or "without extension"] += 1
         elif entry.is_file(follow_symlinks=False) or os.path.isfile(entry.path) or not os.path.exists(entry.path):
@@ -170,16 +168,14 @@ def list_images(folder: Path, classes: Sequence[str]) -> Listing:
 
 def in_words(left_out: Mapping[str, int]) -> str:
     """`3 are left out: 2 .gif, 1 hidden.`, or nothing."""
-    if not left_out:
-        return ""
-    parts = ", ".join(f"{count} {reason}" for reason, count in Counter(left_out).most_common())
+    parts = ", ".join(f"{count} {reason}" for reason, count in Counter(left_out).most_common() if count)
     total = sum(left_out.values())
-    return f"{total:,} {'is' if total == 1 else 'are'} left out: {parts}."
+    return f"{total:,} {'is' if total == 1 else 'are'} left out: {parts}." if total else ""
 
 
 def log_left_out(where: Path | str, left_out: Mapping[str, int]) -> None:
-    if left_out := +Counter(left_out):
-        log.warning("In %s %s Images are %s.", where, in_words(left_out), KINDS)
+    if words := in_words(left_out):
+        log.warning("In %s %s Images are %s.", where, words, KINDS)
 
 
 def kept_listing(folder: Path, classes: Sequence[str]) -> Listing:
@@ -209,9 +205,8 @@ def kept_listing(folder: Path, classes: Sequence[str]) -> Listing:
 def _are_many(folder: Path, classes: Sequence[str]) -> bool:
     """Judged by eight of the classes; one with folders in it may hold any number."""
     sample = [entries(folder / name) for name in classes[::max(1, len(classes) // 8)]]
-    if any(entry.is_dir(follow_symlinks=False) for found in sample for entry in found):
-        return True
-    return sum(map(len, sample)) * len(classes) >= MANY * max(1, len(sample))
+    return any(entry.is_dir(follow_symlinks=False) for found in sample for entry in found) \
+        or sum(map(len, sample)) * len(classes) >= MANY * len(sample)
 
 
 def index_path(folder: Path, classes: Sequence[str]) -> Path:

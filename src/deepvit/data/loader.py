@@ -246,9 +246,8 @@ def cached_eval_batches(images: ImageSet, preprocess: Transform, *, in_memory_mb
     kept: list[Batch] = []
 
     def batches() -> Iterator[Batch]:
-        images.cache_decoded()
         share = 3 * math.prod(preprocess.size) * len(images) / world  # bytes
-        if not images.in_memory or share > in_memory_mb * 2**20:
+        if not images.cache_decoded() or share > in_memory_mb * 2**20:
             yield from eval_batches(images, preprocess, world=world, workers=workers, **options)
             return
         if not kept:

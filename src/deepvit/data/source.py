@@ -106,8 +106,7 @@ def chosen(classes: int | str | None, class_ids: list[str]) -> list[str]:
                         f"give a number, imagenet100, or a file that lists class folders.") from None
     words = [word for line in lines if not line.startswith("#") for word in line.split()]
     if len({*words}) < max(2, len(words)):
-        raise UserError(f"data.classes={classes} must list two classes or more, each once: {len({*words})} of its "
-                        f"{len(words)} words differ.")
+        raise UserError(f"data.classes={classes} must list two classes or more, each once.")
     missing = sorted({*words} - {*class_ids})
     if missing:
         raise UserError(f"data.classes={classes} lists {len(words)} classes, of which this data lacks {len(missing)}, "

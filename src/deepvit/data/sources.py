@@ -41,8 +41,7 @@ def find_splits(root: Path, known: Collection[str] = ()) -> tuple[Path | None, P
     are_alike = None not in (train, val) and below[train] and below[train] == below[val]
     if others and not are_alike:
         raise UserError(f"{root} has folders named like splits ({some(called)}) beside others with images "
-                        f"({some(others)}): if all are classes, move them into {root / 'train'}, else move the splits "
-                        f"into a folder of their own.")
+                        f"({some(others)}): if all are classes, move them into {root / 'train'}, else the splits away.")
     unused = [name for name in (*called, *others) if name not in (train, val)]
     if unused:
         log.warning("Not used of %s: %s.", root, some(unused))
@@ -87,8 +86,8 @@ class Folder(Source):
 
     def sets(self) -> list[ImageSet]:
         path = existing(self.root, self.source)
-        return [self.images(folder, classes_of(folder))
-                for folder in [split for split in find_splits(path) if split] or [path]]
+        folders = [*filter(None, find_splits(path))] or [path]
+        return [self.images(folder, classes_of(folder)) for folder in folders]
 
     def _both(self, train: Path, val: Path) -> Splits:
         ids = classes_of(train)
@@ -149,14 +148,12 @@ class Cifar10(Source):
 
     def whole(self) -> Splits:
         if not self.root:
-            raise UserError(f"data={self.source} needs data.root: a folder of JPEGs ({{train,test}}/<class>/), or one "
-                            f"for torchvision to download it to.")
+            raise UserError(f"data={self.source} needs data.root: a folder that has its images, or is to get them.")
         path = Path(self.root).expanduser()
         if path.is_dir() and find_splits(path)[0] is not None:
             return Folder(**vars(self)).whole()
         if self.val_fraction:
-            raise UserError(f"data.val_fraction={self.val_fraction} is for folders without a val/ or test/: "
-                            f"torchvision's {self.source} has its own test images, so leave it out.")
+            raise UserError(f"data.val_fraction={self.val_fraction}: {self.source} has its own test images, drop it.")
         from torchvision import datasets
         existed, dataset = path.exists(), getattr(datasets, self.source.upper())
         try:
@@ -202,8 +199,7 @@ def eval_folder(root: str, class_ids: list[str], **asked: object) -> ImageSet:
     names = classes_of(path)
     if names == [str(number) for number in range(len(class_ids))]:
         class_ids = names
-    unknown = [name for name in names if name not in class_ids]
-    if unknown:
+    if unknown := [name for name in names if name not in class_ids]:
         raise UserError(f"{path} has {len(unknown)} class folders that the model was not trained on "
                         f"({some(unknown)}).{did_you_mean(unknown[0], class_ids)}")
     images = source.images(path, names)
@@ -217,12 +213,11 @@ def real_top1(predictions: np.ndarray, names: Sequence[str]) -> float:
     labels is right; images without one are left out. Raises UserError where nothing has a label."""
     from timm.data import RealLabelsImagenet
     labels = RealLabelsImagenet(filenames=range(50_000)).real_labels  # file name -> classes
-    right = []
-    for prediction, name in zip(predictions, names, strict=True):
-        if os.path.basename(name) not in labels:
-            raise UserError(f"{name} has no ReaL label: these exist for ILSVRC2012_val_00000001.JPEG to 00050000.")
-        if any_of := labels[os.path.basename(name)]:
-            right.append(int(prediction) in any_of)
+    try:
+        known = [labels[os.path.basename(name)] for name in names]
+    except KeyError as name:
+        raise UserError(f"{name} has no ReaL label: those of ImageNet's ILSVRC2012_val_*.JPEG do.") from None
+    right = [int(guess) in any_of for guess, any_of in zip(predictions, known, strict=True) if any_of]
     if not right:
         raise UserError("None of these images has a ReaL label.")
     return 100.0 * float(np.mean(right))

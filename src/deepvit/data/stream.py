@@ -78,8 +78,7 @@ class Stream:
             raise UserError("There are no training images.")
         parts = self.world * self.accumulation
         if self.batch_size < 1 or self.batch_size % parts:
-            raise UserError(f"data.batch_size={self.batch_size} must be a multiple of {parts}: {self.world} device(s) "
-                            f"with {self.accumulation} micro-batch(es) each.")
+            raise UserError(f"data.batch_size={self.batch_size} must be a multiple of {parts} (device x micro-batch).")
         if self.repeats < 1 or self.batch_size % self.repeats:
             raise UserError(f"augment.repeats={self.repeats} must divide data.batch_size={self.batch_size}.")
 

@@ -87,8 +87,7 @@ class Timm(Source):
     def whole(self) -> Splits:
         prefix = (self.name or "").partition("/")[0].lower()
         if prefix in ("hfids", "tfds"):
-            raise UserError(f"data.name={self.name}: timm reads {prefix}/ data sets only front to back, so no image "
-                            f"can be asked for by its number; use hfds/, torch/, or tar files.")
+            raise UserError(f"data.name={self.name}: timm reads it only front to back; use hfds/, torch/ or tars.")
         if prefix in ("", "wds"):
             path = Path(self.root or "").expanduser()
             is_tar = path.suffix == ".tar" and path.is_file()
@@ -114,8 +113,7 @@ class Timm(Source):
             raise UserError(f"data.root={path} has {unused[0]}, which data.val_fraction={self.val_fraction} would not "
                             f"use: leave data.val_fraction out, or move it away.")
         if len(unused) < len(val_tars) and not self.val_fraction:
-            raise UserError(f"The same tars, such as {train_tars[0]}, match data.train_split={self.train_split} and "
-                            f"data.val_split={self.val_split}: rename them after one split each.")
+            raise UserError(f"The same tars, such as {train_tars[0]}, fit data.train_split and val_split: rename them.")
         read = read_webdataset if is_webdataset else read_class_tars
         train, ids = read(train_tars, self.decoder)
         if self.val_fraction:
@@ -223,8 +221,7 @@ def _paired(shards: list[str], images: list[Member], classes: list[Member], stem
         several = alike if len(alike) > 1 else labels
         fault = f"one key, '{key}', for {several[0].name} and {several[1].name}" if several else \
             f"{alike[0].name} without a .cls file beside it that gives its class"
-        raise UserError(f"{shards[shard]}: there is {fault}; each image needs one .cls file of its key (the name up to "
-                        f"the first dot).")
+        raise UserError(f"{shards[shard]}: there is {fault}; each image needs one .cls file of its key.")
     return pairs
 
 

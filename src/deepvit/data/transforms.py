@@ -154,8 +154,7 @@ def train_transform(img_size: int | Sequence[int], *, crop_scale: Sequence[float
     choose("augment.interpolation", interpolation, INTERPOLATIONS)
     choose("augment.erasing_mode", erasing_mode, dict.fromkeys(("const", "rand", "pixel")))
     if timm.get("gaussian_blur_prob") and min(size) < 12:
-        raise UserError(f"augment.gaussian_blur_prob={timm['gaussian_blur_prob']} needs images of 12 pixels or more, "
-                        f"as timm's blur is 23 wide: set it to 0, or raise model.img_size.")
+        raise UserError(f"augment.gaussian_blur_prob={timm['gaussian_blur_prob']} needs model.img_size=12 or more.")
     if crop_scale is None:
         cut = CentreCrop(size, crop_pct, "bicubic" if interpolation == "random" else interpolation)
     else:

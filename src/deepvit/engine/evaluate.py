@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from scipy.special import bdtr, ndtri
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parameters_to_vector
 
 from deepvit.engine.ranks import Ranks, views_like
 from deepvit.engine.step import Precision, Prepare, is_out_of_memory
@@ -122,8 +123,7 @@ def _gather(parts: list[dict[str, Tensor]], bad: list[Any], ranks: Ranks, n: int
     whole = {name: np.concatenate([share[name] for share, _ in shares]) for name in shares[0][0]}
     indices = whole["indices"]
     if not np.array_equal(np.sort(indices), np.arange(n)):
-        raise Failure(f"The evaluation saw {len(indices)} images ({len(np.unique(indices))} different ones) of a set "
-                      f"of {n}: its numbers cannot be trusted.")
+        raise Failure(f"The evaluation saw {len(indices)} images, {len(np.unique(indices))} different ones, of {n}.")
     whole = {name: values[np.argsort(indices)] for name, values in whole.items()}
     hits = whole["predictions"] == whole["targets"][:, None]  # [n, 5]
     return Evaluation(n, int(hits[:, 0].sum()), int(hits.any(1).sum()), float(whole["losses"].mean(dtype=float)),
@@ -146,14 +146,14 @@ def calibrate(model: nn.Module, batches: Iterable[Any], prepare: Prepare, ranks:
     statistics = [tensor for norm in _tracking_norms(model) for tensor in (norm.running_mean, norm.running_var)]
     if not statistics:
         return True
-    before = _flat(statistics)
+    before = parameters_to_vector(statistics).double()
     total, seen = torch.zeros_like(before), before.new_zeros(1)
 
     def take(batch: Any) -> None:
         x, _ = prepare(batch, 0, ranks.device, training=False)
         with precision.autocast(ranks.device):
             model(x)
-        total.add_(_flat(statistics) * len(batch))
+        total.add_(parameters_to_vector(statistics).double() * len(batch))
         seen.add_(len(batch))
 
     with statistics_of_the_batch(model):
@@ -189,10 +189,6 @@ def statistics_of_the_batch(model: nn.Module) -> Iterator[None]:
         for norm, (momentum, count) in zip(norms, kept, strict=True):
             norm.momentum = momentum
             norm.num_batches_tracked.copy_(count)
-
-
-def _flat(statistics: list[Tensor]) -> Tensor:
-    return torch.cat([tensor.flatten() for tensor in statistics]).double()
 
 
 def wilson_interval(correct: int, n: int) -> tuple[float, float]:

@@ -18,7 +18,7 @@ import yaml
 
 from deepvit.config.compare import flat
 from deepvit.engine.folder import RunFolder
-from deepvit.errors import UserError, did_you_mean
+from deepvit.errors import UserError, choose
 
 # In metrics.jsonl alone: what never changes, or is summarised by a mean next to it.
 NOT_CURVES = {"n", "images", "tokens", "heads", "blocks", "norm_eps", "adjacent"}
@@ -139,12 +139,11 @@ LOGGERS: dict[str, type[Logger]] = {"tensorboard": TensorBoard, "wandb": WandB}
 def chosen(names: str | Sequence[str] | None) -> list[type[Logger]]:
     """The viewers that `logger` names. Raises UserError for an unknown name or a missing package."""
     names = [names] if isinstance(names, str) else names or []
-    for name in names:
-        if name not in LOGGERS:
-            raise UserError(f"logger={name} is not one of {', '.join(LOGGERS)}.{did_you_mean(name, LOGGERS)}")
-        if importlib.util.find_spec(LOGGERS[name].needs) is None:
-            raise UserError(f"logger={name} needs a package that is not installed: pip install {LOGGERS[name].needs}")
-    return [LOGGERS[name] for name in names]
+    kinds = [choose("logger", name, LOGGERS) for name in names]
+    for name, kind in zip(names, kinds, strict=True):
+        if importlib.util.find_spec(kind.needs) is None:
+            raise UserError(f"logger={name} needs a package that is not installed: pip install {kind.needs}")
+    return kinds
 
 
 class Loggers:

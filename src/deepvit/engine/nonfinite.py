@@ -69,10 +69,9 @@ class SkipWatch:
         if self._ranks.is_main:
             self._folder.log_event("gave_up", step=self._state.step, batch=number, first=where)
         raise Failure(f"{self._state.skipped_in_a_row} batches in a row gave a loss or gradient that is not finite. "
-                      f"First to go wrong in batch {number}, {where}. To look at it again: "
-                      f"deepvit replay {self._folder.path} --batch {number}. To go on, lower optimizer.lr, "
-                      f"set optimizer.clip_grad, or use precision=bf16 or fp32: the same command with that and "
-                      f"hydra.run.dir={self._folder.path} continues from the last checkpoint.")
+                      f"First to go wrong in batch {number}, {where}; to see it: deepvit replay {self._folder.path} "
+                      f"--batch {number}. To go on, lower optimizer.lr, set optimizer.clip_grad, or use precision=bf16 "
+                      f"or fp32, with hydra.run.dir={self._folder.path}.")
 
 
 @dataclass

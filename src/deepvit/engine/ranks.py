@@ -116,13 +116,11 @@ class Ranks:
             while absent and time.monotonic() < deadline:
                 absent = [rank for rank in absent if not self.heartbeat.check([f"here/{rank}"])]
                 time.sleep(0.05)
-            return [f"rank {rank} ({self._last_words(rank)})" for rank in absent]
+            known = [rank for rank in absent if self.heartbeat.check([f"rank/{rank}"])]
+            last_words = {rank: self.heartbeat.get(f"rank/{rank}").decode() for rank in known}
+            return [f"rank {rank} ({last_words.get(rank, 'never heard of')})" for rank in absent]
         except dist.DistError:  # without a launcher the store lived in rank 0
             return ["rank 0 (which kept the ranks' common notes)"]
-
-    def _last_words(self, rank: int) -> str:
-        key = f"rank/{rank}"
-        return self.heartbeat.get(key).decode() if self.heartbeat.check([key]) else "never heard of"
 
     def broadcast(self, tensors: list[Tensor]) -> None:
         """Sets each tensor to rank 0's."""
@@ -230,13 +228,11 @@ def pick_device(accelerator: str) -> torch.device:
     if accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise UserError("engine.accelerator=cuda, but torch sees no CUDA device here: use engine.accelerator=auto, "
-                        "or check the driver and CUDA_VISIBLE_DEVICES.")
+        raise UserError("engine.accelerator=cuda, but torch sees no CUDA device: check the driver, or use auto.")
     count, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
     by_srun = "SLURM_STEP_NUM_TASKS" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
     if by_srun and count == 1:
         local = 0  # srun --gpus-per-task=1 shows each task its own GPU alone
     if local >= count:
-        raise UserError(f"{local + 1} processes were started on this machine, which has {count} CUDA devices: lower "
-                        f"engine.devices or --nproc-per-node.")
+        raise UserError(f"{local + 1} processes on {count} CUDA devices: lower engine.devices or --nproc-per-node.")
     return torch.device("cuda", local)

@@ -96,10 +96,6 @@ class TrainState:
         """The model that counts: the moving average if there is one."""
         return self.model if self.ema is None else self.ema.module
 
-    def all_weights(self) -> list[nn.Parameter]:
-        """The parameters of the model, and of the average if it is on."""
-        return [*self.parameters, *([] if self.ema is None else self.ema.module.parameters())]
-
     @torch.no_grad()
     def update_average(self, unless: Tensor) -> None:
         """Moves the average, if it is on, in a few calls for all weights, and copies the buffers to it; `unless` (bool

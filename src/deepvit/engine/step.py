@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +17,6 @@ from deepvit.errors import UserError
 
 Prepare = Callable[..., tuple[Tensor, Tensor]]  # (batch, step, device, training) -> images, targets
 Objective = Callable[[nn.Module, Tensor, Tensor], Tensor]  # (network, images, targets) -> mean loss
-
-
-class Masks(Protocol):
-    """Randomness of the model that belongs to an image's place in the global batch (stochastic depth): `draw` draws it
-    for all images of a global batch, `place` hands the model that of the images which it sees next."""
-
-    def draw(self, batch_index: int, batch_size: int) -> None: ...
-    def place(self, start: int, stop: int) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -101,7 +93,8 @@ OBJECTIVES: dict[str, Objective] = {"cross_entropy": cross_entropy, "bce": binar
 
 @dataclass
 class Stepper:
-    """What every update has in common."""
+    """What every update has in common. `masks` is the randomness that belongs to an image's place in the global batch
+    (stochastic depth): `draw(batch_index, batch_size)` draws it, `place(start, stop)` hands the model its next part."""
 
     network: nn.Module  # the state's model as it is called (perhaps compiled)
     prepare: Prepare
@@ -111,7 +104,7 @@ class Stepper:
     seed: int
     objective: Objective = cross_entropy
     clip_grad: float | None = None  # largest global norm of the gradients
-    masks: Masks | None = None
+    masks: Any = None
     unit: int = 1  # images of a micro-batch that must stay together (a group of the head norm, a pair of mixup)
     limit: int | None = None  # images that a micro-batch may have; running out of memory halves it
     advice: Callable[[TrainState, int], str] = lambda state, images: "take a smaller model"  # where that is no way out

@@ -120,7 +120,7 @@ def build(settings: Settings, ranks: Ranks, begun: Mapping[str, Any] | None = No
                           precision(settings.precision, ranks.device), ranks, seed, objective(settings),
                           settings.optimizer.clip_grad, masks, unit(settings, network.norm_batches))
         make_batches = batch_maker(settings, found.train, ranks)
-    ranks.broadcast([weight.detach() for weight in made.all_weights()])
+    ranks.broadcast([tensor for tensors in made.weights().values() for tensor in tensors.values()])
     micro_batch, memory = choose_micro_batch(settings, made, stepper, begun)
     stepper.advice = lambda state, count: advice(settings, state, stepper, count)
     if None in network.norm_batches:
