@@ -68,8 +68,7 @@ def read_bytes(path: str | bytes, offset: int = 0, size: int = -1) -> bytearray:
 
 
 def decode(data: bytearray, decoder: str) -> tuple[AnyImage, bool]:
-    """Bytes -> (PIL image for `pil`, uint8 tensor [3, H, W] for `torchvision`; whether the fast decoder refused it).
-    Raises BadImage with the reason."""
+    """Bytes -> (PIL image or uint8 tensor [3, H, W]; whether the fast decoder refused it). BadImage with the reason."""
     if not data:
         raise BadImage("the file is empty")
     try:

@@ -23,9 +23,8 @@ IN_MEMORY_MB = 512  # a folder whose decoded images fit is decoded once and kept
 
 
 class ImageSet(ABC):
-    """Labelled images; index i is the same image in every process. Anything of the size of the set lives in numpy
-    arrays with an entry per image: Python lists would be copied into every worker, page by page, as their reference
-    counts are touched."""
+    """Labelled images; index i is the same image in every process. What has an entry per image is a numpy array: lists
+    would be copied into every worker, page by page, as their reference counts are touched."""
 
     targets: np.ndarray  # int64 [n]
     decoder: str  # `torchvision` or `pil`

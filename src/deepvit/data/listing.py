@@ -2,7 +2,7 @@
 
 An index is a file in `$XDG_CACHE_HOME/deepvit` or `~/.cache/deepvit` that all processes of a machine map; one of them
 makes it. It may be deleted at any time. It holds while no listed folder has a new time of change: files that are added,
-removed or renamed are seen; one whose content changes is not, nor need it be, since a listing holds names alone.
+removed or renamed are seen, new content is not.
 """
 
 import fcntl

@@ -4,6 +4,7 @@ import math
 import signal
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -83,11 +84,9 @@ class Batch:
 
     def split(self, size: int) -> "list[Batch]":
         """Parts of at most `size` images, as views; the report of bad images stays with the first."""
-        parts = []
-        for start in range(0, len(self), size):
-            tensors = {name: getattr(self, name)[start:start + size] for name in ("images", "targets", "indices")}
-            reported = {"bad": [], "pil_fallbacks": 0} if parts else {}
-            parts.append(replace(self, erasures=self.erasures.of_rows(start, start + size), **tensors, **reported))
+        tensors = zip(self.images.split(size), self.targets.split(size), self.indices.split(size), strict=True)
+        parts = [Batch(*part, self.erasures.of_rows(i * size, (i + 1) * size)) for i, part in enumerate(tensors)]
+        parts[0].bad, parts[0].pil_fallbacks = self.bad, self.pil_fallbacks
         return parts
 
 
@@ -166,17 +165,9 @@ def _run(dataset: _Batches, draws: Stream | Sequence[Draw], workers: int, pin: b
         raise Failure(f"A process that loads images died ({str(error) or type(error).__name__}); with too little "
                       "memory or shared memory (/dev/shm), lower data.workers.") from error
     finally:
-        if workers:
-            _end_workers(batches)
-
-
-def _end_workers(batches: Iterator[Batch]) -> None:
-    """At once: a traceback may keep the iterator alive, and torch raises for dead workers at any later time."""
-    try:
-        batches._shutdown_workers()
-    except RuntimeError as error:  # torch's signal handler, about a worker that died; the shutdown itself is complete
-        if "DataLoader worker" not in str(error):
-            raise
+        if workers:  # end now: a traceback may keep the iterator alive, and torch raises for dead workers at any time
+            with suppress(RuntimeError):  # torch's signal handler, about a worker that died
+                batches._shutdown_workers()
 
 
 def train_batches(images: ImageSet, transform: Transform, *, workers: int = 0, max_bad: int = 100, pin: bool = False,
@@ -195,9 +186,8 @@ def grouped(batches: Iterator[Batch], accumulation: int, max_bad: int) -> Iterat
     for batch in batches:
         seen.update(bad.index for bad in batch.bad)
         if len(seen) > max_bad:
-            last = batch.bad[-1]
-            raise UserError(f"{len(seen)} images cannot be used, more than data.max_bad={max_bad}; the last is "
-                            f"{last.name}: {last.reason}.")
+            last = f"{batch.bad[-1].name}: {batch.bad[-1].reason}"
+            raise UserError(f"{len(seen)} images cannot be used, more than data.max_bad={max_bad}; the last is {last}.")
         step.append(batch)
         if len(step) == accumulation:
             yield step

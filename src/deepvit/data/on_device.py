@@ -1,8 +1,7 @@
 """A small training set that lives on the training device as uint8, and is augmented there a micro-batch at a time.
 
-The same crop gives the same bits as `transforms.py` on any device. The random numbers differ: they are hashed
-for a whole micro-batch at once; equal numbers give timm's rectangles. One copy takes them to the device, and no shape
-depends on them, so the host never waits.
+The same crop gives the same bits as `transforms.py`. The random numbers differ: they are hashed for a whole micro-batch
+at once. One copy takes them to the device, and no shape depends on them, so the host never waits.
 """
 
 import math
@@ -77,8 +76,8 @@ class Draws:
         rows, columns = self.whole
         drawn = [0, 0, rows, columns, 0]
         if self.crop:
-            (width, height), fits = _first_fit(u, self.crop.scale, np.log(self.crop.ratio), rows * columns,
-                                               (columns, rows))
+            ratio, area = np.log(self.crop.ratio), rows * columns
+            (width, height), fits = _first_fit(u, self.crop.scale, ratio, area, (columns, rows))
             box = np.stack([u.below(rows - height + 1), u.below(columns - width + 1), height, width])
             top, left, height, width = np.where(fits, box, np.array(self.fallback)[:, None])
             drawn = [np.minimum(top, rows - 1), np.minimum(left, columns - 1), np.maximum(height, 1),
@@ -103,8 +102,7 @@ class Draws:
 
 def _first_fit(u: Uniforms, areas: tuple[float, float], log_aspects: Sequence[float], whole: np.ndarray | float,
                most: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Sides of the first rectangle drawn that fits into `most`, int64 [2, b], and whether one did, bool [b].
-    `areas` are parts of `whole`."""
+    """Sides of the first rectangle, `areas` of `whole`, that fits into `most`, int64 [2, b]; whether one did, [b]."""
     draws = u.take(TRIES, 2)
     area = (areas[0] + (areas[1] - areas[0]) * draws[..., 0]) * whole  # [b, TRIES]
     aspect = np.exp(log_aspects[0] + (log_aspects[1] - log_aspects[0]) * draws[..., 1])

@@ -63,10 +63,10 @@ class Source(ABC):
         kept = chosen(self.classes, splits.class_ids)
         if kept != splits.class_ids:
             numbers = np.flatnonzero(np.isin(splits.class_ids, kept))
-            parts = [images.take(np.flatnonzero(np.isin(images.targets, numbers)))
-                     for images in (splits.train, splits.val)]
-            for part in parts:
-                part.targets = np.searchsorted(numbers, part.targets)
+            parts = []
+            for images in (splits.train, splits.val):
+                parts.append(images.take(np.flatnonzero(np.isin(images.targets, numbers))))
+                parts[-1].targets = np.searchsorted(numbers, parts[-1].targets)
             splits = Splits(*parts, kept)
         if self.exclude is not None:
             splits = Splits(*without([splits.train, splits.val], splits.class_ids, self.exclude, self.root), kept)
@@ -139,8 +139,8 @@ def write_list(file: Path, bad: Iterable[tuple[str, str]], root: str) -> None:
 
 def without(sets: Sequence[ImageSet], class_ids: list[str], file: str, root: str | None, below: str = ""
             ) -> list[ImageSet]:
-    """The sets less the images in a list; logs names that begin with `below` and are in no set. Raises UserError for a
-    class that loses all its images."""
+    """The sets less the images in a list; logs names that begin with `below` and are in no set. UserError for a class
+    that loses all its images."""
     names = {name for name in read_list(file, root) if name.startswith(below)}
     unknown, rest = set(names), []
     for images in sets:
@@ -152,8 +152,7 @@ def without(sets: Sequence[ImageSet], class_ids: list[str], file: str, root: str
         rest.append(images.take(kept) if at else images)
         unknown.difference_update(map(images.name, at))
     if unknown:
-        log.warning("%d of the names in data.exclude=%s are not among the images in use: %s.", len(unknown), file,
-                    some(sorted(unknown)))
+        log.warning("%d names in data.exclude=%s are no images in use: %s.", len(unknown), file, some(sorted(unknown)))
     return rest
 
 

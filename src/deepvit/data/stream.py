@@ -1,10 +1,9 @@
 """The order of the images, a pure function of (seed, step, position) whatever the workers, ranks or restarts; and the
 random seed of each sample, a function of (seed, epoch, index, repeat).
 
-The training data is an endless row of epochs, each a permutation. The global step s takes the places
-[s * u, (s + 1) * u) of it, u = batch_size / repeats images, so every batch is full and nothing is dropped; an epoch
-is `epoch_steps` steps, a fraction in general. With repeats, position b of a batch is repeat b // u of image b % u,
-and an epoch uses n // repeats images (DeiT's repeated augmentation).
+The training data is an endless row of epochs, each a permutation. Step s takes the places [s * u, (s + 1) * u) of it,
+u = batch_size / repeats, so every batch is full and nothing is dropped; an epoch need not be whole steps. With repeats
+(DeiT's), position b of a batch is repeat b // u of image b % u, and an epoch uses n // repeats images.
 """
 
 import hashlib
@@ -74,8 +73,6 @@ class Stream:
     repeats: int = 1  # times that an image appears in its batch
 
     def __post_init__(self) -> None:
-        if self.n < 1:
-            raise UserError("There are no training images.")
         parts = self.world * self.accumulation
         if self.batch_size < 1 or self.batch_size % parts:
             raise UserError(f"data.batch_size={self.batch_size} must be a multiple of {parts} (device x micro-batch).")

@@ -5,7 +5,7 @@ import os
 import re
 import resource
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from deepvit.engine.ranks import Ranks
 from deepvit.engine.state import TrainState
-from deepvit.engine.step import Precision, Stepper, is_out_of_memory
+from deepvit.engine.step import Precision, Stepper
 from deepvit.errors import UserError
 
 USEFUL = 2 * 2**30  # bytes kept for the backward pass on a CPU: more images at once bring no speed
@@ -82,8 +82,7 @@ def sharing() -> int:
 # Memory
 
 def available_bytes(device: torch.device, sharing: int = 1) -> int:
-    """What this process may still take: what is free, and no more than its part where `sharing` processes share the
-    device."""
+    """What this process may still take of what is free, and of its part where `sharing` processes share the device."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -159,38 +158,23 @@ def kept_storages(compute: Callable[[], Tensor], own: Iterable[Tensor]) -> list[
 def largest_batch(sizes: Sequence[int], state: TrainState, stepper: Stepper, example: Example, sharing: int = 1
                   ) -> tuple[int, str]:
     """The largest of `sizes` (descending) that fits on this rank's device, which `sharing` processes share, or the
-    smallest where none does; and in words how much of the memory it takes. Weights, statistics and generators are left
-    as they were."""
+    smallest where none does; and in words how much of the memory it takes."""
     device = stepper.ranks.device
     fixed, each = needed_bytes(state, stepper, example)
     budget = available_bytes(device, sharing)
     most = budget if device.type == "cuda" else min(budget, USEFUL)
-    fitting = [size for size in sizes if fixed + size * each <= most] or sizes[-1:]
-    with _traceless(state):
-        size = next(one for one in fitting if one == sizes[-1] or not _is_too_much(state, stepper, example, one))
+    size = next((one for one in sizes if fixed + one * each <= most), sizes[-1])
     return size, f"{(fixed + size * each) / 2**30:.3g} of {budget / 2**30:.3g} GiB"
 
 
 def needed_bytes(state: TrainState, stepper: Stepper, example: Example) -> tuple[int, int]:
     """Bytes that an update needs besides the state: a fixed part, and a part per image. Nothing is left changed."""
-    with _traceless(state):
+    with state.traceless():
         two, four = (_bytes_of(state, stepper, example, count) for count in (2, 4))
     each = max(1, (four - two) // 2)
     weights = sum(weight.nbytes for weight in state.model.parameters())
     # Besides the passes: the average's moves, and the one exchange between ranks.
     return max(0, two - 2 * each) + weights * ((state.ema is not None) + 2 * (stepper.ranks.world > 1)), each
-
-
-@contextmanager
-def _traceless(state: TrainState) -> Iterator[None]:
-    state.statistics.begin()
-    state.model.train()
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            state.statistics.put_back()
-            state.optimizer.zero_grad(set_to_none=True)
 
 
 def _bytes_of(state: TrainState, stepper: Stepper, example: Example, count: int) -> int:
@@ -204,19 +188,3 @@ def _bytes_of(state: TrainState, stepper: Stepper, example: Example, count: int)
     stepper.loss(state.model, x, y).backward()
     state.optimizer.zero_grad(set_to_none=True)
     return torch.cuda.max_memory_allocated(x.device) - before
-
-
-def _is_too_much(state: TrainState, stepper: Stepper, example: Example, size: int) -> bool:
-    """On a GPU, whether one real pass runs out of memory after all."""
-    if stepper.ranks.device.type != "cuda":
-        return False
-    try:
-        stepper.loss(state.model, *example(size)).backward()  # compiled it takes no more, but minutes
-        return False
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-    finally:
-        state.optimizer.zero_grad(set_to_none=True)
-    torch.cuda.empty_cache()
-    return True

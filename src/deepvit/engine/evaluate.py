@@ -62,12 +62,10 @@ class Evaluation:
 def evaluate(model: nn.Module, batches: Iterable[Any], prepare: Prepare, ranks: Ranks, precision: Precision, *,
              n: int, among: Tensor | None = None, should_stop: Callable[[], bool] = lambda: False,
              advance: Callable[[int], None] = lambda images: None) -> Evaluation | None:
-    """Top-1, top-5 and mean cross-entropy of `model` over this rank's `batches`, summed over all ranks.
-
-    `n` is the size of the whole set, of which every image must come exactly once, or Failure is raised; `among` are
-    indices of classes to choose among for `correct_present`. `advance` is called with the number of images done.
-    `should_stop` and what else is raised: see `Ranks.for_each`; None if it was asked to stop.
-    """
+    """Top-1, top-5 and mean cross-entropy of `model` over this rank's `batches`, summed over all ranks. `n` is the size
+    of the whole set, of which every image must come exactly once, or Failure is raised; `among` are indices of classes
+    to choose among for `correct_present`. `advance` is called with the number of images done. `should_stop` and what
+    else is raised: see `Ranks.for_each`; None if it was asked to stop."""
     training, start = model.training, time.perf_counter()
     parts, bad = [], []
 
@@ -112,9 +110,8 @@ def _score(model: nn.Module, batch: Any, prepare: Prepare, ranks: Ranks, precisi
     best = best.masked_fill(unusable[:, None], -1)  # never right
     present = {} if among is None else {"present": (among[logits[:, among].argmax(-1)] == y) & ~unusable}
     # They stay on the device: fetching them here would make it wait for each batch.
-    return {"indices": batch.indices, "targets": y, "predictions": best, "confidences": confidences,
-            "losses": F.cross_entropy(logits, y, reduction="none"), "classes": torch.full_like(y, logits.shape[-1]),
-            **present}
+    return {"indices": batch.indices, "targets": y, "predictions": best, "confidences": confidences, **present,
+            "losses": F.cross_entropy(logits, y, reduction="none"), "classes": torch.full_like(y, logits.shape[-1])}
 
 
 def _gather(parts: list[dict[str, Tensor]], bad: list[Any], ranks: Ranks, n: int, seconds: float) -> Evaluation:
@@ -135,14 +132,12 @@ def _gather(parts: list[dict[str, Tensor]], bad: list[Any], ranks: Ranks, n: int
 @torch.no_grad()
 def calibrate(model: nn.Module, batches: Iterable[Any], prepare: Prepare, ranks: Ranks, precision: Precision,
               should_stop: Callable[[], bool] = lambda: False) -> bool:
-    """Sets each BatchNorm's running statistics to their mean over the training images of all ranks' `batches`: an
-    average of weights has no statistics of its own.
+    """Sets each BatchNorm's running statistics to their mean over the training images of all ranks' `batches`, whole
+    groups of images that share their statistics: an average of weights has no statistics of its own.
 
-    The cumulative average of `torch.optim.swa_utils.update_bn`, but of the network as it is evaluated: dropout and
-    stochastic depth are off, so the result is the same on any number of ranks. Momenta and modes are as before. Each of
-    `batches` (perhaps none) has whole groups of images that share their statistics. `should_stop` and what is raised:
-    see `Ranks.for_each`; False if it was asked to stop, and then nothing is changed.
-    """
+    As `torch.optim.swa_utils.update_bn`, but of the network as it is evaluated: dropout and stochastic depth are off,
+    so the result is the same on any number of ranks. `should_stop` and what is raised: see `Ranks.for_each`; False if
+    it was asked to stop, and then nothing is changed."""
     statistics = [tensor for norm in _tracking_norms(model) for tensor in (norm.running_mean, norm.running_var)]
     if not statistics:
         return True

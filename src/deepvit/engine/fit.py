@@ -107,8 +107,7 @@ class Fit:
 
     def _preempt(self) -> None:
         self._skips.catch_up()
-        saved = self._saver.save_last(self.state, otherwise="Stopping without it; the same command continues from the "
-                                                            "previous checkpoint.")
+        saved = self._saver.save_last(self.state, otherwise="The same command continues from the previous checkpoint.")
         if self._ranks.is_main:
             self._folder.log_event("PREEMPTED", step=self.state.step, signal=self._stop.name, saved=saved)
             log.info("Stopped at step %d on request (%s); the same command continues the run.", self.state.step,

@@ -215,8 +215,8 @@ class RunFolder:
 
     def run_id(self) -> str:
         """The run's name in viewers: the same however often it is resumed, another after `fresh=true`."""
-        return next((event["run_id"] for event in read_json_lines(self.events) if "run_id" in event),
-                    uuid.uuid4().hex[:8])
+        known = (event["run_id"] for event in read_json_lines(self.events) if "run_id" in event)
+        return next(known, uuid.uuid4().hex[:8])
 
     def drop_metrics_after(self, step: int) -> None:
         """Drops lines that the resumed run will write again, and any line that a kill tore (also an event's)."""

@@ -1,8 +1,5 @@
-"""Where a run's numbers go: `metrics.jsonl` always, and the viewers that `logger` names.
-
-A viewer is a class with the methods of `Logger` and a line in `LOGGERS`. It is never a source: where it cannot be
-written, the run goes on without it.
-"""
+"""Where a run's numbers go: `metrics.jsonl` always, and the viewers that `logger` names. A viewer is a class with the
+methods of `Logger` and a line in `LOGGERS`; where it cannot be written, the run goes on without it."""
 
 import functools
 import html

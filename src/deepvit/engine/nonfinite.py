@@ -109,30 +109,20 @@ class Examination:
 
 
 def examine(stepper: Stepper, state: TrainState, batches: Sequence[Any], batch_index: int) -> Examination:
-    """Repeats a rank's passes over its micro-batches of a global batch, watched module by module. Nothing is updated:
-    gradients are dropped and buffers (running statistics) put back."""
-    model, device, found = state.model, stepper.ranks.device, Examination()
-    share = sum(map(len, batches))  # images
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    model.train()
-    try:
-        with ExitStack() as hooks:
-            for name, module in model.named_modules():
-                if name:
-                    hooks.callback(found.watch(name, module))
-            found.check("an input weight", dict(model.named_parameters()))
-            for batch in stepper.seeded(batches, batch_index):
-                x, y = stepper.prepare(batch, batch_index, device, training=True)
-                loss = stepper.loss(model, x, y) * len(x) / share
-                found.loss += float(loss.detach())
-                state.scaler.scale(loss).backward()
-            found.check("the gradient of", {name: weight.grad for name, weight in model.named_parameters()
-                                            if weight.grad is not None})
-    finally:
-        model.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
+    """Repeats a rank's passes over its micro-batches of a global batch, watched module by module; leaves no trace."""
+    model, found, share = state.model, Examination(), sum(map(len, batches))  # images
+    with state.traceless(), ExitStack() as hooks:
+        for name, module in model.named_modules():
+            if name:
+                hooks.callback(found.watch(name, module))
+        found.check("an input weight", dict(model.named_parameters()))
+        for batch in stepper.seeded(batches, batch_index):
+            x, y = stepper.prepare(batch, batch_index, stepper.ranks.device, training=True)
+            loss = stepper.loss(model, x, y) * len(x) / share
+            found.loss += float(loss.detach())
+            state.scaler.scale(loss).backward()
+        trained = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+        found.check("the gradient of", trained)
     if found.first is None and not math.isfinite(found.loss):
         found.first = "the loss, though every module's output is finite"
     return found

@@ -48,8 +48,7 @@ class StepProfile(profile):
 
 
 def _table(averages: EventList, on_gpu: bool) -> Iterator[str]:
-    """Time on the host by part of a step (with a GPU, mostly spent waiting for it), then the operators that keep the
-    device busy longest by themselves."""
+    """Time on the host by part of a step, then the operators that keep the device busy longest by themselves."""
     step = next(event for event in averages if event.key.startswith("ProfilerStep"))
     parts = {event.key: event.cpu_time_total for event in averages if event.key in PARTS}  # microseconds
     times = {**dict.fromkeys(PARTS, 0), **parts, "the rest": step.cpu_time_total - sum(parts.values())}

@@ -65,8 +65,7 @@ class Ranks:
 
     @contextmanager
     def sync_errors(self) -> Iterator[None]:
-        """An error sentence that ends the block on one rank ends it on all of them. Nothing collective may stand in
-        the block: the ranks would not meet there."""
+        """An error sentence that ends the block on one rank ends it on all; nothing collective may stand in it."""
         error = None
         try:
             yield

@@ -1,6 +1,7 @@
 """All that changes while a model trains, and nothing else."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -16,8 +17,7 @@ from deepvit.errors import UserError
 class RunningStatistics:
     """The buffers of what is in training mode. Every micro-batch moves them from where they stood before the update,
     and the update moves them by the mean of these moves: exact, since a running mean moves linearly. Counters move by
-    one. `moved` is where this rank's micro-batches have moved the floating-point buffers to; copies are views of one
-    flat tensor, so that each turn is one call or two."""
+    one. `moved`: where this rank's micro-batches have moved the floating-point buffers to, flat; copies are views."""
 
     def __init__(self, model: nn.Module):
         moving = [named for module in model.modules() if module.training
@@ -96,10 +96,23 @@ class TrainState:
         """The model that counts: the moving average if there is one."""
         return self.model if self.ema is None else self.ema.module
 
+    @contextmanager
+    def traceless(self) -> Iterator[None]:
+        """Training mode, and at the end neither gradients nor a trace in running statistics and generators."""
+        device = self.parameters[0].device
+        self.statistics.begin()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.model.train()
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            try:
+                yield
+            finally:
+                self.statistics.put_back()
+                self.optimizer.zero_grad(set_to_none=True)
+
     @torch.no_grad()
     def update_average(self, unless: Tensor) -> None:
-        """Moves the average, if it is on, in a few calls for all weights, and copies the buffers to it; `unless` (bool
-        scalar) leaves its weights as they were."""
+        """Moves the average, if it is on, and copies the buffers to it; `unless` (bool scalar) leaves its weights."""
         if self.ema is None:
             return
         averages, copies, buffers = self._averaged

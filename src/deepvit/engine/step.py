@@ -141,8 +141,7 @@ class Stepper:
             return self.objective(network, x, y)
 
     def seeded(self, batches: Sequence[Any], batch_index: int) -> Iterator[Any]:
-        """This rank's micro-batches of a global batch, cut to `limit`; as each is yielded, the model's randomness is
-        that of its images."""
+        """This rank's micro-batches of a global batch, cut to `limit`; the model's randomness is that of each."""
         rank, share = self.ranks.rank, sum(map(len, batches))  # images
         digest = hashlib.blake2b(repr((self.seed, batch_index, rank)).encode(), digest_size=8).digest()
         torch.manual_seed(int.from_bytes(digest, "little") >> 1)  # of every device, for element-wise dropout
