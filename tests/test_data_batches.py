@@ -174,15 +174,6 @@ def test_a_killed_worker_is_a_failure_in_one_sentence(images):
     assert len(list(data.eval_batches(images, data.eval_transform(8), batch_size=5, workers=1))) == 5
 
 
-@pytest.mark.parametrize("options,words", [
-    ({"batch_size": 9, "world": 2}, "batch_size=9"), ({"batch_size": 8, "repeats": 3}, "repeats=3"),
-    ({"batch_size": 8, "world": 2, "accumulation": 3}, "multiple of 6"),
-])
-def test_sizes_that_do_not_divide(images, recipe, options, words):
-    with pytest.raises(UserError, match=words):
-        run(images, recipe, **options)
-
-
 def test_sent_ahead_they_are_the_same(images, recipe, device):
     plain = run(images, recipe, accumulation=2)
     sent = list(data.prefetch(iter(run(images, recipe, accumulation=2, pin=device.type == "cuda", workers=1)),

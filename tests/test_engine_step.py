@@ -1,6 +1,6 @@
 """One update, and the state that it changes, against closed forms and other people's numbers."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import numpy as np
 import oracles

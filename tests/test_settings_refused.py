@@ -62,6 +62,8 @@ def check(*overrides: str) -> None:
     (["model.stem={name: [patch]}"], ["stem=['patch']", "conv"]),
     (["~model.in_chans"], ["model.in_chans", "missing"]),
     (["optimizer.layer_decay=1e38"], ["optimizer.layer_decay", "at most 1"]),
+    *(([f"{name}={value}"], [f"{name}={value}"]) for name, value in (
+        ("data.fraction", 0), ("augment.mixup", -1), ("augment.mix_prob", 1.5), ("augment.label_smoothing", 1.0))),
     (["data.fraction=" + "x" * 999], ["data.fraction is 'xx", "xx...", "a number"]),
 ], ids=lambda value: value[-1] if isinstance(value, list) else "")
 def test_a_sentence_names_it(overrides, words):

@@ -7,11 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deepvit.config.settings import RANGES
-from deepvit.config.signature import check_ranges
 from deepvit.data.loader import Batch
 from deepvit.data.stream import stable_hash
-from deepvit.errors import UserError
 
 
 def mixes(asked: Any) -> bool:
@@ -37,7 +34,6 @@ class Prepare:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_ranges(vars(self), RANGES["augment"], "augment")
         self.mean, self.std = (torch.tensor(values).view(1, -1, 1, 1) * 255 for values in (self.mean, self.std))
 
     def __call__(self, batch: Batch, step: int, device: torch.device | str, training: bool) -> tuple[Tensor, Tensor]:
@@ -79,9 +75,6 @@ class Prepare:
 
     def _mix(self, x: Tensor, targets: Tensor, lam: float, box: tuple[int, int, int, int] | None
              ) -> tuple[Tensor, Tensor]:
-        if len(x) % 2:
-            raise UserError(f"Mixup and cutmix need micro-batches of even size, but this one has {len(x)} images: "
-                            "make each device's share of data.batch_size even.")
         y = self._soft(targets)
         if lam == 1.0:
             return x, y

@@ -10,8 +10,6 @@ from typing import ClassVar
 
 import numpy as np
 
-from deepvit.config.settings import RANGES
-from deepvit.config.signature import check_ranges
 from deepvit.data.decode import resolve_decoder
 from deepvit.data.imageset import IN_MEMORY_MB, ImageSet, Splits, balanced_part
 from deepvit.errors import UserError, did_you_mean
@@ -43,7 +41,6 @@ class Source(ABC):
     has_class_folders: ClassVar[bool] = False  # and nothing else: `eval_folder` reads it
 
     def __post_init__(self) -> None:
-        check_ranges(vars(self), RANGES["data"], "data")
         self.decoder = resolve_decoder(self.decoder)
         if self.source != "timm" and (self.name, self.train_split, self.val_split) != (None, "train", "validation"):
             raise UserError(f"data.name, train_split and val_split are for data=timm, not for data={self.source}.")
@@ -152,15 +149,17 @@ def without(sets: Sequence[ImageSet], class_ids: list[str], file: str, root: str
         rest.append(images.take(kept) if at else images)
         unknown.difference_update(map(images.name, at))
     if unknown:
-        log.warning("%d names in data.exclude=%s are no images in use: %s.", len(unknown), file, some(sorted(unknown)))
+        log.warning("%d of the names in data.exclude=%s are not among the images in use: %s.", len(unknown), file,
+                    some(sorted(unknown)))
     return rest
 
 
 def refuse_other_classes(train: list[str], val: list[str], *places: Path | str) -> None:
-    """UserError unless training and validation, which are at these places, have the same classes."""
+    """UserError unless training and validation, which are at these places, have the same classes in the same order."""
     sides = zip((sorted({*train} - {*val}), sorted({*val} - {*train})), places, strict=True)
-    if alone := [f"{len(names)} only in {where} ({some(names)})" for names, where in sides if names]:
-        raise UserError(f"Training and validation need the same classes: {' and '.join(alone)}.")
+    alone = [f"{len(names)} only in {where} ({some(names)})" for names, where in sides if names]
+    if train != val:
+        raise UserError(f"Training and validation need the same classes: {' and '.join(alone) or 'in one order'}.")
 
 
 def some(names: Sequence[str], most: int = 3) -> str:

@@ -16,8 +16,6 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from deepvit.errors import UserError
-
 
 def stable_hash(*words: int | str) -> int:
     """63 bits from the words; the same on every machine and in every process."""
@@ -60,7 +58,8 @@ def draw(n: int, seed: int, step: int, positions: np.ndarray, batch_size: int, r
 
 @dataclass(frozen=True)
 class Stream:
-    """The micro-batches of one rank, in order: `accumulation` of them for each step in [start_step, steps)."""
+    """The micro-batches of one rank, in order: `accumulation` of them for each step in [start_step, steps). All must
+    be of one size: `batch_size` a multiple of `world` x `accumulation`, and of `repeats`."""
 
     n: int  # images
     seed: int
@@ -71,13 +70,6 @@ class Stream:
     world: int = 1
     accumulation: int = 1
     repeats: int = 1  # times that an image appears in its batch
-
-    def __post_init__(self) -> None:
-        parts = self.world * self.accumulation
-        if self.batch_size < 1 or self.batch_size % parts:
-            raise UserError(f"data.batch_size={self.batch_size} must be a multiple of {parts} (device x micro-batch).")
-        if self.repeats < 1 or self.batch_size % self.repeats:
-            raise UserError(f"augment.repeats={self.repeats} must divide data.batch_size={self.batch_size}.")
 
     def __len__(self) -> int:
         return max(0, self.steps - self.start_step) * self.accumulation

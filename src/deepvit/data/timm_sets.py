@@ -89,23 +89,30 @@ class Timm(Source):
         if prefix in ("hfids", "tfds"):
             raise UserError(f"data.name={self.name}: timm reads it only front to back; use hfds/, torch/ or tars.")
         if prefix in ("", "wds"):
-            path = Path(self.root or "").expanduser()
-            is_tar = path.suffix == ".tar" and path.is_file()
-            return self._tars(path if is_tar else existing(self.root, "timm"), prefix == "wds")
-        train, ids = self._created(self.train_split)
+            root = Path(self.root or "").expanduser()
+            root = root if root.suffix == ".tar" and root.is_file() else existing(self.root, "timm")
+            read = read_webdataset if prefix == "wds" else read_class_tars
+            where, found = str(root), [read(tars, self.decoder) for tars in self._tars(root)]
+        else:
+            splits = [self.train_split] if self.val_fraction else [self.train_split, self.val_split]
+            where, found = self.name, [self._created(split) for split in splits]
+        train, ids = found[0]
         if self.val_fraction:
-            return self.hold_out(train, ids, self.name)
-        val, val_ids = self._created(self.val_split)
-        if val_ids != ids:
-            raise UserError(f"data.name={self.name}: data.train_split and data.val_split have different classes.")
+            return self.hold_out(train, ids, where)
+        val, val_ids = found[1]
+        if prefix == "wds":  # the classes are numbers, of which a split may lack the last
+            ids = max(ids, val_ids, key=len)
+        else:
+            refuse_other_classes(ids, val_ids, self.train_split, self.val_split)
         return Splits(train, val, ids)
 
-    def _tars(self, path: Path, is_webdataset: bool) -> Splits:
+    def _tars(self, path: Path) -> list[list[str]]:
+        """Of the splits for training and validation; of the former alone where `val_fraction` of it is held out."""
         if path.is_file() and not self.val_fraction:
             raise UserError(f"{path} is a single tar: give data.val_fraction=0.1 to hold out a tenth of each class.")
         train_tars, val_tars = _shards(path, self.train_split), _shards(path, self.val_split)
-        needed = {self.train_split: train_tars} | ({} if self.val_fraction else {self.val_split: val_tars})
-        for split, tars in needed.items():
+        needed = [(self.train_split, train_tars), (self.val_split, val_tars)][:1 if self.val_fraction else 2]
+        for split, tars in needed:
             if not tars:
                 raise UserError(f"data.root={path} has no tar files of the split {split}, such as {split}.tar.")
         unused = sorted({*val_tars} - {*train_tars})
@@ -114,16 +121,7 @@ class Timm(Source):
                             f"use: leave data.val_fraction out, or move it away.")
         if len(unused) < len(val_tars) and not self.val_fraction:
             raise UserError(f"The same tars, such as {train_tars[0]}, fit data.train_split and val_split: rename them.")
-        read = read_webdataset if is_webdataset else read_class_tars
-        train, ids = read(train_tars, self.decoder)
-        if self.val_fraction:
-            return self.hold_out(train, ids, str(path))
-        val, val_ids = read(val_tars, self.decoder)
-        if is_webdataset:
-            ids = max(ids, val_ids, key=len)
-        else:
-            refuse_other_classes(ids, val_ids, train_tars[0], val_tars[0])
-        return Splits(train, val, ids)
+        return [tars for _, tars in needed]
 
     def _created(self, split: str) -> tuple[TimmSet, list[str]]:
         """A split as timm makes it, and its classes."""

@@ -148,11 +148,8 @@ def size_of(content: Any) -> int:
     """Bytes of the tensors in `content`; a file of it is little larger."""
     if isinstance(content, torch.Tensor):
         return content.nbytes
-    if isinstance(content, dict):
-        content = content.values()
-    elif not isinstance(content, (list, tuple)):
-        return 8
-    return sum(map(size_of, content))
+    parts = content.values() if isinstance(content, dict) else content if isinstance(content, list | tuple) else ()
+    return sum(map(size_of, parts))
 
 
 def digest_path(path: Path) -> Path:

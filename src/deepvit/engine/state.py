@@ -11,7 +11,6 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from deepvit.engine.ranks import views_like
-from deepvit.errors import UserError
 
 
 class RunningStatistics:
@@ -131,10 +130,7 @@ class TrainState:
                 **{name: getattr(self, name) for name in self.COUNTERS}}
 
     def load_state_dict(self, content: dict[str, Any]) -> None:
-        if ("ema" in content) != (self.ema is not None):
-            had, has = ("with", "without") if "ema" in content else ("without", "with")
-            raise UserError(f"The run was started {had} a moving average and is continued {has} one: "
-                            f"set ema.decay as it was, or start over with fresh=true.")
+        """Of a state with the same settings (`run.resume.refuse_change`)."""
         self.model.load_state_dict(content["model"])
         if self.ema is not None:
             self.ema.module.load_state_dict(content["ema"])
