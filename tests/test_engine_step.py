@@ -234,7 +234,7 @@ def test_the_host_never_waits_for_the_gpu_within_an_update(scaled):
     state.optimizer = OPTIMIZERS["fused adamw"](model.parameters())
     state.scaler = torch.amp.GradScaler("cuda", enabled=scaled)
     stepper = replace(stepper_of(model, Schedule(0.1, 10, kind="constant"), clip=1.0), ranks=GPU,
-                      precision=Precision(torch.float16 if scaled else torch.bfloat16, scaled))
+                      precision=Precision(torch.float16 if scaled else torch.bfloat16))
     batch = a_batch()
     batch = Images(batch.images.cuda(), batch.targets.cuda(), batch.indices)
     for _ in range(3):

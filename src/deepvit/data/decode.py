@@ -1,9 +1,6 @@
-"""Image files decoded to RGB pixels, or a readable reason why one cannot be.
-
-Two decoders: `pil` is the field's reference; `torchvision` decodes JPEG with libjpeg-turbo into a uint8 tensor over
-rows of RGB pixels, which ATen resizes without leaving uint8. What it refuses goes through PIL and is counted. Neither
-applies an EXIF orientation, as in timm and torchvision (published accuracies are measured so).
-"""
+"""Image files decoded to RGB pixels, or a readable reason why one cannot be. Of two decoders `pil` is the field's
+reference, and `torchvision` decodes JPEG by libjpeg-turbo into a uint8 tensor, which ATen resizes as it is; what it
+refuses goes through PIL and is counted. Neither applies an EXIF orientation (published accuracies are measured so)."""
 
 import io
 import struct

@@ -1,9 +1,7 @@
-"""The image files below folders of classes, and the index in which a long listing is kept for the next start.
-
-An index is a file in `$XDG_CACHE_HOME/deepvit` or `~/.cache/deepvit` that all processes of a machine map; one of them
-makes it. It may be deleted at any time. It holds while no listed folder has a new time of change: files that are added,
-removed or renamed are seen, new content is not.
-"""
+"""The image files below folders of classes, and the index in which a long listing is kept for the next start: a file in
+`$XDG_CACHE_HOME/deepvit` or `~/.cache/deepvit` that all processes of a machine map. One of them makes it; it may be
+deleted at any time. It holds while no listed folder has a new time of change: files that are added, removed or renamed
+are seen, new content is not."""
 
 import fcntl
 import hashlib

@@ -1,8 +1,6 @@
-"""A small training set that lives on the training device as uint8, and is augmented there a micro-batch at a time.
-
-The same crop gives the same bits as `transforms.py`. The random numbers differ: they are hashed for a whole micro-batch
-at once. One copy takes them to the device, and no shape depends on them, so the host never waits.
-"""
+"""A small training set that lives on the training device as uint8, and is augmented there a micro-batch at a time. The
+same crop gives the same bits as `transforms.py`. The random numbers differ: they are hashed for a whole micro-batch at
+once. One copy takes them to the device, and no shape depends on them, so the host never waits."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence

@@ -38,7 +38,6 @@ class Source(ABC):
     source: ClassVar[str]  # `data.source`
     title: ClassVar[str] = ""  # in a sentence, if other than `source`
     may_download: ClassVar[bool] = False
-    has_class_folders: ClassVar[bool] = False  # and nothing else: `eval_folder` reads it
 
     def __post_init__(self) -> None:
         self.decoder = resolve_decoder(self.decoder)
@@ -104,17 +103,15 @@ def chosen(classes: int | str | None, class_ids: list[str]) -> list[str]:
     words = [word for line in lines if not line.startswith("#") for word in line.split()]
     if len({*words}) < max(2, len(words)):
         raise UserError(f"data.classes={classes} must list two classes or more, each once.")
-    missing = sorted({*words} - {*class_ids})
-    if missing:
+    if missing := sorted({*words} - {*class_ids}):
         raise UserError(f"data.classes={classes} lists {len(words)} classes, of which this data lacks {len(missing)}, "
                         f"such as {missing[0]}.{did_you_mean(missing[0], class_ids)}")
     return [name for name in class_ids if name in words]
 
 
 def read_list(file: str, root: str | None) -> set[str]:
-    """The names in a list for `data.exclude`, as `ImageSet.name` gives them. Raises UserError where it cannot be read.
-    It has a name a line, relative to the data's root, and comments that start with #; a name that this would not hold
-    (with a line break, or that begins like a comment) is written as JSON."""
+    """The names in a list for `data.exclude`, as `ImageSet.name` gives them: a name a line, relative to the data's root
+    (as JSON where it would not hold in one), and comments that start with #. UserError where it cannot be read."""
     try:
         lines = Path(file).expanduser().read_text(encoding="utf-8", errors="surrogateescape").split("\n")
         names = [json.loads(line) if line.startswith('"') else line for line in map(str.rstrip, lines)

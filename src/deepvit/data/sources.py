@@ -64,7 +64,6 @@ class Folder(Source):
     """root/{train,val}/<class>/*, or root/<class>/* of which `val_fraction` is held out."""
 
     source = "folder"
-    has_class_folders = True
 
     def whole(self) -> Splits:
         path = existing(self.root, "folder")

@@ -1,7 +1,5 @@
 """timm's data sets by timm's names: Hugging Face's and torchvision's through timm, tar files by an index of our own.
-
-Every read of a tar opens, seeks and closes: forked workers that share a handle would share one file position.
-"""
+Every read of a tar opens, seeks and closes: forked workers that share a handle would share one file position."""
 
 import os
 import re

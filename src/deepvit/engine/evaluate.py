@@ -133,11 +133,9 @@ def _gather(parts: list[dict[str, Tensor]], bad: list[Any], ranks: Ranks, n: int
 def calibrate(model: nn.Module, batches: Iterable[Any], prepare: Prepare, ranks: Ranks, precision: Precision,
               should_stop: Callable[[], bool] = lambda: False) -> bool:
     """Sets each BatchNorm's running statistics to their mean over the training images of all ranks' `batches`, whole
-    groups of images that share their statistics: an average of weights has no statistics of its own.
-
-    As `torch.optim.swa_utils.update_bn`, but of the network as it is evaluated: dropout and stochastic depth are off,
-    so the result is the same on any number of ranks. `should_stop` and what is raised: see `Ranks.for_each`; False if
-    it was asked to stop, and then nothing is changed."""
+    groups of images that share their statistics: an average of weights has none of its own. As torch's `update_bn`, but
+    of the network as it is evaluated: dropout and stochastic depth are off, so the result is the same on any number of
+    ranks. `should_stop` and what is raised: see `Ranks.for_each`; False if asked to stop, and nothing is changed."""
     statistics = [tensor for norm in _tracking_norms(model) for tensor in (norm.running_mean, norm.running_var)]
     if not statistics:
         return True

@@ -31,11 +31,9 @@ log = logging.getLogger(__name__)
 
 class RunFolder:
     """The paths of a run and its append-only files. Rank 0 owns it; the others read it and append events. A folder is a
-    run's only if it says so, and even there only files with our own names are replaced or removed.
-
-    The lock is the kernel's (`lockf`): it ends with its process, however that dies, so no lock is ever stale. (Not
-    `flock`, which the processes that load images would inherit and hold for seconds after a SIGKILL.)
-    """
+    run's only if it says so, and even there only files with our own names are replaced or removed. The lock is the
+    kernel's (`lockf`): it ends with its process, however that dies, so none is ever stale. (Not `flock`, which the
+    processes that load images would inherit and hold for seconds after a SIGKILL.)"""
 
     _claimed: ClassVar[set[Path]] = set()  # by this process, which its own lockf would not keep out
     OWN = ("config.yaml", "metrics.jsonl", "metrics.json", "events.jsonl", "train.log")
@@ -62,10 +60,9 @@ class RunFolder:
             self.release()
 
     def claim(self, fresh: bool = False, restarted: bool = False) -> bool:
-        """Creates the folder, marks it as a run's, proves that it can be written, and takes its lock. Returns whether
-        an earlier run is still to be replaced, as `fresh` asks; where the launcher `restarted` us, what is there may be
-        this command's own. UserError if the folder is not a run's, not writable, or another process (named) is in it.
-        """
+        """Makes the folder, marks it as a run's, proves that it can be written, and takes its lock. UserError if it is
+        not a run's, not writable, or in use by another process (named). Returns whether an earlier run is still to be
+        replaced, as `fresh` asks; where the launcher `restarted` us, what is there may be this command's own."""
         if self.path.resolve() in self._claimed:
             raise UserError(f"The run folder {self.path} is in use by this very process.")
         self._lock = self._take_lock(self._open())

@@ -36,11 +36,9 @@ class LoggedRun:
 
 class Logger(Protocol):
     """Called on rank 0 alone. Its constructor takes a `LoggedRun`; `needs` names the package that it imports there.
-
     `log_scalars` takes the values of a group (train, val, attention): numbers, or mappings and lists (an entry per
-    block) of them. `log_images` calls `draw` if it shows images. `log_result` takes what a finished run came to.
-    A class derived from this one need not define the methods that it has no use for.
-    """
+    block) of them. `log_images` calls `draw` if it shows images. `log_result` takes what a finished run came to. A
+    class derived from this one need not define the methods that it has no use for."""
 
     needs: str
 

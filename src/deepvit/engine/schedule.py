@@ -7,12 +7,10 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Schedule:
-    """Warm-up, decay, cooldown. Update number `step` counts from 1 to `total`, so the first update already moves.
-
-    From `warmup_lr` to the peak `lr` in `warmup_steps` updates; down to `min_lr` until update `steps`, by a decay of
-    `kind`; there for `cooldown_steps`. The decay's clock starts (`decay_from`) at the end of the `warmup`, as in
-    ViT-pytorch, or at the `start` of the run, as in the published DeepViT recipe and timm's default.
-    """
+    """Warm-up, decay, cooldown. Update number `step` counts from 1 to `total`, so the first update already moves. From
+    `warmup_lr` to the peak `lr` in `warmup_steps` updates; down to `min_lr` until update `steps`, by a decay of `kind`;
+    there for `cooldown_steps`. The decay's clock starts (`decay_from`) at the end of the `warmup`, as in ViT-pytorch,
+    or at the `start` of the run, as in the published DeepViT recipe and timm's default."""
 
     lr: float
     steps: int

@@ -5,17 +5,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-
 
 def handled_signals() -> list[signal.Signals]:
-    """Those of `STOP_SIGNALS` that this process was not started to ignore (`nohup` ignores SIGHUP)."""
-    return [number for number in STOP_SIGNALS
-            if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN]
+    """Those that ask to stop, but for SIGHUP where this process was started to ignore it, as by `nohup`."""
+    hangup = [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]
+    return [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, *hangup]
 
 
 class StopRequest:
-    """Falsy until one of `STOP_SIGNALS` arrives; `name` is then the signal's."""
+    """Falsy until one of `handled_signals` arrives; `name` is then the signal's."""
 
     name: str | None = None
 

@@ -21,10 +21,9 @@ Objective = Callable[[nn.Module, Tensor, Tensor], Tensor]  # (network, images, t
 
 @dataclass(frozen=True)
 class Precision:
-    """`dtype` of autocast (None: fp32 throughout); `scale_gradients` for fp16; `tf32` for float32 products on a GPU."""
+    """`dtype` of autocast (None: fp32 throughout); `tf32` for float32 products on a GPU."""
 
     dtype: torch.dtype | None = None
-    scale_gradients: bool = False
     tf32: bool = False
 
     def autocast(self, device: torch.device) -> torch.autocast:

@@ -19,6 +19,7 @@ from deepvit.config.compare import flat
 from deepvit.config.provenance import versions
 from deepvit.config.settings import Data, EvalSettings, read_evaluation, read_group
 from deepvit.data import Batch, ImageSet, eval_folder, real_top1, resolve_decoder, source_of
+from deepvit.data.sources import Folder
 from deepvit.engine.device import device_name, prepare_device
 from deepvit.engine.evaluate import Evaluation, mcnemar
 from deepvit.engine.folder import RunFolder
@@ -194,7 +195,7 @@ def val_images(candidate: Candidate, data: Data) -> ImageSet:
     if known is None and count == 1000:
         known = ImageNetInfo().label_names()
     source = source_of(data)
-    if known and source.has_class_folders and data.root and data.classes is data.val_fraction is None:
+    if known and isinstance(source, Folder) and data.root and data.classes is data.val_fraction is None:
         images = eval_folder(data.root, known, decoder=data.decoder, in_memory_mb=data.in_memory_mb,
                              exclude=data.exclude)
         present = len(np.unique(images.targets))
