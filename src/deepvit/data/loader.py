@@ -135,8 +135,7 @@ class _Batches(Dataset):
             bad.append(Bad(index, name, reasons[0], None))
             return (0, []), index
         if self.on_error == "stop":
-            raise UserError(f"{name} is not a usable image: {reasons[0]}. Fix or remove it, or give "
-                            f"data.on_error=report to count such images as wrong.")
+            raise UserError(f"{name} is not a usable image: {reasons[0]}. Fix it, or give data.on_error=report.")
         raise UserError(f"{LONGEST_SEARCH} images in a row cannot be used, from {name} on: {reasons[0]}.")
 
 

@@ -30,20 +30,17 @@ class Uniforms:
     STEP = np.uint64(0x9E3779B97F4A7C15)
 
     def __init__(self, seed: int, *words: np.ndarray):
-        self._states = np.full(len(words[0]), stable_hash("sample", seed), np.uint64)  # [b]
+        self.states = np.full(len(words[0]), stable_hash("sample", seed), np.uint64)  # [b]
         for word in words:
-            self._states = self._mixed(self._states + word.astype(np.uint64) * self.STEP)
+            self.states = self._mixed(self.states + word.astype(np.uint64) * self.STEP)
         self._taken = 0
-
-    def __len__(self) -> int:
-        return len(self._states)
 
     def take(self, *shape: int) -> np.ndarray:
         """float64 [b, *shape]."""
         count = math.prod(shape)
         numbers = np.arange(self._taken + 1, self._taken + count + 1, dtype=np.uint64)
         self._taken += count
-        bits = self._mixed(self._states[:, None] + numbers * self.STEP)  # [b, count]
+        bits = self._mixed(self.states[:, None] + numbers * self.STEP)  # [b, count]
         return ((bits >> np.uint64(11)) * 2.0**-53).reshape(-1, *shape)
 
     def below(self, end: np.ndarray | int) -> np.ndarray:
@@ -87,7 +84,7 @@ class Draws:
         """int64 [b, K, 4]: top, left, height, width in the cropped image; 0 high where fewer than K are drawn."""
         rule, (rows, columns) = self.erasing, self.size
         if rule is None:
-            return np.zeros((len(u), 0, 4), np.int64)
+            return np.zeros((len(u.states), 0, 4), np.int64)
         chosen, count = u.take() <= rule.probability, rule.min_count + u.below(rule.max_count - rule.min_count + 1)
         places = []
         for number in range(rule.max_count):
@@ -106,7 +103,7 @@ def _first_fit(u: Uniforms, areas: tuple[float, float], log_aspects: Sequence[fl
     aspect = np.exp(log_aspects[0] + (log_aspects[1] - log_aspects[0]) * draws[..., 1])
     sides = np.rint(np.sqrt([area * aspect, area / aspect])).astype(np.int64)  # [2, b, TRIES]
     fits = (sides <= np.reshape(most, (2, 1, 1))).all(axis=0)
-    return sides[:, np.arange(len(u)), fits.argmax(axis=1)], fits.any(axis=1)
+    return sides[:, np.arange(len(draws)), fits.argmax(axis=1)], fits.any(axis=1)
 
 
 class OnDevice:
@@ -115,8 +112,8 @@ class OnDevice:
 
     def __init__(self, images: ImageSet, transform: Transform, *, seed: int, device: torch.device, max_mb: int):
         if transform.colour:
-            raise UserError("augment.auto_augment, color_jitter, grayscale_prob and gaussian_blur_prob change one "
-                            "image at a time, on the host: switch off what is on, or set data.on_device=false.")
+            raise UserError("augment.auto_augment, color_jitter, grayscale_prob, gaussian_blur_prob: switch off what "
+                            "is on, or set data.on_device=false.")
         self.images, self.seed, self.device, self.size = images, seed, device, transform.size
         self.by_pil = np.zeros(len(images), bool)  # since the fast decoder refused it
         self.reasons: dict[int, str] = {}  # of the bad ones

@@ -126,8 +126,7 @@ class Digits(Source):
 
     def whole(self) -> Splits:
         if self.root or self.val_fraction:
-            raise UserError("The digits are built in and take no data.root or data.val_fraction: to train on your "
-                            "images add recipe=imagenet (train/ and val/ folders), recipe=cifar10 or recipe=folder.")
+            raise UserError("The digits take no data.root or data.val_fraction: add recipe=imagenet or recipe=folder.")
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
         digits = load_digits()
