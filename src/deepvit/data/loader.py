@@ -194,8 +194,7 @@ def grouped(batches: Iterator[Batch], accumulation: int, max_bad: int) -> Iterat
 
 
 def prefetch(steps: Iterator[list[Batch]], device: torch.device | str) -> Iterator[list[Batch]]:
-    """The same steps with their tensors on `device`: a GPU's are copied on a side stream while it computes the step
-    before. The batches should be pinned (`pin=True`), or the copies wait."""
+    """The same steps with their tensors on `device`: a GPU's are copied, from pinned memory, during the step before."""
     device = torch.device(device)
     if device.type != "cuda":
         yield from steps

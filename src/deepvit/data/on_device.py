@@ -24,8 +24,7 @@ TRIES = 10  # timm's, for a rectangle that fits
 
 
 class Uniforms:
-    """Numbers in [0, 1) for b samples at once, a row each: SplitMix64 (Steele et al., OOPSLA 2014), started from a hash
-    of the seed and the sample's words. Every call gives the next ones."""
+    """Numbers in [0, 1) for b samples, by SplitMix64 (Steele et al., OOPSLA 2014) from the seed and their words."""
 
     STEP = np.uint64(0x9E3779B97F4A7C15)
 

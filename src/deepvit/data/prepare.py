@@ -52,8 +52,7 @@ class Prepare:
         return batch.erasures.write(x), y
 
     def mixing(self, step: int, size: tuple[int, int]) -> tuple[float, tuple[int, int, int, int] | None]:
-        """(lambda, box) of a step: box (top, bottom, left, right) for cutmix, None for mixup; lambda 1: no mixing.
-        Distributed as in timm's Mixup: cutmix's lambda is corrected to the area cut."""
+        """(lambda, box (top, bottom, left, right) of cutmix or None) of a step, distributed as in timm's Mixup."""
         random = np.random.default_rng(stable_hash("mix", self.seed, step))
         if random.random() >= self.mix_prob:
             return 1.0, None

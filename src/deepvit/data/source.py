@@ -132,8 +132,7 @@ def write_list(file: Path, bad: Iterable[tuple[str, str]], root: str) -> None:
 
 def without(sets: Sequence[ImageSet], class_ids: list[str], file: str, root: str | None, below: str = ""
             ) -> list[ImageSet]:
-    """The sets less the images in a list; logs names that begin with `below` and are in no set. UserError for a class
-    that loses all its images."""
+    """The sets less the images in a list; logs its names `below` that no set has. UserError for a class left empty."""
     names = {name for name in read_list(file, root) if name.startswith(below)}
     unknown, rest = set(names), []
     for images in sets:

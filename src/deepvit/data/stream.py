@@ -1,10 +1,8 @@
 """The order of the images, a pure function of (seed, step, position) whatever the workers, ranks or restarts; and the
-random seed of each sample, a function of (seed, epoch, index, repeat).
-
-The training data is an endless row of epochs, each a permutation. Step s takes the places [s * u, (s + 1) * u) of it,
-u = batch_size / repeats, so every batch is full and nothing is dropped; an epoch need not be whole steps. With repeats
-(DeiT's), position b of a batch is repeat b // u of image b % u, and an epoch uses n // repeats images.
-"""
+random seed of each sample, a function of (seed, epoch, index, repeat). The training data is an endless row of epochs,
+each a permutation. Step s takes the places [s * u, (s + 1) * u) of it, u = batch_size / repeats, so every batch is full
+and nothing is dropped; an epoch need not be whole steps. With repeats (DeiT's), position b of a batch is repeat b // u
+of image b % u, and an epoch uses n // repeats images."""
 
 import hashlib
 import random
@@ -58,8 +56,7 @@ def draw(n: int, seed: int, step: int, positions: np.ndarray, batch_size: int, r
 
 @dataclass(frozen=True)
 class Stream:
-    """The micro-batches of one rank, in order: `accumulation` of them for each step in [start_step, steps). All must
-    be of one size: `batch_size` a multiple of `world` x `accumulation`, and of `repeats`."""
+    """One rank's micro-batches, all of one size: `accumulation` of them for each step in [start_step, steps)."""
 
     n: int  # images
     seed: int

@@ -48,8 +48,7 @@ def save(path: Path, content: dict[str, Any], previous: Path | None = None) -> N
 
 
 def load(path: Path) -> dict[str, Any]:
-    """One of our checkpoints, on the CPU, its digest checked. Nothing but tensors and plain values is ever unpickled.
-    Raises UserError if it is missing, torn, altered, poisoned, or not one of ours."""
+    """One of our checkpoints, on the CPU: tensors and plain values. UserError if missing, torn, altered or not ours."""
     if not path.is_file():
         raise UserError(f"There is no checkpoint at {path}.")
     if digest_path(path).exists() and digest_path(path).read_text().split()[:1] != [_digest(path)]:
@@ -64,8 +63,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def load_newest(*candidates: Path, advice: str = "") -> tuple[Path, dict[str, Any]] | None:
-    """The first of `candidates` that is whole; each one that is not is named. None if none exists; UserError, which
-    ends with `advice`, if some exist and none is whole."""
+    """The first of `candidates` that is whole; None if none exists; UserError with `advice` if all are torn."""
     broken = []
     for path in filter(Path.exists, candidates):
         try:

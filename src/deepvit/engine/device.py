@@ -23,8 +23,7 @@ Example = Callable[[int], tuple[Tensor, Tensor]]  # number of images -> images a
 
 
 def prepare_device(precision: Precision, ranks: Ranks, threads: int | None = None, deterministic: bool = False) -> None:
-    """Sets the `threads` of this rank (None: on a CPU its share of the cores), the precision of float32 products, and
-    whether every operation gives the same bits each time."""
+    """Sets this rank's `threads` (None: on a CPU its share of the cores), precision of products, and determinism."""
     if threads is None and local_world(ranks) > 1 and ranks.device.type == "cpu":
         threads = max(1, usable_cores() // local_world(ranks))
     if threads is not None:
@@ -58,8 +57,7 @@ def usable_cores() -> int:
 
 
 def _quotas(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Iterator[int]:
-    """Whole cores that each control group (v2) around this process leaves it: a container has all cores of its machine
-    in its affinity, and is halted once it has had its part of their time."""
+    """Whole cores that each control group (v2) around this process leaves it: a container's affinity has all cores."""
     with suppress(OSError):
         group = re.search("^0::/(.*)$", own.read_text(), re.MULTILINE)
         inner = groups / (group[1] if group else "")
@@ -70,8 +68,7 @@ def _quotas(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/
 
 
 def sharing() -> int:
-    """Number of runs at once on this process's device: 4 for DEEPVIT_SHARE=1/4. A sweep sets it for cells that run side
-    by side; `engine.device_batch=auto` takes that part of the memory and no more."""
+    """Runs at once on this process's device: 4 for DEEPVIT_SHARE=1/4, which a sweep sets for cells side by side."""
     value = os.environ.get("DEEPVIT_SHARE") or "1/1"
     one, _, count = value.partition("/")
     if one != "1" or not count.isdecimal() or not int(count):

@@ -1,5 +1,4 @@
-"""Losses and gradients that are not finite: skipped updates are named and counted, several in a row end the run, and
-the first module that went wrong is found."""
+"""Updates whose loss or gradient is not finite are named and counted, and the first module that went wrong is found."""
 
 import logging
 import math

@@ -15,9 +15,8 @@ INTERVAL_S = 0.1  # between two drawings
 
 
 class Display(Progress):
-    """Bars below the log lines of a terminal, which rich prints above them. Without a terminal bars are silent, and so
-    they are where `shown` is false: on every rank but the first. `replaces_lines`: whether a reader of standard output
-    sees the bars, so that no line need repeat them."""
+    """Bars below the log lines of a terminal, which rich prints above them; silent without one and if not `shown`.
+    `replaces_lines`: whether a reader of standard output sees the bars, so that no line need repeat them."""
 
     def __init__(self, shown: bool = True):
         console = Console(file=sys.stderr)

@@ -107,8 +107,7 @@ class Ranks:
         return asked or self.heartbeat is not None and self.heartbeat.check(["stop"])
 
     def missing(self) -> list[str]:
-        """The ranks that do not answer a roll call, as `rank 1 (process 71 on n3, last heard of after step 12)`. Every
-        rank that noticed a loss calls this; it takes `ROLL_CALL_S` if one does not."""
+        """Who does not answer a roll call of all who noticed a loss, as `rank 1 (last heard of after step 12)`."""
         deadline, absent = time.monotonic() + ROLL_CALL_S, list(range(self.world))
         try:
             self.heartbeat.set(f"here/{self.rank}", "1")

@@ -111,13 +111,11 @@ class Stepper:
     def update(self, state: TrainState, batches: Sequence[Any] | None, stop: object = None
                ) -> tuple[Status, Update | None]:
         """One update from this rank's micro-batches of a global batch (None: they could not be made). Returns the
-        status that all ranks agree on, and the update where it is DONE or STOP; else nothing has changed.
-
-        Nothing is exchanged before the ranks agree that every pass of each of them fitted into memory. A loss or
-        gradient that is not finite leaves parameters, moments, average and running statistics as they were, by masks
-        on the device: the host waits for none of it. `state.step` counts the batch all the same. Once `stop` is true
-        on any rank, all give the batch up between two micro-batches. UserError if not even one `unit` of images fits.
-        """
+        status that all ranks agree on, and the update where it is DONE or STOP; else nothing has changed. Nothing is
+        exchanged before the ranks agree that every pass of each of them fitted into memory. A loss or gradient that is
+        not finite leaves parameters, moments, average and running statistics as they were, by masks on the device: the
+        host waits for none of it. `state.step` counts the batch all the same. Once `stop` is true on any rank, all give
+        the batch up between two micro-batches. UserError if not even one `unit` of images fits."""
         while True:
             state.statistics.begin()
             status, loss = Status.OUT_OF_MEMORY, None
