@@ -1,5 +1,7 @@
 """What a setting may not be, and what has no effect beside what: refused by name, before anything is made."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import yaml
@@ -95,6 +97,13 @@ def test_what_a_model_does_not_heed_is_said(overrides, words):
     ["optimizer.opt=rmsprop", "optimizer.momentum=0.5", "optimizer.eps=1e-3"]], ids=lambda overrides: overrides[-1])
 def test_what_goes_together_is_taken(overrides):
     check(*overrides)
+
+
+def test_a_run_keeps_its_average():
+    begun, splits = {"run": compose(), "classes": ["cat"]}, SimpleNamespace(class_ids=["cat"])
+    resume.refuse_change(begun, compose(), splits, {"pictures": {}})
+    with pytest.raises(UserError, match="ema.decay"):
+        resume.refuse_change(begun, compose(["ema.decay=0.99"]), splits, {"pictures": {}})
 
 
 def test_the_engine_is_checked_before_a_rank_is_started():

@@ -171,9 +171,8 @@ def _run(dataset: _Batches, draws: Stream | Sequence[Draw], workers: int, pin: b
 
 def train_batches(images: ImageSet, transform: Transform, *, workers: int = 0, max_bad: int = 100, pin: bool = False,
                   **places: int) -> Iterator[list[Batch]]:
-    """One list of `accumulation` micro-batches for each optimizer step in [start_step, steps). `pin`: in page-locked
-    memory, for a GPU; `places`: the other fields of `Stream`. Raises UserError for more than `max_bad` distinct bad
-    images on this rank, Failure if a worker dies."""
+    """One list of `accumulation` micro-batches, `pin`ned for a GPU, for each step in [start_step, steps). `places`: the
+    other fields of `Stream`. UserError for more than `max_bad` distinct bad images here, Failure if a worker dies."""
     stream = Stream(len(images), **places)
     batches = _run(_Batches(images, transform, stream.seed, "replace"), stream, workers, pin)
     return grouped(batches, stream.accumulation, max_bad)

@@ -18,10 +18,9 @@ def mixes(asked: Any) -> bool:
 
 @dataclass
 class Prepare:
-    """Batch of uint8 -> what the model and the loss take. In training, in the order of timm's prefetching loader: mixup
-    (Zhang et al., arXiv:1710.09412) or cutmix (Yun et al., arXiv:1905.04899) in timm's batch mode, then the erasing
-    drawn with the sample. The partner of position p of the global batch is p ^ 1, and one lambda or rectangle serves
-    the whole global batch of a step: ranks and accumulation change nothing."""
+    """Batch of uint8 -> what the model and the loss take; in training with mixup (arXiv:1710.09412) or cutmix
+    (arXiv:1905.04899) in timm's batch mode, then the erasing drawn with the sample. The partner of position p of the
+    global batch is p ^ 1, and one lambda or rectangle serves a whole step: ranks and accumulation change nothing."""
 
     mean: Tensor | tuple[float, ...]  # per channel, of values in 0..1; afterwards [1, 3, 1, 1], of 0..255
     std: Tensor | tuple[float, ...]

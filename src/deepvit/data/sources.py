@@ -206,9 +206,8 @@ def eval_folder(root: str, class_ids: list[str], **asked: object) -> ImageSet:
 
 
 def real_top1(predictions: np.ndarray, names: Sequence[str]) -> float:
-    """Top-1 in percent by ImageNet's reassessed labels (ReaL; Beyer et al., arXiv:2006.07159), as timm ships them.
-    `predictions` [n] are places of the sorted wnids, `names` [n] end in ImageNet's own file names. Any of an image's
-    labels is right; images without one are left out. Raises UserError where nothing has a label."""
+    """Top-1 in percent by ImageNet's reassessed labels (ReaL; Beyer et al., arXiv:2006.07159). `predictions` [n] are
+    places of the sorted wnids, `names` ImageNet's own. Any label is right; images without one are left out."""
     from timm.data import RealLabelsImagenet
     labels = RealLabelsImagenet(filenames=range(50_000)).real_labels  # file name -> classes
     try:

@@ -44,11 +44,12 @@ class TimmSet(ImageSet):
         return self._opened(bytearray(content if isinstance(content, bytes) else content.read()))
 
 
-class Member(NamedTuple):  # a file in a tar
+# A file in a tar; its offset and size are bytes
+class Member(NamedTuple):
     shard: int
     name: str
-    offset: int  # bytes from the start of the shard
-    size: int  # bytes
+    offset: int
+    size: int
 
 
 class TarSet(ImageSet):

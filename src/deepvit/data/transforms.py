@@ -1,6 +1,5 @@
-"""Images of any size -> uint8 [3, S, S]: the published evaluation crop, and timm's augmentation. Both draw the same
-random numbers for PIL images and for uint8 tensors, so the decoder changes pixels by rounding only. Normalisation,
-erasing and mixing come later, on the device (`prepare.py`)."""
+"""Images of any size -> uint8 [3, S, S]: the published evaluation crop, and timm's augmentation, drawn alike for PIL
+images and uint8 tensors. Normalisation, erasing and mixing come later, on the device (`prepare.py`)."""
 
 import math
 import random

@@ -21,9 +21,8 @@ log = logging.getLogger(__name__)
 
 
 def save(path: Path, content: dict[str, Any], previous: Path | None = None) -> None:
-    """Writes `content` to `path`; a kill at any moment leaves the old or the new file whole. The old file, if there
-    is one, moves to `previous`, so that two good checkpoints exist. Raises Failure if the disk refused (full,
-    read-only); the old file is intact then and the partial one gone."""
+    """Writes `content` to `path`; a kill at any moment leaves the old or the new file whole. The old one moves to
+    `previous`. Raises Failure if the disk refused; the old file is intact then and the partial one gone."""
     partial, partial_digest = aside_of(path), aside_of(digest_path(path))
     try:
         write_synced(partial, lambda file: torch.save({"format": FORMAT, "version": VERSION, **content}, file))

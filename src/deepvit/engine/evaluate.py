@@ -62,10 +62,9 @@ class Evaluation:
 def evaluate(model: nn.Module, batches: Iterable[Any], prepare: Prepare, ranks: Ranks, precision: Precision, *,
              n: int, among: Tensor | None = None, should_stop: Callable[[], bool] = lambda: False,
              advance: Callable[[int], None] = lambda images: None) -> Evaluation | None:
-    """Top-1, top-5 and mean cross-entropy of `model` over this rank's `batches`, summed over all ranks. `n` is the size
-    of the whole set, of which every image must come exactly once, or Failure is raised; `among` are indices of classes
-    to choose among for `correct_present`. `advance` is called with the number of images done. `should_stop` and what
-    else is raised: see `Ranks.for_each`; None if it was asked to stop."""
+    """Top-1, top-5 and mean cross-entropy over the `batches` of all ranks, which must hold each of `n` images once, or
+    Failure is raised. `among`: classes to choose among for `correct_present`. `advance` is called with the number of
+    images done. `should_stop`, which makes it None, and what else is raised: see `Ranks.for_each`."""
     training, start = model.training, time.perf_counter()
     parts, bad = [], []
 
@@ -133,9 +132,8 @@ def _gather(parts: list[dict[str, Tensor]], bad: list[Any], ranks: Ranks, n: int
 def calibrate(model: nn.Module, batches: Iterable[Any], prepare: Prepare, ranks: Ranks, precision: Precision,
               should_stop: Callable[[], bool] = lambda: False) -> bool:
     """Sets each BatchNorm's running statistics to their mean over the training images of all ranks' `batches`, whole
-    groups of images that share their statistics: an average of weights has none of its own. As torch's `update_bn`, but
-    of the network as it is evaluated: dropout and stochastic depth are off, so the result is the same on any number of
-    ranks. `should_stop` and what is raised: see `Ranks.for_each`; False if asked to stop, and nothing is changed."""
+    groups of images that share their statistics. As torch's `update_bn`, but of the network as it is evaluated, without
+    dropout and stochastic depth, so the same on any number of ranks. False, and no change, if asked to stop."""
     statistics = [tensor for norm in _tracking_norms(model) for tensor in (norm.running_mean, norm.running_var)]
     if not statistics:
         return True

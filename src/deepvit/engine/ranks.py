@@ -81,8 +81,7 @@ class Ranks:
             raise first
 
     def for_each(self, batches: Iterable[Any], take: Callable[[Any], None], should_stop: Callable[[], bool]) -> bool:
-        """Calls `take` with each of this rank's batches; False, on all ranks, if `should_stop` was true before one on
-        any. Raises on all ranks the UserError or Failure that any rank's `batches` raised."""
+        """Calls `take` with each of this rank's batches, whose errors all raise; False on all if any `should_stop`."""
         stopped = False
         with self.sync_errors():
             for batch in batches:

@@ -41,9 +41,8 @@ class Status(IntEnum):
 
 
 class Update:
-    """What became of global batch `batch_index`; the same on all ranks, but for `local_loss`. Scalars: `loss`, its mean
-    over the global batch; `local_loss`, over this rank's part; `grad_norm`, before clipping; `found_nonfinite`, whether
-    one of them is not finite, so that nothing was changed."""
+    """What became of a global batch, the same on all ranks but for `local_loss`, over this rank's part. Scalars: mean
+    `loss`; `grad_norm` before clipping; `found_nonfinite`: one of them is not finite, so nothing was changed."""
 
     def __init__(self, batch_index: int, loss: Tensor, local_loss: Tensor, grad_norm: Tensor):
         self.batch_index, self.loss, self.local_loss, self.grad_norm = batch_index, loss, local_loss, grad_norm
