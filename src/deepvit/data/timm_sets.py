@@ -44,8 +44,7 @@ class TimmSet(ImageSet):
         return self._opened(bytearray(content if isinstance(content, bytes) else content.read()))
 
 
-# A file in a tar; its offset and size are bytes
-class Member(NamedTuple):
+class Member(NamedTuple):  # a file in a tar; offset and size are bytes
     shard: int
     name: str
     offset: int
