@@ -19,8 +19,6 @@ from deepvit.data.decode import BadImage, AnyImage, as_array, as_image, decode, 
 from deepvit.data.listing import Listing
 from deepvit.data.stream import stable_hash
 
-IN_MEMORY_MB = 512  # a folder whose decoded images fit is decoded once and kept
-
 
 class ImageSet(ABC):
     """Labelled images; index i is the same image in every process. What has an entry per image is a numpy array: lists
@@ -102,8 +100,7 @@ class ArraySet(ImageSet):
 class FileSet(ImageSet):
     """Images in files `root/<class folder>/<name>`; targets are the folders' numbers."""
 
-    def __init__(self, root: Path, folders: list[str], listing: Listing, *, decoder: str,
-                 in_memory_mb: int = IN_MEMORY_MB):
+    def __init__(self, root: Path, folders: list[str], listing: Listing, *, decoder: str, in_memory_mb: int = 0):
         self.root, self.folders, self.listing = Path(root), folders, listing
         self.decoder, self.in_memory_mb = decoder, in_memory_mb
         self.targets = self.places = listing.places  # of their class folders

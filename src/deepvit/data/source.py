@@ -11,7 +11,7 @@ from typing import ClassVar
 import numpy as np
 
 from deepvit.data.decode import resolve_decoder
-from deepvit.data.imageset import IN_MEMORY_MB, ImageSet, Splits, balanced_part
+from deepvit.data.imageset import ImageSet, Splits, balanced_part
 from deepvit.errors import UserError, did_you_mean
 
 IMAGENET100 = Path(__file__).with_name("imagenet100.txt")
@@ -29,7 +29,7 @@ class Source(ABC):
     val_fraction: float | None = None  # the fixed, class-balanced part of each class held out
     seed: int = 0  # of these two choices, not of the training
     decoder: str = "auto"  # `auto`, `torchvision` or `pil`
-    in_memory_mb: int = IN_MEMORY_MB
+    in_memory_mb: int = 512  # a folder whose decoded images fit is decoded once and kept
     exclude: str | None = None  # file with the names of images to leave out, as `deepvit check` writes it
     name: str | None = None  # of a timm data set, as the next two
     train_split: str = "train"
@@ -89,9 +89,8 @@ def chosen(classes: int | str | None, class_ids: list[str]) -> list[str]:
     if classes is None:
         return class_ids
     if isinstance(classes, int):
-        count = len(class_ids)
-        if not 2 <= classes <= count:
-            raise UserError(f"data.classes={classes}: this data has {count} classes; give 2 to {count}.")
+        if not 2 <= classes <= len(class_ids):
+            raise UserError(f"data.classes={classes}: this data has {len(class_ids)} classes; give 2 or more of them.")
         return class_ids[:classes]
     path = IMAGENET100 if classes == IMAGENET100.stem else Path(classes).expanduser()
     try:

@@ -106,8 +106,6 @@ class Timm(Source):
 
     def _tars(self, path: Path) -> list[list[str]]:
         """Of the splits for training and validation; of the former alone where `val_fraction` of it is held out."""
-        if path.is_file() and not self.val_fraction:
-            raise UserError(f"{path} is a single tar: give data.val_fraction=0.1 to hold out a tenth of each class.")
         train_tars, val_tars = _shards(path, self.train_split), _shards(path, self.val_split)
         needed = [(self.train_split, train_tars), (self.val_split, val_tars)][:1 if self.val_fraction else 2]
         for split, tars in needed:
@@ -118,7 +116,8 @@ class Timm(Source):
             raise UserError(f"data.root={path} has {unused[0]}, which data.val_fraction={self.val_fraction} would not "
                             f"use: leave data.val_fraction out, or move it away.")
         if len(unused) < len(val_tars) and not self.val_fraction:
-            raise UserError(f"The same tars, such as {train_tars[0]}, fit data.train_split and val_split: rename them.")
+            raise UserError(f"The same tars, such as {train_tars[0]}, fit data.train_split and val_split: rename them, "
+                            f"or give data.val_fraction=0.1 to hold out a tenth of each class.")
         return [tars for _, tars in needed]
 
     def _created(self, split: str) -> tuple[TimmSet, list[str]]:

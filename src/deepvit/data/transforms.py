@@ -126,7 +126,6 @@ class Transform:
         return to_tensor(image) if isinstance(image, Image.Image) else image, self._patches()
 
     def _patches(self) -> list[Patch]:
-        """Draws the rectangles to erase."""
         recorder = _Recorder((3, *self.size))
         if self.erasing is not None:
             self.erasing(recorder)
@@ -143,10 +142,9 @@ def train_transform(img_size: int | Sequence[int], *, crop_scale: Sequence[float
                     color_jitter: float | Sequence[float] | None = 0.4, random_erasing: float = 0.0,
                     erasing_mode: str = "pixel", erasing_count: int = 1, mean: Sequence[float] = NORMS["half"][0],
                     **timm: Any) -> Transform:
-    """timm's ImageNet augmentation to a side or (height, width) in pixels, the erasing recorded instead of written.
-    crop_scale, crop_ratio: ranges of the random crop's area and aspect; without crop_scale the evaluation's crop, of
-    `crop_pct`. interpolation: `bilinear`, `bicubic`, or `random` (one of them per sample). mean: colour of the pixels
-    that RandAugment moves in. timm: hflip, vflip, auto_augment, grayscale_prob, gaussian_blur_prob."""
+    """timm's ImageNet augmentation to a side or (height, width), the erasing recorded instead of written. crop_scale,
+    crop_ratio: ranges of area and aspect; without crop_scale, the evaluation's crop. interpolation: `bilinear`,
+    `bicubic`, `random`. mean: colour that RandAugment moves in. timm: hflip, vflip, auto_augment, grayscale_prob ..."""
     size = _pair(img_size)
     choose("augment.interpolation", interpolation, INTERPOLATIONS)
     choose("augment.erasing_mode", erasing_mode, dict.fromkeys(("const", "rand", "pixel")))

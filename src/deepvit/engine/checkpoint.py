@@ -79,8 +79,7 @@ def load_newest(*candidates: Path, advice: str = "") -> tuple[Path, dict[str, An
 
 
 class Saver:
-    """Writes a run's checkpoints, on rank 0, and decides what happens where the disk refuses one. `identity` is what a
-    checkpoint holds besides the state: the model's config, class names, the run's settings."""
+    """Writes a run's checkpoints, on rank 0. `identity` is what they hold besides the state, such as the config."""
 
     def __init__(self, folder: RunFolder, ranks: Ranks, identity: Mapping[str, Any]):
         self._folder, self._ranks, self._identity = folder, ranks, identity

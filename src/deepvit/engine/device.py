@@ -76,8 +76,6 @@ def sharing() -> int:
     return int(count)
 
 
-# Memory
-
 def available_bytes(device: torch.device, sharing: int = 1) -> int:
     """What this process may still take of what is free, and of its part where `sharing` processes share the device."""
     if device.type == "cuda":
@@ -150,12 +148,9 @@ def kept_storages(compute: Callable[[], Tensor], own: Iterable[Tensor]) -> list[
     return [size for address, size in kept.items() if address not in known]
 
 
-# Images at once: what a pass takes, measured on a few images, against what this process may use
-
 def largest_batch(sizes: Sequence[int], state: TrainState, stepper: Stepper, example: Example, sharing: int = 1
                   ) -> tuple[int, str]:
-    """The largest of `sizes` (descending) that fits on this rank's device, which `sharing` processes share, or the
-    smallest where none does; and in words how much of the memory it takes."""
+    """The largest of `sizes` (descending) that fits, by `sharing` processes, or the last; its memory, in words."""
     device = stepper.ranks.device
     fixed, each = needed_bytes(state, stepper, example)
     budget = available_bytes(device, sharing)

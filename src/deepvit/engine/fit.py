@@ -25,14 +25,12 @@ from deepvit.errors import Failure, UserError
 
 Batches = Sequence[Any]  # the micro-batches of one global batch
 Measures = tuple[dict[str, Any], Draw]  # plain values to log, and images of them
-
 log = logging.getLogger(__name__)
 
 
 class Fit:
-    """A run from wherever `state` stands to its end, or to a request to stop. `make_batches`: `(start, count) ->
-    iterator` over global batches start, start + 1, ...; `evaluate` gives None if it was asked to stop;
-    `attention_metrics`: of a model at a step; before the first, every `plan.probe_every`, and at the end."""
+    """A run from wherever `state` stands to its end, or to a request to stop. `make_batches(start, count)`: an iterator
+    over global batches. `attention_metrics(model, step)`: before the first, every `plan.probe_every`, at the end."""
 
     def __init__(self, state: TrainState, stepper: Stepper, plan: Plan,
                  make_batches: Callable[[int, int], Iterator[Batches]],

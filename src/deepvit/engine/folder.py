@@ -25,7 +25,6 @@ from deepvit.errors import UserError
 MARK = ".deepvit-run"  # the first file that a run writes, which makes the folder its own
 CHECKPOINT = re.compile(r"(last|previous|best|nonfinite|step-\d+)\.pt(\.sha256)?(\.tmp)?")
 SETTINGS = {"model", "data", "augment", "optimizer", "schedule", "engine"}  # keys of every run's config.yaml
-
 log = logging.getLogger(__name__)
 
 
@@ -165,8 +164,6 @@ class RunFolder:
         yield from sorted(checkpoints, key=lambda path: path != base / "checkpoints" / self.last.name)
         yield from (path for name in self.OWN if (path := base / name).exists())
         yield from base.glob("events.out.tfevents.*")
-
-    # The files
 
     def read_config(self) -> dict[str, Any]:
         """The settings in config.yaml, which may be anything; empty where it is missing, torn or no mapping."""

@@ -17,8 +17,7 @@ from deepvit.config.compare import flat
 from deepvit.engine.folder import RunFolder
 from deepvit.errors import UserError, choose
 
-# In metrics.jsonl alone: what never changes, or is summarised by a mean next to it.
-NOT_CURVES = {"n", "images", "tokens", "heads", "blocks", "norm_eps", "adjacent"}
+NOT_CURVES = {"n", "images", "tokens", "heads", "blocks", "norm_eps", "adjacent"}  # constants, or summarised by a mean
 
 Draw = Callable[[], Mapping[str, np.ndarray]]  # images by name, uint8 [height, width, 3]
 log = logging.getLogger(__name__)
@@ -134,11 +133,10 @@ LOGGERS: dict[str, type[Logger]] = {"tensorboard": TensorBoard, "wandb": WandB}
 def chosen(names: str | Sequence[str] | None) -> list[type[Logger]]:
     """The viewers that `logger` names. Raises UserError for an unknown name or a missing package."""
     names = [names] if isinstance(names, str) else names or []
-    kinds = [choose("logger", name, LOGGERS) for name in names]
-    for name, kind in zip(names, kinds, strict=True):
-        if importlib.util.find_spec(kind.needs) is None:
-            raise UserError(f"logger={name} needs a package that is not installed: pip install {kind.needs}")
-    return kinds
+    for name in names:
+        if importlib.util.find_spec(needs := choose("logger", name, LOGGERS).needs) is None:
+            raise UserError(f"logger={name} needs a package that is not installed: pip install {needs}")
+    return [LOGGERS[name] for name in names]
 
 
 class Loggers:

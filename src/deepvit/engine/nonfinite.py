@@ -18,7 +18,6 @@ from deepvit.engine.step import Stepper, Update
 from deepvit.errors import Failure
 
 LAG = 4  # steps after which the host asks a GPU what became of an update: by then it is known, and nobody waits
-
 log = logging.getLogger(__name__)
 
 

@@ -11,13 +11,11 @@ from torch.profiler import ProfilerActivity, profile, schedule
 PARTS = ("wait for data", "prepare", "forward", "backward", "exchange", "optimizer")  # as the loop records them
 SKIPPED = 5  # steps before the first that is recorded: by then everything is compiled and allocated
 ROWS = 12  # of operators
-
 log = logging.getLogger(__name__)
 
 
 class StepProfile(profile):
-    """Records `steps` steps after a few, then logs a table and writes it and the trace to `folder`; the next step is
-    number `first`, with `left` of them to come."""
+    """Records `steps` steps soon after number `first`, if `left` suffice; logs a table, writes it and the trace."""
 
     def __init__(self, folder: Path, device: torch.device, steps: int, first: int, left: int):
         self._folder, self._on_gpu, self._steps = folder, device.type == "cuda", max(1, min(steps, left - 1))

@@ -143,8 +143,7 @@ def views_like(tensors: list[Tensor], flat: Tensor) -> list[Tensor]:
 
 @contextmanager
 def join(accelerator: str, timeout_s: float) -> Iterator[Ranks]:
-    """This process's place: from torchrun's (or the elastic launcher's) environment if there is one, else alone. Raises
-    LostRank if another rank did not come, died, or kept the others waiting for more than `timeout_s`."""
+    """This process's place, from a launcher's environment if there is one. LostRank if another did not come or died."""
     device = pick_device(accelerator)
     if "RANK" not in os.environ:
         yield Ranks(0, 1, device)
