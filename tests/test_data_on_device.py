@@ -201,7 +201,7 @@ def test_hashed_numbers_are_uniform_and_independent():
 def test_hashed_numbers_are_splitmix64s():
     """The first outputs of the public-domain C code, from state 1234567."""
     numbers = samples(1)
-    numbers._states = np.array([1234567], np.uint64)
+    numbers.states = np.array([1234567], np.uint64)
     outputs = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
     assert [int(number * 2**53) for number in numbers.take(4)[0]] == [output >> 11 for output in outputs]
 
