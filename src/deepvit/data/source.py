@@ -59,10 +59,10 @@ class Source(ABC):
         kept = chosen(self.classes, splits.class_ids)
         if kept != splits.class_ids:
             numbers = np.flatnonzero(np.isin(splits.class_ids, kept))
-            parts = []
-            for images in (splits.train, splits.val):
-                parts.append(images.take(np.flatnonzero(np.isin(images.targets, numbers))))
-                parts[-1].targets = np.searchsorted(numbers, parts[-1].targets)
+            parts = [images.take(np.flatnonzero(np.isin(images.targets, numbers)))
+                     for images in (splits.train, splits.val)]
+            for part in parts:
+                part.targets = np.searchsorted(numbers, part.targets)
             splits = Splits(*parts, kept)
         if self.exclude is not None:
             splits = Splits(*without([splits.train, splits.val], splits.class_ids, self.exclude, self.root), kept)
