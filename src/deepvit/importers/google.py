@@ -69,11 +69,8 @@ BIN_ROWS = [
     *both(f"{LAYER}.ffn.fc2", "blocks.{l}.mlp.fc2"),
     *both("transformer.encoder.encoder_norm", "norm"),
     *both("head"),
-    Row(f"{EMBED}.hybrid_model.root.conv.weight", "patch_embed.root.conv.weight"),
-    *both(f"{EMBED}.hybrid_model.root.gn", "patch_embed.root.gn"),
-    *(Row(f"{BIN_UNIT}.{layer}.weight", f"{OUR_UNIT}.{layer}.weight")
-      for layer in ("conv1", "conv2", "conv3", "downsample")),
-    *(row for layer in ("gn1", "gn2", "gn3", "gn_proj") for row in both(f"{BIN_UNIT}.{layer}", f"{OUR_UNIT}.{layer}")),
+    Row(f"{EMBED}.hybrid_model.root.{{n}}", "patch_embed.root.{n}"),
+    Row(f"{BIN_UNIT}.{{n}}", f"{OUR_UNIT}.{{n}}"),
 ]
 ZOO_HEADS = {768: 12, 1024: 16, 1280: 16}  # width -> heads in ViT-pytorch's configs, which a .bin does not tell
 
@@ -87,8 +84,7 @@ def _vit_pytorch_rows(file: WeightsFile, given: Mapping[str, Any]) -> Sequence[R
 
 
 def _infer_google(source: Source, given: Mapping[str, Any]) -> dict[str, Any]:
-    source.report.notes.append("taken as Google's (tanh GELU, pre_logits applied); dialect='vit_pytorch' computes the "
-                               "file as ViT-pytorch")
+    source.report.notes.append("taken as Google's (tanh GELU, pre_logits applied); dialect='vit_pytorch' is the other")
     return _infer_both(source, "google") | {"gelu": "tanh"}
 
 
@@ -96,8 +92,7 @@ def _infer_vit_pytorch(source: Source, given: Mapping[str, Any]) -> dict[str, An
     settings, width = _infer_both(source, "vit_pytorch") | {"gelu": "erf"}, source.settings["embed_dim"]
     if "num_heads" not in settings | given and width in ZOO_HEADS:
         settings["num_heads"] = ZOO_HEADS[width]
-        source.report.notes.append(f"{ZOO_HEADS[width]} heads, as ViT-pytorch's models of width {width} have; the "
-                                   f"file does not tell")
+        source.report.notes.append(f"{ZOO_HEADS[width]} heads, as in ViT-pytorch's models of width {width}")
     return settings
 
 
@@ -109,14 +104,11 @@ def _infer_both(source: Source, arithmetic: str) -> dict[str, Any]:
 
 
 def zoom(pos: Tensor, old: Grid, new: Grid) -> Tensor:
-    """Google's rule and ViT-pytorch's, `scipy.ndimage.zoom(order=1)`: bilinear between aligned corners.
-
-    Where scipy's rounding leaves its last row and column at zero (35 pairs of sides up to 32 and 48, such as 16 -> 30)
-    this refuses: zeros are no embedding, and anything else would not be Google's model.
-    """
+    """Google's rule and ViT-pytorch's, `scipy.ndimage.zoom(order=1)`: bilinear between aligned corners. Where scipy's
+    rounding leaves its last row and column at zero (35 pairs of sides, such as 16 -> 30) this refuses."""
     if any(zoom_leaves_zeros(before, after) for before, after in zip(old, new, strict=True)):
-        raise UserError(f"Google's rule for {old[0]}x{old[1]} -> {new[0]}x{new[1]} patches leaves position "
-                        f"embeddings at zero (a rounding in scipy's zoom): choose another img_size.")
+        raise UserError(f"Google's rule for {old[0]}x{old[1]} -> {new[0]}x{new[1]} patches leaves positions at zero (a "
+                        f"rounding in scipy's zoom): choose another img_size.")
     grid = pos[:, 1:].reshape(1, *old, -1).permute(0, 3, 1, 2).float()  # [1, D, rows, columns]
     grid = F.interpolate(grid, new, mode="bilinear", align_corners=True)
     return torch.cat([pos[:, :1].float(), grid.flatten(2).mT], dim=1)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from deepvit.errors import Untold, UserError, did_you_mean
+from deepvit.errors import Untold, UserError, choose, did_you_mean
 from deepvit.importers import deepvit, google, lucidrains, ours, timm
 from deepvit.importers.dialect import Dialect, Report, Source, Step, foreign_name, translate
 from deepvit.importers.files import open_weights, takes_average
@@ -103,16 +103,14 @@ def load_weights(model: ViT, path: str | Path, dialect: str | None = None, ema: 
 
 def _understand(path: str | Path, dialect: str | None, ema: bool, arch: str | None,
                 given: Mapping[str, Any]) -> Source:
-    if dialect is not None and dialect not in DIALECTS:
-        raise UserError(f"dialect='{dialect}' is not known: choose from {', '.join(DIALECTS)}."
-                        f"{did_you_mean(dialect, DIALECTS)}")
+    known = choose("dialect", dialect, DIALECTS) if dialect else None
     file = open_weights(path, ema)
     if arch is not None:
         file.said |= {"arch": _known_arch(arch)} | ({} if file.said.get("arch") == arch else {"model_args": None})
-    found = DIALECTS[dialect] if dialect else next((one for one in DIALECTS.values() if one.matches(file)), None)
+    found = known or next((one for one in DIALECTS.values() if one.matches(file)), None)
     if found is None:
-        raise UserError(f"{file.path} holds tensors such as '{next(iter(file.shapes))[:80]}' that no known "
-                        f"dialect has: the dialects are {', '.join(DIALECTS)}.")
+        raise UserError(f"{file.path} holds tensors such as '{next(iter(file.shapes))[:80]}', which are of no dialect "
+                        f"of {', '.join(DIALECTS)}: give the weights of a ViT.")
     if arch is not None and (found.name not in NAMED or "config" in file.said):
         raise UserError(f"{file.path} already says which model it is (dialect '{found.name}'): leave arch={arch} out.")
     rows = found.rows(file, given)
@@ -143,21 +141,19 @@ def _refuse_contradictions(source: Source, given: Mapping[str, Any]) -> None:
 
 def _settings(source: Source, given: Mapping[str, Any], grid_size: Sequence[int] | None
               ) -> tuple[dict[str, Any], Grid]:
-    """Settings of the model: by shapes, then by the dialect, then by the caller; and the grid of the file's
-    positions."""
+    """Settings by shapes, then by the dialect, then by the caller; and the grid of the file's positions."""
     shaped, inferred = source.settings, source.dialect.infer(source, given)
     config = model_config("vit") | {"num_heads": None} | shaped | inferred | dict(given)
     if config["num_heads"] is None:
-        raise Untold(f"{source} does not tell its number of heads: give num_heads=... ({config['embed_dim']} "
-                     f"channels).")
+        raise Untold(f"{source} does not tell its number of heads: give num_heads=... (its width is "
+                     f"{config['embed_dim']}), or arch=NAME of a model of timm's or of deepvit's.")
     if shaped["stem"] == "conv" and not {"residual_scale", "map_scale"} <= {**inferred, **given}.keys():
-        raise Untold(f"{source} has a conv stem and does not tell residual_scale and map_scale: give them (published: "
-                     f"0.5 and, in L, 1.0, in S head_dim**-0.5), or arch=NAME (such as deepvit_s).")
+        raise Untold(f"{source} does not tell residual_scale and map_scale: give them (published: 0.5 and, in L, 1.0, "
+                     f"in S head_dim**-0.5), or arch=NAME (such as deepvit_s).")
     if "head_dim" not in {**inferred, **given}:
         inner, heads = source.steps["blocks.0.attn.qkv.weight"].shape[0] // 3, config["num_heads"]
         if not isinstance(heads, int) or heads < 1 or inner % heads:
-            raise UserError(f"The attention of {source} has {inner} channels, which do not divide into {heads} heads: "
-                            f"give another num_heads, or get the file again.")
+            raise UserError(f"The {inner} channels of {source} do not divide into {heads} heads: change num_heads.")
         config["head_dim"] = None if inner == shaped["embed_dim"] else inner // heads
     own, patch = inferred.get("img_size"), shaped["patch_size"]
     wanted = grid_of(given["img_size"], patch) if "img_size" in given else None
@@ -169,14 +165,12 @@ def _settings(source: Source, given: Mapping[str, Any], grid_size: Sequence[int]
 
 
 def _grid(source: Source, own: Any, wanted: Grid | None, given: Sequence[int] | None) -> Grid:
-    """Rows and columns of patches that the file's positions stand for: `given`; or by the image size of its `own` that
-    the file tells; or a square; or the `wanted` model's. Raises Untold if both of the last two fit, or nothing does."""
+    """The grid of the file's positions: `given`, or of its `own` image size, or a square, or the `wanted` model's."""
     count = source.steps["pos_embed"].shape[1] - 1
     if given is not None:
         if not (isinstance(given, Sequence) and len(given) == 2 and all(isinstance(side, int) for side in given)
                 and math.prod(given) == count):
-            raise UserError(f"grid_size={given} is not the grid of the {count} patch positions of {source}: give "
-                            f"[rows, columns].")
+            raise UserError(f"grid_size={given} does not make the {count} positions of {source}: give [rows, columns].")
         return tuple(given)
     if own and math.prod(grid := grid_of(own, source.settings["patch_size"])) == count:
         return grid
@@ -301,9 +295,7 @@ def _read(source: Source, step: Step) -> Tensor:
     if name.endswith("num_batches_tracked") and not tensor.is_complex():
         return tensor
     if tensor.dtype not in FLOATS:
-        raise UserError(f"{source} holds '{name}' as {tensor.dtype}, not in floating point of 16 to 64 bits: it "
-                        f"is refused.")
+        raise UserError(f"{source} holds '{name}' as {tensor.dtype}: give floating point of 16 to 64 bits.")
     if not tensor.isfinite().all():
-        raise UserError(f"{source} holds NaN or infinity in '{name}': its training went wrong, take another "
-                        f"checkpoint.")
+        raise UserError(f"{source} holds NaN or infinity in '{name}': take a checkpoint of before.")
     return tensor

@@ -20,8 +20,8 @@ from deepvit.models import attention_config
 def _patch_sizes(patch_dim: int, positions: Sequence[int], given: Mapping[str, Any], source: str) -> tuple[int, int]:
     """(channels, side) of a flattened square patch: by in_chans or patch_size where given, else by an img_size that
     just fits the file's `positions` (their shape), else 3 channels, or 1 or 4 if only one of them makes a square."""
-    readings = [(patch_dim // side**2, side) for side in range(1, math.isqrt(max(patch_dim, 0)) + 1)
-                if patch_dim % side**2 == 0]
+    sides = [side for side in range(1, math.isqrt(patch_dim) + 1) if patch_dim % side**2 == 0]
+    readings = [(patch_dim // side**2, side) for side in sides]
     if given.get("in_chans"):
         found = [one for one in readings if one[0] == given["in_chans"]]
     elif given.get("patch_size"):
@@ -54,22 +54,21 @@ def _note_assumptions(source: Source, given: Mapping[str, Any]) -> None:
     """Notes each default that was used because neither the file nor the caller decides it."""
     channels, side, notes = source.settings["in_chans"], source.settings["patch_size"], source.report.notes
     if "pool" not in given:
-        notes.append("the file does not tell its pooling: class token, the package's default; pool='mean' takes the "
-                     "mean of all tokens")
+        notes.append("taken with the class token, the package's default; pool='mean' takes the mean of all tokens")
     if not given.keys() & {"in_chans", "patch_size"}:
         whole = _fits(given.get("img_size"), source.steps["pos_embed"].shape, side)
         others = [(4 * channels, side // 2)] if side % 2 == 0 and not whole else []
         others += [(channels // 4, 2 * side)] if channels % 4 == 0 else []
-        notes += [f"taken as {channels} channels and patches of {side} pixels; in_chans={count} makes patches of "
-                  f"{pixels} of them" for count, pixels in others]
+        notes += [f"taken as {channels} channels and patches of {side} pixels; in_chans={count} makes them {pixels}"
+                  for count, pixels in others]
 
 
 def first_rows(pos: Tensor, old: Grid, new: Grid) -> Tensor:
     """The rule of DeepViT-flax and vit-pytorch: a smaller image takes the first rows, a larger one has none."""
     tokens = 1 + new[0] * new[1]
     if tokens > pos.shape[1]:
-        raise UserError(f"The weights know {pos.shape[1] - 1} positions, the model needs {tokens - 1}: this dialect "
-                        f"takes the first rows and has none for larger images; choose a smaller img_size.")
+        raise UserError(f"The weights have {pos.shape[1] - 1} positions, the model needs {tokens - 1}: there are "
+                        f"none for larger images, choose a smaller img_size.")
     return pos[:, :tokens]
 
 

@@ -23,7 +23,7 @@ PER_HEAD = {"mix_logits.weight": "talking_heads", "log_sharpness": "temperature"
 
 
 def settings_from_shapes(shapes: Shapes, source: str) -> dict[str, Any]:
-    """The keywords of `ViT` that parameters in our names decide; not `num_heads` without parameters per head,
+    """The keywords of `ViT` that parameters in our names decide: not `num_heads` without parameters per head,
     `img_size`, or scalars such as `gelu`. Raises UserError for a shape that no ViT has."""
     for name in NEEDED:
         if name not in shapes:
