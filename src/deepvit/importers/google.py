@@ -97,7 +97,7 @@ def _infer_vit_pytorch(source: Source, given: Mapping[str, Any]) -> dict[str, An
 
 
 def _infer_both(source: Source, arithmetic: str) -> dict[str, Any]:
-    """H as the query kernel [D, H, d] of a .npz has it; a hybrid's stem with the side of ARITHMETICS it follows."""
+    """H as the query kernel [D, H, d] of a .npz has it; a hybrid's stem with its arithmetic."""
     stem, query = source.settings["stem"], source.file.shapes.get(f"{ATTENTION}/query/kernel".format(l=0))
     return {"norm_eps": 1e-6, "stem": stem if isinstance(stem, str) else {**stem, "arithmetic": arithmetic},
             **({"num_heads": query[1]} if query else {})}

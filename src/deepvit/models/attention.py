@@ -51,7 +51,7 @@ class Attention(nn.Module):
         if head_dim is None and dim % num_heads:
             raise UserError(f"The width {dim} does not divide into {num_heads} heads: "
                             f"change embed_dim or num_heads, or give head_dim.")
-        factory = {"device": device, "dtype": dtype}
+        self.factory = factory = {"device": device, "dtype": dtype}
         self.num_heads, self.head_dim = num_heads, head_dim or dim // num_heads
         self.scale = self.head_dim**-0.5 if qk_scale is None else qk_scale
         self.map_scale, self.attn_drop = map_scale, attn_drop
@@ -178,7 +178,6 @@ class SelfAttention(Attention):
                  norm: bool | Literal["frozen"] = False, norm_eps: float = 1e-5, norm_batch: int | None = None,
                  **kwargs):
         super().__init__(dim, num_heads, **kwargs)
-        factory = {name: kwargs[name] for name in ("device", "dtype") if name in kwargs}
         if norm_batch is not None and norm_batch < 1:
             raise UserError(f"norm_batch={norm_batch} must be at least 1 image, or null for the whole batch.")
         if norm and (learn_gain or not ops.is_plain(gain, centre)):
@@ -187,12 +186,12 @@ class SelfAttention(Attention):
         self.gain, self.centre, self.norm_batch, self.frozen = gain, centre, norm_batch, norm == "frozen"
         if self.frozen and self.attn_drop:
             raise UserError("norm=frozen excludes dropout on the maps: set attn_drop_rate (or attn_drop) to 0.")
-        self.contrast = nn.Parameter(torch.zeros(num_heads, **factory)) if learn_gain else None
-        self.mix = HeadMix(num_heads, init=theta_init, **factory) if mix else None
+        self.contrast = nn.Parameter(torch.zeros(num_heads, **self.factory)) if learn_gain else None
+        self.mix = HeadMix(num_heads, init=theta_init, **self.factory) if mix else None
         if mix == "frozen":
             self.mix.requires_grad_(False)
         momentum = 1.0 if self.frozen else 0.1
-        self.norm = nn.BatchNorm2d(num_heads, norm_eps, momentum, **factory) if norm else None
+        self.norm = nn.BatchNorm2d(num_heads, norm_eps, momentum, **self.factory) if norm else None
         self.track_stats = True  # off while a checkpointed block is recomputed: see `blocks.checkpoint_block`
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -256,9 +255,8 @@ class ReAttentionLN(Attention):
     def __init__(self, dim: int, num_heads: int = 8, theta_init: Literal["random", "identity", "normal"] = "normal",
                  norm_eps: float = 1e-5, **kwargs):
         super().__init__(dim, num_heads, **kwargs)
-        factory = {name: kwargs[name] for name in ("device", "dtype") if name in kwargs}
-        self.mix = HeadMix(num_heads, bias=False, init=theta_init, **factory)
-        self.norm = nn.LayerNorm(num_heads, eps=norm_eps, **factory)
+        self.mix = HeadMix(num_heads, bias=False, init=theta_init, **self.factory)
+        self.norm = nn.LayerNorm(num_heads, eps=norm_eps, **self.factory)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return self._exchange(F.dropout(self.softmax(q, k), self.attn_drop, self.training)) @ v
@@ -278,8 +276,7 @@ class LearnedTemperature(SelfAttention):
 
     def __init__(self, dim: int, num_heads: int = 8, **kwargs):
         super().__init__(dim, num_heads, **kwargs)
-        factory = {name: kwargs[name] for name in ("device", "dtype") if name in kwargs}
-        self.log_sharpness = nn.Parameter(torch.zeros(num_heads, **factory))  # s = -ln(temperature)
+        self.log_sharpness = nn.Parameter(torch.zeros(num_heads, **self.factory))  # s = -ln(temperature)
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = super().split(x)
@@ -307,9 +304,8 @@ class TalkingHeads(Attention):
     def __init__(self, dim: int, num_heads: int = 8, theta_init: Literal["random", "identity", "normal"] = "identity",
                  **kwargs):
         super().__init__(dim, num_heads, **kwargs)
-        factory = {name: kwargs[name] for name in ("device", "dtype") if name in kwargs}
-        self.mix_logits = HeadMix(num_heads, bias=False, init=theta_init, **factory)
-        self.mix = HeadMix(num_heads, bias=False, init=theta_init, **factory)
+        self.mix_logits = HeadMix(num_heads, bias=False, init=theta_init, **self.factory)
+        self.mix = HeadMix(num_heads, bias=False, init=theta_init, **self.factory)
 
     def logits(self, q: Tensor, k: Tensor) -> Tensor:
         return ops.mix_heads(super().logits(q, k), self.mix_logits.weight)  # [B, H, N, N]

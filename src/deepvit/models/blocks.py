@@ -1,12 +1,15 @@
-"""Transformer blocks: how attention and MLP join the residual stream, stochastic depth, gradient checkpointing."""
+"""Transformer blocks: how attention and MLP join the residual stream, stochastic depth, gradient checkpointing, and the
+published regularisation between the maps of neighbours."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import timm.layers
 import torch
+import torch.nn.functional as F
 from timm.layers import LayerScale, Mlp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -175,3 +178,31 @@ class BranchMasks:
             for branch, keep in zip(self._branches, self._placed, strict=True):
                 branch.keep = keep
         self._placed.copy_(masks.pin_memory() if self._device.type == "cuda" else masks, non_blocking=True)
+
+
+def cosine_regularisation(maps: Sequence[Tensor]) -> Tensor:
+    """The mean cosine of the final maps `[B, H, N, N]` of neighbouring blocks, 0.1 times which the published code adds
+    to the loss. As in its `loss/cross_entropy.py`, and unlike the paper's similarity (per head and token), the cosine
+    is taken over the *head* axis at every entry of the maps."""
+    return torch.stack([F.cosine_similarity(one, other, dim=1).mean() for one, other in pairwise(maps)]).mean()
+
+
+@contextmanager
+def record_maps(model: nn.Module, first: int) -> Iterator[list[Tensor]]:
+    """`with record_maps(model, first=4) as maps: logits = model(x)`: afterwards `maps` holds the final maps
+    `[B, H, N, N]` of the first 4 blocks, float32, with gradients, in training mode by the statistics of this batch. No
+    running statistics move, and dropout on the maps is left out. `model` may be inside DistributedDataParallel. No
+    block passes maps on: hooks record the inputs of the attention modules, which are asked for their maps afterwards,
+    outside of any checkpointed region. UserError: fewer blocks.
+    """
+    modules = [module for module in model.modules() if isinstance(module, Attention)][:first]
+    if len(modules) < first:
+        raise UserError(f"The maps of {first} blocks are wanted, and the model has {len(modules)}: ask for fewer.")
+    inputs: dict[nn.Module, Tensor] = {}
+    maps: list[Tensor] = []
+    with ExitStack() as hooks:
+        for module in modules:
+            hooks.enter_context(module.register_forward_pre_hook(lambda at, args: inputs.update({at: args[0]})))
+        yield maps
+    with torch.autocast(next(model.parameters()).device.type, enabled=False):  # bf16 loses near-uniform maps
+        maps += [module.weights(inputs[module.source].float()) for module in modules]

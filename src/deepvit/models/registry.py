@@ -1,15 +1,17 @@
-"""The named models, defined by the YAML files of `conf/model` alone, which are read here without hydra."""
+"""The named models, defined by the YAML files of `conf/model` alone (read here without hydra), and what they cost."""
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from timm.layers import resample_abs_pos_embed
 from timm.models import build_model_with_cfg, generate_default_cfgs, is_model, register_model
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from deepvit.config import CONF
 from deepvit.config.signature import ABOVE_ZERO, check_arguments, check_ranges, parameters_of
@@ -134,6 +136,25 @@ def _settings(kind: str, name: str, folder: Path, known: Sequence[str]) -> dict[
     if name not in known:
         raise UserError(f"There is no {kind} '{name}'.{did_you_mean(name, known)} The {kind}s are: {', '.join(known)}.")
     return yaml.safe_load((folder / f"{name}.yaml").read_text())
+
+
+def count_flops(model: ViT) -> int:
+    """Floating-point operations of one image's forward pass in eval mode: matrix products and convolutions only, a
+    multiply-add as two (the published tables count one "MAC"). Counted on the meta device, at no cost."""
+    return forward_flops(lambda: build_model(model.config), model.input_size)
+
+
+def forward_flops(make: Callable[[], nn.Module], shape: Sequence[int]) -> int:
+    """The same of any model that `make()` builds, for an image of `shape` (channels, height, width)."""
+    with torch.device("meta"), torch.no_grad():
+        model, image = make().eval(), torch.empty(1, *shape)
+        with FlopCounterMode(display=False) as counter:
+            model(image)
+    return counter.get_total_flops()
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def register_with_timm() -> None:

@@ -1,7 +1,7 @@
 """From images to tokens: `[B, in_chans, height, width]` -> `[B, N, D]`, row by row."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch.nn.functional as F
 from timm.layers import pad_same, resample_patch_embed
@@ -138,47 +138,32 @@ class ConvStem(Stem):
         return self.proj(x).flatten(2).mT  # [B, N, D]
 
 
-class Arithmetic(NamedTuple):
-    """What google-research/vision_transformer and jeonsworld/ViT-pytorch compute differently from the same weights."""
-
-    same_padding: bool  # as TensorFlow's SAME (more at the end), also before the max-pool; else symmetric, there none
-    eps_outside: bool  # weights are divided by `std + 1e-5`, else by `sqrt(var + 1e-5)`
-    shortcut_groups: int | None  # of the GroupNorm of a projected shortcut; None: a group per channel
-    shortcut_eps: float
-
-
-ARITHMETICS = {"google": Arithmetic(True, True, GROUPS, 1e-6),  # the only faithful one for Google's own R50 file
-               "vit_pytorch": Arithmetic(False, False, None, 1e-5)}
-
-
 class StdConv2d(nn.Conv2d):
-    """Convolution without bias whose weights are standardised per output channel (arXiv:1903.10520)."""
+    """Convolution without bias whose weights are standardised per output channel (arXiv:1903.10520), padded as
+    TensorFlow's SAME (more at the end) if it is `google`'s, else evenly."""
 
-    def __init__(self, cin: int, cout: int, kernel: int, stride: int, rule: Arithmetic):
-        super().__init__(cin, cout, kernel, stride, bias=False)
-        self.rule = rule
+    def __init__(self, cin: int, cout: int, kernel: int, stride: int, google: bool):
+        super().__init__(cin, cout, kernel, stride, padding=0 if google else kernel // 2, bias=False)
+        self.google = google
 
     def forward(self, x: Tensor) -> Tensor:
         var, mean = self.weight.var((1, 2, 3), correction=0, keepdim=True), self.weight.mean((1, 2, 3), keepdim=True)
-        std = var.sqrt() + 1e-5 if self.rule.eps_outside else (var + 1e-5).sqrt()
-        weight = (self.weight - mean) / std
-        if self.rule.same_padding:
-            return F.conv2d(pad_same(x, list(self.kernel_size), list(self.stride)), weight, stride=self.stride)
-        return F.conv2d(x, weight, stride=self.stride, padding=self.kernel_size[0] // 2)
+        std = var.sqrt() + 1e-5 if self.google else (var + 1e-5).sqrt()
+        x = pad_same(x, list(self.kernel_size), list(self.stride)) if self.google else x
+        return F.conv2d(x, (self.weight - mean) / std, stride=self.stride, padding=self.padding)
 
 
 class Root(nn.Module):
-    """7x7 convolution with stride 2, GroupNorm, ReLU, 3x3 max-pool with stride 2."""
+    """7x7 convolution with stride 2, GroupNorm, ReLU, 3x3 max-pool with stride 2 (padded in `google`'s alone)."""
 
-    def __init__(self, in_chans: int, width: int, rule: Arithmetic):
+    def __init__(self, in_chans: int, width: int, google: bool):
         super().__init__()
-        self.rule = rule
-        self.conv = StdConv2d(in_chans, width, 7, 2, rule)
+        self.conv = StdConv2d(in_chans, width, 7, 2, google)
         self.gn = nn.GroupNorm(GROUPS, width, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.gn(self.conv(x)))  # [B, width, height/2, width/2]
-        if self.rule.same_padding:
+        if self.conv.google:
             x = pad_same(x, [3, 3], [2, 2], value=float("-inf"))
         return F.max_pool2d(x, 3, 2)
 
@@ -186,16 +171,16 @@ class Root(nn.Module):
 class Unit(nn.Module):
     """Bottleneck: 1x1, 3x3 (with the stride), 1x1 to four times the width; the sum goes through a ReLU."""
 
-    def __init__(self, cin: int, width: int, stride: int, rule: Arithmetic):
+    def __init__(self, cin: int, width: int, stride: int, google: bool):
         super().__init__()
         cout = 4 * width
-        self.conv1, self.gn1 = StdConv2d(cin, width, 1, 1, rule), nn.GroupNorm(GROUPS, width, eps=1e-6)
-        self.conv2, self.gn2 = StdConv2d(width, width, 3, stride, rule), nn.GroupNorm(GROUPS, width, eps=1e-6)
-        self.conv3, self.gn3 = StdConv2d(width, cout, 1, 1, rule), nn.GroupNorm(GROUPS, cout, eps=1e-6)
+        self.conv1, self.gn1 = StdConv2d(cin, width, 1, 1, google), nn.GroupNorm(GROUPS, width, eps=1e-6)
+        self.conv2, self.gn2 = StdConv2d(width, width, 3, stride, google), nn.GroupNorm(GROUPS, width, eps=1e-6)
+        self.conv3, self.gn3 = StdConv2d(width, cout, 1, 1, google), nn.GroupNorm(GROUPS, cout, eps=1e-6)
         self.downsample = None
         if stride != 1 or cin != cout:
-            self.downsample = StdConv2d(cin, cout, 1, stride, rule)
-            self.gn_proj = nn.GroupNorm(rule.shortcut_groups or cout, cout, eps=rule.shortcut_eps)
+            self.downsample = StdConv2d(cin, cout, 1, stride, google)
+            self.gn_proj = nn.GroupNorm(GROUPS, cout, eps=1e-6) if google else nn.GroupNorm(cout, cout, eps=1e-5)
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.gn_proj(self.downsample(x))
@@ -211,7 +196,7 @@ class HybridStem(Stem):
         patch_size: a multiple of the ResNet's stride, 4 * 2^(stages - 1) (16 for three stages).
         layers: units per stage; the first stage keeps its size, each other halves it.
         width: channels of the first convolution, a multiple of 32; the stages have 4, 8, 16, ... times as many.
-        arithmetic: `google`, or `vit_pytorch` for weights that were fine-tuned there.
+        arithmetic: `google` (faithful to Google's own R50 file), or `vit_pytorch` for weights fine-tuned there.
     """
 
     first_conv = "root.conv"
@@ -223,14 +208,14 @@ class HybridStem(Stem):
             raise UserError(f"stem=hybrid takes stages of one unit or more and a width that is a multiple of {GROUPS}: "
                             f"not layers {list(layers)} and width {width}.")
         super().__init__(img_size, patch_size, in_chans, stride=4 * 2 ** (len(layers) - 1))
-        rule = ARITHMETICS[arithmetic]
-        self.root = Root(in_chans, width, rule)
+        google = arithmetic == "google"
+        self.root = Root(in_chans, width, google)
         self.body, channels = nn.Sequential(), width
         for stage, units in enumerate(layers):
             block = nn.Sequential()
             for unit in range(units):
                 stride = 2 if stage and not unit else 1
-                block.add_module(f"unit{unit + 1}", Unit(channels, width * 2**stage, stride, rule))
+                block.add_module(f"unit{unit + 1}", Unit(channels, width * 2**stage, stride, google))
                 channels = 4 * width * 2**stage
             self.body.add_module(f"block{stage + 1}", block)
         self.proj = nn.Conv2d(channels, embed_dim, self.cell, self.cell)

@@ -261,12 +261,12 @@ def objective(settings: Settings) -> Objective:
     plain = OBJECTIVES[settings.loss.kind]
     if not blocks:
         return plain
-    from deepvit.models.cosine_reg import cosine_regularisation, record_maps
+    from deepvit.models.blocks import cosine_regularisation, record_maps
 
     def regularised(network: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         with record_maps(network, first=blocks + 1) as maps:
             loss = plain(network, x, y)
-        return loss + weight * cosine_regularisation(maps, blocks)
+        return loss + weight * cosine_regularisation(maps)
 
     return regularised
 
