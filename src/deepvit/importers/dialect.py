@@ -36,11 +36,8 @@ class Row(NamedTuple):
     rule: Rule = COPY
     why: str = ""
 
-    def names(self) -> tuple[str, ...]:
-        return (self.foreign,) if isinstance(self.foreign, str) else self.foreign
-
-    def first(self) -> str:
-        return self.names()[0]
+    names = property(lambda self: (self.foreign,) if isinstance(self.foreign, str) else self.foreign)
+    first = property(lambda self: self.names[0])
 
 
 def both(foreign: str, ours: str | None = None, rule: Rule = COPY) -> list[Row]:
@@ -66,17 +63,16 @@ class Step(NamedTuple):
 
 
 def translate(rows: Sequence[Row], shapes: Mapping[str, Size], source: str) -> tuple[dict[str, Step], dict[str, str]]:
-    """A table applied to a file's names and shapes: our names with the steps to them; and the names that are dropped,
-    with the reason. No tensor is read; `source` names file and dialect in messages. Raises UserError for names left
-    over, a missing part, two names for one parameter, or a shape that no rule fits."""
+    """A table applied to a file's names and shapes: our names with the steps to them, and the dropped ones with the
+    reason. UserError, with `source` in it: names left over, a missing part, two for one parameter, a wrong shape."""
     steps: dict[str, Step] = {}
     dropped: dict[str, str] = {}
     left = set(shapes)
     for name in shapes:
-        row, numbers = _match(rows, name, Row.first)
+        row, numbers = _match(rows, name, attrgetter("first"))
         if row is None:
             continue
-        names = tuple(part.format(**numbers) for part in row.names())
+        names = tuple(part.format(**numbers) for part in row.names)
         if absent := [part for part in names if part not in shapes]:
             raise UserError(f"{source} lacks '{absent[0]}', which goes with '{name}'.")
         left.difference_update(names)
@@ -96,7 +92,7 @@ def translate(rows: Sequence[Row], shapes: Mapping[str, Size], source: str) -> t
 def foreign_name(rows: Iterable[Row], ours: str) -> str:
     """The dialect's name for one of our parameters, or ours if it has none."""
     row, numbers = _match(rows, ours, attrgetter("ours"))
-    return row.first().format(**numbers) if row else ours
+    return row.first.format(**numbers) if row else ours
 
 
 def write(rows: Iterable[Row], state: Mapping[str, Tensor], dialect: str) -> dict[str, Tensor]:

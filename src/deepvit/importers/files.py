@@ -4,7 +4,6 @@ import argparse
 import json
 import math
 import pickle
-import pickletools
 import re
 import warnings
 import zipfile
@@ -151,20 +150,9 @@ def _load_plain(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True,
                               mmap=is_zip and str(path).isprintable())  # it maps no file whose name is not UTF-8
     except Exception as error:  # a torn pickle may raise anything
-        if "nsupported" in str(error) and "GLOBAL" in str(error) or not is_zip and _pickles_objects(path):
-            raise UserError(f"{path} holds Python objects and is refused, nothing of it was run: save its state_dict "
-                            f"alone, with torch.save.") from None
         why = "" if isinstance(error, pickle.UnpicklingError) else f" ({reason(error)})"  # torch's essay
-        raise UserError(f"{path} is torn or no PyTorch file{why}: get it again.") from None
-
-
-def _pickles_objects(path: Path) -> bool:
-    """Whether the file's first pickle names a class or function: read opcode by opcode, nothing is run."""
-    try:
-        with path.open("rb") as file:
-            return any(opcode.name in ("GLOBAL", "STACK_GLOBAL", "INST") for opcode, *_ in pickletools.genops(file))
-    except Exception:  # a torn pickle may raise anything
-        return False
+        raise UserError(f"{path} is torn or holds Python objects (none was run){why}: get it again, or save its "
+                        f"state_dict alone with torch.save.") from None
 
 
 def _check_tensor(path: Path, name: Any, tensor: Any) -> None:

@@ -33,8 +33,7 @@ def load_model(path: str | Path, *, dialect: str | None = None, ema: bool = Fals
     """Builds the model that a weights file describes, and loads it strictly. See docs/importing.md for the dialects.
 
     Args:
-        path: a checkpoint of ours, a published `.pth.tar`, Google's `.npz`, flax's npz or msgpack, ...; a run's folder;
-            or a name such as `timm:NAME`.
+        path: a file of weights, a run's folder, or a name such as `timm:NAME`: see `find_checkpoint`.
         dialect: one of `DIALECTS` (default: detected from the content).
         ema: take the averaged weights.
         head: `keep` the file's classifier, or start it anew (`reset`: random, `zero`).
@@ -76,8 +75,7 @@ def load_weights(model: ViT, path: str | Path, dialect: str | None = None, ema: 
     Args:
         path, dialect, ema, grid_size: as `load_model`.
         head: `keep` asks for as many classes as the model has; `reset` and `zero` leave the file's head out.
-        classes: the model's, in order: a kept head of the same classes in another order is reordered, one of other
-            classes is refused (where the file names its own).
+        classes: the model's, in order: a kept head of the same classes is reordered, one of others is refused.
 
     Returns a `Report` of what was resized, dropped or does not agree. Raises UserError as `load_model`; the model is
     unchanged if names or shapes do not fit.
@@ -219,16 +217,13 @@ def _fill(model: ViT, source: Source, grid: Grid, head: Head, classes: Sequence[
                 tensor = source.dialect.resize(tensor, grid, model.grid_size)
                 sizes = " -> ".join(f"{rows}x{columns}" for rows, columns in (grid, model.grid_size))
                 report.resized.append(f"pos_embed {sizes} patches by the rule '{source.dialect.resize.__name__}'")
-            if order is not None and name.startswith("head."):
-                tensor = tensor[order]
-            state[name].copy_(tensor)
-        if head != "keep" and isinstance(model.head, nn.Linear):
-            init_weights(model.head) if head == "reset" else [nn.init.zeros_(p) for p in model.head.parameters()]
-        fresh = [name for name in state if name not in steps]
-        for name in fresh:
+            state[name].copy_(tensor[order] if order and name.startswith("head.") else tensor)
+        for name in state.keys() - steps:
             if name.endswith("num_batches_tracked"):
                 state[name].zero_()
-    report.tensors, report.fresh = len(steps), fresh
+        if head != "keep" and isinstance(model.head, nn.Linear):
+            init_weights(model.head) if head == "reset" else [nn.init.zeros_(p) for p in model.head.parameters()]
+    report.tensors, report.fresh = len(steps), [name for name in state if name not in steps]
     report.head = model.head if head == "keep" else None
 
 
@@ -237,12 +232,10 @@ def _order_of_classes(source: Source, classes: Sequence[str] | None) -> list[int
     held = source.report.said.get("classes")
     if classes is None or not isinstance(held, list) or len(held) != len(classes) or held == list(classes):
         return None
-    held = list(map(str, held))
-    places = {name: index for index, name in enumerate(held)}
-    if absent := [name for name in classes if name not in places]:
-        theirs = next(name for name in held if name not in set(classes))
-        raise UserError(f"{source} classifies other classes (it has '{theirs}', the data '{absent[0]}'): start the "
-                        f"head anew with head=reset (or head=zero).")
+    places = {str(name): index for index, name in enumerate(held)}
+    if strange := {*places} ^ {*classes}:
+        raise UserError(f"{source} and the data differ in classes such as {', '.join(map(repr, sorted(strange)[:4]))}: "
+                        f"start the head anew with head=reset (or head=zero).")
     source.report.notes.append("its classes are the data's in another order: the head's rows were reordered")
     return [places[name] for name in classes]
 
@@ -271,18 +264,15 @@ def _check_fit(model: ViT, source: Source, steps: Mapping[str, Step], head: Head
         if steps[name].shape != tensor.shape and name != "pos_embed":
             raise UserError(f"{source} has '{foreign_name(rows, name)}' as {tuple(steps[name].shape)} in our layout, "
                             f"the model has {tuple(tensor.shape)}.")
-    if extra := [name for name in steps if name not in state]:
-        raise UserError(f"{source} has '{foreign_name(rows, extra[0])}'"
-                        f"{f' and {len(extra) - 1} more' if len(extra) > 1 else ''}, for which the model has no place.")
+    if extra := next((name for name in steps if name not in state), None):
+        raise UserError(f"{source} has '{foreign_name(rows, extra)}', for which the model has no place.")
 
 
 def _with_storage(model: ViT, source: Source) -> dict[str, Tensor]:
     """The model's parameters and buffers, in memory."""
-    state = model.state_dict(keep_vars=True)
-    if not any(tensor.is_meta for tensor in state.values()):
-        return state
     try:
-        model.to_empty(device="cpu")
+        if model.cls_token.is_meta:
+            model.to_empty(device="cpu")
     except RuntimeError as error:
         raise UserError(f"The model of {source} for images of {model.img_size} pixels does not fit into memory "
                         f"({str(error)[-80:]}): choose a smaller img_size.") from None

@@ -98,7 +98,7 @@ def _infer(source: Source, given: Mapping[str, Any]) -> dict[str, Any]:
     config, version = said.get("config"), said.get("version", VERSION)
     if config is None:
         return _infer_named(source) if said.get("arch") in list_models() else _check_given(source, given)
-    if not isinstance(config, Mapping) or not all(isinstance(key, str) for key in config):
+    if not isinstance(config, Mapping):
         raise UserError(f"{source} holds model settings ('config') that are not a mapping: it is torn or forged.")
     if version != VERSION:
         raise UserError(f"{source} is a checkpoint of version {version!r}, this is deepvit for version {VERSION}.")
@@ -108,8 +108,8 @@ def _infer(source: Source, given: Mapping[str, Any]) -> dict[str, Any]:
     except UserError:
         count = None
     if count != positions[1] - 1:
-        raise UserError(f"{source} says img_size {config.get('img_size')}, which its positions {tuple(positions)} do "
-                        f"not fit: it is torn or forged.")
+        raise UserError(f"{source} says img_size {config.get('img_size')}, which its positions do not fit: it is torn "
+                        f"or forged.")
     _check_sizes(source, config)
     if isinstance(attention := config.get("attention"), Mapping):  # older files have sync_norm, which was for training
         config = {**config, "attention": {key: value for key, value in attention.items() if key != "sync_norm"}}
@@ -120,8 +120,8 @@ def _check_sizes(source: Source, config: Mapping[str, Any]) -> None:
     """Sizes that decide how much is built before shapes are compared."""
     for key in ("embed_dim", "depth"):
         if config.get(key) != source.settings[key]:
-            raise UserError(f"{source} says {key} {config.get(key)!r}, its tensors have {source.settings[key]}: "
-                            f"it is torn or forged.")
+            raise UserError(f"{source} says {key} {config.get(key)!r}, its tensors have {source.settings[key]}: it is "
+                            f"torn or forged.")
 
 
 def _infer_named(source: Source) -> dict[str, Any]:
@@ -132,13 +132,12 @@ def _infer_named(source: Source) -> dict[str, Any]:
         keywords["pool"] = "cls" if pool == "token" else pool
     _check_sizes(source, source.settings | keywords)
     base = model_config(arch) | keywords
-    named = settings_from_config(base, str(source))
-    other = {key: value for key, value in source.settings.items()
-             if named.get(key) != value and key != "num_classes"}
+    named = settings_from_config(base | {"num_classes": source.settings["num_classes"]}, str(source))
+    other = {key: value for key, value in source.settings.items() if named.get(key) != value}
     if other:
         sizes = ", ".join(f"{key}={value}" for key, value in other.items())
         source.report.notes.append(f"its arch '{arch}' is taken with the tensors' {sizes}")
-    return {key: value for key, value in base.items() if key not in other and key != "num_classes"}
+    return {key: value for key, value in base.items() if key not in {*other, "num_classes"}}
 
 
 def _check_given(source: Source, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -145,10 +146,7 @@ def _stem(shapes: Shapes) -> dict[str, Any]:
 
 def _units(shapes: Shapes) -> list[int]:
     """Bottleneck units of each stage of a hybrid's ResNet."""
-    found = {(int(m[1]), int(m[2])) for name in shapes
-             if (m := re.match(r"patch_embed\.body\.block(\d+)\.unit(\d+)\.", name))}
-    stages = range(1, len({stage for stage, _ in found}) + 1)
-    units = [sum(one == stage for one, _ in found) for stage in stages]
-    if not units or found != {(stage, unit) for stage in stages for unit in range(1, units[stage - 1] + 1)}:
-        raise ValueError("a ResNet stem with gaps between its blocks or units")
-    return units
+    found = {m[0]: int(m[1]) for name in shapes if (m := re.match(r"patch_embed\.body\.block(\d+)\.unit\d+\.", name))}
+    if not found:
+        raise ValueError("a ResNet stem without units")
+    return [count for _, count in sorted(Counter(found.values()).items())]

@@ -1,10 +1,7 @@
-"""Attention as interchangeable modules.
-
-Each has `forward(x)`, which may be fused, and `weights(x)`, which defines it. One law holds for all, in eval mode:
-`merge(weights(x) @ v) == forward(x)`, where `q, k, v = split(x)`; with shared maps, of the leader's x. A variant of the
-maps is a YAML file in `conf/model/attention` with settings of `SelfAttention`. What these cannot express is a subclass
-of `Attention`: another rule for the logits, or a norm across heads at each entry.
-"""
+"""Attention as interchangeable modules. Each has `forward(x)`, which may be fused, and `weights(x)`, which defines it.
+One law holds for all, in eval mode: `merge(weights(x) @ v) == forward(x)`, where `q, k, v = split(x)` (of the leader's
+x, if maps are shared). A variant is a YAML file in `conf/model/attention` with settings of `SelfAttention`; what these
+do not express (another rule for the logits, a norm across heads at each entry) is a subclass of `Attention`."""
 
 import math
 from collections.abc import Callable
@@ -70,12 +67,11 @@ class Attention(nn.Module):
         return self._leader[0] if self._leader else self
 
     def follow(self, leader: "Attention") -> None:
-        """From now on q and k are `leader`'s, handed to `forward`; this module keeps its v and all behind the maps.
-        UserError if either has more than a softmax of q k^T for maps."""
+        """From now on q and k are `leader`'s, handed to `forward`. UserError if either has maps other than softmax."""
         for attention in (self, leader):
             if (type(attention).split, type(attention).softmax) != (Attention.split, Attention.softmax):
-                raise UserError(f"share_maps needs plain softmax maps, and {type(attention).__name__} computes its "
-                                f"logits differently: leave share_maps at 1.")
+                raise UserError(f"share_maps needs plain softmax maps, which {type(attention).__name__} has not: leave "
+                                f"share_maps at 1.")
         self._leader, self.scale, own = (leader,), leader.scale, self.qkv
         self.v = nn.Linear(own.in_features, own.out_features // 3, own.bias is not None, own.weight.device,
                            own.weight.dtype)
@@ -108,8 +104,8 @@ class Attention(nn.Module):
         return self.merge(self.attend(*qk, self.values(x)) if self._leader else self.attend(*self.split(x)))
 
     def weights(self, x: Tensor, stage: Stage = "final") -> Tensor:
-        """The maps `[B, H, N, N]` (rows: queries) that multiply v; `stage="softmax"`: before the heads are mixed,
-        `stage="logits"`: before the softmax. Leaves attention dropout out and moves no running statistics."""
+        """The maps `[B, H, N, N]` (rows: queries) that multiply v, or what they are before the heads are mixed
+        ("softmax") or the softmax is taken ("logits"); without attention dropout. Moves no running statistics."""
         q, k, _ = self.split(x)
         return {"logits": self.logits, "softmax": self.softmax, "final": self.maps}[stage](q, k)
 
@@ -139,8 +135,8 @@ class HeadMix(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self, stream: Callable[[str], torch.Generator | None] = lambda name: None) -> None:
-        """`random`: U(+-1/sqrt(H)), PyTorch's default of the published 1x1 convolution; `normal`: N(0, 1), as
-        vit-pytorch; `identity`: the heads unmixed. `stream` gives each parameter's generator by its name."""
+        """`random`: U(+-1/sqrt(H)), as the published 1x1 convolution; `normal`: N(0, 1), as vit-pytorch; `identity`:
+        the heads unmixed. `stream` gives each parameter's generator by its name."""
         bound = 1 / math.sqrt(len(self.weight))
         draw = {"random": lambda weight: nn.init.uniform_(weight, -bound, bound, stream("weight")),
                 "normal": lambda weight: nn.init.normal_(weight, generator=stream("weight")),
@@ -152,25 +148,20 @@ class HeadMix(nn.Module):
 
 
 class SelfAttention(Attention):
-    """Softmax attention (Vaswani et al., arXiv:1706.03762), and what may be done to its maps A; by default nothing is.
-
-        norm(Theta ((1 - centre) / N + gain (A - 1/N)) + bias) * map_scale
-
-    Self-attention, AttnScale, centred attention, re-attention and everything between them are settings of this. Without
-    dropout on the maps nothing of size N x N is kept: see `ops`. UserError: settings that undo each other.
+    """Softmax attention (Vaswani et al., arXiv:1706.03762), and what may be done to its maps A; by default nothing is:
+    `norm(Theta ((1 - centre) / N + gain (A - 1/N)) + bias) * map_scale`. Self-attention, AttnScale, centred attention,
+    re-attention and everything between them are settings of this. Without dropout on the maps nothing of size N x N is
+    kept: see `ops`. UserError: settings that undo each other.
 
     Args:
         gain: factor on A - 1/N, the part of the maps that distinguishes tokens.
-        learn_gain: that factor becomes `gain (1 + contrast)`, contrast learned per head from 0: a raw parameter of 300
-            would hardly move under Adam.
+        learn_gain: it becomes `gain (1 + contrast)`, contrast learned per head from 0 (Adam hardly moves a raw 300).
         centre: the share of the uniform map 1/N that is subtracted, from 0 to 1.
         mix: learn Theta and its bias; "frozen": they stay as drawn.
         theta_init: see `HeadMix.reset_parameters`.
         norm: BatchNorm over heads after the mix; "frozen": with the statistics of the first training batch.
-        norm_eps: eps of that norm. Near initialisation the variance of the maps is far below the published 1e-5, so
-            the norm is a constant gain there, 1 / sqrt(norm_eps).
-        norm_batch: consecutive images that share the norm's batch statistics: results do not depend on the devices, as
-            long as each has whole groups. None: the whole batch that the module sees.
+        norm_eps: its eps. Near initialisation the maps' variance is far below 1e-5: the norm is a gain 1 / sqrt(eps).
+        norm_batch: consecutive images that share batch statistics, on any devices (None: the batch the module sees).
     """
 
     def __init__(self, dim: int, num_heads: int = 8, gain: float = 1.0, learn_gain: bool = False, centre: float = 0.0,
@@ -181,8 +172,8 @@ class SelfAttention(Attention):
         if norm_batch is not None and norm_batch < 1:
             raise UserError(f"norm_batch={norm_batch} must be at least 1 image, or null for the whole batch.")
         if norm and (learn_gain or not ops.is_plain(gain, centre)):
-            raise UserError("The norm over heads centres the maps and has its own gain: leave gain, learn_gain and "
-                            "centre out, or set norm=false; the norm's dose is norm_eps.")
+            raise UserError("The norm over heads has its own gain and centre: leave gain, learn_gain and centre out, "
+                            "or set norm=false; the norm's dose is norm_eps.")
         self.gain, self.centre, self.norm_batch, self.frozen = gain, centre, norm_batch, norm == "frozen"
         if self.frozen and self.attn_drop:
             raise UserError("norm=frozen excludes dropout on the maps: set attn_drop_rate (or attn_drop) to 0.")
@@ -270,9 +261,8 @@ class ReAttentionLN(Attention):
 
 
 class LearnedTemperature(SelfAttention):
-    """Softmax attention with a temperature learned per head: `softmax(e^s q k^T / sqrt(d))`, s starting at 0. Little
-    help according to the DeepViT paper (arXiv:2103.11886); part of LSA in Lee et al., "Vision Transformer for
-    Small-Size Datasets" (arXiv:2112.13492)."""
+    """Softmax attention with a temperature learned per head: `softmax(e^s q k^T / sqrt(d))`, s starting at 0. Of little
+    help in the DeepViT paper (arXiv:2103.11886); part of LSA in Lee et al. (arXiv:2112.13492)."""
 
     def __init__(self, dim: int, num_heads: int = 8, **kwargs):
         super().__init__(dim, num_heads, **kwargs)
@@ -284,10 +274,9 @@ class LearnedTemperature(SelfAttention):
 
 
 class DecayedTemperature(SelfAttention):
-    """Softmax attention whose temperature falls with depth, so that deep blocks attend more sharply: from `first` in
-    the first block to `last`, `T = first (last / first)^(block_index / (depth - 1))`; `ViT` gives block_index and
-    depth. Little help according to the DeepViT paper (arXiv:2103.11886), which gives no numbers: 1 to 0.5 is our
-    choice."""
+    """Softmax attention whose temperature falls with depth, `T = first (last / first)^(block_index / (depth - 1))`, so
+    that deep blocks attend more sharply; `ViT` gives block_index and depth. Of little help in the DeepViT paper
+    (arXiv:2103.11886), which gives no numbers: 1 to 0.5 is our choice."""
 
     def __init__(self, dim: int, num_heads: int = 8, first: float = 1.0, last: float = 0.5, block_index: int = 0,
                  depth: int = 1, **kwargs):
@@ -298,8 +287,7 @@ class DecayedTemperature(SelfAttention):
 
 class TalkingHeads(Attention):
     """Heads mixed before and after the softmax: `P_w softmax(P_l q k^T / sqrt(d))` (Shazeer et al., arXiv:2003.02436),
-    as there without bias and norm. Both mixes start as the identity by default, which is our choice. `stage="softmax"`
-    are the maps between them."""
+    as there without bias and norm. By default, our choice, both mixes start as the identity."""
 
     def __init__(self, dim: int, num_heads: int = 8, theta_init: Literal["random", "identity", "normal"] = "identity",
                  **kwargs):

@@ -21,8 +21,7 @@ def draw_seed() -> int:
 
 
 def stream(seed: int, path: str, device: torch.device, name: str) -> Generator | None:
-    """The generator of parameter `name` of the module at `path`, a function of (seed, full name) alone: models of one
-    seed share all parameters that they have in common."""
+    """The generator of parameter `name` of the module at `path`, by (seed, full name): models of a seed share it."""
     if device.type == "meta":
         return None
     digest = hashlib.blake2b(f"{seed}/{path}.{name}".encode(), digest_size=4).digest()  # what a CPU's generator takes

@@ -34,15 +34,10 @@ def list_attentions() -> list[str]:
 
 
 def create_model(name: str, **overrides: Any) -> ViT:
-    """Builds a model of `conf/model`, freshly initialised, with `.config`, the plain settings that rebuild it.
-
-    Args:
-        name: one of `list_models()`.
-        **overrides: keywords of `ViT`; `attention` may be a name of `model/attention` or a mapping, `global_pool` is
-            `pool` in timm's terms ("token", "avg", "" for none).
-    Raises:
-        UserError: an unknown name or keyword, a value of the wrong type, sizes that do not fit together.
-    """
+    """Builds a model of `list_models()`, freshly initialised, with `.config`, the plain settings that rebuild it.
+    `overrides` are keywords of `ViT`; `attention` may be a name of `model/attention` or a mapping, `global_pool` is
+    `pool` in timm's terms ("token", "avg", "" for none). Raises UserError for an unknown name or keyword, a value of
+    the wrong type, sizes that do not fit together."""
     if "global_pool" in overrides:
         overrides["pool"] = pool_of(overrides.pop("global_pool"))
     model = build_model({**model_config(name), **overrides})
@@ -78,8 +73,7 @@ SWITCHED = ("norm", "norm_eps"), ("mix", "theta_init")  # of an attention: a swi
 
 
 def check_model(config: Mapping[str, Any], where: str = "") -> None:
-    """Refuses settings that `ViT`, its stem or its attention would not take, naming what was meant; `where` is their
-    path in a larger config: "model" -> `model.depth`."""
+    """Refuses what `ViT`, its stem or its attention would not take; `where`: "model" names `model.depth`."""
     known = {name: value for name, value in config.items() if (name, value) != ("num_classes", None)}  # the data's
     prefix = f"{where}." if where else ""
     check_arguments(ViT, known, where)

@@ -79,8 +79,7 @@ class Stem(nn.Module):
 
 class PatchStem(Stem):
     """One convolution with kernel = stride = patch (Dosovitskiy et al., arXiv:2010.11929). With `norm_eps` the patch,
-    flattened as `(channel, row, column)`, is layer-normed before the projection and the token after it, as in
-    vit-pytorch since 1.0."""
+    flattened as `(channel, row, column)`, is layer-normed before it and the token after it, as in vit-pytorch 1.0."""
 
     first_conv = "proj"
 
@@ -119,8 +118,7 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
 
 class ConvStem(Stem):
     """Three convolutions, the DeepViT-S and -L stem: 7x7/2, 3x3, then patch/2 with stride patch/2 (after T2T-ViT).
-    `ViT` passes an attention's `norm_batch`, so that all batch norms see the same images; 32 is what a process of the
-    published code saw."""
+    `ViT` passes an attention's `norm_batch`, for all batch norms to see the same images: 32 in the published code."""
 
     first_conv = "conv1"
 

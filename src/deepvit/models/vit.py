@@ -58,10 +58,9 @@ class ViT(nn.Module):
                  representation_size: int | None = None, block: Literal["pre_norm", "deepnorm"] = "pre_norm",
                  feat_scale: bool = False, init_std: float | None = None,
                  weight_init: Literal["mimetic"] | None = None, share_maps: int = 1):
-        config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
+        self.config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         seed, before = draw_seed(), torch.get_rng_state()
-        self.config: dict[str, Any] = config
         self.in_chans, self.num_classes, self.embed_dim, self.depth = in_chans, num_classes, embed_dim, depth
         self.pool, self.final_norm = pool, final_norm
         self.grad_checkpointing = False
@@ -192,8 +191,7 @@ class ViT(nn.Module):
 
     def set_input_size(self, img_size: int | Sequence[int] | None = None,
                        patch_size: int | Sequence[int] | None = None) -> None:
-        """Another image or patch size, in pixels: positions and patch kernel are resampled as timm does it. UserError
-        for sizes that do not fit together, which change nothing."""
+        """Another image or patch size, in pixels: positions and patch kernel are resampled as timm does it."""
         before = self.grid_size
         self.patch_embed.set_input_size(img_size, patch_size)
         if self.grid_size != before:
@@ -285,19 +283,14 @@ def _wanted(cls: type, **offered: Any) -> dict[str, Any]:
 
 def _block_indices(chosen: Sequence[int] | str | None, depth: int) -> set[int]:
     """Indices from `[11, -1]` or the slice `"-12:"`; all blocks for None."""
-    if chosen is None:
-        return set(range(depth))
-    if isinstance(chosen, str):
-        try:
-            return set(range(depth)[slice(*(int(part) if part else None for part in chosen.split(":")))])
-        except (ValueError, TypeError):
-            raise UserError(f"reattention_blocks='{chosen}' is no slice such as '-12:': "
-                            f"give one, or a list of block indices.") from None
-    for index in chosen:
-        if not -depth <= index < depth:
-            raise UserError(f"reattention_blocks names block {index}, but the model has {depth} blocks "
-                            f"(0 to {depth - 1}, or negative from the end).")
-    return {index % depth for index in chosen}
+    blocks = range(depth)
+    try:
+        if isinstance(chosen, str):
+            return {*blocks[slice(*(int(part) if part else None for part in chosen.split(":")))]}
+        return {*blocks} if chosen is None else {blocks[index] for index in chosen}
+    except (ValueError, TypeError, IndexError):
+        raise UserError(f"reattention_blocks={chosen} does not fit a model of {depth} blocks: give a slice such as "
+                        f"'-12:', or a list of indices from 0 to {depth - 1} (or negative from the end).") from None
 
 
 def _head(features: int, num_classes: int) -> nn.Module:
