@@ -160,20 +160,13 @@ class Report:
 
 
 class Dialect(NamedTuple):
-    """
-    matches: whether a file is in this dialect, by its metadata or names.
-    rows: the table, given the file and the caller's keywords (some layouts need `in_chans`).
-    infer: the settings that shapes do not decide, given the caller's keywords; `img_size` only if the file records
-        it. Remarks go into the source's report.
-    resize: (positions `[1, 1 + N, D]`, their grid, the model's grid) -> positions of the model's images.
-    square_only: its models take square images only.
-    """
+    """An implementation's layout. Its functions are given the caller's keywords beside the file."""
 
     name: str
-    matches: Callable[[WeightsFile], bool]
+    matches: Callable[[WeightsFile], bool]  # by metadata or names
     rows: Callable[[WeightsFile, Mapping[str, Any]], Sequence[Row]]
-    infer: Callable[["Source", Mapping[str, Any]], dict[str, Any]]
-    resize: Callable[[Tensor, Grid, Grid], Tensor]
+    infer: Callable[["Source", Mapping[str, Any]], dict[str, Any]]  # the settings that shapes do not decide
+    resize: Callable[[Tensor, Grid, Grid], Tensor]  # positions `[1, 1 + N, D]`, their grid, the model's grid
     square_only: bool = False
 
 

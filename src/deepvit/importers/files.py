@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 from torch import Size, Tensor
 
-from deepvit.errors import UserError, reason
+from deepvit.errors import UserError, choose, reason
 from deepvit.importers.locate import find_checkpoint, hub_metadata
 
 # Where trainers keep the weights in a checkpoint
@@ -29,7 +29,6 @@ WRAPPERS = re.compile(r"(?:(?:module|_orig_mod|model|net)\.|params/)*")
 FREE_BYTES, MAX_RATIO = 2**30, 20  # an .npz may unpack to 1 GiB, or to 20 times its size: weights hardly compress
 FLAX_DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64", "int32", "int64")}
 FLAX_ARRAYS = (1, 3)  # flax's ext types of an array and a scalar; both hold (shape, dtype name, bytes)
-MAX_NESTING = 32
 MAX_LIST = 8  # of flax's lists, such as a shape; msgpack reserves what a length announces
 
 
@@ -68,10 +67,8 @@ def open_weights(path: str | Path, ema: bool = False) -> WeightsFile:
 def takes_average(path: str | Path, weights: str = "auto") -> bool:
     """Whether to load averaged weights (`ema` of `load_model`): `weights` is `ema`, `raw`, or `auto`, the average if
     the file has one (no for a file that cannot be opened at all)."""
-    if weights not in ("auto", "ema", "raw"):
-        raise UserError(f"weights={weights} is not known: choose from auto, ema, raw.")
-    if weights != "auto":
-        return weights == "ema"
+    if (asked := choose("weights", weights, {"auto": None, "ema": True, "raw": False})) is not None:
+        return asked
     path = find_checkpoint(path)[0]
     try:
         open_weights(path, ema=True)
@@ -263,19 +260,17 @@ def _flax_branch(pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
 
 def _flax_array(parts: Any) -> Tensor:
     shape, dtype, content = parts
-    if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape) or dtype not in FLAX_DTYPES \
-            or not isinstance(content, bytes) or math.prod(shape) * FLAX_DTYPES[dtype].itemsize != len(content):
-        raise ValueError(f"an array of shape {str(shape)[:60]} and type {str(dtype)[:20]} that its bytes do not hold")
-    if not content:
-        return torch.empty(shape, dtype=FLAX_DTYPES[dtype])
-    return torch.frombuffer(bytearray(content), dtype=FLAX_DTYPES[dtype]).view(shape)
+    if min(shape, default=0) < 0:  # which a view would fill in
+        raise ValueError("an array with a side below 0")
+    flat = torch.frombuffer(bytearray(content), dtype=FLAX_DTYPES[dtype]) if content else torch.empty(0)
+    return flat.view(shape)
 
 
-def _flax_leaves(tree: Any, prefix: str = "", nesting: int = 0) -> Iterator[tuple[str, Tensor]]:
+def _flax_leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
     if isinstance(tree, Tensor):
         yield prefix, tree
-    elif isinstance(tree, dict) and nesting < MAX_NESTING:
+    elif isinstance(tree, dict):
         for key, branch in tree.items():
-            yield from _flax_leaves(branch, f"{prefix}/{key}" if prefix else key, nesting + 1)
+            yield from _flax_leaves(branch, f"{prefix}/{key}" if prefix else key)
     else:
         raise ValueError(f"'{prefix[:80]}' is a {type(tree).__name__}, not an array")

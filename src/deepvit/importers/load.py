@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,10 @@ from deepvit.errors import Untold, UserError, choose, did_you_mean
 from deepvit.importers import deepvit, google, lucidrains, ours, timm
 from deepvit.importers.dialect import Dialect, Report, Source, Step, foreign_name, translate
 from deepvit.importers.files import open_weights, takes_average
-from deepvit.importers.settings import Grid, empty_model, grid_of, pair, settings_from_config, settings_from_shapes
+from deepvit.importers.settings import Grid, empty_model, grid_of, settings_from_config, settings_from_shapes
 from deepvit.models import ViT, list_models, model_config
 from deepvit.models.init import init_weights
+from deepvit.models.stem import pair, plain
 
 # In the order in which they are tried: timm's names are in ours and in the published checkpoints too
 DIALECTS: dict[str, Dialect] = {dialect.name: dialect for dialect in (
@@ -37,9 +38,8 @@ def load_model(path: str | Path, *, dialect: str | None = None, ema: bool = Fals
         dialect: one of `DIALECTS` (default: detected from the content).
         ema: take the averaged weights.
         head: `keep` the file's classifier, or start it anew (`reset`: random, `zero`).
-        arch: the model that was trained, where the file does not tell: a name of `list_models()`, of the published
-            DeepViT code or of timm.
-        grid_size: (rows, columns) of patches that the file's positions stand for, where it does not tell.
+        arch, grid_size: what the file does not tell: the model that was trained, by a name of `list_models()`, of the
+            published DeepViT code or of timm; and (rows, columns) of patches that its positions stand for.
         **keywords: of `ViT`, for what the file does not tell (`num_heads`, `pool`, ...) or to change the image size.
 
     Returns a `ViT` in training mode with `.config` and `.load_report` (a `Report`). Raises UserError if the file is
@@ -143,8 +143,7 @@ def _settings(source: Source, given: Mapping[str, Any], grid_size: Sequence[int]
     shaped, inferred = source.settings, source.dialect.infer(source, given)
     config = model_config("vit") | {"num_heads": None} | shaped | inferred | dict(given)
     if config["num_heads"] is None:
-        raise Untold(f"{source} does not tell its number of heads: give num_heads=... (its width is "
-                     f"{config['embed_dim']}), or arch=NAME of a model of timm's or of deepvit's.")
+        raise Untold(f"{source} does not tell its heads: give num_heads=..., or arch=NAME of a known model.")
     if shaped["stem"] == "conv" and not {"residual_scale", "map_scale"} <= {**inferred, **given}.keys():
         raise Untold(f"{source} does not tell residual_scale and map_scale: give them (published: 0.5 and, in L, 1.0, "
                      f"in S head_dim**-0.5), or arch=NAME (such as deepvit_s).")
@@ -157,8 +156,7 @@ def _settings(source: Source, given: Mapping[str, Any], grid_size: Sequence[int]
     wanted = grid_of(given["img_size"], patch) if "img_size" in given else None
     grid = _grid(source, own, wanted, grid_size)
     if wanted is None and not (own and grid_of(own, patch) == grid):
-        height, width = (side * pixels for side, pixels in zip(grid, pair(patch), strict=True))
-        config["img_size"] = height if height == width else [height, width]
+        config["img_size"] = plain([side * pixels for side, pixels in zip(grid, pair(patch), strict=True)])
     return config, grid
 
 
@@ -173,16 +171,13 @@ def _grid(source: Source, own: Any, wanted: Grid | None, given: Sequence[int] | 
     if own and math.prod(grid := grid_of(own, source.settings["patch_size"])) == count:
         return grid
     side = math.isqrt(max(count, 0))
-    is_square = side > 0 and side * side == count
-    if wanted and math.prod(wanted) == count and not source.dialect.square_only and wanted != (side, side):
-        if is_square:
-            raise Untold(f"{source} has {count} patch positions and does not tell whether they are {side}x{side} or "
-                         f"{wanted[0]}x{wanted[1]}: give grid_size=[rows, columns] of the file.")
-        return wanted
-    if not is_square:
-        raise Untold(f"{source} has {count} patch positions, no square: give grid_size=[rows, columns] of the file"
-                     f"{'.' if wanted else ', or img_size=[height, width] in pixels.'}")
-    return side, side
+    fitting = [(side, side)] if side * side == count > 0 else []
+    if wanted and math.prod(wanted) == count and not source.dialect.square_only and wanted not in fitting:
+        fitting.append(wanted)
+    if len(fitting) != 1:
+        grids = " or ".join(f"{rows}x{columns}" for rows, columns in fitting) or "no square"
+        raise Untold(f"{source} has {count} patch positions, {grids}: give grid_size=[rows, columns] of the file.")
+    return fitting[0]
 
 
 def _advice(source: Source, config: Mapping[str, Any]) -> str:
@@ -197,14 +192,13 @@ def _typed(key: str, value: Any) -> str:
     """A setting as a command line has it."""
     if key == "attention":
         return f"model/attention={value['name']}"
-    plain = "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value).replace(" ", "")
-    return f"model.{key}={plain}"
+    shown = "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value).replace(" ", "")
+    return f"model.{key}={shown}"
 
 
 def _fill(model: ViT, source: Source, grid: Grid, head: Head, classes: Sequence[str] | None = None) -> None:
     """Copies the weights into the model, which is unchanged unless names, shapes and classes fit."""
-    if head not in ("keep", "reset", "zero"):
-        raise UserError(f"head={head!r} is not known: choose from keep, reset, zero.")
+    choose("head", head, dict.fromkeys(get_args(Head)))
     report, steps = source.report, dict(source.steps)
     order = _order_of_classes(source, classes) if head == "keep" else None
     _set_head_aside(model, source, steps, head)
@@ -245,8 +239,7 @@ def _set_head_aside(model: ViT, source: Source, steps: dict[str, Step], head: He
     held = source.settings["num_classes"]
     if head == "keep":
         if held != model.num_classes:
-            raise UserError(f"{source} has {f'a head of {held} classes' if held else 'no head'}, the model is to have "
-                            f"{model.num_classes}: start the head anew with head=reset (or head=zero).")
+            raise UserError(f"{source} has {held} classes, the model {model.num_classes}: set head=reset (or zero).")
         return
     without = ("head.", "pre_logits.") if isinstance(model.pre_logits, nn.Identity) else ("head.",)
     for name in [name for name in steps if name.startswith(without)]:
@@ -273,9 +266,8 @@ def _with_storage(model: ViT, source: Source) -> dict[str, Tensor]:
     try:
         if model.cls_token.is_meta:
             model.to_empty(device="cpu")
-    except RuntimeError as error:
-        raise UserError(f"The model of {source} for images of {model.img_size} pixels does not fit into memory "
-                        f"({str(error)[-80:]}): choose a smaller img_size.") from None
+    except RuntimeError:
+        raise UserError(f"{source} at {model.img_size} pixels does not fit into memory: reduce img_size.") from None
     return model.state_dict(keep_vars=True)
 
 

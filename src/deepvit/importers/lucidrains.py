@@ -1,8 +1,5 @@
-"""Two re-implementations of DeepViT that project flattened patches.
-
-lucidrains/vit-pytorch's `vit_pytorch.deepvit.DeepViT`: one model, three generations of names. And its port
-conceptofmind/DeepViT-flax: a parameter tree, as .npz or as flax's msgpack, with or without `params/` in front.
-"""
+"""Re-implementations of DeepViT that project flattened patches: lucidrains/vit-pytorch's `vit_pytorch.deepvit.DeepViT`,
+in three generations of names, and its port conceptofmind/DeepViT-flax, a parameter tree in .npz or flax's msgpack."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -1,8 +1,6 @@
-"""What this framework writes: our own names, with the model's settings as plain JSON beside them.
-
-A checkpoint is `{"format": "deepvit", "version": 1, "model": ..., "ema": ..., "config": {...}, "classes": [...]}`;
-a safetensors export holds the same (without tensors) as JSON in its metadata under `deepvit`.
-"""
+"""What this framework writes: our own names, with the model's settings as plain JSON beside them. A checkpoint is
+`{"format": "deepvit", "version": 1, "model": ..., "ema": ..., "config": {...}, "classes": [...]}`; a safetensors export
+holds the same (without tensors) as JSON in its metadata under `deepvit`."""
 
 import json
 import math
@@ -30,13 +28,11 @@ ORIGIN = ("classes", "class_names", "run")  # of the head, from the file that it
 
 
 def save_model(model: nn.Module, path: str | Path, classes: Sequence[str] | None = None) -> None:
-    """Writes a model's weights with its settings; `deepvit.load_model(path)` reads the same model back.
-
-    The model is one of `deepvit.create_model` or `timm.create_model`, also within DistributedDataParallel or
-    torch.compile; `path` is `*.safetensors` (settings in the metadata), `*.pt` or `*.pth`, and an existing file is
-    replaced whole; `classes` are names in the order of the logits (default: those that came with the head from a file).
-    Raises UserError for another kind of model, one whose layers were changed by hand, or a path that cannot be written.
-    """
+    """Writes a model's weights with its settings; `deepvit.load_model(path)` reads the same model back. The model is one
+    of `deepvit.create_model` or `timm.create_model`, also within DistributedDataParallel or torch.compile; `path` is
+    `*.safetensors` (settings in the metadata), `*.pt` or `*.pth`, and an existing file is replaced whole; `classes` are
+    names in the order of the logits (default: those that came with the head from a file). Raises UserError for another
+    kind of model, one whose layers were changed by hand, or a path that cannot be written."""
     write(Path(path), described(unwrap_model(model), classes))
 
 
@@ -66,8 +62,7 @@ def described(model: nn.Module, classes: Sequence[str] | None = None) -> dict[st
     built = empty_model(model.config, "The model").state_dict()
     if wrong := next((name for name in {**state, **built} if name not in state or name not in built
                       or state[name].shape != built[name].shape), None):
-        raise UserError(f"The model's '{wrong}' is not what its config makes, so it could not be loaded again: change "
-                        f"models by their settings (reset_classifier for the head).")
+        raise UserError(f"The model's '{wrong}' does not fit its config: use settings, or reset_classifier for a head.")
     report = getattr(model, "load_report", None)
     said = report.said if report and classes is None and report.head is model.head else {"classes": classes}
     return {"format": FORMAT, "version": VERSION, "config": model.config, "model": state,
@@ -108,8 +103,7 @@ def _infer(source: Source, given: Mapping[str, Any]) -> dict[str, Any]:
     except UserError:
         count = None
     if count != positions[1] - 1:
-        raise UserError(f"{source} says img_size {config.get('img_size')}, which its positions do not fit: it is torn "
-                        f"or forged.")
+        raise UserError(f"{source} says img_size {config.get('img_size')}, unlike its positions: it is torn or forged.")
     _check_sizes(source, config)
     if isinstance(attention := config.get("attention"), Mapping):  # older files have sync_norm, which was for training
         config = {**config, "attention": {key: value for key, value in attention.items() if key != "sync_norm"}}
@@ -119,9 +113,8 @@ def _infer(source: Source, given: Mapping[str, Any]) -> dict[str, Any]:
 def _check_sizes(source: Source, config: Mapping[str, Any]) -> None:
     """Sizes that decide how much is built before shapes are compared."""
     for key in ("embed_dim", "depth"):
-        if config.get(key) != source.settings[key]:
-            raise UserError(f"{source} says {key} {config.get(key)!r}, its tensors have {source.settings[key]}: it is "
-                            f"torn or forged.")
+        if (said := config.get(key)) != source.settings[key]:
+            raise UserError(f"{source} says {key} {said!r}, its tensors {source.settings[key]}: it is torn or forged.")
 
 
 def _infer_named(source: Source) -> dict[str, Any]:
@@ -143,9 +136,8 @@ def _infer_named(source: Source) -> dict[str, Any]:
 def _check_given(source: Source, given: Mapping[str, Any]) -> dict[str, Any]:
     """Nothing to infer; refuses to guess unless the caller gave what the tensors leave open."""
     if not given.keys() - (source.settings.keys() - {"attention", "depth"}) - {"img_size", "num_classes"}:
-        raise Untold(f"{source} holds our names without model settings ('config'): say which model it is with "
-                     f"arch=NAME (such as deepvit16) or by its settings (attention=..., map_scale=...), or load it "
-                     f"into a model you have with load_weights.")
+        raise Untold(f"{source} holds our names without settings: give arch=NAME (such as deepvit16) or the settings "
+                     f"(attention=..., map_scale=...), or load it into a model you have with load_weights.")
     return {}
 
 

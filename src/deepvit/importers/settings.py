@@ -11,8 +11,10 @@ import torch
 import yaml
 from torch import Size
 
+from deepvit.config.signature import fits
 from deepvit.errors import UserError, did_you_mean, reason
 from deepvit.models import ViT, attention_config, build_model
+from deepvit.models.stem import pair
 
 Shapes = Mapping[str, Size]
 Grid = tuple[int, int]  # rows, columns of patches
@@ -96,16 +98,10 @@ def checked(keywords: Mapping[str, Any]) -> dict[str, Any]:
 
 def grid_of(img_size: int | Sequence[int], patch_size: int | Sequence[int]) -> Grid:
     """Rows and columns of patches in an image, sizes in pixels, each one number or (height, width)."""
+    if not fits(img_size, int | tuple[int, int]) or min(pair(img_size)) < 1:
+        raise UserError(f"img_size={img_size!r} is not an image size: give one number of pixels, or [height, width].")
     (height, width), (rows, columns) = pair(img_size), pair(patch_size)
     return height // rows, width // columns
-
-
-def pair(size: int | Sequence[int]) -> tuple[int, int]:
-    """(height, width) in pixels, from one number or two."""
-    sides = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, Sequence) else ()
-    if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
-        raise UserError(f"img_size={size!r} is not an image size: give one number of pixels, or [height, width].")
-    return sides
 
 
 def _depth(shapes: Shapes, source: str) -> int:

@@ -19,9 +19,9 @@ FRAME = [Row("cls_token", "cls_token"), Row("pos_embed", "pos_embed"),
          *(row for layer in ("patch_embed.proj", "norm", "head") for row in both(layer))]
 BLOCK = [row for layer in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
          for row in both(f"blocks.{{l}}.{layer}")]
-LAYER_SCALE = [Row(name, name) for name in ("blocks.{l}.ls1.gamma", "blocks.{l}.ls2.gamma")]
 AFTER_POOL = both("fc_norm", "norm")  # `norm` and `fc_norm` are one norm, before or after pooling: a file has either
-ROWS = [*FRAME, *BLOCK, *LAYER_SCALE, *both("pre_logits.0"), *both("pre_logits.fc", "pre_logits.0")]
+LAYER_SCALE = Row("blocks.{l}.ls{b}.gamma", "blocks.{l}.ls{b}.gamma")
+ROWS = [*FRAME, *BLOCK, LAYER_SCALE, *both("pre_logits.0"), *both("pre_logits.fc", "pre_logits.0")]
 
 
 def _infer(source: Source, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from deepvit.errors import UserError
 
 ATTENTIONS: dict[str, type["Attention"]] = {}  # class name -> class, filled as the classes are defined
 Stage = Literal["final", "softmax", "logits"]
+Start = Literal["random", "identity", "normal"]  # of Theta
+Part = bool | Literal["frozen"]
 
 
 class Attention(nn.Module):
@@ -24,8 +26,7 @@ class Attention(nn.Module):
     `maps(q, k)`, the final maps `[B, H, N, N]`, and a faster `attend(q, k, v)` if it has one.
 
     Args:
-        dim, num_heads: width D of the tokens, H.
-        head_dim: width of a head; default D / H.
+        dim, num_heads, head_dim: width D of the tokens, H, width of a head (default D / H).
         qkv_bias, proj_bias: biases of the two projections.
         qk_scale: factor on `q k^T`; default head_dim^-0.5.
         attn_drop, proj_drop: dropout rates on the maps and after the output projection.
@@ -46,8 +47,7 @@ class Attention(nn.Module):
         if scale_norm:
             raise UserError(f"{type(self).__name__} has no scale_norm: leave it off.")
         if head_dim is None and dim % num_heads:
-            raise UserError(f"The width {dim} does not divide into {num_heads} heads: "
-                            f"change embed_dim or num_heads, or give head_dim.")
+            raise UserError(f"The width {dim} does not divide into {num_heads} heads: change num_heads or embed_dim.")
         self.factory = factory = {"device": device, "dtype": dtype}
         self.num_heads, self.head_dim = num_heads, head_dim or dim // num_heads
         self.scale = self.head_dim**-0.5 if qk_scale is None else qk_scale
@@ -70,11 +70,9 @@ class Attention(nn.Module):
         """From now on q and k are `leader`'s, handed to `forward`. UserError if either has maps other than softmax."""
         for attention in (self, leader):
             if (type(attention).split, type(attention).softmax) != (Attention.split, Attention.softmax):
-                raise UserError(f"share_maps needs plain softmax maps, which {type(attention).__name__} has not: leave "
-                                f"share_maps at 1.")
+                raise UserError(f"{type(attention).__name__} has no plain softmax maps: leave share_maps at 1.")
         self._leader, self.scale, own = (leader,), leader.scale, self.qkv
-        self.v = nn.Linear(own.in_features, own.out_features // 3, own.bias is not None, own.weight.device,
-                           own.weight.dtype)
+        self.v = nn.Linear(own.in_features, own.out_features // 3, own.bias is not None, **self.factory)
         self.qkv = self.q_norm = self.k_norm = None
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -165,15 +163,13 @@ class SelfAttention(Attention):
     """
 
     def __init__(self, dim: int, num_heads: int = 8, gain: float = 1.0, learn_gain: bool = False, centre: float = 0.0,
-                 mix: bool | Literal["frozen"] = False, theta_init: Literal["random", "identity", "normal"] = "random",
-                 norm: bool | Literal["frozen"] = False, norm_eps: float = 1e-5, norm_batch: int | None = None,
-                 **kwargs):
+                 mix: Part = False, theta_init: Start = "random", norm: Part = False, norm_eps: float = 1e-5,
+                 norm_batch: int | None = None, **kwargs):
         super().__init__(dim, num_heads, **kwargs)
         if norm_batch is not None and norm_batch < 1:
             raise UserError(f"norm_batch={norm_batch} must be at least 1 image, or null for the whole batch.")
         if norm and (learn_gain or not ops.is_plain(gain, centre)):
-            raise UserError("The norm over heads has its own gain and centre: leave gain, learn_gain and centre out, "
-                            "or set norm=false; the norm's dose is norm_eps.")
+            raise UserError("norm excludes gain, learn_gain and centre: leave them out, or set norm=false.")
         self.gain, self.centre, self.norm_batch, self.frozen = gain, centre, norm_batch, norm == "frozen"
         if self.frozen and self.attn_drop:
             raise UserError("norm=frozen excludes dropout on the maps: set attn_drop_rate (or attn_drop) to 0.")
@@ -226,8 +222,7 @@ class ReAttention(SelfAttention):
     """Re-attention: the softmax maps mixed over heads by Theta, then BatchNorm over heads (arXiv:2103.11886, eq. 3).
     All arguments are `SelfAttention`'s."""
 
-    def __init__(self, dim: int, num_heads: int = 8, mix: bool | Literal["frozen"] = True,
-                 norm: bool | Literal["frozen"] = True, **kwargs):
+    def __init__(self, dim: int, num_heads: int = 8, mix: Part = True, norm: Part = True, **kwargs):
         super().__init__(dim, num_heads, mix=mix, norm=norm, **kwargs)
 
 
@@ -243,8 +238,7 @@ class ReAttentionLN(Attention):
     """Re-attention with LayerNorm over the head axis at each map entry, as in vit-pytorch and DeepViT-flax. The mix has
     no bias; dropout acts on the softmax maps before the mix (vit-pytorch since 0.30)."""
 
-    def __init__(self, dim: int, num_heads: int = 8, theta_init: Literal["random", "identity", "normal"] = "normal",
-                 norm_eps: float = 1e-5, **kwargs):
+    def __init__(self, dim: int, num_heads: int = 8, theta_init: Start = "normal", norm_eps: float = 1e-5, **kwargs):
         super().__init__(dim, num_heads, **kwargs)
         self.mix = HeadMix(num_heads, bias=False, init=theta_init, **self.factory)
         self.norm = nn.LayerNorm(num_heads, eps=norm_eps, **self.factory)
@@ -289,8 +283,7 @@ class TalkingHeads(Attention):
     """Heads mixed before and after the softmax: `P_w softmax(P_l q k^T / sqrt(d))` (Shazeer et al., arXiv:2003.02436),
     as there without bias and norm. By default, our choice, both mixes start as the identity."""
 
-    def __init__(self, dim: int, num_heads: int = 8, theta_init: Literal["random", "identity", "normal"] = "identity",
-                 **kwargs):
+    def __init__(self, dim: int, num_heads: int = 8, theta_init: Start = "identity", **kwargs):
         super().__init__(dim, num_heads, **kwargs)
         self.mix_logits = HeadMix(num_heads, bias=False, init=theta_init, **self.factory)
         self.mix = HeadMix(num_heads, bias=False, init=theta_init, **self.factory)

@@ -18,7 +18,7 @@ from deepvit.config.signature import ABOVE_ZERO, check_arguments, check_ranges, 
 from deepvit.errors import UserError, choose, did_you_mean
 from deepvit.models.attention import ATTENTIONS
 from deepvit.models.stem import pair, plain, stem_of
-from deepvit.models.vit import ViT, pool_of
+from deepvit.models.vit import PLAIN, ViT, pool_of
 
 MODELS = CONF / "model"
 
@@ -80,7 +80,7 @@ def check_model(config: Mapping[str, Any], where: str = "") -> None:
     check_ranges(known, RANGES, where)
     stem, options = stem_of(known.get("stem", "patch"))
     _check_options(stem, options, f"{prefix}stem", ("img_size", "patch_size", "in_chans", "embed_dim", "norm_eps"))
-    attention = dict(config.get("attention") or {"class": "SelfAttention"})
+    attention = dict(config.get("attention") or PLAIN)
     attention.pop("name", None)
     cls = choose(f"{prefix}attention.class", str(attention.pop("class", None)), ATTENTIONS)
     _check_options(cls, attention, f"{prefix}attention", ("dim", "block_index", "depth", "norm_layer", "device",
@@ -95,7 +95,7 @@ def without_effect(config: Mapping[str, Any]) -> list[str]:
              if rule.get(switch) is False and rule.get(name, usual[name].default) != usual[name].default]
     if config["attn_drop_rate"] and "attn_drop" in rule and config["reattention_blocks"] is None:
         found.append(("model.attn_drop_rate", f"{path}.attn_drop={rule['attn_drop']}"))
-    if config["reattention_blocks"] is not None and {**rule, "name": ""} == {"class": "SelfAttention", "name": ""}:
+    if config["reattention_blocks"] is not None and {**rule, "name": ""} == {**PLAIN, "name": ""}:
         found.append(("model.reattention_blocks", "model/attention=self"))
     return [f"{name} has no effect beside {other}." for name, other in found]
 

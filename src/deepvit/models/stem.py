@@ -11,6 +11,7 @@ from deepvit import ops
 from deepvit.errors import UserError, choose
 
 Size = tuple[int, int]
+Pixels = int | Sequence[int]  # one side of a square, or (height, width)
 GROUPS = 32  # of the hybrid's group norms
 
 
@@ -29,8 +30,7 @@ class Stem(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if tuple(x.shape[1:]) != self.input_size:
             wanted = ", ".join(map(str, self.input_size))
-            raise UserError(f"The images have shape {tuple(x.shape)}, the model is built for (batch, {wanted}): "
-                            f"set in_chans or img_size.")
+            raise UserError(f"Images of {tuple(x.shape)} meet a model for (batch, {wanted}): set in_chans or img_size.")
         return self.embed(x)
 
     @property
@@ -51,8 +51,7 @@ class Stem(nn.Module):
         """Pixels per token, the larger side or (height, width)."""
         return max(self.patch_size) if as_scalar else self.patch_size
 
-    def set_input_size(self, img_size: int | Sequence[int] | None = None,
-                       patch_size: int | Sequence[int] | None = None) -> None:
+    def set_input_size(self, img_size: Pixels | None = None, patch_size: Pixels | None = None) -> None:
         """Another image size, another patch size (the kernel of `proj` is resampled), or both."""
         before = self.patch_size
         self._set_sizes(pair(img_size or self.img_size), pair(patch_size or self.patch_size))
@@ -72,8 +71,7 @@ class Stem(nn.Module):
                 raise UserError(f"Patches of {patch_size[0]}x{patch_size[1]} pixels do not tile images of "
                                 f"{img_size[0]}x{img_size[1]}: change img_size or patch_size.")
             if patch % self.stride:
-                raise UserError(f"This stem has a stride of {self.stride} pixels: patch_size {patch_size[0]}x"
-                                f"{patch_size[1]} must be a multiple of it.")
+                raise UserError(f"patch_size={patch} is no multiple of this stem's stride of {self.stride} pixels.")
         self.img_size, self.patch_size = img_size, patch_size
 
 
@@ -96,8 +94,7 @@ class PatchStem(Stem):
         patches = F.unfold(x, self.patch_size, stride=self.patch_size).mT  # [B, N, C*p*p]
         return self.norm_out(F.linear(self.norm_in(patches), self.proj.weight.flatten(1), self.proj.bias))
 
-    def set_input_size(self, img_size: int | Sequence[int] | None = None,
-                       patch_size: int | Sequence[int] | None = None) -> None:
+    def set_input_size(self, img_size: Pixels | None = None, patch_size: Pixels | None = None) -> None:
         if self.norm_in is not None and pair(patch_size or self.patch_size) != self.patch_size:
             raise UserError("patch_norm has weights for every pixel of a patch: patch_size cannot be changed.")
         super().set_input_size(img_size, patch_size)
@@ -231,7 +228,7 @@ def stem_of(stem: str | Mapping[str, Any]) -> tuple[type[Stem], dict[str, Any]]:
     return choose("stem", str(options.pop("name", None)), STEMS), options
 
 
-def pair(size: int | Sequence[int]) -> Size:
+def pair(size: Pixels) -> Size:
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 

@@ -13,8 +13,9 @@ from deepvit.errors import UserError, choose
 from deepvit.models.attention import ATTENTIONS, Attention
 from deepvit.models.blocks import BLOCKS, checkpoint_block, share_among
 from deepvit.models.init import STD, draw_seed, init_weights
-from deepvit.models.stem import PatchStem, pair, plain, stem_of
+from deepvit.models.stem import PatchStem, Pixels, pair, plain, stem_of
 
+PLAIN = {"class": "SelfAttention"}
 POOLS = {
     "cls": lambda tokens: tokens[:, 0],
     "mean": lambda tokens: tokens.mean(1),  # class token included, as vit-pytorch and DeepViT-flax
@@ -48,12 +49,11 @@ class ViT(nn.Module):
                  num_classes: int = 1000, embed_dim: int = 384, depth: int = 12, num_heads: int = 12,
                  head_dim: int | None = None, mlp_ratio: float = 3.0, qkv_bias: bool = True,
                  qk_scale: float | None = None, stem: str | Mapping[str, Any] = "patch",
-                 attention: Mapping[str, Any] | None = None,
-                 reattention_blocks: list[int] | str | None = None, map_scale: float = 1.0,
-                 residual_scale: float = 1.0, drop_rate: float = 0.0, pos_drop_rate: float = 0.0,
-                 attn_drop_rate: float = 0.0, drop_path_rate: float = 0.0, init_values: float | None = None,
-                 pool: Literal["cls", "mean", "avg", ""] = "cls", gelu: Literal["erf", "tanh"] = "erf",
-                 norm_eps: float = 1e-6, patch_norm: bool = False,
+                 attention: Mapping[str, Any] | None = None, reattention_blocks: list[int] | str | None = None,
+                 map_scale: float = 1.0, residual_scale: float = 1.0, drop_rate: float = 0.0,
+                 pos_drop_rate: float = 0.0, attn_drop_rate: float = 0.0, drop_path_rate: float = 0.0,
+                 init_values: float | None = None, pool: Literal["cls", "mean", "avg", ""] = "cls",
+                 gelu: Literal["erf", "tanh"] = "erf", norm_eps: float = 1e-6, patch_norm: bool = False,
                  final_norm: Literal["before_pool", "after_pool"] = "before_pool",
                  representation_size: int | None = None, block: Literal["pre_norm", "deepnorm"] = "pre_norm",
                  feat_scale: bool = False, init_std: float | None = None,
@@ -66,7 +66,7 @@ class ViT(nn.Module):
         self.grad_checkpointing = False
 
         (make_stem, options), make_block = stem_of(stem), choose("block", block, BLOCKS)
-        rule = {"map_scale": map_scale, **(attention or {"class": "SelfAttention"})}
+        rule = {"map_scale": map_scale, **(attention or PLAIN)}
         if rule.get("norm") or "norm_batch" in rule:  # all batch norms take the same images
             options = {**_wanted(make_stem, norm_batch=rule.get("norm_batch")), **options}
         if patch_norm:
@@ -82,8 +82,7 @@ class ViT(nn.Module):
         shared = dict(num_heads=num_heads, head_dim=head_dim, qkv_bias=qkv_bias, qk_scale=qk_scale,
                       attn_drop=attn_drop_rate, proj_drop=drop_rate)
         self.blocks = nn.Sequential(*(
-            make_block(embed_dim, _attention(rule if i in chosen else {"class": "SelfAttention"}, embed_dim, shared,
-                                             block_index=i, depth=depth),
+            make_block(embed_dim, _attention(rule if i in chosen else PLAIN, embed_dim, shared, i, depth),
                        mlp_ratio, drop_rate, drop_path_rate * i / max(1, depth - 1), init_values, gelu, norm_eps,
                        residual_scale=residual_scale, feat_scale=feat_scale, depth=depth)
             for i in range(depth)))
@@ -189,8 +188,7 @@ class ViT(nn.Module):
     def _norm_of_tokens(self, x: Tensor) -> Tensor:
         return self.norm(x) if self.final_norm == "before_pool" else x
 
-    def set_input_size(self, img_size: int | Sequence[int] | None = None,
-                       patch_size: int | Sequence[int] | None = None) -> None:
+    def set_input_size(self, img_size: Pixels | None = None, patch_size: Pixels | None = None) -> None:
         """Another image or patch size, in pixels: positions and patch kernel are resampled as timm does it."""
         before = self.grid_size
         self.patch_embed.set_input_size(img_size, patch_size)
@@ -218,8 +216,7 @@ class ViT(nn.Module):
         in eval mode whatever mode the rest is in, so that nothing is dropped and no statistics move."""
         whole = part == "backbone"
         if not whole and not 0 <= part <= len(self.blocks):
-            raise UserError(f"freeze={part} does not fit a model of {len(self.blocks)} blocks: give 0 (the stem alone) "
-                            f"to {len(self.blocks)}, or backbone (all but the head).")
+            raise UserError(f"freeze={part} does not fit: give 0 (the stem alone) to {len(self.blocks)}, or backbone.")
         self._frozen = [self.patch_embed, self.pos_drop, *self.blocks[:None if whole else part],
                         *([self.norm, self.pre_logits] if whole else [])]
         kept = nn.ModuleList(self._frozen)
@@ -269,11 +266,11 @@ def pool_of(global_pool: str) -> str:
     return pool
 
 
-def _attention(rule: Mapping[str, Any], dim: int, shared: Mapping[str, Any], **place: int) -> Attention:
-    """An attention by its rule; its `place` goes to a class with parameters `block_index` or `depth`."""
+def _attention(rule: Mapping[str, Any], dim: int, shared: Mapping[str, Any], block_index: int, depth: int) -> Attention:
+    """An attention by its rule; its place goes to a class with parameters `block_index` or `depth`."""
     options = {name: value for name, value in rule.items() if name not in ("class", "name")}
     cls = choose("attention.class", rule.get("class", ""), ATTENTIONS)
-    return cls(dim, **{**shared, **options, **_wanted(cls, **place)})
+    return cls(dim, **{**shared, **options, **_wanted(cls, block_index=block_index, depth=depth)})
 
 
 def _wanted(cls: type, **offered: Any) -> dict[str, Any]:

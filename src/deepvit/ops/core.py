@@ -164,8 +164,7 @@ centred_mix.register_autograd(_backward, setup_context=_setup)
 
 
 def _second_backward(ctx, *grads):
-    raise UserError("The gradient of re-attention's fast operators can be taken once: for a second derivative use "
-                    "torch.func (grad of grad, hessian), which runs plain operations, or deepvit.ops.reference.")
+    raise UserError("The gradient of re-attention's fast operators can be taken once: use torch.func or ops.reference.")
 
 
 centred_mix_backward.register_autograd(_second_backward)

@@ -93,8 +93,7 @@ def _prepared(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(packed.unbind(0))
 
 
-def forward_launch(q: Tensor, k: Tensor, v: Tensor, mix: Tensor,
-                   scale: float) -> tuple[Launch, tuple[Tensor, Tensor, Tensor]]:
+def forward_launch(q: Tensor, k: Tensor, v: Tensor, mix: Tensor, scale: float) -> tuple[Launch, tuple[Tensor, ...]]:
     """The launch that fills U, lse `[B, H, N]` and each tile's sum of squares."""
     B, H, N, d = q.shape
     options, u = _options("forward", q), tokens_first(q)
@@ -105,8 +104,7 @@ def forward_launch(q: Tensor, k: Tensor, v: Tensor, mix: Tensor,
     return Launch(triton_kernels.forward, grid, arguments, options), (u, lse, sumsq)
 
 
-def centred_mix(q: Tensor, k: Tensor, v: Tensor, mix: Tensor, scale: float,
-                statistics: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def centred_mix(q: Tensor, k: Tensor, v: Tensor, mix: Tensor, scale: float, statistics: bool) -> tuple[Tensor, ...]:
     """`reference.centred_mix` for q, k, v of float32 or half precision, and the rows' log2-sum-exp2 `[B, H, N]`."""
     launch, (u, lse, sumsq) = forward_launch(q, k, v, mix, scale)
     launch.run()
