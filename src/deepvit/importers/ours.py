@@ -28,11 +28,13 @@ ORIGIN = ("classes", "class_names", "run")  # of the head, from the file that it
 
 
 def save_model(model: nn.Module, path: str | Path, classes: Sequence[str] | None = None) -> None:
-    """Writes a model's weights with its settings; `deepvit.load_model(path)` reads the same model back. The model is one
-    of `deepvit.create_model` or `timm.create_model`, also within DistributedDataParallel or torch.compile; `path` is
-    `*.safetensors` (settings in the metadata), `*.pt` or `*.pth`, and an existing file is replaced whole; `classes` are
-    names in the order of the logits (default: those that came with the head from a file). Raises UserError for another
-    kind of model, one whose layers were changed by hand, or a path that cannot be written."""
+    """Writes a model's weights with its settings; `deepvit.load_model(path)` reads the same model back.
+
+    The model is one of `deepvit.create_model` or `timm.create_model`, also within DistributedDataParallel or
+    torch.compile; `path` is `*.safetensors` (settings in the metadata), `*.pt` or `*.pth`, and an existing file is
+    replaced whole; `classes` are names in the order of the logits (default: those that came with the head from a file).
+    Raises UserError for another kind of model, one whose layers were changed by hand, or a path that cannot be written.
+    """
     write(Path(path), described(unwrap_model(model), classes))
 
 

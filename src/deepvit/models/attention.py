@@ -61,10 +61,7 @@ class Attention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
         self._leader: tuple[Attention, ...] = ()  # in a tuple, so that it is no submodule
 
-    @property
-    def source(self) -> "Attention":
-        """Whose input makes the maps: this module, or the leader that it follows."""
-        return self._leader[0] if self._leader else self
+    source = property(lambda self: self._leader[0] if self._leader else self)  # whose input makes the maps
 
     def follow(self, leader: "Attention") -> None:
         """From now on q and k are `leader`'s, handed to `forward`. UserError if either has maps other than softmax."""

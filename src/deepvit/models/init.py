@@ -35,8 +35,7 @@ def init_weights(model: nn.Module, seed: int | None = None, std: float = STD, mi
     |------------------------------------|-------------------------------------------------------------------|
     | Linear weight                      | normal, `std`                                                     |
     | pos_embed, cls_token               | normal, std 0.02                                                  |
-    | Linear bias                        | 0                                                                 |
-    | LayerNorm, BatchNorm               | weight 1, bias 0                                                  |
+    | Linear bias; norm weight, bias     | 0; 1, 0                                                           |
     | convolutions of the stem           | PyTorch's default: uniform, +-1/sqrt(fan-in)                      |
     | Theta (`HeadMix`)                  | U(+-1/sqrt(H)), weight and bias, or as `theta_init` says          |
     | LayerScale                         | `init_values`                                                     |

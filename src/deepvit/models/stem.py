@@ -33,19 +33,13 @@ class Stem(nn.Module):
             raise UserError(f"Images of {tuple(x.shape)} meet a model for (batch, {wanted}): set in_chans or img_size.")
         return self.embed(x)
 
-    @property
-    def input_size(self) -> tuple[int, int, int]:
-        """(channels, height, width)."""
-        return self.in_chans, *self.img_size
+    input_size = property(lambda self: (self.in_chans, *self.img_size))  # (channels, height, width)
+    num_patches = property(lambda self: self.grid_size[0] * self.grid_size[1])
 
     @property
     def grid_size(self) -> Size:
         """(rows, columns) of patches."""
         return self.img_size[0] // self.patch_size[0], self.img_size[1] // self.patch_size[1]
-
-    @property
-    def num_patches(self) -> int:
-        return self.grid_size[0] * self.grid_size[1]
 
     def feat_ratio(self, as_scalar: bool = True) -> int | Size:
         """Pixels per token, the larger side or (height, width)."""

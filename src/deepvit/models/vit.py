@@ -38,12 +38,8 @@ class ViT(nn.Module):
     patch_size = property(lambda self: self.patch_embed.patch_size)
     grid_size = property(lambda self: self.patch_embed.grid_size)  # (rows, columns) of patches
     input_size = property(lambda self: self.patch_embed.input_size)  # (channels, height, width)
+    global_pool = property(lambda self: {"cls": "token"}.get(self.pool, self.pool))  # timm's name for `pool`
     num_prefix_tokens = 1
-
-    @property
-    def global_pool(self) -> str:
-        """timm's name for `pool`."""
-        return {"cls": "token"}.get(self.pool, self.pool)
 
     def __init__(self, img_size: int | tuple[int, int] = 224, patch_size: int | tuple[int, int] = 16, in_chans: int = 3,
                  num_classes: int = 1000, embed_dim: int = 384, depth: int = 12, num_heads: int = 12,

@@ -174,13 +174,11 @@ centred_mix_backward.register_autograd(_second_backward)
 
 @register_flop_formula(torch.ops.deepvit.centred_mix)
 def _flops(q, k, v, mix, *_, **__) -> int:
-    """`q k^T`, the mix over heads, maps times v."""
     B, H, N, d = q
-    return 2 * B * H * N * N * (2 * d + H)
+    return 2 * B * H * N * N * (2 * d + H)  # `q k^T` and maps times v, the mix over heads
 
 
 @register_flop_formula(torch.ops.deepvit.centred_mix_backward)
 def _flops_backward(du, dsumsq, dtotal, q, *_, **__) -> int:
-    """`q k^T` and the mix again; then two products each for q k^T, the mix and maps times v."""
     B, H, N, d = q
-    return 2 * B * H * N * N * (5 * d + 3 * H)
+    return 2 * B * H * N * N * (5 * d + 3 * H)  # `q k^T` and the mix again, then two products for each of the three

@@ -26,9 +26,7 @@ TILE_BYTES = 400_000  # of one maps buffer of one thread; three are alive in bac
 class Sizes(ctypes.Structure):
     _fields_ = [(name, ctypes.c_long) for name in "B H N D sb sh sn rows chunk".split()] + [("scale", ctypes.c_float)]
 
-    @property
-    def chunks(self) -> int:
-        return ceil(self.N / self.chunk)
+    chunks = property(lambda self: ceil(self.N / self.chunk))
 
 
 def _processor() -> list[str]:

@@ -101,10 +101,8 @@ def centred_mix(q: Tensor, k: Tensor, v: Tensor, mix: Tensor, scale: float, stat
 
 def centred_mix_backward(du: Tensor, dsumsq: Tensor, dtotal: Tensor, q: Tensor, k: Tensor, v: Tensor, mix: Tensor,
                          scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v (laid out `[B, N, H, d]`) and mix, from those of the three results of `centred_mix`.
-
-    `dM = dU v^T + 2 dsumsq M`, `dmix = sum dM C^T`, `dA = mix^T dM`, then softmax's backward, which forgets constants.
-    """
+    """Gradients of q, k, v (laid out `[B, N, H, d]`) and mix, from those of the three results of `centred_mix`:
+    `dM = dU v^T + 2 dsumsq M`, `dmix = sum dM C^T`, `dA = mix^T dM`, then softmax's backward (constants vanish)."""
     B, H, N, d = q.shape
     dtype = mix.dtype
     dq, dk, dv = (tokens_first(x) for x in (q, k, v))  # [B, H, N, d]
