@@ -138,8 +138,8 @@ def _infer_named(source: Source) -> dict[str, Any]:
 def _check_given(source: Source, given: Mapping[str, Any]) -> dict[str, Any]:
     """Nothing to infer; refuses to guess unless the caller gave what the tensors leave open."""
     if not given.keys() - (source.settings.keys() - {"attention", "depth"}) - {"img_size", "num_classes"}:
-        raise Untold(f"{source} holds our names without settings: give arch=NAME (such as deepvit16) or the settings "
-                     f"(attention=..., map_scale=...), or load it into a model you have with load_weights.")
+        raise Untold(f"{source} holds our names without settings ('config'): give arch=NAME (such as deepvit16) or "
+                     f"settings (attention=..., map_scale=...), or load it into a model you have with load_weights.")
     return {}
 
 
