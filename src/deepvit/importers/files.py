@@ -148,7 +148,7 @@ def _load_plain(path: Path) -> Any:
                               mmap=is_zip and str(path).isprintable())  # it maps no file whose name is not UTF-8
     except Exception as error:  # a torn pickle may raise anything
         why = "" if isinstance(error, pickle.UnpicklingError) else f" ({reason(error)})"  # torch's essay
-        raise UserError(f"{path} is torn or holds Python objects (none was run){why}: get it again, or save its "
+        raise UserError(f"{path} is torn or holds Python objects (nothing was run){why}: get it again, or save its "
                         f"state_dict alone with torch.save.") from None
 
 
