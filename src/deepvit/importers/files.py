@@ -227,7 +227,7 @@ def _npy_shape(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> S
     if dtype.kind not in "fiub":
         raise UserError(f"{path} holds '{info.filename}' of type {dtype}, not an array of numbers: it is refused.")
     if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != held:
-        raise UserError(f"{path} has '{info.filename}' of {shape}, that does not match its {held} bytes: get it again.")
+        raise UserError(f"{path}: '{info.filename}' of {shape} does not match its {held} bytes: get it again.")
     return Size(shape)
 
 

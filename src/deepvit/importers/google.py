@@ -77,7 +77,7 @@ def _is_npz(file: WeightsFile) -> bool:
 
 
 def _infer_google(source: Source, given: Mapping[str, Any]) -> dict[str, Any]:
-    source.report.notes.append("taken as Google's (tanh GELU, pre_logits applied); dialect='vit_pytorch' is the other")
+    source.report.notes.append("taken as Google's (tanh GELU, pre_logits applied); or give dialect='vit_pytorch'")
     return _infer_both(source, "google") | {"gelu": "tanh"}
 
 

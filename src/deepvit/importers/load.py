@@ -143,7 +143,7 @@ def _settings(source: Source, given: Mapping[str, Any], grid_size: Sequence[int]
     shaped, inferred = source.settings, source.dialect.infer(source, given)
     config = model_config("vit") | {"num_heads": None} | shaped | inferred | dict(given)
     if config["num_heads"] is None:
-        raise Untold(f"{source} does not tell its heads: give num_heads=..., or arch=NAME of a known model.")
+        raise Untold(f"{source} does not tell its number of heads: give num_heads=..., or arch=NAME of a known model.")
     if shaped["stem"] == "conv" and not {"residual_scale", "map_scale"} <= {**inferred, **given}.keys():
         raise Untold(f"{source} does not tell residual_scale and map_scale: give them (published: 0.5 and, in L, 1.0, "
                      f"in S head_dim**-0.5), or arch=NAME (such as deepvit_s).")
@@ -279,5 +279,5 @@ def _read(source: Source, step: Step) -> Tensor:
     if tensor.dtype not in FLOATS:
         raise UserError(f"{source} holds '{name}' as {tensor.dtype}: give floating point of 16 to 64 bits.")
     if not tensor.isfinite().all():
-        raise UserError(f"{source} holds NaN or infinity in '{name}': take a checkpoint of before.")
+        raise UserError(f"{source} holds NaN or infinity in '{name}': take an earlier checkpoint.")
     return tensor

@@ -40,7 +40,7 @@ def _infer(source: Source, given: Mapping[str, Any]) -> dict[str, Any]:
 
 @cache
 def named_model(arch: str) -> VisionTransformer | None:
-    """timm's model of that name, without storage; None if it is not a plain ViT, of which alone models are built."""
+    """timm's model of that name, without storage; None if it is not a plain ViT: no other model is built."""
     name = arch.partition(".")[0]
     if not re.match(r"(vit|deit|deit3)_\w+_patch", name) or not is_model(name):
         return None

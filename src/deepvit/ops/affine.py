@@ -72,7 +72,7 @@ def batch_gain(sumsq: Tensor, tokens: int, mean: Tensor, norm: HeadNorm, norm_ba
 
 
 class _AffineInPlace(torch.autograd.Function):
-    """`gain_h U_h + shift_h total_h` over U; keeps the output, as the next layer does, or U where that does not do."""
+    """`gain_h U_h + shift_h total_h` written over U; saves its output, as the next layer does, or a copy of U."""
 
     @staticmethod
     def forward(ctx, u: Tensor, gain: Tensor, total: Tensor, shift: Tensor) -> Tensor:
