@@ -212,7 +212,7 @@ def test_safetensors_whose_length_begins_like_a_pickle(tmp_path, length):
     content = save_safetensors({"a": torch.ones(1)}, {"pad": "x" * (length - bare)})
     assert content[0] == 0x80 and struct.unpack("<Q", content[:8])[0] == length
     (tmp_path / "a.safetensors").write_bytes(content)
-    assert open_weights(tmp_path / "a.safetensors").kind == "safetensors"
+    assert open_weights(tmp_path / "a.safetensors").read("a").tolist() == [1]
 
 
 def test_safetensors_with_a_huge_header(tmp_path):

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import deepvit
 from deepvit.errors import UserError
 from deepvit.models import build_model
-from deepvit.models.cost import count_flops
+from deepvit.models.registry import count_flops
 from deepvit.ops import reattention, reference
 
 SMALL = {"img_size": (16, 32), "patch_size": 8, "embed_dim": 24, "depth": 4, "num_heads": 4, "num_classes": 5}

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 import deepvit
 from deepvit.errors import UserError
-from deepvit.models.cosine_reg import cosine_regularisation, record_maps
+from deepvit.models.blocks import cosine_regularisation, record_maps
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 4, "num_heads": 4, "num_classes": 5}
 
@@ -25,7 +25,7 @@ def soft_target_loss(logits, target):
 def regularised(model, x, target, pairs):
     with record_maps(model, first=pairs + 1) as maps:
         logits = model(x)
-    return soft_target_loss(logits, target) + 0.1 * cosine_regularisation(maps, pairs)
+    return soft_target_loss(logits, target) + 0.1 * cosine_regularisation(maps)
 
 
 @pytest.fixture
@@ -57,11 +57,8 @@ def test_value_by_loops():
                 for j in range(4):
                     u, v = p[b, :, i, j].double(), q[b, :, i, j].double()
                     total += float(u @ v / (u.norm() * v.norm())) / 32
-    assert cosine_regularisation(maps, 2).item() == pytest.approx(total / 2, abs=1e-6)
-    assert cosine_regularisation([maps[0], maps[0] * -2], 1).item() == pytest.approx(-1, abs=1e-5)
-    for pairs in (0, 3):
-        with pytest.raises(UserError, match="needs the maps"):
-            cosine_regularisation(maps, pairs)
+    assert cosine_regularisation(maps).item() == pytest.approx(total / 2, abs=1e-6)
+    assert cosine_regularisation([maps[0], maps[0] * -2]).item() == pytest.approx(-1, abs=1e-5)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

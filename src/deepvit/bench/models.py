@@ -11,7 +11,7 @@ from deepvit.bench.timing import apart, ceilings, fitting, interleaved, left_out
 from deepvit.engine.device import kept_storages, peak_bytes, reset_peak
 from deepvit.errors import reason
 from deepvit.models import ReAttention, create_model
-from deepvit.models.cost import forward_flops
+from deepvit.models.registry import forward_flops
 from deepvit.ops import reference
 
 BASE, OURS = "timm ViT, fused attention", "deepvit, re-attention"

@@ -34,7 +34,7 @@ from deepvit.engine.device import usable_cores
 from deepvit.engine.progress import clock
 from deepvit.engine.signals import StopRequest, handled_signals, stop_requests
 from deepvit.errors import DONE, FAILED, STOPPED, UserError
-from deepvit.models.cost import count_parameters
+from deepvit.models.registry import count_parameters
 from deepvit.models.registry import build_model
 from deepvit.run import evaluate, train  # noqa: F401
 from deepvit.run.console import say

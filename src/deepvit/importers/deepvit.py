@@ -11,14 +11,11 @@ from deepvit.importers.timm import BLOCK, FRAME, bicubic
 from deepvit.models import ViT, build_model, model_config
 
 CONV1X1 = Rule(lambda kernel: kernel[:, :, 0, 0], lambda theta: theta[:, :, None, None])  # [H, H, 1, 1] <-> [H, H]
-BATCH_NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-CONV_STEM = [f"patch_embed.{name}" for name in ("conv1.weight", "conv2.weight")] + [
-    f"patch_embed.{norm}.{name}" for norm in ("bn1", "bn2") for name in BATCH_NORM]
 ROWS = [
-    *FRAME, *BLOCK, *(Row(name, name) for name in CONV_STEM),
+    *FRAME, *BLOCK, *(Row(name, name) for name in ("patch_embed.conv{l}.weight", "patch_embed.bn{l}.{n}")),
     Row("blocks.{l}.attn.reatten_matrix.weight", "blocks.{l}.attn.mix.weight", CONV1X1),
     Row("blocks.{l}.attn.reatten_matrix.bias", "blocks.{l}.attn.mix.bias"),
-    *(Row(f"blocks.{{l}}.attn.var_norm.{name}", f"blocks.{{l}}.attn.norm.{name}") for name in BATCH_NORM),
+    Row("blocks.{l}.attn.var_norm.{n}", "blocks.{l}.attn.norm.{n}"),
 ]
 
 # `arch` in a published checkpoint -> the model of conf/model
@@ -30,8 +27,7 @@ SHAPED = ("embed_dim", "depth", "stem", "patch_size")  # what must agree for a f
 
 
 def is_named(name: str, model: ViT) -> bool:
-    """Whether the named model of conf/model, made for as many classes, loads the weights strictly and computes the
-    same."""
+    """Whether the named model, made for as many classes, loads the weights strictly and computes the same."""
     if _differences(name, model.config):
         return False
     with torch.device("meta"):
@@ -59,8 +55,7 @@ def _matches(file: WeightsFile) -> bool:
 
 
 def _infer(source: Source, given: Mapping[str, Any]) -> dict[str, Any]:
-    """H without a mix, residual and map scale: by `arch`, else by the named model of these shapes, else those that all
-    published models of a patch stem have."""
+    """H and scales: by `arch`, else by the named model of these shapes, else as all published patch stems have them."""
     arch, shaped = source.file.said.get("arch"), source.settings
     named = ARCHS.get(arch) or next((name for name in NAMED if not _differences(name, shaped)), None)
     settings = {"norm_eps": 1e-6, "gelu": "erf"}
@@ -68,9 +63,8 @@ def _infer(source: Source, given: Mapping[str, Any]) -> dict[str, Any]:
         return settings | ({"residual_scale": 1.0, "map_scale": 1.0} if shaped["stem"] == "patch" else {})
     model = model_config(named)
     if differences := _differences(named, shaped):
-        source.report.notes.append(
-            f"its arch '{arch}' has " + ", ".join(f"{key} {model[key]}" for key in differences) + "; the tensors have "
-            + ", ".join(f"{key} {shaped.get(key)}" for key in differences) + ", and they are what is built")
+        said, held = (", ".join(f"{key} {one[key]}" for key in differences) for one in (model, shaped))
+        source.report.notes.append(f"its arch '{arch}' has {said}; the tensors have {held}, and they are what is built")
     elif arch in ARCHS:
         settings["img_size"] = model["img_size"]
     known = shaped.get("num_heads") or (model["num_heads"] if arch in ARCHS else None)

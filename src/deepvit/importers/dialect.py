@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,8 +14,6 @@ from torch import Size, Tensor, nn
 from deepvit.errors import UserError
 from deepvit.importers.files import WeightsFile
 from deepvit.importers.settings import Grid
-
-NUMBER, ANYTHING = r"(?:0|[1-9]\d{0,5})", ".+"
 
 
 class Rule(NamedTuple):
@@ -36,6 +35,9 @@ class Row(NamedTuple):
     ours: str | None  # None: dropped, and `why`
     rule: Rule = COPY
     why: str = ""
+
+    names = property(lambda self: (self.foreign,) if isinstance(self.foreign, str) else self.foreign)
+    first = property(lambda self: self.names[0])
 
 
 def both(foreign: str, ours: str | None = None, rule: Rule = COPY) -> list[Row]:
@@ -61,18 +63,16 @@ class Step(NamedTuple):
 
 
 def translate(rows: Sequence[Row], shapes: Mapping[str, Size], source: str) -> tuple[dict[str, Step], dict[str, str]]:
-    """A table applied to a file's names and shapes: our names with the steps to them; and the names that are dropped,
-    with the reason. No tensor is read; `source` names file and dialect in messages. Raises UserError for names left
-    over, a missing part, two names for one parameter, or a shape that no rule fits."""
-    patterns = [(_names(row)[0], row) for row in rows]
+    """A table applied to a file's names and shapes: our names with the steps to them, and the dropped ones with the
+    reason. UserError, with `source` in it: names left over, a missing part, two for one parameter, a wrong shape."""
     steps: dict[str, Step] = {}
     dropped: dict[str, str] = {}
     left = set(shapes)
     for name in shapes:
-        row, numbers = _match(patterns, name)
+        row, numbers = _match(rows, name, attrgetter("first"))
         if row is None:
             continue
-        names = tuple(part.format(**numbers) for part in _names(row))
+        names = tuple(part.format(**numbers) for part in row.names)
         if absent := [part for part in names if part not in shapes]:
             raise UserError(f"{source} lacks '{absent[0]}', which goes with '{name}'.")
         left.difference_update(names)
@@ -85,50 +85,39 @@ def translate(rows: Sequence[Row], shapes: Mapping[str, Size], source: str) -> t
         steps[ours] = Step(names, row.rule, _shape(names, row.rule, shapes, source))
     if left:
         names = _listed(f"'{name[:80]}'" for name in sorted(left))
-        raise UserError(f"{source} holds {names}, which have no place in our models: it is of another kind of "
-                        f"model, or of another dialect.")
+        raise UserError(f"{source} holds {names}, which have no place in our models: give another file or dialect.")
     return steps, dropped
 
 
 def foreign_name(rows: Iterable[Row], ours: str) -> str:
     """The dialect's name for one of our parameters, or ours if it has none."""
-    row, numbers = _match_ours(rows, ours)
-    return _names(row)[0].format(**numbers) if row else ours
+    row, numbers = _match(rows, ours, attrgetter("ours"))
+    return row.first.format(**numbers) if row else ours
 
 
 def write(rows: Iterable[Row], state: Mapping[str, Tensor], dialect: str) -> dict[str, Tensor]:
-    """Our state dict in a dialect's names: the table read backwards. Raises UserError for a parameter that the dialect
-    has no name for."""
+    """Our state dict in a dialect's names. Raises UserError for a parameter that the dialect has no name for."""
     written: dict[str, Tensor] = {}
     for ours, tensor in state.items():
-        row, numbers = _match_ours(rows, ours)
+        row, numbers = _match(rows, ours, attrgetter("ours"))
         if row is None:
-            raise UserError(f"The dialect '{dialect}' has no place for '{ours}': export to another one, "
-                            f"such as safetensors.")
+            raise UserError(f"The dialect '{dialect}' has no place for '{ours}': export to safetensors.")
         written[row.foreign.format(**numbers)] = row.rule.foreign(tensor).contiguous()
     return written
 
 
-def _names(row: Row) -> tuple[str, ...]:
-    return (row.foreign,) if isinstance(row.foreign, str) else row.foreign
-
-
-def _match_ours(rows: Iterable[Row], name: str) -> tuple[Row | None, dict[str, str]]:
-    return _match(((row.ours, row) for row in rows if row.ours is not None), name)
-
-
-def _match(patterns: Iterable[tuple[str, Row]], name: str) -> tuple[Row | None, dict[str, str]]:
-    """The first row whose pattern the name fits, and the numbers in the name."""
-    for pattern, row in patterns:
-        if found := _regex(pattern).fullmatch(name):
+def _match(rows: Iterable[Row], name: str, side: Callable[[Row], str | None]) -> tuple[Row | None, dict[str, str]]:
+    """The first row whose pattern on one side the name fits, and the numbers in the name."""
+    for row in rows:
+        if (pattern := side(row)) and (found := _regex(pattern).fullmatch(name)):
             return row, found.groupdict()
     return None, {}
 
 
 @cache
 def _regex(pattern: str) -> re.Pattern:
-    parts = re.split(r"\{(\w)\}", pattern)  # text, placeholder, text, ...
-    return re.compile("".join(f"(?P<{part}>{ANYTHING if part == 'n' else NUMBER})" if i % 2 else re.escape(part)
+    number, parts = r"(?:0|[1-9]\d{0,5})", re.split(r"\{(\w)\}", pattern)  # text, placeholder, text, ...
+    return re.compile("".join(f"(?P<{part}>{'.+' if part == 'n' else number})" if i % 2 else re.escape(part)
                               for i, part in enumerate(parts)))
 
 
@@ -171,20 +160,13 @@ class Report:
 
 
 class Dialect(NamedTuple):
-    """
-    matches: whether a file is in this dialect, by its metadata or names.
-    rows: the table, given the file and the caller's keywords (some layouts need `in_chans`).
-    infer: the settings that shapes do not decide, given the caller's keywords; `img_size` only if the file records
-        it. Remarks go into the source's report.
-    resize: (positions `[1, 1 + N, D]`, their grid, the model's grid) -> positions of the model's images.
-    square_only: its models take square images only.
-    """
+    """An implementation's layout. Its functions are given the caller's keywords beside the file."""
 
     name: str
-    matches: Callable[[WeightsFile], bool]
+    matches: Callable[[WeightsFile], bool]  # by metadata or names
     rows: Callable[[WeightsFile, Mapping[str, Any]], Sequence[Row]]
-    infer: Callable[["Source", Mapping[str, Any]], dict[str, Any]]
-    resize: Callable[[Tensor, Grid, Grid], Tensor]
+    infer: Callable[["Source", Mapping[str, Any]], dict[str, Any]]  # the settings that shapes do not decide
+    resize: Callable[[Tensor, Grid, Grid], Tensor]  # positions `[1, 1 + N, D]`, their grid, the model's grid
     square_only: bool = False
 
 

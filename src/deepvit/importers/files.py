@@ -4,7 +4,6 @@ import argparse
 import json
 import math
 import pickle
-import pickletools
 import re
 import warnings
 import zipfile
@@ -19,7 +18,7 @@ import torch
 from safetensors import safe_open
 from torch import Size, Tensor
 
-from deepvit.errors import UserError, reason
+from deepvit.errors import UserError, choose, reason
 from deepvit.importers.locate import find_checkpoint, hub_metadata
 
 # Where trainers keep the weights in a checkpoint
@@ -28,10 +27,8 @@ RAW, EMA = ("state_dict", "model", "model_state_dict", "net"), ("state_dict_ema"
 WRAPPERS = re.compile(r"(?:(?:module|_orig_mod|model|net)\.|params/)*")
 
 FREE_BYTES, MAX_RATIO = 2**30, 20  # an .npz may unpack to 1 GiB, or to 20 times its size: weights hardly compress
-FLAX_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32,
-               "float64": torch.float64, "int32": torch.int32, "int64": torch.int64}
+FLAX_DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64", "int32", "int64")}
 FLAX_ARRAYS = (1, 3)  # flax's ext types of an array and a scalar; both hold (shape, dtype name, bytes)
-MAX_NESTING = 32
 MAX_LIST = 8  # of flax's lists, such as a shape; msgpack reserves what a length announces
 
 
@@ -41,7 +38,6 @@ class WeightsFile:
     `said` is its metadata: `arch`, `model_args`, `config`, `classes`, `format`, ..."""
 
     path: Path
-    kind: str  # torch | safetensors | npz | msgpack
     shapes: dict[str, Size]
     read: Callable[[str], Tensor]
     said: dict[str, Any] = field(default_factory=dict)
@@ -71,10 +67,8 @@ def open_weights(path: str | Path, ema: bool = False) -> WeightsFile:
 def takes_average(path: str | Path, weights: str = "auto") -> bool:
     """Whether to load averaged weights (`ema` of `load_model`): `weights` is `ema`, `raw`, or `auto`, the average if
     the file has one (no for a file that cannot be opened at all)."""
-    if weights not in ("auto", "ema", "raw"):
-        raise UserError(f"weights={weights} is not known: choose from auto, ema, raw.")
-    if weights != "auto":
-        return weights == "ema"
+    if (asked := choose("weights", weights, {"auto": None, "ema": True, "raw": False})) is not None:
+        return asked
     path = find_checkpoint(path)[0]
     try:
         open_weights(path, ema=True)
@@ -112,7 +106,7 @@ def _refuse_torn(path: Path, kind: str) -> Iterator[None]:
         raise UserError(f"{path} is torn or no {kind} file ({reason(error)}): get it again.") from None
 
 
-def _unwrapped(path: Path, kind: str, shapes: Mapping[str, Size], read: Callable[[str], Tensor],
+def _unwrapped(path: Path, shapes: Mapping[str, Size], read: Callable[[str], Tensor],
                said: dict[str, Any] | None = None) -> WeightsFile:
     """The file under names without the wrappers' prefixes."""
     original: dict[str, str] = {}
@@ -121,7 +115,7 @@ def _unwrapped(path: Path, kind: str, shapes: Mapping[str, Size], read: Callable
         if bare in original:
             raise UserError(f"{path} holds '{bare}' twice, with and without a wrapper's prefix: save one state dict.")
         original[bare] = name
-    return WeightsFile(path, kind, {bare: shapes[name] for bare, name in original.items()},
+    return WeightsFile(path, {bare: shapes[name] for bare, name in original.items()},
                        lambda bare: read(original[bare]), said or {})
 
 
@@ -131,17 +125,15 @@ def _open_torch(path: Path, ema: bool) -> WeightsFile:
     content = _load_plain(path)
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__} instead of weights by name: give a state dict.")
-    averaged = next((key for key in EMA if isinstance(content.get(key), Mapping)), None)
-    raw = next((key for key in RAW if isinstance(content.get(key), Mapping)), None)
+    raw, averaged = (next((content[key] for key in keys if isinstance(content.get(key), Mapping)), None)
+                     for keys in (RAW, EMA))
     if averaged and not raw and not ema:
         raise UserError(f"{path} holds EMA weights only: take them with weights=ema (in Python: ema=True).")
-    holder = averaged if ema and averaged else raw
-    tensors = content[holder] if holder else content
-    size = path.stat().st_size
+    tensors = averaged if ema and averaged is not None else content if raw is None else raw
     for name, tensor in tensors.items():
-        _check_tensor(path, name, tensor, size)
-    opened = _unwrapped(path, "torch", {name: tensor.shape for name, tensor in tensors.items()}, tensors.__getitem__,
-                        _metadata(content) if holder else {})
+        _check_tensor(path, name, tensor)
+    opened = _unwrapped(path, {name: tensor.shape for name, tensor in tensors.items()}, tensors.__getitem__,
+                        {} if tensors is content else _metadata(content))
     opened.has_ema = averaged is not None
     return opened
 
@@ -155,32 +147,18 @@ def _load_plain(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True,
                               mmap=is_zip and str(path).isprintable())  # it maps no file whose name is not UTF-8
     except Exception as error:  # a torn pickle may raise anything
-        if "nsupported" in str(error) and "GLOBAL" in str(error) or not is_zip and _pickles_objects(path):
-            raise UserError(f"{path} holds Python objects besides tensors and plain values; nothing of it was run, "
-                            f"and it is refused: save its state_dict alone, with torch.save.") from None
         why = "" if isinstance(error, pickle.UnpicklingError) else f" ({reason(error)})"  # torch's essay
-        raise UserError(f"{path} is torn or no PyTorch file{why}: get it again.") from None
+        raise UserError(f"{path} is torn or holds Python objects (nothing was run){why}: get it again, or save its "
+                        f"state_dict alone with torch.save.") from None
 
 
-def _pickles_objects(path: Path) -> bool:
-    """Whether the file's first pickle names a class or function: read opcode by opcode, nothing is run."""
-    try:
-        with path.open("rb") as file:
-            return any(opcode.name in ("GLOBAL", "STACK_GLOBAL", "INST") for opcode, *_ in pickletools.genops(file))
-    except Exception:  # a torn pickle may raise anything
-        return False
-
-
-def _check_tensor(path: Path, name: Any, tensor: Any, size: int) -> None:
+def _check_tensor(path: Path, name: Any, tensor: Any) -> None:
     if not isinstance(name, str) or not isinstance(tensor, Tensor):
-        raise UserError(f"{path} holds a {type(tensor).__name__} at '{str(name)[:80]}' where a tensor is expected: "
-                        f"give a state dict or a checkpoint that has one.")
+        raise UserError(f"{path} holds a {type(tensor).__name__} at '{str(name)[:80]}', no tensor: give a state dict.")
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
-        raise UserError(f"{path} holds '{name}' in a form that cannot be read ({tensor.layout}, {tensor.dtype}): "
-                        f"save it as a plain tensor.")
-    if tensor.numel() * tensor.element_size() > size:
-        raise UserError(f"{path} claims a tensor '{name}' of {tuple(tensor.shape)}, more than the file holds: "
-                        f"it is torn or forged, get it again.")
+        raise UserError(f"{path} holds '{name}' as {tensor.layout}, {tensor.dtype}: save it as a plain tensor.")
+    if tensor.numel() * tensor.element_size() > path.stat().st_size:
+        raise UserError(f"{path} claims '{name}' of {tuple(tensor.shape)}, more than the file holds: get it again.")
 
 
 def _metadata(content: Mapping) -> dict[str, Any]:
@@ -209,7 +187,7 @@ def _open_safetensors(path: Path, ema: bool) -> WeightsFile:
         with _refuse_torn(path, "safetensors"):
             return handle.get_tensor(name)
 
-    return _unwrapped(path, "safetensors", shapes, read, said)
+    return _unwrapped(path, shapes, read, said)
 
 
 # numpy's .npz, sizes checked against the archive before anything is allocated
@@ -229,8 +207,7 @@ def _open_npz(path: Path, ema: bool) -> WeightsFile:
         entries = [info for info in archive.infolist() if info.filename.endswith(".npy")]
         unpacked = sum(info.file_size for info in entries)
         if unpacked > max(FREE_BYTES, MAX_RATIO * path.stat().st_size):
-            raise UserError(f"{path} would unpack to {unpacked / 2**20:,.0f} MiB, far more than weights of its "
-                            f"size could: it is refused.")
+            raise UserError(f"{path} would unpack to {unpacked / 2**20:,.0f} MiB, as no weights would: get it again.")
         shapes = {info.filename.removesuffix(".npy"): _npy_shape(path, archive, info) for info in entries}
 
     def read(name: str) -> Tensor:
@@ -238,7 +215,7 @@ def _open_npz(path: Path, ema: bool) -> WeightsFile:
             array = np.lib.format.read_array(stream, allow_pickle=False)
             return torch.from_numpy(np.asarray(array, array.dtype.newbyteorder("=")))
 
-    return _unwrapped(path, "npz", shapes, read)
+    return _unwrapped(path, shapes, read)
 
 
 def _npy_shape(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Size:
@@ -250,8 +227,7 @@ def _npy_shape(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> S
     if dtype.kind not in "fiub":
         raise UserError(f"{path} holds '{info.filename}' of type {dtype}, not an array of numbers: it is refused.")
     if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != held:
-        raise UserError(f"{path} claims an array '{info.filename}' of {shape} that does not match its {held} "
-                        f"bytes: it is torn or forged, get it again.")
+        raise UserError(f"{path}: '{info.filename}' of {shape} does not match its {held} bytes: get it again.")
     return Size(shape)
 
 
@@ -272,7 +248,7 @@ def _open_msgpack(path: Path, ema: bool) -> WeightsFile:
     with _refuse_torn(path, "flax msgpack"):
         tree = unpackb(path.read_bytes(), ext_hook=array, object_pairs_hook=_flax_branch, max_array_len=MAX_LIST)
         tensors = dict(_flax_leaves(tree))
-    return _unwrapped(path, "msgpack", {name: tensor.shape for name, tensor in tensors.items()}, tensors.__getitem__)
+    return _unwrapped(path, {name: tensor.shape for name, tensor in tensors.items()}, tensors.__getitem__)
 
 
 def _flax_branch(pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
@@ -284,19 +260,17 @@ def _flax_branch(pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
 
 def _flax_array(parts: Any) -> Tensor:
     shape, dtype, content = parts
-    if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape) or dtype not in FLAX_DTYPES \
-            or not isinstance(content, bytes) or math.prod(shape) * FLAX_DTYPES[dtype].itemsize != len(content):
-        raise ValueError(f"an array of shape {str(shape)[:60]} and type {str(dtype)[:20]} that its bytes do not hold")
-    if not content:
-        return torch.empty(shape, dtype=FLAX_DTYPES[dtype])
-    return torch.frombuffer(bytearray(content), dtype=FLAX_DTYPES[dtype]).view(shape)
+    if min(shape, default=0) < 0:  # which a view would fill in
+        raise ValueError("an array with a side below 0")
+    flat = torch.frombuffer(bytearray(content), dtype=FLAX_DTYPES[dtype]) if content else torch.empty(0)
+    return flat.view(shape)
 
 
-def _flax_leaves(tree: Any, prefix: str = "", nesting: int = 0) -> Iterator[tuple[str, Tensor]]:
+def _flax_leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
     if isinstance(tree, Tensor):
         yield prefix, tree
-    elif isinstance(tree, dict) and nesting < MAX_NESTING:
+    elif isinstance(tree, dict):
         for key, branch in tree.items():
-            yield from _flax_leaves(branch, f"{prefix}/{key}" if prefix else key, nesting + 1)
+            yield from _flax_leaves(branch, f"{prefix}/{key}" if prefix else key)
     else:
         raise ValueError(f"'{prefix[:80]}' is a {type(tree).__name__}, not an array")

@@ -1,10 +1,8 @@
 """Google's .npz files (google-research/vision_transformer): ViT-B/16, B/32, L/16, L/32, H/14 and the R50 hybrids.
-
 Google computes GELU by its tanh approximation, applies `pre_logits` where the file has it, and pads as SAME.
-jeonsworld/ViT-pytorch reads the same files by its own arithmetic (erf GELU, no pre_logits) and saves a .bin.
-"""
+jeonsworld/ViT-pytorch reads the same files by its own arithmetic (erf GELU, no pre_logits) and saves a .bin."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -61,19 +59,15 @@ BIN_ROWS = [
     Row(f"{EMBED}.position_embeddings", "pos_embed"),
     *both(f"{EMBED}.patch_embeddings", "patch_embed.proj"),
     *both(f"{LAYER}.attention_norm", "blocks.{l}.norm1"),
-    *(Row(tuple(f"{LAYER}.attn.{part}.{name}" for part in QKV), f"blocks.{{l}}.attn.qkv.{name}", STACK)
-      for name in ("weight", "bias")),
+    Row(tuple(f"{LAYER}.attn.{part}.{{n}}" for part in QKV), "blocks.{l}.attn.qkv.{n}", STACK),
     *both(f"{LAYER}.attn.out", "blocks.{l}.attn.proj"),
     *both(f"{LAYER}.ffn_norm", "blocks.{l}.norm2"),
     *both(f"{LAYER}.ffn.fc1", "blocks.{l}.mlp.fc1"),
     *both(f"{LAYER}.ffn.fc2", "blocks.{l}.mlp.fc2"),
     *both("transformer.encoder.encoder_norm", "norm"),
     *both("head"),
-    Row(f"{EMBED}.hybrid_model.root.conv.weight", "patch_embed.root.conv.weight"),
-    *both(f"{EMBED}.hybrid_model.root.gn", "patch_embed.root.gn"),
-    *(Row(f"{BIN_UNIT}.{layer}.weight", f"{OUR_UNIT}.{layer}.weight")
-      for layer in ("conv1", "conv2", "conv3", "downsample")),
-    *(row for layer in ("gn1", "gn2", "gn3", "gn_proj") for row in both(f"{BIN_UNIT}.{layer}", f"{OUR_UNIT}.{layer}")),
+    Row(f"{EMBED}.hybrid_model.root.{{n}}", "patch_embed.root.{n}"),
+    Row(f"{BIN_UNIT}.{{n}}", f"{OUR_UNIT}.{{n}}"),
 ]
 ZOO_HEADS = {768: 12, 1024: 16, 1280: 16}  # width -> heads in ViT-pytorch's configs, which a .bin does not tell
 
@@ -82,13 +76,8 @@ def _is_npz(file: WeightsFile) -> bool:
     return "Transformer/posembed_input/pos_embedding" in file.shapes
 
 
-def _vit_pytorch_rows(file: WeightsFile, given: Mapping[str, Any]) -> Sequence[Row]:
-    return VIT_PYTORCH_NPZ_ROWS if _is_npz(file) else BIN_ROWS
-
-
 def _infer_google(source: Source, given: Mapping[str, Any]) -> dict[str, Any]:
-    source.report.notes.append("taken as Google's (tanh GELU, pre_logits applied); dialect='vit_pytorch' computes the "
-                               "file as ViT-pytorch")
+    source.report.notes.append("taken as Google's (tanh GELU, pre_logits applied); or give dialect='vit_pytorch'")
     return _infer_both(source, "google") | {"gelu": "tanh"}
 
 
@@ -96,27 +85,22 @@ def _infer_vit_pytorch(source: Source, given: Mapping[str, Any]) -> dict[str, An
     settings, width = _infer_both(source, "vit_pytorch") | {"gelu": "erf"}, source.settings["embed_dim"]
     if "num_heads" not in settings | given and width in ZOO_HEADS:
         settings["num_heads"] = ZOO_HEADS[width]
-        source.report.notes.append(f"{ZOO_HEADS[width]} heads, as ViT-pytorch's models of width {width} have; the "
-                                   f"file does not tell")
+        source.report.notes.append(f"{ZOO_HEADS[width]} heads, as in ViT-pytorch's models of width {width}")
     return settings
 
 
 def _infer_both(source: Source, arithmetic: str) -> dict[str, Any]:
-    """H as the query kernel [D, H, d] of a .npz has it; a hybrid's stem with the side of ARITHMETICS it follows."""
+    """H as the query kernel [D, H, d] of a .npz has it; a hybrid's stem with its arithmetic."""
     stem, query = source.settings["stem"], source.file.shapes.get(f"{ATTENTION}/query/kernel".format(l=0))
     return {"norm_eps": 1e-6, "stem": stem if isinstance(stem, str) else {**stem, "arithmetic": arithmetic},
             **({"num_heads": query[1]} if query else {})}
 
 
 def zoom(pos: Tensor, old: Grid, new: Grid) -> Tensor:
-    """Google's rule and ViT-pytorch's, `scipy.ndimage.zoom(order=1)`: bilinear between aligned corners.
-
-    Where scipy's rounding leaves its last row and column at zero (35 pairs of sides up to 32 and 48, such as 16 -> 30)
-    this refuses: zeros are no embedding, and anything else would not be Google's model.
-    """
+    """Google's rule and ViT-pytorch's, `scipy.ndimage.zoom(order=1)`: bilinear between aligned corners. Where scipy's
+    rounding leaves its last row and column at zero (35 pairs of sides, such as 16 -> 30) this refuses."""
     if any(zoom_leaves_zeros(before, after) for before, after in zip(old, new, strict=True)):
-        raise UserError(f"Google's rule for {old[0]}x{old[1]} -> {new[0]}x{new[1]} patches leaves position "
-                        f"embeddings at zero (a rounding in scipy's zoom): choose another img_size.")
+        raise UserError(f"Google's rule for {old[0]}x{old[1]} -> {new[0]}x{new[1]} leaves zeros: change img_size.")
     grid = pos[:, 1:].reshape(1, *old, -1).permute(0, 3, 1, 2).float()  # [1, D, rows, columns]
     grid = F.interpolate(grid, new, mode="bilinear", align_corners=True)
     return torch.cat([pos[:, :1].float(), grid.flatten(2).mT], dim=1)
@@ -129,4 +113,5 @@ def zoom_leaves_zeros(old: int, new: int) -> bool:
 
 GOOGLE = Dialect("google", _is_npz, lambda file, given: NPZ_ROWS, _infer_google, zoom, square_only=True)
 VIT_PYTORCH = Dialect("vit_pytorch", lambda file: f"{EMBED}.position_embeddings" in file.shapes,
-                      _vit_pytorch_rows, _infer_vit_pytorch, zoom, square_only=True)
+                      lambda file, given: VIT_PYTORCH_NPZ_ROWS if _is_npz(file) else BIN_ROWS, _infer_vit_pytorch, zoom,
+                      square_only=True)

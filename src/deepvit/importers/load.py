@@ -4,18 +4,19 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from deepvit.errors import Untold, UserError, did_you_mean
+from deepvit.errors import Untold, UserError, choose, did_you_mean
 from deepvit.importers import deepvit, google, lucidrains, ours, timm
 from deepvit.importers.dialect import Dialect, Report, Source, Step, foreign_name, translate
 from deepvit.importers.files import open_weights, takes_average
-from deepvit.importers.settings import Grid, empty_model, grid_of, pair, settings_from_config, settings_from_shapes
+from deepvit.importers.settings import Grid, empty_model, grid_of, settings_from_config, settings_from_shapes
 from deepvit.models import ViT, list_models, model_config
 from deepvit.models.init import init_weights
+from deepvit.models.stem import pair, plain
 
 # In the order in which they are tried: timm's names are in ours and in the published checkpoints too
 DIALECTS: dict[str, Dialect] = {dialect.name: dialect for dialect in (
@@ -33,14 +34,12 @@ def load_model(path: str | Path, *, dialect: str | None = None, ema: bool = Fals
     """Builds the model that a weights file describes, and loads it strictly. See docs/importing.md for the dialects.
 
     Args:
-        path: a checkpoint of ours, a published `.pth.tar`, Google's `.npz`, flax's npz or msgpack, ...; a run's folder;
-            or a name such as `timm:NAME`.
+        path: a file of weights, a run's folder, or a name such as `timm:NAME`: see `find_checkpoint`.
         dialect: one of `DIALECTS` (default: detected from the content).
         ema: take the averaged weights.
         head: `keep` the file's classifier, or start it anew (`reset`: random, `zero`).
-        arch: the model that was trained, where the file does not tell: a name of `list_models()`, of the published
-            DeepViT code or of timm.
-        grid_size: (rows, columns) of patches that the file's positions stand for, where it does not tell.
+        arch, grid_size: what the file does not tell: the model that was trained, by a name of `list_models()`, of the
+            published DeepViT code or of timm; and (rows, columns) of patches that its positions stand for.
         **keywords: of `ViT`, for what the file does not tell (`num_heads`, `pool`, ...) or to change the image size.
 
     Returns a `ViT` in training mode with `.config` and `.load_report` (a `Report`). Raises UserError if the file is
@@ -76,8 +75,7 @@ def load_weights(model: ViT, path: str | Path, dialect: str | None = None, ema: 
     Args:
         path, dialect, ema, grid_size: as `load_model`.
         head: `keep` asks for as many classes as the model has; `reset` and `zero` leave the file's head out.
-        classes: the model's, in order: a kept head of the same classes in another order is reordered, one of other
-            classes is refused (where the file names its own).
+        classes: the model's, in order: a kept head of the same classes is reordered, one of others is refused.
 
     Returns a `Report` of what was resized, dropped or does not agree. Raises UserError as `load_model`; the model is
     unchanged if names or shapes do not fit.
@@ -103,16 +101,14 @@ def load_weights(model: ViT, path: str | Path, dialect: str | None = None, ema: 
 
 def _understand(path: str | Path, dialect: str | None, ema: bool, arch: str | None,
                 given: Mapping[str, Any]) -> Source:
-    if dialect is not None and dialect not in DIALECTS:
-        raise UserError(f"dialect='{dialect}' is not known: choose from {', '.join(DIALECTS)}."
-                        f"{did_you_mean(dialect, DIALECTS)}")
+    known = choose("dialect", dialect, DIALECTS) if dialect else None
     file = open_weights(path, ema)
     if arch is not None:
         file.said |= {"arch": _known_arch(arch)} | ({} if file.said.get("arch") == arch else {"model_args": None})
-    found = DIALECTS[dialect] if dialect else next((one for one in DIALECTS.values() if one.matches(file)), None)
+    found = known or next((one for one in DIALECTS.values() if one.matches(file)), None)
     if found is None:
-        raise UserError(f"{file.path} holds tensors such as '{next(iter(file.shapes))[:80]}' that no known "
-                        f"dialect has: the dialects are {', '.join(DIALECTS)}.")
+        raise UserError(f"{file.path} holds tensors such as '{next(iter(file.shapes))[:80]}', which are of no dialect "
+                        f"of {', '.join(DIALECTS)}: give the weights of a ViT.")
     if arch is not None and (found.name not in NAMED or "config" in file.said):
         raise UserError(f"{file.path} already says which model it is (dialect '{found.name}'): leave arch={arch} out.")
     rows = found.rows(file, given)
@@ -143,54 +139,45 @@ def _refuse_contradictions(source: Source, given: Mapping[str, Any]) -> None:
 
 def _settings(source: Source, given: Mapping[str, Any], grid_size: Sequence[int] | None
               ) -> tuple[dict[str, Any], Grid]:
-    """Settings of the model: by shapes, then by the dialect, then by the caller; and the grid of the file's
-    positions."""
+    """Settings by shapes, then by the dialect, then by the caller; and the grid of the file's positions."""
     shaped, inferred = source.settings, source.dialect.infer(source, given)
     config = model_config("vit") | {"num_heads": None} | shaped | inferred | dict(given)
     if config["num_heads"] is None:
-        raise Untold(f"{source} does not tell its number of heads: give num_heads=... ({config['embed_dim']} "
-                     f"channels).")
+        raise Untold(f"{source} does not tell its number of heads: give num_heads=..., or arch=NAME of a known model.")
     if shaped["stem"] == "conv" and not {"residual_scale", "map_scale"} <= {**inferred, **given}.keys():
-        raise Untold(f"{source} has a conv stem and does not tell residual_scale and map_scale: give them (published: "
-                     f"0.5 and, in L, 1.0, in S head_dim**-0.5), or arch=NAME (such as deepvit_s).")
+        raise Untold(f"{source} does not tell residual_scale and map_scale: give them (published: 0.5 and, in L, 1.0, "
+                     f"in S head_dim**-0.5), or arch=NAME (such as deepvit_s).")
     if "head_dim" not in {**inferred, **given}:
         inner, heads = source.steps["blocks.0.attn.qkv.weight"].shape[0] // 3, config["num_heads"]
         if not isinstance(heads, int) or heads < 1 or inner % heads:
-            raise UserError(f"The attention of {source} has {inner} channels, which do not divide into {heads} heads: "
-                            f"give another num_heads, or get the file again.")
+            raise UserError(f"The {inner} channels of {source} do not divide into {heads} heads: change num_heads.")
         config["head_dim"] = None if inner == shaped["embed_dim"] else inner // heads
     own, patch = inferred.get("img_size"), shaped["patch_size"]
     wanted = grid_of(given["img_size"], patch) if "img_size" in given else None
     grid = _grid(source, own, wanted, grid_size)
     if wanted is None and not (own and grid_of(own, patch) == grid):
-        height, width = (side * pixels for side, pixels in zip(grid, pair(patch), strict=True))
-        config["img_size"] = height if height == width else [height, width]
+        config["img_size"] = plain([side * pixels for side, pixels in zip(grid, pair(patch), strict=True)])
     return config, grid
 
 
 def _grid(source: Source, own: Any, wanted: Grid | None, given: Sequence[int] | None) -> Grid:
-    """Rows and columns of patches that the file's positions stand for: `given`; or by the image size of its `own` that
-    the file tells; or a square; or the `wanted` model's. Raises Untold if both of the last two fit, or nothing does."""
+    """The grid of the file's positions: `given`, or of its `own` image size, or a square, or the `wanted` model's."""
     count = source.steps["pos_embed"].shape[1] - 1
     if given is not None:
         if not (isinstance(given, Sequence) and len(given) == 2 and all(isinstance(side, int) for side in given)
                 and math.prod(given) == count):
-            raise UserError(f"grid_size={given} is not the grid of the {count} patch positions of {source}: give "
-                            f"[rows, columns].")
+            raise UserError(f"grid_size={given} does not make the {count} positions of {source}: give [rows, columns].")
         return tuple(given)
     if own and math.prod(grid := grid_of(own, source.settings["patch_size"])) == count:
         return grid
     side = math.isqrt(max(count, 0))
-    is_square = side > 0 and side * side == count
-    if wanted and math.prod(wanted) == count and not source.dialect.square_only and wanted != (side, side):
-        if is_square:
-            raise Untold(f"{source} has {count} patch positions and does not tell whether they are {side}x{side} or "
-                         f"{wanted[0]}x{wanted[1]}: give grid_size=[rows, columns] of the file.")
-        return wanted
-    if not is_square:
-        raise Untold(f"{source} has {count} patch positions, no square: give grid_size=[rows, columns] of the file"
-                     f"{'.' if wanted else ', or img_size=[height, width] in pixels.'}")
-    return side, side
+    fitting = [(side, side)] if side * side == count > 0 else []
+    if wanted and math.prod(wanted) == count and not source.dialect.square_only and wanted not in fitting:
+        fitting.append(wanted)
+    if len(fitting) != 1:
+        grids = " or ".join(f"{rows}x{columns}" for rows, columns in fitting) or "no square"
+        raise Untold(f"{source} has {count} patch positions, {grids}: give grid_size=[rows, columns] of the file.")
+    return fitting[0]
 
 
 def _advice(source: Source, config: Mapping[str, Any]) -> str:
@@ -205,14 +192,13 @@ def _typed(key: str, value: Any) -> str:
     """A setting as a command line has it."""
     if key == "attention":
         return f"model/attention={value['name']}"
-    plain = "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value).replace(" ", "")
-    return f"model.{key}={plain}"
+    shown = "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value).replace(" ", "")
+    return f"model.{key}={shown}"
 
 
 def _fill(model: ViT, source: Source, grid: Grid, head: Head, classes: Sequence[str] | None = None) -> None:
     """Copies the weights into the model, which is unchanged unless names, shapes and classes fit."""
-    if head not in ("keep", "reset", "zero"):
-        raise UserError(f"head={head!r} is not known: choose from keep, reset, zero.")
+    choose("head", head, dict.fromkeys(get_args(Head)))
     report, steps = source.report, dict(source.steps)
     order = _order_of_classes(source, classes) if head == "keep" else None
     _set_head_aside(model, source, steps, head)
@@ -225,16 +211,13 @@ def _fill(model: ViT, source: Source, grid: Grid, head: Head, classes: Sequence[
                 tensor = source.dialect.resize(tensor, grid, model.grid_size)
                 sizes = " -> ".join(f"{rows}x{columns}" for rows, columns in (grid, model.grid_size))
                 report.resized.append(f"pos_embed {sizes} patches by the rule '{source.dialect.resize.__name__}'")
-            if order is not None and name.startswith("head."):
-                tensor = tensor[order]
-            state[name].copy_(tensor)
-        if head != "keep" and isinstance(model.head, nn.Linear):
-            init_weights(model.head) if head == "reset" else [nn.init.zeros_(p) for p in model.head.parameters()]
-        fresh = [name for name in state if name not in steps]
-        for name in fresh:
+            state[name].copy_(tensor[order] if order and name.startswith("head.") else tensor)
+        for name in state.keys() - steps:
             if name.endswith("num_batches_tracked"):
                 state[name].zero_()
-    report.tensors, report.fresh = len(steps), fresh
+        if head != "keep" and isinstance(model.head, nn.Linear):
+            init_weights(model.head) if head == "reset" else [nn.init.zeros_(p) for p in model.head.parameters()]
+    report.tensors, report.fresh = len(steps), [name for name in state if name not in steps]
     report.head = model.head if head == "keep" else None
 
 
@@ -243,12 +226,10 @@ def _order_of_classes(source: Source, classes: Sequence[str] | None) -> list[int
     held = source.report.said.get("classes")
     if classes is None or not isinstance(held, list) or len(held) != len(classes) or held == list(classes):
         return None
-    held = list(map(str, held))
-    places = {name: index for index, name in enumerate(held)}
-    if absent := [name for name in classes if name not in places]:
-        theirs = next(name for name in held if name not in set(classes))
-        raise UserError(f"{source} classifies other classes (it has '{theirs}', the data '{absent[0]}'): start the "
-                        f"head anew with head=reset (or head=zero).")
+    places = {str(name): index for index, name in enumerate(held)}
+    if strange := {*places} ^ {*classes}:
+        raise UserError(f"{source} and the data differ in classes such as {', '.join(map(repr, sorted(strange)[:4]))}: "
+                        f"start the head anew with head=reset (or head=zero).")
     source.report.notes.append("its classes are the data's in another order: the head's rows were reordered")
     return [places[name] for name in classes]
 
@@ -258,8 +239,7 @@ def _set_head_aside(model: ViT, source: Source, steps: dict[str, Step], head: He
     held = source.settings["num_classes"]
     if head == "keep":
         if held != model.num_classes:
-            raise UserError(f"{source} has {f'a head of {held} classes' if held else 'no head'}, the model is to have "
-                            f"{model.num_classes}: start the head anew with head=reset (or head=zero).")
+            raise UserError(f"{source} has {held} classes, the model {model.num_classes}: set head=reset (or zero).")
         return
     without = ("head.", "pre_logits.") if isinstance(model.pre_logits, nn.Identity) else ("head.",)
     for name in [name for name in steps if name.startswith(without)]:
@@ -277,21 +257,17 @@ def _check_fit(model: ViT, source: Source, steps: Mapping[str, Step], head: Head
         if steps[name].shape != tensor.shape and name != "pos_embed":
             raise UserError(f"{source} has '{foreign_name(rows, name)}' as {tuple(steps[name].shape)} in our layout, "
                             f"the model has {tuple(tensor.shape)}.")
-    if extra := [name for name in steps if name not in state]:
-        raise UserError(f"{source} has '{foreign_name(rows, extra[0])}'"
-                        f"{f' and {len(extra) - 1} more' if len(extra) > 1 else ''}, for which the model has no place.")
+    if extra := next((name for name in steps if name not in state), None):
+        raise UserError(f"{source} has '{foreign_name(rows, extra)}', for which the model has no place.")
 
 
 def _with_storage(model: ViT, source: Source) -> dict[str, Tensor]:
     """The model's parameters and buffers, in memory."""
-    state = model.state_dict(keep_vars=True)
-    if not any(tensor.is_meta for tensor in state.values()):
-        return state
     try:
-        model.to_empty(device="cpu")
-    except RuntimeError as error:
-        raise UserError(f"The model of {source} for images of {model.img_size} pixels does not fit into memory "
-                        f"({str(error)[-80:]}): choose a smaller img_size.") from None
+        if model.cls_token.is_meta:
+            model.to_empty(device="cpu")
+    except RuntimeError:
+        raise UserError(f"{source} at {model.img_size} pixels does not fit into memory: reduce img_size.") from None
     return model.state_dict(keep_vars=True)
 
 
@@ -301,9 +277,7 @@ def _read(source: Source, step: Step) -> Tensor:
     if name.endswith("num_batches_tracked") and not tensor.is_complex():
         return tensor
     if tensor.dtype not in FLOATS:
-        raise UserError(f"{source} holds '{name}' as {tensor.dtype}, not in floating point of 16 to 64 bits: it "
-                        f"is refused.")
+        raise UserError(f"{source} holds '{name}' as {tensor.dtype}: give floating point of 16 to 64 bits.")
     if not tensor.isfinite().all():
-        raise UserError(f"{source} holds NaN or infinity in '{name}': its training went wrong, take another "
-                        f"checkpoint.")
+        raise UserError(f"{source} holds NaN or infinity in '{name}': take an earlier checkpoint.")
     return tensor

@@ -18,11 +18,9 @@ RUN_FILES, FOLDER_FILES = ("best.pt", "last.pt"), (WEIGHTS, "pytorch_model.bin")
 
 def find_checkpoint(source: str | Path) -> tuple[Path, Path | None]:
     """(weights file, its run folder if it lies in one) of a file, a folder, or a name: `timm:NAME`,
-    `hf-hub:OWNER/NAME[@REVISION]`, `google:COLLECTION/NAME`, `local-dir:FOLDER`, `deepvit:NAME` (in the package).
-
-    Only safetensors and Google's .npz are fetched; `HF_ENDPOINT`, `HF_HOME` and `TORCH_HOME` are respected. Raises
-    UserError for an unknown name, one that cannot be fetched, or a folder without weights.
-    """
+    `hf-hub:OWNER/NAME[@REVISION]`, `google:COLLECTION/NAME`, `local-dir:FOLDER`, `deepvit:NAME` (in the package). Only
+    safetensors and Google's .npz are fetched; `HF_ENDPOINT`, `HF_HOME` and `TORCH_HOME` are respected. Raises UserError
+    for an unknown name, one that cannot be fetched, or a folder without weights."""
     scheme, colon, name = str(source).partition(":")
     source = SCHEMES[scheme](name) if colon and scheme in SCHEMES else Path(source)
     if source.is_dir():
@@ -88,8 +86,7 @@ def _of_timm(name: str) -> Path:
 def _of_google(name: str) -> Path:
     """A file of Google's, such as `imagenet21k/ViT-B_16`."""
     if not re.fullmatch(r"[\w+-]+/[\w+.-]+", name):
-        raise UserError(f"google:{name} is not COLLECTION/NAME: give e.g. google:imagenet21k/ViT-B_16, "
-                        f"google:imagenet21k+imagenet2012/ViT-L_32 or the name of an augreg/ file.")
+        raise UserError(f"google:{name} is not COLLECTION/NAME: give a name such as google:imagenet21k/ViT-B_16.")
     name = f"{name.removesuffix('.npz')}.npz"
     path = Path(torch.hub.get_dir(), "checkpoints", "vit_models", name)
     try:

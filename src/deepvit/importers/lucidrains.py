@@ -1,8 +1,5 @@
-"""Two re-implementations of DeepViT that project flattened patches.
-
-lucidrains/vit-pytorch's `vit_pytorch.deepvit.DeepViT`: one model, three generations of names. And its port
-conceptofmind/DeepViT-flax: a parameter tree, as .npz or as flax's msgpack, with or without `params/` in front.
-"""
+"""Re-implementations of DeepViT that project flattened patches: lucidrains/vit-pytorch's `vit_pytorch.deepvit.DeepViT`,
+in three generations of names, and its port conceptofmind/DeepViT-flax, a parameter tree in .npz or flax's msgpack."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,31 +14,31 @@ from deepvit.importers.settings import Grid
 from deepvit.models import attention_config
 
 
-def _patch_sizes(patch_dim: int, positions: Sequence[int], given: Mapping[str, Any], source: str) -> tuple[int, int]:
+def _patch_sizes(file: WeightsFile, patch_dim: int, given: Mapping[str, Any]) -> tuple[int, int]:
     """(channels, side) of a flattened square patch: by in_chans or patch_size where given, else by an img_size that
-    just fits the file's `positions` (their shape), else 3 channels, or 1 or 4 if only one of them makes a square."""
-    readings = [(patch_dim // side**2, side) for side in range(1, math.isqrt(max(patch_dim, 0)) + 1)
-                if patch_dim % side**2 == 0]
+    just fits the file's positions, else 3 channels, or 1 or 4 if only one of them makes a square."""
+    sides = [side for side in range(1, math.isqrt(patch_dim) + 1) if patch_dim % side**2 == 0]
+    readings = [(patch_dim // side**2, side) for side in sides]
     if given.get("in_chans"):
         found = [one for one in readings if one[0] == given["in_chans"]]
     elif given.get("patch_size"):
         found = [one for one in readings if _is_square(given["patch_size"], one[1])]
     else:
-        found = ([one for one in readings if _fits(given.get("img_size"), positions, one[1])]
+        found = ([one for one in readings if _fits(given.get("img_size"), file, one[1])]
                  or [one for one in readings if one[0] == 3] or [one for one in readings if one[0] in (1, 4)])
     if len(found) == 1:
         return found[0]
     known = " or ".join(f"in_chans={channels} (patches of {side} pixels)" for channels, side in found)
-    raise Untold(f"{source} has patches of {patch_dim} numbers: give {known or 'an in_chans that makes a square'}.")
+    raise Untold(f"{file.path} has patches of {patch_dim} numbers: give {known or 'an in_chans that makes a square'}.")
 
 
 def _is_square(size: Any, side: int) -> bool:
     return size == side or isinstance(size, Sequence) and list(size) == [side, side]
 
 
-def _fits(img_size: Any, positions: Sequence[int], side: int) -> bool:
+def _fits(img_size: Any, file: WeightsFile, side: int) -> bool:
     """Whether patches of `side` pixels make an image of that size at all positions that the file has."""
-    count = positions[1] - 1 if len(positions) == 3 else 0
+    count = math.prod(file.shapes.get("pos_embedding", ())[1:2]) - 1
     return count > 0 and _is_square(img_size, math.isqrt(count) * side)
 
 
@@ -54,22 +51,21 @@ def _note_assumptions(source: Source, given: Mapping[str, Any]) -> None:
     """Notes each default that was used because neither the file nor the caller decides it."""
     channels, side, notes = source.settings["in_chans"], source.settings["patch_size"], source.report.notes
     if "pool" not in given:
-        notes.append("the file does not tell its pooling: class token, the package's default; pool='mean' takes the "
-                     "mean of all tokens")
+        notes.append("taken with the class token, the package's default; pool='mean' takes the mean of all tokens")
     if not given.keys() & {"in_chans", "patch_size"}:
-        whole = _fits(given.get("img_size"), source.steps["pos_embed"].shape, side)
+        whole = _fits(given.get("img_size"), source.file, side)
         others = [(4 * channels, side // 2)] if side % 2 == 0 and not whole else []
         others += [(channels // 4, 2 * side)] if channels % 4 == 0 else []
-        notes += [f"taken as {channels} channels and patches of {side} pixels; in_chans={count} makes patches of "
-                  f"{pixels} of them" for count, pixels in others]
+        notes += [f"taken as {channels} channels and patches of {side} pixels; in_chans={count} makes them {pixels}"
+                  for count, pixels in others]
 
 
 def first_rows(pos: Tensor, old: Grid, new: Grid) -> Tensor:
     """The rule of DeepViT-flax and vit-pytorch: a smaller image takes the first rows, a larger one has none."""
     tokens = 1 + new[0] * new[1]
     if tokens > pos.shape[1]:
-        raise UserError(f"The weights know {pos.shape[1] - 1} positions, the model needs {tokens - 1}: this dialect "
-                        f"takes the first rows and has none for larger images; choose a smaller img_size.")
+        raise UserError(f"The weights have {pos.shape[1] - 1} positions, the model needs {tokens - 1}: there are "
+                        f"none for larger images, choose a smaller img_size.")
     return pos[:, :tokens]
 
 
@@ -99,8 +95,7 @@ def _rows(file: WeightsFile, given: Mapping[str, Any]) -> list[Row]:
     """The patch projection is layer 2 of its stem since 1.0.0, between two LayerNorms."""
     normed = "to_patch_embedding.2.weight" in file.shapes
     linear = "to_patch_embedding.2" if normed else "to_patch_embedding.1"
-    patch_dim, positions = (file.shapes.get(f"{linear}.weight") or (0,))[-1], file.shapes.get("pos_embedding", ())
-    channels, side = _patch_sizes(patch_dim, positions, given, str(file.path))
+    channels, side = _patch_sizes(file, (file.shapes.get(f"{linear}.weight") or (0,))[-1], given)
     reorder = Rule(lambda norm: norm.view(side, side, channels).permute(2, 0, 1).reshape(-1))  # (channel, row, column)
     norms = [*both("to_patch_embedding.1", "patch_embed.norm_in", reorder),
              *both("to_patch_embedding.3", "patch_embed.norm_out")] if normed else []
@@ -133,8 +128,7 @@ def _flax_block(l: int) -> list[Row]:
 
 def _flax_rows(file: WeightsFile, given: Mapping[str, Any]) -> list[Row]:
     depth = sum(name.endswith("/reattn_weights") for name in file.shapes)
-    patch_dim, positions = (file.shapes.get("Dense_0/kernel") or (0,))[0], file.shapes.get("pos_embedding", ())
-    unflatten = _unflatten(*_patch_sizes(patch_dim, positions, given, str(file.path)))
+    unflatten = _unflatten(*_patch_sizes(file, (file.shapes.get("Dense_0/kernel") or (0,))[0], given))
     return [
         Row("cls", "cls_token"),
         Row("pos_embedding", "pos_embed"),

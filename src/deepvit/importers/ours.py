@@ -1,8 +1,6 @@
-"""What this framework writes: our own names, with the model's settings as plain JSON beside them.
-
-A checkpoint is `{"format": "deepvit", "version": 1, "model": ..., "ema": ..., "config": {...}, "classes": [...]}`;
-a safetensors export holds the same (without tensors) as JSON in its metadata under `deepvit`.
-"""
+"""What this framework writes: our own names, with the model's settings as plain JSON beside them. A checkpoint is
+`{"format": "deepvit", "version": 1, "model": ..., "ema": ..., "config": {...}, "classes": [...]}`; a safetensors export
+holds the same (without tensors) as JSON in its metadata under `deepvit`."""
 
 import json
 import math
@@ -66,8 +64,7 @@ def described(model: nn.Module, classes: Sequence[str] | None = None) -> dict[st
     built = empty_model(model.config, "The model").state_dict()
     if wrong := next((name for name in {**state, **built} if name not in state or name not in built
                       or state[name].shape != built[name].shape), None):
-        raise UserError(f"The model's '{wrong}' is not what its config makes, so it could not be loaded again: change "
-                        f"models by their settings (reset_classifier for the head).")
+        raise UserError(f"The model's '{wrong}' does not fit its config: use settings, or reset_classifier for a head.")
     report = getattr(model, "load_report", None)
     said = report.said if report and classes is None and report.head is model.head else {"classes": classes}
     return {"format": FORMAT, "version": VERSION, "config": model.config, "model": state,
@@ -98,7 +95,7 @@ def _infer(source: Source, given: Mapping[str, Any]) -> dict[str, Any]:
     config, version = said.get("config"), said.get("version", VERSION)
     if config is None:
         return _infer_named(source) if said.get("arch") in list_models() else _check_given(source, given)
-    if not isinstance(config, Mapping) or not all(isinstance(key, str) for key in config):
+    if not isinstance(config, Mapping):
         raise UserError(f"{source} holds model settings ('config') that are not a mapping: it is torn or forged.")
     if version != VERSION:
         raise UserError(f"{source} is a checkpoint of version {version!r}, this is deepvit for version {VERSION}.")
@@ -108,8 +105,7 @@ def _infer(source: Source, given: Mapping[str, Any]) -> dict[str, Any]:
     except UserError:
         count = None
     if count != positions[1] - 1:
-        raise UserError(f"{source} says img_size {config.get('img_size')}, which its positions {tuple(positions)} do "
-                        f"not fit: it is torn or forged.")
+        raise UserError(f"{source} says img_size {config.get('img_size')}, unlike its positions: it is torn or forged.")
     _check_sizes(source, config)
     if isinstance(attention := config.get("attention"), Mapping):  # older files have sync_norm, which was for training
         config = {**config, "attention": {key: value for key, value in attention.items() if key != "sync_norm"}}
@@ -119,9 +115,8 @@ def _infer(source: Source, given: Mapping[str, Any]) -> dict[str, Any]:
 def _check_sizes(source: Source, config: Mapping[str, Any]) -> None:
     """Sizes that decide how much is built before shapes are compared."""
     for key in ("embed_dim", "depth"):
-        if config.get(key) != source.settings[key]:
-            raise UserError(f"{source} says {key} {config.get(key)!r}, its tensors have {source.settings[key]}: "
-                            f"it is torn or forged.")
+        if (said := config.get(key)) != source.settings[key]:
+            raise UserError(f"{source} says {key} {said!r}, its tensors {source.settings[key]}: it is torn or forged.")
 
 
 def _infer_named(source: Source) -> dict[str, Any]:
@@ -132,21 +127,19 @@ def _infer_named(source: Source) -> dict[str, Any]:
         keywords["pool"] = "cls" if pool == "token" else pool
     _check_sizes(source, source.settings | keywords)
     base = model_config(arch) | keywords
-    named = settings_from_config(base, str(source))
-    other = {key: value for key, value in source.settings.items()
-             if named.get(key) != value and key != "num_classes"}
+    named = settings_from_config(base | {"num_classes": source.settings["num_classes"]}, str(source))
+    other = {key: value for key, value in source.settings.items() if named.get(key) != value}
     if other:
         sizes = ", ".join(f"{key}={value}" for key, value in other.items())
         source.report.notes.append(f"its arch '{arch}' is taken with the tensors' {sizes}")
-    return {key: value for key, value in base.items() if key not in other and key != "num_classes"}
+    return {key: value for key, value in base.items() if key not in {*other, "num_classes"}}
 
 
 def _check_given(source: Source, given: Mapping[str, Any]) -> dict[str, Any]:
     """Nothing to infer; refuses to guess unless the caller gave what the tensors leave open."""
     if not given.keys() - (source.settings.keys() - {"attention", "depth"}) - {"img_size", "num_classes"}:
-        raise Untold(f"{source} holds our names without model settings ('config'): say which model it is with "
-                     f"arch=NAME (such as deepvit16) or by its settings (attention=..., map_scale=...), or load it "
-                     f"into a model you have with load_weights.")
+        raise Untold(f"{source} holds our names without settings ('config'): give arch=NAME (such as deepvit16) or "
+                     f"settings (attention=..., map_scale=...), or load it into a model you have with load_weights.")
     return {}
 
 

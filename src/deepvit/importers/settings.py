@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ import torch
 import yaml
 from torch import Size
 
+from deepvit.config.signature import fits
 from deepvit.errors import UserError, did_you_mean, reason
 from deepvit.models import ViT, attention_config, build_model
+from deepvit.models.stem import pair
 
 Shapes = Mapping[str, Size]
 Grid = tuple[int, int]  # rows, columns of patches
@@ -23,7 +26,7 @@ PER_HEAD = {"mix_logits.weight": "talking_heads", "log_sharpness": "temperature"
 
 
 def settings_from_shapes(shapes: Shapes, source: str) -> dict[str, Any]:
-    """The keywords of `ViT` that parameters in our names decide; not `num_heads` without parameters per head,
+    """The keywords of `ViT` that parameters in our names decide: not `num_heads` without parameters per head,
     `img_size`, or scalars such as `gelu`. Raises UserError for a shape that no ViT has."""
     for name in NEEDED:
         if name not in shapes:
@@ -95,16 +98,10 @@ def checked(keywords: Mapping[str, Any]) -> dict[str, Any]:
 
 def grid_of(img_size: int | Sequence[int], patch_size: int | Sequence[int]) -> Grid:
     """Rows and columns of patches in an image, sizes in pixels, each one number or (height, width)."""
+    if not fits(img_size, int | tuple[int, int]) or min(pair(img_size)) < 1:
+        raise UserError(f"img_size={img_size!r} is not an image size: give one number of pixels, or [height, width].")
     (height, width), (rows, columns) = pair(img_size), pair(patch_size)
     return height // rows, width // columns
-
-
-def pair(size: int | Sequence[int]) -> tuple[int, int]:
-    """(height, width) in pixels, from one number or two."""
-    sides = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, Sequence) else ()
-    if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
-        raise UserError(f"img_size={size!r} is not an image size: give one number of pixels, or [height, width].")
-    return sides
 
 
 def _depth(shapes: Shapes, source: str) -> int:
@@ -145,10 +142,7 @@ def _stem(shapes: Shapes) -> dict[str, Any]:
 
 def _units(shapes: Shapes) -> list[int]:
     """Bottleneck units of each stage of a hybrid's ResNet."""
-    found = {(int(m[1]), int(m[2])) for name in shapes
-             if (m := re.match(r"patch_embed\.body\.block(\d+)\.unit(\d+)\.", name))}
-    stages = range(1, len({stage for stage, _ in found}) + 1)
-    units = [sum(one == stage for one, _ in found) for stage in stages]
-    if not units or found != {(stage, unit) for stage in stages for unit in range(1, units[stage - 1] + 1)}:
-        raise ValueError("a ResNet stem with gaps between its blocks or units")
-    return units
+    found = {m[0]: int(m[1]) for name in shapes if (m := re.match(r"patch_embed\.body\.block(\d+)\.unit\d+\.", name))}
+    if not found:
+        raise ValueError("a ResNet stem without units")
+    return [count for _, count in sorted(Counter(found.values()).items())]

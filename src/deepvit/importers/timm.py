@@ -11,32 +11,26 @@ from timm.layers import GELU, GELUTanh, resample_abs_pos_embed
 from timm.models import VisionTransformer, is_model
 from torch import Tensor, nn
 
-from deepvit.errors import Untold, UserError
+from deepvit.errors import UserError
 from deepvit.importers.dialect import Dialect, Row, Source, both
 from deepvit.importers.settings import Grid
-from deepvit.models import list_models, model_config
 
 FRAME = [Row("cls_token", "cls_token"), Row("pos_embed", "pos_embed"),
          *(row for layer in ("patch_embed.proj", "norm", "head") for row in both(layer))]
 BLOCK = [row for layer in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
          for row in both(f"blocks.{{l}}.{layer}")]
-LAYER_SCALE = [Row(name, name) for name in ("blocks.{l}.ls1.gamma", "blocks.{l}.ls2.gamma")]
 AFTER_POOL = both("fc_norm", "norm")  # `norm` and `fc_norm` are one norm, before or after pooling: a file has either
-ROWS = [*FRAME, *BLOCK, *LAYER_SCALE, *both("pre_logits.0"), *both("pre_logits.fc", "pre_logits.0")]
-SIZES = {192: "tiny has 3", 384: "small has 6", 768: "base has 12", 1024: "large has 16", 1280: "huge has 16"}
+LAYER_SCALE = Row("blocks.{l}.ls{b}.gamma", "blocks.{l}.ls{b}.gamma")
+ROWS = [*FRAME, *BLOCK, LAYER_SCALE, *both("pre_logits.0"), *both("pre_logits.fc", "pre_logits.0")]
 
 
 def _infer(source: Source, given: Mapping[str, Any]) -> dict[str, Any]:
     file = source.file
     named, arguments = named_model(file.said.get("arch") or ""), file.said.get("model_args") or {}
     heads = arguments.get("num_heads") or (named.blocks[0].attn.num_heads if named else given.get("num_heads"))
-    if heads is None:
-        raise Untold(f"{source} does not tell its number of heads: give num_heads=..., or arch=NAME of timm's or "
-                     f"of deepvit's models{_known_heads(source.settings['embed_dim'])}.")
     act = named.blocks[0].mlp.act if named else nn.GELU()
     if not isinstance(act, (nn.GELU, GELU, GELUTanh)):
-        raise UserError(f"{source} is of a model with {type(act).__name__}, which no ViT of ours has: take one with "
-                        f"GELU.")
+        raise UserError(f"{source} is of a model with {type(act).__name__}, which no ViT has here: take one with GELU.")
     is_tanh = isinstance(act, GELUTanh) or getattr(act, "approximate", "none") == "tanh"
     averaged = "fc_norm.weight" in file.shapes
     return {"gelu": "tanh" if is_tanh else "erf", "norm_eps": named.blocks[0].norm1.eps if named else 1e-6,
@@ -46,25 +40,13 @@ def _infer(source: Source, given: Mapping[str, Any]) -> dict[str, Any]:
 
 @cache
 def named_model(arch: str) -> VisionTransformer | None:
-    """timm's model of that name, without storage; None if it is not a plain ViT.
-
-    Only the name is taken from the file, and only names of ViTs are built.
-    """
+    """timm's model of that name, without storage; None if it is not a plain ViT: no other model is built."""
     name = arch.partition(".")[0]
     if not re.match(r"(vit|deit|deit3)_\w+_patch", name) or not is_model(name):
         return None
     with torch.device("meta"):
         model = timm.create_model(name)
     return model if isinstance(model, VisionTransformer) else None
-
-
-def _known_heads(width: int) -> str:
-    """The known models of this width, and their heads."""
-    known = [f"timm's {SIZES[width]}"] if width in SIZES else []
-    ours = sorted({(model["num_heads"], name) for name in list_models() if (model := model_config(name))["embed_dim"]
-                   == width and model["attention"]["class"] == "SelfAttention"})
-    known += [f"{name} has {heads}" for heads, name in ours]
-    return f" (of width {width}: {', '.join(known)})" if known else f" (its width is {width})"
 
 
 def bicubic(pos: Tensor, old: Grid, new: Grid) -> Tensor:

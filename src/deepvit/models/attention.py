@@ -1,10 +1,7 @@
-"""Attention as interchangeable modules.
-
-Each has `forward(x)`, which may be fused, and `weights(x)`, which defines it. One law holds for all, in eval mode:
-`merge(weights(x) @ v) == forward(x)`, where `q, k, v = split(x)`; with shared maps, of the leader's x. A variant of the
-maps is a YAML file in `conf/model/attention` with settings of `SelfAttention`. What these cannot express is a subclass
-of `Attention`: another rule for the logits, or a norm across heads at each entry.
-"""
+"""Attention as interchangeable modules. Each has `forward(x)`, which may be fused, and `weights(x)`, which defines it.
+One law holds for all, in eval mode: `merge(weights(x) @ v) == forward(x)`, where `q, k, v = split(x)` (of the leader's
+x, if maps are shared). A variant is a YAML file in `conf/model/attention` with settings of `SelfAttention`; what these
+do not express (another rule for the logits, a norm across heads at each entry) is a subclass of `Attention`."""
 
 import math
 from collections.abc import Callable
@@ -20,6 +17,8 @@ from deepvit.errors import UserError
 
 ATTENTIONS: dict[str, type["Attention"]] = {}  # class name -> class, filled as the classes are defined
 Stage = Literal["final", "softmax", "logits"]
+Start = Literal["random", "identity", "normal"]  # of Theta
+Part = bool | Literal["frozen"]
 
 
 class Attention(nn.Module):
@@ -27,8 +26,7 @@ class Attention(nn.Module):
     `maps(q, k)`, the final maps `[B, H, N, N]`, and a faster `attend(q, k, v)` if it has one.
 
     Args:
-        dim, num_heads: width D of the tokens, H.
-        head_dim: width of a head; default D / H.
+        dim, num_heads, head_dim: width D of the tokens, H, width of a head (default D / H).
         qkv_bias, proj_bias: biases of the two projections.
         qk_scale: factor on `q k^T`; default head_dim^-0.5.
         attn_drop, proj_drop: dropout rates on the maps and after the output projection.
@@ -49,9 +47,8 @@ class Attention(nn.Module):
         if scale_norm:
             raise UserError(f"{type(self).__name__} has no scale_norm: leave it off.")
         if head_dim is None and dim % num_heads:
-            raise UserError(f"The width {dim} does not divide into {num_heads} heads: "
-                            f"change embed_dim or num_heads, or give head_dim.")
-        factory = {"device": device, "dtype": dtype}
+            raise UserError(f"The width {dim} does not divide into {num_heads} heads: change num_heads or embed_dim.")
+        self.factory = factory = {"device": device, "dtype": dtype}
         self.num_heads, self.head_dim = num_heads, head_dim or dim // num_heads
         self.scale = self.head_dim**-0.5 if qk_scale is None else qk_scale
         self.map_scale, self.attn_drop = map_scale, attn_drop
@@ -64,21 +61,15 @@ class Attention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
         self._leader: tuple[Attention, ...] = ()  # in a tuple, so that it is no submodule
 
-    @property
-    def source(self) -> "Attention":
-        """Whose input makes the maps: this module, or the leader that it follows."""
-        return self._leader[0] if self._leader else self
+    source = property(lambda self: self._leader[0] if self._leader else self)  # whose input makes the maps
 
     def follow(self, leader: "Attention") -> None:
-        """From now on q and k are `leader`'s, handed to `forward`; this module keeps its v and all behind the maps.
-        UserError if either has more than a softmax of q k^T for maps."""
+        """From now on q and k are `leader`'s, handed to `forward`. UserError if either has maps other than softmax."""
         for attention in (self, leader):
             if (type(attention).split, type(attention).softmax) != (Attention.split, Attention.softmax):
-                raise UserError(f"share_maps needs plain softmax maps, and {type(attention).__name__} computes its "
-                                f"logits differently: leave share_maps at 1.")
+                raise UserError(f"{type(attention).__name__} has no plain softmax maps: leave share_maps at 1.")
         self._leader, self.scale, own = (leader,), leader.scale, self.qkv
-        self.v = nn.Linear(own.in_features, own.out_features // 3, own.bias is not None, own.weight.device,
-                           own.weight.dtype)
+        self.v = nn.Linear(own.in_features, own.out_features // 3, own.bias is not None, **self.factory)
         self.qkv = self.q_norm = self.k_norm = None
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,8 +99,8 @@ class Attention(nn.Module):
         return self.merge(self.attend(*qk, self.values(x)) if self._leader else self.attend(*self.split(x)))
 
     def weights(self, x: Tensor, stage: Stage = "final") -> Tensor:
-        """The maps `[B, H, N, N]` (rows: queries) that multiply v; `stage="softmax"`: before the heads are mixed,
-        `stage="logits"`: before the softmax. Leaves attention dropout out and moves no running statistics."""
+        """The maps `[B, H, N, N]` (rows: queries) that multiply v, or what they are before the heads are mixed
+        ("softmax") or the softmax is taken ("logits"); without attention dropout. Moves no running statistics."""
         q, k, _ = self.split(x)
         return {"logits": self.logits, "softmax": self.softmax, "final": self.maps}[stage](q, k)
 
@@ -139,8 +130,8 @@ class HeadMix(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self, stream: Callable[[str], torch.Generator | None] = lambda name: None) -> None:
-        """`random`: U(+-1/sqrt(H)), PyTorch's default of the published 1x1 convolution; `normal`: N(0, 1), as
-        vit-pytorch; `identity`: the heads unmixed. `stream` gives each parameter's generator by its name."""
+        """`random`: U(+-1/sqrt(H)), as the published 1x1 convolution; `normal`: N(0, 1), as vit-pytorch; `identity`:
+        the heads unmixed. `stream` gives each parameter's generator by its name."""
         bound = 1 / math.sqrt(len(self.weight))
         draw = {"random": lambda weight: nn.init.uniform_(weight, -bound, bound, stream("weight")),
                 "normal": lambda weight: nn.init.normal_(weight, generator=stream("weight")),
@@ -152,47 +143,39 @@ class HeadMix(nn.Module):
 
 
 class SelfAttention(Attention):
-    """Softmax attention (Vaswani et al., arXiv:1706.03762), and what may be done to its maps A; by default nothing is.
-
-        norm(Theta ((1 - centre) / N + gain (A - 1/N)) + bias) * map_scale
-
-    Self-attention, AttnScale, centred attention, re-attention and everything between them are settings of this. Without
-    dropout on the maps nothing of size N x N is kept: see `ops`. UserError: settings that undo each other.
+    """Softmax attention (Vaswani et al., arXiv:1706.03762), and what may be done to its maps A; by default nothing is:
+    `norm(Theta ((1 - centre) / N + gain (A - 1/N)) + bias) * map_scale`. Self-attention, AttnScale, centred attention,
+    re-attention and everything between them are settings of this. Without dropout on the maps nothing of size N x N is
+    kept: see `ops`. UserError: settings that undo each other.
 
     Args:
         gain: factor on A - 1/N, the part of the maps that distinguishes tokens.
-        learn_gain: that factor becomes `gain (1 + contrast)`, contrast learned per head from 0: a raw parameter of 300
-            would hardly move under Adam.
+        learn_gain: it becomes `gain (1 + contrast)`, contrast learned per head from 0 (Adam hardly moves a raw 300).
         centre: the share of the uniform map 1/N that is subtracted, from 0 to 1.
         mix: learn Theta and its bias; "frozen": they stay as drawn.
         theta_init: see `HeadMix.reset_parameters`.
         norm: BatchNorm over heads after the mix; "frozen": with the statistics of the first training batch.
-        norm_eps: eps of that norm. Near initialisation the variance of the maps is far below the published 1e-5, so
-            the norm is a constant gain there, 1 / sqrt(norm_eps).
-        norm_batch: consecutive images that share the norm's batch statistics: results do not depend on the devices, as
-            long as each has whole groups. None: the whole batch that the module sees.
+        norm_eps: its eps. Near initialisation the maps' variance is far below 1e-5: the norm is a gain 1 / sqrt(eps).
+        norm_batch: consecutive images that share batch statistics, on any devices (None: the batch the module sees).
     """
 
     def __init__(self, dim: int, num_heads: int = 8, gain: float = 1.0, learn_gain: bool = False, centre: float = 0.0,
-                 mix: bool | Literal["frozen"] = False, theta_init: Literal["random", "identity", "normal"] = "random",
-                 norm: bool | Literal["frozen"] = False, norm_eps: float = 1e-5, norm_batch: int | None = None,
-                 **kwargs):
+                 mix: Part = False, theta_init: Start = "random", norm: Part = False, norm_eps: float = 1e-5,
+                 norm_batch: int | None = None, **kwargs):
         super().__init__(dim, num_heads, **kwargs)
-        factory = {name: kwargs[name] for name in ("device", "dtype") if name in kwargs}
         if norm_batch is not None and norm_batch < 1:
             raise UserError(f"norm_batch={norm_batch} must be at least 1 image, or null for the whole batch.")
         if norm and (learn_gain or not ops.is_plain(gain, centre)):
-            raise UserError("The norm over heads centres the maps and has its own gain: leave gain, learn_gain and "
-                            "centre out, or set norm=false; the norm's dose is norm_eps.")
+            raise UserError("norm excludes gain, learn_gain and centre: leave them out, or set norm=false.")
         self.gain, self.centre, self.norm_batch, self.frozen = gain, centre, norm_batch, norm == "frozen"
         if self.frozen and self.attn_drop:
             raise UserError("norm=frozen excludes dropout on the maps: set attn_drop_rate (or attn_drop) to 0.")
-        self.contrast = nn.Parameter(torch.zeros(num_heads, **factory)) if learn_gain else None
-        self.mix = HeadMix(num_heads, init=theta_init, **factory) if mix else None
+        self.contrast = nn.Parameter(torch.zeros(num_heads, **self.factory)) if learn_gain else None
+        self.mix = HeadMix(num_heads, init=theta_init, **self.factory) if mix else None
         if mix == "frozen":
             self.mix.requires_grad_(False)
         momentum = 1.0 if self.frozen else 0.1
-        self.norm = nn.BatchNorm2d(num_heads, norm_eps, momentum, **factory) if norm else None
+        self.norm = nn.BatchNorm2d(num_heads, norm_eps, momentum, **self.factory) if norm else None
         self.track_stats = True  # off while a checkpointed block is recomputed: see `blocks.checkpoint_block`
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -236,8 +219,7 @@ class ReAttention(SelfAttention):
     """Re-attention: the softmax maps mixed over heads by Theta, then BatchNorm over heads (arXiv:2103.11886, eq. 3).
     All arguments are `SelfAttention`'s."""
 
-    def __init__(self, dim: int, num_heads: int = 8, mix: bool | Literal["frozen"] = True,
-                 norm: bool | Literal["frozen"] = True, **kwargs):
+    def __init__(self, dim: int, num_heads: int = 8, mix: Part = True, norm: Part = True, **kwargs):
         super().__init__(dim, num_heads, mix=mix, norm=norm, **kwargs)
 
 
@@ -253,12 +235,10 @@ class ReAttentionLN(Attention):
     """Re-attention with LayerNorm over the head axis at each map entry, as in vit-pytorch and DeepViT-flax. The mix has
     no bias; dropout acts on the softmax maps before the mix (vit-pytorch since 0.30)."""
 
-    def __init__(self, dim: int, num_heads: int = 8, theta_init: Literal["random", "identity", "normal"] = "normal",
-                 norm_eps: float = 1e-5, **kwargs):
+    def __init__(self, dim: int, num_heads: int = 8, theta_init: Start = "normal", norm_eps: float = 1e-5, **kwargs):
         super().__init__(dim, num_heads, **kwargs)
-        factory = {name: kwargs[name] for name in ("device", "dtype") if name in kwargs}
-        self.mix = HeadMix(num_heads, bias=False, init=theta_init, **factory)
-        self.norm = nn.LayerNorm(num_heads, eps=norm_eps, **factory)
+        self.mix = HeadMix(num_heads, bias=False, init=theta_init, **self.factory)
+        self.norm = nn.LayerNorm(num_heads, eps=norm_eps, **self.factory)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return self._exchange(F.dropout(self.softmax(q, k), self.attn_drop, self.training)) @ v
@@ -272,14 +252,12 @@ class ReAttentionLN(Attention):
 
 
 class LearnedTemperature(SelfAttention):
-    """Softmax attention with a temperature learned per head: `softmax(e^s q k^T / sqrt(d))`, s starting at 0. Little
-    help according to the DeepViT paper (arXiv:2103.11886); part of LSA in Lee et al., "Vision Transformer for
-    Small-Size Datasets" (arXiv:2112.13492)."""
+    """Softmax attention with a temperature learned per head: `softmax(e^s q k^T / sqrt(d))`, s starting at 0. Of little
+    help in the DeepViT paper (arXiv:2103.11886); part of LSA in Lee et al. (arXiv:2112.13492)."""
 
     def __init__(self, dim: int, num_heads: int = 8, **kwargs):
         super().__init__(dim, num_heads, **kwargs)
-        factory = {name: kwargs[name] for name in ("device", "dtype") if name in kwargs}
-        self.log_sharpness = nn.Parameter(torch.zeros(num_heads, **factory))  # s = -ln(temperature)
+        self.log_sharpness = nn.Parameter(torch.zeros(num_heads, **self.factory))  # s = -ln(temperature)
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = super().split(x)
@@ -287,10 +265,9 @@ class LearnedTemperature(SelfAttention):
 
 
 class DecayedTemperature(SelfAttention):
-    """Softmax attention whose temperature falls with depth, so that deep blocks attend more sharply: from `first` in
-    the first block to `last`, `T = first (last / first)^(block_index / (depth - 1))`; `ViT` gives block_index and
-    depth. Little help according to the DeepViT paper (arXiv:2103.11886), which gives no numbers: 1 to 0.5 is our
-    choice."""
+    """Softmax attention whose temperature falls with depth, `T = first (last / first)^(block_index / (depth - 1))`, so
+    that deep blocks attend more sharply; `ViT` gives block_index and depth. Of little help in the DeepViT paper
+    (arXiv:2103.11886), which gives no numbers: 1 to 0.5 is our choice."""
 
     def __init__(self, dim: int, num_heads: int = 8, first: float = 1.0, last: float = 0.5, block_index: int = 0,
                  depth: int = 1, **kwargs):
@@ -301,15 +278,12 @@ class DecayedTemperature(SelfAttention):
 
 class TalkingHeads(Attention):
     """Heads mixed before and after the softmax: `P_w softmax(P_l q k^T / sqrt(d))` (Shazeer et al., arXiv:2003.02436),
-    as there without bias and norm. Both mixes start as the identity by default, which is our choice. `stage="softmax"`
-    are the maps between them."""
+    as there without bias and norm. By default, our choice, both mixes start as the identity."""
 
-    def __init__(self, dim: int, num_heads: int = 8, theta_init: Literal["random", "identity", "normal"] = "identity",
-                 **kwargs):
+    def __init__(self, dim: int, num_heads: int = 8, theta_init: Start = "identity", **kwargs):
         super().__init__(dim, num_heads, **kwargs)
-        factory = {name: kwargs[name] for name in ("device", "dtype") if name in kwargs}
-        self.mix_logits = HeadMix(num_heads, bias=False, init=theta_init, **factory)
-        self.mix = HeadMix(num_heads, bias=False, init=theta_init, **factory)
+        self.mix_logits = HeadMix(num_heads, bias=False, init=theta_init, **self.factory)
+        self.mix = HeadMix(num_heads, bias=False, init=theta_init, **self.factory)
 
     def logits(self, q: Tensor, k: Tensor) -> Tensor:
         return ops.mix_heads(super().logits(q, k), self.mix_logits.weight)  # [B, H, N, N]

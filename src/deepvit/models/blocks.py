@@ -1,12 +1,15 @@
-"""Transformer blocks: how attention and MLP join the residual stream, stochastic depth, gradient checkpointing."""
+"""Transformer blocks: how attention and MLP join the residual stream, stochastic depth, gradient checkpointing, and the
+published regularisation between the maps of neighbours."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import timm.layers
 import torch
+import torch.nn.functional as F
 from timm.layers import LayerScale, Mlp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -18,8 +21,7 @@ GELUS = {"erf": nn.GELU, "tanh": lambda: nn.GELU(approximate="tanh")}
 
 
 class DropPath(timm.layers.DropPath):
-    """Leaves a residual branch out for some images (Huang et al., "Deep Networks with Stochastic Depth",
-    arXiv:1603.09382); draws as timm's does where `BranchMasks` has not set `keep`."""
+    """Leaves a residual branch out for some images (Huang et al., arXiv:1603.09382), as timm's without `keep`."""
 
     keep: Tensor | None = None  # [B], 0 or 1 / (1 - rate) for each image of the next batch
 
@@ -31,7 +33,7 @@ class DropPath(timm.layers.DropPath):
 
 class FeatScale(nn.Module):
     """`x + s * mean(x) + t * (x - mean(x))`, the mean over tokens, s and t learned per channel from 0 (Wang et al.,
-    "Anti-Oversmoothing in Deep Vision Transformers via the Fourier Domain Analysis", arXiv:2203.05962)."""
+    arXiv:2203.05962)."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -47,8 +49,7 @@ class Block(nn.Module):
     """Pre-norm transformer block: `x += attn(norm1(a x)) / a; x += mlp(norm2(a x)) / a`, in a model of `depth` blocks.
 
     Args:
-        residual_scale: a, the published `scale_adjustment`: as LayerNorm undoes the factor inside, 0.5 doubles both
-            branches.
+        residual_scale: a, the published `scale_adjustment`: LayerNorm undoes it inside, so 0.5 doubles the branches.
         init_values: start of LayerScale (Touvron et al., "Going deeper with Image Transformers", arXiv:2103.17239) on
             both branches (0: as ReZero, arXiv:2003.04887); None: none.
     """
@@ -88,12 +89,9 @@ class Block(nn.Module):
 
 
 class DeepNormBlock(Block):
-    """Post-norm block with DeepNorm: `x = norm1(alpha x + attn(x)); x = norm2(alpha x + mlp(x))`.
-
-    alpha = (2 L)^(1/4); the weights of v, of both projections out and of the MLP start as Xavier normal with gain
-    beta = (8 L)^(-1/4), those of q and k with gain 1 (Wang et al., "DeepNet: Scaling Transformers to 1,000 Layers",
-    arXiv:2203.00555, encoder-only). L = `depth`.
-    """
+    """Post-norm block with DeepNorm: `x = norm1(alpha x + attn(x)); x = norm2(alpha x + mlp(x))`, alpha = (2 L)^(1/4);
+    the weights of v, of both projections out and of the MLP start as Xavier normal with gain beta = (8 L)^(-1/4), those
+    of q and k with gain 1 (Wang et al., "DeepNet", arXiv:2203.00555, encoder-only). L = `depth`."""
 
     def __init__(self, *args, residual_scale: float, depth: int, **kwargs):
         if residual_scale != 1.0:
@@ -118,8 +116,7 @@ BLOCKS: dict[str, type[Block]] = {"pre_norm": Block, "deepnorm": DeepNormBlock}
 
 
 def share_among(blocks: Sequence[Block], size: int, weight_init: str | None) -> None:
-    """Within groups of `size` blocks all follow the first: see `Attention.follow`. UserError for groups larger than the
-    model, and for an initialisation that needs each block's own q and k."""
+    """Within groups of `size` blocks all follow the first: see `Attention.follow`."""
     if size > len(blocks) or weight_init or isinstance(blocks[0], DeepNormBlock):
         raise UserError(f"share_maps={size} needs at least {size} blocks (depth is {len(blocks)}) and excludes "
                         f"block=deepnorm and weight_init: leave it at 1.")
@@ -175,3 +172,29 @@ class BranchMasks:
             for branch, keep in zip(self._branches, self._placed, strict=True):
                 branch.keep = keep
         self._placed.copy_(masks.pin_memory() if self._device.type == "cuda" else masks, non_blocking=True)
+
+
+def cosine_regularisation(maps: Sequence[Tensor]) -> Tensor:
+    """The mean cosine of the final maps `[B, H, N, N]` of neighbouring blocks, 0.1 times which the published code adds
+    to the loss. As in its `loss/cross_entropy.py`, and unlike the paper's similarity (per head and token), the cosine
+    is taken over the *head* axis at every entry of the maps."""
+    return torch.stack([F.cosine_similarity(one, other, dim=1).mean() for one, other in pairwise(maps)]).mean()
+
+
+@contextmanager
+def record_maps(model: nn.Module, first: int) -> Iterator[list[Tensor]]:
+    """`with record_maps(model, first=4) as maps: logits = model(x)`: afterwards `maps` holds the final maps
+    `[B, H, N, N]` of the first 4 blocks, float32, with gradients, in training by this batch's statistics, without
+    dropout on the maps. Hooks record the inputs of the attention modules, which are asked for their maps afterwards,
+    outside of any checkpointed region, and move no statistics. UserError: fewer blocks."""
+    modules = [module for module in model.modules() if isinstance(module, Attention)][:first]
+    if len(modules) < first:
+        raise UserError(f"The maps of {first} blocks are wanted, and the model has {len(modules)}: ask for fewer.")
+    inputs: dict[nn.Module, Tensor] = {}
+    maps: list[Tensor] = []
+    with ExitStack() as hooks:
+        for module in modules:
+            hooks.enter_context(module.register_forward_pre_hook(lambda at, args: inputs.update({at: args[0]})))
+        yield maps
+    with torch.autocast(next(model.parameters()).device.type, enabled=False):  # bf16 loses near-uniform maps
+        maps += [module.weights(inputs[module.source].float()) for module in modules]

@@ -21,8 +21,7 @@ def draw_seed() -> int:
 
 
 def stream(seed: int, path: str, device: torch.device, name: str) -> Generator | None:
-    """The generator of parameter `name` of the module at `path`, a function of (seed, full name) alone: models of one
-    seed share all parameters that they have in common."""
+    """The generator of parameter `name` of the module at `path`, by (seed, full name): models of a seed share it."""
     if device.type == "meta":
         return None
     digest = hashlib.blake2b(f"{seed}/{path}.{name}".encode(), digest_size=4).digest()  # what a CPU's generator takes
@@ -36,8 +35,7 @@ def init_weights(model: nn.Module, seed: int | None = None, std: float = STD, mi
     |------------------------------------|-------------------------------------------------------------------|
     | Linear weight                      | normal, `std`                                                     |
     | pos_embed, cls_token               | normal, std 0.02                                                  |
-    | Linear bias                        | 0                                                                 |
-    | LayerNorm, BatchNorm               | weight 1, bias 0                                                  |
+    | Linear bias; norm weight, bias     | 0; 1, 0                                                           |
     | convolutions of the stem           | PyTorch's default: uniform, +-1/sqrt(fan-in)                      |
     | Theta (`HeadMix`)                  | U(+-1/sqrt(H)), weight and bias, or as `theta_init` says          |
     | LayerScale                         | `init_values`                                                     |

@@ -1,22 +1,24 @@
-"""The named models, defined by the YAML files of `conf/model` alone, which are read here without hydra."""
+"""The named models, defined by the YAML files of `conf/model` alone (read here without hydra), and what they cost."""
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from timm.layers import resample_abs_pos_embed
 from timm.models import build_model_with_cfg, generate_default_cfgs, is_model, register_model
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from deepvit.config import CONF
 from deepvit.config.signature import ABOVE_ZERO, check_arguments, check_ranges, parameters_of
 from deepvit.errors import UserError, choose, did_you_mean
 from deepvit.models.attention import ATTENTIONS
 from deepvit.models.stem import pair, plain, stem_of
-from deepvit.models.vit import ViT, pool_of
+from deepvit.models.vit import PLAIN, ViT, pool_of
 
 MODELS = CONF / "model"
 
@@ -32,15 +34,10 @@ def list_attentions() -> list[str]:
 
 
 def create_model(name: str, **overrides: Any) -> ViT:
-    """Builds a model of `conf/model`, freshly initialised, with `.config`, the plain settings that rebuild it.
-
-    Args:
-        name: one of `list_models()`.
-        **overrides: keywords of `ViT`; `attention` may be a name of `model/attention` or a mapping, `global_pool` is
-            `pool` in timm's terms ("token", "avg", "" for none).
-    Raises:
-        UserError: an unknown name or keyword, a value of the wrong type, sizes that do not fit together.
-    """
+    """Builds a model of `list_models()`, freshly initialised, with `.config`, the plain settings that rebuild it.
+    `overrides` are keywords of `ViT`; `attention` may be a name of `model/attention` or a mapping, `global_pool` is
+    `pool` in timm's terms ("token", "avg", "" for none). Raises UserError for an unknown name or keyword, a value of
+    the wrong type, sizes that do not fit together."""
     if "global_pool" in overrides:
         overrides["pool"] = pool_of(overrides.pop("global_pool"))
     model = build_model({**model_config(name), **overrides})
@@ -76,15 +73,14 @@ SWITCHED = ("norm", "norm_eps"), ("mix", "theta_init")  # of an attention: a swi
 
 
 def check_model(config: Mapping[str, Any], where: str = "") -> None:
-    """Refuses settings that `ViT`, its stem or its attention would not take, naming what was meant; `where` is their
-    path in a larger config: "model" -> `model.depth`."""
+    """Refuses what `ViT`, its stem or its attention would not take; `where`: "model" names `model.depth`."""
     known = {name: value for name, value in config.items() if (name, value) != ("num_classes", None)}  # the data's
     prefix = f"{where}." if where else ""
     check_arguments(ViT, known, where)
     check_ranges(known, RANGES, where)
     stem, options = stem_of(known.get("stem", "patch"))
     _check_options(stem, options, f"{prefix}stem", ("img_size", "patch_size", "in_chans", "embed_dim", "norm_eps"))
-    attention = dict(config.get("attention") or {"class": "SelfAttention"})
+    attention = dict(config.get("attention") or PLAIN)
     attention.pop("name", None)
     cls = choose(f"{prefix}attention.class", str(attention.pop("class", None)), ATTENTIONS)
     _check_options(cls, attention, f"{prefix}attention", ("dim", "block_index", "depth", "norm_layer", "device",
@@ -99,7 +95,7 @@ def without_effect(config: Mapping[str, Any]) -> list[str]:
              if rule.get(switch) is False and rule.get(name, usual[name].default) != usual[name].default]
     if config["attn_drop_rate"] and "attn_drop" in rule and config["reattention_blocks"] is None:
         found.append(("model.attn_drop_rate", f"{path}.attn_drop={rule['attn_drop']}"))
-    if config["reattention_blocks"] is not None and {**rule, "name": ""} == {"class": "SelfAttention", "name": ""}:
+    if config["reattention_blocks"] is not None and {**rule, "name": ""} == {**PLAIN, "name": ""}:
         found.append(("model.reattention_blocks", "model/attention=self"))
     return [f"{name} has no effect beside {other}." for name, other in found]
 
@@ -134,6 +130,25 @@ def _settings(kind: str, name: str, folder: Path, known: Sequence[str]) -> dict[
     if name not in known:
         raise UserError(f"There is no {kind} '{name}'.{did_you_mean(name, known)} The {kind}s are: {', '.join(known)}.")
     return yaml.safe_load((folder / f"{name}.yaml").read_text())
+
+
+def count_flops(model: ViT) -> int:
+    """Floating-point operations of one image's forward pass in eval mode: matrix products and convolutions only, a
+    multiply-add as two (the published tables count one "MAC"). Counted on the meta device, at no cost."""
+    return forward_flops(lambda: build_model(model.config), model.input_size)
+
+
+def forward_flops(make: Callable[[], nn.Module], shape: Sequence[int]) -> int:
+    """The same of any model that `make()` builds, for an image of `shape` (channels, height, width)."""
+    with torch.device("meta"), torch.no_grad():
+        model, image = make().eval(), torch.empty(1, *shape)
+        with FlopCounterMode(display=False) as counter:
+            model(image)
+    return counter.get_total_flops()
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def register_with_timm() -> None:

@@ -1,7 +1,7 @@
 """From images to tokens: `[B, in_chans, height, width]` -> `[B, N, D]`, row by row."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch.nn.functional as F
 from timm.layers import pad_same, resample_patch_embed
@@ -11,6 +11,7 @@ from deepvit import ops
 from deepvit.errors import UserError, choose
 
 Size = tuple[int, int]
+Pixels = int | Sequence[int]  # one side of a square, or (height, width)
 GROUPS = 32  # of the hybrid's group norms
 
 
@@ -29,30 +30,22 @@ class Stem(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if tuple(x.shape[1:]) != self.input_size:
             wanted = ", ".join(map(str, self.input_size))
-            raise UserError(f"The images have shape {tuple(x.shape)}, the model is built for (batch, {wanted}): "
-                            f"set in_chans or img_size.")
+            raise UserError(f"Images of {tuple(x.shape)} meet a model for (batch, {wanted}): set in_chans or img_size.")
         return self.embed(x)
 
-    @property
-    def input_size(self) -> tuple[int, int, int]:
-        """(channels, height, width)."""
-        return self.in_chans, *self.img_size
+    input_size = property(lambda self: (self.in_chans, *self.img_size))  # (channels, height, width)
+    num_patches = property(lambda self: self.grid_size[0] * self.grid_size[1])
 
     @property
     def grid_size(self) -> Size:
         """(rows, columns) of patches."""
         return self.img_size[0] // self.patch_size[0], self.img_size[1] // self.patch_size[1]
 
-    @property
-    def num_patches(self) -> int:
-        return self.grid_size[0] * self.grid_size[1]
-
     def feat_ratio(self, as_scalar: bool = True) -> int | Size:
         """Pixels per token, the larger side or (height, width)."""
         return max(self.patch_size) if as_scalar else self.patch_size
 
-    def set_input_size(self, img_size: int | Sequence[int] | None = None,
-                       patch_size: int | Sequence[int] | None = None) -> None:
+    def set_input_size(self, img_size: Pixels | None = None, patch_size: Pixels | None = None) -> None:
         """Another image size, another patch size (the kernel of `proj` is resampled), or both."""
         before = self.patch_size
         self._set_sizes(pair(img_size or self.img_size), pair(patch_size or self.patch_size))
@@ -72,15 +65,13 @@ class Stem(nn.Module):
                 raise UserError(f"Patches of {patch_size[0]}x{patch_size[1]} pixels do not tile images of "
                                 f"{img_size[0]}x{img_size[1]}: change img_size or patch_size.")
             if patch % self.stride:
-                raise UserError(f"This stem has a stride of {self.stride} pixels: patch_size {patch_size[0]}x"
-                                f"{patch_size[1]} must be a multiple of it.")
+                raise UserError(f"patch_size={patch} is no multiple of this stem's stride of {self.stride} pixels.")
         self.img_size, self.patch_size = img_size, patch_size
 
 
 class PatchStem(Stem):
     """One convolution with kernel = stride = patch (Dosovitskiy et al., arXiv:2010.11929). With `norm_eps` the patch,
-    flattened as `(channel, row, column)`, is layer-normed before the projection and the token after it, as in
-    vit-pytorch since 1.0."""
+    flattened as `(channel, row, column)`, is layer-normed before it and the token after it, as in vit-pytorch 1.0."""
 
     first_conv = "proj"
 
@@ -97,8 +88,7 @@ class PatchStem(Stem):
         patches = F.unfold(x, self.patch_size, stride=self.patch_size).mT  # [B, N, C*p*p]
         return self.norm_out(F.linear(self.norm_in(patches), self.proj.weight.flatten(1), self.proj.bias))
 
-    def set_input_size(self, img_size: int | Sequence[int] | None = None,
-                       patch_size: int | Sequence[int] | None = None) -> None:
+    def set_input_size(self, img_size: Pixels | None = None, patch_size: Pixels | None = None) -> None:
         if self.norm_in is not None and pair(patch_size or self.patch_size) != self.patch_size:
             raise UserError("patch_norm has weights for every pixel of a patch: patch_size cannot be changed.")
         super().set_input_size(img_size, patch_size)
@@ -119,8 +109,7 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
 
 class ConvStem(Stem):
     """Three convolutions, the DeepViT-S and -L stem: 7x7/2, 3x3, then patch/2 with stride patch/2 (after T2T-ViT).
-    `ViT` passes an attention's `norm_batch`, so that all batch norms see the same images; 32 is what a process of the
-    published code saw."""
+    `ViT` passes an attention's `norm_batch`, for all batch norms to see the same images: 32 in the published code."""
 
     first_conv = "conv1"
 
@@ -138,47 +127,32 @@ class ConvStem(Stem):
         return self.proj(x).flatten(2).mT  # [B, N, D]
 
 
-class Arithmetic(NamedTuple):
-    """What google-research/vision_transformer and jeonsworld/ViT-pytorch compute differently from the same weights."""
-
-    same_padding: bool  # as TensorFlow's SAME (more at the end), also before the max-pool; else symmetric, there none
-    eps_outside: bool  # weights are divided by `std + 1e-5`, else by `sqrt(var + 1e-5)`
-    shortcut_groups: int | None  # of the GroupNorm of a projected shortcut; None: a group per channel
-    shortcut_eps: float
-
-
-ARITHMETICS = {"google": Arithmetic(True, True, GROUPS, 1e-6),  # the only faithful one for Google's own R50 file
-               "vit_pytorch": Arithmetic(False, False, None, 1e-5)}
-
-
 class StdConv2d(nn.Conv2d):
-    """Convolution without bias whose weights are standardised per output channel (arXiv:1903.10520)."""
+    """Convolution without bias whose weights are standardised per output channel (arXiv:1903.10520), padded as
+    TensorFlow's SAME (more at the end) if it is `google`'s, else evenly."""
 
-    def __init__(self, cin: int, cout: int, kernel: int, stride: int, rule: Arithmetic):
-        super().__init__(cin, cout, kernel, stride, bias=False)
-        self.rule = rule
+    def __init__(self, cin: int, cout: int, kernel: int, stride: int, google: bool):
+        super().__init__(cin, cout, kernel, stride, padding=0 if google else kernel // 2, bias=False)
+        self.google = google
 
     def forward(self, x: Tensor) -> Tensor:
         var, mean = self.weight.var((1, 2, 3), correction=0, keepdim=True), self.weight.mean((1, 2, 3), keepdim=True)
-        std = var.sqrt() + 1e-5 if self.rule.eps_outside else (var + 1e-5).sqrt()
-        weight = (self.weight - mean) / std
-        if self.rule.same_padding:
-            return F.conv2d(pad_same(x, list(self.kernel_size), list(self.stride)), weight, stride=self.stride)
-        return F.conv2d(x, weight, stride=self.stride, padding=self.kernel_size[0] // 2)
+        std = var.sqrt() + 1e-5 if self.google else (var + 1e-5).sqrt()
+        x = pad_same(x, list(self.kernel_size), list(self.stride)) if self.google else x
+        return F.conv2d(x, (self.weight - mean) / std, stride=self.stride, padding=self.padding)
 
 
 class Root(nn.Module):
-    """7x7 convolution with stride 2, GroupNorm, ReLU, 3x3 max-pool with stride 2."""
+    """7x7 convolution with stride 2, GroupNorm, ReLU, 3x3 max-pool with stride 2 (padded in `google`'s alone)."""
 
-    def __init__(self, in_chans: int, width: int, rule: Arithmetic):
+    def __init__(self, in_chans: int, width: int, google: bool):
         super().__init__()
-        self.rule = rule
-        self.conv = StdConv2d(in_chans, width, 7, 2, rule)
+        self.conv = StdConv2d(in_chans, width, 7, 2, google)
         self.gn = nn.GroupNorm(GROUPS, width, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.gn(self.conv(x)))  # [B, width, height/2, width/2]
-        if self.rule.same_padding:
+        if self.conv.google:
             x = pad_same(x, [3, 3], [2, 2], value=float("-inf"))
         return F.max_pool2d(x, 3, 2)
 
@@ -186,16 +160,16 @@ class Root(nn.Module):
 class Unit(nn.Module):
     """Bottleneck: 1x1, 3x3 (with the stride), 1x1 to four times the width; the sum goes through a ReLU."""
 
-    def __init__(self, cin: int, width: int, stride: int, rule: Arithmetic):
+    def __init__(self, cin: int, width: int, stride: int, google: bool):
         super().__init__()
         cout = 4 * width
-        self.conv1, self.gn1 = StdConv2d(cin, width, 1, 1, rule), nn.GroupNorm(GROUPS, width, eps=1e-6)
-        self.conv2, self.gn2 = StdConv2d(width, width, 3, stride, rule), nn.GroupNorm(GROUPS, width, eps=1e-6)
-        self.conv3, self.gn3 = StdConv2d(width, cout, 1, 1, rule), nn.GroupNorm(GROUPS, cout, eps=1e-6)
+        self.conv1, self.gn1 = StdConv2d(cin, width, 1, 1, google), nn.GroupNorm(GROUPS, width, eps=1e-6)
+        self.conv2, self.gn2 = StdConv2d(width, width, 3, stride, google), nn.GroupNorm(GROUPS, width, eps=1e-6)
+        self.conv3, self.gn3 = StdConv2d(width, cout, 1, 1, google), nn.GroupNorm(GROUPS, cout, eps=1e-6)
         self.downsample = None
         if stride != 1 or cin != cout:
-            self.downsample = StdConv2d(cin, cout, 1, stride, rule)
-            self.gn_proj = nn.GroupNorm(rule.shortcut_groups or cout, cout, eps=rule.shortcut_eps)
+            self.downsample = StdConv2d(cin, cout, 1, stride, google)
+            self.gn_proj = nn.GroupNorm(GROUPS, cout, eps=1e-6) if google else nn.GroupNorm(cout, cout, eps=1e-5)
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.gn_proj(self.downsample(x))
@@ -211,7 +185,7 @@ class HybridStem(Stem):
         patch_size: a multiple of the ResNet's stride, 4 * 2^(stages - 1) (16 for three stages).
         layers: units per stage; the first stage keeps its size, each other halves it.
         width: channels of the first convolution, a multiple of 32; the stages have 4, 8, 16, ... times as many.
-        arithmetic: `google`, or `vit_pytorch` for weights that were fine-tuned there.
+        arithmetic: `google` (faithful to Google's own R50 file), or `vit_pytorch` for weights fine-tuned there.
     """
 
     first_conv = "root.conv"
@@ -223,14 +197,14 @@ class HybridStem(Stem):
             raise UserError(f"stem=hybrid takes stages of one unit or more and a width that is a multiple of {GROUPS}: "
                             f"not layers {list(layers)} and width {width}.")
         super().__init__(img_size, patch_size, in_chans, stride=4 * 2 ** (len(layers) - 1))
-        rule = ARITHMETICS[arithmetic]
-        self.root = Root(in_chans, width, rule)
+        google = arithmetic == "google"
+        self.root = Root(in_chans, width, google)
         self.body, channels = nn.Sequential(), width
         for stage, units in enumerate(layers):
             block = nn.Sequential()
             for unit in range(units):
                 stride = 2 if stage and not unit else 1
-                block.add_module(f"unit{unit + 1}", Unit(channels, width * 2**stage, stride, rule))
+                block.add_module(f"unit{unit + 1}", Unit(channels, width * 2**stage, stride, google))
                 channels = 4 * width * 2**stage
             self.body.add_module(f"block{stage + 1}", block)
         self.proj = nn.Conv2d(channels, embed_dim, self.cell, self.cell)
@@ -248,7 +222,7 @@ def stem_of(stem: str | Mapping[str, Any]) -> tuple[type[Stem], dict[str, Any]]:
     return choose("stem", str(options.pop("name", None)), STEMS), options
 
 
-def pair(size: int | Sequence[int]) -> Size:
+def pair(size: Pixels) -> Size:
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 

@@ -13,8 +13,9 @@ from deepvit.errors import UserError, choose
 from deepvit.models.attention import ATTENTIONS, Attention
 from deepvit.models.blocks import BLOCKS, checkpoint_block, share_among
 from deepvit.models.init import STD, draw_seed, init_weights
-from deepvit.models.stem import PatchStem, pair, plain, stem_of
+from deepvit.models.stem import PatchStem, Pixels, pair, plain, stem_of
 
+PLAIN = {"class": "SelfAttention"}
 POOLS = {
     "cls": lambda tokens: tokens[:, 0],
     "mean": lambda tokens: tokens.mean(1),  # class token included, as vit-pytorch and DeepViT-flax
@@ -37,37 +38,31 @@ class ViT(nn.Module):
     patch_size = property(lambda self: self.patch_embed.patch_size)
     grid_size = property(lambda self: self.patch_embed.grid_size)  # (rows, columns) of patches
     input_size = property(lambda self: self.patch_embed.input_size)  # (channels, height, width)
+    global_pool = property(lambda self: {"cls": "token"}.get(self.pool, self.pool))  # timm's name for `pool`
     num_prefix_tokens = 1
-
-    @property
-    def global_pool(self) -> str:
-        """timm's name for `pool`."""
-        return {"cls": "token"}.get(self.pool, self.pool)
 
     def __init__(self, img_size: int | tuple[int, int] = 224, patch_size: int | tuple[int, int] = 16, in_chans: int = 3,
                  num_classes: int = 1000, embed_dim: int = 384, depth: int = 12, num_heads: int = 12,
                  head_dim: int | None = None, mlp_ratio: float = 3.0, qkv_bias: bool = True,
                  qk_scale: float | None = None, stem: str | Mapping[str, Any] = "patch",
-                 attention: Mapping[str, Any] | None = None,
-                 reattention_blocks: list[int] | str | None = None, map_scale: float = 1.0,
-                 residual_scale: float = 1.0, drop_rate: float = 0.0, pos_drop_rate: float = 0.0,
-                 attn_drop_rate: float = 0.0, drop_path_rate: float = 0.0, init_values: float | None = None,
-                 pool: Literal["cls", "mean", "avg", ""] = "cls", gelu: Literal["erf", "tanh"] = "erf",
-                 norm_eps: float = 1e-6, patch_norm: bool = False,
+                 attention: Mapping[str, Any] | None = None, reattention_blocks: list[int] | str | None = None,
+                 map_scale: float = 1.0, residual_scale: float = 1.0, drop_rate: float = 0.0,
+                 pos_drop_rate: float = 0.0, attn_drop_rate: float = 0.0, drop_path_rate: float = 0.0,
+                 init_values: float | None = None, pool: Literal["cls", "mean", "avg", ""] = "cls",
+                 gelu: Literal["erf", "tanh"] = "erf", norm_eps: float = 1e-6, patch_norm: bool = False,
                  final_norm: Literal["before_pool", "after_pool"] = "before_pool",
                  representation_size: int | None = None, block: Literal["pre_norm", "deepnorm"] = "pre_norm",
                  feat_scale: bool = False, init_std: float | None = None,
                  weight_init: Literal["mimetic"] | None = None, share_maps: int = 1):
-        config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
+        self.config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         seed, before = draw_seed(), torch.get_rng_state()
-        self.config: dict[str, Any] = config
         self.in_chans, self.num_classes, self.embed_dim, self.depth = in_chans, num_classes, embed_dim, depth
         self.pool, self.final_norm = pool, final_norm
         self.grad_checkpointing = False
 
         (make_stem, options), make_block = stem_of(stem), choose("block", block, BLOCKS)
-        rule = {"map_scale": map_scale, **(attention or {"class": "SelfAttention"})}
+        rule = {"map_scale": map_scale, **(attention or PLAIN)}
         if rule.get("norm") or "norm_batch" in rule:  # all batch norms take the same images
             options = {**_wanted(make_stem, norm_batch=rule.get("norm_batch")), **options}
         if patch_norm:
@@ -83,8 +78,7 @@ class ViT(nn.Module):
         shared = dict(num_heads=num_heads, head_dim=head_dim, qkv_bias=qkv_bias, qk_scale=qk_scale,
                       attn_drop=attn_drop_rate, proj_drop=drop_rate)
         self.blocks = nn.Sequential(*(
-            make_block(embed_dim, _attention(rule if i in chosen else {"class": "SelfAttention"}, embed_dim, shared,
-                                             block_index=i, depth=depth),
+            make_block(embed_dim, _attention(rule if i in chosen else PLAIN, embed_dim, shared, i, depth),
                        mlp_ratio, drop_rate, drop_path_rate * i / max(1, depth - 1), init_values, gelu, norm_eps,
                        residual_scale=residual_scale, feat_scale=feat_scale, depth=depth)
             for i in range(depth)))
@@ -190,10 +184,8 @@ class ViT(nn.Module):
     def _norm_of_tokens(self, x: Tensor) -> Tensor:
         return self.norm(x) if self.final_norm == "before_pool" else x
 
-    def set_input_size(self, img_size: int | Sequence[int] | None = None,
-                       patch_size: int | Sequence[int] | None = None) -> None:
-        """Another image or patch size, in pixels: positions and patch kernel are resampled as timm does it. UserError
-        for sizes that do not fit together, which change nothing."""
+    def set_input_size(self, img_size: Pixels | None = None, patch_size: Pixels | None = None) -> None:
+        """Another image or patch size, in pixels: positions and patch kernel are resampled as timm does it."""
         before = self.grid_size
         self.patch_embed.set_input_size(img_size, patch_size)
         if self.grid_size != before:
@@ -220,8 +212,7 @@ class ViT(nn.Module):
         in eval mode whatever mode the rest is in, so that nothing is dropped and no statistics move."""
         whole = part == "backbone"
         if not whole and not 0 <= part <= len(self.blocks):
-            raise UserError(f"freeze={part} does not fit a model of {len(self.blocks)} blocks: give 0 (the stem alone) "
-                            f"to {len(self.blocks)}, or backbone (all but the head).")
+            raise UserError(f"freeze={part} does not fit: give 0 (the stem alone) to {len(self.blocks)}, or backbone.")
         self._frozen = [self.patch_embed, self.pos_drop, *self.blocks[:None if whole else part],
                         *([self.norm, self.pre_logits] if whole else [])]
         kept = nn.ModuleList(self._frozen)
@@ -271,11 +262,11 @@ def pool_of(global_pool: str) -> str:
     return pool
 
 
-def _attention(rule: Mapping[str, Any], dim: int, shared: Mapping[str, Any], **place: int) -> Attention:
-    """An attention by its rule; its `place` goes to a class with parameters `block_index` or `depth`."""
+def _attention(rule: Mapping[str, Any], dim: int, shared: Mapping[str, Any], block_index: int, depth: int) -> Attention:
+    """An attention by its rule; its place goes to a class with parameters `block_index` or `depth`."""
     options = {name: value for name, value in rule.items() if name not in ("class", "name")}
     cls = choose("attention.class", rule.get("class", ""), ATTENTIONS)
-    return cls(dim, **{**shared, **options, **_wanted(cls, **place)})
+    return cls(dim, **{**shared, **options, **_wanted(cls, block_index=block_index, depth=depth)})
 
 
 def _wanted(cls: type, **offered: Any) -> dict[str, Any]:
@@ -285,19 +276,14 @@ def _wanted(cls: type, **offered: Any) -> dict[str, Any]:
 
 def _block_indices(chosen: Sequence[int] | str | None, depth: int) -> set[int]:
     """Indices from `[11, -1]` or the slice `"-12:"`; all blocks for None."""
-    if chosen is None:
-        return set(range(depth))
-    if isinstance(chosen, str):
-        try:
-            return set(range(depth)[slice(*(int(part) if part else None for part in chosen.split(":")))])
-        except (ValueError, TypeError):
-            raise UserError(f"reattention_blocks='{chosen}' is no slice such as '-12:': "
-                            f"give one, or a list of block indices.") from None
-    for index in chosen:
-        if not -depth <= index < depth:
-            raise UserError(f"reattention_blocks names block {index}, but the model has {depth} blocks "
-                            f"(0 to {depth - 1}, or negative from the end).")
-    return {index % depth for index in chosen}
+    blocks = range(depth)
+    try:
+        if isinstance(chosen, str):
+            return {*blocks[slice(*(int(part) if part else None for part in chosen.split(":")))]}
+        return {*blocks} if chosen is None else {blocks[index] for index in chosen}
+    except (ValueError, TypeError, IndexError):
+        raise UserError(f"reattention_blocks={chosen} does not fit a model of {depth} blocks: give a slice such as "
+                        f"'-12:', or a list of indices from 0 to {depth - 1} (or negative from the end).") from None
 
 
 def _head(features: int, num_classes: int) -> nn.Module:

@@ -25,11 +25,9 @@ from deepvit.ops.reference import HeadNorm
 
 def fold(mix: Tensor, bias: Tensor | None = None, norm: HeadNorm | None = None,
          map_scale: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Evaluation in one mix and one rank-one term: `out_h = sum_g mix'[h, g] A_g v_h + shift'_h sum_j v_h[j]`.
-
-    Takes Theta `[H, H]`, its bias `[H]` or None and a norm with running statistics (else UserError) or None; returns
-    mix' `[H, H]` and shift' `[H]` in at least float32, differentiable in mix, bias, gamma and beta.
-    """
+    """Evaluation in one mix and one rank-one term: `out_h = sum_g mix'[h, g] A_g v_h + shift'_h sum_j v_h[j]`. Takes
+    Theta `[H, H]`, its bias `[H]` or None, a norm with running statistics (else UserError) or None; returns mix'
+    `[H, H]` and shift' `[H]` in at least float32, differentiable in mix, bias, gamma and beta."""
     mix = at_least_float(mix)
     shift = mix.new_zeros(mix.shape[0]) if bias is None else bias.to(mix.dtype)
     if norm is not None:
@@ -46,8 +44,7 @@ def at_least_float(t: Tensor) -> Tensor:
 
 
 def group_mean(x: Tensor, size: int | None) -> tuple[Tensor, Tensor | int]:
-    """The mean of `x [B, H]` over each image's group: `size` consecutive images (None: all), in the last group the
-    rest; and the number of images in that group, `[B, 1]` or one number for all."""
+    """The mean of `x [B, H]` over each image's group of `size` (None: all), and its images, `[B, 1]` or one number."""
     B, H = x.shape
     if size is None:
         return x.mean(dim=0, keepdim=True).expand(B, H), B
@@ -75,8 +72,7 @@ def batch_gain(sumsq: Tensor, tokens: int, mean: Tensor, norm: HeadNorm, norm_ba
 
 
 class _AffineInPlace(torch.autograd.Function):
-    """`gain_h U_h + shift_h total_h` written over U. Keeps its output for the backward, which the next layer keeps
-    anyway, and U only where it cannot be recovered from the output."""
+    """`gain_h U_h + shift_h total_h` written over U; saves its output, as the next layer does, or a copy of U."""
 
     @staticmethod
     def forward(ctx, u: Tensor, gain: Tensor, total: Tensor, shift: Tensor) -> Tensor:

@@ -164,8 +164,7 @@ centred_mix.register_autograd(_backward, setup_context=_setup)
 
 
 def _second_backward(ctx, *grads):
-    raise UserError("The gradient of re-attention's fast operators can be taken once: for a second derivative use "
-                    "torch.func (grad of grad, hessian), which runs plain operations, or deepvit.ops.reference.")
+    raise UserError("The gradient of re-attention's fast operators can be taken once: use torch.func or ops.reference.")
 
 
 centred_mix_backward.register_autograd(_second_backward)
@@ -175,13 +174,11 @@ centred_mix_backward.register_autograd(_second_backward)
 
 @register_flop_formula(torch.ops.deepvit.centred_mix)
 def _flops(q, k, v, mix, *_, **__) -> int:
-    """`q k^T`, the mix over heads, maps times v."""
     B, H, N, d = q
-    return 2 * B * H * N * N * (2 * d + H)
+    return 2 * B * H * N * N * (2 * d + H)  # `q k^T` and maps times v, the mix over heads
 
 
 @register_flop_formula(torch.ops.deepvit.centred_mix_backward)
 def _flops_backward(du, dsumsq, dtotal, q, *_, **__) -> int:
-    """`q k^T` and the mix again; then two products each for q k^T, the mix and maps times v."""
     B, H, N, d = q
-    return 2 * B * H * N * N * (5 * d + 3 * H)
+    return 2 * B * H * N * N * (5 * d + 3 * H)  # `q k^T` and the mix again, then two products for each of the three

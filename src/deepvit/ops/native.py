@@ -1,8 +1,6 @@
 """The core of the affine form on a CPU, compiled: `native.cpp`, built once by the machine's g++ and kept in a cache.
-
 Never required: without g++, or with DEEPVIT_NATIVE=0, `tiles.py` does the same in plain PyTorch. What the compiled form
-adds is one parallel region a call, where PyTorch has dozens: on a busy machine those wait for each other.
-"""
+adds is one parallel region a call, where PyTorch has dozens: on a busy machine those wait for each other."""
 
 import ctypes
 import hashlib
@@ -28,9 +26,7 @@ TILE_BYTES = 400_000  # of one maps buffer of one thread; three are alive in bac
 class Sizes(ctypes.Structure):
     _fields_ = [(name, ctypes.c_long) for name in "B H N D sb sh sn rows chunk".split()] + [("scale", ctypes.c_float)]
 
-    @property
-    def chunks(self) -> int:
-        return ceil(self.N / self.chunk)
+    chunks = property(lambda self: ceil(self.N / self.chunk))
 
 
 def _processor() -> list[str]:
@@ -115,8 +111,7 @@ def _pointers(*tensors: Tensor) -> list[ctypes.c_void_p]:
     return [ctypes.c_void_p(x.data_ptr()) for x in tensors]
 
 
-def centred_mix(q: Tensor, k: Tensor, v: Tensor, mix: Tensor, scale: float,
-                statistics: bool) -> tuple[Tensor, Tensor, Tensor]:
+def centred_mix(q: Tensor, k: Tensor, v: Tensor, mix: Tensor, scale: float, statistics: bool) -> tuple[Tensor, ...]:
     """`reference.centred_mix` for float32 and half precision, computed in float32, without autograd."""
     dtype = q.dtype
     q, k, v = _float_inputs(q, k, v)

@@ -105,12 +105,9 @@ def reattention(q: Tensor, k: Tensor, v: Tensor, mix: Tensor | None = None, bias
     return exchange_heads(maps, mix, bias, norm=norm, map_scale=map_scale, training=training, norm_batch=norm_batch) @ v
 
 
-def centred_mix(q: Tensor, k: Tensor, v: Tensor, mix: Tensor, scale: float,
-                statistics: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """What every core of the affine form computes (see `affine`); this one, for exports and function transforms alone,
-    keeps the maps.
-
-    From q, k, v `[B, H, N, d]` of any strides and mix `[H, H]` in float32 (float64 if q is), with
+def centred_mix(q: Tensor, k: Tensor, v: Tensor, mix: Tensor, scale: float, statistics: bool) -> tuple[Tensor, ...]:
+    """What every core of the affine form computes (see `affine`); this one, for exports and function transforms, keeps
+    the maps. From q, k, v `[B, H, N, d]` of any strides and mix `[H, H]` in float32 (float64 if q is), with
     `C = softmax(scale q k^T) - 1/N` and `M_h = sum_g mix[h, g] C_g`: U `[B, H, N, d]` = M v in v's dtype; sumsq
     `[B, H]` = sum of M^2 over both N (zeros without `statistics`) and total `[B, H, d]` = sum of v over N in mix's.
     """

@@ -64,10 +64,6 @@ def _heads_first(x: Tensor, tile: Tile, dtype: torch.dtype, rows: bool, factor: 
     return torch.mul(part, factor, out=out) if factor != 1.0 else out.copy_(part)
 
 
-def _with_centre(mix: Tensor) -> Tensor:
-    return torch.cat([mix, -mix.sum(dim=1, keepdim=True)], dim=1)  # [H, H + 1]
-
-
 class _Maps:
     """The maps of one tile: `softmax [H + 1, S, R, N]` (the last is the constant) and scratch of `[H, S, R, N]`."""
 
@@ -75,28 +71,27 @@ class _Maps:
         H, (S, R, N) = len(mix), tile.shape
         self.softmax, *self.scratch = _buffers(mix, (H + 1, S, R, N), *[(H, S, R, N)] * scratch)
         self.softmax[-1].fill_(1 / N)
+        self.centring = torch.cat([mix, -mix.sum(dim=1, keepdim=True)], dim=1)  # [H, H + 1]
 
-    def fill(self, q: Tensor, k: Tensor, mix: Tensor) -> Tensor:
+    def fill(self, q: Tensor, k: Tensor) -> Tensor:
         """Computes the softmax maps, and returns the mixed centred ones `[H, S, R, N]` in the first scratch."""
         logits = self.scratch[0]
         torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT, out=logits.flatten(0, 1))
         torch.softmax(logits, dim=-1, out=self.softmax[:-1])
-        torch.mm(mix, self.softmax.flatten(1), out=logits.flatten(1))
+        torch.mm(self.centring, self.softmax.flatten(1), out=logits.flatten(1))
         return logits
 
 
-def centred_mix(q: Tensor, k: Tensor, v: Tensor, mix: Tensor, scale: float,
-                statistics: bool) -> tuple[Tensor, Tensor, Tensor]:
+def centred_mix(q: Tensor, k: Tensor, v: Tensor, mix: Tensor, scale: float, statistics: bool) -> tuple[Tensor, ...]:
     """`reference.centred_mix` tile by tile, without autograd."""
     B, H, N, d = q.shape
     dtype = mix.dtype
     u = tokens_first(q)  # [B, H, N, d]
     sumsq = mix.new_zeros(B, H)
-    centring = _with_centre(mix)
     for tile in cover(B, H, N, dtype.itemsize, q.device.type):
         if tile.rows.start == 0:
             keys, values = (_heads_first(x, tile, dtype, rows=False) for x in (k, v))  # [H, S, N, d]
-        mixed = _Maps(mix, tile, scratch=1).fill(_heads_first(q, tile, dtype, True, scale), keys, centring)
+        mixed = _Maps(mix, tile, scratch=1).fill(_heads_first(q, tile, dtype, True, scale), keys)
         if statistics:
             sumsq[tile.samples] += torch.linalg.vector_norm(mixed.flatten(2), dim=2).T.square()
         part = torch.bmm(mixed.flatten(0, 1), values.flatten(0, 1)).view(H, *tile.shape[:2], d)
@@ -106,15 +101,13 @@ def centred_mix(q: Tensor, k: Tensor, v: Tensor, mix: Tensor, scale: float,
 
 def centred_mix_backward(du: Tensor, dsumsq: Tensor, dtotal: Tensor, q: Tensor, k: Tensor, v: Tensor, mix: Tensor,
                          scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v (laid out `[B, N, H, d]`) and mix, from those of the three results of `centred_mix`.
-
-    `dM = dU v^T + 2 dsumsq M`, `dmix = sum dM C^T`, `dA = mix^T dM`, then softmax's backward, which forgets constants.
-    """
+    """Gradients of q, k, v (laid out `[B, N, H, d]`) and mix, from those of the three results of `centred_mix`:
+    `dM = dU v^T + 2 dsumsq M`, `dmix = sum dM C^T`, `dA = mix^T dM`, then softmax's backward (constants vanish)."""
     B, H, N, d = q.shape
     dtype = mix.dtype
     dq, dk, dv = (tokens_first(x) for x in (q, k, v))  # [B, H, N, d]
     dmix = mix.new_zeros(H, H + 1)
-    centring, twice = _with_centre(mix), 2 * dsumsq.T[:, :, None, None]  # [H, B, 1, 1]
+    twice = 2 * dsumsq.T[:, :, None, None]  # [H, B, 1, 1]
     for tile in cover(B, H, N, dtype.itemsize, q.device.type):
         if tile.rows.start == 0:
             keys, values = (_heads_first(x, tile, dtype, rows=False) for x in (k, v))  # [H, S, N, d]
@@ -122,7 +115,7 @@ def centred_mix_backward(du: Tensor, dsumsq: Tensor, dtotal: Tensor, q: Tensor, 
             dvalues = torch.empty_like(values).copy_(dtotal[tile.samples].transpose(0, 1)[:, :, None])
         queries, dout = _heads_first(q, tile, dtype, True, scale), _heads_first(du, tile, dtype, True)  # [H, S, R, d]
         maps = _Maps(mix, tile, scratch=2)
-        mixed, dmixed = maps.fill(queries, keys, centring), maps.scratch[1]
+        mixed, dmixed = maps.fill(queries, keys), maps.scratch[1]
         _accumulate(dvalues, mixed, dout)
         torch.bmm(dout.flatten(0, 1), values.flatten(0, 1).mT, out=dmixed.flatten(0, 1))
         dmixed.addcmul_(mixed, twice[:, tile.samples])

@@ -72,24 +72,18 @@ def refusal(device: torch.device, dtype: torch.dtype, heads: int, d: int) -> str
     return ""
 
 
-def _precision() -> str:
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-
-
 def _options(kernel: str, q: Tensor) -> dict[str, Any]:
     d0, d1 = head_widths(q.shape[3])
     tile = TILES[d0 + d1, q.dtype.itemsize][kernel]
-    return {"BM": tile.rows, "BN": tile.cols, "D0": d0, "D1": d1, "WIDEN": INTERPRETED, "PRECISION": _precision(),
+    precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return {"BM": tile.rows, "BN": tile.cols, "D0": d0, "D1": d1, "WIDEN": INTERPRETED, "PRECISION": precision,
             "num_warps": tile.warps, "num_stages": tile.stages}
 
 
 def _prepared(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v less its mean over the tokens, of one stride and a width that the kernels load without a mask.
-
-    Rows of M sum to 0 and softmax's backward forgets what is constant in a row, so the mean changes no result; but
-    where tokens are alike half precision would round M v to noise. Views of one packed tensor pass as they are, but for
-    v; odd widths (33, 35) are padded once, in the copy that v needs anyway: to 48, as Triton knows multiples of 16.
-    """
+    """q, k and v less its mean over the tokens, of one stride and a width that the kernels load without a mask."""
+    # Rows of M sum to 0 and softmax's backward forgets what is constant in a row, so the mean changes no result; but
+    # where tokens are alike half precision would round M v to noise
     B, H, N, d = q.shape
     width, mean = sum(head_widths(d)), v.mean(dim=2, keepdim=True, dtype=torch.float32)
     if width == d and q.stride() == k.stride() == v.stride() and q.stride(3) == 1:
@@ -99,24 +93,18 @@ def _prepared(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(packed.unbind(0))
 
 
-def _sizes(q: Tensor, d: int) -> tuple[int, ...]:
-    return *q.stride()[:3], q.shape[1], q.shape[2], d
-
-
-def forward_launch(q: Tensor, k: Tensor, v: Tensor, mix: Tensor,
-                   scale: float) -> tuple[Launch, tuple[Tensor, Tensor, Tensor]]:
+def forward_launch(q: Tensor, k: Tensor, v: Tensor, mix: Tensor, scale: float) -> tuple[Launch, tuple[Tensor, ...]]:
     """The launch that fills U, lse `[B, H, N]` and each tile's sum of squares."""
     B, H, N, d = q.shape
     options, u = _options("forward", q), tokens_first(q)
     q, k, v = _prepared(q, k, v)
     grid = (triton.cdiv(N, options["BM"]), B)
     lse, sumsq = mix.new_empty(B, H, N), mix.new_empty(B, grid[0], 16)
-    arguments = (q, k, v, mix.contiguous(), u, lse, sumsq, *_sizes(q, d), scale * LOG2_E)
+    arguments = (q, k, v, mix.contiguous(), u, lse, sumsq, *q.stride()[:3], H, N, d, scale * LOG2_E)
     return Launch(triton_kernels.forward, grid, arguments, options), (u, lse, sumsq)
 
 
-def centred_mix(q: Tensor, k: Tensor, v: Tensor, mix: Tensor, scale: float,
-                statistics: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def centred_mix(q: Tensor, k: Tensor, v: Tensor, mix: Tensor, scale: float, statistics: bool) -> tuple[Tensor, ...]:
     """`reference.centred_mix` for q, k, v of float32 or half precision, and the rows' log2-sum-exp2 `[B, H, N]`."""
     launch, (u, lse, sumsq) = forward_launch(q, k, v, mix, scale)
     launch.run()
@@ -132,7 +120,7 @@ def backward_launches(du: Tensor, dsumsq: Tensor, dtotal: Tensor, q: Tensor, k: 
     q, k, v = _prepared(q, k, v)
     du, dtotal = (F.pad(x, (0, q.shape[3] - d)) for x in (du.transpose(1, 2), dtotal))  # [B, N, H, D], [B, H, D]
     given = (q, k, v, du.contiguous(), mix.contiguous(), lse, (2 * dsumsq).contiguous())
-    sizes = (*_sizes(q, d), scale, scale * LOG2_E)
+    sizes = (*q.stride()[:3], H, N, d, scale, scale * LOG2_E)
     grid, key_grid = (triton.cdiv(N, options["BM"]), B), (triton.cdiv(N, key_options["BN"]), B)
     delta, dmix = torch.empty_like(lse), mix.new_empty(B * grid[0], 16, 16)
     return (Launch(triton_kernels.bwd_dq, grid, (*given, dq, delta, dmix, *sizes), options),

@@ -157,10 +157,8 @@ def forward(p_q, p_k, p_v, p_mix, p_u, p_lse, p_sumsq, sb, sh, sn, H, N, d, scal
 def bwd_dq(p_q, p_k, p_v, p_du, p_mix, p_lse, p_twice, p_dq, p_delta, p_dmix, sb, sh, sn, H, N, d, scale, scale2,
            BM: tl.constexpr, BN: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, WIDEN: tl.constexpr,
            PRECISION: tl.constexpr):
-    """dq and delta of BM query rows of one image, and their part of dmix.
-
-    du: `[B, N, H, D]`; twice: 2 dsumsq, `[B, H]`; dmix: a slot `[16, 16]` per program.
-    """
+    """dq and delta of BM query rows of one image, and their part of dmix, a slot `[16, 16]` per program. du:
+    `[B, N, H, D]`; twice: 2 dsumsq, `[B, H]`."""
     DTYPE: tl.constexpr = p_q.dtype.element_ty
     D: tl.constexpr = D0 + D1
     i_tile, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)

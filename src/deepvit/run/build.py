@@ -23,7 +23,7 @@ from deepvit.engine.state import TrainState
 from deepvit.engine.step import OBJECTIVES, Objective, Precision, Stepper, allocate_moments, is_out_of_memory
 from deepvit.errors import UserError
 from deepvit.models import ViT, build_model
-from deepvit.models.blocks import BranchMasks
+from deepvit.models.blocks import BranchMasks, cosine_regularisation, record_maps
 from deepvit.models.registry import check_model, without_effect
 from deepvit.run.micro_batches import advice, allowed, unit
 from deepvit.run.micro_batches import choose as choose_micro_batch
@@ -261,12 +261,11 @@ def objective(settings: Settings) -> Objective:
     plain = OBJECTIVES[settings.loss.kind]
     if not blocks:
         return plain
-    from deepvit.models.cosine_reg import cosine_regularisation, record_maps
 
     def regularised(network: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         with record_maps(network, first=blocks + 1) as maps:
             loss = plain(network, x, y)
-        return loss + weight * cosine_regularisation(maps, blocks)
+        return loss + weight * cosine_regularisation(maps)
 
     return regularised
 

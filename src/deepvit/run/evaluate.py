@@ -30,7 +30,7 @@ from deepvit.errors import UserError
 from deepvit.importers import find_checkpoint, open_model
 from deepvit.importers.settings import checked
 from deepvit.models import ViT
-from deepvit.models.cost import count_flops, count_parameters
+from deepvit.models.registry import count_flops, count_parameters
 from deepvit.report.published import published_of, sources
 from deepvit.run import build, eval_results
 from deepvit.run.measures import Evaluator, calibration

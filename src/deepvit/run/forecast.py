@@ -15,7 +15,7 @@ from deepvit.engine.device import peak_bytes, prepare_device, reset_peak
 from deepvit.engine.evaluate import scores
 from deepvit.engine.ranks import Ranks
 from deepvit.engine.signals import StopRequest
-from deepvit.models.cost import count_flops, count_parameters
+from deepvit.models.registry import count_flops, count_parameters
 from deepvit.run import build
 from deepvit.run.build import Built
 from deepvit.run.measures import summary_of

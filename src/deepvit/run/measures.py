@@ -28,7 +28,7 @@ from deepvit.engine.signals import StopRequest
 from deepvit.engine.step import Precision, Prepare
 from deepvit.errors import UserError
 from deepvit.models import ViT
-from deepvit.models.cost import count_flops, count_parameters
+from deepvit.models.registry import count_flops, count_parameters
 from deepvit.run import build
 from deepvit.run.build import Built
 from deepvit.run.micro_batches import norm_group
