@@ -92,6 +92,10 @@ def checked(config: Mapping[str, Any], ranks: Ranks, stop: Any) -> dict[str, Any
     return {}
 
 
+def asked_to_stop(*_: Any) -> None:
+    raise launch.Stopped
+
+
 def fuzzed(first: int, count: int):
     """`count` commands drawn from seed `first`, the same ones each time."""
     return lambda test: seed(first)(settings(max_examples=count, deadline=None, database=None,
@@ -172,7 +176,7 @@ def test_a_command_is_run_or_refused_in_a_sentence(first, checkpoint, tmp_path, 
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(forecast, "forecast", checked)
-    monkeypatch.setattr(evaluate, "_evaluate", lambda *_: None)  # as if asked to stop
+    monkeypatch.setattr(evaluate, "_evaluate", asked_to_stop)
     monkeypatch.setattr(launch, "_launch_elastic", lambda job, config, folder, _: launch.run_rank(job, config, folder))
     monkeypatch.setattr(socket.socket, "connect", unconnected)
     codes = Counter()

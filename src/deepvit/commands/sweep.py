@@ -42,14 +42,13 @@ class Refused(BaseException):
 
 
 class Recorder(Callback):
-    """Hydra's callback in the process that starts a sweep. `record`: path and session of its record, which reach each
-    cell through its config, wherever it runs; `statistics`: its contrasts, which the record keeps for the report."""
+    """Hydra's callback in the process that starts a sweep. Its `record` (path and session) reaches each cell through
+    the config, wherever it runs; its `statistics` are contrasts, which the record keeps for the report."""
 
     opened: ClassVar["OpenSweep | None"] = None  # by this process
 
-    def __init__(self, record: Sequence[str] | None = None, statistics: DictConfig | None = None):
-        self.record = record
-        self.statistics = statistics
+    def __init__(self, **settings: Any):
+        """Takes what Hydra gives, and reads it from the config."""
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         try:

@@ -5,7 +5,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from deepvit.models import ViT
 from deepvit.models.cost import count_flops, count_parameters
 from deepvit.report.published import published_of, sources
 from deepvit.run import build, eval_results
+from deepvit.run.launch import Stopped
 from deepvit.run.measures import Evaluator, calibration
 
 NEUTRAL = {"root": None, "fraction": 1.0, "classes": None, "val_fraction": None}  # the same in every source of data
@@ -44,10 +45,12 @@ class Candidate:
 
     path: Path
     model: ViT
-    weights: str  # "raw" or "ema"
-    classes: list[str] | None  # class ids in the order of the logits
     data: Mapping[str, Any] | None  # the settings of the data it was trained on
-    metadata: Mapping[str, Any]
+
+    @property
+    def classes(self) -> list[str] | None:
+        """Class ids in the order of the logits."""
+        return self.model.load_report.said.get("classes")
 
     @property
     def class_names(self) -> list[str]:
@@ -68,27 +71,24 @@ class Case:
     folder: Path
 
 
-def evaluate_all(config: Mapping[str, Any], ranks: Ranks, stop: StopRequest) -> list[dict[str, Any]] | None:
+def evaluate_all(config: Mapping[str, Any], ranks: Ranks, stop: StopRequest) -> None:
     """Evaluates every checkpoint that `config` names; prints one table; each writes metrics.json, predictions.csv and
-    classes.csv. Returns the results, or None if it was asked to stop before all were there. Raises UserError for no
-    checkpoint, an unreadable one, or data that do not fit a model's classes, once the others are evaluated."""
+    classes.csv. Raises Stopped, or UserError for no checkpoint, an unreadable one, or data that do not fit a model's
+    classes, once the others are evaluated."""
     asked, paths, precision = prepare_evaluation(config, ranks)
-    further = [asked.also] if isinstance(asked.also, str) else asked.also or []
+    further = _listed(asked.also or [])
     with ranks.sync_errors():
         for root in further:
             if not Path(root).expanduser().is_dir():
                 raise UserError(f"also={root} is not a folder: check the path, which is relative to {Path.cwd()}.")
     results, seen, refusals = [], [], []
-    for path, root in ((path, root) for path in paths for root in (None, *further)):
+    for path, root in product(paths, (None, *further)):
         try:
             case = _open(path, root, asked, ranks)
         except UserError as error:  # the others are evaluated all the same
             refusals.append(str(error))
             continue
-        found = _evaluate(case, asked, ranks, precision, stop)
-        if found is None:
-            return None
-        evaluation, result = found
+        evaluation, result = _evaluate(case, asked, ranks, precision, stop)
         results.append(result)
         seen.append((path, case.images.fingerprint(), case.candidate.classes, evaluation))
         with ranks.sync_errors():
@@ -98,7 +98,6 @@ def evaluate_all(config: Mapping[str, Any], ranks: Ranks, stop: StopRequest) -> 
         eval_results.report(results, seen)
     if refusals:
         raise UserError("\n".join(refusals))
-    return results
 
 
 def prepare_evaluation(config: Mapping[str, Any], ranks: Ranks) -> tuple[EvalSettings, list[Path], Precision]:
@@ -122,11 +121,15 @@ def checkpoints(given: str | list[str] | None) -> list[Path]:
         if not found:
             raise UserError("There is no checkpoint under runs/ here: train first, or give checkpoint=PATH.")
         return found
-    paths = [find_checkpoint(one)[0] for one in ([given] if isinstance(given, str) else given)]
+    paths = [find_checkpoint(one)[0] for one in _listed(given)]
     for path in paths:
         if not path.exists():
             raise UserError(f"There is no checkpoint at {path}.")
     return paths
+
+
+def _listed(given: str | list[str]) -> list[str]:
+    return [given] if isinstance(given, str) else given
 
 
 def _open(path: Path, root: str | None, asked: EvalSettings, ranks: Ranks) -> Case:
@@ -165,9 +168,8 @@ def load(path: Path, asked: EvalSettings) -> Candidate:
     model = open_model(path, asked.weights, dialect=asked.dialect, **keywords)
     if asked.ablate:
         ablations(model, asked.ablate)  # refuses what it cannot do before anything is evaluated
-    metadata = model.load_report.said
-    run = metadata.get("run")
-    return Candidate(path, model, model.load_report.weights, metadata.get("classes"), run and run["data"], metadata)
+    run = model.load_report.said.get("run")
+    return Candidate(path, model, run and run["data"])
 
 
 def data_settings(candidate: Candidate, asked: EvalSettings) -> Data:
@@ -224,7 +226,7 @@ def val_images(candidate: Candidate, data: Data) -> ImageSet:
 
 def out_folder(candidate: Candidate, data_name: str, out: str | None) -> Path:
     """Where results are written: in the checkpoint's run, below `out`, or in runs/eval/."""
-    name, run = f"{candidate.path.stem}-{candidate.weights}-{data_name}", candidate.path.parent.parent
+    name, run = f"{candidate.path.stem}-{candidate.model.load_report.weights}-{data_name}", candidate.path.parent.parent
     in_run = (run / "config.yaml").exists() and RunFolder(run).is_ours()
     if in_run and out is None:
         return run / "eval" / name
@@ -237,36 +239,38 @@ def _mark(path: str | Path) -> str:
 
 
 def _evaluate(case: Case, asked: EvalSettings, ranks: Ranks, precision: Precision, stop: StopRequest
-              ) -> tuple[Evaluation, dict[str, Any]] | None:
-    """The evaluation, and what metrics.json says of it; None: it was asked to stop."""
+              ) -> tuple[Evaluation, dict[str, Any]]:
+    """The evaluation, and what metrics.json says of it."""
     candidate, data, images = case.candidate, case.data, case.images
     model, present = candidate.model.to(ranks.device), np.unique(images.targets)
     evaluator = Evaluator(
         data, images, build.prepare(data, model.num_classes), ranks, precision, stop, case.calibration,
         among=torch.as_tensor(present, device=ranks.device) if len(present) < model.num_classes else None)
-    evaluate = partial(evaluator, model, title=candidate.path.name)
-    evaluation = evaluate()
-    if evaluation is None:
-        return None
-    real = {}
-    if asked.labels == "real" and case.root is None:
-        names = [images.name(index) for index in evaluation.indices]
-        real = {"real_top1": real_top1(evaluation.predictions[:, 0], names)}
+
+    def evaluate() -> Evaluation:
+        if (found := evaluator(model, title=candidate.path.name)) is None:
+            raise Stopped
+        return found
+
+    evaluation, report = evaluate(), model.load_report
     result = {
-        "checkpoint": str(candidate.path), "weights": candidate.weights, "calibrate": asked.calibrate,
-        **evaluation.summary(), **real,
+        "checkpoint": str(candidate.path), "weights": report.weights, "calibrate": asked.calibrate,
+        **evaluation.summary(), **(_real(evaluation, images) if asked.labels == "real" and case.root is None else {}),
         "worst_classes": eval_results.by_class(evaluation, candidate.class_names)[:3],
         "data": Path(case.root).name if case.root else data.source, "root": data.root,
         "decoder": resolve_decoder(data.decoder), "img_size": list(model.img_size),
         "params": count_parameters(model), "flops": count_flops(model),
-        "depth": model.depth, "dialect": model.load_report.dialect, "step": candidate.metadata.get("step"),
-        "arch": candidate.metadata.get("arch"), "published": _published(candidate, data),
+        "depth": model.depth, "dialect": report.dialect, "step": report.said.get("step"),
+        "arch": report.said.get("arch"), "published": _published(candidate, data),
         "device": device_name(ranks.device), "devices": ranks.world, **versions()}
     if asked.ablate:
         result["ablations"] = _ablate(model, asked.ablate, evaluation, evaluate)
-        if result["ablations"] is None:
-            return None
     return evaluation, result
+
+
+def _real(evaluation: Evaluation, images: ImageSet) -> dict[str, float]:
+    names = [images.name(index) for index in evaluation.indices]
+    return {"real_top1": real_top1(evaluation.predictions[:, 0], names)}
 
 
 def _published(candidate: Candidate, data: Data) -> dict[str, Any] | None:
@@ -280,16 +284,13 @@ def _published(candidate: Candidate, data: Data) -> dict[str, Any] | None:
     return {"model": found[0].model, "top1": found[0].top1, "source": sources()[found[0].source]} if found else None
 
 
-def _ablate(model: ViT, what: str, whole: Evaluation, evaluate: Callable[[], Evaluation | None]
-            ) -> list[dict[str, Any]] | None:
+def _ablate(model: ViT, what: str, whole: Evaluation, evaluate: Callable[[], Evaluation]) -> list[dict[str, Any]]:
     """What the model still gets right without one of its parts (see `analysis.ablation`): prints a table, and gives for
-    each form `form`, `top1`, `loss` and McNemar's test against the `whole` model; None: it was asked to stop."""
+    each form `form`, `top1`, `loss` and McNemar's test against the `whole` model."""
     found = []
     for form, inside in ablations(model, what).items():
         with inside:
             evaluation = evaluate()
-        if evaluation is None:
-            return None
         found.append({"form": form, "top1": evaluation.top1, "loss": evaluation.loss,
                       **mcnemar(whole.correct, evaluation.correct)})
     log.info("\n%s", eval_results.ablation_table(found, whole.top1))

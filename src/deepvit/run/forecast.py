@@ -18,6 +18,7 @@ from deepvit.engine.signals import StopRequest
 from deepvit.models.cost import count_flops, count_parameters
 from deepvit.run import build
 from deepvit.run.build import Built
+from deepvit.run.launch import Stopped
 from deepvit.run.measures import summary_of
 from deepvit.run.resume import with_model_of_init
 
@@ -27,8 +28,8 @@ FEW_PARTS = 4  # micro-batches
 log = logging.getLogger(__name__)
 
 
-def forecast(config: Mapping[str, Any], ranks: Ranks, stop: StopRequest) -> dict[str, float] | None:
-    """Says and returns what the run would take, memory beyond what the process had before; None: asked to stop."""
+def forecast(config: Mapping[str, Any], ranks: Ranks, stop: StopRequest) -> dict[str, float]:
+    """Says and returns what the run would take, memory beyond what the process had before."""
     with ranks.sync_errors():
         settings = build.read_settings(with_model_of_init(config))
     prepare_device(build.precision(settings.precision, ranks.device), ranks, settings.engine.threads,
@@ -41,7 +42,7 @@ def forecast(config: Mapping[str, Any], ranks: Ranks, stop: StopRequest) -> dict
         log.info("Timing a few steps.")
     seconds = list(_steps(built, stop))
     if not seconds or ranks.any_asked_to_stop(bool(stop)):
-        return None
+        raise Stopped
     with closing(build.eval_batches(settings.data, built.splits.val, ranks)()) as batches, torch.no_grad():
         # may need more memory than training does
         scores(built.state.evaluated_model.eval(), next(batches), built.prepare, ranks, built.stepper.precision, [])

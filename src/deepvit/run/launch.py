@@ -7,7 +7,8 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping, MutableMapping
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,12 @@ class Outcome:
 
     code: int = DONE
     message: str = ""
-    value: Any = None
+    value: dict[str, Any] = field(default_factory=dict)
     retry: bool = False
+
+
+class Stopped(Exception):
+    """Raised by a job that was asked to stop, on all ranks alike."""
 
 
 Job = Callable[[Mapping[str, Any], Path, Any, Any], Outcome]  # (config, folder, ranks, stop request)
@@ -41,8 +46,7 @@ Job = Callable[[Mapping[str, Any], Path, Any, Any], Outcome]  # (config, folder,
 
 def launch(job: Job, config: Mapping[str, Any], folder: Path) -> Outcome:
     """Runs `job`, a module-level function, on as many ranks as `config["engine"]` asks for (null: every visible GPU, or
-    one process on a CPU). Returns rank 0's outcome; ranks that die are restarted together, `engine.max_restarts`
-    times."""
+    one process on a CPU). Returns rank 0's outcome; ranks that die are restarted together."""
     try:
         read_group("engine", config.get("engine"))
         _refuse_missing_paths(config, folder)
@@ -61,21 +65,18 @@ def launch(job: Job, config: Mapping[str, Any], folder: Path) -> Outcome:
 
 def _refuse_missing_paths(config: Mapping[str, Any], folder: Path) -> None:
     """A misspelled path is answered before torch is imported. A run that `folder` continues does not read `init`."""
-    data = config.get("data", {})
+    data, named = config.get("data", {}), []
     if data.get("source") in FOLDER_SOURCES:
         if not data.get("root"):
             raise UserError(f"data={data['source']} needs the folder of the images: give data.root=/path/to/it.")
-        _refuse_missing("data.root", data["root"])
-    resumes = (folder / "checkpoints" / "last.pt").exists() and not config.get("fresh")
-    setting = "checkpoint" if "checkpoint" in config else "init"
-    given = None if setting == "init" and resumes else config.get(setting)
-    for path in [given] if isinstance(given, str) else given if isinstance(given, list) else []:
-        _refuse_missing(setting, path)
-
-
-def _refuse_missing(setting: str, path: str) -> None:
-    if not SCHEME.match(path) and not os.path.exists(os.path.expanduser(path)):
-        raise UserError(f"{setting}={path} does not exist: check the path, which is taken from {Path.cwd()}.")
+        named = [("data.root", data["root"])]
+    checkpoint, resumes = config.get("checkpoint"), (folder / "checkpoints" / "last.pt").exists()
+    named += [("checkpoint", path) for path in (checkpoint if isinstance(checkpoint, list) else [checkpoint])]
+    if config.get("fresh") or not resumes:
+        named.append(("init", config.get("init")))
+    for setting, path in named:
+        if isinstance(path, str) and not SCHEME.match(path) and not os.path.exists(os.path.expanduser(path)):
+            raise UserError(f"{setting}={path} does not exist: check the path, which is taken from {Path.cwd()}.")
 
 
 def joined() -> bool:
@@ -165,8 +166,9 @@ def run_rank(job: Job, config: dict[str, Any], folder: str) -> Outcome:
     engine = config["engine"]
     set_up_logging(int(os.environ.get("RANK", 0)))
     try:
-        with stop_requests() as stop, join(engine["accelerator"], engine["timeout_s"]) as ranks:
+        with stop_requests() as stop, join(engine["accelerator"], engine["timeout_s"]) as ranks, suppress(Stopped):
             return job(config, Path(folder), ranks, stop)
+        return Outcome(STOPPED, "Stopped on request.")
     except UserError as error:
         return Outcome(BAD_INPUT, str(error))
     except Failure as error:
@@ -230,16 +232,15 @@ def unexpected(error: BaseException) -> Outcome:
 def train_job(config: Mapping[str, Any], folder: Path, ranks: Any, stop: Any) -> Outcome:
     if config["dry"]:
         from deepvit.run.forecast import forecast
-        found = forecast(config, ranks, stop)
-        return Outcome(STOPPED if found is None else DONE, value=found)
+        return Outcome(value=forecast(config, ranks, stop))
     from deepvit.engine.folder import RunFolder
     from deepvit.run.train import train
     if not train(config, folder, ranks, stop):
         return Outcome(STOPPED)
-    return Outcome(DONE, value={"top1": RunFolder(folder).read_result().get("top1")})
+    return Outcome(value={"top1": RunFolder(folder).read_result().get("top1")})
 
 
 def eval_job(config: Mapping[str, Any], folder: Path, ranks: Any, stop: Any) -> Outcome:
     from deepvit.run import evaluate, knn
-    results = (evaluate.evaluate_all if config["knn"] is None else knn.neighbours_of_all)(config, ranks, stop)
-    return Outcome(STOPPED if results is None else DONE, "" if results else "Stopped on request.", results)
+    (evaluate.evaluate_all if config["knn"] is None else knn.neighbours_of_all)(config, ranks, stop)
+    return Outcome()
