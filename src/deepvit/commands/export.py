@@ -1,7 +1,5 @@
-"""Hands a model over: `deepvit export RUN_OR_CHECKPOINT --to safetensors|timm|hub-folder|onnx|deepvit [KEY=VALUE ...]`.
-
-What was written is read back and must give the same logits; a model card is written next to it.
-"""
+"""Hands a model over: `deepvit export RUN_OR_CHECKPOINT --to safetensors|timm|hub-folder|onnx|deepvit [KEY=VALUE ...]`
+writes another form of it, `deepvit average RUN` the mean of its last weights."""
 
 import argparse
 import math
@@ -20,20 +18,27 @@ from torch import Tensor
 
 from deepvit import ops
 from deepvit.analysis.images import evaluated_as
+from deepvit.commands import cli
 from deepvit.commands.model_card import is_card, write_card
 from deepvit.data import norm_values
+from deepvit.engine.folder import RunFolder
 from deepvit.errors import DONE, Failure, UserError
 from deepvit.importers import deepvit as published
-from deepvit.importers import find_checkpoint, load_model, open_model, save_model
+from deepvit.importers import find_checkpoint, load_model, open_model, open_weights, save_model, takes_average
 from deepvit.importers import timm as timm_dialect
 from deepvit.importers.dialect import write
-from deepvit.importers.ours import save_tensors
+from deepvit.importers.ours import described, save_tensors
+from deepvit.importers.ours import write as write_checkpoint
 from deepvit.importers.settings import as_keywords
 from deepvit.models import Attention, ReAttention, SelfAttention, ViT
 
 HUB_FILES = ("model.safetensors", "config.json", "README.md")
 USUAL = {"gelu": "erf", "patch_norm": False, "head_dim": None, "block": "pre_norm", "feat_scale": False,
          "representation_size": None, "share_maps": 1}  # settings that neither timm's nor the published class has
+EXPORT = """Writes a model in another form. What was written is read back and must give the same logits; a model card is
+written next to it."""
+AVERAGE = """The uniform average of the weights of several checkpoints; of a run, of its last ones: `last.pt`, the one
+before it, and those that `engine.keep_epochs` kept. Running statistics are averaged too, counters are the newest's."""
 ATOL = 1e-4  # logits of the exported model against ours; ONNX runtimes reorder sums
 
 
@@ -228,7 +233,7 @@ FORMS: dict[str, tuple[Callable[[ViT, Path], Written], str]] = {  # name -> its 
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="deepvit export", description=__doc__)
+    parser = argparse.ArgumentParser(prog="deepvit export", description=EXPORT)
     parser.add_argument("source", type=Path, help="a run folder, or a checkpoint of any dialect")
     parser.add_argument("--to", required=True, choices=list(FORMS), help="the form to write")
     parser.add_argument("--out", type=Path, help="the file to write (default: beside the checkpoint)")
@@ -241,3 +246,65 @@ def main(arguments: Sequence[str]) -> int:
     print(f"{done.path} ({size / 2**20:.1f} MiB)\n{done.check}: largest difference of logits "
           f"{done.difference:.1e}\ncard: {done.card}")
     return DONE
+
+
+# The average of several
+
+def averaged(paths: Sequence[Path], weights: str = "auto") -> dict[str, Any]:
+    """The content of a checkpoint of ours: the newest one's model, which is last in `paths`, with averaged weights, and
+    where they came from. `weights`: see `takes_average`, asked of the newest."""
+    ema = takes_average(paths[-1], weights)
+    model = load_model(paths[-1], ema=ema)
+    files = [open_weights(path, ema=ema) for path in paths]
+    newest = files[-1]
+    for file in files:
+        if file.shapes != newest.shapes or file.said.get("classes") != newest.said.get("classes"):
+            raise UserError(f"{file.path} and {newest.path} are of different models or classes, which have no "
+                            f"average: give checkpoints of one model.")
+    if newest.shapes.keys() != model.state_dict().keys():
+        raise UserError(f"{paths[-1]} is not in our own layout: `deepvit export` it to safetensors first.")
+    model.load_state_dict({name: _mean([file.read(name) for file in files]) for name in newest.shapes})
+    which = "ema" if ema else "raw"
+    return {**described(model), "averaged": [
+        {"path": str(file.path), "step": file.said.get("step"), "weights": which} for file in files]}
+
+
+def _mean(tensors: Sequence[Tensor]) -> Tensor:
+    """In float64; of counters the last."""
+    if not tensors[-1].is_floating_point():
+        return tensors[-1]
+    return torch.stack([tensor.double() for tensor in tensors]).mean(0).to(tensors[-1].dtype)
+
+
+def _last_of(run: Path, count: int) -> list[Path]:
+    """The last `count` checkpoints of a run, the newest last."""
+    folder = RunFolder(run)
+    files = (*folder.checkpoints.glob("step-*.pt"), folder.previous, folder.last)
+    by_step: dict[int, Path] = {open_weights(path).said.get("step", -1): path for path in files if path.exists()}
+    if len(by_step) < count:
+        raise UserError(f"{run} has {len(by_step)} checkpoints and {count} are to be averaged: train with "
+                        f"engine.keep_epochs=1, which keeps each epoch's weights, or give --last {len(by_step)}.")
+    return [by_step[step] for step in sorted(by_step)[-count:]]
+
+
+def average(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="deepvit average", description=AVERAGE)
+    parser.add_argument("sources", type=Path, nargs="+", metavar="RUN|CHECKPOINT",
+                        help="a run folder; or two or more checkpoints or run folders (their best), the newest last")
+    parser.add_argument("--last", type=int, default=5, metavar="K", help="of a run: this many (default: 5)")
+    parser.add_argument("--weights", choices=["auto", "ema", "raw"], default="auto", help="auto: EMA if there is one")
+    parser.add_argument("--out", type=Path, help="file to write, .pt or .safetensors (default: average.pt beside them)")
+    parser.add_argument("--eval", action="store_true", help="then evaluate the newest and the average")
+    given = parser.parse_args(arguments)
+    paths = given.sources
+    if len(paths) == 1 and paths[0].is_dir():
+        paths = _last_of(paths[0], given.last)
+    if len(paths) < 2:
+        raise UserError("An average is of two or more checkpoints: give a run folder with --last 2 or more, or files.")
+    out = given.out or find_checkpoint(paths[-1])[0].with_name("average.pt")
+    if out.exists():
+        raise UserError(f"{out} is there already: give another name with --out.")
+    content = averaged(paths, given.weights)
+    write_checkpoint(out, content)
+    print(f"{out}: the average of {', '.join(str(one['path']) for one in content['averaged'])}")
+    return cli.evaluate([f"checkpoint=[{paths[-1]},{out}]"]) if given.eval else DONE

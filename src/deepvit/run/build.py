@@ -4,32 +4,35 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
 import torch
+from timm.optim import create_optimizer_v2, get_optimizer_class, get_optimizer_info, list_optimizers
 from timm.utils import ModelEmaV3
 from torch import nn
 
 from deepvit import data as inputs
 from deepvit.config import settings as asked
-from deepvit.config.settings import Augment, Data, PrecisionSettings, Settings
-from deepvit.config.signature import parameters_of
+from deepvit.config.settings import Augment, Data, Optimizer, PrecisionSettings, Settings
+from deepvit.config.signature import check_arguments, parameters_of
 from deepvit.engine.device import has_bf16, sharing
 from deepvit.engine.ranks import Ranks
 from deepvit.engine.schedule import Plan, Schedule
 from deepvit.engine.state import TrainState
 from deepvit.engine.step import OBJECTIVES, Objective, Precision, Stepper, allocate_moments, is_out_of_memory
-from deepvit.errors import UserError
+from deepvit.errors import UserError, did_you_mean
 from deepvit.models import ViT, build_model
 from deepvit.models.blocks import BranchMasks
 from deepvit.models.registry import check_model, without_effect
 from deepvit.run.micro_batches import advice, allowed, unit
 from deepvit.run.micro_batches import choose as choose_micro_batch
-from deepvit.run.optimizer import optimizer, try_out
 
 MIXING = ("mixup", "cutmix", "mix_prob", "switch_prob", "label_smoothing")  # settings of the augmentation in `prepare`
+FUSED = ("adam", "adamw", "momentum", "sgd")  # torch's own, which update all parameters in one kernel
+OWN = {"lr", "weight_decay", "momentum", "betas", "eps"}  # keywords of optimizers that are settings by themselves
 log = logging.getLogger(__name__)
 
 
@@ -143,10 +146,6 @@ def shared_splits(data: Data, ranks: Ranks) -> inputs.Splits:
     return found
 
 
-def splits(data: Data) -> inputs.Splits:
-    return inputs.source_of(data).splits()
-
-
 def train_transform(data: Data, augment: Augment) -> inputs.Transform:
     options = {name: value for name, value in vars(augment).items() if name not in ("repeats", *MIXING)}
     mean, _ = inputs.norm_values(data.norm)
@@ -187,8 +186,8 @@ def eval_batches(data: Data, images: inputs.ImageSet, ranks: Ranks) -> Callable[
     """Makes this rank's batches, once for each evaluation."""
     return inputs.cached_eval_batches(
         images, eval_transform(data), batch_size=data.eval_batch_size, rank=ranks.rank, world=ranks.world,
-        workers=data.workers, on_error=data.on_error, pin=ranks.device.type == "cuda", in_memory_mb=data.in_memory_mb,
-        device=ranks.device)
+        workers=data.workers, on_error=data.on_error, in_memory_mb=data.in_memory_mb, device=ranks.device,
+        pin=ranks.device.type == "cuda")
 
 
 # Model and optimizer
@@ -227,6 +226,51 @@ def state(settings: Settings, network: ViT, ranks: Ranks) -> TrainState:
         raise UserError(f"The weights of this model and the moments of optimizer.opt={settings.optimizer.opt} do not "
                         f"fit into the memory of this device: take a smaller model or another optimizer.") from error
     return TrainState(network, chosen, scaler, average)
+
+
+def optimizer(network: nn.Module, chosen: Optimizer) -> torch.optim.Optimizer:
+    """By timm's factory: no decay on biases, norms and the embeddings that the model names; a layer-wise decay gives
+    each group its `lr_scale`. UserError where timm has no such optimizer, or it does not take these settings, each of
+    which it must know: timm drops some that it does not."""
+    if chosen.opt not in list_optimizers():
+        raise UserError(f"optimizer.opt={chosen.opt} is not one of timm's."
+                        f"{did_you_mean(chosen.opt, list_optimizers())}")
+    info = get_optimizer_info(chosen.opt)
+    given = {name: value for name in ("momentum", "betas", "eps") if (value := getattr(chosen, name)) is not None}
+    for name, value in given.items():
+        if not getattr(info, f"has_{name}"):
+            raise UserError(f"optimizer.{name}={value} has no effect with optimizer.opt={chosen.opt}: set it to null.")
+    if "betas" in given and len(chosen.betas) != info.num_betas:
+        raise UserError(f"optimizer.betas={chosen.betas} must be a list of {info.num_betas}.")
+    further = dict(chosen.kwargs or {})
+    for name in OWN & further.keys():
+        raise UserError(f"optimizer.kwargs.{name} is a setting of its own: give optimizer.{name}.")
+    fused = {"fused": True} if chosen.opt in FUSED else {}
+    with _refusals(chosen):
+        check_arguments(get_optimizer_class(chosen.opt, bind_defaults=False), further, "optimizer.kwargs",
+                        ignore_missing={"params", *OWN})
+        return create_optimizer_v2(network, chosen.opt, lr=chosen.lr, weight_decay=chosen.weight_decay,
+                                   layer_decay=chosen.layer_decay, **given, **fused | further)
+
+
+def try_out(chosen: Optimizer, device: torch.device) -> None:
+    """Makes a step: some optimizers refuse their settings, or gradients without a graph, only then (UserError)."""
+    network = nn.Linear(1, 1, device=device)
+    made = optimizer(network, replace(chosen, layer_decay=None))  # one layer has none
+    for parameter in network.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    with _refusals(chosen):
+        made.step()
+
+
+@contextmanager
+def _refusals(chosen: Optimizer) -> Iterator[None]:
+    """What an optimizer raises over its arguments, as a `UserError`."""
+    try:
+        yield
+    except (AssertionError, ImportError, RuntimeError, TypeError, ValueError) as error:
+        further = f" with optimizer.kwargs={dict(chosen.kwargs)}" if chosen.kwargs else ""
+        raise UserError(f"optimizer.opt={chosen.opt} does not work here{further}: {error}.") from error
 
 
 def with_precision(config: Mapping[str, Any], device: torch.device) -> Mapping[str, Any]:

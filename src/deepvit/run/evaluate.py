@@ -156,7 +156,7 @@ def _open(path: Path, root: str | None, asked: EvalSettings, ranks: Ranks) -> Ca
             with eval_results.results_in(folder):
                 pass
         try:
-            train = build.splits(own).train if asked.calibrate else None
+            train = source_of(own).splits().train if asked.calibrate else None
         except UserError as error:
             raise UserError(f"calibrate= needs the training images. {error}") from None
         batches = calibration(asked.calibrate, data, train, candidate.model.norm_batches, ranks)

@@ -28,13 +28,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a job ended, in a form that crosses processes: an exit code, a sentence if it went wrong, what it found, and
-    whether starting all ranks again may help."""
+    """How a job ended, in a form that crosses processes."""
 
     code: int = DONE
-    message: str = ""
-    value: dict[str, Any] = field(default_factory=dict)
-    retry: bool = False
+    message: str = ""  # if it went wrong
+    value: dict[str, Any] = field(default_factory=dict)  # what it found
+    retry: bool = False  # starting all ranks again may help
 
 
 class Stopped(Exception):
@@ -89,22 +88,19 @@ def joined() -> bool:
     if "RANK" not in os.environ:
         return False
     advice = "start through torchrun, or `unset RANK` to train alone."
-    missing = [name for name in LAUNCHED if name not in os.environ]
-    if missing:
+    if missing := [name for name in LAUNCHED if name not in os.environ]:
         raise UserError(f"RANK={os.environ['RANK']} is set, but {', '.join(missing)} not: {advice}")
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT"):
         value, limit = os.environ.get(name, "0"), os.environ["WORLD_SIZE"] if name == "RANK" else "65536"
         if not value.isdecimal() or int(value) >= int(limit):
-            raise UserError(f"{name}={value} is not a launcher's number (WORLD_SIZE={os.environ['WORLD_SIZE']}): "
-                            f"{advice}")
+            raise UserError(f"{name}={value} is no number below {limit}: {advice}")
     return True
 
 
 def take_place(environ: MutableMapping[str, str]) -> None:
     """Sets what torchrun would set, from SLURM's variables, in a job step of several tasks that plain `srun` started.
 
-    A step is recognised by SLURM_STEP_NUM_TASKS; SLURM_NTASKS is set in a batch script too, which is one process.
-    UserError where a variable that srun sets is missing or unreadable.
+    Not told by SLURM_NTASKS, which is set in a batch script too. UserError where a variable is missing or unreadable.
     """
     if "RANK" in environ or environ.get("SLURM_STEP_NUM_TASKS", "1") == "1":
         return
@@ -116,14 +112,14 @@ def take_place(environ: MutableMapping[str, str]) -> None:
                  "MASTER_ADDR": first_host(environ["SLURM_STEP_NODELIST"]),
                  "MASTER_PORT": str(SLURM_PORTS[step % len(SLURM_PORTS)])}
     except (AttributeError, IndexError, KeyError, ValueError) as error:
-        raise UserError(f"SLURM_STEP_NUM_TASKS={environ['SLURM_STEP_NUM_TASKS']} is set, but the place of this task "
-                        f"is unknown ({reason(error)}): start with srun, or through torchrun.") from None
+        raise UserError(f"SLURM_STEP_NUM_TASKS is set, but this task's place is unknown ({reason(error)}): start with "
+                        f"srun, or through torchrun.") from None
     for name, value in place.items():
         environ.setdefault(name, value)
     gpus = environ.get("SLURM_GPUS_ON_NODE", "")
     if gpus.isdecimal() and int(gpus) > here and place["LOCAL_RANK"] == "0":
-        log.warning("This machine has %s GPUs but srun started %d tasks on it, each of which uses one: start a task "
-                    "for each GPU (--ntasks-per-node).", gpus, here)
+        log.warning("srun started %d tasks on the %s GPUs of this machine: start one for each (--ntasks-per-node).",
+                    here, gpus)
 
 
 def first_host(nodes: str) -> str:
@@ -142,8 +138,8 @@ def refuse_other_count(engine: Mapping[str, Any]) -> None:
     """UserError where `engine.devices` asks for another number of processes than a launcher started."""
     wanted, started = engine["devices"], os.environ["WORLD_SIZE"]
     if wanted is not None and str(wanted) not in (started, os.environ.get("LOCAL_WORLD_SIZE")):
-        raise UserError(f"engine.devices={wanted} has no effect where torchrun started {started} processes: leave it "
-                        f"out, or give torchrun --nproc-per-node={wanted}.")
+        raise UserError(f"engine.devices={wanted}, but torchrun started {started} processes: leave it out, or give "
+                        f"torchrun --nproc-per-node={wanted}.")
 
 
 def _devices(engine: Mapping[str, Any]) -> int:
@@ -207,8 +203,7 @@ def _launch_elastic(job: Job, config: Mapping[str, Any], folder: Path, devices: 
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         return Outcome(FAILED, f"Rank {rank} {end_of(failure.exitcode)}, and {engine['max_restarts']} restarts did not "
-                               f"help (engine.max_restarts); its last words are above and in {folder}/train.log. The "
-                               f"same command continues from the last checkpoint.")
+                               f"help (engine.max_restarts): see {folder}/train.log. The same command continues.")
     except SignalException as error:
         return Outcome(STOPPED, f"Stopped on request ({error.sigval.name}).")
     finally:
@@ -231,7 +226,7 @@ def unexpected(error: BaseException) -> Outcome:
 
 def train_job(config: Mapping[str, Any], folder: Path, ranks: Any, stop: Any) -> Outcome:
     if config["dry"]:
-        from deepvit.run.forecast import forecast
+        from deepvit.run.measures import forecast
         return Outcome(value=forecast(config, ranks, stop))
     from deepvit.engine.folder import RunFolder
     from deepvit.run.train import train
