@@ -101,8 +101,8 @@ def _start(config_name: str, arguments: Sequence[str]) -> int:
     except OSError as error:  # a job's own are caught in `launch`: this is the folder that Hydra makes for it
         if error.filename is None:
             raise
-        raise UserError(f"The run folder {error.filename} cannot be made ({error.strerror}): choose another with "
-                        f"hydra.run.dir=...") from None
+        raise UserError(f"The run folder {error.filename} cannot be made ({error.strerror}): choose another "
+                        f"hydra.run.dir.") from None
     except Exception as error:
         if not Recorder.opened or isinstance(error, UserError):
             raise
@@ -134,15 +134,12 @@ def sentences() -> Iterator[None]:
     except (TypeError, ValueError) as error:  # Hydra's own, of a group set to null or to a list of numbers
         if Path(traceback.extract_tb(error.__traceback__)[-1].filename).name != "defaults_list.py":
             raise
-        raise UserError("A group of settings is set to null or a list: choose a name that `--help` lists, or leave it "
-                        "out.") from None
+        raise UserError("A group of settings is set to null or a list: choose a name that `--help` lists.") from None
 
 
 def quoted(word: str) -> str:
-    """`init=runs/seed=1/last.pt` as Hydra's grammar wants it, `init='runs/seed=1/last.pt'`.
-
-    Quotes what the grammar refuses, and in a setting that is a path what exists by this very name, even if the grammar
-    takes it for a number or a list; in a list or a sweep each part separately.
+    """`init=runs/seed=1/last.pt` as Hydra's grammar wants it, `init='runs/seed=1/last.pt'`: quotes what the grammar
+    refuses and, in a setting that is a path, what exists by this very name; in a list or a sweep each part by itself.
     """
     key, _, value = word.partition("=")
     if word.startswith("-") or not value or not _is_readable(f"{key}="):
@@ -170,8 +167,7 @@ def hydra_error(error: Exception) -> str:
     if isinstance(error, OverrideParseException):
         for word in sys.argv[1:]:
             if not word.startswith("-") and not _is_readable(word):
-                return (f"'{word}' cannot be read as a setting: write key=value, and quote a value with special signs "
-                        f"twice, \"key='a, b'\".")
+                return f"'{word}' is not a setting: write key=value, and quote special signs twice, \"key='a, b'\"."
         return "The command line cannot be read: write settings as key=value."
     group = re.search(r"(?:In '.*?': )?Could not find '([^']+?)/([^'/]+)'", text)
     if group:

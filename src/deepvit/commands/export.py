@@ -35,8 +35,7 @@ from deepvit.models import Attention, ReAttention, SelfAttention, ViT
 HUB_FILES = ("model.safetensors", "config.json", "README.md")
 USUAL = {"gelu": "erf", "patch_norm": False, "head_dim": None, "block": "pre_norm", "feat_scale": False,
          "representation_size": None, "share_maps": 1}  # settings that neither timm's nor the published class has
-EXPORT = """Writes a model in another form. What was written is read back and must give the same logits; a model card is
-written next to it."""
+EXPORT = "Writes a model in another form, with a card; what was written is read back and must give the same logits."
 AVERAGE = """The uniform average of the weights of several checkpoints; of a run, of its last ones: `last.pt`, the one
 before it, and those that `engine.keep_epochs` kept. Running statistics are averaged too, counters are the newest's."""
 ATOL = 1e-4  # logits of the exported model against ours; ONNX runtimes reorder sums
@@ -53,12 +52,9 @@ class Exported(NamedTuple):
 
 def export(source: str | Path, to: str, out: str | Path | None = None, weights: str = "auto",
            **keywords: Any) -> Exported:
-    """Writes the model of a run folder or weights file in another form (`to`, of `FORMS`), reads it back and compares
-    logits.
-
-    `out` is the file to write (default: beside the source's); `weights` and keywords are those of `open_model`. Raises
-    UserError for an unreadable source, or a model that the form cannot hold; Failure if the logits differ.
-    """
+    """Writes the model of a run folder or weights file as `to` (of `FORMS`), reads it back and compares logits. `out`
+    is the file to write (default: beside the source's); `weights` and keywords are those of `open_model`. UserError for
+    an unreadable source, or a model that the form cannot hold; Failure if the logits differ."""
     write_form, suffix = FORMS[to]
     path, run = find_checkpoint(source)
     model = open_model(path, weights, **keywords)
@@ -130,8 +126,7 @@ def _write_deepvit(model: ViT, path: Path) -> Written:
 
 
 def _refuse_attention(attention: Attention, rule: Mapping[str, Any]) -> None:
-    """Only what the published class computes passes: softmax attention, or mix and BatchNorm together and a factor of
-    1 or the scale of q k^T."""
+    """It has softmax attention, or mix and BatchNorm together and a factor of 1 or the scale of q k^T."""
     wrong = None
     if _is_plain(attention):
         if attention.map_scale != 1.0:

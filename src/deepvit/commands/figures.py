@@ -28,8 +28,7 @@ SIGNED = {"Creator": "deepvit"}  # in every image, which tells our own from a us
 
 def compute(checkpoints: Sequence[Path], paths: Sequence[Path], initial: bool, **keywords: Any
             ) -> tuple[list[Study], list[str]]:
-    """Studies of checkpoints on the same images, and a sentence for each image that could not be used; `keywords`: of
-    `open_model`."""
+    """Studies of checkpoints, opened with `keywords`, on the same images; a sentence for each that is of no use."""
     models = [open_model(path, **keywords) for path in checkpoints]
     studies, refused = [], []
     for model, name in zip(models, _names(models, checkpoints), strict=True):
@@ -127,8 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--compare", type=Path, help="a second checkpoint, drawn beside the first")
     parser.add_argument("--format", choices=("png", "svg"), default="png")
     parser.add_argument("--save-maps", type=Path, help="also write what was computed, as safetensors")
-    parser.add_argument("--maps", type=Path, help="draw what --save-maps wrote, or the published code's attention "
-                                                  "pickle; no checkpoint is read")
+    parser.add_argument("--maps", type=Path, help="draw what --save-maps wrote, or the published code's pickle")
     parser.add_argument("--weights", choices=["auto", "ema", "raw"], default="auto", help="auto: EMA if there is one")
     parser.add_argument("--no-initial", dest="initial", action="store_false",
                         help="leave out the same model before training")

@@ -1,5 +1,4 @@
-"""The cells of a sweep side by side, each a process group on its own devices; a live table shows them in a terminal,
-plain lines elsewhere."""
+"""The cells of a sweep side by side, each a process group on its own devices, shown in a live table or plain lines."""
 
 import ctypes
 import math
@@ -120,12 +119,12 @@ def run_side_by_side(job_overrides: Sequence[Sequence[str]], first: int, cells_p
         machine = Machine(config.engine, cells_per_device)
         cells = []
         for number, overrides in enumerate(job_overrides, first):
-            with composed_cell(config, number, overrides) as (composed, subdir):
-                work = _work_of(composed)
-            composed.engine.threads = machine.threads(composed.engine)
+            with composed_cell(config, number, overrides) as (cell, subdir):
+                work = _work_of(cell)
+            cell.engine.threads = machine.threads(cell.engine)
             title = " ".join([f"[{number + 1}]", *(word for word in overrides if word not in shared)])
-            cells.append(Cell(title, Path(composed.hydra.sweep.dir, subdir), work, number=number,
-                              overrides=list(overrides), config=composed, log=logs / f"{number + 1}.log"))
+            cells.append(Cell(title, Path(cell.hydra.sweep.dir, subdir), work, number=number, config=cell,
+                              overrides=list(overrides), log=logs / f"{number + 1}.log"))
         Crew(sweep, cells, machine, stop, hydra).run()
     found = {line["cell"]: line["value"]["top1"] for line in sweep.record.outcomes() if "top1" in line["value"]}
     return [JobReturn(overrides=cell.overrides, cfg=cell.config, status=JobStatus.COMPLETED,
@@ -133,8 +132,7 @@ def run_side_by_side(job_overrides: Sequence[Sequence[str]], first: int, cells_p
 
 
 def _work_of(config: DictConfig) -> float:
-    """A training's, up to a factor common to all cells: parameters x tokens x length; 0 where its settings are invalid
-    or nothing is trained."""
+    """Parameters x tokens x length of a training; 0 where its settings are invalid or nothing is trained."""
     try:
         with torch.device("meta"):
             model = build_model(OmegaConf.to_container(config.model, resolve=True))
@@ -187,8 +185,7 @@ def _visible_gpus() -> list[str]:
 
 
 class Crew:
-    """The running cells: starts what has a place, invalid settings first and then the longest training, and records how
-    each ended."""
+    """Starts the cells that have a place, invalid ones first and then the longest, and records how each ended."""
 
     def __init__(self, sweep: OpenSweep, cells: Sequence[Cell], machine: Machine, stop: StopRequest,
                  hydra: dict[str, Any]):

@@ -68,8 +68,7 @@ class OpenSweep:
 
 def _open(config: DictConfig) -> OpenSweep:
     if joined():
-        raise UserError("Start a sweep with `deepvit train -m ...`, which starts the ranks of each cell itself, not "
-                        "under torchrun.")
+        raise UserError("Start a sweep with `deepvit train -m ...`, not under torchrun: it starts the ranks itself.")
     hydra, folder = config.hydra, Path(config.hydra.sweep.dir)
     _refuse_strange(folder)
     params = OmegaConf.to_container(hydra.sweeper).get("params") or {}
@@ -138,8 +137,8 @@ def _check_arms(plan: Plan, cells: Sequence[Mapping[str, Any]]) -> None:
         found = [cell.get(name, cell.get(f"origin.choices.{name}", ...)) for cell in cells]
         if all(one is ... for one in found):
             known = {key.removeprefix("origin.choices.") for cell in cells for key in cell}
-            raise UserError(f"{WHERE}.contrasts.{contrast.name} names {name}, which is no setting or group of this "
-                            f"sweep.{did_you_mean(name, known)}")
+            raise UserError(f"{WHERE}.contrasts.{contrast.name} names {name}, which this sweep does not have."
+                            f"{did_you_mean(name, known)}")
         if value not in found:
             say(f"No cell of this sweep has {name}={value}, which the contrast {contrast.name} names.")
 

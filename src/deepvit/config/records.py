@@ -17,8 +17,7 @@ FOLDER = "sweeps"  # of records, in hydra.sweep.dir
 
 
 def read_json_lines(path: Path, last: int = 0) -> list[dict[str, Any]]:
-    """The whole lines of a `.jsonl` file, or of its `last` bytes; torn or foreign ones are skipped, and a file that is
-    missing or unreadable has none."""
+    """The whole lines of a `.jsonl` file, or of its `last` bytes, without torn or foreign ones; none if unreadable."""
     try:
         with path.open("rb") as file:
             file.seek(-min(last, os.fstat(file.fileno()).st_size), os.SEEK_END if last else os.SEEK_SET)
@@ -42,9 +41,8 @@ class SweepRecord:
 
     def open(self, command: str, sweep: str | None, cells: Sequence[Mapping[str, Any]],
              shared: Mapping[str, Any], statistics: Mapping[str, Any] | None = None) -> None:
-        """The first line. `cells` have their `overrides` and, where known, `folder` and (flat) `settings`; empty where
-        the sweeper decides as it goes. `shared`: the settings that all cells have. `statistics`: the contrasts that its
-        results are for (`deepvit.report.contrasts`)."""
+        """The first line. `cells` have `overrides`, `folder` and (flat) `settings`; none where the sweeper decides as it
+        goes. `shared`: the settings that all have. `statistics`: see `deepvit.report.contrasts`."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._append({"command": command, "sweep": sweep, "shared": shared, "cells": cells, "statistics": statistics})
 

@@ -46,8 +46,7 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
 
 
 def check(settings: Settings, ranks: Ranks) -> None:
-    """Builds all that needs no data, so that what can be refused is refused before anything is read or written:
-    UserError, on every rank alike."""
+    """Builds all that needs no data, so that its UserErrors come, on every rank alike, before anything is written."""
     with ranks.sync_errors():
         _check_model(settings.model, settings.data.img_size)
         train_transform(settings.data, settings.augment)
@@ -193,9 +192,8 @@ def eval_batches(data: Data, images: inputs.ImageSet, ranks: Ranks) -> Callable[
 # Model and optimizer
 
 def model(settings: Settings, num_classes: int, continued: bool = False, classes: Sequence[str] | None = None) -> ViT:
-    """The model of `settings.model` for `num_classes`, initialised from `settings.seed` and `settings.init` alone (not
-    the latter in a run that is `continued`; averaged weights where the file has them). A kept head must agree with
-    `classes`, the names in order."""
+    """The model of `settings.model`, initialised from `settings.seed` and, unless the run is `continued`, from
+    `settings.init` (its average where it has one). A kept head must agree with `classes`, the names in order."""
     asked = settings.model.get("num_classes")
     if asked is not None and asked != num_classes:
         raise UserError(f"model.num_classes={asked}, but the data has {num_classes} classes: leave it null.")

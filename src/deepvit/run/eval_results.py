@@ -71,8 +71,7 @@ def compare(seen: list[Seen]) -> None:
             continue
         test = mcnemar(first.correct, other.correct)
         log.info("%s against %s on the same %d images: only the first is right on %d, only the second on %d; exact "
-                 "McNemar p = %.3g.", label(first_path), label(path), first.n, test["only_first"],
-                 test["only_second"], test["p"])
+                 "McNemar p = %.3g.", label(first_path), label(path), first.n, *test.values())
 
 
 def write(folder: Path, images: ImageSet, evaluation: Evaluation, result: Mapping[str, Any], names: Sequence[str]
@@ -81,11 +80,10 @@ def write(folder: Path, images: ImageSet, evaluation: Evaluation, result: Mappin
     order of the logits."""
     with results_in(folder):
         write_text_synced(folder / "metrics.json", json.dumps(result, indent=1) + "\n")
-        images_of = zip(evaluation.indices, evaluation.targets, evaluation.predictions[:, 0], evaluation.confidences,
-                        strict=True)
         _write_csv(folder / "predictions.csv", ["image", "target", "prediction", "confidence"],
                    ([images.name(int(index)), names[target], names[guess] if guess >= 0 else "", f"{confidence:.6f}"]
-                    for index, target, guess, confidence in images_of))
+                    for index, target, guess, confidence in zip(evaluation.indices, evaluation.targets,
+                                                                evaluation.predictions[:, 0], evaluation.confidences)))
         _write_csv(folder / "classes.csv", ["class", "images", "top1", "taken_for", "times"],
                    ([row["class"], row["n"], f"{row['top1']:.2f}", row["taken_for"], row["times"]]
                     for row in by_class(evaluation, names)))

@@ -176,22 +176,17 @@ def data_settings(candidate: Candidate, asked: EvalSettings) -> Data:
     """The data asked for; where that is left open, the run's own. The image size is the model's."""
     given = {name: value for name, value in asked.data.items() if value is not None}
     if "source" not in given and not candidate.data:
-        raise UserError(f"{candidate.path} does not say what it was trained on: add data=imagenet data.root=..., "
-                        f"or another data=.")
+        raise UserError(f"{candidate.path} does not say what it was trained on: add data=imagenet data.root=...")
     merged = given if "source" in given else {**candidate.data, **given}
     return read_group("data", {**NEUTRAL, **merged, "img_size": list(candidate.model.img_size)})
 
 
 def val_images(candidate: Candidate, data: Data) -> ImageSet:
-    """The images to evaluate, their targets as indices of the model's logits.
-
-    Folders of classes need no training set here and may lack classes (ImageNet's subsets, -V2, -A, -R): classes are
-    matched by name with the model's, by wnid for a model of ImageNet's 1000. UserError for classes that the model does
-    not know, or another number of them where its file does not name them.
-    """
+    """The images to evaluate, their targets as indices of the model's logits. Folders of classes need no training set
+    here and may lack classes (ImageNet's subsets, -V2, -A, -R): they are matched by name with the model's, by wnid for
+    a model of ImageNet's 1000. UserError for classes that the model does not know, or another number of them."""
     if candidate.model.pool == "":
-        raise UserError(f"{candidate.path} has no pooling (pool=''), so its logits are of tokens, not of images: "
-                        f"give +model.pool=cls, mean or avg.")
+        raise UserError(f"{candidate.path} has logits of tokens, not of images: give +model.pool=cls, mean or avg.")
     count, known = candidate.model.num_classes, candidate.classes
     if known is None and count == 1000:
         known = ImageNetInfo().label_names()
@@ -209,8 +204,7 @@ def val_images(candidate: Candidate, data: Data) -> ImageSet:
         return splits.val
     if known is None:
         if len(splits.class_ids) != count:
-            raise UserError(f"{candidate.path} has {count} classes, the data has {len(splits.class_ids)}: evaluate it "
-                            f"on data with its classes.")
+            raise UserError(f"{candidate.path} has {count} classes, the data {len(splits.class_ids)}: change data=.")
         if splits.class_ids != sorted(splits.class_ids):
             log.warning("%s does not name its classes; they are taken in the order %s, ... (torchvision's ImageFolder "
                         "would sort these names as text).", candidate.path, ", ".join(splits.class_ids[:3]))

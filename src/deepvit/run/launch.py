@@ -79,8 +79,7 @@ def _refuse_missing_paths(config: Mapping[str, Any], folder: Path) -> None:
 
 
 def joined() -> bool:
-    """Whether a launcher such as torchrun or srun started this process as one of several ranks; UserError where its
-    variables are incomplete or no numbers."""
+    """Whether a launcher such as torchrun or srun started this process; UserError where its variables are wrong."""
     for name in (*LAUNCHED, "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         if os.environ.get(name) == "":
             del os.environ[name]  # set to nothing is not set, for whoever reads it
@@ -98,10 +97,8 @@ def joined() -> bool:
 
 
 def take_place(environ: MutableMapping[str, str]) -> None:
-    """Sets what torchrun would set, from SLURM's variables, in a job step of several tasks that plain `srun` started.
-
-    Not told by SLURM_NTASKS, which is set in a batch script too. UserError where a variable is missing or unreadable.
-    """
+    """Sets what torchrun would set, from SLURM's variables, in a job step of several tasks that plain `srun` started
+    (SLURM_NTASKS is set in a batch script too). UserError where a variable is missing or unreadable."""
     if "RANK" in environ or environ.get("SLURM_STEP_NUM_TASKS", "1") == "1":
         return
     try:
@@ -118,8 +115,7 @@ def take_place(environ: MutableMapping[str, str]) -> None:
         environ.setdefault(name, value)
     gpus = environ.get("SLURM_GPUS_ON_NODE", "")
     if gpus.isdecimal() and int(gpus) > here and place["LOCAL_RANK"] == "0":
-        log.warning("srun started %d tasks on the %s GPUs of this machine: start one for each (--ntasks-per-node).",
-                    here, gpus)
+        log.warning("srun started %d tasks for %s GPUs: start one for each (--ntasks-per-node).", here, gpus)
 
 
 def first_host(nodes: str) -> str:

@@ -47,12 +47,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Evaluates a model on `images`, on all ranks together; None where a rank was asked to stop.
-
-    `calibration` makes the batches of training images whose statistics batch norms take first (see `calibration`; None:
-    they keep their own). The model keeps the new ones, so that a checkpoint has what was evaluated; asked to stop, it
-    keeps the old. `among`: indices of classes to choose among for `Evaluation.correct_present`.
-    """
+    """Evaluates a model on `images`, on all ranks together; None where a rank was asked to stop. `calibration` makes
+    the training images whose statistics batch norms take first, and keep unless asked to stop, so that a checkpoint has
+    what was evaluated. `among`: indices of classes to choose among for `Evaluation.correct_present`."""
 
     data: Data
     images: inputs.ImageSet
@@ -174,8 +171,7 @@ def summary_of(built: Built) -> str:
         f"{f', {built.micro_batch} images at once in {built.memory}' if built.memory else ''})"]
     group = settings.model["attention"].get("norm_batch")
     if group and group > plan.batch_size:
-        remarks.append(f"the head norm takes its statistics over the whole batch, which has fewer than "
-                       f"model.attention.norm_batch={group} images")
+        remarks.append(f"the whole batch is smaller than model.attention.norm_batch={group}")
     if plan.batch_size > len(splits.train):
         remarks.append("images repeat within a batch")
     if settings.data.on_device:
@@ -183,12 +179,6 @@ def summary_of(built: Built) -> str:
     elif settings.data.workers * local_world(ranks) > usable_cores():
         remarks.append(f"data.workers={settings.data.workers} (per device) exceeds the {usable_cores()} cores here")
     return "; ".join(remarks)
-
-
-def headline(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The entries of `metrics.json` by which runs are compared."""
-    names = ("top1", "top5", "loss", "best_top1", "params", "flops", "images_per_s")
-    return {name: metrics[name] for name in names if name in metrics}
 
 
 def metrics_of(built: Built, meter: Meter, folder: RunFolder) -> dict[str, Any]:

@@ -28,16 +28,12 @@ def unit(settings: Settings, norm_batches: Collection[int | None]) -> int:
 
 def allowed(settings: Settings, norm_batches: Collection[int | None], world: int) -> list[int]:
     """Images that a device may take at once, largest first: parts of its share of the global batch in whole `unit`s.
-
-    With None among `norm_batches` the statistics are those of whatever a device takes at once, so the size is no free
-    choice: `auto` is the whole share. UserError where the global batch does not divide over the devices, or a device's
-    share not into whole units.
-    """
+    With None among `norm_batches` the size decides the statistics, so `auto` is the whole share. UserError where the
+    global batch does not divide over the devices, or a device's share not into whole units."""
     batch, most, whole = settings.data.batch_size, settings.engine.device_batch, unit(settings, norm_batches)
     share, rest = divmod(batch, world)
     if rest:
-        raise UserError(f"data.batch_size={batch} (of all devices together) does not divide over {world} devices: give "
-                        f"a multiple of {world}.")
+        raise UserError(f"data.batch_size={batch} does not divide over {world} devices: give a multiple of {world}.")
     group, pair = norm_group(norm_batches), 2 if mixes(settings.augment) else 1
     why = " and ".join([f"norm_batch={group} takes batch statistics over so many"] * (group > 1)
                        + ["mixup and cutmix pair neighbours"] * (pair > 1))

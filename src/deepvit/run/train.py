@@ -23,9 +23,10 @@ from deepvit.engine.signals import StopRequest
 from deepvit.errors import UserError
 from deepvit.run import build
 from deepvit.run.build import Built
-from deepvit.run.measures import attention_metrics, evaluator, headline, metrics_of, summary_of
+from deepvit.run.measures import attention_metrics, evaluator, metrics_of, summary_of
 from deepvit.run.resume import as_begun, identity, refuse_change, refuse_finished, with_model_of_init
 
+HEADLINE = ("top1", "top5", "loss", "best_top1", "params", "flops", "images_per_s")  # by which runs are compared
 log = logging.getLogger(__name__)
 
 
@@ -44,14 +45,7 @@ def train(config: Mapping[str, Any], path: Path, ranks: Ranks, stop: StopRequest
     build.check(settings, ranks)
     with folder.claimed(ranks, settings.fresh, restarted=restarts > 0) as starts_over:
         if not starts_over and ranks.gather(folder.is_finished())[0]:
-            splits = build.shared_splits(settings.data, ranks)
-            with ranks.sync_errors():
-                refuse_finished(folder, config, identity(settings, splits, folder))
-            log.info("The run in %s is finished (top-1 %.2f %% after %d steps); fresh=true starts over.", folder.path,
-                     *(folder.read_result()[name] for name in ("top1", "steps")))
-            if settings.engine.profile:
-                log.warning("engine.profile=%d has no effect on a finished run.", settings.engine.profile)
-            _drop_checkpoints(folder, settings, ranks)
+            _answer_as_finished(folder, config, settings, ranks)
             return True
 
         # Where a run's weights come from: its own checkpoint; in a new run `init`; else random ones, from the seed.
@@ -81,10 +75,21 @@ def train(config: Mapping[str, Any], path: Path, ranks: Ranks, stop: StopRequest
                 metrics = {**metrics_of(built, fit.meter, folder), "origin": config.get("origin"), "made_of": made_of}
                 folder.write_result(metrics)
                 folder.log_event("finished", step=built.state.step)
-                loggers.log_result(headline(metrics), built.state.step)
+                loggers.log_result({name: metrics[name] for name in HEADLINE if name in metrics}, built.state.step)
                 _drop_checkpoints(folder, settings, ranks)
                 log.info("Finished: top-1 %.2f %%; results in %s", metrics["top1"], folder.path)
         return finished
+
+
+def _answer_as_finished(folder: RunFolder, config: Mapping[str, Any], settings: Settings, ranks: Ranks) -> None:
+    splits = build.shared_splits(settings.data, ranks)
+    with ranks.sync_errors():
+        refuse_finished(folder, config, identity(settings, splits, folder))
+    log.info("The run in %s is finished (top-1 %.2f %% after %d steps); fresh=true starts over.", folder.path,
+             *(folder.read_result()[name] for name in ("top1", "steps")))
+    if settings.engine.profile:
+        log.warning("engine.profile=%d has no effect on a finished run.", settings.engine.profile)
+    _drop_checkpoints(folder, settings, ranks)
 
 
 def _open(folder: RunFolder, config: Mapping[str, Any], built: Built, viewers: list[type[Logger]],
