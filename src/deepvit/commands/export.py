@@ -127,18 +127,16 @@ def _write_deepvit(model: ViT, path: Path) -> Written:
 
 def _refuse_attention(attention: Attention, rule: Mapping[str, Any]) -> None:
     """It has softmax attention, or mix and BatchNorm together and a factor of 1 or the scale of q k^T."""
-    wrong = None
     if _is_plain(attention):
-        if attention.map_scale != 1.0:
-            wrong = f"map_scale={attention.map_scale:g} in plain attention"
-    elif not isinstance(attention, ReAttention) or not attention.mix or not attention.norm or attention.qk_norm:
-        wrong = f"attention '{rule.get('name', rule['class'])}'"
-    elif attention.norm.eps != 1e-5:
-        wrong = f"norm_eps={attention.norm.eps:g} in its attention (only 1e-05)"
-    elif not any(math.isclose(attention.map_scale, factor) for factor in (1.0, attention.scale)):
-        wrong = f"map_scale={attention.map_scale:g} (only 1, or {attention.scale:g} as its q k^T)"
-    if wrong:
-        raise UserError(f"The published DeepViT class has no {wrong}: export to safetensors or onnx.")
+        fits = attention.map_scale == 1.0
+    else:
+        fits = (isinstance(attention, ReAttention) and attention.mix and attention.norm and not attention.qk_norm
+                and attention.norm.eps == 1e-5
+                and any(math.isclose(attention.map_scale, factor) for factor in (1.0, attention.scale)))
+    if not fits:
+        eps = f" and norm_eps={attention.norm.eps:g}" if getattr(attention, "norm", None) else ""
+        raise UserError(f"The published DeepViT class has no attention '{rule.get('name', rule['class'])}' with "
+                        f"map_scale={attention.map_scale:g}{eps}: export to safetensors or onnx.")
 
 
 def _is_plain(attention: Attention) -> bool:
