@@ -24,7 +24,6 @@ from deepvit.engine.evaluate import Evaluation, mcnemar
 from deepvit.engine.folder import RunFolder
 from deepvit.engine.ranks import Ranks
 from deepvit.engine.signals import StopRequest
-from deepvit.engine.step import Precision
 from deepvit.errors import UserError
 from deepvit.importers import find_checkpoint, open_model
 from deepvit.importers.settings import checked
@@ -40,30 +39,10 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """A model to evaluate, and the metadata of its file."""
-
-    path: Path
-    model: ViT
-    data: Mapping[str, Any] | None  # the settings of the data it was trained on
-
-    @property
-    def classes(self) -> list[str] | None:
-        """Class ids in the order of the logits."""
-        return self.model.load_report.said.get("classes")
-
-    @property
-    def class_names(self) -> list[str]:
-        """Readable, each once."""
-        names = class_names(self.model)
-        return names if len(set(names)) == len(names) else self.classes or list(map(str, range(len(names))))
-
-
-@dataclass(frozen=True)
 class Case:
-    """A candidate, the images to evaluate it on, and the folder of the results."""
+    """A model, the images to evaluate it on, and the folder of the results."""
 
-    candidate: Candidate
+    model: ViT
     data: Data
     root: str | None  # of `also`: a further folder, in place of the data's own
     images: ImageSet
@@ -75,7 +54,7 @@ def evaluate_all(config: Mapping[str, Any], ranks: Ranks, stop: StopRequest) -> 
     """Evaluates every checkpoint that `config` names; prints one table; each writes metrics.json, predictions.csv and
     classes.csv. Raises Stopped, or UserError for no checkpoint, an unreadable one, or data that do not fit a model's
     classes, once the others are evaluated."""
-    asked, paths, precision = prepare_evaluation(config, ranks)
+    asked, paths = prepare_evaluation(config, ranks)
     further = _listed(asked.also or [])
     with ranks.sync_errors():
         for root in further:
@@ -88,25 +67,26 @@ def evaluate_all(config: Mapping[str, Any], ranks: Ranks, stop: StopRequest) -> 
         except UserError as error:  # the others are evaluated all the same
             refusals.append(str(error))
             continue
-        evaluation, result = _evaluate(case, asked, ranks, precision, stop)
+        evaluation, result = _evaluate(case, asked, ranks, stop)
         results.append(result)
-        seen.append((path, case.images.fingerprint(), case.candidate.classes, evaluation))
+        seen.append((path, case.images.fingerprint(), case.model.load_report.said.get("classes"), evaluation))
         with ranks.sync_errors():
             if ranks.is_main:
-                eval_results.write(case.folder, case.images, evaluation, result, case.candidate.class_names)
+                eval_results.write(case.folder, case.images, evaluation, result, readable_classes(case.model))
     if ranks.is_main and results:
         eval_results.report(results, seen)
     if refusals:
         raise UserError("\n".join(refusals))
 
 
-def prepare_evaluation(config: Mapping[str, Any], ranks: Ranks) -> tuple[EvalSettings, list[Path], Precision]:
-    """What was asked, the checkpoints and the precision, for which the device is set up."""
+def prepare_evaluation(config: Mapping[str, Any], ranks: Ranks) -> tuple[EvalSettings, list[Path]]:
+    """What was asked, for which the device is set up, and the checkpoints."""
     with ranks.sync_errors():
         asked = read_evaluation(config)
-        paths, precision = checkpoints(asked.checkpoint), build.precision(asked.precision, ranks.device)
-    prepare_device(precision, ranks, asked.engine.threads, asked.engine.deterministic)
-    return asked, paths, precision
+        paths = checkpoints(asked.checkpoint)
+    prepare_device(build.precision(asked.precision, ranks.device), ranks, asked.engine.threads,
+                   asked.engine.deterministic)
+    return asked, paths
 
 
 def checkpoints(given: str | list[str] | None) -> list[Path]:
@@ -131,23 +111,23 @@ def _listed(given: str | list[str]) -> list[str]:
 def _open(path: Path, root: str | None, asked: EvalSettings, ranks: Ranks) -> Case:
     """What would be refused after a long evaluation is refused before it, on all ranks alike."""
     with ranks.sync_errors():
-        candidate = load(path, asked)
-        own = data = data_settings(candidate, asked)
+        model = load(path, asked)
+        own = data = data_settings(model, asked)
         if root is not None:
             data = replace(own, source="folder", root=root, classes=None, val_fraction=None, exclude=None)
     if ranks.world > 1 and source_of(own).may_download:
         build.shared_splits(own, ranks)  # one rank of each machine before the others
     with ranks.sync_errors():
-        images, train = val_images(candidate, data), None
+        images, train, before = val_images(model, data), None, trained_on(model)
         if asked.labels == "real" and root is None:
             real_top1(np.zeros(len(images), int), [images.name(index) for index in range(len(images))])
         if root is not None:
             name = f"{Path(root).name}-{_mark(root)}"
-        elif candidate.data and data.source == candidate.data.get("source") and data.root != candidate.data["root"]:
+        elif before and data.source == before.get("source") and data.root != before["root"]:
             name = f"{data.source}-{_mark(data.root)}"  # other images of the same kind
         else:
             name = data.source
-        folder = out_folder(candidate, name, asked.out)
+        folder = out_folder(model, name, asked.out)
         if ranks.is_main:
             with eval_results.results_in(folder):
                 pass
@@ -155,35 +135,47 @@ def _open(path: Path, root: str | None, asked: EvalSettings, ranks: Ranks) -> Ca
             train = source_of(own).splits().train if asked.calibrate else None
         except UserError as error:
             raise UserError(f"calibrate= needs the training images. {error}") from None
-        batches = calibration(asked.calibrate, data, train, candidate.model.norm_batches, ranks)
-        return Case(candidate, data, root, images, batches, folder)
+        batches = calibration(asked.calibrate, data, train, model.norm_batches, ranks)
+        return Case(model, data, root, images, batches, folder)
 
 
-def load(path: Path, asked: EvalSettings) -> Candidate:
+def load(path: Path, asked: EvalSettings) -> ViT:
     keywords = checked({name: value for name, value in asked.model.items() if value is not None})
     model = open_model(path, asked.weights, dialect=asked.dialect, **keywords)
     if asked.ablate:
         ablations(model, asked.ablate)  # refuses what it cannot do before anything is evaluated
-    run = model.load_report.said.get("run")
-    return Candidate(path, model, run and run["data"])
+    return model
 
 
-def data_settings(candidate: Candidate, asked: EvalSettings) -> Data:
+def trained_on(model: ViT) -> Mapping[str, Any] | None:
+    """The settings of its training data, where its file tells them."""
+    return (model.load_report.said.get("run") or {}).get("data")
+
+
+def readable_classes(model: ViT) -> list[str]:
+    """Names in the order of the logits, each once."""
+    names = class_names(model)
+    if len({*names}) < len(names):
+        return model.load_report.said.get("classes") or [str(index) for index in range(len(names))]
+    return names
+
+
+def data_settings(model: ViT, asked: EvalSettings) -> Data:
     """The data asked for; where that is left open, the run's own. The image size is the model's."""
     given = {name: value for name, value in asked.data.items() if value is not None}
-    if "source" not in given and not candidate.data:
-        raise UserError(f"{candidate.path} does not say what it was trained on: add data=imagenet data.root=...")
-    merged = given if "source" in given else {**candidate.data, **given}
-    return read_group("data", {**NEUTRAL, **merged, "img_size": list(candidate.model.img_size)})
+    merged = given if "source" in given else {**(trained_on(model) or {}), **given}
+    if "source" not in merged:
+        raise UserError(f"{model.load_report.path} does not tell its training data: add data=imagenet data.root=...")
+    return read_group("data", {**NEUTRAL, **merged, "img_size": list(model.img_size)})
 
 
-def val_images(candidate: Candidate, data: Data) -> ImageSet:
+def val_images(model: ViT, data: Data) -> ImageSet:
     """The images to evaluate, their targets as indices of the model's logits. Folders of classes need no training set
     here and may lack classes (ImageNet's subsets, -V2, -A, -R): they are matched by name with the model's, by wnid for
     a model of ImageNet's 1000. UserError for classes that the model does not know, or another number of them."""
-    if candidate.model.pool == "":
-        raise UserError(f"{candidate.path} has logits of tokens, not of images: give +model.pool=cls, mean or avg.")
-    count, known = candidate.model.num_classes, candidate.classes
+    count, known, path = model.num_classes, model.load_report.said.get("classes"), model.load_report.path
+    if model.pool == "":
+        raise UserError(f"{path} has logits of tokens, not of images: give +model.pool=cls, mean or avg.")
     if known is None and count == 1000:
         known = ImageNetInfo().label_names()
     source = source_of(data)
@@ -200,27 +192,28 @@ def val_images(candidate: Candidate, data: Data) -> ImageSet:
         return splits.val
     if known is None:
         if len(splits.class_ids) != count:
-            raise UserError(f"{candidate.path} has {count} classes, the data {len(splits.class_ids)}: change data=.")
+            raise UserError(f"{path} has {count} classes, the data {len(splits.class_ids)}: change data=.")
         if splits.class_ids != sorted(splits.class_ids):
             log.warning("%s does not name its classes; they are taken in the order %s, ... (torchvision's ImageFolder "
-                        "would sort these names as text).", candidate.path, ", ".join(splits.class_ids[:3]))
+                        "would sort these names as text).", path, ", ".join(splits.class_ids[:3]))
         return splits.val
     missing = [name for name in splits.class_ids if name not in set(known)]
     if missing:
-        raise UserError(f"The data has {len(missing)} classes that {candidate.path} does not know, such as "
+        raise UserError(f"The data has {len(missing)} classes that {path} does not know, such as "
                         f"'{missing[0]}': evaluate it on data with its {count} classes.")
     images = splits.val.take(np.arange(len(splits.val)))
     images.targets = np.array([known.index(name) for name in splits.class_ids])[images.targets]
     return images
 
 
-def out_folder(candidate: Candidate, data_name: str, out: str | None) -> Path:
+def out_folder(model: ViT, data_name: str, out: str | None) -> Path:
     """Where results are written: in the checkpoint's run, below `out`, or in runs/eval/."""
-    name, run = f"{candidate.path.stem}-{candidate.model.load_report.weights}-{data_name}", candidate.path.parent.parent
+    path = model.load_report.path
+    name, run = f"{path.stem}-{model.load_report.weights}-{data_name}", path.parent.parent
     in_run = (run / "config.yaml").exists() and RunFolder(run).is_ours()
     if in_run and out is None:
         return run / "eval" / name
-    return Path(out or "runs/eval") / f"{f'{run.name}-' if in_run else ''}{name}-{_mark(candidate.path)}"
+    return Path(out or "runs/eval") / f"{f'{run.name}-' if in_run else ''}{name}-{_mark(path)}"
 
 
 def _mark(path: str | Path) -> str:
@@ -228,30 +221,30 @@ def _mark(path: str | Path) -> str:
     return hashlib.blake2b(os.fsencode(Path(path).resolve()), digest_size=4).hexdigest()
 
 
-def _evaluate(case: Case, asked: EvalSettings, ranks: Ranks, precision: Precision, stop: StopRequest
-              ) -> tuple[Evaluation, dict[str, Any]]:
+def _evaluate(case: Case, asked: EvalSettings, ranks: Ranks, stop: StopRequest) -> tuple[Evaluation, dict[str, Any]]:
     """The evaluation, and what metrics.json says of it."""
-    candidate, data, images = case.candidate, case.data, case.images
-    model, present = candidate.model.to(ranks.device), np.unique(images.targets)
+    data, images, report = case.data, case.images, case.model.load_report
+    model, present = case.model.to(ranks.device), np.unique(images.targets)
     evaluator = Evaluator(
-        data, images, build.prepare(data, model.num_classes), ranks, precision, stop, case.calibration,
+        data, images, build.prepare(data, model.num_classes), ranks, build.precision(asked.precision, ranks.device),
+        stop, case.calibration,
         among=torch.as_tensor(present, device=ranks.device) if len(present) < model.num_classes else None)
 
     def evaluate() -> Evaluation:
-        if (found := evaluator(model, title=candidate.path.name)) is None:
+        if (found := evaluator(model, title=report.path.name)) is None:
             raise Stopped
         return found
 
-    evaluation, report = evaluate(), model.load_report
+    evaluation = evaluate()
     result = {
-        "checkpoint": str(candidate.path), "weights": report.weights, "calibrate": asked.calibrate,
+        "checkpoint": str(report.path), "weights": report.weights, "calibrate": asked.calibrate,
         **evaluation.summary(), **(_real(evaluation, images) if asked.labels == "real" and case.root is None else {}),
-        "worst_classes": eval_results.by_class(evaluation, candidate.class_names)[:3],
+        "worst_classes": eval_results.by_class(evaluation, readable_classes(model))[:3],
         "data": Path(case.root).name if case.root else data.source, "root": data.root,
         "decoder": resolve_decoder(data.decoder), "img_size": list(model.img_size),
         "params": count_parameters(model), "flops": count_flops(model),
         "depth": model.depth, "dialect": report.dialect, "step": report.said.get("step"),
-        "arch": report.said.get("arch"), "published": _published(candidate, data),
+        "arch": report.said.get("arch"), "published": _published(model, data),
         "device": device_name(ranks.device), "devices": ranks.world, **versions()}
     if asked.ablate:
         result["ablations"] = _ablate(model, asked.ablate, evaluation, evaluate)
@@ -263,11 +256,11 @@ def _real(evaluation: Evaluation, images: ImageSet) -> dict[str, float]:
     return {"real_top1": real_top1(evaluation.predictions[:, 0], names)}
 
 
-def _published(candidate: Candidate, data: Data) -> dict[str, Any] | None:
+def _published(model: ViT, data: Data) -> dict[str, Any] | None:
     """The published figure for this model on this data, where there is one; none for weights that were trained here."""
-    if candidate.model.load_report.dialect == "ours":
+    if model.load_report.dialect == "ours":
         return None
-    settings = dict(flat({"model": candidate.model.config, "data": vars(data)}))
+    settings = dict(flat({"model": model.config, "data": vars(data)}))
     if isinstance(settings["model.img_size"], list):
         settings["model.img_size"] = settings["model.img_size"][0]
     found = published_of(settings)
