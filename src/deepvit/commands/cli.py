@@ -169,11 +169,9 @@ def hydra_error(error: Exception) -> str:
             if not word.startswith("-") and not _is_readable(word):
                 return f"'{word}' is not a setting: write key=value, and quote special signs twice, \"key='a, b'\"."
         return "The command line cannot be read: write settings as key=value."
-    group = re.search(r"(?:In '.*?': )?Could not find '([^']+?)/([^'/]+)'", text)
-    if group:
+    if group := re.search(r"(?:In '.*?': )?Could not find '([^']+?)/([^'/]+)'", text):
         return _unknown_choice(*group.groups(), text)
-    override = re.search(r"Could not override '([^']+)'", text)
-    if override:
+    if override := re.search(r"Could not override '([^']+)'", text):
         return _unknown_setting(override[1])
     if text.startswith("Error merging override") and error.__cause__:
         text = f"{text}: {first_line(error.__cause__)}"
@@ -196,5 +194,4 @@ def _unknown_choice(group: str, name: str, text: str) -> str:
     if group.startswith("hydra/") and name in PLUGINS:
         return f"{group}={name} is a plugin that is not installed: pip install {PLUGINS[name]}"
     choices = re.findall(r"^\t(\S+)$", text, re.MULTILINE)
-    return (f"There is no {group}={name}.{did_you_mean(name, choices)} "
-            f"The choices of {group} are: {', '.join(choices)}.")
+    return f"There is no {group}={name}.{did_you_mean(name, choices)} Choose from {', '.join(choices)}."

@@ -6,7 +6,6 @@ import textwrap
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 from matplotlib import rc_context
@@ -26,14 +25,17 @@ from deepvit.models import ViT
 SIGNED = {"Creator": "deepvit"}  # in every image, which tells our own from a user's
 
 
-def compute(checkpoints: Sequence[Path], paths: Sequence[Path], initial: bool, **keywords: Any
-            ) -> tuple[list[Study], list[str]]:
-    """Studies of checkpoints, opened with `keywords`, on the same images; a sentence for each that is of no use."""
-    models = [open_model(path, **keywords) for path in checkpoints]
+def _studies(given: argparse.Namespace) -> tuple[list[Study], list[str]]:
+    """What is to be drawn, and a sentence for each image that is of no use."""
+    if given.maps:
+        return _drawn_before(given.maps), []
+    checkpoints = [path for path in (given.checkpoint, given.compare) if path]
+    paths, keywords = paths_and_keywords(given.images)
+    models = [open_model(path, given.weights, **keywords) for path in checkpoints]
     studies, refused = [], []
     for model, name in zip(models, _names(models, checkpoints), strict=True):
         images = read_images(model, paths)
-        studies.append(study(model, images, name, initial))
+        studies.append(study(model, images, name, given.initial))
         refused = images.refused
     return studies, refused
 
@@ -97,13 +99,7 @@ def main(arguments: Sequence[str]) -> int:
     given = _parser().parse_intermixed_args(arguments)
     if (given.maps is None) == (given.checkpoint is None):
         raise UserError("Give a checkpoint, or --maps FILE to draw what was computed before, and not both.")
-    refused: list[str] = []
-    if given.maps:
-        studies = _drawn_before(given.maps)
-    else:
-        checkpoints = [path for path in (given.checkpoint, given.compare) if path]
-        images, keywords = paths_and_keywords(given.images)
-        studies, refused = compute(checkpoints, images, given.initial, weights=given.weights, **keywords)
+    studies, refused = _studies(given)
     if given.save_maps:
         save_studies(given.save_maps, studies)
     # A folder for each model or pair, so that one's figures do not replace another's

@@ -81,8 +81,8 @@ def _open(config: DictConfig) -> OpenSweep:
     plan = read_plan(statistics) if statistics else None
     preregistration(hydra)  # refused before anything is written
     with open_dict(config):
-        hydra.overrides.hydra.append(f"hydra.callbacks.sweep.record=[{in_quotes(str(record.path.absolute()))},"
-                                     f"'{record.session}']")
+        hydra.overrides.hydra.append(
+            f"hydra.callbacks.sweep.record=[{in_quotes(str(record.path.absolute()))},'{session}']")
         parser = OverridesParser.create()
         roots = [parser.parse_override(word) for word in typed if word.startswith("data.root=")]
         subdir = str(OmegaConf.to_container(hydra.sweep)["subdir"])

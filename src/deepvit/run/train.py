@@ -50,14 +50,14 @@ def train(config: Mapping[str, Any], path: Path, ranks: Ranks, stop: StopRequest
 
         # Where a run's weights come from: its own checkpoint; in a new run `init`; else random ones, from the seed.
         with ranks.sync_errors():
-            found = None if starts_over else checkpoint.load_newest(folder.last, folder.previous,
-                                                                    advice="fresh=true starts over.")
-        built = build.build(settings, ranks, begun=found and found[1])
+            files = () if starts_over else (folder.last, folder.previous)
+            _, begun = checkpoint.load_newest(*files, advice="fresh=true starts over.") or (None, None)
+        built = build.build(settings, ranks, begun)
         with ranks.sync_errors():
             made_of = identity(settings, built.splits, folder)
-            if found:
-                refuse_change(found[1], config, built.splits, made_of)
-                built.state.load_state_dict(found[1])
+            if begun:
+                refuse_change(begun, config, built.splits, made_of)
+                built.state.load_state_dict(begun)
             evaluate = evaluator(built, stop)
         _refuse_different_folders(ranks.gather(built.state.step), folder)
 
@@ -66,7 +66,7 @@ def train(config: Mapping[str, Any], path: Path, ranks: Ranks, stop: StopRequest
         saver = Saver(folder, ranks, {**_metadata(config, built), **made_of})
         processes = ranks.gather(os.getpid())
         with ranks.sync_errors():
-            loggers = _open(folder, config, built, viewers, processes, resumed=found is not None, restarts=restarts)
+            loggers = _open(folder, config, built, viewers, processes, resumed=begun is not None, restarts=restarts)
         with closing(loggers):
             fit = Fit(built.state, built.stepper, built.plan, built.make_batches, evaluate, folder, saver, loggers,
                       stop, attention_metrics(built))
