@@ -109,7 +109,7 @@ def run_side_by_side(job_overrides: Sequence[Sequence[str]], first: int, cells_p
                      **hydra: Any) -> list[JobReturn]:
     """What Hydra asks of a launcher: runs the cells, numbered from `first` on. The sweep's record says how each ended.
     `hydra`: `hydra_context` and `task_function`."""
-    if cells_per_device < 1:
+    if not isinstance(cells_per_device, int) or cells_per_device < 1:
         raise UserError(f"hydra.launcher.cells_per_device={cells_per_device}: give 1 or more.")
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # a process that has asked CUDA itself cannot fork
     sweep = Recorder.opened
