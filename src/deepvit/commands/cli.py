@@ -101,8 +101,7 @@ def _start(config_name: str, arguments: Sequence[str]) -> int:
     except OSError as error:  # a job's own are caught in `launch`: this is the folder that Hydra makes for it
         if error.filename is None:
             raise
-        raise UserError(f"The run folder {error.filename} cannot be made ({error.strerror}): choose another "
-                        f"hydra.run.dir.") from None
+        raise UserError(f"{error.filename} cannot be made ({error.strerror}): give another hydra.run.dir.") from None
     except Exception as error:
         if not Recorder.opened or isinstance(error, UserError):
             raise
@@ -139,8 +138,7 @@ def sentences() -> Iterator[None]:
 
 def quoted(word: str) -> str:
     """`init=runs/seed=1/last.pt` as Hydra's grammar wants it, `init='runs/seed=1/last.pt'`: quotes what the grammar
-    refuses and, in a setting that is a path, what exists by this very name; in a list or a sweep each part by itself.
-    """
+    refuses and, in a setting that is a path, what exists by this name; in a list or a sweep each part by itself."""
     key, _, value = word.partition("=")
     if word.startswith("-") or not value or not _is_readable(f"{key}="):
         return word

@@ -241,8 +241,7 @@ def _check_durations(schedule: ScheduleSettings) -> None:
     for unit in ("", "warmup_", "eval_"):
         epochs, steps = (getattr(schedule, f"{unit}{kind}") for kind in ("epochs", "steps"))
         if (epochs is None) == (steps is None):
-            raise UserError(f"Give schedule.{unit}epochs or schedule.{unit}steps and set the other to null; they are "
-                            f"{epochs} and {steps}.")
+            raise UserError(f"schedule.{unit}epochs={epochs}, schedule.{unit}steps={steps}: set one, null the other.")
     if schedule.cooldown_epochs and schedule.steps is not None:
         raise UserError(f"schedule.cooldown_epochs={schedule.cooldown_epochs} goes with schedule.epochs, but the run "
                         f"is given in schedule.steps={schedule.steps}: set schedule.cooldown_epochs=0.")

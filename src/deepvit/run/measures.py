@@ -227,9 +227,8 @@ def forecast(config: Mapping[str, Any], ranks: Ranks, stop: StopRequest) -> dict
              "memory_mib": (peak_bytes(ranks.device) - before) / 2**20, "steps": built.plan.total, "step_s": step,
              "hours": hours, "device_hours": hours * ranks.world}
     if ranks.is_main:
-        log.info("Dry run: %.3g GFLOP an image forward, %.0f MiB at most, %.3g s a step, so %.3g h (%.3g "
-                 "device-hours), evaluation not counted.", found["flops"] / 1e9, found["memory_mib"], step, hours,
-                 found["device_hours"])
+        log.info("Dry run: %.3g GFLOP an image, %.0f MiB at most, %.3g s a step, %.3g h (%.3g device-hours) to train.",
+                 found["flops"] / 1e9, found["memory_mib"], step, hours, found["device_hours"])
     return found
 
 

@@ -54,8 +54,7 @@ def allowed(settings: Settings, norm_batches: Collection[int | None], world: int
     return [size for size in sizes if size <= most]
 
 
-def choose(settings: Settings, state: TrainState, stepper: Stepper, begun: Mapping[str, Any] | None = None
-           ) -> tuple[int, str]:
+def choose(settings: Settings, state: TrainState, stepper: Stepper, begun: Mapping[str, Any] | None) -> tuple[int, str]:
     """The size of this run's micro-batches, and in words the memory that they take where that was measured. On devices
     like those of `begun`, the content of the checkpoint that is resumed, a run keeps its size, and so its bits."""
     ranks = stepper.ranks
