@@ -127,8 +127,7 @@ def run_side_by_side(job_overrides: Sequence[Sequence[str]], first: int, cells_p
                               overrides=list(overrides), log=logs / f"{number + 1}.log"))
         Crew(sweep, cells, machine, stop, hydra).run()
     found = {line["cell"]: line["value"]["top1"] for line in sweep.record.outcomes() if "top1" in line["value"]}
-    return [JobReturn(overrides=cell.overrides, cfg=cell.config, status=JobStatus.COMPLETED,
-                      _return_value=found.get(cell.number)) for cell in cells]
+    return [JobReturn(status=JobStatus.COMPLETED, _return_value=found.get(cell.number)) for cell in cells]
 
 
 def _work_of(config: DictConfig) -> float:

@@ -70,17 +70,8 @@ class SweepRecord:
             os.fsync(file.fileno())
 
 
-@dataclass(frozen=True)
-class MissingCell:
-    """A cell that a sweep was to run and that has no run folder. `sentence`: why, where it failed."""
-
-    folder: Path
-    config: dict[str, Any]
-    sentence: str
-
-
-def missing_cells(record: Path) -> Iterator[MissingCell]:
-    """The cells of the sweep's last start that have no run."""
+def missing_cells(record: Path) -> Iterator[tuple[Path, dict[str, Any], str]]:
+    """Folder and config of each cell of the sweep's last start that has no run, and why, where it failed."""
     top, lines = record.parent.parent, read_json_lines(record)
     started = [line for line in lines if "cells" in line]
     outcomes = {tuple(line["overrides"]): line for line in lines if "cell" in line}
@@ -89,4 +80,4 @@ def missing_cells(record: Path) -> Iterator[MissingCell]:
         places = [top / folder for folder in (cell.get("folder"), outcome.get("folder")) if folder]
         if places and not any((place / "config.yaml").exists() for place in places):
             config = nested({**started[-1]["shared"], **cell["settings"], "origin.overrides": cell["overrides"]})
-            yield MissingCell(places[0], config, outcome.get("sentence", ""))
+            yield places[0], config, outcome.get("sentence", "")

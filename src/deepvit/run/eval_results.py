@@ -25,7 +25,13 @@ log = logging.getLogger(__name__)
 
 def report(results: list[dict[str, Any]], seen: list[Seen]) -> None:
     """Prints all results: the table, and in sentences published figures, the worst classes and paired tests."""
-    log.info("\n%s", table(results))
+    head = ["checkpoint", "weights", "data", "top-1 %", "95 % interval", "loss", "images", "images/s"]
+    more = {name: text for name, text in OPTIONAL.items() if any(name in result for result in results)}
+    rows = [[label(result["checkpoint"]), result["weights"], result["data"], f"{result['top1']:.2f}",
+             f"{result['top1_low']:.2f} to {result['top1_high']:.2f}", f"{result['loss']:.4f}",
+             f"{result['n']:,}", f"{result['eval_images_per_s']:.1f}",
+             *(f"{result[name]:.2f}" if name in result else "" for name in more)] for result in results]
+    log.info("\n%s", printed([*head, *more.values()], rows, markdown=True))
     for result in results:
         name, known = label(result["checkpoint"]), result["published"]
         if known:
@@ -38,17 +44,6 @@ def report(results: list[dict[str, Any]], seen: list[Seen]) -> None:
         if worst:
             log.info("%s on %s: worst classes: %s.", name, result["data"], "; ".join(worst))
     compare(seen)
-
-
-def table(results: list[dict[str, Any]]) -> str:
-    """The results as a markdown table, widths aligned."""
-    head = ["checkpoint", "weights", "data", "top-1 %", "95 % interval", "loss", "images", "images/s"]
-    more = {name: text for name, text in OPTIONAL.items() if any(name in result for result in results)}
-    rows = [[label(result["checkpoint"]), result["weights"], result["data"], f"{result['top1']:.2f}",
-             f"{result['top1_low']:.2f} to {result['top1_high']:.2f}", f"{result['loss']:.4f}",
-             f"{result['n']:,}", f"{result['eval_images_per_s']:.1f}",
-             *(f"{result[name]:.2f}" if name in result else "" for name in more)] for result in results]
-    return printed([*head, *more.values()], rows, markdown=True)
 
 
 def ablation_table(found: list[dict[str, Any]], whole_top1: float) -> str:
