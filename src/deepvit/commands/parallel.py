@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -46,13 +46,19 @@ FORK = multiprocessing.get_context("fork")  # torch is imported once, which take
 
 
 @dataclass(eq=False)
-class Row:
-    """A cell as it is shown. `work`: its training's, up to a factor common to all cells. Times are monotonic seconds;
+class Cell:
+    """A cell of the sweep. `work`: its training's, up to a factor common to all cells. Times are monotonic seconds;
     `first`, `step` and `steps`: where the run began this time, is and ends."""
 
     title: str
     folder: Path
     work: float
+    number: int = 0
+    overrides: Sequence[str] = ()
+    config: DictConfig | None = None
+    log: Path | None = None
+    places: Sequence[str] = ()  # what it runs on, once it is started
+    process: BaseProcess | None = None
     started: float | None = None
     ended: float | None = None
     first: int = 0
@@ -95,16 +101,6 @@ class Row:
                 "" if self.top1 is None else f"top-1 {self.top1:.2f} %"]
 
 
-@dataclass(eq=False, kw_only=True)
-class Cell(Row):
-    number: int
-    overrides: list[str]
-    config: DictConfig
-    log: Path
-    places: list[str] = field(default_factory=list)  # what it runs on, once it is started
-    process: BaseProcess | None = None
-
-
 def run_side_by_side(job_overrides: Sequence[Sequence[str]], first: int, cells_per_device: int, config: DictConfig,
                      **hydra: Any) -> list[JobReturn]:
     """What Hydra asks of a launcher: runs the cells, numbered from `first` on. The sweep's record says how each ended.
@@ -123,8 +119,8 @@ def run_side_by_side(job_overrides: Sequence[Sequence[str]], first: int, cells_p
                 work = _work_of(cell)
             cell.engine.threads = machine.threads(cell.engine)
             title = " ".join([f"[{number + 1}]", *(word for word in overrides if word not in shared)])
-            cells.append(Cell(title, Path(cell.hydra.sweep.dir, subdir), work, number=number, config=cell,
-                              overrides=list(overrides), log=logs / f"{number + 1}.log"))
+            cells.append(Cell(title, Path(cell.hydra.sweep.dir, subdir), work, number, overrides, cell,
+                              log=logs / f"{number + 1}.log"))
         Crew(sweep, cells, machine, stop, hydra).run()
     found = {line["cell"]: line["value"]["top1"] for line in sweep.record.outcomes() if "top1" in line["value"]}
     return [JobReturn(status=JobStatus.COMPLETED, _return_value=found.get(cell.number)) for cell in cells]
@@ -261,7 +257,7 @@ class Crew:
             outcomes[cell.number] = STOPPED if stopped else FAILED
             self._note(cell, outcomes[cell.number], "Not started." if stopped else
                        f"Its process {end_of(code)}; its last words are in {cell.log}. The same command continues it.")
-        self._table.end(cell, outcomes[cell.number], cell.log)
+        self._table.end(cell, outcomes[cell.number])
         if not self._sweep.is_kept:
             say(cell.log.read_text(errors="replace"))
 
@@ -270,30 +266,30 @@ class Crew:
 
 
 class SweepTable:
-    """The running cells, below the lines of those that ended; to be used as `with table.live`. `rows`: of all cells, in
+    """The running cells, below the lines of those that ended; to be used as `with table.live`. `rows`: all cells, in
     the order in which they start; `at_once`: how many run at the same time."""
 
     EVERY_S, LINES_EVERY_S = 1.0, 60.0  # between updates of the table, and between lines elsewhere
 
-    def __init__(self, rows: Sequence[Row], at_once: int):
+    def __init__(self, rows: Sequence[Cell], at_once: int):
         self._rows, self._at_once, self._failed = rows, at_once, 0
         console = Console(file=sys.stdout, markup=False, highlight=False)
         self.live = Live(console=console, auto_refresh=False, transient=True, redirect_stderr=False)
         self._draws = console.is_terminal
         self._shown = time.monotonic()
 
-    def start(self, row: Row) -> None:
+    def start(self, row: Cell) -> None:
         row.started = time.monotonic()
         if not self._draws:
             say(f"{row.title}  started")
 
-    def end(self, row: Row, code: int, log: Path) -> None:
+    def end(self, row: Cell, code: int) -> None:
         row.read()
         row.ended = time.monotonic()
         self._failed += code not in (DONE, STOPPED)
         how = "stopped" if code == STOPPED else "failed"
         _say([row.title, "done", row.numbers()[1], f"in {clock(row.seconds)}"] if code == DONE else
-             [row.title, f"{how}, see {log}"])
+             [row.title, f"{how}, see {row.log}"])
 
     def refresh(self) -> None:
         """Shows what has changed, if it is time."""

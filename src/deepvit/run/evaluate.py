@@ -180,13 +180,7 @@ def val_images(model: ViT, data: Data) -> ImageSet:
         known = ImageNetInfo().label_names()
     source = source_of(data)
     if known and source.has_class_folders and data.root and data.classes is data.val_fraction is None:
-        images = eval_folder(data.root, known, decoder=data.decoder, in_memory_mb=data.in_memory_mb,
-                             exclude=data.exclude)
-        present = len(np.unique(images.targets))
-        if present < count:
-            log.info("%s has images of %d of the %d classes: top-1 is given among all, and among its own (as published "
-                     "for ImageNet-A and -R).", data.root, present, count)
-        return images
+        return _of_folders(data, known)
     splits = source.splits()
     if splits.class_ids == known:
         return splits.val
@@ -203,6 +197,15 @@ def val_images(model: ViT, data: Data) -> ImageSet:
                         f"'{missing[0]}': evaluate it on data with its {count} classes.")
     images = splits.val.take(np.arange(len(splits.val)))
     images.targets = np.array([known.index(name) for name in splits.class_ids])[images.targets]
+    return images
+
+
+def _of_folders(data: Data, classes: list[str]) -> ImageSet:
+    images = eval_folder(data.root, classes, decoder=data.decoder, in_memory_mb=data.in_memory_mb, exclude=data.exclude)
+    present = len(np.unique(images.targets))
+    if present < len(classes):
+        log.info("%s has images of %d of the %d classes: top-1 is given among all, and among its own (as published for "
+                 "ImageNet-A and -R).", data.root, present, len(classes))
     return images
 
 
