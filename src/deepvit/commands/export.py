@@ -188,8 +188,7 @@ def _write_hub_folder(model: ViT, path: Path) -> Written:
     crop = {"crop_pct": trained["crop_pct"]} if trained["crop_pct"] else {}
     path.mkdir(exist_ok=True)
     save_tensors(path / "model.safetensors", state)
-    save_config_for_hf(named, path / "config.json",
-                       model_config={"label_names": model.load_report.said.get("classes")},
+    save_config_for_hf(named, path / "config.json", {"label_names": model.load_report.said.get("classes")},
                        data_config={"mean": mean, "std": std, "interpolation": trained["interpolation"], **crop})
     return (timm.create_model(f"local-dir:{path}", pretrained=True).eval(), f"loaded by timm from {path.name}",
             f"""import timm

@@ -124,8 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--save-maps", type=Path, help="also write what was computed, as safetensors")
     parser.add_argument("--maps", type=Path, help="draw what --save-maps wrote, or the published code's pickle")
     parser.add_argument("--weights", choices=["auto", "ema", "raw"], default="auto", help="auto: EMA if there is one")
-    parser.add_argument("--no-initial", dest="initial", action="store_false",
-                        help="leave out the same model before training")
+    parser.add_argument("--no-initial", dest="initial", action="store_false", help="without the untrained model")
     return parser
 
 

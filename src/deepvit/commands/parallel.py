@@ -182,8 +182,7 @@ def _visible_gpus() -> list[str]:
 class Crew:
     """Starts the cells that have a place, invalid ones first and then the longest, and records how each ended."""
 
-    def __init__(self, sweep: OpenSweep, cells: Sequence[Cell], machine: Machine, stop: StopRequest,
-                 hydra: dict[str, Any]):
+    def __init__(self, sweep: OpenSweep, cells: list[Cell], machine: Machine, stop: StopRequest, hydra: dict[str, Any]):
         self._sweep, self._machine, self._stop, self._hydra = sweep, machine, stop, hydra
         self._waiting = sorted(cells, key=lambda cell: -cell.work or -math.inf)
         self._running: list[Cell] = []

@@ -183,10 +183,9 @@ def batch_maker(settings: Settings, train: inputs.ImageSet, ranks: Ranks
 
 def eval_batches(data: Data, images: inputs.ImageSet, ranks: Ranks) -> Callable[[], Iterator[inputs.Batch]]:
     """Makes this rank's batches, once for each evaluation."""
-    return inputs.cached_eval_batches(
-        images, eval_transform(data), batch_size=data.eval_batch_size, rank=ranks.rank, world=ranks.world,
-        workers=data.workers, on_error=data.on_error, in_memory_mb=data.in_memory_mb, device=ranks.device,
-        pin=ranks.device.type == "cuda")
+    where = {"rank": ranks.rank, "world": ranks.world, "device": ranks.device, "pin": ranks.device.type == "cuda"}
+    return inputs.cached_eval_batches(images, eval_transform(data), batch_size=data.eval_batch_size, **where,
+                                      workers=data.workers, on_error=data.on_error, in_memory_mb=data.in_memory_mb)
 
 
 # Model and optimizer
@@ -231,8 +230,7 @@ def optimizer(network: nn.Module, chosen: Optimizer) -> torch.optim.Optimizer:
     each group its `lr_scale`. UserError where timm has no such optimizer, or it does not take these settings, each of
     which it must know: timm drops some that it does not."""
     if chosen.opt not in list_optimizers():
-        raise UserError(f"optimizer.opt={chosen.opt} is not one of timm's."
-                        f"{did_you_mean(chosen.opt, list_optimizers())}")
+        raise UserError(f"optimizer.opt={chosen.opt} is none of timm's.{did_you_mean(chosen.opt, list_optimizers())}")
     info = get_optimizer_info(chosen.opt)
     given = {name: value for name in ("momentum", "betas", "eps") if (value := getattr(chosen, name)) is not None}
     for name, value in given.items():
@@ -325,18 +323,15 @@ def schedule_and_plan(settings: Settings, epoch_size: int) -> tuple[Schedule, Pl
         return given if epochs is None else math.ceil(epochs * per_epoch)
 
     schedule = Schedule(
-        lr=settings.optimizer.lr, steps=steps(chosen.epochs, chosen.steps), kind=chosen.kind,
-        warmup_steps=steps(chosen.warmup_epochs, chosen.warmup_steps),
-        cooldown_steps=math.ceil(chosen.cooldown_epochs * per_epoch), warmup_lr=chosen.warmup_lr,
-        min_lr=chosen.min_lr, decay_from=chosen.decay_from)
+        steps=steps(chosen.epochs, chosen.steps), warmup_steps=steps(chosen.warmup_epochs, chosen.warmup_steps),
+        cooldown_steps=math.ceil(chosen.cooldown_epochs * per_epoch), lr=settings.optimizer.lr, min_lr=chosen.min_lr,
+        warmup_lr=chosen.warmup_lr, kind=chosen.kind, decay_from=chosen.decay_from)
     if schedule.warmup_steps > schedule.steps:
         raise UserError(f"The warm-up ({schedule.warmup_steps} steps) is longer than the run ({schedule.steps}): lower "
                         f"schedule.warmup_epochs or schedule.warmup_steps.")
     engine, epoch = settings.engine, math.ceil(per_epoch)
     plan = Plan(total=schedule.total, batch_size=batch, epoch_size=counted, log_every=engine.log_every,
-                save_every=engine.save_every or epoch,
-                eval_every=max(1, steps(chosen.eval_epochs, chosen.eval_steps)),
-                keep_every=engine.keep_epochs and engine.keep_epochs * epoch,
-                probe_every=settings.probe.every_epochs and settings.probe.every_epochs * epoch,
-                max_skipped=engine.max_skipped, profile=engine.profile)
+                save_every=engine.save_every or epoch, eval_every=max(1, steps(chosen.eval_epochs, chosen.eval_steps)),
+                keep_every=engine.keep_epochs and engine.keep_epochs * epoch, max_skipped=engine.max_skipped,
+                probe_every=settings.probe.every_epochs and settings.probe.every_epochs * epoch, profile=engine.profile)
     return schedule, plan

@@ -69,10 +69,8 @@ def compare(seen: list[Seen]) -> None:
                  "McNemar p = %.3g.", label(first_path), label(path), first.n, *test.values())
 
 
-def write(folder: Path, images: ImageSet, evaluation: Evaluation, result: Mapping[str, Any], names: Sequence[str]
-          ) -> None:
-    """metrics.json, the prediction for every image, and the accuracy of every class; `names` of the classes in the
-    order of the logits."""
+def write(folder: Path, images: ImageSet, evaluation: Evaluation, result: Mapping[str, Any], names: list[str]) -> None:
+    """metrics.json, the prediction for every image, and the accuracy of every class; `names`: in the logits' order."""
     with results_in(folder):
         write_text_synced(folder / "metrics.json", json.dumps(result, indent=1) + "\n")
         _write_csv(folder / "predictions.csv", ["image", "target", "prediction", "confidence"],
@@ -101,8 +99,7 @@ def results_in(folder: Path) -> Iterator[None]:
 
 
 def by_class(evaluation: Evaluation, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Of each class that has images, the worst first: their number, its top-1 in percent, and the class that its images
-    are most often mistaken for, with how often."""
+    """Of each class that has images, worst first: their number, its top-1 in percent, and what it is taken for most."""
     rows = []
     for target in np.unique(evaluation.targets):
         guesses = evaluation.predictions[evaluation.targets == target, 0]

@@ -228,10 +228,9 @@ def _evaluate(case: Case, asked: EvalSettings, ranks: Ranks, stop: StopRequest) 
     """The evaluation, and what metrics.json says of it."""
     data, images, report = case.data, case.images, case.model.load_report
     model, present = case.model.to(ranks.device), np.unique(images.targets)
-    evaluator = Evaluator(
-        data, images, build.prepare(data, model.num_classes), ranks, build.precision(asked.precision, ranks.device),
-        stop, case.calibration,
-        among=torch.as_tensor(present, device=ranks.device) if len(present) < model.num_classes else None)
+    among = torch.as_tensor(present, device=ranks.device) if len(present) < model.num_classes else None
+    evaluator = Evaluator(data, images, build.prepare(data, model.num_classes), ranks,
+                          build.precision(asked.precision, ranks.device), stop, case.calibration, among)
 
     def evaluate() -> Evaluation:
         if (found := evaluator(model, title=report.path.name)) is None:
@@ -244,10 +243,9 @@ def _evaluate(case: Case, asked: EvalSettings, ranks: Ranks, stop: StopRequest) 
         **evaluation.summary(), **(_real(evaluation, images) if asked.labels == "real" and case.root is None else {}),
         "worst_classes": eval_results.by_class(evaluation, readable_classes(model))[:3],
         "data": Path(case.root).name if case.root else data.source, "root": data.root,
-        "decoder": resolve_decoder(data.decoder), "img_size": list(model.img_size),
-        "params": count_parameters(model), "flops": count_flops(model),
-        "depth": model.depth, "dialect": report.dialect, "step": report.said.get("step"),
-        "arch": report.said.get("arch"), "published": _published(model, data),
+        "decoder": resolve_decoder(data.decoder), "img_size": list(model.img_size), "depth": model.depth,
+        "params": count_parameters(model), "flops": count_flops(model), "dialect": report.dialect,
+        "step": report.said.get("step"), "arch": report.said.get("arch"), "published": _published(model, data),
         "device": device_name(ranks.device), "devices": ranks.world, **versions()}
     if asked.ablate:
         result["ablations"] = _ablate(model, asked.ablate, evaluation, evaluate)

@@ -67,9 +67,8 @@ class Evaluator:
                 return before
             buffers = list(model.buffers())
             kept = [buffer.clone() for buffer in buffers]
-            is_calibrated = calibrate(model, self.calibration(), self.prepare, self.ranks, self.precision,
-                                      self._should_stop)
-            after = self._evaluate(model, shown, title) if is_calibrated else None
+            done = calibrate(model, self.calibration(), self.prepare, self.ranks, self.precision, self._should_stop)
+            after = self._evaluate(model, shown, title) if done else None
         if after is None:
             with torch.no_grad():
                 torch._foreach_copy_(buffers, kept)

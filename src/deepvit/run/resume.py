@@ -172,13 +172,12 @@ def refuse_finished(folder: RunFolder, config: Mapping[str, Any], now: Mapping[s
         log.warning("It was trained on data.root=%s, not %s; the images are the same.", old, new)
 
 
-def refuse_change(content: Mapping[str, Any], config: Mapping[str, Any], splits: Splits, now: Mapping[str, Any]
-                  ) -> None:
-    """A run that is resumed from a checkpoint's `content` keeps its model, data, optimizer and randomness; another rate
+def refuse_change(begun: Mapping[str, Any], config: Mapping[str, Any], splits: Splits, now: Mapping[str, Any]) -> None:
+    """A run that is resumed from the checkpoint `begun` keeps its model, data, optimizer and randomness; another rate
     or schedule is only named. `now`: the command's `identity`."""
-    differences = _same_init(changed(upgraded(content["run"]), config), content, now)
+    differences = _same_init(changed(upgraded(begun["run"]), config), begun, now)
     refused = {name: pair for name, pair in differences.items() if name.split(".")[0] in KEPT and name not in NAMED}
-    refused |= _other_classes(content["classes"], splits.class_ids) or _other_images(content, now)
+    refused |= _other_classes(begun["classes"], splits.class_ids) or _other_images(begun, now)
     if refused:
         raise UserError(f"This run cannot be continued with other settings: {_listed(refused)}. Give them as before, "
                         f"{ADVICE}")

@@ -113,8 +113,7 @@ def _open(folder: RunFolder, config: Mapping[str, Any], built: Built, viewers: l
 
 def _metadata(config: Mapping[str, Any], built: Built) -> dict[str, Any]:
     """What a checkpoint says of its run."""
-    splits = built.splits
-    return {"config": built.model.config, "classes": splits.class_ids, "class_names": splits.class_names,
+    return {"config": built.model.config, "classes": built.splits.class_ids, "class_names": built.splits.class_names,
             "masks": "image", "run": dict(config), "micro_batch": built.micro_batch,
             "device": device_name(built.ranks.device)}
 
@@ -122,8 +121,7 @@ def _metadata(config: Mapping[str, Any], built: Built) -> dict[str, Any]:
 def _refuse_different_folders(steps: list[int], folder: RunFolder) -> None:
     if len(set(steps)) > 1:
         found = ", ".join(f"rank {rank} step {step}" for rank, step in enumerate(steps))
-        raise UserError(f"The ranks found different checkpoints in {folder.path} ({found}): all machines must see the "
-                        f"same folder, on a file system that they share.")
+        raise UserError(f"The ranks found different checkpoints in {folder.path} ({found}): share one file system.")
 
 
 def _drop_checkpoints(folder: RunFolder, settings: Settings, ranks: Ranks) -> None:
