@@ -163,8 +163,7 @@ def _as_timm(model: ViT) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "qk_scale": None, "stem": "patch", "residual_scale": 1.0, "map_scale": 1.0, "pool": "avg" if average else "cls",
         "final_norm": "after_pool" if average else "before_pool"})
     if not all(_is_plain(block.attn) for block in model.blocks):
-        raise UserError("timm's VisionTransformer has no re-attention or its like: export to safetensors, which "
-                        "timm.create_model takes for our registered names.")
+        raise UserError("timm's VisionTransformer has no re-attention or its like: export to safetensors.")
     same = ("in_chans", "num_classes", "embed_dim", "depth", "num_heads", "qkv_bias")
     arguments = {name: config[name] for name in same} | {
         "img_size": model.img_size, "patch_size": model.patch_size, "mlp_ratio": config["mlp_ratio"] + 1e-6,
@@ -251,8 +250,7 @@ def averaged(paths: Sequence[Path], weights: str = "auto") -> dict[str, Any]:
     newest = files[-1]
     for file in files:
         if file.shapes != newest.shapes or file.said.get("classes") != newest.said.get("classes"):
-            raise UserError(f"{file.path} and {newest.path} are of different models or classes, which have no "
-                            f"average: give checkpoints of one model.")
+            raise UserError(f"{file.path} and {newest.path} differ in model or classes: give checkpoints of one model.")
     if newest.shapes.keys() != model.state_dict().keys():
         raise UserError(f"{paths[-1]} is not in our own layout: `deepvit export` it to safetensors first.")
     model.load_state_dict({name: _mean([file.read(name) for file in files]) for name in newest.shapes})

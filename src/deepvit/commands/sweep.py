@@ -110,8 +110,7 @@ def _refuse_strange(folder: Path) -> None:
     runs = (path.parent for depth in ("", "*/", "*/*/", "*/*/*/") for name in (MARK, "events.jsonl")
             for path in folder.glob(depth + name))
     if not any(path.exists() for path in known) and not any(RunFolder(path).is_ours() for path in runs):
-        raise UserError(f"The folder {folder} holds files that are not of runs, such as {min(folder.iterdir()).name}: "
-                        f"give an empty or a new one with hydra.sweep.dir=...")
+        raise UserError(f"{folder} has other files, such as {min(folder.iterdir()).name}: give a new hydra.sweep.dir.")
 
 
 def _described(config: DictConfig, cells: Sequence[Sequence[str]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:

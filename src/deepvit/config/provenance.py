@@ -155,8 +155,7 @@ def preregistration(hydra: DictConfig) -> dict[str, Any]:
     try:
         return {"preregistered": {"file": path, "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()}}
     except OSError as error:
-        raise UserError(f"The preregistration {path} cannot be read ({error.strerror}): start the sweep in the folder "
-                        f"that holds it.") from None
+        raise UserError(f"The preregistration {path} cannot be read ({error.strerror}): start where it lies.") from None
 
 
 def choices_of(hydra: DictConfig) -> dict[str, Any]:

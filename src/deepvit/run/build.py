@@ -69,8 +69,7 @@ def check(settings: Settings, ranks: Ranks) -> None:
     for sentence in without_effect(settings.model):
         log.warning(sentence)
     if settings.data.source != "digits" and (settings.origin or {}).get("recipe") == "digits":
-        log.warning("recipe=digits, the default, makes images and model small (8 pixels, width 64): choose "
-                    "recipe=folder, cifar10 or imagenet for other data.")
+        log.warning("recipe=digits, the default, is for images of 8 pixels: choose recipe=folder, cifar10 or imagenet.")
 
 
 def _check_model(model: Mapping[str, Any], img_size: int | Sequence[int]) -> None:
@@ -296,8 +295,7 @@ def objective(settings: Settings) -> Objective:
     """The loss over hard or soft targets, with the published regularisation of adjacent maps if asked for."""
     blocks, weight = settings.loss.cosine_blocks, settings.loss.cosine_weight
     if blocks >= settings.model["depth"]:
-        raise UserError(f"loss.cosine_blocks={blocks} compares pairs of adjacent blocks: give 0 (off) to "
-                        f"{settings.model['depth'] - 1} for a model of {settings.model['depth']} blocks.")
+        raise UserError(f"loss.cosine_blocks={blocks} pairs adjacent blocks: give 0 to {settings.model['depth'] - 1}.")
     plain = OBJECTIVES[settings.loss.kind]
     if not blocks:
         return plain

@@ -193,8 +193,7 @@ def val_images(model: ViT, data: Data) -> ImageSet:
         return splits.val
     missing = [name for name in splits.class_ids if name not in set(known)]
     if missing:
-        raise UserError(f"The data has {len(missing)} classes that {path} does not know, such as "
-                        f"'{missing[0]}': evaluate it on data with its {count} classes.")
+        raise UserError(f"{path} lacks {len(missing)} classes of the data, such as '{missing[0]}': change data=.")
     images = splits.val.take(np.arange(len(splits.val)))
     images.targets = np.array([known.index(name) for name in splits.class_ids])[images.targets]
     return images

@@ -100,8 +100,7 @@ def calibration(count: int, data: Data, train: inputs.ImageSet | None, norm_batc
     size = group if group > 1 else min(UNGROUPED, count)
     groups = min(count, len(train)) // size
     if not groups:
-        raise UserError(f"calibrate={count} gives fewer images than norm_batch={size}, over which the "
-                        f"norm takes its statistics ({len(train):,} are in the training set): give a multiple of it.")
+        raise UserError(f"calibrate={count} of {len(train):,} images make no group of norm_batch={size}: give more.")
     first, end = (groups * part // ranks.world for part in (ranks.rank, ranks.rank + 1))
 
     def batches() -> Iterator[inputs.Batch]:
