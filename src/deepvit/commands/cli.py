@@ -127,7 +127,7 @@ def sentences() -> Iterator[None]:
         try:
             yield
         except Refused as refused:
-            raise refused.error from None
+            raise refused.args[0] from None
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(hydra_error(error)) from None
     except (TypeError, ValueError) as error:  # Hydra's own, of a group set to null or to a list of numbers

@@ -36,10 +36,6 @@ UNHASHED = ("data.workers=", "engine", "fresh=", "dry=", "hydra")  # the same sw
 class Refused(BaseException):
     """Carries a callback's error past Hydra, which only warns of an `Exception`."""
 
-    def __init__(self, error: Exception):
-        super().__init__(str(error))
-        self.error = error
-
 
 class Recorder(Callback):
     """Hydra's callback in the process that starts a sweep. Its `record` (path and session) reaches each cell through
