@@ -1,7 +1,5 @@
 """What a sweep does around its cells: opens its record before Hydra writes anything, and sums up from it."""
 
-import hashlib
-import os
 import re
 import shlex
 import sys
@@ -21,8 +19,8 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from deepvit.config.compare import flat
+from deepvit.config.provenance import as_typed, choices_of, digest, preregistration
 from deepvit.config.records import FOLDER, SweepRecord
-from deepvit.config.provenance import as_typed, choices_of, preregistration
 from deepvit.errors import DONE, FAILED, STOPPED, UserError, did_you_mean
 from deepvit.report.contrasts import WHERE, Plan, read_plan
 from deepvit.run.console import say
@@ -70,8 +68,8 @@ def _open(config: DictConfig) -> OpenSweep:
     params = OmegaConf.to_container(hydra.sweeper).get("params") or {}
     typed = [*(f"{key}={value}" for key, value in params.items()), *as_typed(hydra.overrides.task)]
     sweep, session, is_kept = hydra.runtime.choices.get("sweep"), uuid4().hex[:8], config.get("dry") is False
-    digest = hashlib.sha256(os.fsencode("\n".join(sorted(word for word in typed if not word.startswith(UNHASHED)))))
-    name = f"{sweep or 'cells'}-{digest.hexdigest()[:8] if is_kept else session}.jsonl"
+    same = digest("\n".join(sorted(word for word in typed if not word.startswith(UNHASHED))))
+    name = f"{sweep or 'cells'}-{same if is_kept else session}.jsonl"
     record = SweepRecord(folder / FOLDER / name, session)
     statistics = OmegaConf.to_container(hydra.callbacks.sweep).get("statistics")
     plan = read_plan(statistics) if statistics else None

@@ -55,7 +55,7 @@ def run_name(config: DictConfig, hydra: DictConfig, by_root: bool = False) -> st
     base = compose(search + chosen + added) if added else usual
     named = {**groups, **_differences(config, base)}
     if by_root:
-        named["data.root"] = _digest(str(Path(str(config.data.root)).resolve()))
+        named["data.root"] = digest(str(Path(str(config.data.root)).resolve()))
     words = {name.replace("/", "-"): _text(value) for name, value in named.items()}  # a slash in a key is no loss
     exact = "-".join(sorted(f"{name}={value}" for name, value in words.items()))
     return _shortened(exact, exact, is_lossy=any("=" in value for value in words.values()))
@@ -110,11 +110,12 @@ def _shortened(text: str, exact: str, is_lossy: bool = False) -> str:
     """`text` as a folder's name, with a hash of `exact` where that would lose something or be too long."""
     name = re.sub(r"[^A-Za-z0-9._=-]", "-", text)
     if is_lossy or name != text or len(name) > LONGEST:
-        name = f"{name[:LONGEST - 9]}-{_digest(exact)}"
+        name = f"{name[:LONGEST - 9]}-{digest(exact)}"
     return name or "default"
 
 
-def _digest(text: str) -> str:
+def digest(text: str) -> str:
+    """Eight characters that tell texts apart."""
     return hashlib.sha256(os.fsencode(text)).hexdigest()[:8]
 
 
