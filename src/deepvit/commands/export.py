@@ -250,7 +250,7 @@ def averaged(paths: Sequence[Path], weights: str = "auto") -> dict[str, Any]:
     newest = files[-1]
     for file in files:
         if file.shapes != newest.shapes or file.said.get("classes") != newest.said.get("classes"):
-            raise UserError(f"{file.path} and {newest.path} differ in model or classes: give checkpoints of one model.")
+            raise UserError(f"{file.path} and {newest.path} are of different models or classes: give those of one.")
     if newest.shapes.keys() != model.state_dict().keys():
         raise UserError(f"{paths[-1]} is not in our own layout: `deepvit export` it to safetensors first.")
     model.load_state_dict({name: _mean([file.read(name) for file in files]) for name in newest.shapes})

@@ -60,7 +60,8 @@ def draw(studies: Sequence[Study], folder: Path, suffix: str = "png") -> list[Pa
         for path, figure in drawn.items():
             figure.savefig(path, metadata=SIGNED)
     except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error.strerror or error}): choose another --out.") from error
+        raise UserError(f"The figures cannot be written to {folder} ({error.strerror or error}): "
+                        f"choose another folder with --out.") from error
     return [*drawn]
 
 

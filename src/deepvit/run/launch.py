@@ -134,7 +134,8 @@ def refuse_other_count(engine: Mapping[str, Any]) -> None:
     """UserError where `engine.devices` asks for another number of processes than a launcher started."""
     wanted, started = engine["devices"], os.environ["WORLD_SIZE"]
     if wanted is not None and str(wanted) not in (started, os.environ.get("LOCAL_WORLD_SIZE")):
-        raise UserError(f"engine.devices={wanted}, but torchrun started {started}: leave it out, or change torchrun's.")
+        raise UserError(f"engine.devices={wanted}, but torchrun started {started} processes: leave it out, or give "
+                        f"torchrun --nproc-per-node={wanted}.")
 
 
 def _devices(engine: Mapping[str, Any]) -> int:
