@@ -101,7 +101,7 @@ def _start(config_name: str, arguments: Sequence[str]) -> int:
     except OSError as error:  # a job's own are caught in `launch`: this is the folder that Hydra makes for it
         if error.filename is None:
             raise
-        raise UserError(f"{error.filename} cannot be made ({error.strerror}): give another hydra.run.dir.") from None
+        raise UserError(f"{error.filename} cannot be made ({error.strerror}): give another hydra.run.dir=...") from None
     except Exception as error:
         if not Recorder.opened or isinstance(error, UserError):
             raise
@@ -165,7 +165,7 @@ def hydra_error(error: Exception) -> str:
     if isinstance(error, OverrideParseException):
         for word in sys.argv[1:]:
             if not word.startswith("-") and not _is_readable(word):
-                return f"'{word}' is not a setting: write key=value, and quote special signs twice, \"key='a, b'\"."
+                return f"'{word}' cannot be read: write key=value, and quote special signs twice, \"key='a, b'\"."
         return "The command line cannot be read: write settings as key=value."
     if group := re.search(r"(?:In '.*?': )?Could not find '([^']+?)/([^'/]+)'", text):
         return _unknown_choice(*group.groups(), text)
