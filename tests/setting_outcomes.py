@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from deepvit.config.records import read_json_lines
+from deepvit.data import source_of
 from deepvit.engine.progress import Display
 from deepvit.engine.ranks import Ranks
 from deepvit.engine.signals import StopRequest
@@ -32,7 +33,7 @@ class Run:
 
     @cached_property
     def splits(self):
-        return build.splits(self.settings.data)
+        return source_of(self.settings.data).splits()
 
     @cached_property
     def built(self):

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from deepvit.commands import cli
 from deepvit.config import CONF, provenance
 from deepvit.config.compose import compose
+from deepvit.data import source_of
 from deepvit.engine.folder import RunFolder
 from deepvit.errors import UserError
 from deepvit.models import list_models, model_config
@@ -113,7 +114,7 @@ def test_hydras_refusals_in_a_users_words(overrides, words):
 
 def test_data_that_a_recipe_does_not_use_is_refused():
     with pytest.raises(UserError, match="recipe=imagenet"):
-        build.splits(read_settings(compose(["data.root=/images"])).data)
+        source_of(read_settings(compose(["data.root=/images"])).data).splits()
 
 
 def folder_of(*words: str) -> str:

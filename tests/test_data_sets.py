@@ -305,7 +305,8 @@ def test_a_preview_shows_the_images_of_the_run(tmp_path, monkeypatch, capsys, au
     config, shown = compose(words), []
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     settings = build.read_settings(config)
-    make_batches = build.batch_maker(settings, build.splits(settings.data).train, Ranks(0, 1, torch.device("cpu")))
+    train = data.source_of(settings.data).splits().train
+    make_batches = build.batch_maker(settings, train, Ranks(0, 1, torch.device("cpu")))
     first = next(make_batches(0, 1, 4))
     monkeypatch.setattr(preview, "draw", lambda batches, *_: shown.append(batches))
     assert main(["preview", "out.png", str(tmp_path)]) == main(["preview", "out.png", *words]) == 0

@@ -394,7 +394,7 @@ def test_commands_take_the_same_settings(tmp_path, capsys):
     assert main(["predict", str(path), str(image)]) == 2
     assert "arch=" in capsys.readouterr().err
     asked = read_evaluation(compose(["model.arch=deepvit16"], "eval"))
-    assert_same(evaluate.load(path, asked).model, model)
+    assert_same(evaluate.load(path, asked), model)
     with pytest.raises(UserError, match="ema is not a setting"):
         evaluate.load(path, replace(asked, model={"ema": True}))
 

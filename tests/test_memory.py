@@ -20,7 +20,7 @@ from deepvit.engine.schedule import Schedule
 from deepvit.engine.signals import StopRequest
 from deepvit.engine.step import Stepper
 from deepvit.errors import UserError
-from deepvit.run import build, forecast, micro_batches
+from deepvit.run import build, measures, micro_batches
 
 GIB = 2**30
 
@@ -172,12 +172,12 @@ def test_what_does_not_fit_and_cannot_be_cut_is_refused_with_what_helps(monkeypa
 
 def test_a_forecast_tells_the_memory_of_its_own_run(monkeypatch):
     """And none that a larger one needed before in the same process: cells of a dry sweep."""
-    monkeypatch.setattr(forecast, "ENOUGH_S", 0.0)
-    monkeypatch.setattr(forecast, "MIN_STEPS", 1)
+    monkeypatch.setattr(measures, "ENOUGH_S", 0.0)
+    monkeypatch.setattr(measures, "MIN_STEPS", 1)
 
     def needed(*overrides: str) -> float:
         config = compose(["model=vit", "model.depth=1", "model.num_heads=4", "data.batch_size=16", *overrides])
-        return forecast.forecast(config, ALONE, StopRequest())["memory_mib"]
+        return measures.forecast(config, ALONE, StopRequest())["memory_mib"]
 
     wide, narrow = needed("model.embed_dim=1024"), needed("model.embed_dim=48")
     weights = 4 * 10 * 1024**2 / 2**20  # MiB: 10 D^2 of a block of width D in float32
@@ -190,4 +190,4 @@ def test_a_forecast_times_a_few_micro_batches(batch, most, repeats, wanted):
     """As many as hold whole sets of an image's copies."""
     settings = settings_of(f"data.batch_size={batch}", f"engine.device_batch={most}", f"augment.repeats={repeats}")
     built = SimpleNamespace(settings=settings, micro_batch=most, ranks=ALONE)
-    assert forecast._parts(built) == wanted
+    assert measures._parts(built) == wanted

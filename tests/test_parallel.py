@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 from deepvit.commands import parallel
 from deepvit.commands.main import main
-from deepvit.commands.parallel import Machine, Row, SweepTable
+from deepvit.commands.parallel import Cell, Machine, SweepTable
 from deepvit.engine import device
 from deepvit.errors import BAD_INPUT, DONE, STOPPED
 
@@ -210,9 +210,9 @@ def test_cores_are_those_that_the_container_is_given(tmp_path, monkeypatch, own,
 def test_what_is_left_is_told_by_the_work_of_each_cell(tmp_path):
     """Two at once: one ended, one is half done, two wait: 40 s and, after the 10 s of the half, 20 s."""
     now = time.monotonic()
-    rows = [Row("a", tmp_path, 20.0, started=now - 20, ended=now, steps=10, step=10),
-            Row("b", tmp_path, 20.0, started=now - 10, steps=10, step=5),
-            Row("c", tmp_path, 40.0, steps=10), Row("d", tmp_path, 20.0, steps=10)]
+    rows = [Cell("a", tmp_path, 20.0, started=now - 20, ended=now, steps=10, step=10),
+            Cell("b", tmp_path, 20.0, started=now - 10, steps=10, step=5),
+            Cell("c", tmp_path, 40.0, steps=10), Cell("d", tmp_path, 20.0, steps=10)]
     table = SweepTable(rows, at_once=2)
     assert rows[1].left(None) == pytest.approx(10, abs=0.1)
     assert table._left() == pytest.approx(40, abs=0.2)  # c starts at once, d after b

@@ -177,7 +177,7 @@ def test_a_sweep_writes_down_what_it_was_to_run_and_what_became_of_it(run, tmp_p
     assert run("train", *sweep, "dry=true")[0] == BAD_INPUT  # leaves no trace
     assert read_json_lines(record_of(tmp_path / "runs"))[1:] == cells
     missing = list(missing_cells(record_of(tmp_path / "runs")))
-    assert [cell.config["model"]["num_heads"] for cell in missing] == [3, 3]
+    assert [config["model"]["num_heads"] for _, config, _ in missing] == [3, 3]
     found = {run.state for run in runs.read_runs([tmp_path / "runs"])[0]}
     assert found == {"finished", f"missing ({cells[2]['sentence'].rstrip('.')})"}
 

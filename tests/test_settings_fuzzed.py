@@ -31,7 +31,7 @@ from deepvit.config.compose import compose
 from deepvit.config.settings import read_evaluation
 from deepvit.engine.ranks import Ranks
 from deepvit.errors import BAD_INPUT, DONE, STOPPED, UserError
-from deepvit.run import build, evaluate, forecast, launch
+from deepvit.run import build, evaluate, launch, measures
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 SMALL = ["model=vit", "model.depth=2", "model.embed_dim=16", "model.num_heads=2", "data.workers=0", "probe.images=0"]
@@ -90,6 +90,10 @@ def checked(config: Mapping[str, Any], ranks: Ranks, stop: Any) -> dict[str, Any
     splits = build.shared_splits(chosen.data, ranks)
     build.schedule_and_plan(chosen, len(splits.train))
     return {}
+
+
+def asked_to_stop(*_: Any) -> None:
+    raise launch.Stopped
 
 
 def fuzzed(first: int, count: int):
@@ -171,8 +175,8 @@ def test_a_command_is_run_or_refused_in_a_sentence(first, checkpoint, tmp_path, 
         raise OSError("no network in this test")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(forecast, "forecast", checked)
-    monkeypatch.setattr(evaluate, "_evaluate", lambda *_: None)  # as if asked to stop
+    monkeypatch.setattr(measures, "forecast", checked)
+    monkeypatch.setattr(evaluate, "_evaluate", asked_to_stop)
     monkeypatch.setattr(launch, "_launch_elastic", lambda job, config, folder, _: launch.run_rank(job, config, folder))
     monkeypatch.setattr(socket.socket, "connect", unconnected)
     codes = Counter()

@@ -15,7 +15,7 @@ from deepvit.engine.signals import StopRequest
 from deepvit.errors import BAD_INPUT, UserError
 from deepvit.models.registry import without_effect
 from deepvit.run import build, resume
-from deepvit.run.forecast import forecast
+from deepvit.run.measures import forecast
 from deepvit.run.launch import launch, refuse_other_count, train_job
 from deepvit.run.train import train
 

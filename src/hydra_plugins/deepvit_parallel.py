@@ -1,21 +1,10 @@
 """`hydra/launcher=parallel`. Hydra imports this at every start, so what it takes is imported when a sweep begins."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from hydra.core.config_store import ConfigStore
 from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
-
-
-@dataclass
-class ParallelConfig:
-    _target_: str = "hydra_plugins.deepvit_parallel.ParallelLauncher"
-    cells_per_device: int = 1  # on a GPU; on a CPU a cell has a core for each of its engine.threads
-
-
-ConfigStore.instance().store(group="hydra/launcher", name="parallel", node=ParallelConfig, provider="deepvit")
 
 
 class ParallelLauncher(Launcher):

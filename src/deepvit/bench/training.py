@@ -16,7 +16,7 @@ from deepvit.engine.device import peak_bytes, reset_peak
 from deepvit.engine.ranks import Ranks
 from deepvit.engine.signals import StopRequest
 from deepvit.errors import UserError, reason
-from deepvit.run.forecast import forecast
+from deepvit.run.measures import forecast
 from deepvit.run.train import train
 
 LOGGED = 8  # lines of the small model's log, of which the first two warm up

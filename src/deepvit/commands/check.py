@@ -1,7 +1,5 @@
-"""`deepvit check DATA [SETTING=VALUE ...]`: decodes every image, and lists those that cannot be used.
-
-What is left out of the listing is counted by reason. The list that is written is one for data.exclude=LIST.
-"""
+"""`deepvit check DATA [SETTING=VALUE ...]`: decodes every image, and lists those that cannot be used, in a file for
+data.exclude=LIST."""
 
 import argparse
 import time

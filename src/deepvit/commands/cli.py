@@ -4,8 +4,8 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from deepvit.config.compose import PLUGINS, setting_meant
 from deepvit.config.provenance import as_typed, origin, run_folder
 from deepvit.errors import BAD_INPUT, DONE, FAILED, STOPPED, UserError, did_you_mean, first_line
 from deepvit.run.console import say
-from deepvit.run.launch import Job, Outcome, eval_job, launch, train_job, unexpected
+from deepvit.run.launch import Outcome, eval_job, launch, train_job, unexpected
 
 OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)
 
@@ -35,19 +35,19 @@ PARTS = re.compile(  # of a list or a sweep: between commas, of which those with
 _outcomes: list[Outcome] = []  # of the jobs that this process ran
 
 
-def run_job(job: Job, config: DictConfig) -> Any:
+def run_job(config: DictConfig) -> Any:
     """One job of Hydra's: the only one, or a cell of a sweep, which goes on whatever becomes of it. Returns the top-1
     of a training, for sweepers that look for the best."""
     settings = HydraConfig.get()
     if settings.mode is RunMode.RUN and not settings.run.dir:
         raise UserError("hydra.run.dir is empty: name a folder, or leave it out.")
+    job = train_job if "schedule" in config else eval_job
     folder = Path(settings.runtime.output_dir)
     folder = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
-    record, overrides = record_of(settings), as_typed(settings.overrides.task)
     outcome = Outcome(STOPPED, "Not started.")
     if all(before.code != STOPPED for before in _outcomes):  # who stops a cell means the cells after it, too
-        if record:
-            say(f"\n[{settings.job.num + 1}] {', '.join(overrides) or 'default'}")
+        if record_of(settings):
+            say(f"\n[{settings.job.num + 1}] {', '.join(as_typed(settings.overrides.task)) or 'default'}")
         try:
             plain = OmegaConf.to_container(config, resolve=True)
             chosen = {"origin": origin(config, settings, folder)} if job is train_job else {}
@@ -57,40 +57,26 @@ def run_job(job: Job, config: DictConfig) -> Any:
         except Exception as error:  # a defect in one cell must not end the others; its traceback is printed
             outcome = unexpected(error)
     _outcomes.append(outcome)
-    _remove_if_empty(folder)
-    found = outcome.value if isinstance(outcome.value, dict) else {}
-    if record:
-        if outcome.code != STOPPED and outcome.message:
-            say(outcome.message)
-        try:
-            record.add(settings.job.num, overrides, outcome.code, outcome.message, folder, found)
-        except OSError as error:
-            say(f"{record.path} cannot be written ({error.strerror}): the summary will lack this cell.", sys.stderr)
-    return found.get("top1")
+    with suppress(OSError):  # Hydra makes the folder before the job; one that is refused, or dry, leaves none behind
+        os.removedirs(folder)
+    if record_of(settings):
+        _note(outcome, settings, folder)
+    return outcome.value.get("top1")
 
 
-def _remove_if_empty(folder: Path) -> None:
-    """Hydra makes the folder before the job; one that is refused, or dry, leaves none behind."""
-    for path in (folder, *list(folder.parents)[:3]):
-        try:
-            path.rmdir()
-        except OSError:
-            return
-
-
-@hydra.main(version_base="1.3", config_path=str(CONF.resolve()), config_name="train")
-def _train(config: DictConfig) -> Any:
-    return run_job(train_job, config)
-
-
-@hydra.main(version_base="1.3", config_path=str(CONF.resolve()), config_name="eval")
-def _evaluate(config: DictConfig) -> Any:
-    return run_job(eval_job, config)
+def _note(outcome: Outcome, settings: DictConfig, folder: Path) -> None:
+    record, overrides = record_of(settings), as_typed(settings.overrides.task)
+    if outcome.code != STOPPED and outcome.message:
+        say(outcome.message)
+    try:
+        record.add(settings.job.num, overrides, outcome.code, outcome.message, folder, outcome.value)
+    except OSError as error:
+        say(f"{record.path} cannot be written ({error.strerror}): the summary will lack this cell.", sys.stderr)
 
 
 def evaluate(arguments: Sequence[str]) -> int:
     """`deepvit eval SETTING=VALUE ...`; returns the exit code."""
-    return _start(_evaluate, [of_the_model(word) for word in arguments])
+    return _start("eval", [of_the_model(word) for word in arguments])
 
 
 def of_the_model(word: str) -> str:
@@ -101,21 +87,21 @@ def of_the_model(word: str) -> str:
     return f"++model.{name}={value}" if equals and name in known else word
 
 
-def _start(program: Callable[[], Any], arguments: Sequence[str]) -> int:
+def _start(config_name: str, arguments: Sequence[str]) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # lets Hydra's errors through to us
     if "OMP_WAIT_POLICY" not in os.environ:  # spin between two operations, not so long as to starve other programs
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-    sys.argv[1:] = flags_first(map(quoted, arguments))
+    is_setting = re.compile(r"~|\+{0,2}[\w/.@:]+=").match  # Hydra takes its flags (`-m`, `--cfg job`) only in front
+    sys.argv[1:] = sorted(map(quoted, arguments), key=lambda word: is_setting(word) is not None)
     _outcomes.clear()
     Recorder.opened = None
     try:
         with sentences():
-            program()
+            hydra.main(version_base="1.3", config_path=str(CONF.resolve()), config_name=config_name)(run_job)()
     except OSError as error:  # a job's own are caught in `launch`: this is the folder that Hydra makes for it
         if error.filename is None:
             raise
-        raise UserError(f"The run folder {error.filename} cannot be made ({error.strerror}): choose another with "
-                        f"hydra.run.dir=...") from None
+        raise UserError(f"{error.filename} cannot be made ({error.strerror}): give another hydra.run.dir=...") from None
     except Exception as error:
         if not Recorder.opened or isinstance(error, UserError):
             raise
@@ -131,7 +117,7 @@ def _start(program: Callable[[], Any], arguments: Sequence[str]) -> int:
     return outcome.code
 
 
-train = partial(_start, _train)  # `deepvit train SETTING=VALUE ...`; returns the exit code
+train = partial(_start, "train")  # `deepvit train SETTING=VALUE ...`; returns the exit code
 
 
 @contextmanager
@@ -141,29 +127,18 @@ def sentences() -> Iterator[None]:
         try:
             yield
         except Refused as refused:
-            raise refused.error from None
+            raise refused.args[0] from None
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(hydra_error(error)) from None
     except (TypeError, ValueError) as error:  # Hydra's own, of a group set to null or to a list of numbers
         if Path(traceback.extract_tb(error.__traceback__)[-1].filename).name != "defaults_list.py":
             raise
-        raise UserError("A group of settings is set to null or a list: choose a name that `--help` lists, or leave it "
-                        "out.") from None
-
-
-def flags_first(words: Iterable[str]) -> list[str]:
-    """Hydra takes its flags (`-m`, `--cfg job`) only in front of the settings."""
-    words = list(words)
-    settings = [word for word in words if re.match(r"~|\+{0,2}[\w/.@:]+=", word)]
-    return [word for word in words if word not in settings] + settings
+        raise UserError("A group of settings is set to null or a list: choose a name that `--help` lists.") from None
 
 
 def quoted(word: str) -> str:
-    """`init=runs/seed=1/last.pt` as Hydra's grammar wants it, `init='runs/seed=1/last.pt'`.
-
-    Quotes what the grammar refuses, and in a setting that is a path what exists by this very name, even if the grammar
-    takes it for a number or a list; in a list or a sweep each part separately.
-    """
+    """`init=runs/seed=1/last.pt` as Hydra's grammar wants it, `init='runs/seed=1/last.pt'`: quotes what the grammar
+    refuses and, in a setting that is a path, what exists by this name; in a list or a sweep each part by itself."""
     key, _, value = word.partition("=")
     if word.startswith("-") or not value or not _is_readable(f"{key}="):
         return word
@@ -190,14 +165,11 @@ def hydra_error(error: Exception) -> str:
     if isinstance(error, OverrideParseException):
         for word in sys.argv[1:]:
             if not word.startswith("-") and not _is_readable(word):
-                return (f"'{word}' cannot be read as a setting: write key=value, and quote a value with special signs "
-                        f"twice, \"key='a, b'\".")
+                return f"'{word}' cannot be read: write key=value, and quote special signs twice, \"key='a, b'\"."
         return "The command line cannot be read: write settings as key=value."
-    group = re.search(r"(?:In '.*?': )?Could not find '([^']+?)/([^'/]+)'", text)
-    if group:
+    if group := re.search(r"(?:In '.*?': )?Could not find '([^']+?)/([^'/]+)'", text):
         return _unknown_choice(*group.groups(), text)
-    override = re.search(r"Could not override '([^']+)'", text)
-    if override:
+    if override := re.search(r"Could not override '([^']+)'", text):
         return _unknown_setting(override[1])
     if text.startswith("Error merging override") and error.__cause__:
         text = f"{text}: {first_line(error.__cause__)}"
@@ -220,5 +192,4 @@ def _unknown_choice(group: str, name: str, text: str) -> str:
     if group.startswith("hydra/") and name in PLUGINS:
         return f"{group}={name} is a plugin that is not installed: pip install {PLUGINS[name]}"
     choices = re.findall(r"^\t(\S+)$", text, re.MULTILINE)
-    return (f"There is no {group}={name}.{did_you_mean(name, choices)} "
-            f"The choices of {group} are: {', '.join(choices)}.")
+    return f"There is no {group}={name}.{did_you_mean(name, choices)} Choose from {', '.join(choices)}."

@@ -1,7 +1,5 @@
-"""Hands a model over: `deepvit export RUN_OR_CHECKPOINT --to safetensors|timm|hub-folder|onnx|deepvit [KEY=VALUE ...]`.
-
-What was written is read back and must give the same logits; a model card is written next to it.
-"""
+"""Hands a model over: `deepvit export RUN_OR_CHECKPOINT --to safetensors|timm|hub-folder|onnx|deepvit [KEY=VALUE ...]`
+writes another form of it, `deepvit average RUN` the mean of its last weights."""
 
 import argparse
 import math
@@ -20,20 +18,26 @@ from torch import Tensor
 
 from deepvit import ops
 from deepvit.analysis.images import evaluated_as
+from deepvit.commands import cli
 from deepvit.commands.model_card import is_card, write_card
 from deepvit.data import norm_values
+from deepvit.engine.folder import RunFolder
 from deepvit.errors import DONE, Failure, UserError
 from deepvit.importers import deepvit as published
-from deepvit.importers import find_checkpoint, load_model, open_model, save_model
+from deepvit.importers import find_checkpoint, load_model, open_model, open_weights, save_model, takes_average
 from deepvit.importers import timm as timm_dialect
 from deepvit.importers.dialect import write
-from deepvit.importers.ours import save_tensors
+from deepvit.importers.ours import described, save_tensors
+from deepvit.importers.ours import write as write_checkpoint
 from deepvit.importers.settings import as_keywords
 from deepvit.models import Attention, ReAttention, SelfAttention, ViT
 
 HUB_FILES = ("model.safetensors", "config.json", "README.md")
 USUAL = {"gelu": "erf", "patch_norm": False, "head_dim": None, "block": "pre_norm", "feat_scale": False,
          "representation_size": None, "share_maps": 1}  # settings that neither timm's nor the published class has
+EXPORT = "Writes a model in another form, with a card; what was written is read back and must give the same logits."
+AVERAGE = """The uniform average of the weights of several checkpoints; of a run, of its last ones: `last.pt`, the one
+before it, and those that `engine.keep_epochs` kept. Running statistics are averaged too, counters are the newest's."""
 ATOL = 1e-4  # logits of the exported model against ours; ONNX runtimes reorder sums
 
 
@@ -48,12 +52,9 @@ class Exported(NamedTuple):
 
 def export(source: str | Path, to: str, out: str | Path | None = None, weights: str = "auto",
            **keywords: Any) -> Exported:
-    """Writes the model of a run folder or weights file in another form (`to`, of `FORMS`), reads it back and compares
-    logits.
-
-    `out` is the file to write (default: beside the source's); `weights` and keywords are those of `open_model`. Raises
-    UserError for an unreadable source, or a model that the form cannot hold; Failure if the logits differ.
-    """
+    """Writes the model of a run folder or weights file as `to` (of `FORMS`), reads it back and compares logits. `out`
+    is the file to write (default: beside the source's); `weights` and keywords are those of `open_model`. UserError for
+    an unreadable source, or a model that the form cannot hold; Failure if the logits differ."""
     write_form, suffix = FORMS[to]
     path, run = find_checkpoint(source)
     model = open_model(path, weights, **keywords)
@@ -125,20 +126,17 @@ def _write_deepvit(model: ViT, path: Path) -> Written:
 
 
 def _refuse_attention(attention: Attention, rule: Mapping[str, Any]) -> None:
-    """Only what the published class computes passes: softmax attention, or mix and BatchNorm together and a factor of
-    1 or the scale of q k^T."""
-    wrong = None
+    """It has softmax attention, or mix and BatchNorm together and a factor of 1 or the scale of q k^T."""
     if _is_plain(attention):
-        if attention.map_scale != 1.0:
-            wrong = f"map_scale={attention.map_scale:g} in plain attention"
-    elif not isinstance(attention, ReAttention) or not attention.mix or not attention.norm or attention.qk_norm:
-        wrong = f"attention '{rule.get('name', rule['class'])}'"
-    elif attention.norm.eps != 1e-5:
-        wrong = f"norm_eps={attention.norm.eps:g} in its attention (only 1e-05)"
-    elif not any(math.isclose(attention.map_scale, factor) for factor in (1.0, attention.scale)):
-        wrong = f"map_scale={attention.map_scale:g} (only 1, or {attention.scale:g} as its q k^T)"
-    if wrong:
-        raise UserError(f"The published DeepViT class has no {wrong}: export to safetensors or onnx.")
+        fits = attention.map_scale == 1.0
+    else:
+        fits = (isinstance(attention, ReAttention) and attention.mix and attention.norm and not attention.qk_norm
+                and attention.norm.eps == 1e-5
+                and any(math.isclose(attention.map_scale, factor) for factor in (1.0, attention.scale)))
+    if not fits:
+        eps = f" and norm_eps={attention.norm.eps:g}" if getattr(attention, "norm", None) else ""
+        raise UserError(f"The published DeepViT class has no attention '{rule.get('name', rule['class'])}' with "
+                        f"map_scale={attention.map_scale:g}{eps}: export to safetensors or onnx.")
 
 
 def _is_plain(attention: Attention) -> bool:
@@ -165,8 +163,7 @@ def _as_timm(model: ViT) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "qk_scale": None, "stem": "patch", "residual_scale": 1.0, "map_scale": 1.0, "pool": "avg" if average else "cls",
         "final_norm": "after_pool" if average else "before_pool"})
     if not all(_is_plain(block.attn) for block in model.blocks):
-        raise UserError("timm's VisionTransformer has no re-attention or its like: export to safetensors, which "
-                        "timm.create_model takes for our registered names.")
+        raise UserError("timm's VisionTransformer has no re-attention or its like: export to safetensors.")
     same = ("in_chans", "num_classes", "embed_dim", "depth", "num_heads", "qkv_bias")
     arguments = {name: config[name] for name in same} | {
         "img_size": model.img_size, "patch_size": model.patch_size, "mlp_ratio": config["mlp_ratio"] + 1e-6,
@@ -190,8 +187,7 @@ def _write_hub_folder(model: ViT, path: Path) -> Written:
     crop = {"crop_pct": trained["crop_pct"]} if trained["crop_pct"] else {}
     path.mkdir(exist_ok=True)
     save_tensors(path / "model.safetensors", state)
-    save_config_for_hf(named, path / "config.json",
-                       model_config={"label_names": model.load_report.said.get("classes")},
+    save_config_for_hf(named, path / "config.json", {"label_names": model.load_report.said.get("classes")},
                        data_config={"mean": mean, "std": std, "interpolation": trained["interpolation"], **crop})
     return (timm.create_model(f"local-dir:{path}", pretrained=True).eval(), f"loaded by timm from {path.name}",
             f"""import timm
@@ -228,7 +224,7 @@ FORMS: dict[str, tuple[Callable[[ViT, Path], Written], str]] = {  # name -> its 
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="deepvit export", description=__doc__)
+    parser = argparse.ArgumentParser(prog="deepvit export", description=EXPORT)
     parser.add_argument("source", type=Path, help="a run folder, or a checkpoint of any dialect")
     parser.add_argument("--to", required=True, choices=list(FORMS), help="the form to write")
     parser.add_argument("--out", type=Path, help="the file to write (default: beside the checkpoint)")
@@ -241,3 +237,64 @@ def main(arguments: Sequence[str]) -> int:
     print(f"{done.path} ({size / 2**20:.1f} MiB)\n{done.check}: largest difference of logits "
           f"{done.difference:.1e}\ncard: {done.card}")
     return DONE
+
+
+# The average of several
+
+def averaged(paths: Sequence[Path], weights: str = "auto") -> dict[str, Any]:
+    """The content of a checkpoint of ours: the newest one's model, which is last in `paths`, with averaged weights, and
+    where they came from. `weights`: see `takes_average`, asked of the newest."""
+    ema = takes_average(paths[-1], weights)
+    model = load_model(paths[-1], ema=ema)
+    files = [open_weights(path, ema=ema) for path in paths]
+    newest = files[-1]
+    for file in files:
+        if file.shapes != newest.shapes or file.said.get("classes") != newest.said.get("classes"):
+            raise UserError(f"{file.path} and {newest.path} are of different models or classes: give those of one.")
+    if newest.shapes.keys() != model.state_dict().keys():
+        raise UserError(f"{paths[-1]} is not in our own layout: `deepvit export` it to safetensors first.")
+    model.load_state_dict({name: _mean([file.read(name) for file in files]) for name in newest.shapes})
+    which = "ema" if ema else "raw"
+    return {**described(model), "averaged": [
+        {"path": str(file.path), "step": file.said.get("step"), "weights": which} for file in files]}
+
+
+def _mean(tensors: Sequence[Tensor]) -> Tensor:
+    """In float64; of counters the last."""
+    if not tensors[-1].is_floating_point():
+        return tensors[-1]
+    return torch.stack([tensor.double() for tensor in tensors]).mean(0).to(tensors[-1].dtype)
+
+
+def _last_of(run: Path, count: int) -> list[Path]:
+    """The last `count` checkpoints of a run, the newest last."""
+    folder = RunFolder(run)
+    files = (*folder.checkpoints.glob("step-*.pt"), folder.previous, folder.last)
+    by_step: dict[int, Path] = {open_weights(path).said.get("step", -1): path for path in files if path.exists()}
+    if len(by_step) < count:
+        raise UserError(f"{run} has {len(by_step)} checkpoints and {count} are to be averaged: train with "
+                        f"engine.keep_epochs=1, which keeps each epoch's weights, or give --last {len(by_step)}.")
+    return [by_step[step] for step in sorted(by_step)[-count:]]
+
+
+def average(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="deepvit average", description=AVERAGE)
+    parser.add_argument("sources", type=Path, nargs="+", metavar="RUN|CHECKPOINT",
+                        help="a run folder; or two or more checkpoints or run folders (their best), the newest last")
+    parser.add_argument("--last", type=int, default=5, metavar="K", help="of a run: this many (default: 5)")
+    parser.add_argument("--weights", choices=["auto", "ema", "raw"], default="auto", help="auto: EMA if there is one")
+    parser.add_argument("--out", type=Path, help="file to write, .pt or .safetensors (default: average.pt beside them)")
+    parser.add_argument("--eval", action="store_true", help="then evaluate the newest and the average")
+    given = parser.parse_args(arguments)
+    paths = given.sources
+    if len(paths) == 1 and paths[0].is_dir():
+        paths = _last_of(paths[0], given.last)
+    if len(paths) < 2:
+        raise UserError("An average is of two or more checkpoints: give a run folder with --last 2 or more, or files.")
+    out = given.out or find_checkpoint(paths[-1])[0].with_name("average.pt")
+    if out.exists():
+        raise UserError(f"{out} is there already: give another name with --out.")
+    content = averaged(paths, given.weights)
+    write_checkpoint(out, content)
+    print(f"{out}: the average of {', '.join(str(one['path']) for one in content['averaged'])}")
+    return cli.evaluate([f"checkpoint=[{paths[-1]},{out}]"]) if given.eval else DONE

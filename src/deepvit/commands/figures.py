@@ -1,4 +1,4 @@
-"""`deepvit figures CHECKPOINT [IMAGES...]`: what a model attends to, block by block."""
+"""What a model makes of images: `deepvit figures` draws what it attends to, `deepvit predict` says what it sees."""
 
 import argparse
 import sys
@@ -6,13 +6,13 @@ import textwrap
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
+import torch
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from deepvit.analysis import draw_depth, draw_maps
-from deepvit.analysis.images import read_images
+from deepvit.analysis.images import class_names, read_images, top_classes
 from deepvit.analysis.pickled import read_pickled_maps, study_of_maps
 from deepvit.analysis.study import Study, load_studies, save_studies, study
 from deepvit.config.compare import flat, labels
@@ -25,15 +25,17 @@ from deepvit.models import ViT
 SIGNED = {"Creator": "deepvit"}  # in every image, which tells our own from a user's
 
 
-def compute(checkpoints: Sequence[Path], paths: Sequence[Path], initial: bool, **keywords: Any
-            ) -> tuple[list[Study], list[str]]:
-    """Studies of checkpoints on the same images, and a sentence for each image that could not be used; `keywords`: of
-    `open_model`."""
-    models = [open_model(path, **keywords) for path in checkpoints]
+def _studies(given: argparse.Namespace) -> tuple[list[Study], list[str]]:
+    """What is to be drawn, and a sentence for each image that is of no use."""
+    if given.maps:
+        return _drawn_before(given.maps), []
+    checkpoints = [path for path in (given.checkpoint, given.compare) if path]
+    paths, keywords = paths_and_keywords(given.images)
+    models = [open_model(path, given.weights, **keywords) for path in checkpoints]
     studies, refused = [], []
     for model, name in zip(models, _names(models, checkpoints), strict=True):
         images = read_images(model, paths)
-        studies.append(study(model, images, name, initial))
+        studies.append(study(model, images, name, given.initial))
         refused = images.refused
     return studies, refused
 
@@ -97,13 +99,7 @@ def main(arguments: Sequence[str]) -> int:
     given = _parser().parse_intermixed_args(arguments)
     if (given.maps is None) == (given.checkpoint is None):
         raise UserError("Give a checkpoint, or --maps FILE to draw what was computed before, and not both.")
-    refused: list[str] = []
-    if given.maps:
-        studies = _drawn_before(given.maps)
-    else:
-        checkpoints = [path for path in (given.checkpoint, given.compare) if path]
-        images, keywords = paths_and_keywords(given.images)
-        studies, refused = compute(checkpoints, images, given.initial, weights=given.weights, **keywords)
+    studies, refused = _studies(given)
     if given.save_maps:
         save_studies(given.save_maps, studies)
     # A folder for each model or pair, so that one's figures do not replace another's
@@ -118,7 +114,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="deepvit figures", description=__doc__)
+    parser = argparse.ArgumentParser(prog="deepvit figures", description="What a model attends to, block by block.")
     parser.add_argument("checkpoint", type=Path, nargs="?", help="a run folder, or a checkpoint of any dialect")
     parser.add_argument("images", nargs="*", metavar="IMAGE|KEY=VALUE", help="images or folders of them (none: "
                         "built-in examples), and settings that a file does not say, such as num_heads=12")
@@ -126,9 +122,29 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--compare", type=Path, help="a second checkpoint, drawn beside the first")
     parser.add_argument("--format", choices=("png", "svg"), default="png")
     parser.add_argument("--save-maps", type=Path, help="also write what was computed, as safetensors")
-    parser.add_argument("--maps", type=Path, help="draw what --save-maps wrote, or the published code's attention "
-                                                  "pickle; no checkpoint is read")
+    parser.add_argument("--maps", type=Path, help="draw what --save-maps wrote, or the published code's pickle")
     parser.add_argument("--weights", choices=["auto", "ema", "raw"], default="auto", help="auto: EMA if there is one")
-    parser.add_argument("--no-initial", dest="initial", action="store_false",
-                        help="leave out the same model before training")
+    parser.add_argument("--no-initial", dest="initial", action="store_false", help="without the untrained model")
     return parser
+
+
+def predict(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="deepvit predict", description="The most probable classes of each image.")
+    parser.add_argument("checkpoint", help="a run folder, a checkpoint of any dialect, or a name such as timm:NAME")
+    parser.add_argument("images", nargs="+", metavar="IMAGE|KEY=VALUE", help="images or folders of them, and settings "
+                        "that the file does not say about its model, such as num_heads=12")
+    parser.add_argument("--top", type=int, default=5, help="how many classes (default 5)")
+    parser.add_argument("--weights", choices=["auto", "ema", "raw"], default="auto", help="auto: EMA if there is one")
+    given = parser.parse_intermixed_args(arguments)
+    paths, keywords = paths_and_keywords(given.images)
+    if given.top < 1:
+        raise UserError(f"--top {given.top} is too few: give 1 or more.")
+    model = open_model(given.checkpoint, given.weights, **keywords)
+    images = read_images(model, paths)
+    with torch.no_grad():
+        logits = model(images.x)  # [B, C]
+    for name, guesses in zip(images.names, top_classes(logits, class_names(model), given.top), strict=True):
+        print(name, *(f"  {probability:7.2%}  {label}" for label, probability in guesses), sep="\n")
+    for sentence in images.refused:
+        print(sentence, file=sys.stderr)
+    return BAD_INPUT if images.refused else DONE

@@ -15,12 +15,12 @@ COMMANDS = {  # name -> (module:function, what it does)
     "check": ("check:main", "decode every image of a data set and list those that cannot be used"),
     "report": ("report:main", "tables and figures of run folders, the paper's numbers beside them"),
     "figures": ("figures:main", "attention maps, rollout, similarity and Theta of a checkpoint"),
-    "predict": ("predict:main", "the most probable classes of images"),
+    "predict": ("figures:predict", "the most probable classes of images"),
     "export": ("export:main", "write a model as safetensors, timm, ONNX or in the published layout"),
-    "average": ("average:main", "the average of a run's last weights, or of any checkpoints of one model"),
+    "average": ("export:average", "the average of a run's last weights, or of any checkpoints of one model"),
     "preview": ("preview:main", "an augmented batch as the model sees it"),
     "regime": ("preview:regime", "what attention does in each block before any training"),
-    "replay": ("replay:main", "repeat one batch of a run, module by module"),
+    "replay": ("preview:replay", "repeat one batch of a run, module by module"),
     "bench": ("bench:main", "speed and memory against peers")}
 USAGE = "usage: deepvit COMMAND ...\n\n" + "\n".join(
     f"  {name:8} {purpose}" for name, (_, purpose) in COMMANDS.items()) + "\n\nMore: `deepvit COMMAND --help`."

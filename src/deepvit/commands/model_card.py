@@ -23,9 +23,8 @@ RECIPE = ("data", "augment", "optimizer", "schedule", "precision", "ema", "init"
 
 
 def write_card(path: Path, model: ViT, exported: Path, form: str, parity: str, snippet: str, run: Path | None) -> None:
-    """With front matter as the Hugging Face hub reads it, and no absolute path of this machine. `parity`: how the
-    exported file was compared with the model; `snippet`: Python that loads it; `run`: the run's folder, None for a
-    weights file alone."""
+    """With front matter as the Hugging Face hub reads it, and no absolute path of this machine. `parity`: how the file
+    was compared with the model; `snippet`: Python that loads it; `run`: the run's folder, if there is one."""
     report = model.load_report
     result = RunFolder(run).read_result() if run else {}
     config = report.said.get("run") or (RunFolder(run).read_config() if run else {})
@@ -62,10 +61,9 @@ def _plain(value: Any) -> str:
 
 
 def _recipe(config: Mapping[str, Any]) -> str:
-    rows = {name: value for name, value in flat({key: config.get(key) for key in RECIPE})
-            if value and not has_no_effect(name)}
-    return f"{_table(rows)}\n\nWhat is off is left out." if rows else (
-        "Not known: the weights did not come from a run of this framework.")
+    settings = flat({key: config.get(key) for key in RECIPE})
+    rows = {name: value for name, value in settings if value and not has_no_effect(name)}
+    return f"{_table(rows)}\n\nWhat is off is left out." if rows else "Not known: the weights are not of a run of ours."
 
 
 def _evaluation(model: ViT, result: Mapping[str, Any]) -> str:
@@ -77,9 +75,8 @@ def _evaluation(model: ViT, result: Mapping[str, Any]) -> str:
         return "Not known here: evaluate with `python eval.py checkpoint=...`."
     top5 = f"{result['top5']:.2f}" if "top5" in result else ""
     interval = f"{result['top1_low']:.2f} to {result['top1_high']:.2f}" if "top1_low" in result else ""
-    table = printed(["top-1 %", "95 % interval", "top-5 %", "loss", "images"],
-                    [[f"{result['top1']:.2f}", interval, top5, f"{result['loss']:.4f}", f"{result['n']:,}"]],
-                    markdown=True)
+    row = [f"{result['top1']:.2f}", interval, top5, f"{result['loss']:.4f}", f"{result['n']:,}"]
+    table = printed(["top-1 %", "95 % interval", "top-5 %", "loss", "images"], [row], markdown=True)
     best = (f"\n\nBest top-1 of the run: {result['best_top1']:.2f} % at step {result['best_step']:,}."
             if "best_top1" in result else "")
     return f"Of {whose}, on the validation part of `{result.get('data', 'its data')}`.\n\n{table}{best}"

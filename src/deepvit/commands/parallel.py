@@ -1,5 +1,4 @@
-"""The cells of a sweep side by side, each a process group on its own devices; a live table shows them in a terminal,
-plain lines elsewhere."""
+"""The cells of a sweep side by side, each a process group on its own devices, shown in a live table or plain lines."""
 
 import ctypes
 import math
@@ -11,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -47,13 +46,19 @@ FORK = multiprocessing.get_context("fork")  # torch is imported once, which take
 
 
 @dataclass(eq=False)
-class Row:
-    """A cell as it is shown. `work`: its training's, up to a factor common to all cells. Times are monotonic seconds;
+class Cell:
+    """A cell of the sweep. `work`: its training's, up to a factor common to all cells. Times are monotonic seconds;
     `first`, `step` and `steps`: where the run began this time, is and ends."""
 
     title: str
     folder: Path
     work: float
+    number: int = 0
+    overrides: Sequence[str] = ()
+    config: DictConfig | None = None
+    log: Path | None = None
+    places: Sequence[str] = ()  # what it runs on, once it is started
+    process: BaseProcess | None = None
     started: float | None = None
     ended: float | None = None
     first: int = 0
@@ -96,21 +101,11 @@ class Row:
                 "" if self.top1 is None else f"top-1 {self.top1:.2f} %"]
 
 
-@dataclass(eq=False, kw_only=True)
-class Cell(Row):
-    number: int
-    overrides: list[str]
-    config: DictConfig
-    log: Path
-    places: list[str] = field(default_factory=list)  # what it runs on, once it is started
-    process: BaseProcess | None = None
-
-
 def run_side_by_side(job_overrides: Sequence[Sequence[str]], first: int, cells_per_device: int, config: DictConfig,
                      **hydra: Any) -> list[JobReturn]:
     """What Hydra asks of a launcher: runs the cells, numbered from `first` on. The sweep's record says how each ended.
     `hydra`: `hydra_context` and `task_function`."""
-    if cells_per_device < 1:
+    if not isinstance(cells_per_device, int) or cells_per_device < 1:
         raise UserError(f"hydra.launcher.cells_per_device={cells_per_device}: give 1 or more.")
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # a process that has asked CUDA itself cannot fork
     sweep = Recorder.opened
@@ -120,21 +115,19 @@ def run_side_by_side(job_overrides: Sequence[Sequence[str]], first: int, cells_p
         machine = Machine(config.engine, cells_per_device)
         cells = []
         for number, overrides in enumerate(job_overrides, first):
-            with composed_cell(config, number, overrides) as (composed, subdir):
-                work = _work_of(composed)
-            composed.engine.threads = machine.threads(composed.engine)
+            with composed_cell(config, number, overrides) as (cell, subdir):
+                work = _work_of(cell)
+            cell.engine.threads = machine.threads(cell.engine)
             title = " ".join([f"[{number + 1}]", *(word for word in overrides if word not in shared)])
-            cells.append(Cell(title, Path(composed.hydra.sweep.dir, subdir), work, number=number,
-                              overrides=list(overrides), config=composed, log=logs / f"{number + 1}.log"))
+            cells.append(Cell(title, Path(cell.hydra.sweep.dir, subdir), work, number, overrides, cell,
+                              log=logs / f"{number + 1}.log"))
         Crew(sweep, cells, machine, stop, hydra).run()
     found = {line["cell"]: line["value"]["top1"] for line in sweep.record.outcomes() if "top1" in line["value"]}
-    return [JobReturn(overrides=cell.overrides, cfg=cell.config, status=JobStatus.COMPLETED,
-                      _return_value=found.get(cell.number)) for cell in cells]
+    return [JobReturn(status=JobStatus.COMPLETED, _return_value=found.get(cell.number)) for cell in cells]
 
 
 def _work_of(config: DictConfig) -> float:
-    """A training's, up to a factor common to all cells: parameters x tokens x length; 0 where its settings are invalid
-    or nothing is trained."""
+    """Parameters x tokens x length of a training; 0 where its settings are invalid or nothing is trained."""
     try:
         with torch.device("meta"):
             model = build_model(OmegaConf.to_container(config.model, resolve=True))
@@ -187,11 +180,9 @@ def _visible_gpus() -> list[str]:
 
 
 class Crew:
-    """The running cells: starts what has a place, invalid settings first and then the longest training, and records how
-    each ended."""
+    """Starts the cells that have a place, invalid ones first and then the longest, and records how each ended."""
 
-    def __init__(self, sweep: OpenSweep, cells: Sequence[Cell], machine: Machine, stop: StopRequest,
-                 hydra: dict[str, Any]):
+    def __init__(self, sweep: OpenSweep, cells: list[Cell], machine: Machine, stop: StopRequest, hydra: dict[str, Any]):
         self._sweep, self._machine, self._stop, self._hydra = sweep, machine, stop, hydra
         self._waiting = sorted(cells, key=lambda cell: -cell.work or -math.inf)
         self._running: list[Cell] = []
@@ -265,7 +256,7 @@ class Crew:
             outcomes[cell.number] = STOPPED if stopped else FAILED
             self._note(cell, outcomes[cell.number], "Not started." if stopped else
                        f"Its process {end_of(code)}; its last words are in {cell.log}. The same command continues it.")
-        self._table.end(cell, outcomes[cell.number], cell.log)
+        self._table.end(cell, outcomes[cell.number])
         if not self._sweep.is_kept:
             say(cell.log.read_text(errors="replace"))
 
@@ -274,30 +265,30 @@ class Crew:
 
 
 class SweepTable:
-    """The running cells, below the lines of those that ended; to be used as `with table.live`. `rows`: of all cells, in
+    """The running cells, below the lines of those that ended; to be used as `with table.live`. `rows`: all cells, in
     the order in which they start; `at_once`: how many run at the same time."""
 
     EVERY_S, LINES_EVERY_S = 1.0, 60.0  # between updates of the table, and between lines elsewhere
 
-    def __init__(self, rows: Sequence[Row], at_once: int):
+    def __init__(self, rows: Sequence[Cell], at_once: int):
         self._rows, self._at_once, self._failed = rows, at_once, 0
         console = Console(file=sys.stdout, markup=False, highlight=False)
         self.live = Live(console=console, auto_refresh=False, transient=True, redirect_stderr=False)
         self._draws = console.is_terminal
         self._shown = time.monotonic()
 
-    def start(self, row: Row) -> None:
+    def start(self, row: Cell) -> None:
         row.started = time.monotonic()
         if not self._draws:
             say(f"{row.title}  started")
 
-    def end(self, row: Row, code: int, log: Path) -> None:
+    def end(self, row: Cell, code: int) -> None:
         row.read()
         row.ended = time.monotonic()
         self._failed += code not in (DONE, STOPPED)
         how = "stopped" if code == STOPPED else "failed"
         _say([row.title, "done", row.numbers()[1], f"in {clock(row.seconds)}"] if code == DONE else
-             [row.title, f"{how}, see {log}"])
+             [row.title, f"{how}, see {row.log}"])
 
     def refresh(self) -> None:
         """Shows what has changed, if it is time."""

@@ -1,9 +1,12 @@
-"""A run before any training, from its folder or from settings: `deepvit preview` draws an augmented batch as the model
-sees it, `deepvit regime` prints what attention does in each block."""
+"""A run looked at without training: `deepvit preview` draws an augmented batch as the model sees it, `deepvit regime`
+prints what attention does in each block before training, `deepvit replay` repeats one batch, module by module."""
 
+import argparse
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -13,53 +16,50 @@ from deepvit.commands.cli import quoted, sentences
 from deepvit.commands.figures import SIGNED, refuse_strange
 from deepvit.config.compose import compose
 from deepvit.config.settings import Settings
-from deepvit.data import Batch, Prepare, Splits
+from deepvit.data import Batch, Prepare, Splits, source_of
+from deepvit.engine import checkpoint
 from deepvit.engine.folder import RunFolder
-from deepvit.engine.ranks import Ranks
+from deepvit.engine.nonfinite import Examination, examine
+from deepvit.engine.ranks import Ranks, pick_device
 from deepvit.errors import DONE, UserError
 from deepvit.report.render import printed
 from deepvit.run import build
+from deepvit.run.console import set_up_logging
 from deepvit.run.resume import settings_of, with_model_of_init
 
 COLUMNS, MOST = 8, 32  # tiles
 REGIME_IMAGES = 32  # the group that a norm over heads takes its statistics from
-HELP = f"""usage: deepvit preview OUT.png RUN_FOLDER
-       deepvit preview OUT.png [SETTING=VALUE ...]
-
-Writes the first {MOST} training images of a run, augmented and mixed as the model sees them, to OUT.png.
-Settings are those of `deepvit train`, such as data=cifar10 augment.mixup=0.8."""
-REGIME_HELP = f"""usage: deepvit regime RUN_FOLDER
-       deepvit regime [SETTING=VALUE ...]
-
-Prints what each block's attention does before training, on the first {REGIME_IMAGES} training images of a run. Settings
-are those of `deepvit train`, such as model.depth=16 model/attention=norm_only.
+PREVIEW = f"Draws the first {MOST} training images of a run, augmented and mixed as the model sees them."
+REGIME = f"""What each block's attention does before training, on the first {REGIME_IMAGES} training images of a run:
 
   N std(A)   the softmax maps' deviation from uniform, times the number of tokens
   gain       standard deviation of the final maps over that of the softmax maps
   attention  RMS of the attention branch over that of the residual stream that it is added to
   mlp        the same of the MLP branch"""
+REPLAY = """Repeats one batch of a run, with the weights that it gave up with or those of its last checkpoint, drawn,
+augmented and mixed as it was, with the same dropout. Nothing is written."""
+log = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str]) -> int:
-    if {"-h", "--help"} & {*arguments}:
-        print(HELP)
-        return DONE
-    if not arguments or "=" in arguments[0]:
-        raise UserError("Give the image to write first: deepvit preview OUT.png data=cifar10 ...")
-    if not arguments[0].endswith(".png"):
-        raise UserError(f"{arguments[0]} is not a .png file: give the image to write a name that ends in .png.")
-    refuse_strange(Path(arguments[0]))
-    batches, prepare, splits = first_batch(_settings_of(arguments[1:]))
-    draw(batches, prepare, arguments[0], splits.class_names)
-    print(f"Wrote {arguments[0]}")
+    parser = argparse.ArgumentParser(prog="deepvit preview", description=PREVIEW)
+    parser.add_argument("out", metavar="OUT.png", help="the image to write")
+    _add_run(parser)
+    given = parser.parse_args(arguments)
+    if not given.out.endswith(".png"):
+        raise UserError(f"{given.out} is not a .png file: give first the image to write, by a name that ends in .png.")
+    refuse_strange(Path(given.out))
+    batches, prepare, splits = first_batch(_settings_of(given.run))
+    draw(batches, prepare, given.out, splits.class_names)
+    print(f"Wrote {given.out}")
     return DONE
 
 
 def regime(arguments: Sequence[str]) -> int:
-    if {"-h", "--help"} & {*arguments}:
-        print(REGIME_HELP)
-        return DONE
-    settings = _settings_of(arguments)
+    parser = argparse.ArgumentParser(prog="deepvit regime", description=REGIME,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    _add_run(parser)
+    settings = _settings_of(parser.parse_args(arguments).run)
     batches, prepare, splits = first_batch(settings)
     images = prepare(batches[0], 0, "cpu", True)[0][:REGIME_IMAGES]
     found = analysis.regime(build.model(settings, len(splits.class_ids)), images)
@@ -68,14 +68,18 @@ def regime(arguments: Sequence[str]) -> int:
     return DONE
 
 
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", nargs="*", metavar="RUN_FOLDER|SETTING=VALUE",
+                        help="a run, or settings of `deepvit train`, such as data=cifar10 augment.mixup=0.8")
+
+
 def _settings_of(words: Sequence[str]) -> Settings:
     """Those of a run folder, or composed of settings as for train.py."""
     if words and Path(words[0]).is_dir():
         if len(words) > 1:
             raise UserError(f"The settings of the run in {words[0]} are its own: leave out {words[1]}.")
         return settings_of(RunFolder(Path(words[0])))
-    stray = next((word for word in words if "=" not in word), None)
-    if stray:
+    if stray := next((word for word in words if "=" not in word), None):
         raise UserError(f"{stray} is neither a run folder nor a setting key=value.")
     with sentences():
         config = compose([*map(quoted, words)])
@@ -85,7 +89,7 @@ def _settings_of(words: Sequence[str]) -> Settings:
 def first_batch(settings: Settings) -> tuple[Sequence[Batch], Prepare, Splits]:
     """The first training images of the run that `settings` describe, exactly as it sees them on one device."""
     settings = replace(settings, data=replace(settings.data, workers=0))
-    splits, alone = build.splits(settings.data), Ranks(0, 1, torch.device("cpu"))
+    splits, alone = source_of(settings.data).splits(), Ranks(0, 1, torch.device("cpu"))
     prepare = build.prepare(settings.data, len(splits.class_ids), settings.augment, settings.seed)
     return next(build.batch_maker(settings, splits.train, alone)(0, 1, settings.data.batch_size)), prepare, splits
 
@@ -119,3 +123,45 @@ def _caption(target: torch.Tensor, names: Sequence[str]) -> str:
     least = 1.5 * float(target.min())  # smoothing alone
     shares, classes = target.topk(min(2, len(names)))
     return "\n".join(f"{short[at]} {share:.2f}" for share, at in zip(shares, classes) if share > least)
+
+
+def replay(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="deepvit replay", description=REPLAY)
+    parser.add_argument("run", type=Path, help="its folder")
+    parser.add_argument("--batch", type=int, required=True, help="number of the global batch, from events.jsonl")
+    given = parser.parse_args(arguments)
+    set_up_logging()
+    examined = examinations(given.run, given.batch)
+    for rank, found in enumerate(examined):
+        print(f"\nrank {rank}: loss {found.loss:g}\n{'module':40} {'smallest':>12} {'largest':>12} {'gradient':>12}")
+        for name, (low, high, gradient) in found.ranges.items():
+            print(f"{name:40} {low:12.4g} {high:12.4g} {gradient:12.4g}")
+        print(f"First not finite: {found.first or 'nothing'}.")
+    print(f"\nLoss of the batch: {sum(found.loss for found in examined) / len(examined):.6g}")
+    return DONE
+
+
+def examinations(run: Path, batch: int) -> list[Examination]:
+    """Forward and backward of global batch number `batch` of the run in folder `run`, as each of its ranks saw it.
+    UserError if there is no run, no such batch, or no whole checkpoint."""
+    if batch < 0:
+        raise UserError(f"--batch {batch} is not a batch: give its number, 0 or more, from events.jsonl.")
+    folder = RunFolder(run)
+    settings = settings_of(folder)
+    found = checkpoint.load_newest(folder.nonfinite, folder.last, folder.previous)
+    if found is None:
+        raise UserError(f"The run in {folder.path} has no checkpoint yet.")
+    path, content = found
+    log.info("Batch %d of %s with the weights of step %d (%s).", batch, run, content["step"], path.name)
+    return [_examine(settings, content, batch, rank) for rank in range(content["world"])]
+
+
+def _examine(settings: Settings, content: dict[str, Any], number: int, rank: int) -> Examination:
+    engine = settings.engine
+    size = content.get("micro_batch", None if engine.device_batch == "auto" else engine.device_batch)
+    settings = replace(settings, engine=replace(engine, device_batch=size))
+    built = build.build(settings, Ranks(rank, content["world"], pick_device(engine.accelerator)), begun=content)
+    if number >= built.plan.total:
+        raise UserError(f"--batch {number} is not a batch of this run: it has {built.plan.total:,}, counted from 0.")
+    built.state.load_state_dict(content)
+    return examine(built.stepper, built.state, next(built.make_batches(number, 1)), number)

@@ -1,7 +1,5 @@
 """`deepvit report RUNS...`: tables and figures of run folders, finished or not, the paper's numbers beside.
-
-Imports neither torch nor the engine, so it starts at once and runs anywhere.
-"""
+Imports neither torch nor the engine, so it starts at once and runs anywhere."""
 
 import argparse
 import shlex

@@ -1,7 +1,5 @@
 """What a sweep does around its cells: opens its record before Hydra writes anything, and sums up from it."""
 
-import hashlib
-import os
 import re
 import shlex
 import sys
@@ -21,8 +19,8 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from deepvit.config.compare import flat
+from deepvit.config.provenance import as_typed, choices_of, digest, preregistration
 from deepvit.config.records import FOLDER, SweepRecord
-from deepvit.config.provenance import as_typed, choices_of, preregistration
 from deepvit.errors import DONE, FAILED, STOPPED, UserError, did_you_mean
 from deepvit.report.contrasts import WHERE, Plan, read_plan
 from deepvit.run.console import say
@@ -36,20 +34,15 @@ UNHASHED = ("data.workers=", "engine", "fresh=", "dry=", "hydra")  # the same sw
 class Refused(BaseException):
     """Carries a callback's error past Hydra, which only warns of an `Exception`."""
 
-    def __init__(self, error: Exception):
-        super().__init__(str(error))
-        self.error = error
-
 
 class Recorder(Callback):
-    """Hydra's callback in the process that starts a sweep. `record`: path and session of its record, which reach each
-    cell through its config, wherever it runs; `statistics`: its contrasts, which the record keeps for the report."""
+    """Hydra's callback in the process that starts a sweep. Its `record` (path and session) reaches each cell through
+    the config, wherever it runs; its `statistics` are contrasts, which the record keeps for the report."""
 
     opened: ClassVar["OpenSweep | None"] = None  # by this process
 
-    def __init__(self, record: Sequence[str] | None = None, statistics: DictConfig | None = None):
-        self.record = record
-        self.statistics = statistics
+    def __init__(self, **settings: Any):
+        """Takes what Hydra gives, and reads it from the config."""
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         try:
@@ -69,22 +62,21 @@ class OpenSweep:
 
 def _open(config: DictConfig) -> OpenSweep:
     if joined():
-        raise UserError("Start a sweep with `deepvit train -m ...`, which starts the ranks of each cell itself, not "
-                        "under torchrun.")
+        raise UserError("Start a sweep with `deepvit train -m ...`, not under torchrun: it starts the ranks itself.")
     hydra, folder = config.hydra, Path(config.hydra.sweep.dir)
     _refuse_strange(folder)
     params = OmegaConf.to_container(hydra.sweeper).get("params") or {}
     typed = [*(f"{key}={value}" for key, value in params.items()), *as_typed(hydra.overrides.task)]
     sweep, session, is_kept = hydra.runtime.choices.get("sweep"), uuid4().hex[:8], config.get("dry") is False
-    digest = hashlib.sha256(os.fsencode("\n".join(sorted(word for word in typed if not word.startswith(UNHASHED)))))
-    name = f"{sweep or 'cells'}-{digest.hexdigest()[:8] if is_kept else session}.jsonl"
+    same = digest("\n".join(sorted(word for word in typed if not word.startswith(UNHASHED))))
+    name = f"{sweep or 'cells'}-{same if is_kept else session}.jsonl"
     record = SweepRecord(folder / FOLDER / name, session)
     statistics = OmegaConf.to_container(hydra.callbacks.sweep).get("statistics")
     plan = read_plan(statistics) if statistics else None
     preregistration(hydra)  # refused before anything is written
     with open_dict(config):
-        hydra.overrides.hydra.append(f"hydra.callbacks.sweep.record=[{in_quotes(str(record.path.absolute()))},"
-                                     f"'{record.session}']")
+        hydra.overrides.hydra.append(
+            f"hydra.callbacks.sweep.record=[{in_quotes(str(record.path.absolute()))},'{session}']")
         parser = OverridesParser.create()
         roots = [parser.parse_override(word) for word in typed if word.startswith("data.root=")]
         subdir = str(OmegaConf.to_container(hydra.sweep)["subdir"])
@@ -112,8 +104,7 @@ def _refuse_strange(folder: Path) -> None:
     runs = (path.parent for depth in ("", "*/", "*/*/", "*/*/*/") for name in (MARK, "events.jsonl")
             for path in folder.glob(depth + name))
     if not any(path.exists() for path in known) and not any(RunFolder(path).is_ours() for path in runs):
-        raise UserError(f"The folder {folder} holds files that are not of runs, such as {min(folder.iterdir()).name}: "
-                        f"give an empty or a new one with hydra.sweep.dir=...")
+        raise UserError(f"{folder} has other files, such as {min(folder.iterdir()).name}: give a new hydra.sweep.dir.")
 
 
 def _described(config: DictConfig, cells: Sequence[Sequence[str]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -139,8 +130,8 @@ def _check_arms(plan: Plan, cells: Sequence[Mapping[str, Any]]) -> None:
         found = [cell.get(name, cell.get(f"origin.choices.{name}", ...)) for cell in cells]
         if all(one is ... for one in found):
             known = {key.removeprefix("origin.choices.") for cell in cells for key in cell}
-            raise UserError(f"{WHERE}.contrasts.{contrast.name} names {name}, which is no setting or group of this "
-                            f"sweep.{did_you_mean(name, known)}")
+            raise UserError(f"{WHERE}.contrasts.{contrast.name} names {name}, which this sweep does not have."
+                            f"{did_you_mean(name, known)}")
         if value not in found:
             say(f"No cell of this sweep has {name}={value}, which the contrast {contrast.name} names.")
 

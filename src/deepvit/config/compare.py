@@ -39,8 +39,7 @@ def has_no_effect(name: str) -> bool:
 
 
 def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The settings that can change a result and differ: dotted name -> (before, now). One that a side does not know yet
-    is off there: null, false or empty."""
+    """The settings that can change a result and differ: name -> (before, now). One unknown to a side is off there."""
     old, new = comparable(before), comparable(now)
     pairs = {name: (old.get(name), new.get(name)) for name in sorted({*old, *new})}
     return {name: pair for name, pair in pairs.items()

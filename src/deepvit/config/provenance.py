@@ -9,7 +9,7 @@ import re
 import shlex
 import subprocess
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,8 @@ UNNAMED_GROUPS = (*IN_THE_PATH, "engine", "sweep")
 
 def run_folder(root: str, by_root: bool = False, *, _root_: DictConfig) -> str:
     """`<root>/<recipe>/<model>/<name>` of the config that OmegaConf hands in, for `hydra.run.dir` and, with an empty
-    `root`, `hydra.sweep.subdir`. `by_root`: the sweep is over `data.root`, so the name must distinguish the roots.
-
-    A run that an earlier version began under the name of its overrides is continued there.
-    """
+    `root`, `hydra.sweep.subdir`; by the name that an earlier version gave if a run is there. `by_root`: the sweep is
+    over `data.root`, so the name must distinguish the roots."""
     hydra = _root_.hydra
     above = [part for part in (root, *(str(hydra.runtime.choices.get(group)) for group in IN_THE_PATH)) if part]
     if "model" not in _root_:  # `--cfg hydra --resolve` shows this node alone
@@ -43,23 +41,21 @@ def run_folder(root: str, by_root: bool = False, *, _root_: DictConfig) -> str:
 
 def run_name(config: DictConfig, hydra: DictConfig, by_root: bool = False) -> str:
     """What differs in the unresolved settings from the composed default of the run's recipe and model: groups by name,
-    then single settings, as sorted `key=value` in `[A-Za-z0-9._=-]`.
-
-    Values are compared and written in normal form (3.0 is 3), so a setting given at its default names nothing.
-    """
+    then single settings, as sorted `key=value` in `[A-Za-z0-9._=-]`, values in normal form (3.0 is 3)."""
     choices = choices_of(hydra)["choices"]
     # A setting of Hydra's that decides what there is to compose:
     search = tuple(word for word in as_typed(hydra.overrides.hydra) if word.lstrip("+").startswith("hydra.searchpath="))
     chosen = tuple(f"{group}={choices[group]}" for group in IN_THE_PATH if choices.get(group))
-    usual = _default(hydra.job.config_name, search + chosen)
+    compose = partial(_composed, tuple(source.path for source in hydra.runtime.config_sources), hydra.job.config_name)
+    usual = compose(search + chosen)
     usual_choices = usual.hydra.runtime.choices
     groups = {group: name for group, name in choices.items()
               if group not in UNNAMED_GROUPS and usual_choices.get(group) != name}
     added = tuple(f"{'' if group in usual_choices else '+'}{group}={name}" for group, name in groups.items())
-    base = _default(hydra.job.config_name, search + chosen + added) if added else usual
+    base = compose(search + chosen + added) if added else usual
     named = {**groups, **_differences(config, base)}
     if by_root:
-        named["data.root"] = _digest(str(Path(str(config.data.root)).resolve()))
+        named["data.root"] = digest(str(Path(str(config.data.root)).resolve()))
     words = {name.replace("/", "-"): _text(value) for name, value in named.items()}  # a slash in a key is no loss
     exact = "-".join(sorted(f"{name}={value}" for name, value in words.items()))
     return _shortened(exact, exact, is_lossy=any("=" in value for value in words.values()))
@@ -67,23 +63,15 @@ def run_name(config: DictConfig, hydra: DictConfig, by_root: bool = False) -> st
 
 @cache
 def _composed(search_path: tuple[str, ...], config_name: str, overrides: tuple[str, ...]) -> DictConfig:
+    """What the running Hydra, which has this search path, composes (0.1 s)."""
     from hydra.core.global_hydra import GlobalHydra
     from hydra.types import RunMode
     return GlobalHydra.instance().config_loader().load_configuration(config_name, list(overrides), RunMode.RUN)
 
 
-def _default(config_name: str, overrides: tuple[str, ...]) -> DictConfig:
-    """What the running Hydra composes from `overrides` (0.1 s)."""
-    from hydra.core.global_hydra import GlobalHydra
-    sources = GlobalHydra.instance().config_loader().get_search_path().get_path()
-    return _composed(tuple(str(source.path) for source in sources), config_name, overrides)
-
-
 def _differences(config: DictConfig, base: DictConfig) -> dict[str, Any]:
-    """Settings of `config` whose value is not what `base` would give there.
-
-    Compared before interpolations are resolved, or `model.img_size=16` would name `data.img_size` as well.
-    """
+    """Settings of `config` whose value is not what `base` would give there, compared before interpolations are resolved
+    (or `model.img_size=16` would name `data.img_size` as well)."""
     written, usual = _values(config), _values(base)
     suspects = [name for name in {*written, *usual} if _text(written.get(name, ...)) != _text(usual.get(name, ...))]
     values = _values(config, resolve=True) if suspects else {}
@@ -122,11 +110,12 @@ def _shortened(text: str, exact: str, is_lossy: bool = False) -> str:
     """`text` as a folder's name, with a hash of `exact` where that would lose something or be too long."""
     name = re.sub(r"[^A-Za-z0-9._=-]", "-", text)
     if is_lossy or name != text or len(name) > LONGEST:
-        name = f"{name[:LONGEST - 9]}-{_digest(exact)}"
+        name = f"{name[:LONGEST - 9]}-{digest(exact)}"
     return name or "default"
 
 
-def _digest(text: str) -> str:
+def digest(text: str) -> str:
+    """Eight characters that tell texts apart."""
     return hashlib.sha256(os.fsencode(text)).hexdigest()[:8]
 
 
@@ -145,8 +134,7 @@ def typed_name(overrides: Sequence[str]) -> str:
 
 
 def origin(config: DictConfig, hydra: DictConfig, folder: Path) -> dict[str, Any]:
-    """What was chosen and typed for a run of `config` (not yet resolved) in `folder`, and the command that repeats it
-    (alone, if it was a cell of a sweep)."""
+    """What was chosen and typed for a run of the unresolved `config` in `folder`, and the command that repeats it."""
     chosen = choices_of(hydra)
     words = [word for word in chosen["overrides"] if not word.startswith(("fresh=", "dry="))]
     words += ["hydra.mode=RUN"] if chosen["sweep"] else []  # a sweep's file says MULTIRUN
@@ -161,16 +149,14 @@ def origin(config: DictConfig, hydra: DictConfig, folder: Path) -> dict[str, Any
 
 
 def preregistration(hydra: DictConfig) -> dict[str, Any]:
-    """Name and sha256 of the file that said beforehand what a sweep's results are for, where its file names one;
-    UserError where it cannot be read."""
+    """Name and sha256 of the file that preregisters a sweep, where it names one; UserError if that is unreadable."""
     path = ((hydra.callbacks.get("sweep") or {}).get("statistics") or {}).get("preregistered")
     if not path:
         return {}
     try:
         return {"preregistered": {"file": path, "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()}}
     except OSError as error:
-        raise UserError(f"The sweep was preregistered in {path}, which cannot be read ({error.strerror}): start it in "
-                        f"the folder that holds that file.") from None
+        raise UserError(f"The preregistration {path} cannot be read ({error.strerror}): start where it lies.") from None
 
 
 def choices_of(hydra: DictConfig) -> dict[str, Any]:

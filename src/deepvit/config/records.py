@@ -17,8 +17,7 @@ FOLDER = "sweeps"  # of records, in hydra.sweep.dir
 
 
 def read_json_lines(path: Path, last: int = 0) -> list[dict[str, Any]]:
-    """The whole lines of a `.jsonl` file, or of its `last` bytes; torn or foreign ones are skipped, and a file that is
-    missing or unreadable has none."""
+    """The whole lines of a `.jsonl` file, or of its `last` bytes, without torn or foreign ones; none if unreadable."""
     try:
         with path.open("rb") as file:
             file.seek(-min(last, os.fstat(file.fileno()).st_size), os.SEEK_END if last else os.SEEK_SET)
@@ -42,9 +41,8 @@ class SweepRecord:
 
     def open(self, command: str, sweep: str | None, cells: Sequence[Mapping[str, Any]],
              shared: Mapping[str, Any], statistics: Mapping[str, Any] | None = None) -> None:
-        """The first line. `cells` have their `overrides` and, where known, `folder` and (flat) `settings`; empty where
-        the sweeper decides as it goes. `shared`: the settings that all cells have. `statistics`: the contrasts that its
-        results are for (`deepvit.report.contrasts`)."""
+        """The first line. `cells` have `overrides`, `folder` and (flat) `settings`; none if the sweeper decides as it
+        goes. `shared`: the settings that all have. `statistics`: see `deepvit.report.contrasts`."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._append({"command": command, "sweep": sweep, "shared": shared, "cells": cells, "statistics": statistics})
 
@@ -72,17 +70,8 @@ class SweepRecord:
             os.fsync(file.fileno())
 
 
-@dataclass(frozen=True)
-class MissingCell:
-    """A cell that a sweep was to run and that has no run folder. `sentence`: why, where it failed."""
-
-    folder: Path
-    config: dict[str, Any]
-    sentence: str
-
-
-def missing_cells(record: Path) -> Iterator[MissingCell]:
-    """The cells of the sweep's last start that have no run."""
+def missing_cells(record: Path) -> Iterator[tuple[Path, dict[str, Any], str]]:
+    """Folder and config of each cell of the sweep's last start that has no run, and why, where it failed."""
     top, lines = record.parent.parent, read_json_lines(record)
     started = [line for line in lines if "cells" in line]
     outcomes = {tuple(line["overrides"]): line for line in lines if "cell" in line}
@@ -91,4 +80,4 @@ def missing_cells(record: Path) -> Iterator[MissingCell]:
         places = [top / folder for folder in (cell.get("folder"), outcome.get("folder")) if folder]
         if places and not any((place / "config.yaml").exists() for place in places):
             config = nested({**started[-1]["shared"], **cell["settings"], "origin.overrides": cell["overrides"]})
-            yield MissingCell(places[0], config, outcome.get("sentence", ""))
+            yield places[0], config, outcome.get("sentence", "")

@@ -187,8 +187,7 @@ def read_evaluation(config: Mapping[str, Any]) -> EvalSettings:
     """`read_settings` for an evaluation."""
     settings = _read(EvalSettings, config)
     if settings.ablate and settings.knn:
-        raise UserError(f"ablate={settings.ablate} evaluates the classifier, knn={settings.knn} does not: leave one "
-                        f"of them out.")
+        raise UserError(f"ablate={settings.ablate} has no effect with knn={settings.knn}: leave one of them out.")
     return settings
 
 
@@ -200,8 +199,7 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
         raise UserError(f"seed={settings.seed} must be from 0 to 2**62.")
     shared, engine = settings.model.get("share_maps", 1), settings.engine
     if shared != 1 and engine.compile and engine.grad_checkpointing:
-        raise UserError(f"model.share_maps={shared} goes with engine.compile or engine.grad_checkpointing, not with "
-                        f"both: leave one out.")
+        raise UserError(f"model.share_maps={shared} bars engine.compile with engine.grad_checkpointing: leave one out.")
     _check_durations(settings.schedule)
     batch, repeats = settings.data.batch_size, settings.augment.repeats
     if batch % repeats:
@@ -211,7 +209,7 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
     for name, neutral in (("head", "keep"), ("dialect", None), ("freeze", None)):
         if getattr(settings, name) != neutral and settings.init is None:
             raise UserError(f"{name}={getattr(settings, name)} is for weights that are loaded: give init=CHECKPOINT "
-                            f"too, or leave {name} out to train from random weights.")
+                            f"too, or leave it out.")
     return settings
 
 
@@ -243,8 +241,7 @@ def _check_durations(schedule: ScheduleSettings) -> None:
     for unit in ("", "warmup_", "eval_"):
         epochs, steps = (getattr(schedule, f"{unit}{kind}") for kind in ("epochs", "steps"))
         if (epochs is None) == (steps is None):
-            raise UserError(f"Give schedule.{unit}epochs or schedule.{unit}steps and set the other to null; they are "
-                            f"{epochs} and {steps}.")
+            raise UserError(f"schedule.{unit}epochs={epochs}, schedule.{unit}steps={steps}: set one, null the other.")
     if schedule.cooldown_epochs and schedule.steps is not None:
         raise UserError(f"schedule.cooldown_epochs={schedule.cooldown_epochs} goes with schedule.epochs, but the run "
                         f"is given in schedule.steps={schedule.steps}: set schedule.cooldown_epochs=0.")

@@ -24,8 +24,8 @@ def check_arguments(function: Callable, given: Mapping[str, Any], where: str = "
     parameters, hints = parameters_of(function)
     for name, value in given.items():
         if name not in parameters:
-            raise UserError(f"{prefix}{name} is not a setting.{did_you_mean(name, parameters)}"
-                            f" The settings are: {', '.join(sorted(parameters))}.")
+            raise UserError(f"{prefix}{name} is not a setting.{did_you_mean(name, parameters)} "
+                            f"The settings are: {', '.join(sorted(parameters))}.")
         if name in hints and not fits(value, hints[name]):
             raise UserError(f"{prefix}{name} is {_shown(value)}, which is not {describe(hints[name])}.")
     for name, parameter in parameters.items():

@@ -110,10 +110,10 @@ def read_runs(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
                 runs[folder] = replace(read_run(folder), place=_place(folder, top), sweep=sweeps.get(folder))
             except UserError as error:
                 problems.append(_place(error, top))
-        for cell in (cell for record in records for cell in missing_cells(record) if cell.folder.is_relative_to(top)):
-            reason = f" ({cell.sentence.rstrip('.')})" if cell.sentence else ""
-            runs[cell.folder] = Run(cell.folder, cell.config, {}, [], f"missing{reason}", _place(cell.folder, top),
-                                    sweeps.get(cell.folder))
+        for folder, config, sentence in (cell for record in records for cell in missing_cells(record)):
+            if folder.is_relative_to(top):
+                reason = f" ({sentence.rstrip('.')})" if sentence else ""
+                runs[folder] = Run(folder, config, {}, [], f"missing{reason}", _place(folder, top), sweeps.get(folder))
     if all(run.is_missing for run in runs.values()):
         why = " ".join(problems) or "No config.yaml was found there or below."
         raise UserError(f"No runs to report in {', '.join(map(str, paths))}. {why}")

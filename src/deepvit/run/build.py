@@ -4,32 +4,35 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
 import torch
+from timm.optim import create_optimizer_v2, get_optimizer_class, get_optimizer_info, list_optimizers
 from timm.utils import ModelEmaV3
 from torch import nn
 
 from deepvit import data as inputs
 from deepvit.config import settings as asked
-from deepvit.config.settings import Augment, Data, PrecisionSettings, Settings
-from deepvit.config.signature import parameters_of
+from deepvit.config.settings import Augment, Data, Optimizer, PrecisionSettings, Settings
+from deepvit.config.signature import check_arguments, parameters_of
 from deepvit.engine.device import has_bf16, sharing
 from deepvit.engine.ranks import Ranks
 from deepvit.engine.schedule import Plan, Schedule
 from deepvit.engine.state import TrainState
 from deepvit.engine.step import OBJECTIVES, Objective, Precision, Stepper, allocate_moments, is_out_of_memory
-from deepvit.errors import UserError
+from deepvit.errors import UserError, did_you_mean
 from deepvit.models import ViT, build_model
 from deepvit.models.blocks import BranchMasks, cosine_regularisation, record_maps
 from deepvit.models.registry import check_model, without_effect
 from deepvit.run.micro_batches import advice, allowed, unit
 from deepvit.run.micro_batches import choose as choose_micro_batch
-from deepvit.run.optimizer import optimizer, try_out
 
 MIXING = ("mixup", "cutmix", "mix_prob", "switch_prob", "label_smoothing")  # settings of the augmentation in `prepare`
+FUSED = ("adam", "adamw", "momentum", "sgd")  # torch's own, which update all parameters in one kernel
+OWN = {"lr", "weight_decay", "momentum", "betas", "eps"}  # keywords of optimizers that are settings by themselves
 log = logging.getLogger(__name__)
 
 
@@ -43,8 +46,7 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
 
 
 def check(settings: Settings, ranks: Ranks) -> None:
-    """Builds all that needs no data, so that what can be refused is refused before anything is read or written:
-    UserError, on every rank alike."""
+    """Builds all that needs no data, so that its UserErrors come, on every rank alike, before anything is written."""
     with ranks.sync_errors():
         _check_model(settings.model, settings.data.img_size)
         train_transform(settings.data, settings.augment)
@@ -67,8 +69,7 @@ def check(settings: Settings, ranks: Ranks) -> None:
     for sentence in without_effect(settings.model):
         log.warning(sentence)
     if settings.data.source != "digits" and (settings.origin or {}).get("recipe") == "digits":
-        log.warning("recipe=digits, the default, makes images and model small (8 pixels, width 64): choose "
-                    "recipe=folder, cifar10 or imagenet for other data.")
+        log.warning("recipe=digits, the default, is for images of 8 pixels: choose recipe=folder, cifar10 or imagenet.")
 
 
 def _check_model(model: Mapping[str, Any], img_size: int | Sequence[int]) -> None:
@@ -143,10 +144,6 @@ def shared_splits(data: Data, ranks: Ranks) -> inputs.Splits:
     return found
 
 
-def splits(data: Data) -> inputs.Splits:
-    return inputs.source_of(data).splits()
-
-
 def train_transform(data: Data, augment: Augment) -> inputs.Transform:
     options = {name: value for name, value in vars(augment).items() if name not in ("repeats", *MIXING)}
     mean, _ = inputs.norm_values(data.norm)
@@ -185,18 +182,16 @@ def batch_maker(settings: Settings, train: inputs.ImageSet, ranks: Ranks
 
 def eval_batches(data: Data, images: inputs.ImageSet, ranks: Ranks) -> Callable[[], Iterator[inputs.Batch]]:
     """Makes this rank's batches, once for each evaluation."""
-    return inputs.cached_eval_batches(
-        images, eval_transform(data), batch_size=data.eval_batch_size, rank=ranks.rank, world=ranks.world,
-        workers=data.workers, on_error=data.on_error, pin=ranks.device.type == "cuda", in_memory_mb=data.in_memory_mb,
-        device=ranks.device)
+    where = {"rank": ranks.rank, "world": ranks.world, "device": ranks.device, "pin": ranks.device.type == "cuda"}
+    return inputs.cached_eval_batches(images, eval_transform(data), batch_size=data.eval_batch_size, **where,
+                                      workers=data.workers, on_error=data.on_error, in_memory_mb=data.in_memory_mb)
 
 
 # Model and optimizer
 
 def model(settings: Settings, num_classes: int, continued: bool = False, classes: Sequence[str] | None = None) -> ViT:
-    """The model of `settings.model` for `num_classes`, initialised from `settings.seed` and `settings.init` alone (not
-    the latter in a run that is `continued`; averaged weights where the file has them). A kept head must agree with
-    `classes`, the names in order."""
+    """The model of `settings.model`, initialised from `settings.seed` and, unless the run is `continued`, from
+    `settings.init` (its average where it has one). A kept head must agree with `classes`, the names in order."""
     asked = settings.model.get("num_classes")
     if asked is not None and asked != num_classes:
         raise UserError(f"model.num_classes={asked}, but the data has {num_classes} classes: leave it null.")
@@ -229,6 +224,50 @@ def state(settings: Settings, network: ViT, ranks: Ranks) -> TrainState:
     return TrainState(network, chosen, scaler, average)
 
 
+def optimizer(network: nn.Module, chosen: Optimizer) -> torch.optim.Optimizer:
+    """By timm's factory: no decay on biases, norms and the embeddings that the model names; a layer-wise decay gives
+    each group its `lr_scale`. UserError where timm has no such optimizer, or it does not take these settings, each of
+    which it must know: timm drops some that it does not."""
+    if chosen.opt not in list_optimizers():
+        raise UserError(f"optimizer.opt={chosen.opt} is none of timm's.{did_you_mean(chosen.opt, list_optimizers())}")
+    info = get_optimizer_info(chosen.opt)
+    given = {name: value for name in ("momentum", "betas", "eps") if (value := getattr(chosen, name)) is not None}
+    for name, value in given.items():
+        if not getattr(info, f"has_{name}"):
+            raise UserError(f"optimizer.{name}={value} has no effect with optimizer.opt={chosen.opt}: set it to null.")
+    if "betas" in given and len(chosen.betas) != info.num_betas:
+        raise UserError(f"optimizer.betas={chosen.betas} must be a list of {info.num_betas}.")
+    further = dict(chosen.kwargs or {})
+    for name in OWN & further.keys():
+        raise UserError(f"optimizer.kwargs.{name} is a setting of its own: give optimizer.{name}.")
+    fused = {"fused": True} if chosen.opt in FUSED else {}
+    with _refusals(chosen):
+        check_arguments(get_optimizer_class(chosen.opt, bind_defaults=False), further, "optimizer.kwargs",
+                        ignore_missing={"params", *OWN})
+        return create_optimizer_v2(network, chosen.opt, lr=chosen.lr, weight_decay=chosen.weight_decay,
+                                   layer_decay=chosen.layer_decay, **given, **fused | further)
+
+
+def try_out(chosen: Optimizer, device: torch.device) -> None:
+    """Makes a step: some optimizers refuse their settings, or gradients without a graph, only then (UserError)."""
+    network = nn.Linear(1, 1, device=device)
+    made = optimizer(network, replace(chosen, layer_decay=None))  # one layer has none
+    for parameter in network.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    with _refusals(chosen):
+        made.step()
+
+
+@contextmanager
+def _refusals(chosen: Optimizer) -> Iterator[None]:
+    """What an optimizer raises over its arguments, as a `UserError`."""
+    try:
+        yield
+    except (AssertionError, ImportError, RuntimeError, TypeError, ValueError) as error:
+        further = f" with optimizer.kwargs={dict(chosen.kwargs)}" if chosen.kwargs else ""
+        raise UserError(f"optimizer.opt={chosen.opt} does not work here{further}: {error}.") from error
+
+
 def with_precision(config: Mapping[str, Any], device: torch.device) -> Mapping[str, Any]:
     """`config` with `precision=auto` decided by the device, also in the record of its choices."""
     precision = vars(_decided(asked.read_group("precision", config["precision"]), device))
@@ -256,8 +295,7 @@ def objective(settings: Settings) -> Objective:
     """The loss over hard or soft targets, with the published regularisation of adjacent maps if asked for."""
     blocks, weight = settings.loss.cosine_blocks, settings.loss.cosine_weight
     if blocks >= settings.model["depth"]:
-        raise UserError(f"loss.cosine_blocks={blocks} compares pairs of adjacent blocks: give 0 (off) to "
-                        f"{settings.model['depth'] - 1} for a model of {settings.model['depth']} blocks.")
+        raise UserError(f"loss.cosine_blocks={blocks} pairs adjacent blocks: give 0 to {settings.model['depth'] - 1}.")
     plain = OBJECTIVES[settings.loss.kind]
     if not blocks:
         return plain
@@ -282,18 +320,15 @@ def schedule_and_plan(settings: Settings, epoch_size: int) -> tuple[Schedule, Pl
         return given if epochs is None else math.ceil(epochs * per_epoch)
 
     schedule = Schedule(
-        lr=settings.optimizer.lr, steps=steps(chosen.epochs, chosen.steps), kind=chosen.kind,
-        warmup_steps=steps(chosen.warmup_epochs, chosen.warmup_steps),
-        cooldown_steps=math.ceil(chosen.cooldown_epochs * per_epoch), warmup_lr=chosen.warmup_lr,
-        min_lr=chosen.min_lr, decay_from=chosen.decay_from)
+        steps=steps(chosen.epochs, chosen.steps), warmup_steps=steps(chosen.warmup_epochs, chosen.warmup_steps),
+        cooldown_steps=math.ceil(chosen.cooldown_epochs * per_epoch), lr=settings.optimizer.lr, min_lr=chosen.min_lr,
+        warmup_lr=chosen.warmup_lr, kind=chosen.kind, decay_from=chosen.decay_from)
     if schedule.warmup_steps > schedule.steps:
         raise UserError(f"The warm-up ({schedule.warmup_steps} steps) is longer than the run ({schedule.steps}): lower "
                         f"schedule.warmup_epochs or schedule.warmup_steps.")
     engine, epoch = settings.engine, math.ceil(per_epoch)
     plan = Plan(total=schedule.total, batch_size=batch, epoch_size=counted, log_every=engine.log_every,
-                save_every=engine.save_every or epoch,
-                eval_every=max(1, steps(chosen.eval_epochs, chosen.eval_steps)),
-                keep_every=engine.keep_epochs and engine.keep_epochs * epoch,
-                probe_every=settings.probe.every_epochs and settings.probe.every_epochs * epoch,
-                max_skipped=engine.max_skipped, profile=engine.profile)
+                save_every=engine.save_every or epoch, eval_every=max(1, steps(chosen.eval_epochs, chosen.eval_steps)),
+                keep_every=engine.keep_epochs and engine.keep_epochs * epoch, max_skipped=engine.max_skipped,
+                probe_every=settings.probe.every_epochs and settings.probe.every_epochs * epoch, profile=engine.profile)
     return schedule, plan

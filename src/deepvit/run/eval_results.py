@@ -25,7 +25,13 @@ log = logging.getLogger(__name__)
 
 def report(results: list[dict[str, Any]], seen: list[Seen]) -> None:
     """Prints all results: the table, and in sentences published figures, the worst classes and paired tests."""
-    log.info("\n%s", table(results))
+    head = ["checkpoint", "weights", "data", "top-1 %", "95 % interval", "loss", "images", "images/s"]
+    more = {name: text for name, text in OPTIONAL.items() if any(name in result for result in results)}
+    rows = [[label(result["checkpoint"]), result["weights"], result["data"], f"{result['top1']:.2f}",
+             f"{result['top1_low']:.2f} to {result['top1_high']:.2f}", f"{result['loss']:.4f}",
+             f"{result['n']:,}", f"{result['eval_images_per_s']:.1f}",
+             *(f"{result[name]:.2f}" if name in result else "" for name in more)] for result in results]
+    log.info("\n%s", printed([*head, *more.values()], rows, markdown=True))
     for result in results:
         name, known = label(result["checkpoint"]), result["published"]
         if known:
@@ -38,17 +44,6 @@ def report(results: list[dict[str, Any]], seen: list[Seen]) -> None:
         if worst:
             log.info("%s on %s: worst classes: %s.", name, result["data"], "; ".join(worst))
     compare(seen)
-
-
-def table(results: list[dict[str, Any]]) -> str:
-    """The results as a markdown table, widths aligned."""
-    head = ["checkpoint", "weights", "data", "top-1 %", "95 % interval", "loss", "images", "images/s"]
-    more = {name: text for name, text in OPTIONAL.items() if any(name in result for result in results)}
-    rows = [[label(result["checkpoint"]), result["weights"], result["data"], f"{result['top1']:.2f}",
-             f"{result['top1_low']:.2f} to {result['top1_high']:.2f}", f"{result['loss']:.4f}",
-             f"{result['n']:,}", f"{result['eval_images_per_s']:.1f}",
-             *(f"{result[name]:.2f}" if name in result else "" for name in more)] for result in results]
-    return printed([*head, *more.values()], rows, markdown=True)
 
 
 def ablation_table(found: list[dict[str, Any]], whole_top1: float) -> str:
@@ -71,14 +66,11 @@ def compare(seen: list[Seen]) -> None:
             continue
         test = mcnemar(first.correct, other.correct)
         log.info("%s against %s on the same %d images: only the first is right on %d, only the second on %d; exact "
-                 "McNemar p = %.3g.", label(first_path), label(path), first.n, test["only_first"],
-                 test["only_second"], test["p"])
+                 "McNemar p = %.3g.", label(first_path), label(path), first.n, *test.values())
 
 
-def write(folder: Path, images: ImageSet, evaluation: Evaluation, result: Mapping[str, Any], names: Sequence[str]
-          ) -> None:
-    """metrics.json, the prediction for every image, and the accuracy of every class; `names` of the classes in the
-    order of the logits."""
+def write(folder: Path, images: ImageSet, evaluation: Evaluation, result: Mapping[str, Any], names: list[str]) -> None:
+    """metrics.json, the prediction for every image, and the accuracy of every class; `names`: in the logits' order."""
     with results_in(folder):
         write_text_synced(folder / "metrics.json", json.dumps(result, indent=1) + "\n")
         predicted = zip(evaluation.targets, evaluation.predictions[:, 0], evaluation.confidences, strict=True)
@@ -107,8 +99,7 @@ def results_in(folder: Path) -> Iterator[None]:
 
 
 def by_class(evaluation: Evaluation, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Of each class that has images, the worst first: their number, its top-1 in percent, and the class that its images
-    are most often mistaken for, with how often."""
+    """Of each class that has images, worst first: their number, its top-1 in percent, and what it is taken for most."""
     rows = []
     for target in np.unique(evaluation.targets):
         guesses = evaluation.predictions[evaluation.targets == target, 0]

@@ -11,37 +11,33 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepvit import data as inputs
-from deepvit.config.settings import Data
+from deepvit.config.settings import Data, EvalSettings
 from deepvit.engine.folder import write_text_synced
 from deepvit.engine.ranks import Ranks
 from deepvit.engine.signals import StopRequest
-from deepvit.engine.step import Precision
 from deepvit.errors import UserError
 from deepvit.models import ViT
 from deepvit.report.render import printed
 from deepvit.run import build, eval_results
-from deepvit.run.evaluate import Candidate, data_settings, load, out_folder, prepare_evaluation
+from deepvit.run.evaluate import data_settings, load, out_folder, prepare_evaluation
+from deepvit.run.launch import Stopped
 
 TEMPERATURE = 0.07  # Wu et al., arXiv:1805.01978, as in DINO, arXiv:2104.14294
 QUERIES = 1024  # images whose similarities to the training set are held at once
 log = logging.getLogger(__name__)
 
 
-def neighbours_of_all(config: Mapping[str, Any], ranks: Ranks, stop: StopRequest) -> list[dict[str, Any]] | None:
+def neighbours_of_all(config: Mapping[str, Any], ranks: Ranks, stop: StopRequest) -> None:
     """Top-1 by the `config["knn"]` nearest training images for every block of every checkpoint; prints a table of each
-    and writes knn.json. The data may have other classes than the model. Returns the results, or None if it was asked to
-    stop; raises UserError as `evaluate_all`, and for more neighbours than there are training images."""
-    asked, paths, precision = prepare_evaluation(config, ranks)
-    results = []
+    and writes knn.json. The data may have other classes than the model. Raises what `evaluate_all` does, and UserError
+    for more neighbours than there are training images."""
+    asked, paths = prepare_evaluation(config, ranks)
     for path in paths:
         with ranks.sync_errors():
-            candidate = load(path, asked)
-            data = data_settings(candidate, asked)
-            folder = out_folder(candidate, f"{data.source}-knn", asked.out)
-        result = _neighbours(candidate, data, asked.knn, ranks, precision, stop)
-        if result is None:
-            return None
-        results.append(result)
+            model = load(path, asked)
+            data = data_settings(model, asked)
+            folder = out_folder(model, f"{data.source}-knn", asked.out)
+        result = _neighbours(model, data, asked, ranks, stop)
         rows = [[str(i), f"{top1:.2f}"] for i, top1 in enumerate(result["top1_by_block"])]
         log.info("%s on %s\n%s", eval_results.label(path), data.source,
                  printed(["block", f"top-1 % by {asked.knn} neighbours"], rows, markdown=True))
@@ -49,19 +45,18 @@ def neighbours_of_all(config: Mapping[str, Any], ranks: Ranks, stop: StopRequest
             if ranks.is_main:
                 with eval_results.results_in(folder):
                     write_text_synced(folder / "knn.json", json.dumps(result, indent=1) + "\n")
-    return results
 
 
-def _neighbours(candidate: Candidate, data: Data, k: int, ranks: Ranks, precision: Precision, stop: StopRequest
-                ) -> dict[str, Any] | None:
+def _neighbours(model: ViT, data: Data, asked: EvalSettings, ranks: Ranks, stop: StopRequest) -> dict[str, Any]:
     splits = build.shared_splits(data, ranks)
+    k, precision = asked.knn, build.precision(asked.precision, ranks.device)
     if k > len(splits.train):
         raise UserError(f"knn={k} is more than the {len(splits.train)} training images: give fewer.")
-    model, prepare = candidate.model.to(ranks.device), build.prepare(data, len(splits.class_ids))
+    model, prepare = model.to(ranks.device), build.prepare(data, len(splits.class_ids))
 
     @torch.no_grad()
-    def features_of(images: inputs.ImageSet) -> tuple[Tensor, Tensor] | None:
-        """This rank's unit vectors `[L, n, D]`, on the CPU, and classes `[n]`; None: one was asked to stop."""
+    def features_of(images: inputs.ImageSet) -> tuple[Tensor, Tensor]:
+        """This rank's unit vectors `[L, n, D]`, on the CPU, and classes `[n]`."""
         features, targets = [], []
 
         def take(batch: inputs.Batch) -> None:
@@ -70,14 +65,14 @@ def _neighbours(candidate: Candidate, data: Data, k: int, ranks: Ranks, precisio
                 features.append(F.normalize(block_features(model, x).float(), dim=-1).cpu())
             targets.append(y.cpu())
 
-        complete = ranks.for_each(build.eval_batches(data, images, ranks)(), take,
-                                  lambda: ranks.any_asked_to_stop(bool(stop)))
-        return (torch.cat(features, 1), torch.cat(targets)) if complete else None
+        batches = build.eval_batches(data, images, ranks)()
+        if not ranks.for_each(batches, take, lambda: ranks.any_asked_to_stop(bool(stop))):
+            raise Stopped
+        return torch.cat(features, 1), torch.cat(targets)
 
-    train = features_of(splits.train)
-    val = features_of(splits.val) if train else None
-    return val and {
-        "checkpoint": str(candidate.path), "weights": candidate.weights, "data": data.source, "k": k,
+    train, val = features_of(splits.train), features_of(splits.val)
+    return {
+        "checkpoint": str(model.load_report.path), "weights": model.load_report.weights, "data": data.source, "k": k,
         "temperature": TEMPERATURE, "train_images": len(splits.train), "n": len(splits.val),
         "top1_by_block": _by_block(train, val, k, len(splits.class_ids), ranks)}
 

@@ -7,7 +7,8 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping, MutableMapping
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a job ended, in a form that crosses processes: an exit code, a sentence if it went wrong, what it found, and
-    whether starting all ranks again may help."""
+    """How a job ended, in a form that crosses processes."""
 
     code: int = DONE
-    message: str = ""
-    value: Any = None
-    retry: bool = False
+    message: str = ""  # if it went wrong
+    value: dict[str, Any] = field(default_factory=dict)  # what it found
+    retry: bool = False  # starting all ranks again may help
+
+
+class Stopped(Exception):
+    """Raised by a job that was asked to stop, on all ranks alike."""
 
 
 Job = Callable[[Mapping[str, Any], Path, Any, Any], Outcome]  # (config, folder, ranks, stop request)
@@ -41,8 +45,7 @@ Job = Callable[[Mapping[str, Any], Path, Any, Any], Outcome]  # (config, folder,
 
 def launch(job: Job, config: Mapping[str, Any], folder: Path) -> Outcome:
     """Runs `job`, a module-level function, on as many ranks as `config["engine"]` asks for (null: every visible GPU, or
-    one process on a CPU). Returns rank 0's outcome; ranks that die are restarted together, `engine.max_restarts`
-    times."""
+    one process on a CPU). Returns rank 0's outcome; ranks that die are restarted together."""
     try:
         read_group("engine", config.get("engine"))
         _refuse_missing_paths(config, folder)
@@ -61,26 +64,22 @@ def launch(job: Job, config: Mapping[str, Any], folder: Path) -> Outcome:
 
 def _refuse_missing_paths(config: Mapping[str, Any], folder: Path) -> None:
     """A misspelled path is answered before torch is imported. A run that `folder` continues does not read `init`."""
-    data = config.get("data", {})
+    data, named = config.get("data", {}), []
     if data.get("source") in FOLDER_SOURCES:
         if not data.get("root"):
             raise UserError(f"data={data['source']} needs the folder of the images: give data.root=/path/to/it.")
-        _refuse_missing("data.root", data["root"])
-    resumes = (folder / "checkpoints" / "last.pt").exists() and not config.get("fresh")
-    setting = "checkpoint" if "checkpoint" in config else "init"
-    given = None if setting == "init" and resumes else config.get(setting)
-    for path in [given] if isinstance(given, str) else given if isinstance(given, list) else []:
-        _refuse_missing(setting, path)
-
-
-def _refuse_missing(setting: str, path: str) -> None:
-    if not SCHEME.match(path) and not os.path.exists(os.path.expanduser(path)):
-        raise UserError(f"{setting}={path} does not exist: check the path, which is taken from {Path.cwd()}.")
+        named = [("data.root", data["root"])]
+    checkpoint, resumes = config.get("checkpoint"), (folder / "checkpoints" / "last.pt").exists()
+    named += [("checkpoint", path) for path in (checkpoint if isinstance(checkpoint, list) else [checkpoint])]
+    if config.get("fresh") or not resumes:
+        named.append(("init", config.get("init")))
+    for setting, path in named:
+        if isinstance(path, str) and not SCHEME.match(path) and not os.path.exists(os.path.expanduser(path)):
+            raise UserError(f"{setting}={path} does not exist: check the path, which is taken from {Path.cwd()}.")
 
 
 def joined() -> bool:
-    """Whether a launcher such as torchrun or srun started this process as one of several ranks; UserError where its
-    variables are incomplete or no numbers."""
+    """Whether a launcher such as torchrun or srun started this process; UserError where its variables are wrong."""
     for name in (*LAUNCHED, "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         if os.environ.get(name) == "":
             del os.environ[name]  # set to nothing is not set, for whoever reads it
@@ -88,23 +87,18 @@ def joined() -> bool:
     if "RANK" not in os.environ:
         return False
     advice = "start through torchrun, or `unset RANK` to train alone."
-    missing = [name for name in LAUNCHED if name not in os.environ]
-    if missing:
+    if missing := [name for name in LAUNCHED if name not in os.environ]:
         raise UserError(f"RANK={os.environ['RANK']} is set, but {', '.join(missing)} not: {advice}")
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT"):
         value, limit = os.environ.get(name, "0"), os.environ["WORLD_SIZE"] if name == "RANK" else "65536"
         if not value.isdecimal() or int(value) >= int(limit):
-            raise UserError(f"{name}={value} is not a launcher's number (WORLD_SIZE={os.environ['WORLD_SIZE']}): "
-                            f"{advice}")
+            raise UserError(f"{name}={value} is no number below {limit}: {advice}")
     return True
 
 
 def take_place(environ: MutableMapping[str, str]) -> None:
-    """Sets what torchrun would set, from SLURM's variables, in a job step of several tasks that plain `srun` started.
-
-    A step is recognised by SLURM_STEP_NUM_TASKS; SLURM_NTASKS is set in a batch script too, which is one process.
-    UserError where a variable that srun sets is missing or unreadable.
-    """
+    """Sets what torchrun would set, from SLURM's variables, in a job step of several tasks that plain `srun` started
+    (SLURM_NTASKS is set in a batch script too). UserError where a variable is missing or unreadable."""
     if "RANK" in environ or environ.get("SLURM_STEP_NUM_TASKS", "1") == "1":
         return
     try:
@@ -115,14 +109,13 @@ def take_place(environ: MutableMapping[str, str]) -> None:
                  "MASTER_ADDR": first_host(environ["SLURM_STEP_NODELIST"]),
                  "MASTER_PORT": str(SLURM_PORTS[step % len(SLURM_PORTS)])}
     except (AttributeError, IndexError, KeyError, ValueError) as error:
-        raise UserError(f"SLURM_STEP_NUM_TASKS={environ['SLURM_STEP_NUM_TASKS']} is set, but the place of this task "
-                        f"is unknown ({reason(error)}): start with srun, or through torchrun.") from None
+        raise UserError(f"SLURM_STEP_NUM_TASKS is set, but this task's place is unknown ({reason(error)}): start with "
+                        f"srun, or through torchrun.") from None
     for name, value in place.items():
         environ.setdefault(name, value)
     gpus = environ.get("SLURM_GPUS_ON_NODE", "")
     if gpus.isdecimal() and int(gpus) > here and place["LOCAL_RANK"] == "0":
-        log.warning("This machine has %s GPUs but srun started %d tasks on it, each of which uses one: start a task "
-                    "for each GPU (--ntasks-per-node).", gpus, here)
+        log.warning("srun started %d tasks for %s GPUs: start one for each (--ntasks-per-node).", here, gpus)
 
 
 def first_host(nodes: str) -> str:
@@ -141,8 +134,8 @@ def refuse_other_count(engine: Mapping[str, Any]) -> None:
     """UserError where `engine.devices` asks for another number of processes than a launcher started."""
     wanted, started = engine["devices"], os.environ["WORLD_SIZE"]
     if wanted is not None and str(wanted) not in (started, os.environ.get("LOCAL_WORLD_SIZE")):
-        raise UserError(f"engine.devices={wanted} has no effect where torchrun started {started} processes: leave it "
-                        f"out, or give torchrun --nproc-per-node={wanted}.")
+        raise UserError(f"engine.devices={wanted}, but torchrun started {started} processes: leave it out, or give "
+                        f"torchrun --nproc-per-node={wanted}.")
 
 
 def _devices(engine: Mapping[str, Any]) -> int:
@@ -165,8 +158,9 @@ def run_rank(job: Job, config: dict[str, Any], folder: str) -> Outcome:
     engine = config["engine"]
     set_up_logging(int(os.environ.get("RANK", 0)))
     try:
-        with stop_requests() as stop, join(engine["accelerator"], engine["timeout_s"]) as ranks:
+        with stop_requests() as stop, join(engine["accelerator"], engine["timeout_s"]) as ranks, suppress(Stopped):
             return job(config, Path(folder), ranks, stop)
+        return Outcome(STOPPED, "Stopped on request.")
     except UserError as error:
         return Outcome(BAD_INPUT, str(error))
     except Failure as error:
@@ -205,8 +199,7 @@ def _launch_elastic(job: Job, config: Mapping[str, Any], folder: Path, devices: 
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         return Outcome(FAILED, f"Rank {rank} {end_of(failure.exitcode)}, and {engine['max_restarts']} restarts did not "
-                               f"help (engine.max_restarts); its last words are above and in {folder}/train.log. The "
-                               f"same command continues from the last checkpoint.")
+                               f"help (engine.max_restarts): see {folder}/train.log. The same command continues.")
     except SignalException as error:
         return Outcome(STOPPED, f"Stopped on request ({error.sigval.name}).")
     finally:
@@ -229,17 +222,16 @@ def unexpected(error: BaseException) -> Outcome:
 
 def train_job(config: Mapping[str, Any], folder: Path, ranks: Any, stop: Any) -> Outcome:
     if config["dry"]:
-        from deepvit.run.forecast import forecast
-        found = forecast(config, ranks, stop)
-        return Outcome(STOPPED if found is None else DONE, value=found)
+        from deepvit.run.measures import forecast
+        return Outcome(value=forecast(config, ranks, stop))
     from deepvit.engine.folder import RunFolder
     from deepvit.run.train import train
     if not train(config, folder, ranks, stop):
         return Outcome(STOPPED)
-    return Outcome(DONE, value={"top1": RunFolder(folder).read_result().get("top1")})
+    return Outcome(value={"top1": RunFolder(folder).read_result().get("top1")})
 
 
 def eval_job(config: Mapping[str, Any], folder: Path, ranks: Any, stop: Any) -> Outcome:
     from deepvit.run import evaluate, knn
-    results = (evaluate.evaluate_all if config["knn"] is None else knn.neighbours_of_all)(config, ranks, stop)
-    return Outcome(STOPPED if results is None else DONE, "" if results else "Stopped on request.", results)
+    (evaluate.evaluate_all if config["knn"] is None else knn.neighbours_of_all)(config, ranks, stop)
+    return Outcome()

@@ -1,8 +1,11 @@
 """What is measured of a run: its accuracy (with `calibrate=N` also by batch statistics of N training images) and its
-attention; and what is said of it, in words before it starts and in numbers when it is done."""
+attention; what is said of it before it starts and when it is done; and what it would take (`dry=true`)."""
 
+import logging
+import statistics
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -18,8 +21,8 @@ from deepvit.analysis.probe import without_matrices
 from deepvit.config.records import read_json_lines
 from deepvit.config.provenance import versions
 from deepvit.config.settings import Data, Settings
-from deepvit.engine.device import device_name, local_world, usable_cores
-from deepvit.engine.evaluate import Evaluation, calibrate, evaluate
+from deepvit.engine.device import device_name, local_world, peak_bytes, prepare_device, reset_peak, usable_cores
+from deepvit.engine.evaluate import Evaluation, calibrate, evaluate, scores
 from deepvit.engine.fit import Measures
 from deepvit.engine.folder import RunFolder
 from deepvit.engine.progress import Display, Meter
@@ -31,20 +34,22 @@ from deepvit.models import ViT
 from deepvit.models.registry import count_flops, count_parameters
 from deepvit.run import build
 from deepvit.run.build import Built
+from deepvit.run.launch import Stopped
 from deepvit.run.micro_batches import norm_group
+from deepvit.run.resume import with_model_of_init
 
 AUTO = 512  # images that are enough: docs/results/calibration.md
 UNGROUPED = 256  # images at once where a norm has no group of its own: the published code's calibration
+WARM_UP, MIN_STEPS, MAX_STEPS, ENOUGH_S = 1, 3, 50, 2.0  # of a forecast, not timed; timed: at least, at most, until
+FEW_PARTS = 4  # micro-batches
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Evaluates a model on `images`, on all ranks together; None where a rank was asked to stop.
-
-    `calibration` makes the batches of training images whose statistics batch norms take first (see `calibration`; None:
-    they keep their own). The model keeps the new ones, so that a checkpoint has what was evaluated; asked to stop, it
-    keeps the old. `among`: indices of classes to choose among for `Evaluation.correct_present`.
-    """
+    """Evaluates a model on `images`, on all ranks together; None where a rank was asked to stop. `calibration` makes
+    the training images whose statistics batch norms take first, and keep unless asked to stop, so that a checkpoint has
+    what was evaluated. `among`: indices of classes to choose among for `Evaluation.correct_present`."""
 
     data: Data
     images: inputs.ImageSet
@@ -62,9 +67,8 @@ class Evaluator:
                 return before
             buffers = list(model.buffers())
             kept = [buffer.clone() for buffer in buffers]
-            is_calibrated = calibrate(model, self.calibration(), self.prepare, self.ranks, self.precision,
-                                      self._should_stop)
-            after = self._evaluate(model, shown, title) if is_calibrated else None
+            done = calibrate(model, self.calibration(), self.prepare, self.ranks, self.precision, self._should_stop)
+            after = self._evaluate(model, shown, title) if done else None
         if after is None:
             with torch.no_grad():
                 torch._foreach_copy_(buffers, kept)
@@ -96,8 +100,7 @@ def calibration(count: int, data: Data, train: inputs.ImageSet | None, norm_batc
     size = group if group > 1 else min(UNGROUPED, count)
     groups = min(count, len(train)) // size
     if not groups:
-        raise UserError(f"calibrate={count} gives fewer images than norm_batch={size}, over which the "
-                        f"norm takes its statistics ({len(train):,} are in the training set): give a multiple of it.")
+        raise UserError(f"calibrate={count} of {len(train):,} images make no group of norm_batch={size}: give more.")
     first, end = (groups * part // ranks.world for part in (ranks.rank, ranks.rank + 1))
 
     def batches() -> Iterator[inputs.Batch]:
@@ -166,8 +169,7 @@ def summary_of(built: Built) -> str:
         f"{f', {built.micro_batch} images at once in {built.memory}' if built.memory else ''})"]
     group = settings.model["attention"].get("norm_batch")
     if group and group > plan.batch_size:
-        remarks.append(f"the head norm takes its statistics over the whole batch, which has fewer than "
-                       f"model.attention.norm_batch={group} images")
+        remarks.append(f"the whole batch is smaller than model.attention.norm_batch={group}")
     if plan.batch_size > len(splits.train):
         remarks.append("images repeat within a batch")
     if settings.data.on_device:
@@ -175,12 +177,6 @@ def summary_of(built: Built) -> str:
     elif settings.data.workers * local_world(ranks) > usable_cores():
         remarks.append(f"data.workers={settings.data.workers} (per device) exceeds the {usable_cores()} cores here")
     return "; ".join(remarks)
-
-
-def headline(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The entries of `metrics.json` by which runs are compared."""
-    names = ("top1", "top5", "loss", "best_top1", "params", "flops", "images_per_s")
-    return {name: metrics[name] for name in names if name in metrics}
 
 
 def metrics_of(built: Built, meter: Meter, folder: RunFolder) -> dict[str, Any]:
@@ -202,3 +198,61 @@ def metrics_of(built: Built, meter: Meter, folder: RunFolder) -> dict[str, Any]:
         "steps": state.step, "images_per_s": meter.images_per_s, "ema": bool(settings.ema.decay),
         "probe_initial": probes.get(0), "probe_final": probes.get(state.step),
         "devices": built.ranks.world, "device": device_name(built.ranks.device), **versions()}
+
+
+def forecast(config: Mapping[str, Any], ranks: Ranks, stop: StopRequest) -> dict[str, float]:
+    """Says and returns what the run would take, memory beyond what the process had before: everything is built, a few
+    updates and one batch of the first evaluation are run, nothing is written."""
+    with ranks.sync_errors():
+        settings = build.read_settings(with_model_of_init(config))
+    prepare_device(build.precision(settings.precision, ranks.device), ranks, settings.engine.threads,
+                   settings.engine.deterministic)
+    build.check(settings, ranks)
+    before = reset_peak(ranks.device)
+    built = build.build(settings, ranks)
+    if ranks.is_main:
+        log.info("%s", summary_of(built))
+        log.info("Timing a few steps.")
+    seconds = list(_steps(built, stop))
+    if not seconds or ranks.any_asked_to_stop(bool(stop)):
+        raise Stopped
+    with closing(build.eval_batches(settings.data, built.splits.val, ranks)()) as batches, torch.no_grad():
+        # may need more memory than training does
+        scores(built.state.evaluated_model.eval(), next(batches), built.prepare, ranks, built.stepper.precision, [])
+    step = statistics.median(seconds[WARM_UP:] or seconds)
+    hours = step * built.plan.total / 3600
+    found = {"params": count_parameters(built.model), "flops": count_flops(built.model),
+             "memory_mib": (peak_bytes(ranks.device) - before) / 2**20, "steps": built.plan.total, "step_s": step,
+             "hours": hours, "device_hours": hours * ranks.world}
+    if ranks.is_main:
+        log.info("Dry run: %.3g GFLOP an image, %.0f MiB at most, %.3g s a step, %.3g h (%.3g device-hours) to train.",
+                 found["flops"] / 1e9, found["memory_mib"], step, hours, found["device_hours"])
+    return found
+
+
+def _steps(built: Built, stop: StopRequest) -> Iterator[float]:
+    """Seconds of each step, with the wait for its data; none where it was asked to stop."""
+    ranks, total = built.ranks, 0.0
+    parts, few = _parts(built)
+    data = replace(built.settings.data, batch_size=few * built.micro_batch * ranks.world)
+    make_batches = build.batch_maker(replace(built.settings, data=data), built.splits.train, ranks)
+    with closing(make_batches(0, WARM_UP + MAX_STEPS, built.micro_batch)) as stream:
+        for number in range(1, WARM_UP + MAX_STEPS + 1):
+            start = time.perf_counter()
+            _, update = built.stepper.update(built.state, next(stream), stop)
+            if update is None:
+                return
+            float(update.loss)  # waits for the device
+            taken = time.perf_counter() - start
+            yield taken * parts / few
+            total += taken
+            if number >= WARM_UP + MIN_STEPS and ranks.max(int(total > ENOUGH_S)):
+                return
+
+
+def _parts(built: Built) -> tuple[int, int]:
+    """Micro-batches of a step, and the few of them that are timed: the rest of an update takes next to nothing."""
+    settings, whole = built.settings, built.micro_batch * built.ranks.world
+    parts = settings.data.batch_size // whole
+    return parts, next(few for few in range(min(parts, FEW_PARTS), parts + 1)
+                       if few * whole % settings.augment.repeats == 0)

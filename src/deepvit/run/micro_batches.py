@@ -28,42 +28,33 @@ def unit(settings: Settings, norm_batches: Collection[int | None]) -> int:
 
 def allowed(settings: Settings, norm_batches: Collection[int | None], world: int) -> list[int]:
     """Images that a device may take at once, largest first: parts of its share of the global batch in whole `unit`s.
-
-    With None among `norm_batches` the statistics are those of whatever a device takes at once, so the size is no free
-    choice: `auto` is the whole share. UserError where the global batch does not divide over the devices, or a device's
-    share not into whole units.
-    """
+    With None among `norm_batches` the size decides the statistics, so `auto` is the whole share. UserError where the
+    global batch does not divide over the devices, or a device's share not into whole units."""
     batch, most, whole = settings.data.batch_size, settings.engine.device_batch, unit(settings, norm_batches)
     share, rest = divmod(batch, world)
     if rest:
-        raise UserError(f"data.batch_size={batch} (of all devices together) does not divide over {world} devices: give "
-                        f"a multiple of {world}.")
+        raise UserError(f"data.batch_size={batch} does not divide over {world} devices: give a multiple of {world}.")
     group, pair = norm_group(norm_batches), 2 if mixes(settings.augment) else 1
     why = " and ".join([f"norm_batch={group} takes batch statistics over so many"] * (group > 1)
                        + ["mixup and cutmix pair neighbours"] * (pair > 1))
-    if share % whole:
+    sizes = [share // parts for parts in range(1, share // whole + 1) if share % (parts * whole) == 0]
+    if not sizes:
         fitting = [size for size in range(min(group, share), 1, -1) if share % math.lcm(size, pair) == 0]
         other = f", or model.attention.norm_batch={fitting[0]}" if group > 1 and fitting else ""
         multiple = math.lcm(group, pair)
-        leaves = f"data.batch_size={batch} leaves each of {world} devices {share} images, which" if world > 1 else \
-            f"data.batch_size={batch}"
-        raise UserError(f"{leaves} is no multiple of {multiple} ({why}): give a multiple of {world * multiple}{other}.")
-    sizes = [share // parts for parts in range(1, share // whole + 1) if share % (parts * whole) == 0]
-    if most == "auto":
-        return sizes[:1] if None in norm_batches else sizes
-    if most is None:
+        raise UserError(f"data.batch_size={batch} ({share} on a device) is no multiple of {multiple} ({why}): give a "
+                        f"multiple of {world * multiple}{other}.")
+    if most is None or most == "auto" and None in norm_batches:
         return sizes[:1]
-    if most > share:
-        raise UserError(f"engine.device_batch={most} is more than a device's share of the global batch, {share} "
-                        f"images: give {share} or less, or auto.")
-    if most < sizes[-1]:
-        raise UserError(f"engine.device_batch={most} is less than the {whole} images that cannot be split ({why}): "
-                        f"give {whole} or more, or auto.")
+    if most == "auto":
+        return sizes
+    if most != (nearest := min(max(most, whole), share)):
+        raise UserError(f"engine.device_batch={most} is not from {whole}{why and f' ({why})'} to {share}, a device's "
+                        f"share of the global batch: give {nearest} or auto.")
     return [size for size in sizes if size <= most]
 
 
-def choose(settings: Settings, state: TrainState, stepper: Stepper, begun: Mapping[str, Any] | None = None
-           ) -> tuple[int, str]:
+def choose(settings: Settings, state: TrainState, stepper: Stepper, begun: Mapping[str, Any] | None) -> tuple[int, str]:
     """The size of this run's micro-batches, and in words the memory that they take where that was measured. On devices
     like those of `begun`, the content of the checkpoint that is resumed, a run keeps its size, and so its bits."""
     ranks = stepper.ranks

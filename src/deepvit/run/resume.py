@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from timm.optim import get_optimizer_info
 
 from deepvit.config.compare import changed
@@ -92,11 +93,9 @@ def _with_its_stem(config: Mapping[str, Any], run: Mapping[str, Any]) -> Mapping
 # The model of a run that starts from `init`
 
 def with_model_of_init(config: Mapping[str, Any], folder: RunFolder | None = None) -> Mapping[str, Any]:
-    """`config` with the model (and the normalisation of its images) that `init` describes.
-
-    What was typed wins: `model=NAME` wholly, `model.*` each for itself. Dropout and stochastic depth are the run's, and
-    a recipe may ask for larger images than the file's, but not for smaller ones. A run resumed in `folder` keeps its
-    model. UserError where the file cannot be read, or does not describe its model.
+    """`config` with the model (and the normalisation of its images) that `init` describes; a run resumed in `folder`
+    keeps its model. What was typed wins: `model=NAME` wholly, `model.*` each for itself. Dropout and stochastic depth
+    are the run's, and a recipe may ask for larger images than the file's, but not for smaller ones.
     """
     typed = {word.lstrip("+~").partition("=")[0] for word in (config.get("origin") or {}).get("overrides", ["model="])}
     if config["init"] is None or "model" in typed:
@@ -132,26 +131,22 @@ def _of_file(config: Mapping[str, Any], own: Mapping[str, Any]) -> tuple[dict[st
         raise Untold(f"{error} {INIT_ADVICE}") from None
     usual = model_config(config["origin"].get("choices", {}).get("model", "vit"))["img_size"]
     wanted = config["model"]["img_size"]
-    pixels, pixels_of_file = (size * size if isinstance(size, int) else size[0] * size[1]
-                              for size in (wanted, model["img_size"]))
+    pixels, pixels_of_file = (np.prod(np.broadcast_to(size, 2)) for size in (wanted, model["img_size"]))
     if wanted != usual and pixels > pixels_of_file:
         model["img_size"] = wanted
     mean, std = metadata.get("mean"), metadata.get("std")
     norm = (metadata.get("run") or {}).get("data", {}).get("norm") or name_of_norm(mean, std)
     if norm is None and mean:
-        log.warning("init=%s was trained on images of mean %s and std %s, which no data.norm has: it stays %s.",
-                    config["init"], mean, std, config["data"]["norm"])
+        log.warning("No data.norm has the mean %s and std %s of init=%s: it stays %s.", mean, std, config["init"],
+                    config["data"]["norm"])
     return model, norm
 
 
 # Whether this command may resume the run
 
 def identity(settings: Settings, splits: Splits, folder: RunFolder) -> dict[str, Any]:
-    """What a run is made of besides its settings: the images of both splits, and the content of `init` (None where
-    there is no such file any more, or it is one of this very run's, which keeps changing).
-
-    A checkpoint and `metrics.json` keep it, so that a path is never taken for what lay there.
-    """
+    """What a run is made of besides its settings, as its checkpoints and `metrics.json` keep it: the images of both
+    splits, and the content of `init` (None if that file is gone, or one of this very run's, which keeps changing)."""
     images = {name: [len(part), part.fingerprint(), part.size_mark()]
               for name, part in (("train", splits.train), ("val", splits.val))}
     digest = None
@@ -163,28 +158,26 @@ def identity(settings: Settings, splits: Splits, folder: RunFolder) -> dict[str,
 
 def refuse_finished(folder: RunFolder, config: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """A finished run answers the command that made it, whose `identity` is `now`, and no other."""
-    before = _config_of(folder)
-    known = folder.read_result().get("made_of")
+    before, known = _config_of(folder), folder.read_result().get("made_of")
     if known is None:  # an earlier version's
         with suppress(UserError):
-            known = (checkpoint.load_newest(folder.last, folder.previous) or (None, None))[1]
+            _, known = checkpoint.load_newest(folder.last, folder.previous) or (None, None)
     known = known or {}
     differences = _same_init(changed(before, config), known, now) | _other_images(known, now)
     if differences:
         raise UserError(f"The run in {folder.path} is finished with other settings: {_listed(differences)}. To train "
                         f"with these, {ADVICE}")
-    roots = before["data"].get("root"), config["data"].get("root")
-    if roots[0] != roots[1]:
-        log.warning("It was trained on data.root=%s, not %s; the images are the same.", *roots)
+    old, new = before["data"].get("root"), config["data"].get("root")
+    if old != new:
+        log.warning("It was trained on data.root=%s, not %s; the images are the same.", old, new)
 
 
-def refuse_change(content: Mapping[str, Any], config: Mapping[str, Any], splits: Splits, now: Mapping[str, Any]
-                  ) -> None:
-    """A run that is resumed from a checkpoint's `content` keeps its model, data, optimizer and randomness; another rate
+def refuse_change(begun: Mapping[str, Any], config: Mapping[str, Any], splits: Splits, now: Mapping[str, Any]) -> None:
+    """A run that is resumed from the checkpoint `begun` keeps its model, data, optimizer and randomness; another rate
     or schedule is only named. `now`: the command's `identity`."""
-    differences = _same_init(changed(upgraded(content["run"]), config), content, now)
+    differences = _same_init(changed(upgraded(begun["run"]), config), begun, now)
     refused = {name: pair for name, pair in differences.items() if name.split(".")[0] in KEPT and name not in NAMED}
-    refused |= _other_classes(content["classes"], splits.class_ids) or _other_images(content, now)
+    refused |= _other_classes(begun["classes"], splits.class_ids) or _other_images(begun, now)
     if refused:
         raise UserError(f"This run cannot be continued with other settings: {_listed(refused)}. Give them as before, "
                         f"{ADVICE}")

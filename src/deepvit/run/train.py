@@ -23,9 +23,10 @@ from deepvit.engine.signals import StopRequest
 from deepvit.errors import UserError
 from deepvit.run import build
 from deepvit.run.build import Built
-from deepvit.run.measures import attention_metrics, evaluator, headline, metrics_of, summary_of
+from deepvit.run.measures import attention_metrics, evaluator, metrics_of, summary_of
 from deepvit.run.resume import as_begun, identity, refuse_change, refuse_finished, with_model_of_init
 
+HEADLINE = ("top1", "top5", "loss", "best_top1", "params", "flops", "images_per_s")  # by which runs are compared
 log = logging.getLogger(__name__)
 
 
@@ -44,26 +45,19 @@ def train(config: Mapping[str, Any], path: Path, ranks: Ranks, stop: StopRequest
     build.check(settings, ranks)
     with folder.claimed(ranks, settings.fresh, restarted=restarts > 0) as starts_over:
         if not starts_over and ranks.gather(folder.is_finished())[0]:
-            splits = build.shared_splits(settings.data, ranks)
-            with ranks.sync_errors():
-                refuse_finished(folder, config, identity(settings, splits, folder))
-            log.info("The run in %s is finished (top-1 %.2f %% after %d steps); fresh=true starts over.", folder.path,
-                     *(folder.read_result()[name] for name in ("top1", "steps")))
-            if settings.engine.profile:
-                log.warning("engine.profile=%d has no effect on a finished run.", settings.engine.profile)
-            _drop_checkpoints(folder, settings, ranks)
+            _answer_as_finished(folder, config, settings, ranks)
             return True
 
         # Where a run's weights come from: its own checkpoint; in a new run `init`; else random ones, from the seed.
         with ranks.sync_errors():
-            found = None if starts_over else checkpoint.load_newest(folder.last, folder.previous,
-                                                                    advice="fresh=true starts over.")
-        built = build.build(settings, ranks, begun=found and found[1])
+            files = () if starts_over else (folder.last, folder.previous)
+            _, begun = checkpoint.load_newest(*files, advice="fresh=true starts over.") or (None, None)
+        built = build.build(settings, ranks, begun)
         with ranks.sync_errors():
             made_of = identity(settings, built.splits, folder)
-            if found:
-                refuse_change(found[1], config, built.splits, made_of)
-                built.state.load_state_dict(found[1])
+            if begun:
+                refuse_change(begun, config, built.splits, made_of)
+                built.state.load_state_dict(begun)
             evaluate = evaluator(built, stop)
         _refuse_different_folders(ranks.gather(built.state.step), folder)
 
@@ -72,7 +66,7 @@ def train(config: Mapping[str, Any], path: Path, ranks: Ranks, stop: StopRequest
         saver = Saver(folder, ranks, {**_metadata(config, built), **made_of})
         processes = ranks.gather(os.getpid())
         with ranks.sync_errors():
-            loggers = _open(folder, config, built, viewers, processes, resumed=found is not None, restarts=restarts)
+            loggers = _open(folder, config, built, viewers, processes, resumed=begun is not None, restarts=restarts)
         with closing(loggers):
             fit = Fit(built.state, built.stepper, built.plan, built.make_batches, evaluate, folder, saver, loggers,
                       stop, attention_metrics(built))
@@ -81,10 +75,21 @@ def train(config: Mapping[str, Any], path: Path, ranks: Ranks, stop: StopRequest
                 metrics = {**metrics_of(built, fit.meter, folder), "origin": config.get("origin"), "made_of": made_of}
                 folder.write_result(metrics)
                 folder.log_event("finished", step=built.state.step)
-                loggers.log_result(headline(metrics), built.state.step)
+                loggers.log_result({name: metrics[name] for name in HEADLINE if name in metrics}, built.state.step)
                 _drop_checkpoints(folder, settings, ranks)
                 log.info("Finished: top-1 %.2f %%; results in %s", metrics["top1"], folder.path)
         return finished
+
+
+def _answer_as_finished(folder: RunFolder, config: Mapping[str, Any], settings: Settings, ranks: Ranks) -> None:
+    splits = build.shared_splits(settings.data, ranks)
+    with ranks.sync_errors():
+        refuse_finished(folder, config, identity(settings, splits, folder))
+    log.info("The run in %s is finished (top-1 %.2f %% after %d steps); fresh=true starts over.", folder.path,
+             *(folder.read_result()[name] for name in ("top1", "steps")))
+    if settings.engine.profile:
+        log.warning("engine.profile=%d has no effect on a finished run.", settings.engine.profile)
+    _drop_checkpoints(folder, settings, ranks)
 
 
 def _open(folder: RunFolder, config: Mapping[str, Any], built: Built, viewers: list[type[Logger]],
@@ -108,8 +113,7 @@ def _open(folder: RunFolder, config: Mapping[str, Any], built: Built, viewers: l
 
 def _metadata(config: Mapping[str, Any], built: Built) -> dict[str, Any]:
     """What a checkpoint says of its run."""
-    splits = built.splits
-    return {"config": built.model.config, "classes": splits.class_ids, "class_names": splits.class_names,
+    return {"config": built.model.config, "classes": built.splits.class_ids, "class_names": built.splits.class_names,
             "masks": "image", "run": dict(config), "micro_batch": built.micro_batch,
             "device": device_name(built.ranks.device)}
 
@@ -117,8 +121,7 @@ def _metadata(config: Mapping[str, Any], built: Built) -> dict[str, Any]:
 def _refuse_different_folders(steps: list[int], folder: RunFolder) -> None:
     if len(set(steps)) > 1:
         found = ", ".join(f"rank {rank} step {step}" for rank, step in enumerate(steps))
-        raise UserError(f"The ranks found different checkpoints in {folder.path} ({found}): all machines must see the "
-                        f"same folder, on a file system that they share.")
+        raise UserError(f"The ranks found different checkpoints in {folder.path} ({found}): share one file system.")
 
 
 def _drop_checkpoints(folder: RunFolder, settings: Settings, ranks: Ranks) -> None:
