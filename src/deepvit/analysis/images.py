@@ -31,9 +31,9 @@ class Images:
 
 
 def read_images(model: ViT, paths: Sequence[Path]) -> Images:
-    """The images of files and folders, preprocessed as the model's run evaluates, or the published code if the file of
-    the model (from `deepvit.load_model`) does not say how that was. Without paths: digits for a model trained on them,
-    else the two photographs that come with scikit-learn. Raises UserError if no image can be used."""
+    """The images of files and folders, preprocessed as the model's run evaluates, or as the published code does if the
+    model's file does not say. Without paths: digits for a model trained on them, else the two photographs that come
+    with scikit-learn. Raises UserError if no image can be used."""
     if model.config["in_chans"] != 3:
         raise UserError(f"{model.load_report.path} is a model of {model.config['in_chans']} channels, and images are "
                         f"read as three: call it from Python on tensors of your own.")

@@ -101,10 +101,8 @@ class Finding:
 
     @property
     def verdict(self) -> str:
-        if self.problem:
-            return self.problem
-        if not self.is_enough:
-            return f"n = {len(self.points)}: no interval worth reading"
+        if self.problem or not self.is_enough:
+            return self.problem or f"n = {len(self.points)}: no interval worth reading"
         claim, mean = self.contrast.claim, self.difference.mean
         is_sure = (self.p if self.adjusted is None else self.adjusted) < LEVEL
         same = f"equal within {self.margin:g} points"
@@ -152,8 +150,7 @@ def find(plan: Plan, grid: Grid) -> list[Finding]:
 
 
 def _pair(contrast: Contrast, runs: Sequence[Run], outcome: str) -> tuple[dict[int, float], list[int]]:
-    """The difference of each seed, averaged over the settings that the contrast leaves open and all arms have; and the
-    seeds that lack a run. Raises LookupError if an arm has no run, or two of one seed."""
+    """The difference of each seed, and the seeds that lack a run; LookupError for an arm without a run, or with two."""
     places, arms, seeds = _places(contrast, runs), [], set()
     signs, settings = zip(*contrast.arms)
     for arm in settings:
@@ -171,8 +168,8 @@ def _pair(contrast: Contrast, runs: Sequence[Run], outcome: str) -> tuple[dict[i
         raise LookupError(f"no run is {' or '.join(map(_in_words, settings))}, all else alike")
     found = {seed: sum(sign * values[place].get(seed, math.nan) for place in common
                        for sign, values in zip(signs, arms)) / len(common) for seed in sorted(seeds)}
-    return ({seed: value for seed, value in found.items() if math.isfinite(value)},
-            [seed for seed, value in found.items() if not math.isfinite(value)])
+    points = {seed: value for seed, value in found.items() if math.isfinite(value)}  # mean over the places
+    return points, [seed for seed in found if seed not in points]
 
 
 def _in_words(settings: Mapping[str, Any]) -> str:
