@@ -24,10 +24,8 @@ def without_block(model: nn.Module, index: int) -> Iterator[None]:
 
 @contextmanager
 def with_theta(model: nn.Module, form: str) -> Iterator[None]:
-    """Inside, every Theta is its `diagonal` or the `identity`; its bias and the norm behind it stay.
-
-    The norm's running statistics are those of the whole Theta: calibrate inside, or read the result with that in mind.
-    """
+    """Inside, every Theta is its `diagonal` or the `identity`; its bias and the norm behind it stay, whose statistics
+    are those of the whole Theta unless they are calibrated inside."""
     weights = [mix.weight for mix in head_mixes(model) if mix]
     kept = [weight.data for weight in weights]
     for weight in weights:

@@ -34,10 +34,9 @@ def side_by_side(studies: Sequence[Study], width: float, height: float, title: s
 
 
 def caption(one: Study) -> str:
-    blocks, count = one.facts["probe"]["blocks"], one.facts["probe"]["images"]
-    attention = one.facts["attention"]
-    known = f"{blocks} blocks" + (f", {attention}" if attention not in one.facts["name"] else "")
-    return f"{one.facts['name']}: {known} ({count} image{'s' * (count > 1)})"
+    name, attention, count = one.facts["name"], one.facts["attention"], one.facts["probe"]["images"]
+    known = f"{one.facts['probe']['blocks']} blocks" + (f", {attention}" if attention not in name else "")
+    return f"{name}: {known} ({count} image{'s' * (count > 1)})"
 
 
 def mean_maps(studies: Sequence[Study]) -> Figure:

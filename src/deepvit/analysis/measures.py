@@ -152,8 +152,7 @@ def norm_eps(norm: BatchNorm) -> float:
 def largest_logit(logits: Tensor) -> Tensor:
     """The largest entry of q k^T as the softmax sees it, over heads, queries and keys of an image, `[B]`.
 
-    Where it grows, attention becomes one-hot and training unstable (Dehghani et al., arXiv:2302.05442, section 2;
-    Wortsman et al., arXiv:2309.14322).
+    Where it grows, attention becomes one-hot and training unstable (arXiv:2302.05442, section 2; arXiv:2309.14322).
     """
     return logits.amax((1, 2, 3))
 
@@ -162,8 +161,7 @@ def largest_logit(logits: Tensor) -> Tensor:
 def sink_mass(softmax: Tensor) -> Tensor:
     """`max_j sum_i a_ij / N`, mean over images, `[H]`: from 1/N (uniform) to 1 (all on one token, an attention sink).
 
-    Xiao et al., "Efficient Streaming Language Models with Attention Sinks", arXiv:2309.17453; in ViTs: Darcet et al.,
-    arXiv:2309.16588.
+    Xiao et al., arXiv:2309.17453; in ViTs: Darcet et al., arXiv:2309.16588.
     """
     return softmax.mean(-2).amax(-1).mean(0)
 

@@ -139,8 +139,7 @@ def at_initialisation(model: nn.Module, seed: int = 0, images: Tensor | None = N
     alone. Raises UserError if the model has no `config`.
 
     With `images` `[B, C, height, width]` the norms' running statistics are theirs, as in the first training step, and M
-    is near 0. Without, they are 0 and 1, which centres no maps: each head is near a constant, and M near +1 or -1 by
-    its sign. Neither has anything to do with learning.
+    is near 0. Without, they are 0 and 1, which centres no maps: each head is near a constant, M near +1 or -1.
     """
     model = unwrap_model(model)
     if getattr(model, "config", None) is None:

@@ -128,9 +128,8 @@ def similarity_matrix(model: nn.Module, x: Tensor, stage: Stage = "final", *, mi
 def similar_blocks(maps_or_similarity: Tensor | Sequence[Tensor], threshold: float = 0.9,
                    rule: Rule = "adjacent") -> int:
     """The number of similar blocks, of a similarity matrix `[L, L]`, adjacent similarities `[L - 1]`, or maps of every
-    block. A pair counts when its mean M over images, heads and tokens exceeds `threshold`: with rule "adjacent" pairs
-    of a block and the next, with "earlier" blocks similar to any block before them. (The paper counts them at 90 % but
-    leaves open which pairs and which mean.)"""
+    block: those whose mean M with the next block exceeds `threshold`, or by rule "earlier" with any block before. (The
+    paper counts them at 90 % but leaves open which pairs and which mean.)"""
     sims = maps_or_similarity
     if not isinstance(sims, Tensor):
         sims = adjacent_similarity(sims) if rule == "adjacent" else cross_layer_similarity(sims)
@@ -182,8 +181,7 @@ class SampledRows:
 
 def cka_matrix(model: nn.Module, x: Tensor, batch_size: int | None = None) -> Tensor:
     """Linear CKA between the tokens after all pairs of blocks, on images `[B, C, height, width]`: `[L + 1, L + 1]`,
-    index 0 the input of the first block. Takes about 1024 tokens at most, evenly spaced. Raises UserError if the model
-    has no `blocks`."""
+    index 0 the input of the first block; of some 1024 tokens. Raises UserError if the model has no `blocks`."""
     sample = SampledRows(len(x))
     for recording in recordings(model, x, batch_size):
         if not recording.tokens:

@@ -80,8 +80,8 @@ def measure(device: str = "cpu", *, batch: int | None = None, seconds: float = 2
     In float32, on a GPU in bfloat16. seconds: for each case."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     threads = torch.get_num_threads()
-    for usual, tokens, heads, head_dim in SHAPES[device]:
-        problem = Problem.draw(batch or usual, tokens, heads, head_dim, device, dtype)
+    for usual, tokens, *width in SHAPES[device]:
+        problem = Problem.draw(batch or usual, tokens, *width, device, dtype)
         torch.set_num_threads(1 if tokens < SMALL else threads)
         for job, step in (("forward + backward", _train), ("evaluation", _evaluate)):
             case = f"{job}, N={tokens}, batch {batch or usual}" + (", one thread" if tokens < SMALL else "")

@@ -29,10 +29,7 @@ Maker = Callable[[bytearray], Tensor]  # a file's bytes -> the image [3, 224, 22
 def measure(data: str | None = None, seconds: float = 60.0) -> Iterator[dict]:
     """Rows with `case`, `name`, `images_per_s` (median over rounds, per core: CPU time), `spread` (its quartiles), what
     `timing.paired` says of the case's first row against it, and `difference` to PIL (mean over pixels, of 255; in cases
-    without a PIL-only stage that amplifies rounding).
-
-    data: a folder of JPEGs, of which up to 200 are held in memory, so that the disk is not measured.
-    """
+    without a PIL-only stage that amplifies rounding). data: a folder of JPEGs, 200 of which are held in memory."""
     if data is None:
         raise UserError("The loader is measured on your JPEGs: give --data FOLDER.")
     paths = sorted(path for path in Path(data).rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))

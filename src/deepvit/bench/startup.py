@@ -35,10 +35,8 @@ def commands() -> Iterator[dict]:
 
 
 def listing(images: int = IMAGENET) -> list[dict]:
-    """A row with `case`, `name`, `ms` and `mb_node`: the index's file, once, and the private memory of 8 ranks.
-
-    images: names of a simulated tree, of which only the class folders exist.
-    """
+    """A row with `case`, `name`, `ms` and `mb_node`: the index's file, once, and the private memory of 8 ranks; of a
+    simulated tree of `images` names, of which only the class folders exist."""
     with tempfile.TemporaryDirectory() as place:
         folder, path = Path(place) / "train", Path(place) / "simulated.index"
         classes = [f"n{number:08d}" for number in range(CLASSES)]

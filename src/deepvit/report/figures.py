@@ -79,7 +79,7 @@ class Chart:
         """The same bytes for the same data."""
         return _svg(self._wide)
 
-    @cached_property
+    @property
     def narrow_svg(self) -> bytes:
         """One panel in a row."""
         return _svg(self.draw(columns=1)) if min(self.columns, len(self.panels)) > 1 else self.svg

@@ -13,9 +13,8 @@ IMAGENET_VAL = 50_000  # images of the validation set that the numbers are of
 
 @dataclass(frozen=True)
 class Published:
-    """A published result. `top1` in percent; `source` a key of `SOURCES`; `match`: settings that a run of the same
-    cell has, None for a model that is not built here, whose `remark` is what to know before comparing; `time` of
-    training, in the source's words."""
+    """A published result. `top1` in percent; `source` a key of `SOURCES`; `match`: settings of the runs that are its
+    cell, None for a model that is not built here; `remark`: to know before comparing; `time` of training."""
 
     model: str
     source: str

@@ -6,7 +6,7 @@ import re
 import textwrap
 from collections.abc import Iterable, Sequence
 from functools import partial
-from itertools import product
+from itertools import chain, product
 
 import rich.table
 from rich import box
@@ -49,7 +49,7 @@ def as_csv(grids: Sequence[Grid], threshold: float) -> str:
     """A row for each cell, of plain numbers."""
     rows = [_csv_row(grid, cell, threshold) for grid in grids for cell in grid.cells]
     text = io.StringIO()
-    writer = csv.DictWriter(text, dict.fromkeys(name for row in rows for name in row), lineterminator="\n")
+    writer = csv.DictWriter(text, dict.fromkeys(chain.from_iterable(rows)), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()

@@ -38,8 +38,7 @@ def _table(title: str, columns: Mapping[str, Callable[[Any], str]], items: Itera
 
 def similarity(run: Run, moment: str, kind: str) -> list[float]:
     """M of each pair of adjacent blocks (mean over images, heads and tokens), empty if it was not measured. `moment`:
-    initial (before the first step) or final (after the last); `kind`: final or softmax, each also as `_centred` (maps
-    minus 1/N)."""
+    one of `MOMENTS`; `kind`: of `KINDS`, `_centred` being maps minus 1/N."""
     found = (run.result.get(f"probe_{moment}") or {}).get("similarity", {}).get(kind) or {}
     return [value for value in found.get("adjacent", []) if value is not None]
 

@@ -14,7 +14,7 @@ from deepvit.config.compare import flat, labels
 from deepvit.config.provenance import git_revision
 from deepvit.errors import UserError
 from deepvit.report.figures import Chart, charts, comparison_chart
-from deepvit.report.grid import Grid, grids
+from deepvit.report.grid import Grid, differing, grids
 from deepvit.report.render import are_numbers, as_csv, printed
 from deepvit.report.runs import Run, without_paths
 from deepvit.report.tables import NONE, Table, mean_similarity, of_result, over_seeds, tables
@@ -116,9 +116,8 @@ def _limits(grid: Grid) -> str:
 
 def _comparison(runs: Sequence[Run]) -> Table:
     """Two runs beside each other: differing settings first, then the results."""
-    first, second = (run.settings for run in runs)
-    names = [name for name in dict.fromkeys([*first, *second]) if first.get(name) != second.get(name)]
-    rows = [[name, _text(first.get(name)), _text(second.get(name))] for name in names]
+    names = differing([run.settings for run in runs])
+    rows = [[name, *(_text(run.settings.get(name)) for run in runs)] for name in names]
     rows += [["command", *(run.origin.get("command", "not recorded") for run in runs)],
              ["state", *(run.state if run.finished else run.progress for run in runs)]]
     rows += [[name, *(_text(run.result.get(name)) for run in runs)] for name in RESULTS]
