@@ -1,6 +1,7 @@
 """How a program of this project ends, and the hint that goes with a misspelt word."""
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -9,6 +10,9 @@ DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75  # exit codes of every program
 
 class UserError(Exception):
     """What the user gave is wrong: one sentence that names it and says what to do. Programs print it and exit 2."""
+
+    def __str__(self) -> str:  # readable, however long the value that it quotes
+        return re.sub(r"\S{1000,}", lambda word: f"{word[0][:100]}...", super().__str__())
 
 
 class Untold(UserError):

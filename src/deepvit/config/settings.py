@@ -199,7 +199,7 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
     if not 0 <= settings.seed <= 2**62:
         raise UserError(f"seed={settings.seed} must be from 0 to 2**62.")
     shared, engine = settings.model.get("share_maps", 1), settings.engine
-    if shared > 1 and engine.compile and engine.grad_checkpointing:
+    if shared != 1 and engine.compile and engine.grad_checkpointing:
         raise UserError(f"model.share_maps={shared} goes with engine.compile or engine.grad_checkpointing, not with "
                         f"both: leave one out.")
     _check_durations(settings.schedule)
