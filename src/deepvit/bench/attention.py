@@ -47,31 +47,34 @@ class Problem:
         return self.qkv.permute(2, 0, 3, 1, 4).unbind(0)  # q, k, v [B, H, N, d]
 
 
-def _published(p: Problem, q: Tensor, k: Tensor, v: Tensor, training: bool) -> Tensor:
-    return reference.reattention(q, k, v, p.mix.to(q.dtype), p.bias.to(q.dtype), norm=p.norm, training=training)
+def _published(p: Problem, training: bool) -> Tensor:
+    mix, bias = p.mix.to(p.qkv.dtype), p.bias.to(p.qkv.dtype)
+    return reference.reattention(*p.split(), mix, bias, norm=p.norm, training=training)
 
 
-def _vit_pytorch(p: Problem, q: Tensor, k: Tensor, v: Tensor, training: bool) -> Tensor:
+def _vit_pytorch(p: Problem, training: bool) -> Tensor:
     """Heads mixed by an einsum, then LayerNorm over them at each entry (vit-pytorch's deepvit.py, rewritten)."""
+    q, k, v = p.split()
     maps = torch.einsum("bhij,hg->bgij", reference.softmax_maps(q, k), p.mix.to(q.dtype))  # [B, H, N, N]
     norm = F.layer_norm(maps.movedim(1, -1), maps.shape[1:2], p.norm.gamma.to(q.dtype), p.norm.beta.to(q.dtype))
     return norm.movedim(-1, 1) @ v
 
 
-FORMS: dict[str, Callable[[Problem, Tensor, Tensor, Tensor, bool], Tensor]] = {
-    BASE: lambda p, q, k, v, training: F.scaled_dot_product_attention(q, k, v),
-    OURS: lambda p, q, k, v, training: ops.reattention(q, k, v, p.mix, p.bias, norm=p.norm, training=training),
+Form = Callable[[Problem, bool], Tensor]  # whether in training -> the output [B, H, N, d]
+FORMS: dict[str, Form] = {
+    BASE: lambda p, training: F.scaled_dot_product_attention(*p.split()),
+    OURS: lambda p, training: ops.reattention(*p.split(), p.mix, p.bias, norm=p.norm, training=training),
     PUBLISHED: _published, "re-attention, vit-pytorch": _vit_pytorch}
 
 
-def _train(form: Callable, p: Problem) -> None:
+def _train(form: Form, p: Problem) -> None:
     leaves = [p.qkv, p.mix, p.norm.gamma, p.norm.beta]
-    torch.autograd.grad(form(p, *p.split(), True), leaves, p.grad, allow_unused=True)  # SDPA has no parameters
+    torch.autograd.grad(form(p, True), leaves, p.grad, allow_unused=True)  # SDPA has no parameters
 
 
 @torch.inference_mode()
-def _evaluate(form: Callable, p: Problem) -> None:
-    form(p, *p.split(), False)
+def _evaluate(form: Form, p: Problem) -> None:
+    form(p, False)
 
 
 def measure(device: str = "cpu", *, batch: int | None = None, seconds: float = 20.0) -> Iterator[dict]:
@@ -89,7 +92,7 @@ def measure(device: str = "cpu", *, batch: int | None = None, seconds: float = 2
     torch.set_num_threads(threads)
 
 
-def _rows(problem: Problem, step: Callable[[Callable, Problem], None], device: str, seconds: float) -> Iterator[dict]:
+def _rows(problem: Problem, step: Callable[[Form, Problem], None], device: str, seconds: float) -> Iterator[dict]:
     steps, training = {}, step is _train
     for name, form in FORMS.items():
         try:
@@ -102,8 +105,7 @@ def _rows(problem: Problem, step: Callable[[Callable, Problem], None], device: s
     for name, taken in times.items():
         row = {"name": name, **summary(taken, times.get(BASE)), **_floors(name, problem, device, training)}
         if training:
-            form = partial(FORMS[name], problem, *problem.split(), True)
-            row["kept_mb"] = sum(kept_storages(form, [problem.qkv])) / 1e6
+            row["kept_mb"] = sum(kept_storages(partial(FORMS[name], problem, True), [problem.qkv])) / 1e6
         yield row
 
 

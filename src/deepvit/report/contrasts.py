@@ -55,11 +55,6 @@ class Plan:
     margin: float = 0.5
     preregistered: str | None = None
 
-    @property
-    def loss(self) -> str:
-        """The second outcome: of the same evaluation, but of the last step for best_top1."""
-        return "uncalibrated_loss" if self.outcome.startswith("uncalibrated") else "loss"
-
 
 @dataclass(frozen=True)
 class Finding:
@@ -130,17 +125,17 @@ def read_plan(given: Mapping[str, Any]) -> Plan:
 
 
 def plan_of(grid: Grid) -> Plan | None:
-    """From its sweep's record."""
     return read_plan(grid.sweep.statistics) if grid.sweep and grid.sweep.statistics else None
 
 
 def find(plan: Plan, grid: Grid) -> list[Finding]:
-    """A plan's contrasts in the runs of its sweep."""
+    """A plan's contrasts in the runs of its sweep, with the loss of the same evaluation; of the last for best_top1."""
+    loss = "uncalibrated_loss" if plan.outcome.startswith("uncalibrated") else "loss"
     found = []
     for contrast in plan.contrasts:
         try:
             points, left_out = _pair(contrast, grid.planned, plan.outcome)
-            losses, _ = _pair(contrast, grid.planned, plan.loss)
+            losses, _ = _pair(contrast, grid.planned, loss)
             found.append(Finding(contrast, plan.margin, points, losses, left_out))
         except LookupError as error:
             found.append(Finding(contrast, plan.margin, {}, {}, [], problem=error.args[0]))

@@ -178,7 +178,8 @@ class _Plot:
 
     def __init__(self, grid: Grid):
         self.grid = grid
-        self.axis = "depth" if len(grid.depths) > 1 else next(iter(grid.extras), "attention")
+        has_depths = len({cell.depth for cell in grid.cells}) > 1
+        self.axis = "depth" if has_depths else next(iter(grid.extras), "attention")
         self.lines: dict[str, list[Cell]] = defaultdict(list)
         for cell in grid.cells:
             self.lines[", ".join([cell.attention, *cell.details(grid, but=self.axis)])].append(cell)

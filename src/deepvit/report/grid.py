@@ -7,13 +7,13 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+from deepvit.config.compare import has_no_effect
 from deepvit.report.runs import Run, Sweep, without_paths
 
 MAX_VARYING = 3  # settings beside depth, attention and seed in which runs started alone may differ in one table
-# Settings that change no result, or that another one repeats.
-NOT_COMPARED = ("engine.", "probe.", "fresh", "dry", "logger", "seed", "data.root", "data.workers",
-                "data.eval_batch_size", "data.in_memory_mb", "data.max_bad", "data.on_error", "data.decoder",
-                "data.img_size", "data.on_device", "model.num_classes")
+# Beside those that change no result: settings of hardly any effect, or that another one repeats.
+NOT_COMPARED = ("seed", "data.max_bad", "data.on_error", "data.decoder", "data.img_size", "data.on_device",
+                "model.num_classes")
 AXES = ("model.depth", "model.attention.")  # always columns
 NAMED_GROUPS = ("augment", "precision")
 ATTENTION_ORDER = ("self", "norm_only", "reattention_fc", "reattention", "reattention_identity", "reattention_ln")
@@ -80,10 +80,6 @@ class Grid:
     def finished(self) -> list[Cell]:
         """The cells with a finished run."""
         return [cell for cell in self.cells if cell.finished]
-
-    @property
-    def depths(self) -> list[int]:
-        return sorted({cell.depth for cell in self.cells})
 
     @property
     def seeds(self) -> list[int]:
@@ -182,8 +178,8 @@ def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def compared_settings(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """The settings that make a difference, of each run. A group of settings goes by its name where all runs have it."""
-    compared = [{name: value for name, value in run.settings.items() if not name.startswith(NOT_COMPARED)}
-                for run in runs]
+    compared = [{name: value for name, value in run.settings.items()
+                 if not (has_no_effect(name) or name.startswith(NOT_COMPARED))} for run in runs]
     typed = _typed_names(runs)
     for group in NAMED_GROUPS:
         names = [run.origin.get("choices", {}).get(group) for run in runs]

@@ -9,6 +9,7 @@ from contextlib import suppress
 from html import escape
 from itertools import chain
 from pathlib import Path
+from string import Template
 
 from deepvit.config.compare import flat, labels
 from deepvit.config.provenance import git_revision
@@ -20,6 +21,7 @@ from deepvit.report.runs import Run, without_paths
 from deepvit.report.tables import NONE, Table, mean_similarity, of_result, over_seeds, tables
 
 TITLE = "Depth and attention: report"
+PAGE = Template(Path(__file__).with_name("page.html").read_text())  # needs no other file, and a phone can show it
 ANY_NAME = {"encoding": "utf-8", "errors": "backslashreplace"}  # a folder's name may not be UTF-8
 RECIPE = {  # what a reader asks for first, and how it is put
     "model.embed_dim": "width {}", "model.num_heads": "{} heads", "model.mlp_ratio": "MLP x {:g}",
@@ -53,7 +55,7 @@ def write_report(runs: Sequence[Run], problems: Sequence[str], out: Path, thresh
         saved = [part.save(out / "figures") for part in parts if isinstance(part, Chart)]
         (out / "report.csv").write_text(as_csv(found, threshold), **ANY_NAME)
         (out / "report.md").write_text("\n\n".join([f"# {TITLE}", *map(as_markdown, parts)]) + "\n", **ANY_NAME)
-        (out / "report.html").write_text(_page(map(as_html, parts)), **ANY_NAME)
+        (out / "report.html").write_text(PAGE.substitute(title=TITLE, parts="".join(map(as_html, parts))), **ANY_NAME)
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror}): choose another folder with --out.") from error
     yield from filter(None, map(as_text, parts))
@@ -192,11 +194,3 @@ def _figure(chart: Chart) -> str:
     caption = escape(chart.caption)
     return (f'<figure><picture><source media="screen and (max-width: 700px)" srcset="{narrow}">'
             f'<img src="{wide}" alt="{caption}"></picture><figcaption>{caption}</figcaption></figure>')
-
-
-def _page(sections: Iterator[str]) -> str:
-    """One file that needs nothing else: tables and charts inside it, readable on a phone, no script."""
-    style = Path(__file__).with_name("page.css").read_text()
-    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
-            f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{TITLE}</title>'
-            f"<style>\n{style}</style></head><body><h1>{TITLE}</h1>{''.join(sections)}</body></html>\n")
