@@ -145,7 +145,7 @@ def find(plan: Plan, grid: Grid) -> list[Finding]:
 
 
 def _pair(contrast: Contrast, runs: Sequence[Run], outcome: str) -> tuple[dict[int, float], list[int]]:
-    """The difference of each seed, and the seeds that lack a run; LookupError for an arm without a run, or with two."""
+    """The difference of each seed, averaged over what the contrast leaves open, and the seeds that lack a run."""
     places, arms, seeds = _places(contrast, runs), [], set()
     signs, settings = zip(*contrast.arms)
     for arm in settings:
@@ -163,7 +163,7 @@ def _pair(contrast: Contrast, runs: Sequence[Run], outcome: str) -> tuple[dict[i
         raise LookupError(f"no run is {' or '.join(map(_in_words, settings))}, all else alike")
     found = {seed: sum(sign * values[place].get(seed, math.nan) for place in common
                        for sign, values in zip(signs, arms)) / len(common) for seed in sorted(seeds)}
-    points = {seed: value for seed, value in found.items() if math.isfinite(value)}  # mean over the places
+    points = {seed: value for seed, value in found.items() if math.isfinite(value)}
     return points, [seed for seed in found if seed not in points]
 
 
