@@ -51,7 +51,7 @@ def _figure(width: float, height: float, title: str, right: float = 0.3) -> Figu
     """Inches. Fixed margins are drawn twice as fast as fitted ones, and a run is watched by these figures."""
     figure = Figure(figsize=(width, height), dpi=130)
     figure.suptitle(title, fontsize=12, y=1 - 0.15 / height, va="top")
-    figure.subplots_adjust(left=1 / width, right=1 - right / width, bottom=1 / height, top=1 - 0.8 / height,
+    figure.subplots_adjust(left=1.2 / width, right=1 - right / width, bottom=1 / height, top=1 - 0.8 / height,
                            wspace=0.3, hspace=0.6)
     return figure
 
