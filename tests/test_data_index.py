@@ -146,6 +146,5 @@ def test_a_balanced_part_has_its_share_of_each_class():
 
 def test_the_bench_of_listings(monkeypatch):
     monkeypatch.setattr(startup, "apart", lambda function, *arguments, **_: function(*arguments))
-    rows = {row["name"]: row for row in startup.listing(images=5_000, files=200)}
-    assert set(rows) == {"5,000 names from the index", "200 files listed and kept", "200 files from the index"}
-    assert rows["5,000 names from the index"]["mb_node"] > 0.1
+    row, = startup.listing(images=5_000)
+    assert row["name"] == "5,000 names from the index" and row["ms"] > 0 and row["mb_node"] > 0.1

@@ -20,7 +20,7 @@ from deepvit.config.compare import flat, labels
 from deepvit.config.records import SweepRecord
 from deepvit.engine.folder import RunFolder
 from deepvit.report import grid as grid_module
-from deepvit.report import published, render, runs, tables
+from deepvit.report import published, render, runs, tables, write
 from deepvit.report.figures import depth_chart, draw_curve
 from deepvit.report.grid import grids
 from deepvit.report.statistics import summarise
@@ -311,13 +311,13 @@ def test_columns_of_the_papers_numbers_are_left_out_where_it_has_none(make_run, 
 
 
 def test_every_published_number_has_a_source_and_a_place():
-    for entry in published.entries():
-        assert entry.source in published.sources() and 50 < entry.top1 < 100
+    for entry in published.ENTRIES:
+        assert entry.source in published.SOURCES and 50 < entry.top1 < 100
         assert {"data.source", "model.depth", "model.attention.name"} <= set(entry.match)
-    for other in published.others():
-        assert other.source in published.sources() and 80 < other.top1 < 90 and 2e7 < other.params < 1e8
+    for other in published.OTHERS:
+        assert other.source in published.SOURCES and 80 < other.top1 < 90 and 2e7 < other.params < 1e8
         assert other.img_size and other.remark and not other.match
-    readme = {entry.model: (entry.top1, entry.similar_blocks) for entry in published.entries()
+    readme = {entry.model: (entry.top1, entry.similar_blocks) for entry in published.ENTRIES
               if entry.source == "readme1"}
     assert readme == {"ViT-16": (78.88, 5), "DeepViT-16": (79.10, 0), "ViT-24": (79.35, 11), "DeepViT-24": (79.99, 0),
                       "ViT-32": (79.27, 15), "DeepViT-32": (80.90, 0)}
@@ -414,7 +414,7 @@ def test_compare_names_what_differs(make_run, tmp_path, capsys):
 
 def test_table_forms_escape_what_they_hold():
     table = tables.Table("a < b", ["attention", "x|y"], [["<self>", "1|2"], ["a", "10"]], ["5 & 6"])
-    assert "&lt;self&gt;" in render.as_html(table) and "5 &amp; 6" in render.as_html(table)
-    assert "1\\|2" in render.as_markdown(table)
-    ends = {len(line.rstrip()) for line in render.as_text(table).splitlines() if line.endswith(("1|2", "10"))}
+    assert "&lt;self&gt;" in write.as_html(table) and "5 &amp; 6" in write.as_html(table)
+    assert "1\\|2" in write.as_markdown(table)
+    ends = {len(line.rstrip()) for line in write.as_text(table).splitlines() if line.endswith(("1|2", "10"))}
     assert len(ends) == 1  # numbers are flush right

@@ -4,10 +4,10 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
+from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from deepvit.analysis.measures import head_mixes
-from deepvit.analysis.recording import unwrap
 from deepvit.errors import UserError
 
 FORMS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -18,34 +18,30 @@ FORMS: dict[str, Callable[[Tensor], Tensor]] = {
 @contextmanager
 def without_block(model: nn.Module, index: int) -> Iterator[None]:
     """Inside, block `index` returns the tokens that enter it."""
-    with unwrap(model).blocks[index].register_forward_hook(lambda block, args, output: args[0]):
+    with unwrap_model(model).blocks[index].register_forward_hook(lambda block, args, output: args[0]):
         yield
 
 
 @contextmanager
 def with_theta(model: nn.Module, form: str) -> Iterator[None]:
-    """Inside, every Theta is its `diagonal` or the `identity`; its bias and the norm behind it stay.
-
-    The norm's running statistics are those of the whole Theta: calibrate inside, or read the result with that in mind.
-    """
+    """Inside, every Theta is its `diagonal` or the `identity`; its bias and the norm behind it stay, whose statistics
+    are those of the whole Theta unless they are calibrated inside."""
     weights = [mix.weight for mix in head_mixes(model) if mix]
-    kept = [weight.detach().clone() for weight in weights]
-    with torch.no_grad():
-        for weight in weights:
-            weight.copy_(FORMS[form](weight))
+    kept = [weight.data for weight in weights]
+    for weight in weights:
+        weight.data = FORMS[form](weight.data)
     try:
         yield
     finally:
-        with torch.no_grad():
-            for weight, value in zip(weights, kept, strict=True):
-                weight.copy_(value)
+        for weight, value in zip(weights, kept, strict=True):
+            weight.data = value
 
 
 def ablations(model: nn.Module, what: str) -> dict[str, AbstractContextManager[None]]:
     """Name -> context in which `model` is so: for `blocks` each block left out in turn, for `theta` both forms of it.
     Raises UserError for another word, or a model without Theta."""
     if what == "blocks":
-        return {f"without block {i}": without_block(model, i) for i in range(len(unwrap(model).blocks))}
+        return {f"without block {i}": without_block(model, i) for i in range(len(unwrap_model(model).blocks))}
     if what != "theta":
         raise UserError(f"ablate={what} is not known: give blocks, theta, or null for the whole model alone.")
     if not any(head_mixes(model)):

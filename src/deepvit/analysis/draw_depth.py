@@ -10,12 +10,11 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from deepvit.analysis.draw_maps import SIGNED, caption, hide_axes, side_by_side
-from deepvit.analysis.registry import MEASURES, Measure
+from deepvit.analysis.registry import MEASURES
 from deepvit.analysis.study import Study
 
 KINDS = {"final": "final maps", "softmax": "softmax maps", "final_centred": "final minus uniform",
@@ -27,9 +26,8 @@ WIDTHS = {"final": 7, "softmax": 2.5, "final_centred": 4, "softmax_centred": 1.2
 
 def similarity_matrices(studies: Sequence[Study]) -> Figure:
     """Mean M between all pairs of blocks, for the four kinds of maps, one row per model."""
-    figure = Figure(figsize=(3.3 * len(KINDS) + 1.4, 3.5 * len(studies) + 0.7), layout="constrained", dpi=130)
-    figure.suptitle("Similarity M of the attention maps of two blocks (mean over images, heads and tokens)",
-                    fontsize=12)
+    figure = _figure(3.3 * len(KINDS) + 1.4, 3.4 * len(studies) + 1,
+                     "Similarity M of the attention maps of two blocks (mean over images, heads and tokens)", right=1.2)
     axes = figure.subplots(len(studies), len(KINDS), squeeze=False)
     for row, one in zip(axes, studies, strict=True):
         for ax, (kind, title) in zip(row, KINDS.items(), strict=True):
@@ -37,23 +35,25 @@ def similarity_matrices(studies: Sequence[Study]) -> Figure:
             if found is None:  # of recorded maps only the final ones are known
                 ax.set_axis_off()
                 continue
-            share = f"{found['similar_blocks']} of {len(found['matrix']) - 1} adjacent pairs above 0.9"
-            image = _draw_matrix(ax, found["matrix"], f"{title}\n{share}")
+            L = len(found["matrix"])
+            image = ax.imshow(found["matrix"], cmap=SIGNED, vmin=-1, vmax=1, extent=(0.5, L + 0.5, L + 0.5, 0.5))
+            ax.set_title(f"{title}\n{found['similar_blocks']} of {L - 1} adjacent pairs above 0.9", fontsize=8)
+            ax.tick_params(labelsize=7)
+            _tick_whole_blocks(ax.xaxis, ax.yaxis)
         row[0].set_ylabel(f"{textwrap.fill(caption(one), 34)}\n\nblock", fontsize=8)
     for ax in axes[-1]:
         ax.set_xlabel("block", fontsize=8)
-    figure.colorbar(image, ax=list(axes.ravel()), shrink=0.6, pad=0.01, label="M (cosine)")
+    figure.colorbar(image, cax=figure.add_axes((0.93, 0.25, 0.01, 0.5)), label="M (cosine)")
     return figure
 
 
-def _draw_matrix(ax: Axes, matrix: Sequence[Sequence[float]], title: str) -> AxesImage:
-    """A similarity of all pairs of blocks, `[L, L]`."""
-    L = len(matrix)
-    image = ax.imshow(matrix, cmap=SIGNED, vmin=-1, vmax=1, extent=(0.5, L + 0.5, L + 0.5, 0.5))
-    ax.set_title(title, fontsize=8)
-    ax.tick_params(labelsize=7)
-    _tick_whole_blocks(ax.xaxis, ax.yaxis)
-    return image
+def _figure(width: float, height: float, title: str, right: float = 0.3) -> Figure:
+    """Inches. Fixed margins are drawn twice as fast as fitted ones, and a run is watched by these figures."""
+    figure = Figure(figsize=(width, height), dpi=130)
+    figure.suptitle(title, fontsize=12, y=1 - 0.15 / height, va="top")
+    figure.subplots_adjust(left=1.2 / width, right=1 - right / width, bottom=1 / height, top=1 - 0.8 / height,
+                           wspace=0.3, hspace=0.6)
+    return figure
 
 
 def similarity_with_depth(studies: Sequence[Study]) -> Figure:
@@ -86,11 +86,11 @@ def similarity_with_depth(studies: Sequence[Study]) -> Figure:
 
 def measures_with_depth(studies: Sequence[Study]) -> Figure:
     """The other measures against depth, all models in one panel each, before training dotted."""
-    shown = _drawn(*(one.facts["probe"] for one in studies))
-    rows = -(-len(shown) // 2)
-    figure = Figure(figsize=(10, 2.7 * rows + 1.2), layout="constrained", dpi=130)
-    figure.suptitle("What attention does, against depth (dotted: before training)", fontsize=12)
-    axes = figure.subplots(rows, 2, squeeze=False).ravel()
+    probes = [one.facts["probe"] for one in studies]
+    shown = [one for one in MEASURES.values() if one.title and any(_has(one.found_in(probe)) for probe in probes)]
+    rows = -(-len(shown) // 3)
+    figure = _figure(14, 2.6 * rows + 1.6, "What attention does, against depth (dotted: before training)")
+    axes = figure.subplots(rows, 3, squeeze=False).ravel()
     for ax, measure in zip(axes, shown, strict=False):
         for one, colour, marker, width in zip(studies, COLOURS, MARKERS, (4, 1.5), strict=False):
             _plot(ax, measure.found_in(one.facts["probe"]), color=colour, marker=marker, markersize=width + 2,
@@ -102,54 +102,23 @@ def measures_with_depth(studies: Sequence[Study]) -> Figure:
         scale(ax, measure.unit, measure.span)
     names = [Line2D([], [], color=colour, marker=marker, label=caption(one))
              for one, colour, marker in zip(studies, COLOURS, MARKERS, strict=False)]
-    figure.legend(handles=names, fontsize=8, ncols=len(names), loc="outside lower center", frameon=False)
+    figure.legend(handles=names, fontsize=8, ncols=len(names), loc="lower center", frameon=False)
     hide_axes(axes[len(shown):])
     return figure
 
 
 def draw_probe(values: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """`analysis.probe(..., matrix=True)` as two small images, uint8 [h, w, 3], drawn in a third of a second: similarity
-    between all pairs of blocks, and the other measures against depth."""
-    return {"attention/similarity": _pixels(_similarity(values["similarity"])),
-            "attention/by_block": _pixels(_by_block(values))}
-
-
-def _similarity(found: Mapping[str, Any]) -> Figure:
-    figure = Figure(figsize=(3 * len(KINDS), 3.1), dpi=90)
-    axes = figure.subplots(1, len(KINDS))
-    figure.subplots_adjust(left=0.05, right=0.9, bottom=0.16, top=0.9, wspace=0.22)
-    for ax, (kind, title) in zip(axes, KINDS.items(), strict=True):
-        image = _draw_matrix(ax, found[kind]["matrix"], title)
-        ax.set_xlabel("block", fontsize=8)
-    axes[0].set_ylabel("block", fontsize=8)
-    bar = figure.colorbar(image, cax=figure.add_axes((0.92, 0.16, 0.01, 0.74))).ax
-    bar.set_ylabel("M (cosine)", fontsize=8)
-    bar.tick_params(labelsize=7)
-    return figure
-
-
-def _by_block(values: Mapping[str, Any]) -> Figure:
-    shown = _drawn(values)
-    rows = -(-len(shown) // 4)
-    figure = Figure(figsize=(13, 2.7 * rows), dpi=90)
-    axes = figure.subplots(rows, 4, squeeze=False).ravel()
-    figure.subplots_adjust(left=0.05, right=0.99, bottom=0.2 / rows, top=1 - 0.2 / rows, wspace=0.25, hspace=0.5)
-    for ax, measure in zip(axes, shown, strict=False):
-        _plot(ax, measure.found_in(values), marker=".")
-        ax.set_title(f"{measure.title}\n({measure.unit})", fontsize=8)
-        scale(ax, measure.unit, measure.span)
-    return figure
+    """`analysis.probe(..., matrix=True)` as two images, uint8 [h, w, 3]: similarity, and all else by block."""
+    studies = [Study({}, {"name": "this step", "attention": "", "probe": values, "initial": None})]
+    return {"attention/similarity": _pixels(similarity_matrices(studies)),
+            "attention/by_block": _pixels(measures_with_depth(studies))}
 
 
 def _pixels(figure: Figure) -> np.ndarray:
+    figure.set_dpi(90)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3]
-
-
-def _drawn(*probes: Mapping[str, Any]) -> list[Measure]:
-    """The measures with a panel of their own that any of the probes has."""
-    return [one for one in MEASURES.values() if one.title and any(_has(one.found_in(probe)) for probe in probes)]
 
 
 def _has(values: Sequence[float | None]) -> bool:

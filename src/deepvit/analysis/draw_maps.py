@@ -34,10 +34,9 @@ def side_by_side(studies: Sequence[Study], width: float, height: float, title: s
 
 
 def caption(one: Study) -> str:
-    blocks, count = one.facts["probe"]["blocks"], one.facts["probe"]["images"]
-    attention = one.facts["attention"]
-    known = f"{blocks} blocks" + (f", {attention}" if attention not in one.facts["name"] else "")
-    return f"{one.facts['name']}: {known} ({count} image{'s' * (count > 1)})"
+    name, attention, count = one.facts["name"], one.facts["attention"], one.facts["probe"]["images"]
+    known = f"{one.facts['probe']['blocks']} blocks" + (f", {attention}" if attention not in name else "")
+    return f"{name}: {known} ({count} image{'s' * (count > 1)})"
 
 
 def mean_maps(studies: Sequence[Study]) -> Figure:
@@ -112,15 +111,15 @@ def rolled_out(studies: Sequence[Study]) -> Figure:
 
 def theta(studies: Sequence[Study]) -> Figure | None:
     """Theta, the mix of heads, of every block that has one; None if no model has."""
-    mixed = [one for one in studies if any(name.startswith("theta/") for name in one.tensors)]
-    if not mixed:
+    found = [(one, thetas) for one in studies
+             if (thetas := {name: value for name, value in one.tensors.items() if name.startswith("theta/")})]
+    if not found:
         return None
-    found = [{name: value for name, value in one.tensors.items() if name.startswith("theta/")} for one in mixed]
     columns = 4
-    rows = math.ceil(max(map(len, found)) / columns)
-    figure, parts = side_by_side(mixed, 1.8 * columns + 0.6, 2.0 * rows + 1,
+    rows = math.ceil(max(len(thetas) for _, thetas in found) / columns)
+    figure, parts = side_by_side([one for one, _ in found], 1.8 * columns + 0.6, 2.0 * rows + 1,
                                  "Theta, the mix of heads (rows: new head, columns: source head)")
-    for part, thetas in zip(parts, found, strict=True):
+    for part, (_, thetas) in zip(parts, found, strict=True):
         axes = part.subplots(rows, columns, squeeze=False).ravel()
         most = max(value.abs().max().item() for value in thetas.values())
         for ax, (name, value) in zip(axes, thetas.items(), strict=False):
@@ -140,8 +139,7 @@ def _colour_limit(values: Tensor) -> float:
 
 
 def coloured(values: Tensor, signed: bool) -> np.ndarray:
-    """A map `[rows, columns]` as RGBA on its own scale: in colour from 0 to `_colour_limit`; a flat one, which would be
-    a single colour, in grey from its lowest to its highest weight."""
+    """A map `[rows, columns]` as RGBA: in colour from 0 to `_colour_limit`, a flat one in grey from end to end."""
     if is_flat(values):
         return colormaps["gray"](Normalize()(values.numpy()))
     scale = Normalize(-_colour_limit(values) if signed else 0, _colour_limit(values))

@@ -4,9 +4,10 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
+from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from deepvit.analysis.recording import BRANCHES, branches_of, modes_kept, unwrap
+from deepvit.analysis.recording import BRANCHES, branches_of, modes_kept
 from deepvit.errors import UserError
 
 
@@ -21,10 +22,9 @@ def block_norms(model: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor] | 
     `gradient_weights` (of all the block's parameters).
 
     `training`: as the model trains (batch statistics, dropout), which the gradients of an untrained norm need; else in
-    eval mode. Buffers, flags, gradients and random state are as before in both cases. Raises UserError if the model has
-    no `blocks`.
+    eval mode. Buffers, flags, gradients and random state are left alone. Raises UserError if there are no `blocks`.
     """
-    model = unwrap(model)
+    model = unwrap_model(model)
     if not getattr(model, "blocks", None):
         raise UserError(f"{type(model).__name__} has no `blocks` to measure.")
     seen: list[dict[str, Tensor]] = [{} for _ in model.blocks]

@@ -16,7 +16,7 @@ from deepvit.data.listing import KINDS, Walk, in_words
 from deepvit.errors import UserError
 from deepvit.models import ViT
 
-PUBLISHED = {"crop_pct": None, "interpolation": "bicubic", "norm": "half"}  # where a file does not say
+PUBLISHED = {"crop_pct": None, "interpolation": "bicubic", "norm": "half", "source": None}  # where a file says nothing
 log = logging.getLogger(__name__)
 
 
@@ -31,9 +31,9 @@ class Images:
 
 
 def read_images(model: ViT, paths: Sequence[Path]) -> Images:
-    """The images of files and folders, preprocessed as the model's run evaluates, or the published code if the file of
-    the model (from `deepvit.load_model`) does not say how that was. Without paths: digits for a model trained on them,
-    else the two photographs that come with scikit-learn. Raises UserError if no image can be used."""
+    """The images of files and folders, preprocessed as the model's run evaluates, or as the published code does if the
+    model's file does not say. Without paths: digits for a model trained on them, else the two photographs that come
+    with scikit-learn. Raises UserError if no image can be used."""
     if model.config["in_chans"] != 3:
         raise UserError(f"{model.load_report.path} is a model of {model.config['in_chans']} channels, and images are "
                         f"read as three: call it from Python on tensors of your own.")
@@ -59,12 +59,10 @@ def read_images(model: ViT, paths: Sequence[Path]) -> Images:
 
 def class_names(model: ViT) -> list[str]:
     """The names stored with the weights; ImageNet's for 1000 classes; else numbers."""
-    said = model.load_report.said
-    if stored := said.get("class_names") or said.get("classes"):
-        return list(stored)
-    if model.num_classes == 1000:
+    stored = model.load_report.said.get("class_names") or model.load_report.said.get("classes")
+    if not stored and model.num_classes == 1000:
         return ImageNetInfo().label_descriptions()
-    return [f"class {index}" for index in range(model.num_classes)]
+    return list(stored or (f"class {index}" for index in range(model.num_classes)))
 
 
 def top_classes(logits: Tensor, names: Sequence[str], count: int = 5) -> list[list[tuple[str, float]]]:
@@ -89,7 +87,7 @@ def evaluated_as(model: ViT) -> dict[str, Any]:
     said = model.load_report.said
     found = (said.get("run") or {}).get("data") or {
         "norm": data.name_of_norm(said.get("mean"), said.get("std")) or PUBLISHED["norm"]}
-    return {name: found.get(name, value) for name, value in {**PUBLISHED, "source": None}.items()}
+    return {name: found.get(name, value) for name, value in PUBLISHED.items()}
 
 
 def _examples(source: str | None) -> list[tuple[str, Any]]:

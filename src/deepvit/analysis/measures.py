@@ -9,10 +9,11 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from timm.utils import unwrap_model
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm  # plain and synchronised
 
-from deepvit.analysis.recording import attention_modules, rms, unwrap
+from deepvit.analysis.recording import attention_modules, rms
 from deepvit.analysis.registry import measure
 from deepvit.errors import UserError
 from deepvit.models.attention import HeadMix
@@ -54,8 +55,7 @@ def attention_distance(maps: Tensor, grid: tuple[int, int]) -> Tensor:
     """Mean distance between a patch and the patches it attends to, weighted by attention, in patches. `[H]`.
 
     Dosovitskiy et al., arXiv:2010.11929, figure 7 (there in pixels): `sum_j a_ij |r_i - r_j| / sum_j a_ij` over patches
-    j, mean over patches i, of softmax maps. `grid`: (rows, columns) of patches, the last rows * columns tokens; those
-    before (class token, registers) are left out.
+    j, mean over patches i, of softmax maps. `grid`: (rows, columns) of patches, which are the last tokens.
     """
     patches = grid[0] * grid[1]
     maps = maps[..., -patches:, -patches:]
@@ -66,7 +66,7 @@ def attention_distance(maps: Tensor, grid: tuple[int, int]) -> Tensor:
 
 def patch_grid(model: nn.Module, tokens: int) -> tuple[int, int] | None:
     """(rows, columns) of patches of a model that knows it, else of the square among `tokens`; None if there is none."""
-    model = unwrap(model)
+    model = unwrap_model(model)
     grid = getattr(model, "grid_size", None) or getattr(getattr(model, "patch_embed", None), "grid_size", None)
     if grid is None and math.isqrt(tokens - 1) ** 2 == tokens - 1:
         grid = (math.isqrt(tokens - 1),) * 2
@@ -78,9 +78,8 @@ def patch_grid(model: nn.Module, tokens: int) -> tuple[int, int] | None:
 def effective_rank(maps: Tensor) -> Tensor:
     """How many directions the maps have, from 1 to N: `(sum s^2)^2 / sum s^4` over singular values s. `[H]`.
 
-    The participation ratio of s^2: an effective rank in the sense of Roy & Vetterli (EUSIPCO 2007) with Renyi's entropy
-    of order 2 for Shannon's, which needs one product and no decomposition: `|A|^4 / |A^T A|^2`. A map that gives every
-    query the same has rank 1 (Dong et al., arXiv:2103.03404).
+    Roy & Vetterli's effective rank (EUSIPCO 2007) of s^2, with Renyi's entropy of order 2 for Shannon's, which needs no
+    decomposition: `|A|^4 / |A^T A|^2`. A map that gives every query the same has 1 (Dong et al., arXiv:2103.03404).
     """
     maps = maps.float() / maps.float().norm(dim=(-2, -1), keepdim=True).clamp_min(1e-30)  # |A| = 1
     return (maps.mT @ maps).square().sum((-2, -1)).reciprocal().mean(0)
@@ -119,17 +118,15 @@ def diagonal_share(theta: Tensor) -> float:
 def norm_variance(module: nn.Module, softmax: Tensor) -> Tensor | None:
     """Variance of the maps that a BatchNorm over heads sees, over images and entries, `[H]`; None without that norm.
 
-    `softmax`: the attention module's softmax maps `[B, H, N, N]`. To be read against the norm's eps: where the variance
-    is smaller, the norm divides by a constant and acts as a temperature. Exact over batches that are averaged, because
-    the mean is known beforehand: rows sum to one.
+    `softmax`: the module's softmax maps `[B, H, N, N]`. Where the variance is below the norm's eps, the norm divides by
+    a constant and acts as a temperature. Averaged over batches it is exact: as rows sum to one, the mean is known.
     """
     if not isinstance(getattr(module, "norm", None), BatchNorm):
         return None
     flat = (softmax - 1 / softmax.shape[-1]).transpose(0, 1).flatten(1)  # [H, B N N]
     covariance = flat @ flat.mT / flat.shape[1]  # [H, H]
-    if getattr(module, "mix", None) is None:
-        return covariance.diagonal()
-    return (module.mix.weight @ covariance * module.mix.weight).sum(1)
+    mix = getattr(module, "mix", None)
+    return covariance.diagonal() if mix is None else (mix.weight @ covariance * mix.weight).sum(1)
 
 
 @measure("norm_dose", "module", "softmax", title="Variance before the norm over heads / eps", unit="ratio", span=10)
@@ -155,8 +152,7 @@ def norm_eps(norm: BatchNorm) -> float:
 def largest_logit(logits: Tensor) -> Tensor:
     """The largest entry of q k^T as the softmax sees it, over heads, queries and keys of an image, `[B]`.
 
-    Where it grows, attention becomes one-hot and training unstable (Dehghani et al., arXiv:2302.05442, section 2;
-    Wortsman et al., arXiv:2309.14322).
+    Where it grows, attention becomes one-hot and training unstable (arXiv:2302.05442, section 2; arXiv:2309.14322).
     """
     return logits.amax((1, 2, 3))
 
@@ -165,8 +161,7 @@ def largest_logit(logits: Tensor) -> Tensor:
 def sink_mass(softmax: Tensor) -> Tensor:
     """`max_j sum_i a_ij / N`, mean over images, `[H]`: from 1/N (uniform) to 1 (all on one token, an attention sink).
 
-    Xiao et al., "Efficient Streaming Language Models with Attention Sinks", arXiv:2309.17453; in ViTs: Darcet et al.,
-    arXiv:2309.16588.
+    Xiao et al., arXiv:2309.17453; in ViTs: Darcet et al., arXiv:2309.16588.
     """
     return softmax.mean(-2).amax(-1).mean(0)
 
@@ -181,8 +176,8 @@ def class_token_mass(softmax: Tensor, cls_token: Tensor) -> Tensor:
 def rank_residual(tokens: Tensor) -> Tensor:
     """`|X - 1 x^T| / |X|` of an image's tokens X `[N, D]`, x their mean, `[B]`: 0 where all tokens are the same.
 
-    Dong et al., "Attention is not all you need", arXiv:2103.03404, whose norm is sqrt(|X|_1 |X|_inf); here it is
-    Frobenius', for which the mean is the nearest matrix of equal rows, so it stays between 0 and 1.
+    Dong et al., arXiv:2103.03404, whose norm is sqrt(|X|_1 |X|_inf); for Frobenius' norm, as here, the mean is the
+    nearest matrix of equal rows, so it stays between 0 and 1.
     """
     tokens = tokens.float()
     return (tokens - tokens.mean(1, keepdim=True)).norm(dim=(1, 2)) / tokens.norm(dim=(1, 2)).clamp_min(1e-30)
@@ -216,9 +211,8 @@ def rollout(maps: Sequence[Tensor]) -> Tensor:
     """How much of each input token the last block's tokens hold, if attention were all that moves them: `[B, N, N]`,
     rows sum to one, of `[B, H, N, N]` per block, read once and in order.
 
-    Abnar & Zuidema, arXiv:2005.00928: `R_n = A'_n R_{n-1}`, `A'` the mean over heads plus identity, rows sum to 1.
-    Final maps of re-attention may be negative and need not sum to one; their absolute values are taken and each head's
-    rows normalised first, which changes nothing for softmax maps.
+    Abnar & Zuidema, arXiv:2005.00928: `R_n = A'_n R_{n-1}`, `A'` the mean over heads plus identity, rows sum to 1. Of
+    final maps, which may be negative, absolute values are taken and each head's rows normalised first.
     """
     result = None
     for block in maps:

@@ -19,7 +19,7 @@ from torch import Tensor
 from deepvit.analysis.measures import attention_entropy, effective_rank
 from deepvit.analysis.similarity import cross_layer_similarity, head_similarity, similar_blocks
 from deepvit.analysis.study import Study
-from deepvit.errors import UserError
+from deepvit.errors import UserError, first_line
 
 MAPS = 3  # the item of a block that its maps are
 FLOATS = ("f2", "f4", "f8")
@@ -36,16 +36,14 @@ def read_pickled_maps(path: Path) -> list[Tensor]:
     except OSError as error:
         raise UserError(f"The maps {path} cannot be read ({error.strerror}): give a file's path.") from None
     except Exception as error:  # a torn or forged pickle may raise anything
-        reason = str(error).strip().splitlines()[0][:100].rstrip(" .:") if str(error).strip() else type(error).__name__
-        raise UserError(f"{path} is torn, or no pickle of arrays and tensors alone ({reason}): save the maps "
-                        f"[B, H, N, N] of each block, one pickle.dump after the other.") from None
+        raise UserError(f"{path} is torn, or no pickle of arrays and tensors alone "
+                        f"({first_line(error)[:100].rstrip(' .:')}): save the maps [B, H, N, N] of each block, one "
+                        f"pickle.dump after the other.") from None
     maps = [*map(_tensor, _blocks(objects))]
-    shapes = [*map(_shape, maps)]
-    shape = shapes[0] if shapes else None
-    if shape is None or {*shapes} != {shape} or len(shape) != 4 or shape[2] != shape[3] or min(shape) == 0:
-        found = next((other for other in shapes if other != shape), shape)
+    *others, shape = dict.fromkeys(map(_shape, maps)) or [None]
+    if others or shape is None or len(shape) != 4 or shape[2] != shape[3] or min(shape) == 0:
         raise UserError(f"{path} holds no attention maps [B, H, N, N] of one shape for each block (one is "
-                        f"{found or 'something else'}): save item 3 of each block as the published code reads it.")
+                        f"{shape or 'something else'}): save item 3 of each block as the published code reads it.")
     if not all(torch.isfinite(one).all() for one in maps):
         raise UserError(f"{path} holds maps with entries that are not finite: save them anew.")
     return [one.float() for one in maps]
@@ -84,8 +82,7 @@ def _shape(maps: Tensor | None) -> tuple[int, ...] | None:
 
 
 def _tensor(value: Any) -> Tensor | None:
-    if isinstance(value, _Array):
-        value = value.array
+    value = value.array if isinstance(value, _Array) else value
     if isinstance(value, np.ndarray):
         return torch.from_numpy(value.astype(value.dtype.newbyteorder("=")))  # a copy that may be written to
     return value if isinstance(value, Tensor) else None

@@ -8,10 +8,11 @@ from itertools import chain, pairwise
 from typing import Any
 
 import torch
+from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from deepvit.analysis.measures import BatchNorm, patch_grid, thetas
-from deepvit.analysis.recording import BRANCHES, HELD_BYTES, Maps, Recording, attention_modules, recordings, unwrap
+from deepvit.analysis.recording import BRANCHES, HELD_BYTES, Maps, Recording, attention_modules, recordings
 from deepvit.analysis.registry import MEASURES
 from deepvit.analysis.similarity import SampledRows, centred, cross_layer_similarity, similar_blocks, unit_columns
 from deepvit.engine.evaluate import statistics_of_the_batch
@@ -32,10 +33,9 @@ def probe(model: nn.Module, x: Tensor, *, batch_size: int | None = None, thresho
     with `adjacent` (per pair), `mean`, `similar_blocks` (pairs whose mean M is above `threshold`) and, with `matrix`,
     the all-pairs `matrix`.
 
-    The model is left as it was (training flags, statistics, random state). `batch_size`: images at a time, by default
-    what keeps one block's maps within 32 MiB; two blocks' maps are held at a time. With `matrix` the maps of all blocks
-    are, of as many images as keep them within 256 MiB (but one at least), three times over. Raises UserError if there
-    is no attention, or no image.
+    The model and random state are left as they were. `batch_size`: images at a time, by default what keeps one block's
+    maps within 32 MiB; two blocks' maps are held at a time. With `matrix` the maps of all blocks are, within 256 MiB or
+    of one image, three times over. Raises UserError if there is no attention, or no image.
     """
     sums: dict[str, list[float | None]] = {}
     matrices: dict[str, Tensor] = {}
@@ -68,7 +68,7 @@ def _held(maps: Maps) -> Sequence[Tensor]:
 
 def _attentions(model: nn.Module, recording: Recording, maps: Mapping[str, Sequence[Tensor]]) -> Iterator[Block]:
     """What measures take of each attention."""
-    cls_token, previous = getattr(unwrap(model), "cls_token", None), {}
+    cls_token, previous = getattr(unwrap_model(model), "cls_token", None), {}
     for module, *stages in zip(recording.modules, *maps.values(), strict=True):
         block = dict(zip(maps, stages))
         softmax, final = block["softmax"], block["final"]
@@ -138,11 +138,10 @@ def at_initialisation(model: nn.Module, seed: int = 0, images: Tensor | None = N
     """A freshly initialised deepvit model of the same settings (`model.config`), in eval mode; random state is left
     alone. Raises UserError if the model has no `config`.
 
-    With `images` `[B, C, height, width]` the norms' running statistics are theirs, as the first training step sees
-    them, and M is near 0. Without, they are 0 and 1, and an untrained norm over heads does not yet centre the maps:
-    each head is near a constant, and M near +1 or -1 by its sign. Neither has anything to do with learning.
+    With `images` `[B, C, height, width]` the norms' running statistics are theirs, as in the first training step, and M
+    is near 0. Without, they are 0 and 1, which centres no maps: each head is near a constant, M near +1 or -1.
     """
-    model = unwrap(model)
+    model = unwrap_model(model)
     if getattr(model, "config", None) is None:
         raise UserError(f"{type(model).__name__} does not say how it was built: only deepvit models can be looked at "
                         f"at initialisation.")
@@ -155,9 +154,8 @@ def at_initialisation(model: nn.Module, seed: int = 0, images: Tensor | None = N
 
 @torch.no_grad()
 def with_statistics_of(model: nn.Module, images: Tensor) -> nn.Module:
-    """A copy of `model` in eval mode whose running statistics are those of `images`, which is what a norm computes in
-    the first training steps, before its running statistics mean anything. Random state is left alone."""
-    model = deepcopy(unwrap(model))
+    """A copy of `model` in eval mode whose norms have the statistics of `images`, as in the first training step."""
+    model = deepcopy(unwrap_model(model))
     with statistics_of_the_batch(model):
         model(images)
     return model.eval()
@@ -166,10 +164,9 @@ def with_statistics_of(model: nn.Module, images: Tensor) -> nn.Module:
 def regime(model: nn.Module, images: Tensor) -> dict[str, list[float]]:
     """Where an untrained model stands: how far its maps are from uniform, and how loud its branches are.
 
-    `model`: anything with `blocks` of one attention each, in the residual form of `models.blocks.Block`; its norms take
-    their statistics from the images `[B, C, height, width]`, as in the first training step. Gives lists with an entry
-    per block, in the order of a table's columns: `spread` (N std(A)), `gain` (of the final maps over the softmax maps),
-    `attention` and `mlp` (RMS of the branch over that of the stream): see `measures`.
+    `model`: anything with `blocks` of one attention each, as `models.blocks.Block`; its norms take their statistics
+    from the images `[B, C, height, width]`. Gives lists with an entry per block: `spread` (N std(A)), `gain` (of the
+    final maps over the softmax maps), `attention` and `mlp` (RMS of the branch over that of the stream).
     """
     found = probe(with_statistics_of(model, images), images)
     branches = found["branch_over_stream"]

@@ -9,6 +9,7 @@ from typing import get_args
 import timm.layers
 import torch
 from timm.models.vision_transformer import ParallelScalingBlock
+from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from deepvit import ops
@@ -72,19 +73,13 @@ def frozen(module: nn.Module) -> Iterator[None]:
         yield
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel and torch.compile: on one rank alone DDP's forward would wait."""
-    while isinstance(model, nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
-        model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model._orig_mod
-    return model
-
-
 def attention_modules(model: nn.Module) -> list[nn.Module]:
     """The modules whose maps can be read, in the order of definition. Raises UserError if there is none."""
-    found = [module for module in unwrap(model).modules() if _reader(module)]
+    model = unwrap_model(model)
+    found = [module for module in model.modules() if _reader(module)]
     if not found:
-        raise UserError(f"{type(unwrap(model)).__name__} has no attention that can be read: give a deepvit model or a "
-                        f"timm VisionTransformer.")
+        raise UserError(f"{type(model).__name__} has no attention that can be read: give a deepvit model or a timm "
+                        f"VisionTransformer.")
     return found
 
 
@@ -107,10 +102,9 @@ class Maps(Sequence[Tensor]):
 class Recording:
     """What one pass of images fed the attention modules and blocks: `[B, N, D]` each, in the order of the calls.
 
-    `modules` and `inputs` are the attention modules and their inputs; `tokens` the input of the first block of
-    `model.blocks` and the output of every block (empty if the model has no `blocks`); `branches` the RMS `[B]` of each
-    block's `attention` and `mlp` as they are added (empty if it has no `drop_path1`, `drop_path2`); `logits` the
-    model's output.
+    `modules`, `inputs`: the attention modules and what entered them; `tokens`: the input of the first of `model.blocks`
+    and the output of each (empty without `blocks`); `branches`: RMS `[B]` of each block's `attention` and `mlp` as they
+    are added (empty without `drop_path1`, `drop_path2`); `logits`: the model's output.
     """
 
     def __init__(self):
@@ -135,9 +129,7 @@ class Recording:
         self.inputs.append((args[0] if args else kwargs["x"]).detach())
 
     def _take_block(self, block: nn.Module, args: tuple, output: Tensor) -> None:
-        if not self.tokens:
-            self.tokens.append(args[0].detach())
-        self.tokens.append(output.detach())
+        self.tokens += [output.detach()] if self.tokens else [args[0].detach(), output.detach()]
 
     def _take_branch(self, name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
         self.branches[name].append(rms(output.detach()))
@@ -150,10 +142,9 @@ def branches_of(block: nn.Module) -> dict[str, nn.Module]:
 
 
 def record(model: nn.Module, x: Tensor) -> Recording:
-    """One forward pass of images `[B, C, height, width]` in eval mode, its attention inputs and tokens kept. Training
-    flags, BatchNorm statistics, gradients and random state stay as they were. Raises UserError if the model has no
-    attention that can be read."""
-    model = unwrap(model)
+    """One forward pass of images `[B, C, height, width]` in eval mode, its attention inputs and tokens kept; the model
+    and random state stay as they were. Raises UserError if the model has no attention that can be read."""
+    model = unwrap_model(model)
     recording, modules = Recording(), attention_modules(model)
     parameter = next(model.parameters())
     with ExitStack() as hooks, frozen(model):
@@ -185,13 +176,12 @@ def attention_maps(model: nn.Module, x: Tensor, stage: Stage = "final", *,
                    batch_size: int | None = None) -> list[Tensor]:
     """The attention maps of every block of an unmodified model, `[B, H, N, N]` float32 on its device, rows queries.
 
-    `model` is a deepvit model, or anything built of `timm.layers.Attention`, such as timm's VisionTransformer; `x`
-    images `[B, C, height, width]`, normalised as it expects. At stage "final" they are what multiplies v, at "softmax"
-    what there is before the heads are mixed (the same for plain attention), at "logits" q k^T as the softmax sees it.
-    Final maps of re-attention may be negative and their rows need not sum to one. `batch_size`: images per forward
-    pass, by default as many as keep a block's maps within 32 MiB. All blocks at once take `4 B L H N^2` bytes (one
-    image at 577 tokens, 12 heads and 32 blocks: 0.5 GB); `record(model, x).maps()` gives them one at a time. Raises
-    UserError if the model has no attention, or the images are not of its size.
+    `model`: a deepvit model, or anything built of `timm.layers.Attention`, such as timm's VisionTransformer; `x`:
+    images `[B, C, height, width]`, normalised as it expects. `stage`: "final" maps multiply v, "softmax" ones are not
+    mixed yet, "logits" are q k^T as the softmax sees it. Final maps of re-attention may be negative and their rows need
+    not sum to one. `batch_size`: images per forward pass, by default as many as keep a block's maps within 32 MiB. The
+    result takes `4 B L H N^2` bytes; `record(model, x).maps()` gives one block at a time. Raises UserError if the model
+    has no attention, or the images are not of its size.
     """
     result: list[Tensor] = []
     start = 0

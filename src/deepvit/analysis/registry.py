@@ -22,9 +22,8 @@ class Measure:
     - of both, once for all images: `norm`, `theta`; `rows_first`, `rows_before`, `rows_after` (a sample `[n, D]` of
       those tokens).
 
-    It returns a number, a tensor whose mean is the number, or None where a block has no such thing. `title`, `unit`: of
-    its panel in figures (without a title it is not drawn); `span`: the least span of that panel's axis, in its unit,
-    for "ratio" a factor.
+    It returns a number, a tensor whose mean is the number, or None where a block has none. A `title` gives it a panel
+    in figures; `span`: the least span of the panel's axis, in its `unit`, for "ratio" a factor.
     """
 
     name: str

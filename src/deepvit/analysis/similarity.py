@@ -2,9 +2,8 @@
 similar, and how alike the tokens of any two blocks are. Maps are `[B, H, N, N]` per block, rows queries; a sequence of
 them may compute them as they are read.
 
-M is confounded: a norm over heads centres the maps and so lowers M without the heads being mixed, and softmax maps near
-uniform are alike whatever the model learned. So look at M beside M of the softmax maps, of `centred` maps, and at
-initialisation.
+M is confounded: a norm over heads lowers it without mixing heads, and softmax maps near uniform are alike whatever was
+learned. So look at it beside M of the softmax maps, of `centred` maps, and at initialisation.
 """
 
 import math
@@ -65,8 +64,7 @@ def _check_alike(p: Tensor, q: Tensor) -> None:
 
 
 def adjacent_similarity(maps: Sequence[Tensor], per_head: bool = False) -> Tensor:
-    """Mean M between each block and the next, over images, heads and tokens: `[L - 1]`, or `[L - 1, H]` per head. Holds
-    the maps of two blocks at a time."""
+    """Mean M of each block and the next, over images, heads and tokens: `[L - 1]`, or `[L - 1, H]` per head."""
     rows = [mean_product(p, q) for p, q in pairwise(map(unit_columns, maps))]
     sims = torch.stack(rows) if rows else maps[0].new_empty(0, maps[0].shape[1])  # [L - 1, H]
     return sims if per_head else sims.mean(-1)
@@ -82,8 +80,8 @@ def cross_layer_similarity(maps: Sequence[Tensor], per_head: bool = False, *, mi
     # Products of all pairs of blocks are one small matrix product for each row; a single one of all rows would sum too
     # many numbers of one sign in float32.
     first, blocks = maps[0], range(len(maps))
-    total = 4 * first.numel() * len(maps)  # bytes in float32
-    size = len(maps) if total <= HELD_BYTES else max(1, HELD_BYTES * len(maps) // (2 * total))  # blocks at a time
+    fitting = HELD_BYTES // (4 * first.numel())  # blocks, in float32
+    size = len(maps) if len(maps) <= fitting else max(1, fitting // 2)  # of a group; two are held
     groups = [blocks[start:start + size] for start in blocks[::size]]
     sims = torch.empty(first.shape[1], len(maps), len(maps), device=first.device)
     with _exact_products(first.device):
@@ -100,13 +98,13 @@ def cross_layer_similarity(maps: Sequence[Tensor], per_head: bool = False, *, mi
 @contextmanager
 def _exact_products(device: torch.device) -> Iterator[None]:
     """float32 products in float32: no autocast, no TF32."""
-    allowed = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
+    settings = torch.backends.cuda.matmul
+    allowed, settings.allow_tf32 = settings.allow_tf32, False
     try:
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = allowed
+        settings.allow_tf32 = allowed
 
 
 def _gather_unit_columns(maps: Sequence[Tensor], blocks: range, like: Tensor, minus_uniform: bool) -> Tensor:
@@ -123,19 +121,15 @@ def similarity_matrix(model: nn.Module, x: Tensor, stage: Stage = "final", *, mi
                       per_head: bool = False, batch_size: int | None = None) -> Tensor:
     """`cross_layer_similarity` of a model on images `[B, C, height, width]` without ever holding all maps: `[L, L]`, or
     `[H, L, L]` per head. `minus_uniform`: of the `centred` maps."""
-    total = 0
-    for recording in recordings(model, x, batch_size, all_blocks=True):
-        sims = cross_layer_similarity(recording.maps(stage), per_head, minus_uniform=minus_uniform)
-        total = total + sims * (len(recording) / len(x))
-    return total
+    return sum(len(part) / len(x) * cross_layer_similarity(part.maps(stage), per_head, minus_uniform=minus_uniform)
+               for part in recordings(model, x, batch_size, all_blocks=True))
 
 
 def similar_blocks(maps_or_similarity: Tensor | Sequence[Tensor], threshold: float = 0.9,
                    rule: Rule = "adjacent") -> int:
     """The number of similar blocks, of a similarity matrix `[L, L]`, adjacent similarities `[L - 1]`, or maps of every
-    block. A pair counts when its mean M over images, heads and tokens exceeds `threshold`: with rule "adjacent" pairs
-    of a block and the next, with "earlier" blocks similar to any block before them. (The paper counts them at 90 % but
-    leaves open which pairs and which mean.)"""
+    block: those whose mean M with the next block exceeds `threshold`, or by rule "earlier" with any block before. (The
+    paper counts them at 90 % but leaves open which pairs and which mean.)"""
     sims = maps_or_similarity
     if not isinstance(sims, Tensor):
         sims = adjacent_similarity(sims) if rule == "adjacent" else cross_layer_similarity(sims)
@@ -147,8 +141,7 @@ def similar_blocks(maps_or_similarity: Tensor | Sequence[Tensor], threshold: flo
 
 
 def head_similarity(maps: Tensor) -> float | None:
-    """Mean column cosine between different heads of one block, from -1/(H-1) to 1; None with a single head: M between
-    heads instead of blocks, which the paper finds below 0.3 (section 3.2)."""
+    """Mean column cosine between different heads of a block (section 3.2: below 0.3); None with a single head."""
     return mean_head_product(unit_columns(maps))
 
 
@@ -188,8 +181,7 @@ class SampledRows:
 
 def cka_matrix(model: nn.Module, x: Tensor, batch_size: int | None = None) -> Tensor:
     """Linear CKA between the tokens after all pairs of blocks, on images `[B, C, height, width]`: `[L + 1, L + 1]`,
-    index 0 the input of the first block. Takes about 1024 tokens at most, evenly spaced. Raises UserError if the model
-    has no `blocks`."""
+    index 0 the input of the first block; of some 1024 tokens. Raises UserError if the model has no `blocks`."""
     sample = SampledRows(len(x))
     for recording in recordings(model, x, batch_size):
         if not recording.tokens:

@@ -14,7 +14,7 @@ from torch import Tensor
 from deepvit.analysis.images import Images, class_names, top_classes
 from deepvit.analysis.measures import class_token_mask, patch_grid, rollout, thetas
 from deepvit.analysis.probe import at_initialisation, probe
-from deepvit.analysis.recording import attention_modules, recordings
+from deepvit.analysis.recording import recordings
 from deepvit.data.imageset import printable
 from deepvit.errors import Failure, UserError
 from deepvit.models import ViT
@@ -28,9 +28,8 @@ MAX_STATISTICS = 32  # images that set an untrained norm's statistics
 class Study:
     """One model on some images. `tensors`: `mean_maps` `[L, N, N]`, final maps, mean over images and heads; `head_maps`
     `[L, H, N, N]` of the first image, float16; `rollout` `[b, rows, columns]` from 0 to 1 and `pixels` uint8 `[b, 3,
-    height, width]` of the first 8 images; `theta/<block>` `[H, H]` where there is one. `facts`: `name`, `attention`,
-    `pictures` (the images' names), `top` (the most probable classes), `probe`, and `initial`, the probe of the model
-    before training, or None."""
+    height, width]` of the first 8 images; `theta/<block>` `[H, H]`. `facts`: `name`, `attention`, `pictures` (the
+    images' names), `top` (the most probable classes), `probe`, and `initial` (before training), or None."""
 
     tensors: dict[str, Tensor]
     facts: dict[str, Any]
@@ -38,20 +37,16 @@ class Study:
 
 @torch.no_grad()
 def study(model: ViT, images: Images, name: str, initial: bool = True) -> Study:
-    """Everything the figures need of a model from `deepvit.load_model`, computed a few images at a time; for `initial`
-    also the probe of a fresh model, its norms' statistics set to these images. Raises UserError for a model without
-    attention."""
+    """Everything the figures need of a model from `deepvit.load_model`; for `initial` also the probe of a fresh one."""
     x = images.x.to(next(model.parameters()).device)
     tensors, tops = _over_images(model, x)
     tensors["pixels"] = images.pixels[:MAX_SHOWN].contiguous()
     tensors |= {f"theta/{i:02d}": theta for i, theta in enumerate(thetas(model)) if theta is not None}
-    kinds = dict.fromkeys(type(module).__name__ for module in attention_modules(model))
-    attention = (getattr(model, "config", {}).get("attention") or {}).get("name", " + ".join(kinds))
-    before = None
+    attention, before = model.config["attention"], None
     if initial:  # the very model that its run started from if the checkpoint tells the seed, else one like it
         seed = (model.load_report.said.get("run") or {}).get("seed", 0)
         before = probe(at_initialisation(model, seed=seed, images=x[:MAX_STATISTICS]), x, matrix=True)
-    return Study(tensors, {"name": printable(name), "attention": attention,
+    return Study(tensors, {"name": printable(name), "attention": attention.get("name", attention["class"]),
                            "pictures": [*map(printable, images.names)], "top": tops,
                            "probe": probe(model, x, matrix=True), "initial": before})
 

@@ -47,41 +47,44 @@ class Problem:
         return self.qkv.permute(2, 0, 3, 1, 4).unbind(0)  # q, k, v [B, H, N, d]
 
 
-def _published(p: Problem, q: Tensor, k: Tensor, v: Tensor, training: bool) -> Tensor:
-    return reference.reattention(q, k, v, p.mix.to(q.dtype), p.bias.to(q.dtype), norm=p.norm, training=training)
+def _published(p: Problem, training: bool) -> Tensor:
+    mix, bias = p.mix.to(p.qkv.dtype), p.bias.to(p.qkv.dtype)
+    return reference.reattention(*p.split(), mix, bias, norm=p.norm, training=training)
 
 
-def _vit_pytorch(p: Problem, q: Tensor, k: Tensor, v: Tensor, training: bool) -> Tensor:
+def _vit_pytorch(p: Problem, training: bool) -> Tensor:
     """Heads mixed by an einsum, then LayerNorm over them at each entry (vit-pytorch's deepvit.py, rewritten)."""
+    q, k, v = p.split()
     maps = torch.einsum("bhij,hg->bgij", reference.softmax_maps(q, k), p.mix.to(q.dtype))  # [B, H, N, N]
     norm = F.layer_norm(maps.movedim(1, -1), maps.shape[1:2], p.norm.gamma.to(q.dtype), p.norm.beta.to(q.dtype))
     return norm.movedim(-1, 1) @ v
 
 
-FORMS: dict[str, Callable[[Problem, Tensor, Tensor, Tensor, bool], Tensor]] = {
-    BASE: lambda p, q, k, v, training: F.scaled_dot_product_attention(q, k, v),
-    OURS: lambda p, q, k, v, training: ops.reattention(q, k, v, p.mix, p.bias, norm=p.norm, training=training),
+Form = Callable[[Problem, bool], Tensor]  # whether in training -> the output [B, H, N, d]
+FORMS: dict[str, Form] = {
+    BASE: lambda p, training: F.scaled_dot_product_attention(*p.split()),
+    OURS: lambda p, training: ops.reattention(*p.split(), p.mix, p.bias, norm=p.norm, training=training),
     PUBLISHED: _published, "re-attention, vit-pytorch": _vit_pytorch}
 
 
-def _train(form: Callable, p: Problem) -> None:
+def _train(form: Form, p: Problem) -> None:
     leaves = [p.qkv, p.mix, p.norm.gamma, p.norm.beta]
-    torch.autograd.grad(form(p, *p.split(), True), leaves, p.grad, allow_unused=True)  # SDPA has no parameters
+    torch.autograd.grad(form(p, True), leaves, p.grad, allow_unused=True)  # SDPA has no parameters
 
 
 @torch.inference_mode()
-def _evaluate(form: Callable, p: Problem) -> None:
-    form(p, *p.split(), False)
+def _evaluate(form: Form, p: Problem) -> None:
+    form(p, False)
 
 
 def measure(device: str = "cpu", *, batch: int | None = None, seconds: float = 20.0) -> Iterator[dict]:
     """Rows with `case`, `name`, `ms`, `spread` and `ratio` to SDPA (see `timing.summary`), `floor` (that ratio by
     counted multiplications), `floor_ms` and, for training, `kept_mb` for backward besides the packed qkv; or `failed`.
-    In float32, on a GPU in bfloat16. batch: of all cases; seconds: for each case."""
+    In float32, on a GPU in bfloat16. seconds: for each case."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     threads = torch.get_num_threads()
-    for usual, tokens, heads, head_dim in SHAPES[device]:
-        problem = Problem.draw(batch or usual, tokens, heads, head_dim, device, dtype)
+    for usual, tokens, *width in SHAPES[device]:
+        problem = Problem.draw(batch or usual, tokens, *width, device, dtype)
         torch.set_num_threads(1 if tokens < SMALL else threads)
         for job, step in (("forward + backward", _train), ("evaluation", _evaluate)):
             case = f"{job}, N={tokens}, batch {batch or usual}" + (", one thread" if tokens < SMALL else "")
@@ -89,7 +92,7 @@ def measure(device: str = "cpu", *, batch: int | None = None, seconds: float = 2
     torch.set_num_threads(threads)
 
 
-def _rows(problem: Problem, step: Callable[[Callable, Problem], None], device: str, seconds: float) -> Iterator[dict]:
+def _rows(problem: Problem, step: Callable[[Form, Problem], None], device: str, seconds: float) -> Iterator[dict]:
     steps, training = {}, step is _train
     for name, form in FORMS.items():
         try:
@@ -100,40 +103,33 @@ def _rows(problem: Problem, step: Callable[[Callable, Problem], None], device: s
     times = interleaved(steps, device, seconds)
     yield from left_out(steps, times)
     for name, taken in times.items():
-        kept = {"kept_mb": _kept_bytes(FORMS[name], problem) / 1e6} if training else {}
-        yield {"name": name, **summary(taken, times.get(BASE)), **_floors(name, problem, device, training), **kept}
+        row = {"name": name, **summary(taken, times.get(BASE)), **_floors(name, problem, device, training)}
+        if training:
+            row["kept_mb"] = sum(kept_storages(partial(FORMS[name], problem, True), [problem.qkv])) / 1e6
+        yield row
 
 
 def _floors(name: str, p: Problem, device: str, training: bool) -> dict[str, float]:
-    """`floor`: multiplications per map entry and head over SDPA's, which are 2 products of width d forward and 5 more
-    backward; re-attention adds 1 mix of width H forward, 3 backward (recomputed, of the maps' gradient, of Theta).
-
-    `floor_ms`: by operations, or by bytes: q, k, v read and the output written; backward these and their gradients too.
-    """
+    """Multiplications over SDPA's, and the least time by operations or by bytes."""
     B, N, _, H, d = p.qkv.shape
+    # Per map entry and head: products of width d, 2 forward and 5 more backward; re-attention's mixes of width H, 1
+    # forward and 3 backward (recomputed, of the maps' gradient, of Theta).
     products, mixes = (7 * d, 4 * H) if training else (2 * d, H)
     floor = 1.0 if name == BASE else (products + mixes) / products
     multiplications = floor * products * B * H * N**2
-    least = ceilings(device).floor_ms(2 * multiplications, p.grad.nbytes * (11 if training else 4))
-    return {"floor": floor, "floor_ms": least}
+    moved = p.grad.nbytes * (11 if training else 4)  # q, k, v and the output; backward their gradients and all again
+    return {"floor": floor, "floor_ms": ceilings(device).floor_ms(2 * multiplications, moved)}
 
 
-def _kept_bytes(form: Callable, p: Problem) -> int:
-    """Bytes that one training call keeps for backward, besides the packed qkv."""
-    return sum(kept_storages(lambda: form(p, *p.split(), True), [p.qkv]))
-
-
-def half_precision_error(device: str = "cpu") -> list[dict]:
+def half_precision_error(device: str = "cpu") -> Iterator[dict]:
     """Rows with `case`, `name` and `error`: the relative l2 error of the output under bf16 autocast against float64,
     with the parameters of initialisation and q, k, v of the deviation that the published 16-block model begins with."""
     p = Problem.draw(2, 197, HEADS, HEAD_DIM, device, torch.float32, std=0.4)
     q, k, v = p.qkv.detach().bfloat16().float().permute(2, 0, 3, 1, 4).unbind(0)
     wide = [x.detach().double() for x in (q, k, v, p.mix, p.bias)]
     exact = reference.reattention(*wide, norm=HeadNorm(*[x.detach().double() for x in p.norm[:4]]), training=True)
-    rows = []
     for name, op in ((OURS, ops.reattention), (PUBLISHED, reference.reattention)):
         with torch.autocast(device, torch.bfloat16), torch.no_grad():
             out = op(q, k, v, p.mix, p.bias, norm=p.norm, training=True)
-        rows.append({"case": "op under bf16 autocast at initialisation, against float64", "name": name,
-                     "error": float((out.double() - exact).norm() / exact.norm())})
-    return rows
+        yield {"case": "op under bf16 autocast at initialisation, against float64", "name": name,
+               "error": float((out.double() - exact).norm() / exact.norm())}

@@ -4,7 +4,7 @@ import argparse
 import inspect
 import logging
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 from deepvit.bench import attention, loader, models, rows, startup, timing, training
@@ -28,8 +28,7 @@ BENCHES: dict[str, Callable[..., Iterable[dict]]] = {  # each takes the command'
 
 
 def all_of(given: argparse.Namespace) -> list[str]:
-    """The benches that `all` means: no hours of ImageNet on a CPU, the loader where there are files for it, and not the
-    quarter of an hour of `forecast`."""
+    """What `all` means: neither hours of ImageNet on a CPU, nor the loader without files, nor the long `forecast`."""
     without = {"forecast", *([] if given.data else ["loader"]), *([] if given.device == "cuda" else ["imagenet"])}
     return [name for name in BENCHES if name not in without]
 
@@ -39,20 +38,19 @@ def measure(name: str, given: argparse.Namespace, on: str) -> list[dict]:
     An error that ends the bench is its last row."""
     logging.basicConfig(level=logging.WARNING)
     found = []
+    for row in _until_it_fails(name, given):
+        found.append({"case": row.pop("case"), "on": on, **row})
+        rows.append(given.json, name, found[-1])
+    return found
 
-    def keep(row: dict) -> None:
-        row = {"case": row.pop("case"), "on": on, **row}
-        found.append(row)
-        rows.append(given.json, name, row)
 
+def _until_it_fails(name: str, given: argparse.Namespace) -> Iterator[dict]:
     options = {option: value for option, value in vars(given).items()
                if value is not None and option in inspect.signature(BENCHES[name]).parameters}
     try:
-        for row in BENCHES[name](**options):
-            keep(row)
+        yield from BENCHES[name](**options)
     except UserError:
         raise
     except Exception as error:
         traceback.print_exc()
-        keep({"case": name, "name": "all that was to follow", "failed": reason(error)})
-    return found
+        yield {"case": name, "name": "all that was to follow", "failed": reason(error)}

@@ -3,10 +3,9 @@
 import io
 import itertools
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_transform
@@ -27,13 +26,10 @@ HALF = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
 Maker = Callable[[bytearray], Tensor]  # a file's bytes -> the image [3, 224, 224]
 
 
-def measure(data: str | None = None, seconds: float = 60.0) -> list[dict]:
+def measure(data: str | None = None, seconds: float = 60.0) -> Iterator[dict]:
     """Rows with `case`, `name`, `images_per_s` (median over rounds, per core: CPU time), `spread` (its quartiles), what
     `timing.paired` says of the case's first row against it, and `difference` to PIL (mean over pixels, of 255; in cases
-    without a PIL-only stage that amplifies rounding).
-
-    data: a folder of JPEGs, of which up to 200 are held in memory, so that the disk is not measured.
-    """
+    without a PIL-only stage that amplifies rounding). data: a folder of JPEGs, 200 of which are held in memory."""
     if data is None:
         raise UserError("The loader is measured on your JPEGs: give --data FOLDER.")
     paths = sorted(path for path in Path(data).rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
@@ -48,18 +44,16 @@ def measure(data: str | None = None, seconds: float = 60.0) -> list[dict]:
             differences = _differences(files)
     finally:
         torch.set_num_threads(threads)
-    rows, base = [], {}
+    base = {}
     for (case, name), calls in times.items():
         low, rate, high = statistics.quantiles([ROUND / call.computed for call in calls], n=4)
-        rows.append({"case": case, "name": name, "images_per_s": rate, "spread": [low, high],
-                     **paired(base.setdefault(case, calls), calls),
-                     "difference": differences.get(case) if name == "deepvit, torchvision" else None})
-    return rows
+        yield {"case": case, "name": name, "images_per_s": rate, "spread": [low, high],
+               **paired(base.setdefault(case, calls), calls),
+               "difference": differences.get(case) if name == "deepvit, torchvision" else None}
 
 
 def contenders() -> dict[tuple[str, str], Maker]:
-    """(case, name) -> a way to make an image; timm first, as its plain loader (floats) and as its prefetching loader
-    (uint8) do it."""
+    """(case, name) -> a way to make an image; timm first, by its plain loader (floats), its prefetching one (uint8)."""
     found = {}
     for case, policy in ((CROP, None), (FULL, "rand-m9-mstd0.5-inc1")):
         augment = {"auto_augment": policy, "color_jitter": None}
@@ -103,9 +97,10 @@ def _differences(files: list[bytearray]) -> dict[str, float]:
     for case, transform in ((CROP, train_transform(SIZE, color_jitter=None)), (EVALUATION, eval_transform(SIZE))):
         errors = []
         for index, data in enumerate(files):
-            seed_sample(1, 0, index, 0)
-            slow = _ours(transform, "pil")(data).float()
-            seed_sample(1, 0, index, 0)
-            errors.append((slow - _ours(transform, "torchvision")(data).float()).abs().mean().item())
-        result[case] = float(np.mean(errors))
+            made = []
+            for decoder in DECODERS:
+                seed_sample(1, 0, index, 0)
+                made.append(_ours(transform, decoder)(data).float())
+            errors.append((made[0] - made[1]).abs().mean().item())
+        result[case] = statistics.fmean(errors)
     return result

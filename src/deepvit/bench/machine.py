@@ -40,8 +40,7 @@ def made_on(device: str) -> str:
 
 
 def provenance(device: str) -> dict[str, Any]:
-    """Where and when; on a CPU also the caches of the first core and the `instructions` of torch, of its matrix library
-    and of our compiled kernel."""
+    """Where and when; on a CPU also its caches and the `instructions` of torch, its matrix library and our kernel."""
     on_cpu = {"instructions": {"torch": torch.backends.cpu.get_cpu_capability(), "matrices": _matrix_library(),
                                "kernel": native.instructions() or native.load()[1]}, "caches": _caches()}
     return {"date": time.strftime("%Y-%m-%d %H:%M"), "machine": platform.machine(),

@@ -20,6 +20,7 @@ EPOCHS, IMAGENET = 300, 1_281_167  # of recipe=imagenet; training images
 PAPER_DEPTHS = 16, 24, 32
 GROWING_SIDES = {50: 112, 65: 128, 197: 224, 577: 384, 1025: 512}  # tokens -> pixels, in patches of 16
 GROWING_DEPTHS = 2, 8, 32, 64
+RATIOS = {"kept_ratio": "kept_mib", "ratio": "peak_mib"}  # of memory
 
 
 class PublishedReAttention(ReAttention):
@@ -46,8 +47,7 @@ def contestants(depth: int, img_size: int = SIDE) -> dict[str, Callable[[], nn.M
 
 
 class TrainStep:
-    """Forward, cross-entropy, backward and a fused AdamW update on one batch that stays on the device; in bfloat16 on a
-    GPU, in float32 on a CPU."""
+    """Forward, backward and a fused AdamW update on a batch that stays on the device; in bfloat16 on a GPU."""
 
     title = "train step"
 
@@ -92,7 +92,6 @@ class Forward(TrainStep):
     def __init__(self, *arguments, **keywords):
         super().__init__(*arguments, **keywords)
         self.model.eval()
-        del self.optimizer
 
     def __call__(self) -> None:
         with torch.inference_mode(), self.autocast():
@@ -108,11 +107,9 @@ class Forward(TrainStep):
 def measure(job: type[TrainStep], device: str = "cpu", *, depth: int = 32, batch: int | None = None,
             seconds: float = 120.0, compiled: bool = False, names: Sequence[str] = ()) -> Iterator[dict]:
     """Rows with `case`, `name`, `ms`, `spread`, `ratio` to timm's ViT (of the time for an image; `paired`),
-    `images_per_s`, `floor_ms`, and where it applies `note` (a smaller batch) or `failed`.
-
-    batch: default 4 on a CPU, 256 on a GPU, halved for a model that does not fit. seconds: in all, after a warm-up
-    round. compiled: with torch.compile (a minute each), by default timm's and ours alone. names: default all.
-    """
+    `images_per_s`, `floor_ms`, and where it applies `note` (a smaller batch) or `failed`. batch: default 4 on a CPU,
+    256 on a GPU, halved for a model that does not fit. compiled: with torch.compile (a minute each). names: default
+    all, compiled timm's and ours."""
     batch = batch or (256 if device == "cuda" else 4)
     case = f"{'compiled ' if compiled else ''}{job.title}, {depth} blocks, {SIDE} px, batch {batch}"
     makers, steps, floors = contestants(depth), {}, {}
@@ -138,8 +135,7 @@ def _note(used: int, batch: int) -> dict[str, str]:
 
 def imagenet(device: str = "cpu", *, depth: int | None = None, batch: int | None = None, seconds: float = 120.0,
              compiled: bool = False) -> Iterator[dict]:
-    """Train steps at the depths of the paper, with the `hours` that the epochs of `recipe=imagenet` take at that rate,
-    without evaluation and waiting for data."""
+    """Train steps at the paper's depths, with the `hours` of `recipe=imagenet` at that rate, never waiting for data."""
     for blocks in [depth] if depth else PAPER_DEPTHS:
         for row in measure(TrainStep, device, depth=blocks, batch=batch, seconds=seconds, compiled=compiled,
                            names=(BASE, OURS)):
@@ -177,8 +173,7 @@ def memory(device: str = "cpu", *, depth: int = 32, batch: int | None = None) ->
             continue
         share = {field: mib / used for field, mib in row.items()}
         base = share if name == BASE else base
-        ratios = {"kept_ratio": share["kept_mib"] / base["kept_mib"],
-                  "ratio": share["peak_mib"] / base["peak_mib"]} if base else {}
+        ratios = {ratio: share[mib] / base[mib] for ratio, mib in RATIOS.items()} if base else {}
         yield {"case": case, "name": name, **row, **ratios, **_note(used, batch)}
 
 
@@ -189,5 +184,5 @@ def _memory_of(name: str, device: str, depth: int, batch: int) -> tuple[dict[str
     peak, kept = peak_bytes(torch.device(device)) - step.idle, step.kept()
     heads, tokens = 12, (SIDE // 16) ** 2 + 1
     maps = step.batch * heads * tokens**2 * (2 if device == "cuda" else 4)  # bytes; all else a block keeps is smaller
-    return {"kept_mib": sum(kept) / 2**20, "maps_mib": sum(size for size in kept if size >= maps) / 2**20,
-            "peak_mib": peak / 2**20}, step.batch
+    sizes = {"kept_mib": sum(kept), "maps_mib": sum(size for size in kept if size >= maps), "peak_mib": peak}
+    return {name: size / 2**20 for name, size in sizes.items()}, step.batch

@@ -6,14 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from deepvit.bench.machine import STOOD_IN
-from deepvit.bench.models import OURS
 from deepvit.config.records import read_json_lines
 from deepvit.report.render import printed
 
-OP, LOADER = "re-attention, ours", "deepvit, torchvision"
-FROM_INDEX = "1,281,167 names from the index"
-BOTH_WAYS = "forward + backward, N="
 MOST_WAITED, MOST_SPREAD = 0.1, 0.05  # wall time over CPU time, less 1, and the pairs' quartiles over their median
 
 Results = dict[str, dict[str, Any]]  # bench -> {"provenance": where and when, "rows": [...]}
@@ -89,40 +87,12 @@ class Target:
         return "yes" if met else "no"
 
 
-EVERYWHERE = [
-    Target("bytes kept for backward, likewise", "memory", "memory", OURS, "kept_ratio", 1.08),
-    Target("peak memory of a train step, likewise", "memory", "memory", OURS, "ratio", 1.20),
-    Target("op under bf16, relative error", "precision", "op", OP, "error", 0.005),
-    Target("loader, decode + crop + flip, against timm's", "loader", "decode", LOADER, "ratio", 1.6, at_most=False),
-    Target("... mean difference to PIL, of 255", "loader", "decode", LOADER, "difference", 0.05),
-    Target("loader, full recipe", "loader", "full recipe", LOADER, "ratio", 1.3, at_most=False),
-    Target("1.28 M images from the index, ms", "listing", "listing", FROM_INDEX, "ms", 1000),
-    Target("... memory of a node with 8 ranks, MB", "listing", "listing", FROM_INDEX, "mb_node", 60),
-    Target("train.py --help, ms", "startup", "start-up", "train.py --help", "ms", 1000),
-    Target("train.py --cfg job, ms", "startup", "start-up", "train.py --cfg job", "ms", 1000),
-]
-TARGETS = {
-    "cpu": [
-        *(Target(f"{job} against timm's ViT", bench, job, OURS, "ratio", bound, on=on)
-          for job, bench, bounds in (("train step", "train-step", (1.05, 1.10, 1.20)),
-                                     ("evaluation", "eval", (1.00, 1.05, 1.20)))
-          for on, bound in zip(("AVX512", "AVX2", "AVX2, no compiler"), bounds, strict=True)),
-        Target("op, forward + backward, N=197, against SDPA", "attention", f"{BOTH_WAYS}197", OP, "ratio", 1.5),
-        Target("op, forward + backward, N=577, against SDPA", "attention", f"{BOTH_WAYS}577", OP, "ratio", 1.5),
-        Target("... N=17, width 16, one thread", "attention", f"{BOTH_WAYS}17,", OP, "ratio", 1.3),
-        Target("... N=65, width 16, one thread", "attention", f"{BOTH_WAYS}65,", OP, "ratio", 1.3),
-        *EVERYWHERE],
-    "cuda": [
-        Target("evaluation against timm's ViT", "eval", "evaluation", OURS, "ratio", 1.08),
-        Target("train step against timm's ViT", "train-step", "train step", OURS, "ratio", 1.25),
-        Target("... both compiled", "train-step", "compiled train step", OURS, "ratio", 1.25),
-        Target("op, forward + backward, N=197, against flash SDPA", "attention", f"{BOTH_WAYS}197", OP, "ratio", 1.8),
-        Target("op, forward + backward, N=577, against flash SDPA", "attention", f"{BOTH_WAYS}577", OP, "ratio", 1.8),
-        Target("MiB kept of attention maps", "memory", "memory", OURS, "maps_mib", 0),
-        Target("small model, images/s", "small", "", OURS, "images_per_s", 25_000, at_most=False),
-        Target("... share of the time waiting for data", "small", "", OURS, "data_wait", 0.05),
-        *EVERYWHERE],
-}
+def _targets() -> dict[str, list[Target]]:
+    given = yaml.safe_load(Path(__file__).with_name("targets.yaml").read_text())
+    return {device: [Target(**one) for one in given[device] + given["everywhere"]] for device in ("cpu", "cuda")}
+
+
+TARGETS = _targets()
 
 
 def against_targets(results: Mapping[str, list[dict[str, Any]]], device: str) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from deepvit.bench.timing import apart, summary, timed
 from deepvit.data.imageset import FileSet
-from deepvit.data.listing import Listing, list_images, open_index, write_index
+from deepvit.data.listing import Listing, open_index, write_index
 from deepvit.errors import UserError
 
 PROGRAM = Path(__file__).resolve().parents[3] / "train.py"
@@ -24,39 +25,27 @@ IMAGENET, CLASSES = 1_281_167, 1000
 RANKS = 8  # of the node whose memory is counted
 
 
-def commands() -> list[dict]:
+def commands() -> Iterator[dict]:
     """Rows with `case`, `name`, `ms`, `spread` (quartiles, ms) of whole processes, after a first run of each."""
     if not PROGRAM.exists():
         raise UserError(f"There is no {PROGRAM}: run this bench from a checkout.")
-    rows = []
     for name, words in COMMANDS.items():
         start = partial(subprocess.run, [sys.executable, *words], check=True, capture_output=True)
-        rows.append({"case": "start-up", "name": name, **summary([timed(start, "cpu") for _ in range(RUNS + 1)][1:])})
-    return rows
+        yield {"case": "start-up", "name": name, **summary([timed(start, "cpu") for _ in range(RUNS + 1)][1:])}
 
 
-def listing(images: int = IMAGENET, files: int = 100_000) -> list[dict]:
-    """Rows with `case`, `name`, `ms`, and for the index `mb_node`: its file, once, and the private memory of 8 ranks.
-
-    images: names of a simulated tree, of which only the class folders exist; files: small files made, listed, removed.
-    """
+def listing(images: int = IMAGENET) -> list[dict]:
+    """A row with `case`, `name`, `ms` and `mb_node`: the index's file, once, and the private memory of 8 ranks; of a
+    simulated tree of `images` names, of which only the class folders exist."""
     with tempfile.TemporaryDirectory() as place:
         folder, path = Path(place) / "train", Path(place) / "simulated.index"
-        classes = [f"n{number:08d}" for number in range(min(CLASSES, files))]
+        classes = [f"n{number:08d}" for number in range(CLASSES)]
         for name in classes:
             (folder / name).mkdir(parents=True)
         write_index(path, _simulated(folder, classes, images))
         ms, own = apart(_open, path, folder, classes, start="spawn")
-        rows = [{"name": f"{images:,} names from the index", "ms": ms,
+        return [{"case": "listing", "name": f"{images:,} names from the index", "ms": ms,
                  "mb_node": path.stat().st_size / 1e6 + RANKS * own}]
-        for number in range(files):
-            (folder / classes[number % len(classes)] / f"{number}.jpg").touch()
-        start = time.perf_counter()
-        write_index(path, list_images(folder, classes))
-        rows.append({"name": f"{files:,} files listed and kept", "ms": 1e3 * (time.perf_counter() - start)})
-        ms, _ = apart(_open, path, folder, classes, start="spawn")
-        rows.append({"name": f"{files:,} files from the index", "ms": ms})
-    return [{"case": "listing", **row} for row in rows]
 
 
 def _simulated(folder: Path, classes: list[str], images: int) -> Listing:

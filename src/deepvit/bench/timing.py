@@ -33,25 +33,22 @@ def interleaved(steps: dict[Name, Callable[[], object]], device: str, seconds: f
     times: dict[Name, list[Call]] = {name: [] for name in steps}
     calls = dict.fromkeys(steps, 1)
     end = time.perf_counter() + seconds
-    for turn in range(-1, MAX_ROUNDS):
+    for turn in range(MAX_ROUNDS + 1):
         for name in list(times):
             try:
-                taken = timed(steps[name], device, calls[name])
+                times[name].append(timed(steps[name], device, calls[name]))
             except torch.OutOfMemoryError:
                 del times[name]
                 continue
-            if turn < 0:
-                calls[name] = min(MOST_QUEUED, max(1, int(QUEUED_S / taken.wall)))
-            else:
-                times[name].append(taken)
-        if turn + 1 >= MIN_ROUNDS and time.perf_counter() > end:
+            if turn == 0:
+                calls[name] = min(MOST_QUEUED, max(1, int(QUEUED_S / times[name].pop().wall)))
+        if turn >= MIN_ROUNDS and time.perf_counter() > end:
             break
     return times
 
 
 def timed(step: Callable[[], object], device: str, calls: int = 1) -> Call:
-    """One call. On a GPU the mean of `calls` queued behind another, by the GPU's own clock: launches overlap with work
-    as they do in training, and what the last contestant did to the caches is over."""
+    """One call; on a GPU the mean of `calls` queued behind another, by its own clock: launches overlap with work."""
     if device != "cuda":
         begin = time.perf_counter(), time.thread_time()
         step()
@@ -83,8 +80,7 @@ def fitting(make: Callable[[int], Step], batch: int) -> Step:
 
 
 def apart(function: Callable[..., Value], *arguments: object, start: str = "forkserver") -> Value:
-    """`function(*arguments)` in a fresh process, as an allocator's leftovers would change the figures; by default
-    forked from one that has only imported the bench."""
+    """`function(*arguments)` in a fresh process, by default forked from one that has only imported the bench."""
     context = multiprocessing.get_context(start)
     context.set_forkserver_preload(["deepvit.bench.benches"])
     with ProcessPoolExecutor(1, mp_context=context) as pool:

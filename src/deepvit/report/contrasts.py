@@ -55,11 +55,6 @@ class Plan:
     margin: float = 0.5
     preregistered: str | None = None
 
-    @property
-    def loss(self) -> str:
-        """The second outcome: of the same evaluation, but of the last step for best_top1."""
-        return "uncalibrated_loss" if self.outcome.startswith("uncalibrated") else "loss"
-
 
 @dataclass(frozen=True)
 class Finding:
@@ -101,10 +96,8 @@ class Finding:
 
     @property
     def verdict(self) -> str:
-        if self.problem:
-            return self.problem
-        if not self.is_enough:
-            return f"n = {len(self.points)}: no interval worth reading"
+        if self.problem or not self.is_enough:
+            return self.problem or f"n = {len(self.points)}: no interval worth reading"
         claim, mean = self.contrast.claim, self.difference.mean
         is_sure = (self.p if self.adjusted is None else self.adjusted) < LEVEL
         same = f"equal within {self.margin:g} points"
@@ -132,17 +125,17 @@ def read_plan(given: Mapping[str, Any]) -> Plan:
 
 
 def plan_of(grid: Grid) -> Plan | None:
-    """From its sweep's record."""
     return read_plan(grid.sweep.statistics) if grid.sweep and grid.sweep.statistics else None
 
 
 def find(plan: Plan, grid: Grid) -> list[Finding]:
-    """A plan's contrasts in the runs of its sweep."""
+    """A plan's contrasts in the runs of its sweep, with the loss of the same evaluation; of the last for best_top1."""
+    loss = "uncalibrated_loss" if plan.outcome.startswith("uncalibrated") else "loss"
     found = []
     for contrast in plan.contrasts:
         try:
             points, left_out = _pair(contrast, grid.planned, plan.outcome)
-            losses, _ = _pair(contrast, grid.planned, plan.loss)
+            losses, _ = _pair(contrast, grid.planned, loss)
             found.append(Finding(contrast, plan.margin, points, losses, left_out))
         except LookupError as error:
             found.append(Finding(contrast, plan.margin, {}, {}, [], problem=error.args[0]))
@@ -152,8 +145,7 @@ def find(plan: Plan, grid: Grid) -> list[Finding]:
 
 
 def _pair(contrast: Contrast, runs: Sequence[Run], outcome: str) -> tuple[dict[int, float], list[int]]:
-    """The difference of each seed, averaged over the settings that the contrast leaves open and all arms have; and the
-    seeds that lack a run. Raises LookupError if an arm has no run, or two of one seed."""
+    """The difference of each seed, averaged over what the contrast leaves open, and the seeds that lack a run."""
     places, arms, seeds = _places(contrast, runs), [], set()
     signs, settings = zip(*contrast.arms)
     for arm in settings:
@@ -171,8 +163,8 @@ def _pair(contrast: Contrast, runs: Sequence[Run], outcome: str) -> tuple[dict[i
         raise LookupError(f"no run is {' or '.join(map(_in_words, settings))}, all else alike")
     found = {seed: sum(sign * values[place].get(seed, math.nan) for place in common
                        for sign, values in zip(signs, arms)) / len(common) for seed in sorted(seeds)}
-    return ({seed: value for seed, value in found.items() if math.isfinite(value)},
-            [seed for seed, value in found.items() if not math.isfinite(value)])
+    points = {seed: value for seed, value in found.items() if math.isfinite(value)}
+    return points, [seed for seed in found if seed not in points]
 
 
 def _in_words(settings: Mapping[str, Any]) -> str:

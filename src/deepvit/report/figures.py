@@ -4,9 +4,11 @@ depth (or what varies instead), and what happened within its runs; of two runs t
 import io
 import textwrap
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import zip_longest
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -21,7 +23,7 @@ from deepvit.report.contrasts import Finding, find, plan_of
 from deepvit.report.grid import ATTENTION_ORDER, Cell, Grid
 from deepvit.report.published import Published
 from deepvit.report.runs import Run
-from deepvit.report.tables import (KINDS, interval, mean_similarity, of_result, over_seeds, published_for,
+from deepvit.report.tables import (KINDS, Measure, interval, mean_similarity, of_result, over_seeds, published_for,
                                    similar_blocks, similarity)
 
 # Okabe and Ito's colours, told apart by colour-blind readers too; yellow is left out on white.
@@ -52,10 +54,8 @@ class Chart:
         with matplotlib.rc_context(STYLE):
             figure = Figure(figsize=(PANEL[0] * columns, PANEL[1] * rows), layout="constrained")
             grid = figure.subplots(rows, columns, squeeze=False).ravel()
-            for axes, panel in zip(grid, self.panels):
+            for axes, panel in zip_longest(grid, self.panels, fillvalue=Axes.set_axis_off):
                 panel(axes)
-            for axes in grid[len(self.panels):]:
-                axes.set_axis_off()
             _share_ranges(grid[:len(self.panels)])
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # long labels in small panels: not the reader's concern
@@ -79,7 +79,7 @@ class Chart:
         """The same bytes for the same data."""
         return _svg(self._wide)
 
-    @cached_property
+    @property
     def narrow_svg(self) -> bytes:
         """One panel in a row."""
         return _svg(self.draw(columns=1)) if min(self.columns, len(self.panels)) > 1 else self.svg
@@ -141,26 +141,26 @@ def charts(grid: Grid, threshold: float, prefix: str = "") -> list[Chart]:
 def _forest_chart(findings: Sequence[Finding], margin: float, prefix: str) -> Chart:
     return Chart(f"{prefix}contrasts", f"Differences paired by seed: mean, 95 % interval from three seeds on, one "
                  f"hollow dot per seed. Shaded: the margin of {margin:g} points.",
-                 [partial(_forest, findings=findings, what="points", label="difference in points of top-1",
-                          margin=margin),
-                  partial(_forest, findings=findings, what="losses", label="difference in test log-loss")])
+                 [partial(_forest, findings=findings, margin=margin), partial(_forest, findings=findings)])
 
 
-def _forest(axes: Axes, findings: Sequence[Finding], what: str, label: str, margin: float = 0.0) -> None:
+def _forest(axes: Axes, findings: Sequence[Finding], margin: float | None = None) -> None:
+    """Of points of top-1, within their margin, or without one of log-loss."""
     if margin:
         axes.axvspan(-margin, margin, color="0.92", zorder=0)
     axes.axvline(0, color="0.4", linewidth=0.8)
     for row, one in enumerate(findings):
-        values = getattr(one, what).values()
-        found = one.difference if what == "points" else one.loss
+        values, found = (one.points, one.difference) if margin else (one.losses, one.loss)
         colour = COLOURS[0] if one.contrast.primary else COLOURS[7]
-        axes.plot(values, [row] * len(values), "o", markersize=3, markerfacecolor="none", color=colour, alpha=0.6)
+        axes.plot(values.values(), [row] * len(values), "o", markersize=3, markerfacecolor="none", color=colour,
+                  alpha=0.6)
         bounds = [[found.mean - found.low], [found.high - found.mean]] if found and one.is_enough else None
         if found:
             axes.errorbar(found.mean, row, xerr=bounds, fmt="D", capsize=4, markersize=6, color=colour)
         axes.annotate(one.contrast.name + " (primary)" * one.contrast.primary, (0, row - 0.3), fontsize=8, va="bottom",
                       xycoords=("axes fraction", "data"))
-    axes.set(ylim=(len(findings) - 0.5, -0.8), yticks=[], xlabel=label)
+    axes.set(ylim=(len(findings) - 0.5, -0.8), yticks=[],
+             xlabel=f"difference in {'points of top-1' if margin else 'test log-loss'}")
 
 
 def depth_chart(grid: Grid, threshold: float, prefix: str) -> Chart:
@@ -174,21 +174,18 @@ def depth_chart(grid: Grid, threshold: float, prefix: str) -> Chart:
 
 
 class _Plot:
-    """A grid against one of its axes, a line for each value of the others.
-
-    `axis`: depth where it varies, else the first setting that does, else the attention; `lines`: cells by what tells
-    their lines apart; `ticks`: values of the axis and where they stand, numbers as they are, words at 0, 1, 2, ...
-    """
+    """A grid against one of its axes, a line for each value of the others."""
 
     def __init__(self, grid: Grid):
         self.grid = grid
-        self.axis = "depth" if len(grid.depths) > 1 else next(iter(grid.extras), "attention")
-        self.lines: dict[str, list[Cell]] = {}
+        has_depths = len({cell.depth for cell in grid.cells}) > 1
+        self.axis = "depth" if has_depths else next(iter(grid.extras), "attention")
+        self.lines: dict[str, list[Cell]] = defaultdict(list)
         for cell in grid.cells:
-            self.lines.setdefault(", ".join([cell.attention, *cell.details(grid, but=self.axis)]), []).append(cell)
+            self.lines[", ".join([cell.attention, *cell.details(grid, but=self.axis)])].append(cell)
         values = list(dict.fromkeys(map(self._value, grid.cells)))
         are_numbers = all(isinstance(value, int | float) for value in values)
-        self.ticks = {value: value if are_numbers else place for place, value in enumerate(values)}
+        self.ticks = {value: value if are_numbers else place for place, value in enumerate(values)}  # and its place
         self.span = max(self.ticks.values()) - min(self.ticks.values())
 
     def _value(self, cell: Cell) -> Any:
@@ -197,8 +194,7 @@ class _Plot:
     def _style(self, label: str, linestyle: str = "-") -> dict[str, str]:
         return {**look(label, list(self.lines)), "linestyle": "" if self.axis == "attention" else linestyle}
 
-    def _draw_means(self, axes: Axes, measure: Callable[[Run], float | None], linestyle: str = "-", **style: Any
-                    ) -> None:
+    def _draw_means(self, axes: Axes, measure: Measure, linestyle: str = "-", **style: Any) -> None:
         for label, cells in self.lines.items():
             found = [(self.ticks[self._value(cell)], summary.mean) for cell in cells
                      if (summary := over_seeds(cell, measure))]
@@ -262,12 +258,11 @@ class _Plot:
 
 def _facet_chart(grid: Grid, name: str, caption: str, draw: Callable[..., None], rows: Collection[str],
                  wanted: Callable[[Run], Collection]) -> Chart:
-    """A column for the cells of one depth and one value of every further setting; all `rows` of up to 4 columns, the
-    first two of more."""
-    facets: dict[str, list[Cell]] = {}
+    """A column for each depth and value of every further setting; beyond 4 columns the first two `rows` alone."""
+    facets: dict[str, list[Cell]] = defaultdict(list)
     for cell in grid.cells:
         if any(map(wanted, cell.runs)):
-            facets.setdefault(", ".join([f"{cell.depth} blocks", *cell.details(grid)]), []).append(cell)
+            facets[", ".join([f"{cell.depth} blocks", *cell.details(grid)])].append(cell)
     panels = [partial(draw, cells=cells, place=place, name=row)
               for row in list(rows)[:4 if len(facets) <= 4 else 2] for place, cells in facets.items()]
     return Chart(name, caption, panels, columns=min(max(len(facets), 2), 4))

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+from deepvit.config.compare import has_no_effect
 from deepvit.report.runs import Run, Sweep, without_paths
 
 MAX_VARYING = 3  # settings beside depth, attention and seed in which runs started alone may differ in one table
-# Settings that change no result, or that another one repeats.
-NOT_COMPARED = ("engine.", "probe.", "fresh", "dry", "logger", "seed", "data.root", "data.workers",
-                "data.eval_batch_size", "data.in_memory_mb", "data.max_bad", "data.on_error", "data.decoder",
-                "data.img_size", "data.on_device", "model.num_classes")
+# Beside those that change no result: settings of hardly any effect, or that another one repeats.
+NOT_COMPARED = ("seed", "data.max_bad", "data.on_error", "data.decoder", "data.img_size", "data.on_device",
+                "model.num_classes")
 AXES = ("model.depth", "model.attention.")  # always columns
 NAMED_GROUPS = ("augment", "precision")
 ATTENTION_ORDER = ("self", "norm_only", "reattention_fc", "reattention", "reattention_identity", "reattention_ln")
@@ -21,8 +21,7 @@ ATTENTION_ORDER = ("self", "norm_only", "reattention_fc", "reattention", "reatte
 
 @dataclass(frozen=True)
 class Cell:
-    """All seeds of one configuration. `extras`: the values of the table's further columns; `settings`: of all settings
-    that differ in the table."""
+    """All seeds of one configuration, with its values of `Grid.extras` and of all settings that differ."""
 
     depth: int
     attention: str
@@ -83,30 +82,25 @@ class Grid:
         return [cell for cell in self.cells if cell.finished]
 
     @property
-    def depths(self) -> list[int]:
-        return sorted({cell.depth for cell in self.cells})
-
-    @property
     def seeds(self) -> list[int]:
         return sorted({run.seed for run in self.planned})
 
 
 def grids(runs: Sequence[Run]) -> list[Grid]:
-    """One grid for each experiment: a sweep file's runs, or runs of the same data and recipe started by hand (alone or
-    as cells of a command) while they differ in few settings."""
+    """One grid for each sweep file, and for runs started by hand of one data and recipe that differ in few settings."""
     started: dict[tuple[str, ...], list[Run]] = defaultdict(list)  # by data, recipe, sweep file, and what was started
     for run in runs:
         data, sweep = run.config["data"], run.sweep
         root = data.get("root") if data["source"] in ("folder", "timm") else ""
         started[f"{_data_name(data)} {root}", run.origin.get("recipe") or "", sweep and sweep.name or "",
                 sweep.key if sweep else run.place].append(run)
-    found: list[tuple[tuple[str, str, str], list[Run]]] = []
-    for (name, recipe, file, _), group in sorted(started.items()):
-        alike = (others for key, others in found if key == (name, recipe, "") and not file and _fit(others, group))
+    found: list[tuple[tuple[str, ...], list[Run]]] = []
+    for (*key, _), group in sorted(started.items()):
+        alike = (others for other, others in found if other == key and not key[2] and _fit(others, group))
         if home := next(alike, None):
             home += group
         else:
-            found.append(((name, recipe, file), group))
+            found.append((key, group))
     return _label([_grid(group) for _, group in found])
 
 
@@ -153,20 +147,19 @@ def _typed_names(runs: Sequence[Run]) -> set[str]:
 
 def _grid(runs: Sequence[Run]) -> Grid:
     compared = compared_settings(runs)
-    different, varying, typed = differing(compared), _varying(compared), _typed_names(runs)
+    varying, typed = _varying(compared), _typed_names(runs)
     columns = [sorted(column, key=lambda name: name not in typed) for column in merged(varying, compared)]
-    found: dict[tuple, list[Run]] = defaultdict(list)
+    found: dict[tuple, dict[int, Run]] = defaultdict(dict)  # by seed
     settings_of, duplicates = {}, []
     for run, settings, attention in zip(runs, compared, _attention_labels(runs)):
         key = (run.config["model"]["depth"], attention, tuple(_shown(settings.get(column[0])) for column in columns))
-        twin = next((other for other in found[key] if other.seed == run.seed), None)
         settings_of[key] = {name: settings.get(name) for name in varying}
-        if twin is None:
-            found[key].append(run)
-        elif not run.is_missing:
-            duplicates.append(f"{run.place} repeats {twin.place} (same settings and seed); it is left out.")
-    cells = [Cell(*key, tuple(sorted(found[key], key=lambda run: run.seed)), settings_of[key])
+        first = found[key].setdefault(run.seed, run)
+        if first is not run and not run.is_missing:
+            duplicates.append(f"{run.place} repeats {first.place} (same settings and seed); it is left out.")
+    cells = [Cell(*key, tuple(run for _, run in sorted(found[key].items())), settings_of[key])
              for key in sorted(found, key=_order)]
+    different = differing(compared)
     shared = {name: compared[0].get(name) for settings in compared for name in settings if name not in different}
     followers = {column[0].removeprefix("model."): column[1:] for column in columns}
     return Grid(_data_name(runs[0].config["data"]), runs[0].origin.get("recipe"), tuple(followers), followers, cells,
@@ -185,8 +178,8 @@ def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def compared_settings(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """The settings that make a difference, of each run. A group of settings goes by its name where all runs have it."""
-    compared = [{name: value for name, value in run.settings.items() if not name.startswith(NOT_COMPARED)}
-                for run in runs]
+    compared = [{name: value for name, value in run.settings.items()
+                 if not (has_no_effect(name) or name.startswith(NOT_COMPARED))} for run in runs]
     typed = _typed_names(runs)
     for group in NAMED_GROUPS:
         names = [run.origin.get("choices", {}).get(group) for run in runs]
@@ -223,8 +216,8 @@ def _shown(value: Any) -> Any:
 
 def _attention_labels(runs: Sequence[Run]) -> list[str]:
     """The attention's name, with those of its settings that differ between runs of that name."""
-    attentions = [run.config["model"]["attention"] for run in runs]
-    attentions = [{"name": one} if isinstance(one, str) else one for one in attentions]
+    given = [run.config["model"]["attention"] for run in runs]
+    attentions = [{"name": one} if isinstance(one, str) else one for one in given]
     variants = [{**one, "name": one.get("name") or one.get("class", "unnamed")} for one in attentions]
     labels = []
     for variant in variants:
@@ -237,5 +230,5 @@ def _attention_labels(runs: Sequence[Run]) -> list[str]:
 def _order(key: tuple[int, str, tuple]) -> tuple:
     depth, attention, extras = key
     name = attention.split(" ")[0]
-    rank = ATTENTION_ORDER.index(name) if name in ATTENTION_ORDER else len(ATTENTION_ORDER)
+    rank = [*ATTENTION_ORDER, name].index(name)
     return depth, tuple((isinstance(value, str), value) for value in extras), rank, attention

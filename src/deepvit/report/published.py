@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,8 @@ IMAGENET_VAL = 50_000  # images of the validation set that the numbers are of
 
 @dataclass(frozen=True)
 class Published:
-    """A published result. `top1` in percent; `source` a key of `sources()`; `match`: settings that a run of the same
-    cell has, None for a model that is not built here, whose `remark` is what to know before comparing; `time` of
-    training, in the source's words."""
+    """A published result. `top1` in percent; `source` a key of `SOURCES`; `match`: settings of the runs that are its
+    cell, None for a model that is not built here; `remark`: to know before comparing; `time` of training."""
 
     model: str
     source: str
@@ -30,26 +28,14 @@ class Published:
     remark: str = ""
 
 
-@cache
-def _content() -> dict[str, Any]:
-    return yaml.safe_load(Path(__file__).with_name("published.yaml").read_text())
-
-
-def entries() -> list[Published]:
-    return [Published(**entry) for entry in _content()["entries"]]
-
-
-def others() -> list[Published]:
-    return [Published(**entry) for entry in _content()["others"]]
-
-
-def sources() -> dict[str, str]:
-    return _content()["sources"]
+_CONTENT = yaml.safe_load(Path(__file__).with_name("published.yaml").read_text())
+SOURCES: dict[str, str] = _CONTENT["sources"]
+ENTRIES, OTHERS = ([Published(**entry) for entry in _CONTENT[kind]] for kind in ("entries", "others"))
 
 
 def published_of(settings: Mapping[str, Any]) -> list[Published]:
     """The published cells that a run of these settings (flat) is comparable to, the leading source first."""
-    return [entry for entry in entries()
+    return [entry for entry in ENTRIES
             if all(_matches(settings.get(name), wanted) for name, wanted in entry.match.items())]
 
 

@@ -1,4 +1,4 @@
-"""Tables as text for a terminal, as markdown, as HTML; cells as CSV."""
+"""Tables as lines of text, in a terminal or in markdown; cells as CSV."""
 
 import csv
 import io
@@ -6,30 +6,28 @@ import re
 import textwrap
 from collections.abc import Iterable, Sequence
 from functools import partial
-from html import escape
-from itertools import product
+from itertools import chain, product
 
 import rich.table
 from rich import box
 from rich.console import Console
 
 from deepvit.report.grid import Cell, Grid
-from deepvit.report.tables import (KINDS, MOMENTS, NONE, Measure, Table, interval, mean_similarity, of_result,
-                                   over_seeds, published_for, similar_blocks)
+from deepvit.report.tables import (KINDS, MOMENTS, NONE, Measure, interval, mean_similarity, of_result, over_seeds,
+                                   published_for, similar_blocks)
 
 NUMBER = re.compile(r"[-+<]? ?\d|$|" + NONE)  # cells that begin so are aligned to the right
 
 
 def printed(headers: Sequence[str], rows: Sequence[Sequence[str]], markdown: bool = False) -> str:
-    """A table as lines of text, columns of numbers to the right. In a terminal, headers wider than their column are
-    broken into lines at spaces."""
+    """A table as lines, numbers to the right. In a terminal, headers wider than their column are broken at spaces."""
     drawn = rich.table.Table(box=box.MARKDOWN if markdown else box.SIMPLE_HEAD, pad_edge=markdown,
                              padding=(0, 1) if markdown else (0, 1, 0, 0))
     right = []
     for index, header in enumerate(headers):
         cells = [row[index] for row in rows]
         width = max(map(len, [*header.split(" "), *cells]))
-        right.append(_are_numbers(cells))
+        right.append(are_numbers(cells))
         drawn.add_column(header if markdown else textwrap.fill(header, width, break_on_hyphens=False),
                          justify="right" if right[-1] else "left", vertical="bottom", no_wrap=True)
     for row in rows:
@@ -43,44 +41,15 @@ def printed(headers: Sequence[str], rows: Sequence[Sequence[str]], markdown: boo
     return "\n".join(lines)
 
 
-def _are_numbers(cells: Iterable[str]) -> bool:
+def are_numbers(cells: Iterable[str]) -> bool:
     return all(map(NUMBER.match, cells))
 
 
-def as_text(table: Table) -> str:
-    return f"{table.title}\n{printed(table.headers, table.rows)}"
-
-
-def as_markdown(table: Table) -> str:
-    headers, *rows = ([word.replace("|", "\\|") for word in words] for words in (table.headers, *table.rows))
-    notes = "\n".join(f"- {note}" for note in table.notes)
-    return f"### {table.title}\n\n{printed(headers, rows, markdown=True)}\n\n{notes}".strip()
-
-
-def as_html(table: Table) -> str:
-    left = [not _are_numbers(row[index] for row in table.rows) for index in range(len(table.headers))]
-
-    def row(words: Sequence[str], tag: str) -> str:
-        cells = (f'<{tag}{_class(header, word, is_left)}>{escape(word)}</{tag}>'
-                 for header, word, is_left in zip(table.headers, words, left))
-        return f"<tr>{''.join(cells)}</tr>"
-
-    notes = "".join(f"<li>{escape(note)}</li>" for note in table.notes)
-    return (f'<h3>{escape(table.title)}</h3><div class="scroll"><table><thead>{row(table.headers, "th")}</thead>'
-            f'<tbody>{"".join(row(words, "td") for words in table.rows)}</tbody></table></div>'
-            f'<ul class="notes">{notes}</ul>')
-
-
-def _class(header: str, word: str, is_left: bool) -> str:
-    names = ["left"] * is_left + ["open"] * (header == "status" != word) + ["long"] * (len(word) > 24)
-    return f' class="{" ".join(names)}"' if names else ""
-
-
 def as_csv(grids: Sequence[Grid], threshold: float) -> str:
-    """A row for each cell: plain numbers, a column for each setting, mean, deviation, count and bound."""
+    """A row for each cell, of plain numbers."""
     rows = [_csv_row(grid, cell, threshold) for grid in grids for cell in grid.cells]
     text = io.StringIO()
-    writer = csv.DictWriter(text, dict.fromkeys(name for row in rows for name in row), lineterminator="\n")
+    writer = csv.DictWriter(text, dict.fromkeys(chain.from_iterable(rows)), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()

@@ -6,6 +6,7 @@ import os
 import re
 import socket
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,8 +21,7 @@ from deepvit.errors import UserError
 
 @dataclass(frozen=True)
 class Sweep:
-    """What its record says. `key`: the same for all starts of a sweep file, or of a command without one; `statistics`:
-    the contrasts of the last start, as they were given."""
+    """`key`: the same for all starts of a sweep file, or of a command; `statistics`: its contrasts, as given last."""
 
     key: str
     name: str | None
@@ -31,7 +31,7 @@ class Sweep:
 @dataclass(frozen=True)
 class Run:
     """A run folder's content. `state`: finished, running, stopped (on request), unfinished (nobody works on it, or on
-    another machine), or missing (a cell that a sweep was to run), with what is known of the reason."""
+    another machine), or missing (a sweep was to run it), with what is known of the reason."""
 
     path: Path
     config: Mapping[str, Any]  # nested; `settings` has it flat
@@ -74,14 +74,11 @@ class Run:
     def total(self) -> int | None:
         """Steps of the whole run; None where neither the config nor a logged epoch tells."""
         schedule = self.config.get("schedule", {})
-        logged = [line for line in self.lines if line.get("epoch")]
-        steps = schedule.get("steps")
-        if steps is None:
-            if not logged:
-                return None
+        steps, logged = schedule.get("steps"), [line for line in self.lines if line.get("epoch")]
+        if steps is None and logged:
             epochs = schedule["epochs"] + (schedule.get("cooldown_epochs") or 0)
             steps = epochs * logged[-1]["step"] / logged[-1]["epoch"]
-        return max(math.ceil(steps - 0.2), self.step)  # logged epochs are rounded
+        return None if steps is None else max(math.ceil(steps - 0.2), self.step)  # logged epochs are rounded
 
     @property
     def progress(self) -> str:
@@ -89,13 +86,12 @@ class Run:
         if self.is_missing:
             return self.state
         share = f"/{self.total} ({self.step / self.total:.0%})" if self.total else ""
-        top1 = [line["top1"] for line in self.lines if "top1" in line]
-        so_far = f", top-1 so far {top1[-1]:.2f}" if top1 else ""
-        return f"{self.state}, step {self.step}{share}{so_far}"
+        top1 = [f", top-1 so far {line['top1']:.2f}" for line in self.lines if "top1" in line]
+        return f"{self.state}, step {self.step}{share}{''.join(top1[-1:])}"
 
 
 def read_runs(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
-    """All runs in and below `paths`, the missing ones of sweeps too, and a sentence for each thing left out. Raises
+    """All runs in and below `paths`, those that a sweep lacks too, and a sentence for each thing left out. Raises
     UserError if a path is missing, or there is no readable run in any."""
     for path in paths:
         if not path.exists():
@@ -142,10 +138,9 @@ def _sweeps(records: Iterable[Path]) -> dict[Path, Sweep]:
 
 
 def _run_folders(top: Path, problems: list[str]) -> list[Path]:
-    def leave_out(error: OSError) -> None:
-        problems.append(f"{error.filename} cannot be read ({error.strerror}) and is left out.")
-
-    return sorted(Path(folder) for folder, _, files in os.walk(top, onerror=leave_out) if "config.yaml" in files)
+    walk = os.walk(top, onerror=lambda error: problems.append(
+        f"{error.filename} cannot be read ({error.strerror}) and is left out."))
+    return sorted(Path(folder) for folder, _, files in walk if "config.yaml" in files)
 
 
 def read_run(folder: Path) -> Run:
@@ -161,23 +156,20 @@ def _read_config(path: Path) -> dict[str, Any]:
         config = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{path} cannot be read ({type(error).__name__}); this run is left out.") from error
-    try:
+    with suppress(KeyError, TypeError):
         if isinstance(config["model"]["depth"], int) and config["data"]["source"] and config["model"]["attention"]:
             return config
-    except (KeyError, TypeError):
-        pass
     raise UserError(f"{path} is not the config of a run (no model.depth, model.attention or data.source); "
                     f"it is left out.")
 
 
 def _read_result(path: Path) -> dict[str, Any]:
     """A finished run's; empty where the file is torn, missing or of an unfinished run."""
-    try:
+    with suppress(OSError, ValueError):
         content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    is_result = isinstance(content, dict) and content.get("finished") and isinstance(content.get("top1"), int | float)
-    return content if is_result else {}
+        if isinstance(content, dict) and content.get("finished") and isinstance(content.get("top1"), int | float):
+            return content
+    return {}
 
 
 def _unfinished_state(folder: Path) -> str:
@@ -185,18 +177,15 @@ def _unfinished_state(folder: Path) -> str:
         return "running"
     if [line.get("event") for line in read_json_lines(folder / "events.jsonl")][-1:] == ["PREEMPTED"]:
         return "stopped"
-    try:
+    with suppress(OSError, UnicodeDecodeError):
         owner = re.search(r" on (\S+)", (folder / "lock").read_text())
-    except (OSError, UnicodeDecodeError):
-        owner = None
-    is_elsewhere = owner and owner[1] != socket.gethostname()  # its lock cannot be seen here: it may be running
-    return f"unfinished (last worked on by {owner[1]})" if is_elsewhere else "unfinished"
+        if owner and owner[1] != socket.gethostname():  # its lock cannot be seen here: it may be running
+            return f"unfinished (last worked on by {owner[1]})"
+    return "unfinished"
 
 
 def _is_locked(lock: Path) -> bool:
     """Whether a process of this machine holds the lock, from the kernel's list: taking it would disturb the run."""
-    try:
-        inode, held = lock.stat().st_ino, Path("/proc/locks").read_text()
-    except OSError:
-        return False
-    return re.search(rf"POSIX .*:{inode} ", held) is not None
+    with suppress(OSError):
+        return re.search(rf"POSIX .*:{lock.stat().st_ino} ", Path("/proc/locks").read_text()) is not None
+    return False

@@ -8,7 +8,7 @@ from typing import Any
 
 from deepvit.report.contrasts import OUTCOMES, Finding, Plan, find, plan_of
 from deepvit.report.grid import Cell, Grid, plain
-from deepvit.report.published import IMAGENET_VAL, Published, others, published_of, sources
+from deepvit.report.published import IMAGENET_VAL, OTHERS, SOURCES, Published, published_of
 from deepvit.report.runs import Run
 from deepvit.report.statistics import Equivalence, Summary, summarise
 
@@ -38,8 +38,7 @@ def _table(title: str, columns: Mapping[str, Callable[[Any], str]], items: Itera
 
 def similarity(run: Run, moment: str, kind: str) -> list[float]:
     """M of each pair of adjacent blocks (mean over images, heads and tokens), empty if it was not measured. `moment`:
-    initial (before the first step) or final (after the last); `kind`: final or softmax, each also as `_centred` (maps
-    minus 1/N)."""
+    one of `MOMENTS`; `kind`: of `KINDS`, `_centred` being maps minus 1/N."""
     found = (run.result.get(f"probe_{moment}") or {}).get("similarity", {}).get(kind) or {}
     return [value for value in found.get("adjacent", []) if value is not None]
 
@@ -70,13 +69,11 @@ def interval(cell: Cell) -> tuple[float | None, float | None]:
         return None, None
     if summary.n > 2:
         return max(summary.low, 0.0), min(summary.high, 100.0)
-    result = cell.finished[0].result
-    return result.get("top1_low"), result.get("top1_high")
+    return tuple(map(cell.finished[0].result.get, ("top1_low", "top1_high")))
 
 
 def published_for(cell: Cell, grid: Grid) -> list[Published]:
-    """The published numbers of a cell, unless one of its attention and settings, of any depth, was evaluated on a part
-    of ImageNet: any folder can be given as data=imagenet."""
+    """None where runs of its kind, of any depth, were evaluated on a part of ImageNet: any folder can be that."""
     same = [run for other in grid.cells if (other.attention, other.extras) == (cell.attention, cell.extras)
             for run in other.runs if run.settings.get("data.source") == "imagenet"]
     is_part = any(run.result.get("n", IMAGENET_VAL) != IMAGENET_VAL for run in same)
@@ -87,7 +84,9 @@ def tables(grid: Grid, threshold: float) -> list[Table]:
     """The grid's results, the similarities behind them, and on ImageNet what others report."""
     plan = plan_of(grid)
     found = [_contrasts(plan, grid)] if plan else []
-    found += [_results(grid, threshold), _similarities(grid), _costs(grid)]
+    found += [_results(grid, threshold), _similarities(grid)]
+    found += [_table("Size and speed", {**_axes(grid), **COSTS}, grid.finished, [
+        "GFLOP: forward, one image. images/s: training speed of these runs on their machines, not a benchmark."])]
     found += [_others()] if grid.data == "imagenet" else []
     return [table for table in found if table.rows]
 
@@ -158,8 +157,9 @@ def _results(grid: Grid, threshold: float) -> Table:
         for moment in MOMENTS for kind in ("final", "softmax")}
     columns = {**_axes(grid), "top-1 %": _mean(of_result("top1"), 2), "n": lambda cell: str(len(cell.finished)),
                "95 %": _interval, **similar, "M parameters": _mean(lambda run: run.result["params"] / 1e6, 2),
-               "published": lambda cell: _published(cell, grid), "difference": lambda cell: _beyond(cell, grid),
-               "status": lambda cell: cell.status}
+               "published": lambda cell: next(
+                   (f"{one.top1:.2f} [{one.source}]" for one in published_for(cell, grid)), NONE),
+               "difference": lambda cell: _beyond(cell, grid), "status": lambda cell: cell.status}
     notes = [f"similar: pairs of adjacent blocks whose maps have a mean similarity M above {threshold:g}, of depth - 1 "
              f"pairs (the paper leaves its rule open: it may count a share of token vectors); final: the maps that "
              f"multiply the values, softmax: before heads are mixed and normalised. 95 %: over seeds (Student's t) for "
@@ -176,18 +176,13 @@ def _similarities(grid: Grid) -> Table:
         "by construction: it does so untrained, before anything was learned."])
 
 
-def _costs(grid: Grid) -> Table:
-    return _table("Size and speed", {**_axes(grid), **COSTS}, grid.finished, [
-        "GFLOP: forward, one image. images/s: training speed of these runs on their machines, not a benchmark."])
-
-
 def _others() -> Table:
     columns = {"model": lambda one: one.model, "pixels": lambda one: str(one.img_size),
                "top-1 %": lambda one: f"{one.top1:.1f} [{one.source}]",
                "parameters": lambda one: f"{one.params / 1e6:.0f}M",
                "GFLOP an image": lambda one: NONE if one.gflops is None else f"{one.gflops:g}",
                "remark": lambda one: one.remark}
-    return _table("Others' models, as others trained them", columns, others(), _references(others()))
+    return _table("Others' models, as others trained them", columns, OTHERS, _references(OTHERS))
 
 
 def _axes(grid: Grid) -> dict[str, Callable[[Cell], str]]:
@@ -226,10 +221,6 @@ COSTS: dict[str, Callable[[Cell], str]] = {  # the columns of size and speed, by
     "images/s": _mean(of_result("images_per_s"), 0), "epochs": _mean(of_result("epochs"), 1), "device": _devices}
 
 
-def _published(cell: Cell, grid: Grid) -> str:
-    return next((f"{one.top1:.2f} [{one.source}]" for one in published_for(cell, grid)), NONE)
-
-
 def _beyond(cell: Cell, grid: Grid) -> str:
     """The top-1 less the published."""
     found, top1 = published_for(cell, grid), over_seeds(cell, of_result("top1"))
@@ -237,7 +228,7 @@ def _beyond(cell: Cell, grid: Grid) -> str:
 
 
 def _references(entries: Iterable[Published]) -> list[str]:
-    return [f"[{name}] {sources()[name]}." for name in dict.fromkeys(one.source for one in entries)]
+    return [f"[{name}] {SOURCES[name]}." for name in dict.fromkeys(one.source for one in entries)]
 
 
 def _published_notes(grid: Grid) -> list[str]:

@@ -1,24 +1,27 @@
 """The report: what is printed, and the files report.md, report.csv, report.html and figures/."""
 
 import base64
-import itertools
 import re
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from html import escape
+from itertools import chain
 from pathlib import Path
+from string import Template
 
 from deepvit.config.compare import flat, labels
 from deepvit.config.provenance import git_revision
 from deepvit.errors import UserError
-from deepvit.report import render
 from deepvit.report.figures import Chart, charts, comparison_chart
-from deepvit.report.grid import Grid, grids
+from deepvit.report.grid import Grid, differing, grids
+from deepvit.report.render import are_numbers, as_csv, printed
 from deepvit.report.runs import Run, without_paths
 from deepvit.report.tables import NONE, Table, mean_similarity, of_result, over_seeds, tables
 
 TITLE = "Depth and attention: report"
+PAGE = Template(Path(__file__).with_name("page.html").read_text())  # needs no other file, and a phone can show it
 ANY_NAME = {"encoding": "utf-8", "errors": "backslashreplace"}  # a folder's name may not be UTF-8
 RECIPE = {  # what a reader asks for first, and how it is put
     "model.embed_dim": "width {}", "model.num_heads": "{} heads", "model.mlp_ratio": "MLP x {:g}",
@@ -32,17 +35,16 @@ RECIPE = {  # what a reader asks for first, and how it is put
 
 RESULTS = ("top1", "top5", "loss", "best_top1", "n", "params", "flops", "steps", "epochs", "images_per_s", "git")
 
-Part = str | Table | Chart  # of a report; a text that begins with ## is a heading
+Part = str | Table | Chart  # a text that begins with ## is a heading
 
 
-def write_report(runs: Sequence[Run], problems: Sequence[str], out: Path, threshold: float,
-                 pair: Sequence[Run] = (), command: str = "deepvit report") -> Iterator[str]:
+def write_report(runs: Sequence[Run], problems: Sequence[str], out: Path, threshold: float, pair: Sequence[Run],
+                 command: str) -> Iterator[str]:
     """Writes everything into `out` and yields the lines to print. `pair`: two runs to compare, or none. Raises
     UserError if `out` cannot be written, or has files of these names that no report wrote."""
     _refuse_strange(out)
     found = grids(runs)
-    parts = [_summary(found), _origin(found, command), *problems,
-             *itertools.chain.from_iterable(grid.duplicates for grid in found)]
+    parts = [_summary(found), _origin(found, command), *problems, *chain(*(grid.duplicates for grid in found))]
     for number, grid in enumerate(found, 1):
         name = re.sub(r"[^A-Za-z0-9]+", "-", f"{grid.data}-{grid.recipe}-{grid.label}")[:40].strip("-")
         parts += [f"## {grid.name}", _shared_recipe(grid), _limits(grid), *tables(grid, threshold),
@@ -51,25 +53,24 @@ def write_report(runs: Sequence[Run], problems: Sequence[str], out: Path, thresh
     try:
         (out / "figures").mkdir(parents=True, exist_ok=True)
         saved = [part.save(out / "figures") for part in parts if isinstance(part, Chart)]
-        (out / "report.csv").write_text(render.as_csv(found, threshold), **ANY_NAME)
-        (out / "report.md").write_text("\n\n".join([f"# {TITLE}", *map(_as_markdown, parts)]) + "\n", **ANY_NAME)
-        (out / "report.html").write_text(_page(map(_as_html, parts)), **ANY_NAME)
+        (out / "report.csv").write_text(as_csv(found, threshold), **ANY_NAME)
+        (out / "report.md").write_text("\n\n".join([f"# {TITLE}", *map(as_markdown, parts)]) + "\n", **ANY_NAME)
+        (out / "report.html").write_text(PAGE.substitute(title=TITLE, parts="".join(map(as_html, parts))), **ANY_NAME)
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror}): choose another folder with --out.") from error
-    yield from (text for part in parts if (text := _as_text(part)))
+    yield from filter(None, map(as_text, parts))
     yield from (f"Figure: {path}" for path in saved)
     yield f"Report: {out / 'report.html'} (and report.md, report.csv)"
 
 
 def _refuse_strange(out: Path) -> None:
-    try:
-        is_ours = (out / "report.md").read_text(errors="replace").startswith(f"# {TITLE}")
-    except OSError:
-        is_ours = False
-    there = [name for name in ("report.csv", "report.md", "report.html", "figures") if (out / name).exists()]
-    if there and not is_ours:
-        raise UserError(f"{out / there[0]} was not written by a report, and would be overwritten: choose another "
-                        f"folder with --out.")
+    with suppress(OSError):
+        if (out / "report.md").read_text(errors="replace").startswith(f"# {TITLE}"):
+            return
+    for name in ("report.csv", "report.md", "report.html", "figures"):
+        if (out / name).exists():
+            raise UserError(f"{out / name} was not written by a report, and would be overwritten: choose another "
+                            f"folder with --out.")
 
 
 def _summary(grids: Sequence[Grid]) -> str:
@@ -90,10 +91,9 @@ def _summary(grids: Sequence[Grid]) -> str:
 
 def _origin(grids: Sequence[Grid], command: str) -> str:
     """When and by what the report was made, and of which code its runs are."""
-    made = f"Made {time.strftime('%Y-%m-%d %H:%M %z')} by `{without_paths(command)}` at revision " \
-           f"{git_revision() or 'unknown'}."
     named = dict.fromkeys(run.result.get("git") or "unknown" for grid in grids for run in grid.runs if run.finished)
-    return f"{made} The runs are of revision {', '.join(named)}." if named else made
+    return (f"Made {time.strftime('%Y-%m-%d %H:%M %z')} by `{without_paths(command)}` at revision "
+            f"{git_revision() or 'unknown'}.") + (f" The runs are of revision {', '.join(named)}." if named else "")
 
 
 def _shared_recipe(grid: Grid) -> str:
@@ -118,9 +118,8 @@ def _limits(grid: Grid) -> str:
 
 def _comparison(runs: Sequence[Run]) -> Table:
     """Two runs beside each other: differing settings first, then the results."""
-    first, second = (run.settings for run in runs)
-    names = [name for name in dict.fromkeys([*first, *second]) if first.get(name) != second.get(name)]
-    rows = [[name, _text(first.get(name)), _text(second.get(name))] for name in names]
+    names = differing([run.settings for run in runs])
+    rows = [[name, *(_text(run.settings.get(name)) for run in runs)] for name in names]
     rows += [["command", *(run.origin.get("command", "not recorded") for run in runs)],
              ["state", *(run.state if run.finished else run.progress for run in runs)]]
     rows += [[name, *(_text(run.result.get(name)) for run in runs)] for name in RESULTS]
@@ -142,27 +141,50 @@ def _text(value: object) -> str:
     return NONE if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def _as_text(part: Part) -> str:
+def as_text(part: Part) -> str:
     """For a terminal: without figures and what is seldom asked for."""
-    if isinstance(part, Table):
-        return "\n".join(["", render.as_text(part), *part.notes]) if part.title != "Size and speed" else ""
-    return part.replace("## ", "\n") if isinstance(part, str) else ""
+    if isinstance(part, str):
+        return part.replace("## ", "\n")
+    if isinstance(part, Chart) or part.title == "Size and speed":
+        return ""
+    return "\n".join(["", part.title, printed(part.headers, part.rows), *part.notes])
 
 
-def _as_markdown(part: Part) -> str:
+def as_markdown(part: Part) -> str:
+    if isinstance(part, str):
+        return part
     if isinstance(part, Chart):
         return f"![{part.caption}](figures/{part.name}.png)\n\n{part.caption}"
-    return render.as_markdown(part) if isinstance(part, Table) else part
+    headers, *rows = ([word.replace("|", "\\|") for word in words] for words in (part.headers, *part.rows))
+    notes = "\n".join(f"- {note}" for note in part.notes)
+    return f"### {part.title}\n\n{printed(headers, rows, markdown=True)}\n\n{notes}".strip()
 
 
-def _as_html(part: Part) -> str:
+def as_html(part: Part) -> str:
     if isinstance(part, Chart):
         return _figure(part)
     if isinstance(part, Table):
-        return render.as_html(part)
+        return _table(part)
     if part.startswith("## "):
         return f"<h2>{escape(part[3:])}</h2>"
     return re.sub("`([^`]+)`", r"<code>\1</code>", f"<p>{escape(part)}</p>")
+
+
+def _table(table: Table) -> str:
+    left = [not are_numbers(row[index] for row in table.rows) for index in range(len(table.headers))]
+
+    def row(words: Sequence[str], tag: str) -> str:
+        cells = []
+        for header, word, is_left in zip(table.headers, words, left):
+            names = ["left"] * is_left + ["open"] * (header == "status" != word) + ["long"] * (len(word) > 24)
+            attribute = f' class="{" ".join(names)}"' if names else ""
+            cells.append(f"<{tag}{attribute}>{escape(word)}</{tag}>")
+        return f"<tr>{''.join(cells)}</tr>"
+
+    notes = "".join(f"<li>{escape(note)}</li>" for note in table.notes)
+    return (f'<h3>{escape(table.title)}</h3><div class="scroll"><table><thead>{row(table.headers, "th")}</thead>'
+            f'<tbody>{"".join(row(words, "td") for words in table.rows)}</tbody></table></div>'
+            f'<ul class="notes">{notes}</ul>')
 
 
 def _figure(chart: Chart) -> str:
@@ -172,11 +194,3 @@ def _figure(chart: Chart) -> str:
     caption = escape(chart.caption)
     return (f'<figure><picture><source media="screen and (max-width: 700px)" srcset="{narrow}">'
             f'<img src="{wide}" alt="{caption}"></picture><figcaption>{caption}</figcaption></figure>')
-
-
-def _page(sections: Iterable[str]) -> str:
-    """One file that needs nothing else: tables and charts inside it, readable on a phone, no script."""
-    style = Path(__file__).with_name("page.css").read_text()
-    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
-            f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{TITLE}</title>'
-            f"<style>\n{style}</style></head><body><h1>{TITLE}</h1>{''.join(sections)}</body></html>\n")

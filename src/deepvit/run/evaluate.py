@@ -30,7 +30,7 @@ from deepvit.importers import find_checkpoint, open_model
 from deepvit.importers.settings import checked
 from deepvit.models import ViT
 from deepvit.models.registry import count_flops, count_parameters
-from deepvit.report.published import published_of, sources
+from deepvit.report.published import SOURCES, published_of
 from deepvit.run import build, eval_results
 from deepvit.run.launch import Stopped
 from deepvit.run.measures import Evaluator, calibration
@@ -265,7 +265,7 @@ def _published(model: ViT, data: Data) -> dict[str, Any] | None:
     if isinstance(settings["model.img_size"], list):
         settings["model.img_size"] = settings["model.img_size"][0]
     found = published_of(settings)
-    return {"model": found[0].model, "top1": found[0].top1, "source": sources()[found[0].source]} if found else None
+    return {"model": found[0].model, "top1": found[0].top1, "source": SOURCES[found[0].source]} if found else None
 
 
 def _ablate(model: ViT, what: str, whole: Evaluation, evaluate: Callable[[], Evaluation]) -> list[dict[str, Any]]:
