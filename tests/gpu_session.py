@@ -105,7 +105,7 @@ BENCHES = {  # name of the step -> limit in seconds, words of `deepvit bench`
     "the op": (90, "attention --seconds 2"),
     "train step": (75, "train-step --seconds 10"),
     "memory": (75, "memory"),
-    "small model": (60, "small"),
+    "small model": (75, "small"),
     "hours of ImageNet": (60, "imagenet --seconds 3"),
     "train step, compiled": (180, "train-step --compile --seconds 5"),
     "precision": (30, "precision"),

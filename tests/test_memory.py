@@ -101,6 +101,27 @@ def test_the_part_decides_how_many_images_go_at_once(monkeypatch, sharing, size)
     assert chosen == size and words.endswith("GiB")
 
 
+def test_on_a_gpu_a_trial_pass_has_the_last_word(monkeypatch):
+    """By the numbers 64 images fit; more than 16 do not. No trial leaves a trace, and the smallest needs none."""
+    monkeypatch.setattr(device, "needed_bytes", lambda *_: (0, 1))
+    monkeypatch.setattr(device, "available_bytes", lambda *_: GIB)
+    model, tried = Wide(), []
+    state = state_of(model)
+
+    def loss(network, x, y):
+        tried.append(len(x))
+        if len(x) > 16:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return network(x).sum()
+
+    stepper = SimpleNamespace(ranks=SimpleNamespace(device=torch.device("cuda")), loss=loss)
+    example = lambda count: (torch.ones(count, 6), None)  # noqa: E731
+    before = torch.get_rng_state()
+    assert device.largest_batch([64, 32, 16, 8], state, stepper, example)[0] == 16 and tried == [64, 32, 16]
+    assert all(weight.grad is None for weight in model.parameters()) and torch.equal(before, torch.get_rng_state())
+    assert device.largest_batch([64, 32], state, stepper, example)[0] == 32 and tried[3:] == [64]
+
+
 @pytest.mark.parametrize(("value", "count"), [("1/4", 4), ("", 1), ("2/4", None), ("0.5", None), ("1/0", None)])
 def test_the_environment_tells_the_part(monkeypatch, value, count):
     monkeypatch.setenv("DEEPVIT_SHARE", value)

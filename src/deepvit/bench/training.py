@@ -30,7 +30,8 @@ def small_model(device: str = "cpu", *, depth: int = 32, batch: int | None = Non
     """Rows with `case`, `name`, `images_per_s` and `data_wait` (both medians over the log) and `top1`; or `failed`.
 
     batch: default 512, on a CPU 32. cifar10: its folder; without it the built-in digits, enlarged. compiled: by
-    torch.compile, on a GPU in its default mode and as CUDA graphs.
+    torch.compile, on a GPU in its default mode and as CUDA graphs. Not compiled, on a GPU with deterministic algorithms
+    too, each form in a fresh process.
     """
     batch = batch or (512 if device == "cuda" else 32)
     case = f"training on {'CIFAR-10' if cifar10 else 'digits'}, {depth} blocks of width 192, 65 tokens, batch {batch}"
@@ -39,14 +40,16 @@ def small_model(device: str = "cpu", *, depth: int = 32, batch: int | None = Non
     settings = ["recipe=cifar10", *data, "model=deepvit32", f"model.depth={depth}", "model.embed_dim=192",
                 "model.num_heads=6", "precision=bf16", "data.on_device=true", f"data.batch_size={batch}",
                 f"engine.log_every={every}", "probe.images=0", *STEPS_ALONE, f"schedule.steps={LOGGED * every}"]
-    modes = (("default", "reduce-overhead") if device == "cuda" else ("default",)) if compiled else (False,)
-    for mode in modes:
-        row = {"name": OURS, "case": f"{case}, compiled: {mode}" if mode else case}
+    forms = ("engine.compile=default", "engine.compile=reduce-overhead") if compiled else (
+        "", "engine.deterministic=true")
+    for form in forms if device == "cuda" else forms[:1]:
+        row = {"name": OURS, "case": f"{case}, {form}" if form else case}
+        config = compose([*settings, form] if form else settings)
         try:
-            lines = _log_of(compose([*settings, f"engine.compile={str(mode).lower()}"]), _one_rank(device))
+            lines = apart(_log_of, config, device) if device == "cuda" else _log_of(config, device)
         except UserError:
             raise
-        except Exception as error:  # one mode's failure is a row, and the other goes on
+        except Exception as error:  # one form's failure is a row, and the other goes on
             yield row | {"failed": reason(error)}
             continue
         steady = [line for line in lines if "lr" in line][2:]
@@ -78,19 +81,18 @@ def _forecast(config: dict, device: str) -> tuple[float, float]:
 
 def _run(config: dict, device: str) -> tuple[float, float]:
     """MiB, and seconds a step (median)."""
-    ranks = _one_rank(device)
-    before = reset_peak(ranks.device)
-    lines = [line for line in _log_of(config, ranks) if "lr" in line]
+    before = reset_peak(torch.device(device))
+    lines = [line for line in _log_of(config, device) if "lr" in line]
     seconds = statistics.median(config["data"]["batch_size"] / line["images_per_s"] for line in lines[1:])
-    return (peak_bytes(ranks.device) - before) / 2**20, seconds
+    return (peak_bytes(torch.device(device)) - before) / 2**20, seconds
 
 
 def _one_rank(device: str) -> Ranks:
     return Ranks(0, 1, torch.device(device, 0 if device == "cuda" else None))
 
 
-def _log_of(config: Mapping[str, Any], ranks: Ranks) -> list[dict[str, Any]]:
+def _log_of(config: Mapping[str, Any], device: str) -> list[dict[str, Any]]:
     """What a run of `config` logs."""
     with tempfile.TemporaryDirectory() as folder:
-        train(config, Path(folder), ranks, StopRequest())
+        train(config, Path(folder), _one_rank(device), StopRequest())
         return read_json_lines(Path(folder) / "metrics.jsonl")

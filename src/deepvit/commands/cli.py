@@ -41,7 +41,7 @@ def run_job(config: DictConfig) -> Any:
     settings = HydraConfig.get()
     if settings.mode is RunMode.RUN and not settings.run.dir:
         raise UserError("hydra.run.dir is empty: name a folder, or leave it out.")
-    job = train_job if "schedule" in config else eval_job
+    job = eval_job if settings.job.config_name == "eval" else train_job
     folder = Path(settings.runtime.output_dir)
     folder = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
     outcome = Outcome(STOPPED, "Not started.")

@@ -156,7 +156,7 @@ def preregistration(hydra: DictConfig) -> dict[str, Any]:
     try:
         return {"preregistered": {"file": path, "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()}}
     except OSError as error:
-        raise UserError(f"The preregistration {path} cannot be read ({error.strerror}): start where it lies.") from None
+        raise UserError(f"The preregistration {path} cannot be read ({error.strerror}): give its path.") from None
 
 
 def choices_of(hydra: DictConfig) -> dict[str, Any]:

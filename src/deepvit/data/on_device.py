@@ -152,8 +152,8 @@ class OnDevice:
                     raise UserError(f"The {len(images):,} training images take {pixels.nbytes / 2**20:.0f} MB, more "
                                     f"than data.in_memory_mb={max_mb}: raise it, or set data.on_device=false.")
             if image.shape != pixels.shape[1:]:
-                raise UserError(f"{images.name(index)} has {image.shape[0]} x {image.shape[1]} pixels and others have "
-                                f"not: a random crop of several sizes needs data.on_device=false.")
+                raise UserError(f"{images.name(index)} has {image.shape[0]} x {image.shape[1]} pixels, others have "
+                                f"{pixels.shape[1]} x {pixels.shape[2]}: set data.on_device=false.")
             pixels[index] = image
         if pixels is None:
             raise UserError(f"None of the {len(images)} training images can be used; of the first: {self.reasons[0]}.")

@@ -41,7 +41,7 @@ def find_splits(root: Path, known: Collection[str] = ()) -> tuple[Path | None, P
     are_alike = None not in (train, val) and below[train] and below[train] == below[val]
     if others and not are_alike:
         raise UserError(f"{root} has folders named like splits ({some(called)}) beside others with images "
-                        f"({some(others)}): if all are classes, move them into {root / 'train'}, else the splits away.")
+                        f"({some(others)}): if all are classes, move them into {root / 'train'}, else take those out.")
     unused = [name for name in (*called, *others) if name not in (train, val)]
     if unused:
         log.warning("Not used of %s: %s.", root, some(unused))
@@ -146,12 +146,12 @@ class Cifar10(Source):
 
     def whole(self) -> Splits:
         if not self.root:
-            raise UserError(f"data={self.source} needs data.root: a folder that has its images, or is to get them.")
+            raise UserError(f"data={self.source} needs data.root: a folder with its images, or one to download to.")
         path = Path(self.root).expanduser()
         if path.is_dir() and find_splits(path)[0] is not None:
             return Folder(**vars(self)).whole()
         if self.val_fraction:
-            raise UserError(f"data.val_fraction={self.val_fraction}: {self.source} has its own test images, drop it.")
+            raise UserError(f"data.val_fraction={self.val_fraction}: {self.source} has its test images; leave it out.")
         from torchvision import datasets
         existed, dataset = path.exists(), getattr(datasets, self.source.upper())
         try:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from deepvit.engine.ranks import Ranks
 from deepvit.engine.state import TrainState
-from deepvit.engine.step import Precision, Stepper
+from deepvit.engine.step import Precision, Stepper, is_out_of_memory
 from deepvit.errors import UserError
 
 USEFUL = 2 * 2**30  # bytes kept for the backward pass on a CPU: more images at once bring no speed
@@ -150,12 +150,14 @@ def kept_storages(compute: Callable[[], Tensor], own: Iterable[Tensor]) -> list[
 
 def largest_batch(sizes: Sequence[int], state: TrainState, stepper: Stepper, example: Example, sharing: int = 1
                   ) -> tuple[int, str]:
-    """The largest of `sizes` (descending) that fits, by `sharing` processes, or the last; its memory, in words."""
+    """The largest of `sizes` (descending) that fits on this rank's device, which `sharing` processes share, else the
+    last; and how much of the memory it takes, in words. On a GPU a trial pass has the last word."""
     device = stepper.ranks.device
     fixed, each = needed_bytes(state, stepper, example)
     budget = available_bytes(device, sharing)
     most = budget if device.type == "cuda" else min(budget, USEFUL)
-    size = next((one for one in sizes if fixed + one * each <= most), sizes[-1])
+    fitting = [one for one in sizes if fixed + one * each <= most] or sizes[-1:]
+    size = next(one for one in fitting if one == sizes[-1] or _passes(state, stepper, example, one))
     return size, f"{(fixed + size * each) / 2**30:.3g} of {budget / 2**30:.3g} GiB"
 
 
@@ -180,3 +182,18 @@ def _bytes_of(state: TrainState, stepper: Stepper, example: Example, count: int)
     stepper.loss(state.model, x, y).backward()
     state.optimizer.zero_grad(set_to_none=True)
     return torch.cuda.max_memory_allocated(x.device) - before
+
+
+def _passes(state: TrainState, stepper: Stepper, example: Example, size: int) -> bool:
+    """On a GPU, whether a forward and backward pass over so many images fits."""
+    if stepper.ranks.device.type != "cuda":
+        return True
+    with state.traceless():
+        try:
+            stepper.loss(state.model, *example(size)).backward()  # compiled it takes no more, but minutes
+            return True
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+    torch.cuda.empty_cache()  # after the except block, whose frames hold the activations
+    return False

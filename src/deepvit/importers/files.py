@@ -262,7 +262,7 @@ def _flax_array(parts: Any) -> Tensor:
     shape, dtype, content = parts
     if min(shape, default=0) < 0:  # which a view would fill in
         raise ValueError("an array with a side below 0")
-    flat = torch.frombuffer(bytearray(content), dtype=FLAX_DTYPES[dtype]) if content else torch.empty(0)
+    flat = torch.frombuffer(bytearray(memoryview(content)), dtype=FLAX_DTYPES[dtype]) if content else torch.empty(0)
     return flat.view(shape)
 
 
