@@ -4,7 +4,6 @@ import math
 import signal
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -165,8 +164,11 @@ def _run(dataset: _Batches, draws: Stream | Sequence[Draw], workers: int, pin: b
                       "memory or shared memory (/dev/shm), lower data.workers.") from error
     finally:
         if workers:  # end now: a traceback may keep the iterator alive, and torch raises for dead workers at any time
-            with suppress(RuntimeError):  # torch's signal handler, about a worker that died
+            try:
                 batches._shutdown_workers()
+            except RuntimeError as error:  # of torch's signal handler, about a worker that died: all are ended by then
+                if "DataLoader worker" not in str(error):
+                    raise
 
 
 def train_batches(images: ImageSet, transform: Transform, *, workers: int = 0, max_bad: int = 100, pin: bool = False,
