@@ -134,7 +134,7 @@ def test_a_table_of_the_paper_is_a_sweep_of_its_depths():
 
 def test_every_row_of_vit_pytorchs_tables_is_a_cell_of_a_sweep():
     """And every cell of its sweeps has a number of its table to stand beside."""
-    rows = {(entry.source, entry.model, entry.top1) for entry in published.entries()
+    rows = {(entry.source, entry.model, entry.top1) for entry in published.ENTRIES
             if entry.source.startswith("vit_pytorch")}
     found = set()
     for sweep in (name for name in SWEEPS if name.startswith("vit_pytorch")):
