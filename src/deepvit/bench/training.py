@@ -43,7 +43,8 @@ def small_model(device: str = "cpu", *, depth: int = 32, batch: int | None = Non
     forms = ("engine.compile=default", "engine.compile=reduce-overhead") if compiled else (
         "", "engine.deterministic=true")
     for form in forms if device == "cuda" else forms[:1]:
-        row = {"name": OURS, "case": f"{case}, {form}" if form else case}
+        name = f"{OURS}, deterministic" if "deterministic" in form else OURS  # no target is for the former
+        row = {"name": name, "case": f"{case}, {form}" if form else case}
         config = compose([*settings, form] if form else settings)
         try:
             lines = apart(_log_of, config, device) if device == "cuda" else _log_of(config, device)
