@@ -138,6 +138,24 @@ def test_bad_input_to_eval_is_one_sentence(run, tmp_path, words, expected):
     assert code == BAD_INPUT and expected in sentence and len(sentence.splitlines()) == 1
 
 
+def test_a_config_of_the_users_own_is_evaluated(run, tmp_path):
+    assert run("train", *TINY, "schedule.epochs=1", f"hydra.run.dir={tmp_path}/run")[0] == DONE
+    (tmp_path / "mine.yaml").write_text("defaults: [eval, _self_]\nweights: raw\n")
+    own = ["--config-dir", str(tmp_path), "--config-name", "mine"]
+    assert run("eval", *own, f"checkpoint={tmp_path}/run")[0] == DONE
+
+
+@pytest.mark.parametrize(("words", "expected"), [
+    (["hydra/launcher=parallel", "hydra.launcher.cells_per_device=two"], "hydra.launcher.cells_per_device=two"),
+    (["hydra/launcher=parallel", "hydra.launcher.cells_per_device=0"], "hydra.launcher.cells_per_device=0"),
+    (["+hydra.callbacks.sweep.statistic.margin=1"], "statistic"),
+])
+def test_bad_input_to_a_sweep_is_one_sentence(run, tmp_path, words, expected):
+    code, _, sentence = run("train", "-m", *TINY, "seed=0,1", *words)
+    assert code == BAD_INPUT and expected in sentence and len(sentence.splitlines()) == 1
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize(("words", "expected"), [
     (["recipe=imagenet"], "data.root"),
     (["recipe=imagenet", "data.root=gone"], "gone"),

@@ -25,7 +25,7 @@ from deepvit.config.compose import PLUGINS, setting_meant
 from deepvit.config.provenance import as_typed, origin, run_folder
 from deepvit.errors import BAD_INPUT, DONE, FAILED, STOPPED, UserError, did_you_mean, first_line
 from deepvit.run.console import say
-from deepvit.run.launch import Outcome, eval_job, launch, train_job, unexpected
+from deepvit.run.launch import Job, Outcome, eval_job, launch, train_job, unexpected
 
 OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)
 
@@ -35,13 +35,12 @@ PARTS = re.compile(  # of a list or a sweep: between commas, of which those with
 _outcomes: list[Outcome] = []  # of the jobs that this process ran
 
 
-def run_job(config: DictConfig) -> Any:
+def run_job(job: Job, config: DictConfig) -> Any:
     """One job of Hydra's: the only one, or a cell of a sweep, which goes on whatever becomes of it. Returns the top-1
     of a training, for sweepers that look for the best."""
     settings = HydraConfig.get()
     if settings.mode is RunMode.RUN and not settings.run.dir:
         raise UserError("hydra.run.dir is empty: name a folder, or leave it out.")
-    job = eval_job if settings.job.config_name == "eval" else train_job
     folder = Path(settings.runtime.output_dir)
     folder = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
     outcome = Outcome(STOPPED, "Not started.")
@@ -76,7 +75,7 @@ def _note(outcome: Outcome, settings: DictConfig, folder: Path) -> None:
 
 def evaluate(arguments: Sequence[str]) -> int:
     """`deepvit eval SETTING=VALUE ...`; returns the exit code."""
-    return _start("eval", [of_the_model(word) for word in arguments])
+    return _start(eval_job, "eval", [of_the_model(word) for word in arguments])
 
 
 def of_the_model(word: str) -> str:
@@ -87,7 +86,11 @@ def of_the_model(word: str) -> str:
     return f"++model.{name}={value}" if equals and name in known else word
 
 
-def _start(config_name: str, arguments: Sequence[str]) -> int:
+def _start(job: Job, config_name: str, arguments: Sequence[str]) -> int:
+    @hydra.main(version_base="1.3", config_path=str(CONF.resolve()), config_name=config_name)
+    def program(config: DictConfig) -> Any:
+        return run_job(job, config)  # whatever --config-name the user gives
+
     os.environ["HYDRA_FULL_ERROR"] = "1"  # lets Hydra's errors through to us
     if "OMP_WAIT_POLICY" not in os.environ:  # spin between two operations, not so long as to starve other programs
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
@@ -97,7 +100,7 @@ def _start(config_name: str, arguments: Sequence[str]) -> int:
     Recorder.opened = None
     try:
         with sentences():
-            hydra.main(version_base="1.3", config_path=str(CONF.resolve()), config_name=config_name)(run_job)()
+            program()
     except OSError as error:  # a job's own are caught in `launch`: this is the folder that Hydra makes for it
         if error.filename is None:
             raise
@@ -117,7 +120,7 @@ def _start(config_name: str, arguments: Sequence[str]) -> int:
     return outcome.code
 
 
-train = partial(_start, "train")  # `deepvit train SETTING=VALUE ...`; returns the exit code
+train = partial(_start, train_job, "train")  # `deepvit train SETTING=VALUE ...`; returns the exit code
 
 
 @contextmanager

@@ -32,9 +32,8 @@ from deepvit.config.records import read_json_lines
 from deepvit.engine.device import usable_cores
 from deepvit.engine.progress import clock
 from deepvit.engine.signals import StopRequest, handled_signals, stop_requests
-from deepvit.errors import DONE, FAILED, STOPPED, UserError
-from deepvit.models.registry import count_parameters
-from deepvit.models.registry import build_model
+from deepvit.errors import DONE, FAILED, STOPPED
+from deepvit.models.registry import build_model, count_parameters
 from deepvit.run import evaluate, train  # noqa: F401
 from deepvit.run.console import say
 from deepvit.run.launch import end_of
@@ -105,8 +104,6 @@ def run_side_by_side(job_overrides: Sequence[Sequence[str]], first: int, cells_p
                      **hydra: Any) -> list[JobReturn]:
     """What Hydra asks of a launcher: runs the cells, numbered from `first` on. The sweep's record says how each ended.
     `hydra`: `hydra_context` and `task_function`."""
-    if not isinstance(cells_per_device, int) or cells_per_device < 1:
-        raise UserError(f"hydra.launcher.cells_per_device={cells_per_device}: give 1 or more.")
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # a process that has asked CUDA itself cannot fork
     sweep = Recorder.opened
     with stop_requests() as stop, TemporaryDirectory() as passing:

@@ -41,8 +41,8 @@ class Recorder(Callback):
 
     opened: ClassVar["OpenSweep | None"] = None  # by this process
 
-    def __init__(self, **settings: Any):
-        """Takes what Hydra gives, and reads it from the config."""
+    def __init__(self, record: Sequence[str] | None = None, statistics: DictConfig | None = None):
+        """Takes what Hydra gives, so that it refuses any other key; both are read from the config."""
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         try:
@@ -64,6 +64,9 @@ def _open(config: DictConfig) -> OpenSweep:
     if joined():
         raise UserError("Start a sweep with `deepvit train -m ...`, not under torchrun: it starts the ranks itself.")
     hydra, folder = config.hydra, Path(config.hydra.sweep.dir)
+    share = hydra.launcher.get("cells_per_device", 1)
+    if not isinstance(share, int) or share < 1:
+        raise UserError(f"hydra.launcher.cells_per_device={share}: give a whole number, 1 or more.")
     _refuse_strange(folder)
     params = OmegaConf.to_container(hydra.sweeper).get("params") or {}
     typed = [*(f"{key}={value}" for key, value in params.items()), *as_typed(hydra.overrides.task)]
