@@ -84,9 +84,8 @@ def prepare_evaluation(config: Mapping[str, Any], ranks: Ranks) -> tuple[EvalSet
     """What was asked, for which the device is set up, and the checkpoints."""
     with ranks.sync_errors():
         asked = read_evaluation(config)
-        paths = checkpoints(asked.checkpoint)
-    prepare_device(build.precision(asked.precision, ranks.device), ranks, asked.engine.threads,
-                   asked.engine.deterministic)
+        paths, precision = checkpoints(asked.checkpoint), build.precision(asked.precision, ranks.device)
+    prepare_device(precision, ranks, asked.engine.threads, asked.engine.deterministic)
     return asked, paths
 
 
