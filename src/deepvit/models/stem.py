@@ -197,7 +197,7 @@ class HybridStem(Stem):
             raise UserError(f"stem=hybrid takes stages of one unit or more and a width that is a multiple of {GROUPS}: "
                             f"not layers {list(layers)} and width {width}.")
         super().__init__(img_size, patch_size, in_chans, stride=4 * 2 ** (len(layers) - 1))
-        google = arithmetic == "google"
+        google = choose("stem.arithmetic", arithmetic, {"google": True, "vit_pytorch": False})
         self.root = Root(in_chans, width, google)
         self.body, channels = nn.Sequential(), width
         for stage, units in enumerate(layers):
