@@ -30,7 +30,7 @@ class Stem(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if tuple(x.shape[1:]) != self.input_size:
             wanted = ", ".join(map(str, self.input_size))
-            raise UserError(f"Images of {tuple(x.shape)} meet a model for (batch, {wanted}): set in_chans or img_size.")
+            raise UserError(f"The images are {tuple(x.shape)}, not (batch, {wanted}): set in_chans or img_size.")
         return self.embed(x)
 
     input_size = property(lambda self: (self.in_chans, *self.img_size))  # (channels, height, width)
