@@ -1,6 +1,7 @@
 """`deepvit figures`: every figure is drawn, computing and drawing come apart, mistakes are named."""
 
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -168,6 +169,16 @@ def test_images_as_the_model_wants_them(place):
     assert [name for name in read_images(model, []).names] == ["china.jpg", "flower.jpg"]
     best = top_classes(torch.tensor([[0.0, math.log(3), 0.0]]), ["a", "b", "c"], count=2)
     assert best[0][0] == ("b", pytest.approx(0.6)) and len(best[0]) == 2
+
+
+def test_a_hidden_file_that_is_no_image_is_not_worth_a_word(place, tmp_path, caplog):
+    shutil.copy(place / "0.png", tmp_path)
+    (tmp_path / ".DS_Store").write_bytes(b"x")
+    model = deepvit.load_model(place / "self.pt")
+    assert read_images(model, [tmp_path]).names == [str(tmp_path / "0.png")] and not caplog.text
+    (tmp_path / "notes.txt").write_text("x")
+    read_images(model, [tmp_path])
+    assert f"In {tmp_path} 1 is left out: 1 .txt." in caplog.text
 
 
 def test_an_image_of_the_users_is_not_drawn_over(tmp_path):

@@ -318,3 +318,5 @@ def test_a_preview_shows_the_images_of_the_run(tmp_path, monkeypatch, capsys, au
     drawn = np.asarray(Image.open(tmp_path / "out.png").convert("RGB"))
     assert drawn.shape[0] > 100 and drawn.std() > 30
     assert main(["preview", "out.png", "no/such/folder"]) == 2 and "no/such/folder" in capsys.readouterr().err
+    assert main(["preview", str(tmp_path / "odd.png"), *words, "augment.mixup=0.8", "data.batch_size=5"]) == 2
+    assert "data.batch_size" in capsys.readouterr().err and not (tmp_path / "odd.png").exists()

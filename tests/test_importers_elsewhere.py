@@ -287,12 +287,12 @@ def test_channels_that_nothing_tells(tmp_path):
 
 # Heads
 
-def test_heads_of_our_names(tmp_path):
+def test_heads_of_our_names_and_hints_of_both(tmp_path):
     model = trained("vit16", embed_dim=384, num_heads=12)
     torch.save({"arch": "vit16", "state_dict": model.state_dict()}, tmp_path / "named.pth")
     assert_same(deepvit.load_model(tmp_path / "named.pth"), model)
     torch.save(model.state_dict(), tmp_path / "bare.pth")
-    with pytest.raises(UserError, match="num_heads=.* arch="):
+    with pytest.raises(UserError, match="num_heads=.* arch=.*small has 6.*vit16 has 12"):
         deepvit.load_model(tmp_path / "bare.pth")
     assert_same(deepvit.load_model(tmp_path / "bare.pth", arch="vit16"), model)
     with pytest.raises(UserError, match="12 heads, the model 6"):
@@ -330,8 +330,12 @@ def test_a_kept_head_goes_by_the_names_of_its_classes(tmp_path):
     assert torch.equal(other.head.weight, model.head.weight[[2, 0, 1]]) and "order" in str(report)
     assert torch.equal(other.head.bias, model.head.bias[[2, 0, 1]])
     before = other.norm.weight.clone()
-    with pytest.raises(UserError, match="'ant'.*'cow'.*head=reset"):
-        deepvit.load_weights(other, tmp_path / "m.pt", classes=["bee", "cat", "cow"])
+    for strange in ("cow", 7):
+        with pytest.raises(UserError, match=f"'ant'.*{strange!r}.*head=reset"):
+            deepvit.load_weights(other, tmp_path / "m.pt", classes=["bee", "cat", strange])
+    for wrong in ({"head": "new"}, {"head": ["keep"]}, {"dialect": "timn"}, {"dialect": ""}):
+        with pytest.raises(UserError, match="=.*choose from"):
+            deepvit.load_weights(other, tmp_path / "m.pt", **wrong)
     assert torch.equal(other.norm.weight, before)
     deepvit.load_weights(other, tmp_path / "m.pt", classes=["bee", "cat", "cow"], head="reset")
 

@@ -41,7 +41,7 @@ def test_the_table_of_tiles_is_what_the_compiler_says(kernel, arch, dtype, d, tm
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     tile = triton_core.TILES[sum(triton_core.head_widths(d)), dtype.itemsize][kernel]
     for precision in ("highest", "high") if dtype == torch.float32 else ("highest",):
-        monkeypatch.setattr(triton_core, "_precision", lambda p=precision: {"highest": "ieee", "high": "tf32"}[p])
+        monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda precision=precision: precision)
         used = triton_report.usage(kernel, d, dtype, arch)
         assert used["shared"] <= tile.shared * 1024, (precision, used)
         assert used["stack"] <= (800 if dtype == torch.float32 else 256 if d > 48 else 16 if d > 32 else 0), used

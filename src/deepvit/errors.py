@@ -55,7 +55,7 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
 
 def choose(setting: str, name: str, choices: Mapping[str, Any]) -> Any:
     """`choices[name]`, or the sentence that names the setting and its choices."""
-    if name not in choices:
+    if name not in list(choices):  # which may be asked for a list
         raise UserError(f"{setting}={name} is not known: choose from {', '.join(choices)}."
                         f"{did_you_mean(name, choices)}")
     return choices[name]

@@ -77,8 +77,8 @@ def _inside(folder: Path) -> list[Path]:
     found = sorted(folder / os.fsdecode(name) for name in walk.images(os.fsencode(folder)))
     if not found:
         raise UserError(f"There are no images ({KINDS}) in {folder}. {in_words(walk.left_out)}".rstrip())
-    if walk.left_out:
-        log.warning("In %s %s", folder, in_words(walk.left_out))
+    if words := in_words(walk.left_out):
+        log.warning("In %s %s", folder, words)
     return found
 
 

@@ -111,8 +111,8 @@ class OnDevice:
 
     def __init__(self, images: ImageSet, transform: Transform, *, seed: int, device: torch.device, max_mb: int):
         if transform.colour:
-            raise UserError("augment.auto_augment, color_jitter, grayscale_prob, gaussian_blur_prob: switch off what "
-                            "is on, or set data.on_device=false.")
+            raise UserError("Colours cannot change on the device (augment.auto_augment, color_jitter, grayscale_prob, "
+                            "gaussian_blur_prob): switch off what is on, or set data.on_device=false.")
         self.images, self.seed, self.device, self.size = images, seed, device, transform.size
         self.by_pil = np.zeros(len(images), bool)  # since the fast decoder refused it
         self.reasons: dict[int, str] = {}  # of the bad ones

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from deepvit.data.loader import Batch
 from deepvit.data.stream import stable_hash
+from deepvit.errors import UserError
 
 
 def mixes(asked: Any) -> bool:
@@ -73,6 +74,8 @@ class Prepare:
 
     def _mix(self, x: Tensor, targets: Tensor, lam: float, box: tuple[int, int, int, int] | None
              ) -> tuple[Tensor, Tensor]:
+        if len(x) % 2:  # in a preview, which takes the whole batch at once
+            raise UserError(f"Mixup and cutmix pair images: give an even data.batch_size, not {len(x)}.")
         y = self._soft(targets)
         if lam == 1.0:
             return x, y

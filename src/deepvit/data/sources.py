@@ -151,7 +151,8 @@ class Cifar10(Source):
         if path.is_dir() and find_splits(path)[0] is not None:
             return Folder(**vars(self)).whole()
         if self.val_fraction:
-            raise UserError(f"data.val_fraction={self.val_fraction}: {self.source} has its test images; leave it out.")
+            raise UserError(f"data.val_fraction={self.val_fraction} is not for {self.source}, which has its own test "
+                            f"images: leave it out.")
         from torchvision import datasets
         existed, dataset = path.exists(), getattr(datasets, self.source.upper())
         try:

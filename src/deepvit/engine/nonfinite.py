@@ -68,8 +68,8 @@ class SkipWatch:
             self._folder.log_event("gave_up", step=self._state.step, batch=number, first=where)
         raise Failure(f"{self._state.skipped_in_a_row} batches in a row gave a loss or gradient that is not finite. "
                       f"First to go wrong in batch {number}, {where}; to see it: deepvit replay {self._folder.path} "
-                      f"--batch {number}. To go on, lower optimizer.lr, set optimizer.clip_grad, or use precision=bf16 "
-                      f"or fp32, with hydra.run.dir={self._folder.path}.")
+                      f"--batch {number}. To go on, give the same command with hydra.run.dir={self._folder.path} and "
+                      f"either a lower optimizer.lr, an optimizer.clip_grad, or precision=bf16 or fp32.")
 
 
 @dataclass

@@ -21,6 +21,7 @@ from deepvit.models.stem import pair, plain
 # In the order in which they are tried: timm's names are in ours and in the published checkpoints too
 DIALECTS: dict[str, Dialect] = {dialect.name: dialect for dialect in (
     ours.OURS, deepvit.DEEPVIT, google.GOOGLE, google.VIT_PYTORCH, lucidrains.FLAX, lucidrains.LUCIDRAINS, timm.TIMM)}
+TIMM_HEADS = {192: "tiny has 3", 384: "small has 6", 768: "base has 12", 1024: "large has 16", 1280: "huge has 16"}
 DECIDED = ("embed_dim", "depth", "num_heads", "in_chans", "patch_size", "qkv_bias")  # a keyword must not contradict
 NAMED = ("ours", "deepvit", "timm")  # dialects whose files may identify the model by name alone
 SCALARS = ("gelu", "norm_eps", "residual_scale", "map_scale", "pool", "final_norm")  # which no shape determines
@@ -101,7 +102,7 @@ def load_weights(model: ViT, path: str | Path, dialect: str | None = None, ema: 
 
 def _understand(path: str | Path, dialect: str | None, ema: bool, arch: str | None,
                 given: Mapping[str, Any]) -> Source:
-    known = choose("dialect", dialect, DIALECTS) if dialect else None
+    known = None if dialect is None else choose("dialect", dialect, DIALECTS)
     file = open_weights(path, ema)
     if arch is not None:
         file.said |= {"arch": _known_arch(arch)} | ({} if file.said.get("arch") == arch else {"model_args": None})
@@ -143,7 +144,12 @@ def _settings(source: Source, given: Mapping[str, Any], grid_size: Sequence[int]
     shaped, inferred = source.settings, source.dialect.infer(source, given)
     config = model_config("vit") | {"num_heads": None} | shaped | inferred | dict(given)
     if config["num_heads"] is None:
-        raise Untold(f"{source} does not tell its number of heads: give num_heads=..., or arch=NAME of a known model.")
+        width, models = config["embed_dim"], {name: model_config(name) for name in list_models()}
+        alike = [f"timm's {TIMM_HEADS[width]}"] if width in TIMM_HEADS else []
+        alike += [f"{name} has {model['num_heads']}" for name, model in models.items()
+                  if (model["embed_dim"], model["attention"]["class"]) == (width, "SelfAttention")]
+        raise Untold(f"{source} does not tell its number of heads: give num_heads=..., or arch=NAME of a known model"
+                     f" (of width {width}: {', '.join(alike) or 'none'}).")
     if shaped["stem"] == "conv" and not {"residual_scale", "map_scale"} <= {**inferred, **given}.keys():
         raise Untold(f"{source} does not tell residual_scale and map_scale: give them (published: 0.5 and, in L, 1.0, "
                      f"in S head_dim**-0.5), or arch=NAME (such as deepvit_s).")
@@ -228,7 +234,7 @@ def _order_of_classes(source: Source, classes: Sequence[str] | None) -> list[int
         return None
     places = {str(name): index for index, name in enumerate(held)}
     if strange := {*places} ^ {*classes}:
-        raise UserError(f"{source} and the data differ in classes such as {', '.join(map(repr, sorted(strange)[:4]))}: "
+        raise UserError(f"{source} and the data differ in classes such as {', '.join(sorted(map(repr, strange))[:4])}: "
                         f"start the head anew with head=reset (or head=zero).")
     source.report.notes.append("its classes are the data's in another order: the head's rows were reordered")
     return [places[name] for name in classes]

@@ -30,7 +30,7 @@ class Stem(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if tuple(x.shape[1:]) != self.input_size:
             wanted = ", ".join(map(str, self.input_size))
-            raise UserError(f"Images of {tuple(x.shape)} meet a model for (batch, {wanted}): set in_chans or img_size.")
+            raise UserError(f"The images are {tuple(x.shape)}, not (batch, {wanted}): set in_chans or img_size.")
         return self.embed(x)
 
     input_size = property(lambda self: (self.in_chans, *self.img_size))  # (channels, height, width)
@@ -197,7 +197,7 @@ class HybridStem(Stem):
             raise UserError(f"stem=hybrid takes stages of one unit or more and a width that is a multiple of {GROUPS}: "
                             f"not layers {list(layers)} and width {width}.")
         super().__init__(img_size, patch_size, in_chans, stride=4 * 2 ** (len(layers) - 1))
-        google = arithmetic == "google"
+        google = choose("stem.arithmetic", arithmetic, {"google": True, "vit_pytorch": False})
         self.root = Root(in_chans, width, google)
         self.body, channels = nn.Sequential(), width
         for stage, units in enumerate(layers):
