@@ -45,6 +45,8 @@ def test_the_last_weights_of_a_run_are_averaged_and_named(tmp_path, suffix):
 @pytest.mark.parametrize(("words", "expected"), [
     (["run"], "engine.keep_epochs=1"),
     (["a.pt"], "two or more"),
+    (["run", "--last", "0"], "--last"),
+    (["run", "a.pt", "--last", "-1"], "--last"),
     (["a.pt", "deeper.pt"], "different models"),
     (["a.pt", "gone.pt"], "gone.pt"),
     (["a.pt", "a.pt", "--out", "x.txt"], "x.txt"),

@@ -263,7 +263,7 @@ def test_every_command_takes_a_name_that_is_not_utf8(tmp_path, monkeypatch, capf
                   ["eval", f"checkpoint=[{root}/run]", f"out={root}/out"], ["predict", f"{root}/run", f"{root}/val"],
                   ["figures", f"{root}/run", f"{root}/val", "--out", f"{root}/f"],
                   ["export", f"{root}/run", "--to", "timm", "--out", f"{root}/x"], ["report", f"{root}/run"],
-                  ["preview", f"{root}/p.png", *small], ["replay", f"{root}/run", "--batch", "0"],
+                  ["preview", f"{root}/new/p.png", *small], ["replay", f"{root}/run", "--batch", "0"],
                   ["train", *small, f"init={root}/run", f"hydra.run.dir={root}/fine-tuned"]):
         GlobalHydra.instance().clear()
         code = main(words)

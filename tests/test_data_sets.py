@@ -117,7 +117,7 @@ def test_evaluation_folders_by_number_and_by_name(tmp_path):
     part = data.eval_folder(str(IMAGES), ["bird", "truck", "ship", "cat"])
     assert part.targets.tolist() == [3, 3, 2, 2, 1, 1] and part.name(0).endswith("jpg")
     assert part.take(np.array([4])).targets.tolist() == [1]
-    with pytest.raises(UserError, match="1 class folders that the model was not trained on .ship.*Did you mean 'shop'"):
+    with pytest.raises(UserError, match="classes that the model was not trained on: 1 .ship.*Did you mean 'shop'"):
         data.eval_folder(str(IMAGES), ["cat", "shop", "truck"])
 
 

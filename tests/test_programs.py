@@ -12,7 +12,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from deepvit.commands.main import main
+from deepvit.commands.main import COMMANDS, main
 from deepvit.engine.profile import PARTS, ROWS
 from deepvit.run.launch import BAD_INPUT, DONE
 
@@ -122,6 +122,16 @@ def test_weights_of_other_classes_are_refused_unless_the_head_is_reset(run, tmp_
     assert code == DONE and "head=zero" in said
 
 
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("train", "eval")])
+def test_help_ends_with_uses_whose_options_exist(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    options, _, uses = capsys.readouterr().out.partition("examples:")
+    assert not ended.value.code and len(uses.strip().splitlines()) >= 3
+    for use in re.findall(rf"deepvit {command} (.*)", uses):
+        assert all(re.search(rf"{option}\b", options) for option in re.findall(r"--[a-z-]+", use)), use
+
+
 @pytest.mark.parametrize(("words", "expected"), [
     (["checkpoint=gone.pt"], "gone.pt"),
     (["checkpoint={torn}"], "torn.pt"),
@@ -170,6 +180,7 @@ def test_bad_input_to_a_sweep_is_one_sentence(run, tmp_path, words, expected):
     (["hydra.run.dir={file}/run"], "hydra.run.dir="),
     (["epochs=2"], "'schedule.epochs'"),
     (["lr=0.1"], "'optimizer.lr'"),
+    (["seed=1,2"], "add -m"),
     (["batch_size=8"], "'data.batch_size'"),
     (["pretrained=true"], "'init'"),
     (["hflip=1"], "'augment.hflip' or 'data.hflip'"),

@@ -1,6 +1,5 @@
-"""`deepvit bench train-step|eval|attention|memory|...|all`: speed and memory against peers, as tables and JSON."""
+"""Speed and memory against peers, as tables and JSON."""
 
-import argparse
 import json
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -12,11 +11,12 @@ from deepvit.bench import rows
 from deepvit.bench.benches import BENCHES, all_of, measure
 from deepvit.bench.machine import made_on, provenance
 from deepvit.bench.timing import apart
+from deepvit.commands.parser import parser_of
 from deepvit.errors import DONE, Failure
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="deepvit bench", description=__doc__)
+    parser = parser_of("bench")
     parser.add_argument("benches", nargs="+", choices=[*BENCHES, "all"], metavar="BENCH",
                         help=f"{', '.join(BENCHES)}, or all (without forecast; loader with --data, imagenet on a GPU)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")

@@ -1,7 +1,5 @@
-"""`deepvit check DATA [SETTING=VALUE ...]`: decodes every image, and lists those that cannot be used, in a file for
-data.exclude=LIST."""
+"""Decodes every image of a data set, and lists those that cannot be used in a file for data.exclude."""
 
-import argparse
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,6 +8,7 @@ from pathlib import Path
 import torch
 
 from deepvit.commands.cli import quoted, sentences
+from deepvit.commands.parser import parser_of
 from deepvit.config.compose import compose
 from deepvit.config.settings import read_group
 from deepvit.config.signature import check_range
@@ -26,9 +25,10 @@ LOOK = Transform((1, 1), lambda image: torch.zeros(3, 1, 1, dtype=torch.uint8)) 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="deepvit check", description=__doc__)
+    parser = parser_of("check")
     parser.add_argument("data", metavar="DATA", help="folder of classes or of splits of them, or tar files")
-    parser.add_argument("settings", nargs="*", metavar="SETTING=VALUE", help="such as data=timm data.name=wds/")
+    parser.add_argument("settings", nargs="*", default=[], metavar="SETTING=VALUE",
+                        help="such as data=timm data.name=wds/")
     parser.add_argument("--list", type=Path, default=Path("unusable.txt"), help="to write (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=usable_cores(), help="processes (default: %(default)s)")
     given = parser.parse_args(arguments)

@@ -168,8 +168,10 @@ def hydra_error(error: Exception) -> str:
     if isinstance(error, OverrideParseException):
         for word in sys.argv[1:]:
             if not word.startswith("-") and not _is_readable(word):
-                return f"'{word}' cannot be read: write key=value, and quote special signs twice, \"key='a, b'\"."
+                return f"'{word}' cannot be read: write key=value, and quote special characters twice, \"key='a, b'\"."
         return "The command line cannot be read: write settings as key=value."
+    if sweep := re.match(r"Ambiguous value for argument '((.+?)=(.*))'", text):
+        return f"{sweep[1]} is several values: add -m to sweep over them, or write the list {sweep[2]}=[{sweep[3]}]."
     if group := re.search(r"(?:In '.*?': )?Could not find '([^']+?)/([^'/]+)'", text):
         return _unknown_choice(*group.groups(), text)
     if override := re.search(r"Could not override '([^']+)'", text):

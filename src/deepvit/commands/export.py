@@ -1,7 +1,6 @@
 """Hands a model over: `deepvit export RUN_OR_CHECKPOINT --to safetensors|timm|hub-folder|onnx|deepvit [KEY=VALUE ...]`
 writes another form of it, `deepvit average RUN` the mean of its last weights."""
 
-import argparse
 import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +19,7 @@ from deepvit import ops
 from deepvit.analysis.images import evaluated_as
 from deepvit.commands import cli
 from deepvit.commands.model_card import is_card, write_card
+from deepvit.commands.parser import add_weights, parser_of
 from deepvit.data import norm_values
 from deepvit.engine.folder import RunFolder
 from deepvit.errors import DONE, Failure, UserError
@@ -35,9 +35,6 @@ from deepvit.models import Attention, ReAttention, SelfAttention, ViT
 HUB_FILES = ("model.safetensors", "config.json", "README.md")
 USUAL = {"gelu": "erf", "patch_norm": False, "head_dim": None, "block": "pre_norm", "feat_scale": False,
          "representation_size": None, "share_maps": 1}  # settings that neither timm's nor the published class has
-EXPORT = "Writes a model in another form, with a card; what was written is read back and must give the same logits."
-AVERAGE = """The uniform average of the weights of several checkpoints; of a run, of its last ones: `last.pt`, the one
-before it, and those that `engine.keep_epochs` kept. Running statistics are averaged too, counters are the newest's."""
 ATOL = 1e-4  # logits of the exported model against ours; ONNX runtimes reorder sums
 
 
@@ -224,11 +221,11 @@ FORMS: dict[str, tuple[Callable[[ViT, Path], Written], str]] = {  # name -> its 
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="deepvit export", description=EXPORT)
+    parser = parser_of("export")
     parser.add_argument("source", type=Path, help="a run folder, or a checkpoint of any dialect")
     parser.add_argument("--to", required=True, choices=list(FORMS), help="the form to write")
     parser.add_argument("--out", type=Path, help="the file to write (default: beside the checkpoint)")
-    parser.add_argument("--weights", choices=["auto", "ema", "raw"], default="auto", help="auto: EMA if there is one")
+    add_weights(parser)
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE",
                         help="what the file does not say about its model, e.g. num_heads=12 or dialect=vit_pytorch")
     given = parser.parse_intermixed_args(arguments)
@@ -278,18 +275,18 @@ def _last_of(run: Path, count: int) -> list[Path]:
 
 
 def average(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="deepvit average", description=AVERAGE)
+    parser = parser_of("average")
     parser.add_argument("sources", type=Path, nargs="+", metavar="RUN|CHECKPOINT",
                         help="a run folder; or two or more checkpoints or run folders (their best), the newest last")
     parser.add_argument("--last", type=int, default=5, metavar="K", help="of a run: this many (default: 5)")
-    parser.add_argument("--weights", choices=["auto", "ema", "raw"], default="auto", help="auto: EMA if there is one")
+    add_weights(parser)
     parser.add_argument("--out", type=Path, help="file to write, .pt or .safetensors (default: average.pt beside them)")
     parser.add_argument("--eval", action="store_true", help="then evaluate the newest and the average")
     given = parser.parse_args(arguments)
     paths = given.sources
     if len(paths) == 1 and paths[0].is_dir():
         paths = _last_of(paths[0], given.last)
-    if len(paths) < 2:
+    if min(len(paths), given.last) < 2:
         raise UserError("An average is of two or more checkpoints: give a run folder with --last 2 or more, or files.")
     out = given.out or find_checkpoint(paths[-1])[0].with_name("average.pt")
     if out.exists():

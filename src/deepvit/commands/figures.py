@@ -15,6 +15,7 @@ from deepvit.analysis import draw_depth, draw_maps
 from deepvit.analysis.images import class_names, read_images, top_classes
 from deepvit.analysis.pickled import read_pickled_maps, study_of_maps
 from deepvit.analysis.study import Study, load_studies, save_studies, study
+from deepvit.commands.parser import add_weights, parser_of
 from deepvit.config.compare import flat, labels
 from deepvit.errors import BAD_INPUT, DONE, UserError
 from deepvit.importers import open_model
@@ -114,7 +115,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="deepvit figures", description="What a model attends to, block by block.")
+    parser = parser_of("figures")
     parser.add_argument("checkpoint", type=Path, nargs="?", help="a run folder, or a checkpoint of any dialect")
     parser.add_argument("images", nargs="*", metavar="IMAGE|KEY=VALUE", help="images or folders of them (none: "
                         "built-in examples), and settings that a file does not say, such as num_heads=12")
@@ -123,18 +124,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--format", choices=("png", "svg"), default="png")
     parser.add_argument("--save-maps", type=Path, help="also write what was computed, as safetensors")
     parser.add_argument("--maps", type=Path, help="draw what --save-maps wrote, or the published code's pickle")
-    parser.add_argument("--weights", choices=["auto", "ema", "raw"], default="auto", help="auto: EMA if there is one")
+    add_weights(parser)
     parser.add_argument("--no-initial", dest="initial", action="store_false", help="without the untrained model")
     return parser
 
 
 def predict(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="deepvit predict", description="The most probable classes of each image.")
+    parser = parser_of("predict")
     parser.add_argument("checkpoint", help="a run folder, a checkpoint of any dialect, or a name such as timm:NAME")
     parser.add_argument("images", nargs="+", metavar="IMAGE|KEY=VALUE", help="images or folders of them, and settings "
                         "that the file does not say about its model, such as num_heads=12")
     parser.add_argument("--top", type=int, default=5, help="how many classes (default 5)")
-    parser.add_argument("--weights", choices=["auto", "ema", "raw"], default="auto", help="auto: EMA if there is one")
+    add_weights(parser)
     given = parser.parse_intermixed_args(arguments)
     paths, keywords = paths_and_keywords(given.images)
     if given.top < 1:

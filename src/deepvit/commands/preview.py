@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from deepvit import analysis
 from deepvit.commands.cli import quoted, sentences
 from deepvit.commands.figures import SIGNED, refuse_strange
+from deepvit.commands.parser import parser_of
 from deepvit.config.compose import compose
 from deepvit.config.settings import Settings
 from deepvit.data import Batch, Prepare, Splits, source_of
@@ -29,20 +30,11 @@ from deepvit.run.resume import settings_of, with_model_of_init
 
 COLUMNS, MOST = 8, 32  # tiles
 REGIME_IMAGES = 32  # the group that a norm over heads takes its statistics from
-PREVIEW = f"Draws the first {MOST} training images of a run, augmented and mixed as the model sees them."
-REGIME = f"""What each block's attention does before training, on the first {REGIME_IMAGES} training images of a run:
-
-  N std(A)   the softmax maps' deviation from uniform, times the number of tokens
-  gain       standard deviation of the final maps over that of the softmax maps
-  attention  RMS of the attention branch over that of the residual stream that it is added to
-  mlp        the same of the MLP branch"""
-REPLAY = """Repeats one batch of a run, with the weights that it gave up with or those of its last checkpoint, drawn,
-augmented and mixed as it was, with the same dropout. Nothing is written."""
 log = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="deepvit preview", description=PREVIEW)
+    parser = parser_of("preview")
     parser.add_argument("out", metavar="OUT.png", help="the image to write")
     _add_run(parser)
     given = parser.parse_args(arguments)
@@ -56,8 +48,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def regime(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="deepvit regime", description=REGIME,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of("regime")
     _add_run(parser)
     settings = _settings_of(parser.parse_args(arguments).run)
     batches, prepare, splits = first_batch(settings)
@@ -69,7 +60,7 @@ def regime(arguments: Sequence[str]) -> int:
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", nargs="*", metavar="RUN_FOLDER|SETTING=VALUE",
+    parser.add_argument("run", nargs="*", default=[], metavar="RUN_FOLDER|SETTING=VALUE",
                         help="a run, or settings of `deepvit train`, such as data=cifar10 augment.mixup=0.8")
 
 
@@ -111,6 +102,7 @@ def draw(batches: Sequence[Batch], prepare: Prepare, path: str | Path, class_nam
         axis.set_title(_caption(target, class_names), fontsize=7, parse_math=False)
     figure.tight_layout()
     try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=110, metadata=SIGNED)
     except OSError as error:
         raise UserError(f"The image cannot be written to {path} ({error.strerror}).") from error
@@ -126,8 +118,8 @@ def _caption(target: torch.Tensor, names: Sequence[str]) -> str:
 
 
 def replay(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="deepvit replay", description=REPLAY)
-    parser.add_argument("run", type=Path, help="its folder")
+    parser = parser_of("replay")
+    parser.add_argument("run", type=Path, metavar="RUN", help="its folder")
     parser.add_argument("--batch", type=int, required=True, help="number of the global batch, from events.jsonl")
     given = parser.parse_args(arguments)
     set_up_logging()

@@ -1,4 +1,4 @@
-"""`deepvit report RUNS...`: tables and figures of run folders, finished or not, the paper's numbers beside.
+"""Tables and figures of run folders, finished or not, with the paper's numbers beside them.
 Imports neither torch nor the engine, so it starts at once and runs anywhere."""
 
 import argparse
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from deepvit.commands.parser import parser_of
 from deepvit.errors import BAD_INPUT, DONE, UserError
 
 
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="deepvit report", description=__doc__.splitlines()[0])
+    parser = parser_of("report")
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUNS", help="run folders, or folders above them")
     parser.add_argument("--out", type=Path, help="where to write (default: report/ in the first of RUNS)")
     parser.add_argument("--threshold", type=_cosine, default=0.9,

@@ -199,7 +199,7 @@ def eval_folder(root: str, class_ids: list[str], **asked: object) -> ImageSet:
     if names == [str(number) for number in range(len(class_ids))]:
         class_ids = names
     if unknown := [name for name in names if name not in class_ids]:
-        raise UserError(f"{path} has {len(unknown)} class folders that the model was not trained on "
+        raise UserError(f"{path} has folders of classes that the model was not trained on: {len(unknown)} "
                         f"({some(unknown)}).{did_you_mean(unknown[0], class_ids)}")
     images = source.images(path, names)
     images.targets = np.array([class_ids.index(name) for name in names])[images.targets]
