@@ -67,7 +67,8 @@ class Source(ABC):
         if self.exclude is not None:
             splits = Splits(*without([splits.train, splits.val], splits.class_ids, self.exclude, self.root), kept)
         if len(splits.class_ids) < 2:
-            raise UserError(f"data.root={self.root} has one class only, '{kept[0]}': is it one level too high?")
+            raise UserError(f"data.root={self.root} has one class only, '{kept[0]}': is it one level too high? Give "
+                            f"the folder that has a folder for each class, or train/ and val/ with those.")
         if self.fraction < 1:
             part = balanced_part(splits.train.targets, self.fraction, self.seed)
             splits = replace(splits, train=splits.train.take(part))
