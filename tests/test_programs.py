@@ -158,6 +158,7 @@ def test_a_config_of_the_users_own_is_evaluated(run, tmp_path):
 @pytest.mark.parametrize(("words", "expected"), [
     (["hydra/launcher=parallel", "hydra.launcher.cells_per_device=two"], "hydra.launcher.cells_per_device=two"),
     (["hydra/launcher=parallel", "hydra.launcher.cells_per_device=0"], "hydra.launcher.cells_per_device=0"),
+    (["sweep=digits_depth,beyond_32"], "one sweep=NAME at a time"),
     (["+hydra.callbacks.sweep.statistic.margin=1"], "statistic"),
 ])
 def test_bad_input_to_a_sweep_is_one_sentence(run, tmp_path, words, expected):

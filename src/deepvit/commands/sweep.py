@@ -70,6 +70,9 @@ def _open(config: DictConfig) -> OpenSweep:
     _refuse_strange(folder)
     params = OmegaConf.to_container(hydra.sweeper).get("params") or {}
     typed = [*(f"{key}={value}" for key, value in params.items()), *as_typed(hydra.overrides.task)]
+    parser = OverridesParser.create()
+    if any(parser.parse_override(word).is_sweep_override() for word in typed if word.startswith(("sweep=", "+sweep="))):
+        raise UserError("A sweep's cells are its own, so two need two commands: give one sweep=NAME at a time.")
     sweep, session, is_kept = hydra.runtime.choices.get("sweep"), uuid4().hex[:8], config.get("dry") is False
     same = digest("\n".join(sorted(word for word in typed if not word.startswith(UNHASHED))))
     name = f"{sweep or 'cells'}-{same if is_kept else session}.jsonl"
@@ -80,7 +83,6 @@ def _open(config: DictConfig) -> OpenSweep:
     with open_dict(config):
         hydra.overrides.hydra.append(
             f"hydra.callbacks.sweep.record=[{in_quotes(str(record.path.absolute()))},'{session}']")
-        parser = OverridesParser.create()
         roots = [parser.parse_override(word) for word in typed if word.startswith("data.root=")]
         subdir = str(OmegaConf.to_container(hydra.sweep)["subdir"])
         if any(root.is_sweep_override() for root in roots) and subdir.startswith("${run_folder:"):
