@@ -16,9 +16,9 @@ from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation, str_to_pil_interp
 from timm.data.transforms_factory import transforms_imagenet_train
 from torch import Tensor
-from torchvision.transforms.functional import crop, get_dimensions
+from torchvision.transforms.functional import center_crop, crop, get_dimensions, pil_to_tensor
 
-from deepvit.data.decode import AnyImage, to_pil, to_tensor
+from deepvit.data.decode import AnyImage, to_pil
 from deepvit.errors import UserError, choose
 
 INTERPOLATIONS = {"bilinear": ("bilinear",), "bicubic": ("bicubic",), "random": ("bilinear", "bicubic")}
@@ -71,8 +71,7 @@ class CentreCrop:
             new = max(high, int(wide * height / width)), wide
         else:
             new = high, max(wide, int(high * width / height))
-        top, left = (round((have - side) / 2) for have, side in zip(new, self.size, strict=True))
-        return crop(resize(image, new, self.interpolation), top, left, *self.size)
+        return center_crop(resize(image, new, self.interpolation), self.size)
 
 
 class RandomCrop(RandomResizedCropAndInterpolation):
@@ -123,7 +122,7 @@ class Transform:
         """-> (uint8 [3, S, S], rectangles to erase)."""
         for step in (self.crop, *self.flips, *self.colour):
             image = step(image)
-        return to_tensor(image) if isinstance(image, Image.Image) else image, self._patches()
+        return pil_to_tensor(image) if isinstance(image, Image.Image) else image, self._patches()
 
     def _patches(self) -> list[Patch]:
         recorder = _Recorder((3, *self.size))
