@@ -105,8 +105,7 @@ class FileSet(ImageSet):
         self.decoder, self.in_memory_mb = decoder, in_memory_mb
         self.targets = self.places = listing.places  # of their class folders
         self.rows: np.ndarray | range = range(len(listing))
-        # uint8 [H, W, 3] and whether PIL read it; None for a bad one. Forked workers share the pixels.
-        self.cache: list[tuple[np.ndarray, bool] | None] | None = None
+        self.cache: list[tuple[np.ndarray, bool] | None] | None = None  # what `_decoded` gives of each
 
     def name(self, index: int) -> str:
         file = os.fsdecode(self.listing.name(self.rows[index]))
@@ -151,6 +150,7 @@ class FileSet(ImageSet):
         return True
 
     def _decoded(self, index: int) -> tuple[np.ndarray, bool] | None:
+        """uint8 [H, W, 3], which forked workers share (they copy 170 bytes an image), and whether PIL read it."""
         with suppress(BadImage):  # it tells its reason when it is asked for
             image, by_pil = decode(read_bytes(self.name(index)), self.decoder)
             return as_array(image), by_pil
