@@ -87,12 +87,8 @@ class Target:
         return "yes" if met else "no"
 
 
-def _targets() -> dict[str, list[Target]]:
-    given = yaml.safe_load(Path(__file__).with_name("targets.yaml").read_text())
-    return {device: [Target(**one) for one in given[device] + given["everywhere"]] for device in ("cpu", "cuda")}
-
-
-TARGETS = _targets()
+_GIVEN = yaml.safe_load(Path(__file__).with_name("targets.yaml").read_text())
+TARGETS = {device: [Target(**one) for one in _GIVEN[device] + _GIVEN["everywhere"]] for device in ("cpu", "cuda")}
 
 
 def against_targets(results: Mapping[str, list[dict[str, Any]]], device: str) -> list[dict[str, Any]]:
