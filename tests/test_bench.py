@@ -184,8 +184,17 @@ def test_the_loader_stands_beside_timms(bench):
     code, said, results = bench("loader", "--data", str(IMAGES / "train"), "--seconds", "0.1")
     assert code == 0
     assert {row["case"] for row in results["loader"]["rows"]} == {"decode + crop + flip", "full recipe", "evaluation"}
-    code, said, _ = bench("loader")
-    assert code == 2 and "give --data FOLDER" in said.err
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["loader"], "give --data FOLDER"), (["loader", "--data", "nowhere"], "--data nowhere"),
+    (["small", "--cifar10", "nowhere"], "--cifar10 nowhere"), (["eval", "--seconds", "-1"], "--seconds"),
+    (["eval", "--seconds", "nan"], "--seconds"), (["eval", "--depth", "0"], "--depth"),
+    (["eval", "--batch", "-3"], "--batch")], ids=lambda words: "-".join(words) if isinstance(words, list) else "")
+def test_options_are_refused_before_the_machine_is_measured(words, said, monkeypatch, capsys):
+    monkeypatch.setattr("deepvit.commands.bench.provenance", None)
+    assert main(["bench", *words, "--device", "cpu"]) == 2
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("device", "number"), [(device, number) for device in TARGETS

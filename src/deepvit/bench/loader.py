@@ -26,12 +26,10 @@ HALF = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
 Maker = Callable[[bytearray], Tensor]  # a file's bytes -> the image [3, 224, 224]
 
 
-def measure(data: str | None = None, seconds: float = 60.0) -> Iterator[dict]:
+def measure(data: str, seconds: float = 60.0) -> Iterator[dict]:
     """Rows with `case`, `name`, `images_per_s` (median over rounds, per core: CPU time), `spread` (its quartiles), what
     `timing.paired` says of the case's first row against it, and `difference` to PIL (mean over pixels, of 255; in cases
     without a PIL-only stage that amplifies rounding). data: a folder of JPEGs, 200 of which are held in memory."""
-    if data is None:
-        raise UserError("The loader is measured on your JPEGs: give --data FOLDER.")
     paths = sorted(path for path in Path(data).rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
     if not paths:
         raise UserError(f"{data} holds no JPEGs to time the loader on.")
