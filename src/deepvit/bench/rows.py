@@ -9,12 +9,9 @@ from typing import Any
 import yaml
 
 from deepvit.bench.machine import STOOD_IN
-from deepvit.config.records import read_json_lines
 from deepvit.report.render import printed
 
 MOST_WAITED, MOST_SPREAD = 0.1, 0.05  # wall time over CPU time, less 1, and the pairs' quartiles over their median
-
-Results = dict[str, dict[str, Any]]  # bench -> {"provenance": where and when, "rows": [...]}
 
 
 def append(path: Path | None, bench: str, row: dict[str, Any]) -> None:
@@ -23,19 +20,6 @@ def append(path: Path | None, bench: str, row: dict[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a") as file:
             file.write(json.dumps({"bench": bench, **row}) + "\n")
-
-
-def read(path: Path) -> Results:
-    """All whole lines of the file, by bench."""
-    results: Results = {}
-    provenance: dict[str, Any] = {}
-    for line in read_json_lines(path):
-        bench = line.pop("bench")
-        if bench == "provenance":
-            provenance = line
-        else:
-            results.setdefault(bench, {"provenance": provenance, "rows": []})["rows"].append(line)
-    return results
 
 
 def table(rows: list[dict]) -> str:
