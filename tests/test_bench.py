@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from gpu_session import read
 from test_data_sets import IMAGES
 from torch import nn
 
-from deepvit.bench import benches, machine, models, rows, timing
+from deepvit.bench import benches, machine, models, timing
 from deepvit.bench.models import TrainStep
 from deepvit.bench.rows import TARGETS, against_targets
 from deepvit.commands.main import main
@@ -25,7 +26,7 @@ PEERS = ["timm ViT, fused attention", "deepvit, self-attention", "deepvit, re-at
 def bench(tmp_path, capsys):
     def run(*words: str):
         code = main(["bench", *words, "--device", "cpu", "--json", str(tmp_path / "b.jsonl")])
-        return code, capsys.readouterr(), rows.read(tmp_path / "b.jsonl")
+        return code, capsys.readouterr(), read(tmp_path / "b.jsonl")
 
     return run
 
