@@ -112,9 +112,7 @@ def _start(job: Job, config_name: str, arguments: Sequence[str]) -> int:
         return sum_up(Recorder.opened) or FAILED
     if Recorder.opened:
         return sum_up(Recorder.opened)
-    if not _outcomes:  # `--cfg job` and its like
-        return DONE
-    outcome = _outcomes[0]
+    outcome = _outcomes[0] if _outcomes else Outcome(DONE)  # `--cfg job` and its like run none
     if outcome.message:
         say(outcome.message, sys.stderr if outcome.code else sys.stdout)
     return outcome.code
@@ -174,8 +172,8 @@ def hydra_error(error: Exception) -> str:
         return f"{sweep[1]} is several values: add -m to sweep over them, or write the list {sweep[2]}=[{sweep[3]}]."
     if group := re.search(r"(?:In '.*?': )?Could not find '([^']+?)/([^'/]+)'", text):
         return _unknown_choice(*group.groups(), text)
-    if override := re.search(r"Could not override '([^']+)'", text):
-        return _unknown_setting(override[1])
+    if missing := re.search(r"(?:Could not override|Interpolation key) '([^']+)'|in struct\s+full_key: (\S+)", text):
+        return _unknown_setting(missing[1] or missing[2])
     if text.startswith("Error merging override") and error.__cause__:
         text = f"{text}: {first_line(error.__cause__)}"
     return " ".join(line.strip() for line in text.splitlines() if line.strip())
@@ -185,6 +183,8 @@ def _unknown_setting(name: str) -> str:
     meant = setting_meant(name)
     if f"'{name}'" not in meant:
         return f"There is no setting '{name}'.{meant} `--cfg job` lists them all."
+    if removed := next((word for word in sys.argv if word.startswith(f"~{name.split('.')[0]}")), None):
+        return f"'{name}' is needed: leave {removed} out."
     if any(word.startswith(("--config-path", "--config-name", "-cp", "-cn")) for word in sys.argv):
         return (f"The config that --config-path and --config-name give has no setting '{name}': leave them out, and "
                 f"add your own files with --config-dir FOLDER.")
