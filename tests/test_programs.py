@@ -186,8 +186,8 @@ def test_bad_input_to_a_sweep_is_one_sentence(run, tmp_path, words, expected):
     (["pretrained=true"], "'init'"),
     (["hflip=1"], "'augment.hflip' or 'data.hflip'"),
     (["hydra/launcher=submitit_slurm"], "pip install hydra-submitit-launcher"),
-    (["~engine"], "leave ~engine out"), (["~data"], "leave ~data out"),
-    (["data.root=${data.rooot}"], "Did you mean 'data.root'"),
+    (["~engine"], "no setting 'engine'"), (["~data"], "no setting 'data.interpolation'"),
+    (["data.root=${data.rooot}"], "no setting 'data.rooot'"),
 ])
 def test_bad_input_to_train_is_one_sentence(run, tmp_path, words, expected):
     (tmp_path / "file").write_text("in the way")
@@ -199,7 +199,7 @@ def test_bad_input_to_train_is_one_sentence(run, tmp_path, words, expected):
 def test_a_config_that_lacks_settings_is_one_sentence(run, tmp_path):
     (tmp_path / "mine.yaml").write_text("model: {depth: 3}\n")
     code, _, sentence = run("train", "--config-path", str(tmp_path), "--config-name", "mine")
-    assert code == BAD_INPUT and "'engine'" in sentence and "--config-dir" in sentence
+    assert code == BAD_INPUT and "'engine'" in sentence and "--config-name" in sentence
 
 
 def test_a_run_says_what_it_leaves_and_is_cut_down_to_its_best(run, tmp_path):

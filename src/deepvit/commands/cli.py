@@ -164,18 +164,20 @@ def hydra_error(error: Exception) -> str:
     """Hydra's or OmegaConf's complaint in one sentence that names the setting and what was probably meant."""
     text = str(error)
     if isinstance(error, OverrideParseException):
-        for word in sys.argv[1:]:
-            if not word.startswith("-") and not _is_readable(word):
-                return f"'{word}' cannot be read: write key=value, and quote special characters twice, \"key='a, b'\"."
+        if word := next((word for word in sys.argv[1:] if not (word.startswith("-") or _is_readable(word))), None):
+            return f"'{word}' cannot be read: write key=value, and quote special characters twice, \"key='a, b'\"."
         return "The command line cannot be read: write settings as key=value."
     if sweep := re.match(r"Ambiguous value for argument '((.+?)=(.*))'", text):
         return f"{sweep[1]} is several values: add -m to sweep over them, or write the list {sweep[2]}=[{sweep[3]}]."
     if group := re.search(r"(?:In '.*?': )?Could not find '([^']+?)/([^'/]+)'", text):
         return _unknown_choice(*group.groups(), text)
-    if missing := re.search(r"(?:Could not override|Interpolation key) '([^']+)'|in struct\s+full_key: (\S+)", text):
-        return _unknown_setting(missing[1] or missing[2])
+    if override := re.search(r"Could not override '([^']+)'", text):
+        return _unknown_setting(override[1])
     if text.startswith("Error merging override") and error.__cause__:
         text = f"{text}: {first_line(error.__cause__)}"
+    elif missing := re.search(r"Interpolation key '([^']+)'|in struct\s+full_key: (\S+)", text):
+        return (f"The config has no setting '{missing[1] or missing[2]}', which is needed: look for it in references "
+                f"like ${{...}}, in settings taken out with ~, and in the file of --config-name.")
     return " ".join(line.strip() for line in text.splitlines() if line.strip())
 
 
@@ -183,8 +185,6 @@ def _unknown_setting(name: str) -> str:
     meant = setting_meant(name)
     if f"'{name}'" not in meant:
         return f"There is no setting '{name}'.{meant} `--cfg job` lists them all."
-    if removed := next((word for word in sys.argv if word.startswith(f"~{name.split('.')[0]}")), None):
-        return f"'{name}' is needed: leave {removed} out."
     if any(word.startswith(("--config-path", "--config-name", "-cp", "-cn")) for word in sys.argv):
         return (f"The config that --config-path and --config-name give has no setting '{name}': leave them out, and "
                 f"add your own files with --config-dir FOLDER.")
