@@ -186,7 +186,7 @@ def test_bad_input_to_a_sweep_is_one_sentence(run, tmp_path, words, expected):
     (["pretrained=true"], "'init'"),
     (["hflip=1"], "'augment.hflip' or 'data.hflip'"),
     (["hydra/launcher=submitit_slurm"], "pip install hydra-submitit-launcher"),
-    (["~engine"], "no setting 'engine'"), (["~data"], "no setting 'data.interpolation'"),
+    (["~data"], "no setting 'data.interpolation'"),
     (["data.root=${data.rooot}"], "no setting 'data.rooot'"),
 ])
 def test_bad_input_to_train_is_one_sentence(run, tmp_path, words, expected):
