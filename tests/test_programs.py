@@ -202,6 +202,13 @@ def test_a_config_that_lacks_settings_is_one_sentence(run, tmp_path):
     assert code == BAD_INPUT and "'engine'" in sentence and "--config-name" in sentence
 
 
+def test_a_sweep_with_hydras_glob_and_its_own_record_of_each_cell(run, tmp_path):
+    words = ["model/attention=glob(norm_only)", "hydra.output_subdir=.hydra"]
+    code, said, _ = run("train", "-m", *TINY, "schedule.epochs=1", *words)
+    assert code == DONE and "1 of 1 cells are done" in said
+    assert len(list(tmp_path.glob("runs/digits/vit/*/.hydra/overrides.yaml"))) == 1
+
+
 def test_a_run_says_what_it_leaves_and_is_cut_down_to_its_best(run, tmp_path):
     words = [*TINY, "model.embed_dim=64", f"hydra.run.dir={tmp_path}/here"]
     code, said, _ = run("train", *words)
