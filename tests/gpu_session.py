@@ -34,7 +34,9 @@ import torch  # noqa: E402
 
 from deepvit.bench import rows  # noqa: E402
 from deepvit.bench.rows import against_targets  # noqa: E402
+from deepvit.config.records import read_json_lines  # noqa: E402
 
+Results = dict[str, dict[str, Any]]  # bench -> {"provenance": where and when, "rows": [...]}
 BUDGET_S = 400
 BEGIN, END = "<!-- begin of what gpu_session.py --publish writes -->", "<!-- end -->"
 
@@ -211,9 +213,22 @@ def told(found: Sequence[dict[str, Any]]) -> str:
     return ", ".join(parts + failed)
 
 
+def read(path: Path) -> Results:
+    """All whole lines of the file, by bench."""
+    results: Results = {}
+    provenance: dict[str, Any] = {}
+    for line in read_json_lines(path):
+        bench = line.pop("bench")
+        if bench == "provenance":
+            provenance = line
+        else:
+            results.setdefault(bench, {"provenance": provenance, "rows": []})["rows"].append(line)
+    return results
+
+
 def summed_up(folder: Path, taken: list[dict[str, Any]], device: str) -> str:
     """The targets, the tests that failed, and last the steps."""
-    results = {name: part["rows"] for name, part in rows.read(folder / "rows.jsonl").items()}
+    results = {name: part["rows"] for name, part in read(folder / "rows.jsonl").items()}
     failed = [row for row in results.get("tests", []) if row["outcome"] == "failed"]
     parts = [against_targets(results, device), [{"failed": row["name"], "why": row["why"]} for row in failed], taken]
     return "\n\n".join(rows.table(part) for part in parts if part)
@@ -223,7 +238,7 @@ def publish(folder: Path, docs: Path) -> Path:
     """Writes `docs/results/gpu-<card>.json` and between the marks of docs/performance.md; run it in the checkout that
     was measured, whose revision is taken where the machine had no git."""
     from deepvit.config.provenance import git_revision
-    results = rows.read(folder / "rows.jsonl")
+    results = read(folder / "rows.jsonl")
     results = {name: part for name, part in results.items() if name not in ("tests", "session")}
     where = {**next(part["provenance"] for part in results.values() if part["provenance"])}
     where["git"] = where["git"] or git_revision()
@@ -238,7 +253,7 @@ def publish(folder: Path, docs: Path) -> Path:
     return path
 
 
-def section(results: rows.Results, where: dict[str, Any], name: str) -> str:
+def section(results: Results, where: dict[str, Any], name: str) -> str:
     versions = where["versions"]
     measured = {bench: part["rows"] for bench, part in results.items()}
     tables = [rows.table(against_targets(measured, "cuda"))]

@@ -138,6 +138,7 @@ def test_broken_image_is_named_and_the_rest_drawn(place, monkeypatch, capsys):
     (["--maps", "self.pt"], "--save-maps"),
     (["--maps", "other.safetensors"], "holds no maps"),
     (["self.pt", "--maps", "maps.safetensors"], "not both"),
+    (["--maps", "maps.safetensors", "--compare", "self.pt"], "not both"),
     (["--maps", "maps.safetensors", "--out", "/proc/x"], "choose another folder with --out"),
 ])
 def test_mistakes_are_one_sentence(place, monkeypatch, capsys, arguments, sentence):

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from gpu_session import read
 from test_data_sets import IMAGES
 from torch import nn
 
-from deepvit.bench import benches, machine, models, rows, timing
+from deepvit.bench import benches, machine, models, timing
 from deepvit.bench.models import TrainStep
 from deepvit.bench.rows import TARGETS, against_targets
 from deepvit.commands.main import main
@@ -25,7 +26,7 @@ PEERS = ["timm ViT, fused attention", "deepvit, self-attention", "deepvit, re-at
 def bench(tmp_path, capsys):
     def run(*words: str):
         code = main(["bench", *words, "--device", "cpu", "--json", str(tmp_path / "b.jsonl")])
-        return code, capsys.readouterr(), rows.read(tmp_path / "b.jsonl")
+        return code, capsys.readouterr(), read(tmp_path / "b.jsonl")
 
     return run
 
@@ -184,8 +185,17 @@ def test_the_loader_stands_beside_timms(bench):
     code, said, results = bench("loader", "--data", str(IMAGES / "train"), "--seconds", "0.1")
     assert code == 0
     assert {row["case"] for row in results["loader"]["rows"]} == {"decode + crop + flip", "full recipe", "evaluation"}
-    code, said, _ = bench("loader")
-    assert code == 2 and "give --data FOLDER" in said.err
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["loader"], "give --data FOLDER"), (["loader", "--data", "nowhere"], "--data nowhere"),
+    (["small", "--cifar10", "nowhere"], "--cifar10 nowhere"), (["eval", "--seconds", "-1"], "--seconds"),
+    (["eval", "--seconds", "nan"], "--seconds"), (["eval", "--depth", "0"], "--depth"),
+    (["eval", "--batch", "-3"], "--batch")], ids=lambda words: "-".join(words) if isinstance(words, list) else "")
+def test_options_are_refused_before_the_machine_is_measured(words, said, monkeypatch, capsys):
+    monkeypatch.setattr("deepvit.commands.bench.provenance", None)
+    assert main(["bench", *words, "--device", "cpu"]) == 2
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("device", "number"), [(device, number) for device in TARGETS

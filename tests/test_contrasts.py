@@ -91,6 +91,18 @@ def test_like_is_compared_with_like(study, tmp_path):
     assert "no run is model/attention=norm" in typo.verdict and "several runs of one seed" in same.verdict
 
 
+def test_each_arm_may_have_its_own_learning_rate(study, tmp_path):
+    top1 = study(3)
+    for path in (tmp_path / "runs").rglob("config.yaml"):
+        config = yaml.safe_load(path.read_text())
+        config["optimizer"]["lr"] = 0.002 if "norm_only" in path.parent.name else 0.001
+        path.write_text(yaml.safe_dump(config))
+    mixing, at_32, _ = find(read_plan(PLAN), the_grid(tmp_path / "runs"))
+    gap = sum(top1["reattention", depth] - top1["norm_only", depth] for depth in (16, 32)) / 2
+    assert [*mixing.points.values()] == pytest.approx(gap)
+    assert [*at_32.points.values()] == pytest.approx(top1["reattention", 32] - top1["self", 32])
+
+
 def test_holm_steps_down():
     """The example of Wright (Biometrics 48, 1992, table 1), by hand."""
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])

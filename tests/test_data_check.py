@@ -67,6 +67,8 @@ def test_somebody_elses_file_is_not_overwritten(tree, capsys):
     Path("unusable.txt").write_text("mine")
     assert main(["check", str(tree)]) == BAD_INPUT
     assert "--list" in capsys.readouterr().err and Path("unusable.txt").read_text() == "mine"
+    assert main(["check", str(tree), "--list", "nowhere/unusable.txt"]) == BAD_INPUT
+    assert "--list nowhere/unusable.txt" in capsys.readouterr().err and not Path("nowhere").exists()
 
 
 def test_other_sources_have_lists_too(tmp_path):

@@ -17,7 +17,7 @@ from deepvit.bench.benches import BENCHES
 def test_all_of_it_in_miniature(tmp_path, capsys):
     assert gpu_session.main(["--miniature", str(tmp_path / "out")]) == 0, capsys.readouterr().out
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"rows.jsonl", "tests.log", "bench.log", "run.log"}
-    found = rows.read(tmp_path / "out" / "rows.jsonl")
+    found = gpu_session.read(tmp_path / "out" / "rows.jsonl")
     assert {"tests", "run", "session", "ceilings", "train-step", "imagenet", "small", "precision"} == found.keys()
     run, = found["run"]["rows"]
     assert run["largest_difference"] == 0 and run["same_checkpoint"] and 10 <= run["continued_from"][0] < 30
@@ -60,7 +60,7 @@ def test_what_fails_does_not_end_the_others_and_what_does_not_fit_is_skipped(tmp
                     "ends before its kill": "failed: exit code 0", "is killed": "passed", "works": "passed",
                     "is too long": "skipped"}
     assert "the device is gone" in (tmp_path / "a.log").read_text()
-    known = rows.read(path)
+    known = gpu_session.read(path)
     assert known["eval"]["rows"][0]["name"] == "known" and len(known["session"]["rows"]) == len(steps)
 
 

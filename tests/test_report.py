@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import math
+import re
 import shutil
 import statistics
 import subprocess
@@ -391,11 +392,17 @@ def test_bad_input_is_one_sentence(arguments, words, tmp_path, capsys):
     assert words in error and "\n" not in error
 
 
-@pytest.mark.parametrize("threshold", ["90", "abc"])
-def test_a_threshold_that_is_no_cosine_is_refused(threshold, capsys):
+@pytest.mark.parametrize("threshold", ["90", "-1.1", "nan"])
+def test_a_threshold_that_is_no_cosine_is_refused(threshold, tmp_path, capsys):
+    assert main(["report", str(SWEEP), f"--threshold={threshold}", "--out", str(tmp_path / "out")]) == 2
+    assert re.match(r"--threshold=.* at least -1 and at most 1", capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_threshold_that_is_no_number_is_refused(capsys):
     with pytest.raises(SystemExit) as stopped:
-        main(["report", str(SWEEP), "--threshold", threshold])
-    assert stopped.value.code == 2 and "not a cosine" in capsys.readouterr().err
+        main(["report", str(SWEEP), "--threshold", "abc"])
+    assert stopped.value.code == 2 and "--threshold" in capsys.readouterr().err
 
 
 # Two runs

@@ -87,15 +87,18 @@ def similarity_with_depth(studies: Sequence[Study]) -> Figure:
 def measures_with_depth(studies: Sequence[Study]) -> Figure:
     """The other measures against depth, all models in one panel each, before training dotted."""
     probes = [one.facts["probe"] for one in studies]
-    shown = [one for one in MEASURES.values() if one.title and any(_has(one.found_in(probe)) for probe in probes)]
+    shown = [one for one in MEASURES.values() if one.title
+             and any(value is not None for probe in probes for value in one.found_in(probe))]
     rows = -(-len(shown) // 3)
     figure = _figure(14, 2.6 * rows + 1.6, "What attention does, against depth (dotted: before training)")
     axes = figure.subplots(rows, 3, squeeze=False).ravel()
     for ax, measure in zip(axes, shown, strict=False):
         for one, colour, marker, width in zip(studies, COLOURS, MARKERS, (4, 1.5), strict=False):
-            _plot(ax, measure.found_in(one.facts["probe"]), color=colour, marker=marker, markersize=width + 2,
-                  linewidth=width, alpha=0.5 if width > 2 and len(studies) > 1 else 1)
-            _plot(ax, measure.found_in(one.facts["initial"] or {}), color=colour, linestyle=":")
+            trained, initial = (np.array(measure.found_in(one.facts[moment] or {}), float)  # nan: a gap
+                                for moment in ("probe", "initial"))
+            ax.plot(np.arange(len(trained)) + 1, trained, color=colour, marker=marker, markersize=width + 2,
+                    linewidth=width, alpha=0.5 if width > 2 and len(studies) > 1 else 1)
+            ax.plot(np.arange(len(initial)) + 1, initial, color=colour, linestyle=":")
         ax.set_title(measure.title, fontsize=9)
         ax.set_ylabel(measure.unit, fontsize=8)
         ax.grid(alpha=0.3)
@@ -119,16 +122,6 @@ def _pixels(figure: Figure) -> np.ndarray:
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3]
-
-
-def _has(values: Sequence[float | None]) -> bool:
-    return any(value is not None for value in values)
-
-
-def _plot(ax: Axes, values: Sequence[float | None], **style: Any) -> None:
-    """By block, with gaps; nothing where there is no value."""
-    if _has(values):
-        ax.plot(range(1, len(values) + 1), np.array(values, float), **style)
 
 
 def scale(ax: Axes, unit: str, least: float) -> None:

@@ -1,13 +1,14 @@
 """How loud each block is: the residual stream, what a block adds to it, and the gradients that reach it."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from itertools import pairwise
 
 import torch
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from deepvit.analysis.recording import BRANCHES, branches_of, modes_kept
+from deepvit.analysis.recording import BRANCHES, Recording, modes_kept, rms
 from deepvit.errors import UserError
 
 
@@ -27,47 +28,37 @@ def block_norms(model: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor] | 
     model = unwrap_model(model)
     if not getattr(model, "blocks", None):
         raise UserError(f"{type(model).__name__} has no `blocks` to measure.")
-    seen: list[dict[str, Tensor]] = [{} for _ in model.blocks]
-    with ExitStack() as stack:
-        stack.enter_context(_as_before(model))
-        for block, record in zip(model.blocks, seen):
-            _watch(stack, block, record)
+    recording = Recording()
+    with _as_before(model), model.blocks[0].register_forward_pre_hook(_track), recording.of_blocks(model):
         model.train(training)
         with torch.set_grad_enabled(loss is not None):
             output = model(x)
-        norms = _residual_norms(seen)
-        return norms if loss is None else norms | _gradient_norms(loss(output), model, seen)
+        norms = _residual_norms(recording)
+        return norms if loss is None else norms | _gradient_norms(loss(output), model, recording.tokens[:-1])
 
 
-def _watch(stack: ExitStack, block: nn.Module, record: dict[str, Tensor]) -> None:
-    def keep(name: str) -> Callable:
-        return lambda module, args, output: record.__setitem__(name, output.detach())
-
-    stack.enter_context(block.register_forward_pre_hook(
-        lambda module, args: record.__setitem__("input", args[0].requires_grad_())))
-    stack.enter_context(block.register_forward_hook(keep("output")))
-    for branch, module in branches_of(block).items():
-        stack.enter_context(module.register_forward_hook(keep(branch)))
+def _track(block: nn.Module, args: tuple) -> None:
+    args[0].requires_grad_()  # its gradient is asked for, even where no weight before it learns
 
 
-def _residual_norms(seen: list[dict[str, Tensor]]) -> dict[str, list[float | None]]:
-    def rms(x: Tensor) -> float:
-        return float(x.float().square().mean().sqrt())
+@torch.no_grad()
+def _residual_norms(recording: Recording) -> dict[str, list[float | None]]:
+    def whole(rms: Tensor | None) -> float | None:  # of the images' [B]
+        return None if rms is None else float(rms.square().mean().sqrt())
 
-    norms: dict[str, list[float | None]] = {
-        "stream": [rms(record["input"].detach()) for record in seen],
-        "update": [rms(record["output"] - record["input"].detach()) for record in seen],
-        **{branch: [rms(record[branch]) if branch in record else None for record in seen] for branch in BRANCHES}}
+    norms = {"stream": [whole(rms(before)) for before in recording.tokens[:-1]],
+             "update": [whole(rms(after - before)) for before, after in pairwise(recording.tokens)],
+             **{branch: [whole(found.get(branch)) for found in recording.branches] for branch in BRANCHES}}
     norms["update_ratio"] = [update / stream if stream else None
                              for update, stream in zip(norms["update"], norms["stream"])]
     return norms
 
 
-def _gradient_norms(value: Tensor, model: nn.Module, seen: list[dict[str, Tensor]]) -> dict[str, list[float]]:
+def _gradient_norms(value: Tensor, model: nn.Module, streams: list[Tensor]) -> dict[str, list[float]]:
     groups = [[p for p in block.parameters() if p.requires_grad] for block in model.blocks]
-    wanted = [*(record["input"] for record in seen), *(p for group in groups for p in group)]
+    wanted = [*streams, *(p for group in groups for p in group)]
     found = iter(torch.autograd.grad(value, wanted, allow_unused=True, materialize_grads=True))  # leaves `.grad` alone
-    return {"gradient_stream": [float(next(found).norm()) for _ in seen],
+    return {"gradient_stream": [float(next(found).norm()) for _ in streams],
             "gradient_weights": [float(torch.stack([next(found).norm() for _ in group]).norm()) if group else 0.0
                                  for group in groups]}
 

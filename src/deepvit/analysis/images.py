@@ -1,6 +1,5 @@
 """Images as a checkpoint's model wants them, and the names of its classes."""
 
-import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,12 +11,11 @@ from timm.data import ImageNetInfo
 from torch import Tensor
 
 from deepvit import data
-from deepvit.data.listing import KINDS, Walk, in_words
+from deepvit.data.listing import KINDS, Walk, in_words, log_left_out
 from deepvit.errors import UserError
 from deepvit.models import ViT
 
 PUBLISHED = {"crop_pct": None, "interpolation": "bicubic", "norm": "half", "source": None}  # where a file says nothing
-log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -77,8 +75,7 @@ def _inside(folder: Path) -> list[Path]:
     found = sorted(folder / os.fsdecode(name) for name in walk.images(os.fsencode(folder)))
     if not found:
         raise UserError(f"There are no images ({KINDS}) in {folder}. {in_words(walk.left_out)}".rstrip())
-    if words := in_words(walk.left_out):
-        log.warning("In %s %s", folder, words)
+    log_left_out(folder, walk.left_out)
     return found
 
 

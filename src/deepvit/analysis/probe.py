@@ -80,10 +80,8 @@ def _attentions(model: nn.Module, recording: Recording, maps: Mapping[str, Seque
 
 def _blocks(recording: Recording) -> Iterator[Block]:
     """What measures take of each block's tokens and branches."""
-    branches = {branch: rows for branch, rows in recording.branches.items() if rows}
-    for i, (before, after) in enumerate(pairwise(recording.tokens)):
-        yield {"first": recording.tokens[0], "before": before, "after": after,
-               **{branch: rows[i] for branch, rows in branches.items()}}
+    for (before, after), branches in zip(pairwise(recording.tokens), recording.branches, strict=True):
+        yield {"first": recording.tokens[0], "before": before, "after": after, **branches}
 
 
 def _once(model: nn.Module, rows: Sequence[Tensor]) -> Iterator[Block]:

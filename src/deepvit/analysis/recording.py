@@ -103,15 +103,15 @@ class Recording:
     """What one pass of images fed the attention modules and blocks: `[B, N, D]` each, in the order of the calls.
 
     `modules`, `inputs`: the attention modules and what entered them; `tokens`: the input of the first of `model.blocks`
-    and the output of each (empty without `blocks`); `branches`: RMS `[B]` of each block's `attention` and `mlp` as they
-    are added (empty without `drop_path1`, `drop_path2`); `logits`: the model's output.
+    and the output of each (empty without `blocks`); `branches`: of each block the RMS `[B]` of `attention` and `mlp` as
+    they are added (empty without `drop_path1`, `drop_path2`); `logits`: the model's output.
     """
 
     def __init__(self):
         self.modules: list[nn.Module] = []
         self.inputs: list[Tensor] = []
         self.tokens: list[Tensor] = []
-        self.branches: dict[str, list[Tensor]] = {branch: [] for branch in BRANCHES}
+        self.branches: list[dict[str, Tensor]] = []
         self.logits: Tensor | None = None
 
     def __len__(self) -> int:
@@ -128,17 +128,25 @@ class Recording:
         self.modules.append(module)
         self.inputs.append((args[0] if args else kwargs["x"]).detach())
 
+    @contextmanager
+    def of_blocks(self, model: nn.Module) -> Iterator[None]:
+        """Inside, a forward pass leaves its tokens, with their graph where there is one, and branches here."""
+        with ExitStack() as hooks:
+            for block in getattr(model, "blocks", ()):
+                hooks.enter_context(block.register_forward_hook(self._take_block))
+                self.branches.append({})
+                for branch, name in BRANCHES.items():
+                    if isinstance(module := getattr(block, name, None), nn.Module):
+                        take = partial(self._take_branch, self.branches[-1], branch)
+                        hooks.enter_context(module.register_forward_hook(take))
+            yield
+
     def _take_block(self, block: nn.Module, args: tuple, output: Tensor) -> None:
-        self.tokens += [output.detach()] if self.tokens else [args[0].detach(), output.detach()]
+        self.tokens += [output] if self.tokens else [args[0], output]
 
-    def _take_branch(self, name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
-        self.branches[name].append(rms(output.detach()))
-
-
-def branches_of(block: nn.Module) -> dict[str, nn.Module]:
-    """The modules that return a block's branches as they are added, by the branch's name."""
-    found = {branch: getattr(block, name, None) for branch, name in BRANCHES.items()}
-    return {branch: module for branch, module in found.items() if isinstance(module, nn.Module)}
+    def _take_branch(self, branches: dict[str, Tensor], name: str, module: nn.Module, args: tuple, output: Tensor
+                     ) -> None:
+        branches[name] = rms(output.detach())
 
 
 def record(model: nn.Module, x: Tensor) -> Recording:
@@ -147,14 +155,10 @@ def record(model: nn.Module, x: Tensor) -> Recording:
     model = unwrap_model(model)
     recording, modules = Recording(), attention_modules(model)
     parameter = next(model.parameters())
-    with ExitStack() as hooks, frozen(model):
+    with ExitStack() as hooks, frozen(model), recording.of_blocks(model):
         for module in modules:
             hooks.enter_context(module.register_forward_pre_hook(recording._take_input, with_kwargs=True))
-        for block in getattr(model, "blocks", ()):
-            hooks.enter_context(block.register_forward_hook(recording._take_block))
-            for branch, module in branches_of(block).items():
-                hooks.enter_context(module.register_forward_hook(partial(recording._take_branch, branch)))
-        recording.logits = model(x.to(parameter.device, parameter.dtype))
+        recording.logits = model(x.detach().to(parameter.device, parameter.dtype))
     return recording
 
 

@@ -26,22 +26,20 @@ HALF = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
 Maker = Callable[[bytearray], Tensor]  # a file's bytes -> the image [3, 224, 224]
 
 
-def measure(data: str | None = None, seconds: float = 60.0) -> Iterator[dict]:
+def measure(data: str, seconds: float = 60.0) -> Iterator[dict]:
     """Rows with `case`, `name`, `images_per_s` (median over rounds, per core: CPU time), `spread` (its quartiles), what
     `timing.paired` says of the case's first row against it, and `difference` to PIL (mean over pixels, of 255; in cases
     without a PIL-only stage that amplifies rounding). data: a folder of JPEGs, 200 of which are held in memory."""
-    if data is None:
-        raise UserError("The loader is measured on your JPEGs: give --data FOLDER.")
     paths = sorted(path for path in Path(data).rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
     if not paths:
         raise UserError(f"{data} holds no JPEGs to time the loader on.")
     files = [bytearray(path.read_bytes()) for path in paths[::max(1, len(paths) // MOST_FILES)][:MOST_FILES]]
-    threads = torch.get_num_threads()
+    threads, makers = torch.get_num_threads(), contenders()
     torch.set_num_threads(1)
     try:
         with generators_kept():
-            times = interleaved({key: _step(make, files) for key, make in contenders().items()}, "cpu", seconds)
-            differences = _differences(files)
+            times = interleaved({key: _step(make, files) for key, make in makers.items()}, "cpu", seconds)
+            differences = _differences(makers, files)
     finally:
         torch.set_num_threads(threads)
     base = {}
@@ -91,16 +89,12 @@ def _step(make: Maker, files: list[bytearray]) -> Callable[[], None]:
     return step
 
 
-def _differences(files: list[bytearray]) -> dict[str, float]:
+def _differences(makers: dict[tuple[str, str], Maker], files: list[bytearray]) -> dict[str, float]:
     """Mean absolute difference between our two decoders on the same draws, of 255."""
-    result = {}
-    for case, transform in ((CROP, train_transform(SIZE, color_jitter=None)), (EVALUATION, eval_transform(SIZE))):
-        errors = []
+    def images(case: str, decoder: str) -> Iterator[Tensor]:
         for index, data in enumerate(files):
-            made = []
-            for decoder in DECODERS:
-                seed_sample(1, 0, index, 0)
-                made.append(_ours(transform, decoder)(data).float())
-            errors.append((made[0] - made[1]).abs().mean().item())
-        result[case] = statistics.fmean(errors)
-    return result
+            seed_sample(1, 0, index, 0)
+            yield makers[case, f"deepvit, {decoder}"](data).float()
+
+    return {case: statistics.fmean(float((one - other).abs().mean()) for one, other in zip(
+        *(images(case, decoder) for decoder in DECODERS), strict=True)) for case in (CROP, EVALUATION)}

@@ -145,7 +145,7 @@ def imagenet(device: str = "cpu", *, depth: int | None = None, batch: int | None
 
 def growth(device: str = "cpu", *, depth: int = 64, batch: int | None = None, seconds: float = 15.0) -> Iterator[dict]:
     """How a train step grows with tokens and with depth (up to `depth`), ours beside timm's ViT: rows with `case`,
-    `name`, `ms`, `spread`, `ratio`, `kept_mib`. batch: default 2, on a GPU 64; seconds: for each case."""
+    `name`, `ms`, `spread`, `ratio`, `kept_mib`; or `failed`. batch: default 2, on a GPU 64; seconds: for each case."""
     batch = batch or (64 if device == "cuda" else 2)
     few = min(2, depth)
     cases = [(f"{tokens} tokens, {few} blocks", few, side) for tokens, side in GROWING_SIDES.items()]
@@ -154,8 +154,9 @@ def growth(device: str = "cpu", *, depth: int = 64, batch: int | None = None, se
         makers = contestants(blocks, side)
         steps = {name: TrainStep(makers[name], batch, side, device) for name in (BASE, OURS)}
         times = interleaved(steps, device, seconds)
+        yield from ({"case": case, **row} for row in left_out(steps, times))
         for name, taken in times.items():
-            yield {"case": case, "name": name, **summary(taken, times[BASE]),
+            yield {"case": case, "name": name, **summary(taken, times.get(BASE)),
                    "kept_mib": sum(steps[name].kept()) / 2**20}
 
 

@@ -9,12 +9,9 @@ from typing import Any
 import yaml
 
 from deepvit.bench.machine import STOOD_IN
-from deepvit.config.records import read_json_lines
 from deepvit.report.render import printed
 
 MOST_WAITED, MOST_SPREAD = 0.1, 0.05  # wall time over CPU time, less 1, and the pairs' quartiles over their median
-
-Results = dict[str, dict[str, Any]]  # bench -> {"provenance": where and when, "rows": [...]}
 
 
 def append(path: Path | None, bench: str, row: dict[str, Any]) -> None:
@@ -23,19 +20,6 @@ def append(path: Path | None, bench: str, row: dict[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a") as file:
             file.write(json.dumps({"bench": bench, **row}) + "\n")
-
-
-def read(path: Path) -> Results:
-    """All whole lines of the file, by bench."""
-    results: Results = {}
-    provenance: dict[str, Any] = {}
-    for line in read_json_lines(path):
-        bench = line.pop("bench")
-        if bench == "provenance":
-            provenance = line
-        else:
-            results.setdefault(bench, {"provenance": provenance, "rows": []})["rows"].append(line)
-    return results
 
 
 def table(rows: list[dict]) -> str:
@@ -87,12 +71,8 @@ class Target:
         return "yes" if met else "no"
 
 
-def _targets() -> dict[str, list[Target]]:
-    given = yaml.safe_load(Path(__file__).with_name("targets.yaml").read_text())
-    return {device: [Target(**one) for one in given[device] + given["everywhere"]] for device in ("cpu", "cuda")}
-
-
-TARGETS = _targets()
+_GIVEN = yaml.safe_load(Path(__file__).with_name("targets.yaml").read_text())
+TARGETS = {device: [Target(**one) for one in _GIVEN[device] + _GIVEN["everywhere"]] for device in ("cpu", "cuda")}
 
 
 def against_targets(results: Mapping[str, list[dict[str, Any]]], device: str) -> list[dict[str, Any]]:

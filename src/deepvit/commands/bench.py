@@ -1,6 +1,7 @@
 """Speed and memory against peers, as tables and JSON."""
 
 import json
+from argparse import Namespace
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -12,7 +13,8 @@ from deepvit.bench.benches import BENCHES, all_of, measure
 from deepvit.bench.machine import made_on, provenance
 from deepvit.bench.timing import apart
 from deepvit.commands.parser import parser_of
-from deepvit.errors import DONE, Failure
+from deepvit.config.signature import check_range
+from deepvit.errors import DONE, Failure, UserError
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -28,6 +30,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--compile", dest="compiled", action="store_true", help="torch.compile the models")
     parser.add_argument("--json", type=Path, help="add the rows to this file too, a line for each once it is known")
     given = parser.parse_args(arguments)
+    _check(given)
     chosen = all_of(given) if "all" in given.benches else given.benches
     on, where = made_on(given.device), provenance(given.device)
     rows.append(given.json, "provenance", where)
@@ -47,3 +50,16 @@ def main(arguments: Sequence[str]) -> int:
     if failed:
         raise Failure(f"{len(failed)} rows have no figures, the first of them because of: {failed[0]['failed']}.")
     return DONE
+
+
+def _check(given: Namespace) -> None:
+    """Before the machine is measured, which takes a while."""
+    for option, least, most in (("seconds", 1e-3, 1e6), ("depth", 1, 10_000), ("batch", 1, 1_000_000)):
+        if getattr(given, option) is not None:
+            check_range(f"--{option}", getattr(given, option), least, most)
+    if "loader" in given.benches and given.data is None:
+        raise UserError("The loader is measured on your JPEGs: give --data FOLDER.")
+    for option in ("data", "cifar10"):
+        folder = getattr(given, option)
+        if folder is not None and not Path(folder).is_dir():
+            raise UserError(f"--{option} {folder} is not a folder.")

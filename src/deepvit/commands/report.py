@@ -5,10 +5,10 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from deepvit.commands.parser import parser_of
+from deepvit.config.signature import check_range
 from deepvit.errors import BAD_INPUT, DONE, UserError
 
 
@@ -16,6 +16,7 @@ def main(arguments: Sequence[str]) -> int:
     from deepvit.report.runs import read_run, read_runs
     from deepvit.report.write import write_report
     options = _parser().parse_args(arguments)
+    check_range("--threshold", options.threshold, -1, 1)
     paths = options.runs or options.compare
     if not paths:
         raise UserError("Give run folders, or a folder above them, such as: deepvit report runs/")
@@ -39,15 +40,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = parser_of("report")
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUNS", help="run folders, or folders above them")
     parser.add_argument("--out", type=Path, help="where to write (default: report/ in the first of RUNS)")
-    parser.add_argument("--threshold", type=_cosine, default=0.9,
+    parser.add_argument("--threshold", type=float, default=0.9,
                         help="mean M above which adjacent blocks count as similar (default: %(default)s)")
     parser.add_argument("--compare", nargs=2, type=Path, default=(), metavar=("RUN_A", "RUN_B"),
                         help="what differs between two runs, and both curves")
     return parser
-
-
-def _cosine(text: str) -> float:
-    with suppress(ValueError):
-        if -1 <= (value := float(text)) <= 1:
-            return value
-    raise argparse.ArgumentTypeError(f"{text} is not a cosine: give a number from -1 to 1")

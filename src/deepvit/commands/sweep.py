@@ -15,6 +15,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 
@@ -156,9 +157,8 @@ def composed_cell(config: DictConfig, number: int, overrides: Sequence[str]) -> 
 
 
 def in_quotes(text: str) -> str:
-    """Within Hydra's single quotes: a backslash is itself but for those before a quote."""
-    escaped = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), text)
-    return f"'{escaped}'"
+    """As a value in Hydra's grammar that is nothing but this text."""
+    return QuotedString(text, Quote.single).with_quotes()
 
 
 def record_of(hydra: DictConfig) -> SweepRecord | None:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +45,15 @@ def write(path: Path, content: dict[str, Any]) -> None:
         raise UserError(f"Models are written as {', '.join(SUFFIXES)}, and {path} is none: choose another name.")
     aside = path.with_name(path.name + ".tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".safetensors":
             save_tensors(aside, content.pop("model"), {"deepvit": json.dumps(content)})
         else:
             torch.save(content, aside)
         os.replace(aside, path)
     except (OSError, RuntimeError, SafetensorError) as error:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):
+            aside.unlink()
         raise UserError(f"{path} cannot be written ({reason(error)}): choose another path.") from None
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from deepvit.config.signature import ABOVE_ZERO, check_arguments, check_ranges
 from deepvit.errors import UserError
-from deepvit.report.grid import Grid, compared_settings, differing, merged
+from deepvit.report.grid import Grid, compared_settings, differing
 from deepvit.report.runs import Run
 from deepvit.report.statistics import Equivalence, Summary, equivalence, holm, p_of_no_difference, summarise
 
@@ -172,9 +172,10 @@ def _in_words(settings: Mapping[str, Any]) -> str:
 
 
 def _places(contrast: Contrast, runs: Sequence[Run]) -> list[str]:
-    """What tells runs apart beside the settings that the contrast names, and those that change with them."""
-    named = tuple(name.replace("/", ".") for _, arm in contrast.arms for name in arm)
+    """What tells runs apart beside the settings that the contrast names, and those that follow from them, such as a
+    learning rate of each arm's own."""
+    named = [str([run.chosen(name) for _, arm in contrast.arms for name in arm]) for run in runs]
     compared = compared_settings(runs)
-    columns = [column for column in merged(differing(compared), compared)
-               if not any(name == one or name.startswith(f"{one}.") for name in column for one in named)]
-    return [str([settings.get(column[0]) for column in columns]) for settings in compared]
+    free = [name for name in differing(compared)
+            if len({(arm, str(settings.get(name))) for arm, settings in zip(named, compared)}) > len({*named})]
+    return [str([settings.get(name) for name in free]) for settings in compared]

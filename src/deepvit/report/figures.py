@@ -7,7 +7,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from statistics import fmean
@@ -38,57 +38,52 @@ MIN_POINTS = 4  # that the axis of accuracies spans
 MAX_TITLE = 52  # characters in a line
 CURVES = {"top1": "top-1 (%)", "loss": "training loss"}
 
+Panel = Callable[[Axes], None]
+
 
 @dataclass(frozen=True)
 class Chart:
-    """Panels that belong together; those with the same y label share its range. `caption` is a sentence or two."""
+    """Panels that belong together, drawn: the same data give the same bytes. `caption` is a sentence or two;
+    `narrow_svg` has one panel in a row."""
 
     name: str
     caption: str
-    panels: Sequence[Callable[[Axes], None]]
-    columns: int = 2
-
-    def draw(self, columns: int) -> Figure:
-        columns = min(columns, len(self.panels))
-        rows = -(-len(self.panels) // columns)
-        with matplotlib.rc_context(STYLE):
-            figure = Figure(figsize=(PANEL[0] * columns, PANEL[1] * rows), layout="constrained")
-            grid = figure.subplots(rows, columns, squeeze=False).ravel()
-            for axes, panel in zip_longest(grid, self.panels, fillvalue=Axes.set_axis_off):
-                panel(axes)
-            _share_ranges(grid[:len(self.panels)])
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # long labels in small panels: not the reader's concern
-                figure.draw_without_rendering()
-            figure.set_layout_engine("none")  # arranged once, not again for each file
-        return figure
+    figure: Figure
+    svg: bytes
+    narrow_svg: bytes
 
     def save(self, folder: Path) -> Path:
         """Writes `<name>.png` and `<name>.svg`; returns the PNG's path."""
-        with matplotlib.rc_context(STYLE):
-            self._wide.savefig(folder / f"{self.name}.png", dpi=130)
+        self.figure.savefig(folder / f"{self.name}.png", dpi=130)
         (folder / f"{self.name}.svg").write_bytes(self.svg)
         return folder / f"{self.name}.png"
 
-    @cached_property
-    def _wide(self) -> Figure:
-        return self.draw(self.columns)
 
-    @cached_property
-    def svg(self) -> bytes:
-        """The same bytes for the same data."""
-        return _svg(self._wide)
+def _chart(name: str, caption: str, panels: Sequence[Panel], columns: int = 2) -> Chart:
+    with matplotlib.rc_context(STYLE):
+        figure = _arranged(panels, columns)
+        svg = _svg(figure)
+        return Chart(name, caption, figure, svg, _svg(_arranged(panels, 1)) if min(columns, len(panels)) > 1 else svg)
 
-    @property
-    def narrow_svg(self) -> bytes:
-        """One panel in a row."""
-        return _svg(self.draw(columns=1)) if min(self.columns, len(self.panels)) > 1 else self.svg
+
+def _arranged(panels: Sequence[Panel], columns: int) -> Figure:
+    columns = min(columns, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(PANEL[0] * columns, PANEL[1] * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes, panel in zip_longest(grid, panels, fillvalue=Axes.set_axis_off):
+        panel(axes)
+    _share_ranges(grid[:len(panels)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # long labels in small panels: not the reader's concern
+        figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # arranged once, not again for each file
+    return figure
 
 
 def _svg(figure: Figure) -> bytes:
     file = io.BytesIO()
-    with matplotlib.rc_context(STYLE):
-        figure.savefig(file, format="svg", metadata={"Date": None})
+    figure.savefig(file, format="svg", metadata={"Date": None})
     return file.getvalue()
 
 
@@ -130,18 +125,18 @@ def charts(grid: Grid, threshold: float, prefix: str = "") -> list[Chart]:
     findings = [one for one in find(plan, grid) if one.points] if plan else []
     drawn = [_forest_chart(findings, plan.margin, prefix)] if findings else []
     drawn += [depth_chart(grid, threshold, prefix)] if len(grid.finished) > 1 else []
-    curves = _facet_chart(grid, f"{prefix}curves", "Training, one line per run; further seeds of a cell are pale.",
+    drawn += _facet_chart(grid, f"{prefix}curves", "Training, one line per run; further seeds of a cell are pale.",
                           _curves, CURVES, lambda run: run.lines)
-    blocks = _facet_chart(grid, f"{prefix}blocks", "Similarity M of each block's maps to the next block's, mean over "
-                          "images, heads, tokens and seeds. Solid: trained; dotted: untrained.", _blocks, KINDS,
-                          lambda run: similarity(run, "final", "final"))
-    return drawn + [chart for chart in (curves, blocks) if chart.panels]
+    return drawn + _facet_chart(
+        grid, f"{prefix}blocks", "Similarity M of each block's maps to the next block's, mean over images, heads, "
+        "tokens and seeds. Solid: trained; dotted: untrained.", _blocks, KINDS,
+        lambda run: similarity(run, "final", "final"))
 
 
 def _forest_chart(findings: Sequence[Finding], margin: float, prefix: str) -> Chart:
-    return Chart(f"{prefix}contrasts", f"Differences paired by seed: mean, 95 % interval from three seeds on, one "
-                 f"hollow dot per seed. Shaded: the margin of {margin:g} points.",
-                 [partial(_forest, findings=findings, margin=margin), partial(_forest, findings=findings)])
+    return _chart(f"{prefix}contrasts", f"Differences paired by seed: mean, 95 % interval from three seeds on, one "
+                  f"hollow dot per seed. Shaded: the margin of {margin:g} points.",
+                  [partial(_forest, findings=findings, margin=margin), partial(_forest, findings=findings)])
 
 
 def _forest(axes: Axes, findings: Sequence[Finding], margin: float | None = None) -> None:
@@ -169,8 +164,8 @@ def depth_chart(grid: Grid, threshold: float, prefix: str) -> Chart:
     if any(similarity(run, "final", "final") for run in grid.runs):
         panels += [partial(plot.similar_blocks, threshold=threshold), partial(plot.similarity, kind="final"),
                    partial(plot.similarity, kind="softmax")]
-    return Chart(f"{prefix}depth", f"Accuracy and mean similarity M of adjacent blocks against {plot.axis}. "
-                 f"Filled: trained; hollow, dotted: untrained. Bars: 95 %.", panels)
+    return _chart(f"{prefix}depth", f"Accuracy and mean similarity M of adjacent blocks against {plot.axis}. "
+                  f"Filled: trained; hollow, dotted: untrained. Bars: 95 %.", panels)
 
 
 class _Plot:
@@ -257,15 +252,16 @@ class _Plot:
 
 
 def _facet_chart(grid: Grid, name: str, caption: str, draw: Callable[..., None], rows: Collection[str],
-                 wanted: Callable[[Run], Collection]) -> Chart:
-    """A column for each depth and value of every further setting; beyond 4 columns the first two `rows` alone."""
+                 wanted: Callable[[Run], Collection]) -> list[Chart]:
+    """A column for each depth and value of every further setting; beyond 4 columns the first two `rows` alone. None
+    where no run has what is `wanted`."""
     facets: dict[str, list[Cell]] = defaultdict(list)
     for cell in grid.cells:
         if any(map(wanted, cell.runs)):
             facets[", ".join([f"{cell.depth} blocks", *cell.details(grid)])].append(cell)
     panels = [partial(draw, cells=cells, place=place, name=row)
               for row in list(rows)[:4 if len(facets) <= 4 else 2] for place, cells in facets.items()]
-    return Chart(name, caption, panels, columns=min(max(len(facets), 2), 4))
+    return [_chart(name, caption, panels, columns=min(max(len(facets), 2), 4))] if panels else []
 
 
 def draw_curve(axes: Axes, run: Run, name: str, **style: Any) -> None:
@@ -301,8 +297,8 @@ def _blocks(axes: Axes, cells: Sequence[Cell], place: str, name: str) -> None:
 
 
 def comparison_chart(runs: Sequence[Run], labels: Sequence[str]) -> Chart:
-    return Chart("compare", f"{labels[0]} (solid) and {labels[1]} (dashed).",
-                 [partial(_compared_curves, runs=runs, labels=labels, name=name) for name in CURVES])
+    return _chart("compare", f"{labels[0]} (solid) and {labels[1]} (dashed).",
+                  [partial(_compared_curves, runs=runs, labels=labels, name=name) for name in CURVES])
 
 
 def _compared_curves(axes: Axes, runs: Sequence[Run], labels: Sequence[str], name: str) -> None:
