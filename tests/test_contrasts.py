@@ -103,6 +103,15 @@ def test_each_arm_may_have_its_own_learning_rate(study, tmp_path):
     assert [*at_32.points.values()] == pytest.approx(top1["reattention", 32] - top1["self", 32])
 
 
+def test_a_loss_that_is_not_finite_leaves_its_seed_out(study, tmp_path):
+    """`metrics.json` has null there; the accuracy still counts."""
+    study(4)
+    path = next((tmp_path / "runs").rglob("reattention-32-2/metrics.json"))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"loss": None}))
+    _, at_32, _ = find(read_plan(PLAN), the_grid(tmp_path / "runs"))
+    assert [*at_32.points] == [0, 1, 2, 3] and [*at_32.losses] == [0, 1, 3]
+
+
 def test_holm_steps_down():
     """The example of Wright (Biometrics 48, 1992, table 1), by hand."""
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])

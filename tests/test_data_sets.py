@@ -11,12 +11,13 @@ import torch
 import yaml
 from PIL import Image
 from sklearn.datasets import load_digits
+from torchvision.transforms.functional import pil_to_tensor
 
 import deepvit.data as data
 from deepvit.commands import preview
 from deepvit.commands.main import main
 from deepvit.config.compose import compose
-from deepvit.data.decode import decode, to_tensor
+from deepvit.data.decode import decode
 from deepvit.engine.ranks import Ranks
 from deepvit.errors import UserError
 from deepvit.run import build
@@ -26,11 +27,11 @@ IMAGES = Path(__file__).parent / "data" / "images"  # CIFAR-10: 3 classes, 4 ima
 
 def pixels(images, index: int) -> torch.Tensor:
     image = images.image(index)
-    return image if isinstance(image, torch.Tensor) else to_tensor(image)
+    return image if isinstance(image, torch.Tensor) else pil_to_tensor(image)
 
 
 def by_pil(content: bytes) -> torch.Tensor:
-    return to_tensor(decode(content, "pil")[0])
+    return pil_to_tensor(decode(content, "pil")[0])
 
 
 def test_digits_are_sklearns_in_a_fixed_balanced_split():
@@ -56,7 +57,7 @@ def test_folders_of_classes(source, in_memory_mb):
     paths = sorted(IMAGES.glob("train/*/*"))
     for index, path in enumerate(paths):
         assert splits.train.name(index) == str(path)
-        assert torch.equal(pixels(splits.train, index), to_tensor(Image.open(path).convert("RGB")))
+        assert torch.equal(pixels(splits.train, index), pil_to_tensor(Image.open(path).convert("RGB")))
     part = splits.train.take(np.array([7, 2]))  # of a set whose images may be in memory already
     assert all(torch.equal(pixels(part, at), pixels(splits.train, index)) for at, index in enumerate([7, 2]))
 

@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 from timm.data.random_erasing import RandomErasing
+from torchvision.transforms.functional import pil_to_tensor
 
-from deepvit.data.decode import decode, resolve_decoder, to_tensor
+from deepvit.data.decode import decode, resolve_decoder
 from deepvit.data.stream import generators_kept, seed_sample
 from deepvit.data.transforms import CentreCrop, eval_transform, train_transform
 from deepvit.errors import UserError
@@ -119,7 +120,7 @@ def test_every_policy_survives_the_installed_pillow():
 @pytest.mark.parametrize("tensor", [False, True])
 def test_extreme_shapes(shape, tensor):
     image = Image.new("RGB", shape, (10, 20, 30))
-    image = to_tensor(image) if tensor else image
+    image = pil_to_tensor(image) if tensor else image
     for transform in (eval_transform(224), train_transform(224, color_jitter=None)):
         with generators_kept():
             for seed in range(8):
@@ -132,7 +133,7 @@ def test_extreme_shapes(shape, tensor):
 def test_pairs_of_sizes():
     crop = CentreCrop((32, 64), 1.0, "bicubic")
     assert crop(photo(100, 100)).size == (64, 32)
-    assert tuple(crop(to_tensor(photo(300, 90))).shape) == (3, 32, 64)
+    assert tuple(crop(pil_to_tensor(photo(300, 90))).shape) == (3, 32, 64)
 
 
 @pytest.mark.parametrize("wrong,word", [

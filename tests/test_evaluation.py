@@ -61,6 +61,14 @@ def test_classes_are_named_the_worst_first_and_further_folders_are_rows(run, fol
     assert code == BAD_INPUT and "gone" in sentence
 
 
+def test_a_loss_that_is_not_finite_is_null_in_the_file(run, folders):
+    model = deepvit.load_model(folders / "m.pt")
+    torch.nn.init.constant_(model.head.weight, 3e38)
+    deepvit.save_model(model, folders / "huge.pt", classes=CLASSES)
+    assert run("eval", "checkpoint=huge.pt", "data=folder", "data.root=data", "out=out")[0] == DONE
+    assert [one["loss"] for one in results(folders / "out")] == [None]
+
+
 def test_the_worst_class_and_what_it_is_taken_for():
     targets, guesses = np.array([0, 0, 0, 1, 1, 2]), np.array([1, 1, 0, 1, 1, -1])
     found = Evaluation(6, 3, 3, 0.0, 1.0, targets=targets, predictions=guesses[:, None])

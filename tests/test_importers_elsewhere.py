@@ -24,7 +24,7 @@ from deepvit.commands.main import main
 from deepvit.config.compose import compose
 from deepvit.config.settings import read_evaluation
 from deepvit.errors import UserError
-from deepvit.importers import locate, takes_average
+from deepvit.importers import locate, open_model, open_weights
 from deepvit.importers.settings import as_keywords
 from deepvit.run import build, evaluate
 
@@ -314,10 +314,12 @@ def test_which_weights_are_taken(tmp_path):
     model = trained()
     timm_checkpoint(model, tmp_path / "w.pth")
     deepvit.save_model(model, tmp_path / "raw.pt")
-    assert [takes_average(tmp_path / name) for name in ("w.pth", "raw.pt", "none")] == [True, False, False]
-    assert takes_average(tmp_path / "w.pth", "raw") is False and takes_average(tmp_path / "raw.pt", "ema") is True
-    with pytest.raises(UserError, match="auto, ema, raw"):
-        takes_average(tmp_path / "w.pth", "mean")
+    assert [open_weights(tmp_path / name, ema=None).is_average for name in ("w.pth", "raw.pt")] == [True, False]
+    for name, weights, sentence in (("none", "auto", "none"), ("raw.pt", "ema", "weights=raw"),
+                                    ("w.pth", "mean", "auto, ema, raw")):
+        with pytest.raises(UserError, match=sentence):
+            open_model(tmp_path / name, weights)
+    assert open_model(tmp_path / "w.pth", "raw").load_report.weights == "raw"
     assert "averaged (EMA) weights" in str(deepvit.load_model(tmp_path / "w.pth", ema=True).load_report)
     assert "raw weights" in str(deepvit.load_model(tmp_path / "w.pth").load_report)
 

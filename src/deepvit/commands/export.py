@@ -24,7 +24,7 @@ from deepvit.data import norm_values
 from deepvit.engine.folder import RunFolder
 from deepvit.errors import DONE, Failure, UserError
 from deepvit.importers import deepvit as published
-from deepvit.importers import find_checkpoint, load_model, open_model, open_weights, save_model, takes_average
+from deepvit.importers import find_checkpoint, load_model, open_model, open_weights, save_model
 from deepvit.importers import timm as timm_dialect
 from deepvit.importers.dialect import write
 from deepvit.importers.ours import described, save_tensors
@@ -240,10 +240,10 @@ def main(arguments: Sequence[str]) -> int:
 
 def averaged(paths: Sequence[Path], weights: str = "auto") -> dict[str, Any]:
     """The content of a checkpoint of ours: the newest one's model, which is last in `paths`, with averaged weights, and
-    where they came from. `weights`: see `takes_average`, asked of the newest."""
-    ema = takes_average(paths[-1], weights)
-    model = load_model(paths[-1], ema=ema)
-    files = [open_weights(path, ema=ema) for path in paths]
+    where they came from. `weights`: see `open_model`, asked of the newest."""
+    model = open_model(paths[-1], weights)
+    which = model.load_report.weights
+    files = [open_weights(path, ema=which == "ema") for path in paths]
     newest = files[-1]
     for file in files:
         if file.shapes != newest.shapes or file.said.get("classes") != newest.said.get("classes"):
@@ -251,7 +251,6 @@ def averaged(paths: Sequence[Path], weights: str = "auto") -> dict[str, Any]:
     if newest.shapes.keys() != model.state_dict().keys():
         raise UserError(f"{paths[-1]} is not in our own layout: `deepvit export` it to safetensors first.")
     model.load_state_dict({name: _mean([file.read(name) for file in files]) for name in newest.shapes})
-    which = "ema" if ema else "raw"
     return {**described(model), "averaged": [
         {"path": str(file.path), "step": file.said.get("step"), "weights": which} for file in files]}
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
 
 from deepvit.errors import UserError, choose
 
@@ -89,7 +90,7 @@ def _decode(data: bytearray, decoder: str) -> tuple[AnyImage, bool]:
     if is_jpeg and image.mode in ("RGB", "L"):  # no CMYK
         with suppress(RuntimeError):  # refuses this JPEG: PIL decides
             return _jpeg_pixels(data), False
-    return to_tensor(_to_rgb(image)), is_jpeg
+    return pil_to_tensor(_to_rgb(image)), is_jpeg
 
 
 def open_image(path: str | Path, decoder: str = "pil") -> AnyImage:
@@ -98,11 +99,6 @@ def open_image(path: str | Path, decoder: str = "pil") -> AnyImage:
         return decode(read_bytes(str(path)), resolve_decoder(decoder))[0]
     except BadImage as bad:
         raise UserError(f"{path} is not a usable image: {bad}.") from bad
-
-
-def to_tensor(image: Image.Image) -> Tensor:
-    """PIL RGB -> uint8 [3, H, W] over memory of [H, W, 3]."""
-    return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1)
 
 
 def as_array(image: AnyImage) -> np.ndarray:

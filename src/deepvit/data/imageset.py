@@ -105,17 +105,19 @@ class FileSet(ImageSet):
         self.decoder, self.in_memory_mb = decoder, in_memory_mb
         self.targets = self.places = listing.places  # of their class folders
         self.rows: np.ndarray | range = range(len(listing))
-        self.cache: DecodedCache | None = None
+        self.cache: list[tuple[np.ndarray, bool] | None] | None = None  # what `_decoded` gives of each
 
     def name(self, index: int) -> str:
         file = os.fsdecode(self.listing.name(self.rows[index]))
         return f"{self.root}/{self.folders[self.places[index]]}/{file}"
 
     def image(self, index: int) -> AnyImage:
-        if self.cache is None or not self.cache[index].size:
+        kept = self.cache and self.cache[index]
+        if not kept:
             return self._opened(read_bytes(self.name(index)))
-        self.pil_fallbacks += int(self.cache.by_pil[index])
-        return as_image(self.cache[index], self.decoder)
+        pixels, by_pil = kept
+        self.pil_fallbacks += by_pil
+        return as_image(pixels, self.decoder)
 
     def size(self, index: int) -> int:
         try:
@@ -142,31 +144,17 @@ class FileSet(ImageSet):
             with suppress(OSError, ValueError, SyntaxError, Image.DecompressionBombError), \
                     Image.open(self.name(index)) as image:  # a bad one is reported when it is asked for
                 sizes.append(3 * image.width * image.height)
-        fits = bool(len(self) * np.mean(sizes or [0]) <= self.in_memory_mb * 2**20)
-        self.cache = DecodedCache(self) if fits else None
-        return fits
+        if len(self) * np.mean(sizes or [0]) > self.in_memory_mb * 2**20:
+            return False
+        self.cache = [self._decoded(index) for index in range(len(self))]
+        return True
 
-
-class DecodedCache:
-    """Decoded images of any sizes, end to end in one buffer that forked workers share."""
-
-    def __init__(self, images: FileSet):
-        self.shapes = np.zeros((len(images), 3), np.int64)  # of [H, W, 3]; zeros for a bad image
-        self.by_pil = np.zeros(len(images), bool)  # since the fast decoder refused it
-        parts = [np.zeros(0, np.uint8)]
-        for index in range(len(images)):
-            with suppress(BadImage):  # it tells its reason when it is asked for
-                image, self.by_pil[index] = decode(read_bytes(images.name(index)), images.decoder)
-                pixels = as_array(image)
-                self.shapes[index] = pixels.shape
-                parts.append(pixels.reshape(-1))
-        self.pixels = np.concatenate(parts)  # uint8 [sum of H * W * 3]
-        self.ends = np.cumsum(self.shapes.prod(axis=1))  # int64 [n]
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        """uint8 [H, W, 3], empty for a bad image."""
-        shape, end = self.shapes[index], self.ends[index]
-        return self.pixels[end - shape.prod():end].reshape(shape)
+    def _decoded(self, index: int) -> tuple[np.ndarray, bool] | None:
+        """uint8 [H, W, 3], which forked workers share (they copy 170 bytes an image), and whether PIL read it."""
+        with suppress(BadImage):  # it tells its reason when it is asked for
+            image, by_pil = decode(read_bytes(self.name(index)), self.decoder)
+            return as_array(image), by_pil
+        return None
 
 
 @dataclass(frozen=True)

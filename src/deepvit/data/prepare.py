@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from timm.data.mixup import one_hot
 from torch import Tensor
 
 from deepvit.data.loader import Batch
@@ -69,8 +70,7 @@ class Prepare:
 
     def _soft(self, targets: Tensor) -> Tensor:
         off = self.label_smoothing / self.num_classes
-        soft = torch.full((len(targets), self.num_classes), off, device=targets.device)  # [b, C], rows sum to 1
-        return soft.scatter_(1, targets[:, None], 1.0 - self.label_smoothing + off)
+        return one_hot(targets, self.num_classes, 1.0 - self.label_smoothing + off, off)  # [b, C], rows sum to 1
 
     def _mix(self, x: Tensor, targets: Tensor, lam: float, box: tuple[int, int, int, int] | None
              ) -> tuple[Tensor, Tensor]:

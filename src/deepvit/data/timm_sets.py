@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
 
-from deepvit.data.decode import AnyImage, BadImage, read_bytes, to_tensor
+from deepvit.data.decode import AnyImage, BadImage, read_bytes
 from deepvit.data.imageset import ImageSet, Splits
 from deepvit.data.listing import EXTENSIONS, KINDS, class_folders, entries, existing, log_left_out
 from deepvit.data.source import Source, refuse_other_classes, some
@@ -40,7 +41,7 @@ class TimmSet(ImageSet):
             raise BadImage(f"it is damaged ({error})") from error
         if isinstance(content, Image.Image):
             image = content.convert("RGB")
-            return image if self.decoder == "pil" else to_tensor(image)
+            return image if self.decoder == "pil" else pil_to_tensor(image)
         return self._opened(bytearray(content if isinstance(content, bytes) else content.read()))
 
 

@@ -15,10 +15,11 @@ from timm.data.auto_augment import posterize as timm_posterize
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation, str_to_pil_interp
 from timm.data.transforms_factory import transforms_imagenet_train
+from timm.layers import to_2tuple
 from torch import Tensor
-from torchvision.transforms.functional import crop, get_dimensions
+from torchvision.transforms.functional import center_crop, crop, get_dimensions, pil_to_tensor
 
-from deepvit.data.decode import AnyImage, to_pil, to_tensor
+from deepvit.data.decode import AnyImage, to_pil
 from deepvit.errors import UserError, choose
 
 INTERPOLATIONS = {"bilinear": ("bilinear",), "bicubic": ("bicubic",), "random": ("bilinear", "bicubic")}
@@ -71,8 +72,7 @@ class CentreCrop:
             new = max(high, int(wide * height / width)), wide
         else:
             new = high, max(wide, int(high * width / height))
-        top, left = (round((have - side) / 2) for have, side in zip(new, self.size, strict=True))
-        return crop(resize(image, new, self.interpolation), top, left, *self.size)
+        return center_crop(resize(image, new, self.interpolation), self.size)
 
 
 class RandomCrop(RandomResizedCropAndInterpolation):
@@ -123,7 +123,7 @@ class Transform:
         """-> (uint8 [3, S, S], rectangles to erase)."""
         for step in (self.crop, *self.flips, *self.colour):
             image = step(image)
-        return to_tensor(image) if isinstance(image, Image.Image) else image, self._patches()
+        return pil_to_tensor(image) if isinstance(image, Image.Image) else image, self._patches()
 
     def _patches(self) -> list[Patch]:
         recorder = _Recorder((3, *self.size))
@@ -134,7 +134,8 @@ class Transform:
 
 def eval_transform(img_size: int | Sequence[int], crop_pct: float = 0.9, interpolation: str = "bicubic") -> Transform:
     """As published: at 224, shorter side to floor(224 / 0.9) = 248, bicubic, centre crop; at 384 crop_pct 1."""
-    return Transform(_pair(img_size), CentreCrop(_pair(img_size), crop_pct, interpolation))
+    size = to_2tuple(img_size)
+    return Transform(size, CentreCrop(size, crop_pct, interpolation))
 
 
 def train_transform(img_size: int | Sequence[int], *, crop_scale: Sequence[float] | None = (0.08, 1.0),
@@ -145,7 +146,7 @@ def train_transform(img_size: int | Sequence[int], *, crop_scale: Sequence[float
     """timm's ImageNet augmentation to a side or (height, width), the erasing recorded instead of written. crop_scale,
     crop_ratio: ranges of area and aspect; without crop_scale, the evaluation's crop. interpolation: `bilinear`,
     `bicubic`, `random`. mean: colour that RandAugment moves in. timm: hflip, vflip, auto_augment, grayscale_prob ..."""
-    size = _pair(img_size)
+    size = to_2tuple(img_size)
     choose("augment.interpolation", interpolation, INTERPOLATIONS)
     choose("augment.erasing_mode", erasing_mode, dict.fromkeys(("const", "rand", "pixel")))
     if timm.get("gaussian_blur_prob") and min(size) < 12:
@@ -178,10 +179,6 @@ def mend_posterize(step: Callable) -> None:
 def _posterize(image: Image.Image, bits_to_keep: int, **options: object) -> Image.Image:
     black = Image.new(image.mode, image.size)
     return black if bits_to_keep < 1 else timm_posterize(image, bits_to_keep, **options)
-
-
-def _pair(img_size: int | Sequence[int]) -> tuple[int, int]:
-    return (img_size, img_size) if isinstance(img_size, int) else (int(img_size[0]), int(img_size[1]))
 
 
 def _range(name: str, values: Sequence[float]) -> tuple[float, float]:

@@ -177,11 +177,10 @@ def _bytes_of(state: TrainState, stepper: Stepper, example: Example, count: int)
     if not x.is_cuda:
         own = [x, y, *state.model.parameters(), *state.model.buffers()]
         return sum(kept_storages(lambda: stepper.loss(state.model, x, y), own))
-    torch.cuda.reset_peak_memory_stats(x.device)
-    before = torch.cuda.memory_allocated(x.device)
+    before = reset_peak(x.device)
     stepper.loss(state.model, x, y).backward()
     state.optimizer.zero_grad(set_to_none=True)
-    return torch.cuda.max_memory_allocated(x.device) - before
+    return peak_bytes(x.device) - before
 
 
 def _passes(state: TrainState, stepper: Stepper, example: Example, size: int) -> bool:

@@ -202,8 +202,7 @@ class Stepper:
 
     def _halve(self, state: TrainState, batches: Sequence[Any]) -> None:
         """From now on, micro-batches of half as many images, in whole units."""
-        if self.ranks.device.type == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # of nothing on a CPU
         largest = max(len(batch) for batch in self._cut(batches))
         if largest <= self.unit:
             raise UserError(f"{largest} images at once do not fit into the memory of this device, and fewer cannot be "

@@ -8,7 +8,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 from torch import Size, Tensor
 
-from deepvit.errors import UserError, choose, reason
+from deepvit.errors import UserError, reason
 from deepvit.importers.locate import find_checkpoint, hub_metadata
 
 # Where trainers keep the weights in a checkpoint
@@ -41,20 +41,23 @@ class WeightsFile:
     shapes: dict[str, Size]
     read: Callable[[str], Tensor]
     said: dict[str, Any] = field(default_factory=dict)
-    has_ema: bool = False
+    is_average: bool = False  # EMA weights
 
 
-def open_weights(path: str | Path, ema: bool = False) -> WeightsFile:
+def open_weights(path: str | Path, ema: bool | None = False) -> WeightsFile:
     """Opens a weights file of any known format, detected by its content; `path` as for `find_checkpoint`, `ema`: the
-    averaged weights instead of the raw ones. Raises UserError if the file is missing, torn, foreign, holds anything but
-    tensors and plain values, or has no EMA."""
+    averaged weights instead of the raw ones (None: if it has any). Raises UserError if the file is missing, torn,
+    foreign, holds anything but tensors and plain values, or has no EMA."""
     path = find_checkpoint(path)[0]
+    if ema is None:
+        with suppress(UserError):
+            return open_weights(path, ema=True)
     try:
         start = path.open("rb").read(16)
     except OSError as error:
         raise UserError(f"The weights file {path} cannot be read ({error.strerror}): give a file's path.") from None
-    opened = _opener(path, start)(path, ema)
-    if ema and not opened.has_ema:
+    opened = _opener(path, start)(path, bool(ema))
+    if ema and not opened.is_average:
         raise UserError(f"{path} holds no EMA weights: take the raw ones with weights=raw (in Python: ema=False).")
     if not opened.shapes:
         raise UserError(f"{path} holds no tensors: give a file of model weights.")
@@ -62,19 +65,6 @@ def open_weights(path: str | Path, ema: bool = False) -> WeightsFile:
     for key, kind in (("arch", str), ("model_args", dict)):
         opened.said[key] = value if isinstance(value := opened.said.get(key), kind) else None
     return opened
-
-
-def takes_average(path: str | Path, weights: str = "auto") -> bool:
-    """Whether to load averaged weights (`ema` of `load_model`): `weights` is `ema`, `raw`, or `auto`, the average if
-    the file has one (no for a file that cannot be opened at all)."""
-    if (asked := choose("weights", weights, {"auto": None, "ema": True, "raw": False})) is not None:
-        return asked
-    path = find_checkpoint(path)[0]
-    try:
-        open_weights(path, ema=True)
-    except UserError:
-        return False
-    return True
 
 
 def is_safetensors(start: bytes) -> bool:
@@ -134,7 +124,7 @@ def _open_torch(path: Path, ema: bool) -> WeightsFile:
         _check_tensor(path, name, tensor)
     opened = _unwrapped(path, {name: tensor.shape for name, tensor in tensors.items()}, tensors.__getitem__,
                         {} if tensors is content else _metadata(content))
-    opened.has_ema = averaged is not None
+    opened.is_average = ema and averaged is not None
     return opened
 
 

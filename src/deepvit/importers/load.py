@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from deepvit.errors import Untold, UserError, choose, did_you_mean
 from deepvit.importers import deepvit, google, lucidrains, ours, timm
 from deepvit.importers.dialect import Dialect, Report, Source, Step, foreign_name, translate
-from deepvit.importers.files import open_weights, takes_average
+from deepvit.importers.files import open_weights
 from deepvit.importers.settings import Grid, empty_model, grid_of, settings_from_config, settings_from_shapes
 from deepvit.models import ViT, list_models, model_config
 from deepvit.models.init import init_weights
@@ -26,18 +26,19 @@ DECIDED = ("embed_dim", "depth", "num_heads", "in_chans", "patch_size", "qkv_bia
 NAMED = ("ours", "deepvit", "timm")  # dialects whose files may identify the model by name alone
 SCALARS = ("gelu", "norm_eps", "residual_scale", "map_scale", "pool", "final_norm")  # which no shape determines
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+WEIGHTS = {"auto": None, "ema": True, "raw": False}  # what a command is asked for -> `ema`
 Head = Literal["keep", "reset", "zero"]
 log = logging.getLogger("deepvit")
 
 
-def load_model(path: str | Path, *, dialect: str | None = None, ema: bool = False, head: Head = "keep",
+def load_model(path: str | Path, *, dialect: str | None = None, ema: bool | None = False, head: Head = "keep",
                arch: str | None = None, grid_size: Sequence[int] | None = None, **keywords: Any) -> ViT:
     """Builds the model that a weights file describes, and loads it strictly. See docs/importing.md for the dialects.
 
     Args:
         path: a file of weights, a run's folder, or a name such as `timm:NAME`: see `find_checkpoint`.
         dialect: one of `DIALECTS` (default: detected from the content).
-        ema: take the averaged weights.
+        ema: take the averaged weights (None: if the file has any).
         head: `keep` the file's classifier, or start it anew (`reset`: random, `zero`).
         arch, grid_size: what the file does not tell: the model that was trained, by a name of `list_models()`, of the
             published DeepViT code or of timm; and (rows, columns) of patches that its positions stand for.
@@ -57,20 +58,21 @@ def load_model(path: str | Path, *, dialect: str | None = None, ema: bool = Fals
 
 
 def open_model(path: str | Path, weights: str = "auto", **keywords: Any) -> ViT:
-    """`load_model` as the commands do, in eval mode; weights: see `takes_average`."""
-    return load_model(path, ema=takes_average(path, weights), **keywords).eval()
+    """`load_model` as the commands do, in eval mode. `weights`: `ema`, `raw`, or `auto`, the average if it has one."""
+    return load_model(path, ema=choose("weights", weights, WEIGHTS), **keywords).eval()
 
 
-def told_settings(path: str | Path, given: Mapping[str, Any], dialect: str | None = None, ema: bool = False
+def told_settings(path: str | Path, given: Mapping[str, Any], dialect: str | None
                   ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The model's settings by a weights file's names and shapes alone, and the file's metadata (`Report.said`).
-    `given`: keywords of `ViT` that override the file. Raises UserError as `load_model`."""
-    source = _understand(path, dialect, ema, None, given)
+    """The model's settings by the names and shapes alone of a weights file (the average, where there is one), and the
+    file's metadata (`Report.said`). `given`: keywords of `ViT` that override the file. UserError as `load_model`."""
+    source = _understand(path, dialect, None, None, given)
     return _settings(source, given, None)[0], source.report.said
 
 
-def load_weights(model: ViT, path: str | Path, dialect: str | None = None, ema: bool = False, head: Head = "keep",
-                 classes: Sequence[str] | None = None, grid_size: Sequence[int] | None = None) -> Report:
+def load_weights(model: ViT, path: str | Path, dialect: str | None = None, ema: bool | None = False,
+                 head: Head = "keep", classes: Sequence[str] | None = None,
+                 grid_size: Sequence[int] | None = None) -> Report:
     """Loads a weights file into a model you have, strictly; position embeddings are resized to the model's images.
 
     Args:
@@ -100,7 +102,7 @@ def load_weights(model: ViT, path: str | Path, dialect: str | None = None, ema: 
     return source.report
 
 
-def _understand(path: str | Path, dialect: str | None, ema: bool, arch: str | None,
+def _understand(path: str | Path, dialect: str | None, ema: bool | None, arch: str | None,
                 given: Mapping[str, Any]) -> Source:
     known = None if dialect is None else choose("dialect", dialect, DIALECTS)
     file = open_weights(path, ema)
@@ -116,7 +118,7 @@ def _understand(path: str | Path, dialect: str | None, ema: bool, arch: str | No
     steps, dropped = translate(rows, file.shapes, f"{file.path} (read as dialect '{found.name}')")
     settings = settings_from_shapes({name: step.shape for name, step in steps.items()}, str(file.path))
     said = {key: value for key, value in file.said.items() if not isinstance(value, Tensor)}
-    report = Report(file.path, found.name, "ema" if ema else "raw", dropped=dropped, said=said)
+    report = Report(file.path, found.name, "ema" if file.is_average else "raw", dropped=dropped, said=said)
     return Source(file, found, rows, steps, settings, report)
 
 

@@ -154,8 +154,9 @@ def _pair(contrast: Contrast, runs: Sequence[Run], outcome: str) -> tuple[dict[i
             if all(run.chosen(name) == value for name, value in arm.items()):
                 if run.seed in values[place]:
                     raise LookupError(f"several runs of one seed are {_in_words(arm)}: name what tells them apart")
-                plain = run.result.get(outcome.removeprefix("uncalibrated_"), math.nan)
-                values[place][run.seed] = run.result.get(outcome, plain)  # without batch statistics there is no other
+                plain = run.result.get(outcome.removeprefix("uncalibrated_"))
+                value = run.result.get(outcome, plain)  # without batch statistics there is no other
+                values[place][run.seed] = math.nan if value is None else value  # missing, or not finite in its file
                 seeds.add(run.seed)
         arms.append(values)
     common = set.intersection(*map(set, arms))

@@ -199,9 +199,8 @@ def model(settings: Settings, num_classes: int, continued: bool = False, classes
     built = build_model({**settings.model, "num_classes": num_classes})
     built.set_grad_checkpointing(settings.engine.grad_checkpointing)
     if settings.init is not None and not continued:
-        from deepvit.importers import load_weights, takes_average
-        load_weights(built, settings.init, dialect=settings.dialect, ema=takes_average(settings.init),
-                     head=settings.head, classes=classes)
+        from deepvit.importers import load_weights
+        load_weights(built, settings.init, settings.dialect, ema=None, head=settings.head, classes=classes)
     if settings.freeze is not None:
         built.freeze(settings.freeze)
     return built

@@ -12,7 +12,7 @@ import numpy as np
 
 from deepvit.data import ImageSet
 from deepvit.engine.evaluate import Evaluation, mcnemar
-from deepvit.engine.folder import write_text_synced
+from deepvit.engine.folder import plain, write_text_synced
 from deepvit.errors import UserError
 from deepvit.report.published import IMAGENET_VAL
 from deepvit.report.render import printed
@@ -72,7 +72,7 @@ def compare(seen: list[Seen]) -> None:
 def write(folder: Path, images: ImageSet, evaluation: Evaluation, result: Mapping[str, Any], names: list[str]) -> None:
     """metrics.json, the prediction for every image, and the accuracy of every class; `names`: in the logits' order."""
     with results_in(folder):
-        write_text_synced(folder / "metrics.json", json.dumps(result, indent=1) + "\n")
+        write_text_synced(folder / "metrics.json", json.dumps(plain(result), indent=1) + "\n")
         predicted = zip(evaluation.targets, evaluation.predictions[:, 0], evaluation.confidences, strict=True)
         _write_csv(folder / "predictions.csv", ["image", "target", "prediction", "confidence"],
                    ([images.name(index), names[target], names[guess] if guess >= 0 else "", f"{confidence:.6f}"]

@@ -124,9 +124,9 @@ def _of_resumed(folder: RunFolder | None, config: Mapping[str, Any]) -> tuple[di
 
 
 def _of_file(config: Mapping[str, Any], own: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
-    from deepvit.importers import takes_average, told_settings
+    from deepvit.importers import told_settings
     try:
-        model, metadata = told_settings(config["init"], own, config["dialect"], takes_average(config["init"]))
+        model, metadata = told_settings(config["init"], own, config["dialect"])
     except Untold as error:
         raise Untold(f"{error} {INIT_ADVICE}") from None
     usual = model_config(config["origin"].get("choices", {}).get("model", "vit"))["img_size"]

@@ -76,7 +76,7 @@ def train(config: Mapping[str, Any], path: Path, ranks: Ranks, stop: StopRequest
                 folder.write_result(metrics)
                 folder.log_event("finished", step=built.state.step)
                 loggers.log_result({name: metrics[name] for name in HEADLINE if name in metrics}, built.state.step)
-                _drop_checkpoints(folder, settings, ranks)
+                checkpoint.drop_surplus(folder, settings.engine.keep)
                 log.info("Finished: top-1 %.2f %%; results in %s", metrics["top1"], folder.path)
         return finished
 
@@ -89,7 +89,8 @@ def _answer_as_finished(folder: RunFolder, config: Mapping[str, Any], settings: 
              *(folder.read_result()[name] for name in ("top1", "steps")))
     if settings.engine.profile:
         log.warning("engine.profile=%d has no effect on a finished run.", settings.engine.profile)
-    _drop_checkpoints(folder, settings, ranks)
+    if ranks.is_main:
+        checkpoint.drop_surplus(folder, settings.engine.keep)
 
 
 def _open(folder: RunFolder, config: Mapping[str, Any], built: Built, viewers: list[type[Logger]],
@@ -122,9 +123,3 @@ def _refuse_different_folders(steps: list[int], folder: RunFolder) -> None:
     if len(set(steps)) > 1:
         found = ", ".join(f"rank {rank} step {step}" for rank, step in enumerate(steps))
         raise UserError(f"The ranks found different checkpoints in {folder.path} ({found}): share one file system.")
-
-
-def _drop_checkpoints(folder: RunFolder, settings: Settings, ranks: Ranks) -> None:
-    """Cuts a finished run's checkpoints down as `engine.keep` says."""
-    if ranks.is_main and settings.engine.keep == "best":
-        checkpoint.drop_all_but_best(folder)
