@@ -135,6 +135,13 @@ def test_norm_behind_the_pool_and_representation():
     assert model.prune_intermediate_layers(1) == [3] and torch.equal(model(X), last)
 
 
+def test_device_and_dtype_are_timms():
+    """As timm's train.py makes the teacher of a distillation."""
+    for settings in ({}, {"features_only": True, "out_indices": [1]}):
+        made = timm.create_model("deepvit16", **SMALL | settings, device="meta", dtype=torch.bfloat16)
+        assert {(weight.device.type, weight.dtype) for weight in made.parameters()} == {("meta", torch.bfloat16)}
+
+
 @pytest.mark.parametrize("stem", STEMS)
 def test_config_stays_true(stem):
     model = ours(stem, global_pool="avg")

@@ -186,12 +186,27 @@ def test_bad_input_to_a_sweep_is_one_sentence(run, tmp_path, words, expected):
     (["pretrained=true"], "'init'"),
     (["hflip=1"], "'augment.hflip' or 'data.hflip'"),
     (["hydra/launcher=submitit_slurm"], "pip install hydra-submitit-launcher"),
+    (["~data"], "no setting 'data.interpolation'"),
+    (["data.root=${data.rooot}"], "no setting 'data.rooot'"),
 ])
 def test_bad_input_to_train_is_one_sentence(run, tmp_path, words, expected):
     (tmp_path / "file").write_text("in the way")
     code, _, sentence = run("train", *TINY, *(word.replace("{file}", str(tmp_path / "file")) for word in words))
     assert code == BAD_INPUT and expected in sentence and len(sentence.splitlines()) == 1
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_config_that_lacks_settings_is_one_sentence(run, tmp_path):
+    (tmp_path / "mine.yaml").write_text("model: {depth: 3}\n")
+    code, _, sentence = run("train", "--config-path", str(tmp_path), "--config-name", "mine")
+    assert code == BAD_INPUT and "'engine'" in sentence and "--config-name" in sentence
+
+
+def test_a_sweep_with_hydras_glob_and_its_own_record_of_each_cell(run, tmp_path):
+    words = ["model/attention=glob(norm_only)", "hydra.output_subdir=.hydra"]
+    code, said, _ = run("train", "-m", *TINY, "schedule.epochs=1", *words)
+    assert code == DONE and "1 of 1 cells are done" in said
+    assert len(list(tmp_path.glob("runs/digits/vit/*/.hydra/overrides.yaml"))) == 1
 
 
 def test_a_run_says_what_it_leaves_and_is_cut_down_to_its_best(run, tmp_path):

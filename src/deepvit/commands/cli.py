@@ -112,9 +112,7 @@ def _start(job: Job, config_name: str, arguments: Sequence[str]) -> int:
         return sum_up(Recorder.opened) or FAILED
     if Recorder.opened:
         return sum_up(Recorder.opened)
-    if not _outcomes:  # `--cfg job` and its like
-        return DONE
-    outcome = _outcomes[0]
+    outcome = _outcomes[0] if _outcomes else Outcome(DONE)  # `--cfg job` and its like run none
     if outcome.message:
         say(outcome.message, sys.stderr if outcome.code else sys.stdout)
     return outcome.code
@@ -166,9 +164,8 @@ def hydra_error(error: Exception) -> str:
     """Hydra's or OmegaConf's complaint in one sentence that names the setting and what was probably meant."""
     text = str(error)
     if isinstance(error, OverrideParseException):
-        for word in sys.argv[1:]:
-            if not word.startswith("-") and not _is_readable(word):
-                return f"'{word}' cannot be read: write key=value, and quote special characters twice, \"key='a, b'\"."
+        if word := next((word for word in sys.argv[1:] if not (word.startswith("-") or _is_readable(word))), None):
+            return f"'{word}' cannot be read: write key=value, and quote special characters twice, \"key='a, b'\"."
         return "The command line cannot be read: write settings as key=value."
     if sweep := re.match(r"Ambiguous value for argument '((.+?)=(.*))'", text):
         return f"{sweep[1]} is several values: add -m to sweep over them, or write the list {sweep[2]}=[{sweep[3]}]."
@@ -178,6 +175,9 @@ def hydra_error(error: Exception) -> str:
         return _unknown_setting(override[1])
     if text.startswith("Error merging override") and error.__cause__:
         text = f"{text}: {first_line(error.__cause__)}"
+    elif missing := re.search(r"Interpolation key '([^']+)'|in struct\s+full_key: (\S+)", text):
+        return (f"The config has no setting '{missing[1] or missing[2]}', which is needed: look for it in references "
+                f"like ${{...}}, in settings taken out with ~, and in the file of --config-name.")
     return " ".join(line.strip() for line in text.splitlines() if line.strip())
 
 

@@ -71,7 +71,7 @@ def _open(config: DictConfig) -> OpenSweep:
     _refuse_strange(folder)
     params = OmegaConf.to_container(hydra.sweeper).get("params") or {}
     typed = [*(f"{key}={value}" for key, value in params.items()), *as_typed(hydra.overrides.task)]
-    parser = OverridesParser.create()
+    parser = OverridesParser.create(GlobalHydra.instance().config_loader())  # glob() asks it for a group's choices
     if any(parser.parse_override(word).is_sweep_override() for word in typed if word.startswith(("sweep=", "+sweep="))):
         raise UserError("A sweep's cells are its own, so two need two commands: give one sweep=NAME at a time.")
     sweep, session, is_kept = hydra.runtime.choices.get("sweep"), uuid4().hex[:8], config.get("dry") is False

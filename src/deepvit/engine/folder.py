@@ -120,8 +120,8 @@ class RunFolder:
         self._claimed.discard(self.path.resolve())
 
     def is_ours(self) -> bool:
-        """Empty, marked by a run, or begun by a version that set no mark."""
-        if self.mark.exists() or not any(self.path.iterdir()):
+        """Empty but for Hydra's `hydra.output_subdir`, marked by a run, or begun by a version that set no mark."""
+        if self.mark.exists() or all((path / "hydra.yaml").exists() for path in self.path.iterdir()):
             return True
         with suppress(OSError):
             begun = any(event.get("event") in ("start", "resume") for event in read_json_lines(self.events))

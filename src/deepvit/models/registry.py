@@ -159,7 +159,7 @@ def register_with_timm() -> None:
 
 
 def _entrypoint(name: str):
-    def create(pretrained: bool = False, pretrained_cfg_overlay=None, **kwargs) -> nn.Module:
+    def create(pretrained=False, pretrained_cfg_overlay=None, device=None, dtype=None, **kwargs) -> nn.Module:
         first_conv = {"first_conv": _first_conv(kwargs["stem"])} if "stem" in kwargs else {}
         model = build_model_with_cfg(partial(create_model, name), name, pretrained, **kwargs,
                                      pretrained_cfg_overlay=first_conv | (pretrained_cfg_overlay or {}),
@@ -167,7 +167,7 @@ def _entrypoint(name: str):
                                      feature_cfg={"out_indices": 3, "feature_cls": "getter"})
         vit = getattr(model, "model", model)  # the one inside a feature extractor
         model.pretrained_cfg["input_size"] = vit.input_size  # timm leaves the published one
-        return model
+        return model.to(device=device, dtype=dtype)
 
     create.__name__ = create.__qualname__ = name
     create.__doc__ = f"`{name}` of deepvit; keywords as `deepvit.create_model`."
