@@ -30,7 +30,7 @@ def written(path: Path, seed: int, depth: int = 2, **said) -> dict[str, torch.Te
 def test_the_last_weights_of_a_run_are_averaged_and_named(tmp_path, suffix):
     names = {1: "step-10.pt", 2: "step-20.pt", 3: "previous.pt", 4: "last.pt"}
     weights = [written(tmp_path / "run" / "checkpoints" / name, seed) for seed, name in names.items()]
-    out = tmp_path / "new" / f"out.{suffix}"
+    out = tmp_path / f"out.{suffix}"
     assert main(["average", str(tmp_path / "run"), "--last", "3", "--out", str(out)]) == DONE
     model = deepvit.load_model(out)
     for name, tensor in model.state_dict().items():

@@ -45,7 +45,6 @@ def write(path: Path, content: dict[str, Any]) -> None:
         raise UserError(f"Models are written as {', '.join(SUFFIXES)}, and {path} is none: choose another name.")
     aside = path.with_name(path.name + ".tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".safetensors":
             save_tensors(aside, content.pop("model"), {"deepvit": json.dumps(content)})
         else:
