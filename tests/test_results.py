@@ -4,7 +4,10 @@ import csv
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import yaml
+from scipy import stats
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 ARMS = ("self", "norm_only", "reattention_fc", "reattention")
@@ -19,10 +22,14 @@ def cells() -> dict[tuple[str, int], dict[str, float]]:
                 for row in csv.DictReader(file)}
 
 
+def table_with_header(page: str, first: str) -> list[list[str]]:
+    """The table whose header begins with `first`, without the line below it."""
+    header, _, *rows = f"| {first} |{(RESULTS / page).read_text().split(f'| {first} |', 1)[1]}".split("\n\n")[0].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in (header, *rows)]
+
+
 def table(page: str, first: str) -> list[list[str]]:
-    """The rows of the table whose header begins with `first`."""
-    lines = (RESULTS / page).read_text().split(f"| {first} |", 1)[1].split("\n\n")[0].splitlines()[2:]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return table_with_header(page, first)[1:]
 
 
 def test_accuracies_are_the_csvs(cells):
@@ -53,3 +60,57 @@ def test_accuracies_by_calibration_are_the_jsons():
         rows = [next(row for row in kept if (row["data"], row["step"], row["decay"]) == (data, int(update), decay)
                      and row["calibrate"] in (3200, 1408)) for decay in (None, 0.99, 0.998)]
         assert values == [f"{row[name]:.2f}" for row in rows for name in ("uncalibrated_top1", "top1")]
+
+
+def arms_of(study: str) -> dict[tuple[str, float], dict[int, dict]]:
+    """(attention, learning rate) -> seed -> what metrics.json says."""
+    found: dict[tuple[str, float], dict[int, dict]] = {}
+    for path in (RESULTS / study / "runs").rglob("metrics.json"):
+        result = json.loads(path.read_text())
+        rate = yaml.safe_load(path.with_name("config.yaml").read_text())["optimizer"]["lr"]
+        found.setdefault((result["origin"]["choices"]["model/attention"], rate), {})[result["seed"]] = result
+    return found
+
+
+@pytest.fixture(scope="module")
+def dose() -> dict[str, dict[int, dict]]:
+    """attention -> seed -> what metrics.json says."""
+    return {arm: runs for (arm, _), runs in arms_of("dose").items()}
+
+
+def test_rates_of_dose_are_the_runs():
+    _, *header = table_with_header("dose.md", "held out")[0]
+    found = arms_of("dose_rates")
+    for arm, *values in table("dose.md", "held out"):
+        for rate, value in zip(map(float, header), values, strict=True):
+            runs = found.get((arm.strip("`"), rate))
+            assert value == (f"{np.mean([runs[seed]['top1'] for seed in (100, 101)]):.2f}" if runs else "")
+
+
+def test_accuracies_of_dose_are_the_runs(dose):
+    rates = dict(arms_of("dose"))
+    for arm, rate, top1, loss, count in table("dose.md", "arm"):
+        runs = rates[arm.strip("`"), float(rate)].values()
+        assert int(count) == len(runs)
+        for text, name, digits in ((top1, "top1", 2), (loss, "loss", 3)):
+            values = [run[name] for run in runs]
+            assert text == f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1):.{digits}f}"
+
+
+def test_contrasts_of_dose_are_the_runs(dose):
+    for name, difference, interval, p, loss in table("dose.md", "contrast"):
+        plus, minus = (dose[arm.strip("` ")] for arm in name.split(": ")[-1].split(" minus "))
+        seeds = plus.keys() & minus.keys()
+        points, losses = (np.array([plus[seed][key] - minus[seed][key] for seed in seeds]) for key in ("top1", "loss"))
+        low, high = stats.ttest_1samp(points, 0).confidence_interval()
+        assert (difference, interval) == (f"{points.mean():+.2f}", f"{low:+.2f} to {high:+.2f}")
+        assert loss == f"{losses.mean():+.3f}"
+        assert float(p.lstrip("<")) == pytest.approx(max(stats.ttest_1samp(points, 0).pvalue, 1e-4), rel=0.1)
+
+
+def test_the_regime_of_dose_is_the_runs(dose):
+    for arm, *values in table("dose.md", "before training"):
+        for text, of in zip(values, (lambda probe: probe["spread"], lambda probe: probe["gain"],
+                                     lambda probe: probe["branch_over_stream"]["attention"]), strict=True):
+            first = [of(run["probe_initial"])[0] for run in dose[arm.strip("`")].values()]
+            assert float(text) == pytest.approx(np.mean(first), rel=0.01)
