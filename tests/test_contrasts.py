@@ -103,6 +103,19 @@ def test_each_arm_may_have_its_own_learning_rate(study, tmp_path):
     assert [*at_32.points.values()] == pytest.approx(top1["reattention", 32] - top1["self", 32])
 
 
+def test_a_missing_run_has_the_precision_that_the_others_found(study, tmp_path):
+    """`precision=auto` is decided as a run begins: one that never began is no other configuration."""
+    study(3)
+    shutil.rmtree(tmp_path / "runs/digits/vit/reattention-32-1")
+    record = tmp_path / "runs/sweeps/study-0.jsonl"
+    line = json.loads(record.read_text())
+    cell, = (cell for cell in line["cells"] if cell["overrides"] == ["reattention-32-1"])
+    cell["settings"] |= {"origin.choices.precision": "auto", "precision.dtype": "auto"}
+    record.write_text(json.dumps(line) + "\n")
+    grid = the_grid(tmp_path / "runs")
+    assert grid.extras == () and sum(run.is_missing for run in grid.planned) == 1
+
+
 def test_a_loss_that_is_not_finite_leaves_its_seed_out(study, tmp_path):
     """`metrics.json` has null there; the accuracy still counts."""
     study(4)

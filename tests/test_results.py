@@ -24,7 +24,8 @@ def cells() -> dict[tuple[str, int], dict[str, float]]:
 
 def table_with_header(page: str, first: str) -> list[list[str]]:
     """The table whose header begins with `first`, without the line below it."""
-    header, _, *rows = f"| {first} |{(RESULTS / page).read_text().split(f'| {first} |', 1)[1]}".split("\n\n")[0].splitlines()
+    text = (RESULTS / page).read_text()
+    header, _, *rows = text[text.index(f"| {first} |"):].split("\n\n")[0].splitlines()
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in (header, *rows)]
 
 

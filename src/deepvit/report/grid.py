@@ -146,6 +146,7 @@ def _typed_names(runs: Sequence[Run]) -> set[str]:
 
 
 def _grid(runs: Sequence[Run]) -> Grid:
+    runs = _decided(runs)
     compared = compared_settings(runs)
     varying, typed = _varying(compared), _typed_names(runs)
     columns = [sorted(column, key=lambda name: name not in typed) for column in merged(varying, compared)]
@@ -164,6 +165,20 @@ def _grid(runs: Sequence[Run]) -> Grid:
     followers = {column[0].removeprefix("model."): column[1:] for column in columns}
     return Grid(_data_name(runs[0].config["data"]), runs[0].origin.get("recipe"), tuple(followers), followers, cells,
                 shared, duplicates, runs[-1].sweep)
+
+
+def _decided(runs: Sequence[Run]) -> list[Run]:
+    """Missing runs of `precision=auto`, which is decided as a run begins, with what all others have."""
+    begun = [run for run in runs if not run.is_missing]
+    if len({str(run.config.get("precision")) for run in begun}) != 1:
+        return [*runs]
+    precision, name = begun[0].config.get("precision"), begun[0].chosen("precision")
+
+    def decided(run: Run) -> Run:
+        origin = {**run.origin, "choices": {**run.origin["choices"], "precision": name}}
+        return replace(run, config={**run.config, "precision": precision, "origin": origin})
+
+    return [decided(run) if run.is_missing and run.chosen("precision") == "auto" else run for run in runs]
 
 
 def _varying(settings: Sequence[Mapping[str, Any]]) -> list[str]:
