@@ -58,8 +58,8 @@ def _check(given: Namespace) -> None:
         if getattr(given, option) is not None:
             check_range(f"--{option}", getattr(given, option), least, most)
     if "loader" in given.benches and given.data is None:
-        raise UserError("The loader is measured on your JPEGs: give --data FOLDER.")
+        raise UserError("The loader benchmark needs JPEGs: give --data FOLDER.")
     for option in ("data", "cifar10"):
         folder = getattr(given, option)
         if folder is not None and not Path(folder).is_dir():
-            raise UserError(f"--{option} {folder} is not a folder.")
+            raise UserError(f"--{option} {folder} is not a folder: check the path.")

@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.list.exists() and not given.list.read_text(errors="replace").startswith(TITLE):
         raise UserError(f"{given.list} exists and is not a list of images: give another file with --list.")
     if not given.list.absolute().parent.is_dir():
-        raise UserError(f"--list {given.list} is in a folder that does not exist: make it, or name another file.")
+        raise UserError(f"--list {given.list} is in a folder that does not exist: create it, or give another file.")
     set_up_logging()
     with sentences():
         config = compose([quoted(word) for word in ("data=folder", f"data.root={given.data}", *given.settings)])

@@ -176,8 +176,8 @@ def hydra_error(error: Exception) -> str:
     if text.startswith("Error merging override") and error.__cause__:
         text = f"{text}: {first_line(error.__cause__)}"
     elif missing := re.search(r"Interpolation key '([^']+)'|in struct\s+full_key: (\S+)", text):
-        return (f"The config has no setting '{missing[1] or missing[2]}', which is needed: look for it in references "
-                f"like ${{...}}, in settings taken out with ~, and in the file of --config-name.")
+        return (f"The config has no setting '{missing[1] or missing[2]}', which is needed: check references such as "
+                f"${{...}}, settings deleted with ~, and the file given by --config-name.")
     return " ".join(line.strip() for line in text.splitlines() if line.strip())
 
 
