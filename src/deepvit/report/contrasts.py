@@ -177,7 +177,7 @@ def _places(contrast: Contrast, runs: Sequence[Run]) -> list[str]:
     learning rate of each arm's own; but never a depth."""
     names = [name for _, arm in contrast.arms for name in arm]
     named = [str([run.chosen(name) for name in names]) for run in runs]
-    compared = compared_settings(runs)
-    free = [name for name in differing(compared) if name not in names and name == "model.depth"
+    compared, always = compared_settings(runs), {"model.depth"} - {*names}
+    free = [name for name in differing(compared) if name in always
             or len({(arm, str(settings.get(name))) for arm, settings in zip(named, compared)}) > len({*named})]
     return [str([settings.get(name) for name in free]) for settings in compared]
