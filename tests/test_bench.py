@@ -191,7 +191,7 @@ def test_the_loader_stands_beside_timms(bench):
     (["loader"], "give --data FOLDER"), (["loader", "--data", "nowhere"], "--data nowhere"),
     (["small", "--cifar10", "nowhere"], "--cifar10 nowhere"), (["eval", "--seconds", "-1"], "--seconds"),
     (["eval", "--seconds", "nan"], "--seconds"), (["eval", "--depth", "0"], "--depth"),
-    (["eval", "--batch", "-3"], "--batch")], ids=lambda words: "-".join(words) if isinstance(words, list) else "")
+    (["eval", "--batch", "-3"], "--batch")], ids=str)
 def test_options_are_refused_before_the_machine_is_measured(words, said, monkeypatch, capsys):
     monkeypatch.setattr("deepvit.commands.bench.provenance", None)
     assert main(["bench", *words, "--device", "cpu"]) == 2

@@ -103,6 +103,20 @@ def test_each_arm_may_have_its_own_learning_rate(study, tmp_path):
     assert [*at_32.points.values()] == pytest.approx(top1["reattention", 32] - top1["self", 32])
 
 
+def test_arms_of_other_depths_are_not_alike(study, tmp_path):
+    """As where a sweep was cut by hand to one depth for each arm."""
+    study(3)
+    record = tmp_path / "runs/sweeps/study-0.jsonl"
+    line = json.loads(record.read_text())
+    cut = ("reattention-16", "norm_only-32", "self-32")
+    line["cells"] = [cell for cell in line["cells"] if not cell["overrides"][0].startswith(cut)]
+    record.write_text(json.dumps(line) + "\n")
+    for folder in (tmp_path / "runs/digits/vit").iterdir():
+        if folder.name.startswith(cut):
+            shutil.rmtree(folder)
+    assert all("all else alike" in found.problem for found in find(read_plan(PLAN), the_grid(tmp_path / "runs")))
+
+
 def test_a_missing_run_has_the_precision_that_the_others_found(study, tmp_path):
     """`precision=auto` is decided as a run begins: one that never began is no other configuration."""
     study(3)

@@ -209,6 +209,18 @@ def test_a_sweep_with_hydras_glob_and_its_own_record_of_each_cell(run, tmp_path)
     assert len(list(tmp_path.glob("runs/digits/vit/*/.hydra/overrides.yaml"))) == 1
 
 
+@pytest.mark.parametrize("words", [["hydra.output_subdir=.hydra"], []])
+def test_another_hydra_programs_record_is_left_alone(run, tmp_path, words):
+    theirs = tmp_path / "theirs/.hydra"
+    theirs.mkdir(parents=True)
+    for name in ("config", "hydra", "overrides"):
+        (theirs / f"{name}.yaml").write_text("theirs: 1\n")
+    code, _, sentence = run("train", *TINY, "hydra.run.dir=theirs", *words)
+    assert code == BAD_INPUT and "theirs" in sentence and "hydra.run.dir=..." in sentence
+    assert {path.read_text() for path in theirs.iterdir()} == {"theirs: 1\n"}
+    assert [*theirs.parent.iterdir()] == [theirs]
+
+
 def test_a_run_says_what_it_leaves_and_is_cut_down_to_its_best(run, tmp_path):
     words = [*TINY, "model.embed_dim=64", f"hydra.run.dir={tmp_path}/here"]
     code, said, _ = run("train", *words)

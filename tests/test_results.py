@@ -88,10 +88,10 @@ def test_rates_of_dose_are_the_runs():
             assert value == (f"{np.mean([runs[seed]['top1'] for seed in (100, 101)]):.2f}" if runs else "")
 
 
-def test_accuracies_of_dose_are_the_runs(dose):
-    rates = dict(arms_of("dose"))
+def test_accuracies_of_dose_are_the_runs():
+    found = arms_of("dose")
     for arm, rate, top1, loss, count in table("dose.md", "arm"):
-        runs = rates[arm.strip("`"), float(rate)].values()
+        runs = found[arm.strip("`"), float(rate)].values()
         assert int(count) == len(runs)
         for text, name, digits in ((top1, "top1", 2), (loss, "loss", 3)):
             values = [run[name] for run in runs]

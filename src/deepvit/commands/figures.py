@@ -99,7 +99,8 @@ def _drawn_before(path: Path) -> list[Study]:
 def main(arguments: Sequence[str]) -> int:
     given = _parser().parse_intermixed_args(arguments)
     if (given.maps is None) == (given.checkpoint is None) or given.maps and given.compare:
-        raise UserError("Give a checkpoint, or --maps FILE to draw what was computed before, and not both.")
+        raise UserError("Give a checkpoint (and another with --compare), or --maps FILE to draw what was computed "
+                        "before, and not both.")
     studies, refused = _studies(given)
     if given.save_maps:
         save_studies(given.save_maps, studies)

@@ -1,6 +1,5 @@
 """What a sweep does around its cells: opens its record before Hydra writes anything, and sums up from it."""
 
-import re
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,13 +20,12 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from deepvit.config.compare import flat
 from deepvit.config.provenance import as_typed, choices_of, digest, preregistration
-from deepvit.config.records import FOLDER, SweepRecord
+from deepvit.config.records import FOLDER, SweepRecord, written_for_us
 from deepvit.errors import DONE, FAILED, STOPPED, UserError, did_you_mean
 from deepvit.report.contrasts import WHERE, Plan, read_plan
 from deepvit.run.console import say
 from deepvit.run.launch import joined
 
-OURS = re.compile(r"deepvit\.commands\.sweep|\$\{run_folder:")  # in a multirun.yaml
 BASIC = f"{BasicSweeper.__module__}.{BasicSweeper.__name__}"
 UNHASHED = ("data.workers=", "engine", "fresh=", "dry=", "hydra")  # the same sweep with others
 
@@ -44,6 +42,13 @@ class Recorder(Callback):
 
     def __init__(self, record: Sequence[str] | None = None, statistics: DictConfig | None = None):
         """Takes what Hydra gives, so that it refuses any other key; both are read from the config."""
+
+    def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        """Hydra writes `hydra.output_subdir` before any of us runs."""
+        run, name = config.hydra.run, config.hydra.output_subdir
+        if name and run.dir and (folder := Path(run.dir, name)).exists() and not written_for_us(folder / "hydra.yaml"):
+            raise Refused(UserError(f"{folder} is not of a run of deepvit: give another hydra.run.dir=... or "
+                                    f"hydra.output_subdir=..."))
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         try:
@@ -104,7 +109,7 @@ def _refuse_strange(folder: Path) -> None:
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     multirun = folder / "multirun.yaml"
-    if multirun.exists() and not OURS.search(multirun.read_text(errors="replace")):
+    if multirun.exists() and not written_for_us(multirun):
         raise UserError(f"{multirun} is not of a sweep of deepvit: choose another folder with hydra.sweep.dir=...")
     known = (multirun, *folder.glob(f"{FOLDER}/*.jsonl"), *folder.glob("eval/*/predictions.csv"))
     runs = (path.parent for depth in ("", "*/", "*/*/", "*/*/*/") for name in (MARK, "events.jsonl")

@@ -4,6 +4,7 @@ run, and how each ended, whatever process ran it."""
 import fcntl
 import json
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -14,6 +15,13 @@ from typing import Any
 from deepvit.config.compare import nested
 
 FOLDER = "sweeps"  # of records, in hydra.sweep.dir
+
+
+def written_for_us(path: Path) -> bool:
+    """Whether Hydra wrote this multirun.yaml or hydra.yaml for deepvit."""
+    with suppress(OSError):
+        return re.search(r"deepvit\.commands\.sweep|\$\{run_folder:", path.read_text(errors="replace")) is not None
+    return False
 
 
 def read_json_lines(path: Path, last: int = 0) -> list[dict[str, Any]]:

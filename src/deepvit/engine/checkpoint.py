@@ -133,9 +133,9 @@ class Saver:
             return error
 
 
-def drop_surplus(folder: RunFolder, keep: str) -> None:
-    """`keep` is `all`, or `best`: then the checkpoints that would continue a finished run go, if its best are there."""
-    for path in (folder.last, folder.previous) if keep == "best" and folder.best.exists() else ():
+def drop_all_but_best(folder: RunFolder) -> None:
+    """Removes the checkpoints that would continue a finished run, if its best weights are there."""
+    for path in (folder.last, folder.previous) if folder.best.exists() else ():
         digest_path(path).unlink(missing_ok=True)
         path.unlink(missing_ok=True)
 

@@ -18,7 +18,7 @@ from typing import IO, Any, BinaryIO, ClassVar
 
 import yaml
 
-from deepvit.config.records import read_json_lines
+from deepvit.config.records import read_json_lines, written_for_us
 from deepvit.engine.ranks import Ranks
 from deepvit.errors import UserError
 
@@ -121,7 +121,7 @@ class RunFolder:
 
     def is_ours(self) -> bool:
         """Empty but for Hydra's `hydra.output_subdir`, marked by a run, or begun by a version that set no mark."""
-        if self.mark.exists() or all((path / "hydra.yaml").exists() for path in self.path.iterdir()):
+        if self.mark.exists() or all(written_for_us(path / "hydra.yaml") for path in self.path.iterdir()):
             return True
         with suppress(OSError):
             begun = any(event.get("event") in ("start", "resume") for event in read_json_lines(self.events))

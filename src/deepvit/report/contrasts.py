@@ -174,9 +174,10 @@ def _in_words(settings: Mapping[str, Any]) -> str:
 
 def _places(contrast: Contrast, runs: Sequence[Run]) -> list[str]:
     """What tells runs apart beside the settings that the contrast names, and those that follow from them, such as a
-    learning rate of each arm's own."""
-    named = [str([run.chosen(name) for _, arm in contrast.arms for name in arm]) for run in runs]
-    compared = compared_settings(runs)
-    free = [name for name in differing(compared)
-            if len({(arm, str(settings.get(name))) for arm, settings in zip(named, compared)}) > len({*named})]
+    learning rate of each arm's own; but never a depth."""
+    names = [name for _, arm in contrast.arms for name in arm]
+    named = [str([run.chosen(name) for name in names]) for run in runs]
+    compared, always = compared_settings(runs), {"model.depth"} - {*names}
+    free = [name for name in differing(compared) if name in always
+            or len({(arm, str(settings.get(name))) for arm, settings in zip(named, compared)}) > len({*named})]
     return [str([settings.get(name) for name in free]) for settings in compared]

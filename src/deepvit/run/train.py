@@ -76,7 +76,8 @@ def train(config: Mapping[str, Any], path: Path, ranks: Ranks, stop: StopRequest
                 folder.write_result(metrics)
                 folder.log_event("finished", step=built.state.step)
                 loggers.log_result({name: metrics[name] for name in HEADLINE if name in metrics}, built.state.step)
-                checkpoint.drop_surplus(folder, settings.engine.keep)
+                if settings.engine.keep == "best":
+                    checkpoint.drop_all_but_best(folder)
                 log.info("Finished: top-1 %.2f %%; results in %s", metrics["top1"], folder.path)
         return finished
 
@@ -89,8 +90,8 @@ def _answer_as_finished(folder: RunFolder, config: Mapping[str, Any], settings: 
              *(folder.read_result()[name] for name in ("top1", "steps")))
     if settings.engine.profile:
         log.warning("engine.profile=%d has no effect on a finished run.", settings.engine.profile)
-    if ranks.is_main:
-        checkpoint.drop_surplus(folder, settings.engine.keep)
+    if ranks.is_main and settings.engine.keep == "best":
+        checkpoint.drop_all_but_best(folder)
 
 
 def _open(folder: RunFolder, config: Mapping[str, Any], built: Built, viewers: list[type[Logger]],
