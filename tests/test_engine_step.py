@@ -71,6 +71,33 @@ def test_accumulation_of_four_times_eight_is_a_batch_of_thirty_two():
         torch.testing.assert_close(left, right, atol=1e-6, rtol=0, msg=name)
 
 
+class Replayed(torch.autograd.Function):
+    """A linear layer whose weight's gradient lies where that of the pass before lay, as a CUDA graph leaves it."""
+
+    @staticmethod
+    def forward(ctx, x, weight, memory):
+        ctx.save_for_backward(x)
+        ctx.memory = memory
+        return x @ weight.T
+
+    @staticmethod
+    def backward(ctx, grad):
+        torch.mm(grad.T, *ctx.saved_tensors, out=ctx.memory)
+        return None, ctx.memory.view_as(ctx.memory), None  # which autograd takes for its own
+
+
+def test_gradients_of_a_compiled_network_outlive_the_next_micro_batch():
+    """torch.compile(mode="reduce-overhead") overwrites them (pytorch/pytorch#169545, #96693)."""
+    whole, cut = (nn.Linear(6, 3, bias=False) for _ in range(2))
+    cut.load_state_dict(whole.state_dict())
+    memory, stepper = torch.empty(3, 6), stepper_of(cut, Schedule(0.1, 10, kind="constant"))
+    stepper.network = lambda x: Replayed.apply(x, cut.weight, memory)
+    for size in (8, 32):
+        made(stepper_of(whole, stepper.schedule), state_of(whole), [a_batch()])
+        made(stepper, state_of(cut), parts_of(a_batch(), size))
+        torch.testing.assert_close(cut.weight, whole.weight, atol=1e-6, rtol=0)
+
+
 def test_clipping_scales_to_the_norm_and_reports_the_one_before():
     model = Net()
     before = [weight.detach().clone() for weight in model.parameters()]
