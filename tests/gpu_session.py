@@ -1,6 +1,7 @@
 """All that a GPU is asked in one sitting: the tests marked gpu, the bench, a training run that is killed and continued.
 
     python tests/gpu_session.py [FOLDER]              under 7 minutes on an H100; FOLDER: $OUT if set, else runs/gpu
+    python tests/gpu_session.py --only compiled [FOLDER]      the steps with that in their names: those left out before
     python tests/gpu_session.py --miniature FOLDER    all of its code on a CPU in seconds: no typo waits for a GPU
     python tests/gpu_session.py --publish FOLDER      docs/results/gpu-<card>.json and the table in docs/performance.md
 
@@ -16,6 +17,7 @@ import os
 import re
 import shutil
 import signal
+import statistics
 import sys
 import tempfile
 import time
@@ -100,21 +102,34 @@ def compare(path: Path, whole: Path, cut: Path, bound: float) -> int:
     return 0 if alike else 1
 
 
+def side_by_side(path: Path, folder: Path, runs: int, *settings: str) -> int:
+    """A row with the images a second of so many runs together, each a cell of a sweep on the one device."""
+    seeds = ",".join(map(str, range(runs)))
+    if code := deepvit("train", "-m", *settings, f"seed={seeds}", "hydra/launcher=parallel",
+                       f"hydra.launcher.cells_per_device={runs}", f"hydra.sweep.dir={folder}",
+                       "hydra.sweep.subdir=${hydra.job.num}"):
+        return code
+    logs = [[line for line in soak.lines(folder / str(run) / "metrics.jsonl") if "lr" in line] for run in range(runs)]
+    rates = [statistics.median(line["images_per_s"] for line in log[2:]) for log in logs]  # the first ones warm up
+    rows.append(path, "run", {"case": "small models side by side", "name": f"{runs} runs", "images_per_s": sum(rates),
+                              "each": rates})
+    return 0
+
+
 # The steps
 
-BENCHES = {  # name of the step -> limit in seconds, words of `deepvit bench`
+BENCHES = {  # name of the step -> limit in seconds, words of `deepvit bench`; what is dear for what it tells comes last
     "ceilings": (40, "ceilings"),
-    "the op": (90, "attention --seconds 2"),
+    "the op": (60, "attention --seconds 2"),
     "train step": (75, "train-step --seconds 10"),
-    "memory": (75, "memory"),
     "small model": (75, "small"),
+    "memory": (75, "memory"),
     "hours of ImageNet": (60, "imagenet --seconds 3"),
-    "train step, compiled": (180, "train-step --compile --seconds 5"),
     "precision": (30, "precision"),
     "evaluation": (45, "eval --seconds 3"),
-    "small model, compiled": (120, "small --compile"),
-    "scaling": (60, "scaling --seconds 0.5")}
-LAST = list(BENCHES)[3:]
+    "scaling": (60, "scaling --seconds 0.5"),
+    "small model, compiled": (180, "small --compile"),
+    "train step, compiled": (180, "train-step --compile --seconds 5")}
 QUICK = ("ceilings", "train step", "small model", "hours of ImageNet", "precision")  # in miniature
 
 TRAINING = {  # the small model that a study trains; steps are logged and saved often, for the comparison
@@ -122,28 +137,29 @@ TRAINING = {  # the small model that a study trains; steps are logged and saved 
     "ema.decay": 0.99, "data.batch_size": 512, "data.workers": max(1, min(8, (os.cpu_count() or 1) - 2)),
     "probe.images": 16, "engine.log_every": 5, "engine.save_every": 20, "schedule.epochs": "null",
     "schedule.warmup_epochs": "null", "schedule.steps": 120, "schedule.warmup_steps": 5}
+SHORT = {"data.on_device": "true", "probe.images": 0, "schedule.steps": 60}
 TINY = {"model.depth": 1, "model.embed_dim": 24, "model.num_heads": 3, "data.batch_size": 32, "data.workers": 0,
         "probe.images": 2, "engine.log_every": 1, "engine.save_every": 2, "schedule.steps": 30,
         "engine.accelerator": "cpu"}
 
 
 def on_a_gpu(path: Path, runs: Path, cifar10: Path | None) -> list[Step]:
-    """What matters most comes first. The tests run in four processes where xdist is there: kernels compile long."""
-    at_once = ["-p", "xdist.plugin", "-n", "4"] if importlib.util.find_spec("xdist") else []
+    """The tests run in several processes where xdist is there: kernels compile long."""
+    processes = max(1, min(8, (os.cpu_count() or 1) // 2))
+    at_once = ["-p", "xdist.plugin", "-n", str(processes)] if importlib.util.find_spec("xdist") else []
     small = ["--cifar10", str(cifar10)] if cifar10 else []
     data = {"data.root": cifar10} if cifar10 else {"data": "digits"}
-    benches = {name: bench(path, name, *(small if "small" in name else [])) for name in BENCHES}
-    return [benches["ceilings"],
-            Step("tests", "tests", 150, run_tests, (path, *at_once, "-m", "gpu", "tests")),
-            benches["the op"], benches["train step"],
-            *a_run_killed_and_continued(path, runs, TRAINING | data, bound=0.05),
-            *(benches[name] for name in LAST)]
+    first, *rest = (bench(path, name, *(small if "small" in name else [])) for name in BENCHES)
+    return [first, Step("tests", "tests", 150, run_tests, (path, *at_once, "-m", "gpu and not slow", "tests")),
+            *rest[:3], *a_run_killed_and_continued(path, runs, TRAINING | data, bound=0.05),
+            beside(path, runs, 4, TRAINING | data | SHORT), *rest[3:]]
 
 
 def in_miniature(path: Path, runs: Path) -> list[Step]:
     least = ["--device", "cpu", "--depth", "1", "--batch", "1", "--seconds", "0"]
     return [Step("tests", "tests", 60, run_tests, (path, "-m", "not gpu", "tests/test_data_prepare.py")),
             *a_run_killed_and_continued(path, runs, TRAINING | {"data": "digits"} | TINY, bound=0),
+            beside(path, runs, 2, TRAINING | {"data": "digits"} | TINY | SHORT | {"schedule.steps": 8}),
             *(bench(path, name, *least) for name in QUICK)]
 
 
@@ -152,10 +168,19 @@ def bench(path: Path, name: str, *more: str) -> Step:
     return Step(name, "bench", limit, deepvit, ("bench", *words.split(), *more, "--json", str(path)))
 
 
+def words_of(settings: dict[str, Any]) -> list[str]:
+    return [f"{name}={value}" for name, value in settings.items()]
+
+
+def beside(path: Path, runs: Path, count: int, settings: dict[str, Any]) -> Step:
+    return Step("small models side by side", "run", 75, side_by_side,
+                (path, runs / "beside", count, *words_of(settings)))
+
+
 def a_run_killed_and_continued(path: Path, runs: Path, settings: dict[str, Any], bound: float) -> list[Step]:
     """Three processes of one training command and a comparison: never cut, killed half-way, continued."""
     whole, cut, half = runs / "whole", runs / "cut", settings["schedule.steps"] // 2
-    command = "train", *(f"{name}={value}" for name, value in settings.items())
+    command = "train", *words_of(settings)
     again = *command, f"hydra.run.dir={cut}"
     return [Step("training", "run", 60, deepvit, (*command, f"hydra.run.dir={whole}")),
             Step("training, killed", "run", 60, deepvit, again, lambda: soak.step_reached(cut) >= half),
@@ -268,6 +293,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, nargs="?", default=Path(os.environ.get("OUT") or "runs/gpu"))
     parser.add_argument("--budget", type=float, default=BUDGET_S, help="seconds for all of it")
+    parser.add_argument("--only", metavar="WORD", default="", help="the steps that have it in their names")
     parser.add_argument("--miniature", action="store_true", help="on a CPU, as small as can be")
     parser.add_argument("--publish", action="store_true", help="write the docs from FOLDER/rows.jsonl")
     given = parser.parse_args(arguments)
@@ -284,7 +310,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         path = folder / "rows.jsonl"
         steps = in_miniature(path, runs) if given.miniature else on_a_gpu(path, runs, found)
-        taken = take(steps, folder, given.budget)
+        taken = take([step for step in steps if given.only in step.name], folder, given.budget)
     finally:
         shutil.rmtree(runs)
     print(f"\n{summed_up(folder, taken, 'cpu' if given.miniature else 'cuda')}")

@@ -1,6 +1,7 @@
 """What becomes of a config, as `test_settings_arrive` sees it: built objects, batches, losses, whole runs."""
 
 import multiprocessing
+import os
 import tempfile
 from collections.abc import Callable
 from functools import cached_property
@@ -147,8 +148,10 @@ def threads(run):
 
 
 def deterministic(run):
-    finished(run)
-    return torch.are_deterministic_algorithms_enabled()
+    with mock.patch.dict(os.environ):
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+        finished(run)
+        return torch.are_deterministic_algorithms_enabled(), os.environ.get("CUBLAS_WORKSPACE_CONFIG")
 
 
 def blocks_passed(run):

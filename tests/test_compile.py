@@ -29,7 +29,8 @@ def losses(run: build.Built) -> list[float]:
 
 @pytest.mark.parametrize(("mode", "device"), [
     pytest.param("default", "cpu", marks=pytest.mark.slow),
-    *(pytest.param(mode, "cuda", marks=pytest.mark.gpu) for mode in ("reduce-overhead", "max-autotune"))])
+    pytest.param("reduce-overhead", "cuda", marks=pytest.mark.gpu),
+    pytest.param("max-autotune", "cuda", marks=[pytest.mark.gpu, pytest.mark.slow])])
 def test_compiled_updates_are_the_eager_ones(mode, device):
     torch._dynamo.utils.counters.clear()
     compiled, eager = built(mode, device), built(False, device)

@@ -211,10 +211,9 @@ def test_an_exchange_with_a_twin_changes_nothing(device, twin, on_the_cpu):
 
 
 def test_a_rank_of_torchruns_trains_as_one_alone_and_a_killed_run_continues(device, tmp_path):
-    """In float16, whose scaler has a state too. On a CPU the same bits; on a GPU some gradients are summed in any
-    order."""
+    """The same bits, in float16, whose scaler has a state too."""
     config = soak.compose(f"engine.accelerator={device.type}", "precision=fp16", "schedule.steps=12", "probe.images=0",
-                          "schedule.eval_steps=6")
+                          "schedule.eval_steps=6", "engine.deterministic=true")
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     run, = faults.start_ranks(1, faults.train, config, whole)
     assert run.wait(120) == 0, run.words()
@@ -225,6 +224,5 @@ def test_a_rank_of_torchruns_trains_as_one_alone_and_a_killed_run_continues(devi
     again = soak.train(config, cut)
     assert again.wait(120) == 0, again.words()
     assert soak.events(cut, "resume")[0]["step"] in range(3, 12) and f"1 x {device.type}" in again.words()
-    if device.type == "cpu":
-        assert soak.differences(whole, cut) == 0
-    assert soak.losses(cut) == pytest.approx(soak.losses(whole), rel=1e-2)
+    assert soak.losses(cut) == pytest.approx(soak.losses(whole), rel=1e-2)  # first: it says how far they are apart
+    assert soak.differences(whole, cut) == 0

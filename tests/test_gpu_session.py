@@ -19,7 +19,8 @@ def test_all_of_it_in_miniature(tmp_path, capsys):
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"rows.jsonl", "tests.log", "bench.log", "run.log"}
     found = gpu_session.read(tmp_path / "out" / "rows.jsonl")
     assert {"tests", "run", "session", "ceilings", "train-step", "imagenet", "small", "precision"} == found.keys()
-    run, = found["run"]["rows"]
+    run, beside = found["run"]["rows"]
+    assert beside["images_per_s"] == sum(beside["each"]) > 0 and len(beside["each"]) == 2
     assert run["largest_difference"] == 0 and run["same_checkpoint"] and 10 <= run["continued_from"][0] < 30
     assert {row["outcome"] for row in found["tests"]["rows"]} == {"passed"}
     assert [row["hours"] > 0 for row in found["imagenet"]["rows"]] == [True, True]
@@ -79,8 +80,9 @@ def test_every_step_on_a_gpu_has_a_command_that_exists(tmp_path, cifar10):
     """What the miniature leaves out differs from it in these words alone."""
     steps = gpu_session.on_a_gpu(tmp_path, tmp_path, cifar10)
     benches = [step.arguments[1] for step in steps if step.arguments[0] == "bench"]
-    assert set(benches) == BENCHES.keys() - {"loader", "listing", "startup", "forecast"} and len(steps) == 16
+    assert set(benches) == BENCHES.keys() - {"loader", "listing", "startup", "forecast"} and len(steps) == 17
     assert len({step.log for step in steps}) <= 7
+    assert [step.name for step in steps if "compiled" in step.name] == [step.name for step in steps][-2:]  # --only
     words = {word for step in steps for word in step.arguments if str(word).startswith("--")}
     assert words - {"--cifar10"} == {"--seconds", "--compile", "--json"}
     assert any("cifar10" in str(word) for step in steps for word in step.arguments if step.name == "training")

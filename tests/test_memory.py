@@ -122,6 +122,14 @@ def test_on_a_gpu_a_trial_pass_has_the_last_word(monkeypatch):
     assert device.largest_batch([64, 32], state, stepper, example)[0] == 32 and tried[3:] == [64]
 
 
+def test_on_a_gpu_the_first_pass_counts_for_nothing(monkeypatch):
+    """It makes what stays: cuBLAS's workspace, here 100 bytes."""
+    workspaces, model = iter([100]), Wide()
+    monkeypatch.setattr(device, "_bytes_of", lambda *given: 7 + 5 * given[-1] + next(workspaces, 0))
+    stepper = SimpleNamespace(ranks=SimpleNamespace(device=torch.device("cuda"), world=1))
+    assert device.needed_bytes(state_of(model), stepper, None) == (7, 5)
+
+
 @pytest.mark.parametrize(("value", "count"), [("1/4", 4), ("", 1), ("2/4", None), ("0.5", None), ("1/0", None)])
 def test_the_environment_tells_the_part(monkeypatch, value, count):
     monkeypatch.setenv("DEEPVIT_SHARE", value)

@@ -96,27 +96,27 @@ def test_cards_that_people_own(monkeypatch, card, served, refused):
     assert "17 heads" in triton_core.refusal(torch.device("cuda"), BF16, 17, 32)
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-4), (torch.bfloat16, 1.5e-2), (torch.float16, 2e-3)])
 @pytest.mark.parametrize("shape", [(2, 12, 197, 32), (3, 12, 50, 33), (2, 12, 70, 35), (4, 16, 17, 16), (2, 1, 5, 48),
                                    (1, 6, 577, 64), (2, 4, 70, 80)], ids=str)
 @pytest.mark.parametrize("training", [True, False])
-def test_on_a_gpu(shape, dtype, bound, training):
+def test_what_serves_a_shape_equals_the_definition(device, shape, dtype, bound, training):
     B, H, N, d = shape
     torch.manual_seed(0)
-    packed = torch.randn(B, N, 3, H, d, device="cuda").to(dtype)
+    packed = torch.randn(B, N, 3, H, d).to(device, dtype)
     head = [torch.randn(H, H), torch.randn(H), torch.randn(H)]  # mix, gamma, beta
-    seed = torch.randn(B, H, N, d, device="cuda").to(dtype)
+    seed = torch.randn(B, H, N, d).to(device, dtype)
     results = []
     for op, wide in ((reference.reattention, torch.float64), (ops.reattention, torch.float32)):
         qkv = (packed.double() if op is reference.reattention else packed).detach().clone().requires_grad_()
-        mix, gamma, beta = (x.to("cuda", wide).requires_grad_() for x in head)
-        stats = torch.zeros(H, device="cuda", dtype=wide), torch.ones(H, device="cuda", dtype=wide)
+        mix, gamma, beta = (x.to(device, wide).requires_grad_() for x in head)
+        stats = torch.zeros(H, device=device, dtype=wide), torch.ones(H, device=device, dtype=wide)
         out = op(*qkv.permute(2, 0, 3, 1, 4).unbind(0), mix, norm=HeadNorm(gamma, beta, *stats), training=training)
         grads = torch.autograd.grad(out, (qkv, mix, gamma, beta), seed.to(out.dtype))
         results.append([out, *grads, *stats])
-    for exact, got in zip(*results):
-        assert (got.double() - exact).norm() <= bound * exact.norm()
+    for name, exact, got in zip("out dqkv dmix dgamma dbeta mean var".split(), *results, strict=True):
+        if (name, H, training) != ("dmix", 1, True):  # the norm undoes the mix of one head: all of it is rounding
+            assert (got.double() - exact).norm() <= bound * exact.norm(), name
 
 
 @pytest.mark.gpu

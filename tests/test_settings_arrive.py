@@ -127,7 +127,7 @@ CASES: dict[str, Case | list[Case]] = {
     "engine.keep_epochs": [Case(see.plan("keep_every"), "2", wanted=2 * EPOCH),
                            Case(see.whole, "1", SHORT, {"kept": ["step-3.pt", "step-6.pt"]})],
     "engine.grad_checkpointing": Case(see.blocks_passed, "true", wanted=2),
-    "engine.deterministic": Case(see.deterministic, "true", SHORT, True),
+    "engine.deterministic": Case(see.deterministic, "true", SHORT, (True, ":4096:8")),
     "engine.compile": Case(lambda run: type(run.built.stepper.network).__name__, "true", wanted="OptimizedModule"),
     "engine.timeout_s": Case(see.joined, "60", wanted=("cpu", 60)),
     "engine.max_restarts": Case(see.launched, "1", ("engine.devices=2",), (2, 1)),
