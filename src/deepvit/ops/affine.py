@@ -55,7 +55,7 @@ def group_mean(x: Tensor, size: int | None) -> tuple[Tensor, Tensor | int]:
 
 
 def batch_rstd(meansq: Tensor, tokens: int, mean: Tensor, norm: HeadNorm, norm_batch: int | None) -> Tensor:
-    """`1 / sqrt(var + eps)`, `[B, H]`, from each image's mean of M^2, `[B, H]`, over tokens^2 entries; moves the running
+    """`1 / sqrt(var + eps)`, `[B, H]`, from each image's mean of M^2 `[B, H]` over tokens^2 entries; moves the running
     statistics. `mean [H]` of the maps that the norm sees is the same in every group, as rows of A sum to one."""
     last = (meansq.shape[0] - 1) % (norm_batch or meansq.shape[0]) + 1  # images of the last group
     if tokens == 1 and last == 1:

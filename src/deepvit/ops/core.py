@@ -175,15 +175,15 @@ centred_mix_backward.register_autograd(_second_backward)
 
 
 class _Once(torch.autograd.Function):
-    """Gradients, the first `count` arguments, whose own gradient is refused to whatever they were made from, the rest."""
+    """Gradients, its first `count` arguments, whose own gradient by what they were made from, the rest, is refused."""
 
     forward = staticmethod(lambda ctx, count, *tensors: tensors[:count])
     backward = staticmethod(_second_backward)
 
 
 class _Eager(torch.autograd.Function):
-    """The training form with its norm as one node, for eager code on a CPU, where small models wait for small operations.
-    The affine is written over U; backward takes U from it, or from a copy where rounding forbids that."""
+    """The training form with its norm as one node, for eager code on a CPU: small models wait for small operations. The
+    affine is written over U; backward takes U from it, or from a copy where rounding forbids that."""
 
     @staticmethod
     def forward(ctx, q, k, v, mix, bias, gamma, shift, scale, norm, mean, norm_batch):
