@@ -41,10 +41,13 @@ def made_on(device: str) -> str:
 
 def provenance(device: str) -> dict[str, Any]:
     """Where and when; on a CPU also its caches and the `instructions` of torch, its matrix library and our kernel."""
+    on_cpu = {} if device != "cpu" else {
+        "instructions": {"torch": torch.backends.cpu.get_cpu_capability(), "matrices": _matrix_library(),
+                         "kernel": native.instructions() or native.load()[1]}, "caches": _caches()}
     return {"date": time.strftime("%Y-%m-%d %H:%M"), "machine": platform.machine(),
             "processor": _found_in(PROCESSOR, r"^model name\s*: (.*)$") or platform.processor(),
             "cores": usable_cores(), "threads": torch.get_num_threads(), "load": os.getloadavg()[0],
-            "device": device_name(torch.device(device)), **(_of_cpu() if device == "cpu" else {}),
+            "device": device_name(torch.device(device)), **on_cpu,
             "driver": _found_in("/proc/driver/nvidia/version", r"^NVRM version: .*?\s(\d+\.[\d.]+)\s"),
             "triton": next((found.version for found in metadata.distributions(name="triton")), None), **versions()}
 
@@ -54,11 +57,6 @@ def _found_in(path: str | Path, pattern: str) -> str | None:
         if found := re.search(pattern, Path(path).read_text(), re.MULTILINE):
             return found[1]
     return None
-
-
-def _of_cpu() -> dict[str, Any]:
-    return {"instructions": {"torch": torch.backends.cpu.get_cpu_capability(), "matrices": _matrix_library(),
-                             "kernel": native.instructions() or native.load()[1]}, "caches": _caches()}
 
 
 @cache

@@ -28,11 +28,9 @@ FEW_IMAGES = ["data=digits", "data.classes=2", "data.eval_batch_size=64", "calib
 def small_model(device: str = "cpu", *, depth: int = 32, batch: int | None = None, cifar10: str | None = None,
                 compiled: bool = False) -> Iterator[dict]:
     """Rows with `case`, `name`, `images_per_s` and `data_wait` (both medians over the log) and `top1`; or `failed`.
-
     batch: default 512, on a CPU 32. cifar10: its folder; without it the built-in digits, enlarged. compiled: by
     torch.compile, on a GPU in its default mode and as CUDA graphs. Not compiled, on a GPU with deterministic algorithms
-    too, each form in a fresh process.
-    """
+    too, each form in a fresh process."""
     batch = batch or (512 if device == "cuda" else 32)
     case = f"training on {'CIFAR-10' if cifar10 else 'digits'}, {depth} blocks of width 192, 65 tokens, batch {batch}"
     data = [f"data.root={cifar10}"] if cifar10 else ["data=digits"]

@@ -37,9 +37,7 @@ class Evaluation:
     correct_present: int | None = None  # where it chooses among the classes that the set has images of
     uncalibrated: "Evaluation | None" = None  # of the same weights with the statistics that training left
 
-    @property
-    def top1(self) -> float:
-        return 100 * self.correct1 / self.n
+    top1 = property(lambda self: 100 * self.correct1 / self.n)
 
     @property
     def correct(self) -> np.ndarray:

@@ -43,9 +43,7 @@ class Ranks:
     def __post_init__(self) -> None:
         self._note("not yet training")
 
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
+    is_main = property(lambda self: self.rank == 0)
 
     def max(self, value: int) -> int:
         """The largest of the ranks' values: how they all reach one decision."""

@@ -53,8 +53,7 @@ class RunningStatistics:
         torch.where(unless, self._before, self.moved, out=self.moved)
         _copy(self._parts_moved, self._floats)
         if self._counters:
-            one = (~unless).to(self._counters[0].dtype)
-            torch._foreach_add_(self._counters, one, alpha=1)  # without alpha torch would read it, and wait for it
+            torch._foreach_add_(self._counters, (~unless).long(), alpha=1)  # without alpha the host would wait for it
 
 
 def _copy(source: Sequence[Tensor], target: Sequence[Tensor]) -> None:

@@ -160,8 +160,9 @@ class Stepper:
         for number, batch in enumerate(self.seeded(batches, state.step)):
             if number and self.ranks.any_asked_to_stop(bool(stop)):
                 return Status.GIVEN_UP, None
-            if number == 1 and self.network is not state.model:
-                _keep_gradients(state.parameters)
+            if number == 1 and self.network is not state.model:  # CUDA graphs reuse the memory (pytorch/pytorch#169545)
+                for weight in state.parameters:
+                    weight.grad = None if weight.grad is None else weight.grad.clone()
             with record_function("prepare"):
                 x, y = self.prepare(batch, state.step, self.ranks.device, training=True)
             with record_function("forward"):
@@ -227,12 +228,6 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     """A GPU's allocator has a class of its own; a CPU's has only these words, and oneDNN's kernels theirs."""
     return isinstance(error, torch.OutOfMemoryError) or any(
         words in str(error) for words in ("allocate memory", "could not create a primitive"))
-
-
-def _keep_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Moves them out of the memory of CUDA graphs, which the next pass overwrites (pytorch/pytorch#169545)."""
-    for parameter in parameters:
-        parameter.grad = None if parameter.grad is None else parameter.grad.clone()
 
 
 def _event(like: Tensor) -> torch.cuda.Event | None:
