@@ -5,9 +5,9 @@
     python tests/gpu_session.py --miniature FOLDER    all of its code on a CPU in seconds: no typo waits for a GPU
     python tests/gpu_session.py --publish FOLDER      docs/results/gpu-<card>.json and the table in docs/performance.md
 
-What becomes known is at once a line of FOLDER/rows.jsonl; three logs lie beside it. Each step is a process with a time
-limit, forked from one that has imported torch; what fails does not end the others, what no longer fits into the budget
-is skipped. Nothing need be installed: any python with torch, timm and hydra will do.
+What becomes known is at once a line of FOLDER/rows.jsonl, after those of an earlier call; three logs lie beside it. Each
+step is a process with a time limit, forked from one that has imported torch; what fails does not end the others, what no
+longer fits into the budget is skipped. Nothing need be installed: any python with torch, timm and hydra will do.
 """
 
 import argparse
@@ -281,7 +281,8 @@ def publish(folder: Path, docs: Path) -> Path:
 def section(results: Results, where: dict[str, Any], name: str) -> str:
     versions = where["versions"]
     measured = {bench: part["rows"] for bench, part in results.items()}
-    tables = [rows.table(against_targets(measured, "cuda"))]
+    judged = against_targets(measured, "cuda")
+    tables = [rows.table(judged)] if judged else []
     tables += [rows.tables([{field: value for field, value in row.items() if field != "spread"} for row in part])
                for bench, part in measured.items() if bench != "scaling"]
     return (f"{where['date'][:10]}, {where['device']}, driver {where['driver']}, torch {versions['torch']}, triton "

@@ -40,6 +40,16 @@ def test_all_of_it_in_miniature(tmp_path, capsys):
     assert (docs / "performance.md").read_text() == after
 
 
+def test_rows_without_a_target_are_published_too(tmp_path):
+    (tmp_path / "performance.md").write_text(f"before {gpu_session.BEGIN}\n{gpu_session.END} after")
+    where = {"date": "2026-11-27 12:00", "device": "NVIDIA H100", "driver": None, "triton": "3.6.0", "git": "abc",
+             "versions": {"torch": "2.11.0"}}
+    rows.append(tmp_path / "rows.jsonl", "provenance", where)
+    rows.append(tmp_path / "rows.jsonl", "run", {"case": "a case", "name": "known", "images_per_s": 1.0})
+    assert gpu_session.publish(tmp_path, tmp_path).name == "gpu-nvidia-h100.json"
+    assert "a case" in (tmp_path / "performance.md").read_text()
+
+
 def fail(path: Path) -> int:
     rows.append(path, "eval", {"case": "a case", "name": "known", "ms": 1.0})
     raise RuntimeError("the device is gone")
