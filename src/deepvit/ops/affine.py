@@ -71,18 +71,19 @@ def batch_rstd(meansq: Tensor, tokens: int, mean: Tensor, norm: HeadNorm, norm_b
 
 
 def recoverable(u: Tensor, gain: Tensor, total: Tensor, shift: Tensor) -> bool:
-    """Whether `U = (out - shift total) / gain` loses at most a factor 30 (2 in half precision) in its rounding."""
+    """Whether `U = (out - shift total) / gain` loses at most a factor 30 (2 in half precision) in its rounding. u is
+    `[B, N, H d]`."""
     limit = 30 if u.dtype in (torch.float32, torch.float64) else 1
-    squares = u.transpose(1, 2).flatten(2).square().sum(dim=1, dtype=gain.dtype)  # [B, H d], of a view of u
-    signal = (gain.square() * squares.view(total.shape).sum(dim=2)).sum(dim=0)  # [H]
-    noise = shift.square() * total.square().sum(dim=(0, 2)) * u.shape[2]  # [H]
+    squares = u.square().sum(dim=1, dtype=gain.dtype).view(total.shape).sum(dim=2)  # [B, H]
+    signal = (gain.square() * squares).sum(dim=0)  # [H]
+    noise = shift.square() * total.square().sum(dim=(0, 2)) * u.shape[1]  # [H]
     return bool((signal * limit**2 > noise).all())
 
 
-def affine_out(u: Tensor, gain: Tensor | None, total: Tensor, shift: Tensor, out: Tensor | None = None) -> Tensor:
+def affine_out(u: Tensor, gain: Tensor | None, total: Tensor, shift: Tensor) -> Tensor:
     """`gain_h u_h + shift_h total_h` in u's dtype. u `[B, H, N, d]`, gain `[B, H]` or None (1), shift `[H]`, total
     `[B, H, d]`."""
     constant = (total * shift[:, None])[:, :, None]  # [B, H, 1, d]
     if gain is None:
-        return torch.add(u, constant, out=out).to(u.dtype)
-    return torch.addcmul(constant, u, gain[:, :, None, None], out=out).to(u.dtype)
+        return (u + constant).to(u.dtype)
+    return torch.addcmul(constant, u, gain[:, :, None, None]).to(u.dtype)

@@ -190,13 +190,13 @@ class _Eager(torch.autograd.Function):
         mix, N = LIFT * mix, q.shape[2]
         u, sumsq, total, kept = centred_mix(q, k, v, mix, scale, True)
         rstd = affine.batch_rstd(sumsq / (LIFT * N) ** 2, N, mean, norm, norm_batch)  # [B, H]
-        gain = gamma * rstd / LIFT
-        ctx.from_out = affine.recoverable(u, gain, total, shift)
+        gain, flat = gamma * rstd / LIFT, _flat(u)
+        ctx.from_out = affine.recoverable(flat, gain, total, shift)
         copy = None if ctx.from_out else u.clone()
-        out = affine.affine_out(u, gain, total, shift, out=u)
+        torch.addcmul(_flat((total * shift[:, None])[:, :, None]), flat, _flat(_wide(gain, u)), out=flat)
         ctx.scale, ctx.norm_batch = scale, norm_batch
-        ctx.save_for_backward(q, k, v, mix, bias, shift, total, kept, rstd, gain, out if ctx.from_out else copy)
-        return out
+        ctx.save_for_backward(q, k, v, mix, bias, shift, total, kept, rstd, gain, u if ctx.from_out else copy)
+        return u
 
     @staticmethod
     def backward(ctx, grad):
@@ -210,16 +210,27 @@ class _Eager(torch.autograd.Function):
     def gradients(ctx, grad):
         """Of q, k, v, mix, bias (zeros: it cancels, but DDP wants a gradient), gamma and shift."""
         q, k, v, mix, bias, shift, total, kept, rstd, gain, held = ctx.saved_tensors
-        rows = grad.sum(dim=2, dtype=total.dtype)  # [B, H, d]
+        flat = _flat(grad)
+        rows = flat.sum(dim=1, dtype=total.dtype).view(total.shape)  # [B, H, d]
         dshift = (rows * total).sum(dim=2)  # [B, H]
-        dgain = (grad * held).sum(dim=2, dtype=gain.dtype).sum(dim=2)  # [B, H], so far against what was held
+        dgain = (flat * _flat(held)).sum(dim=1, dtype=gain.dtype).view(total.shape).sum(dim=2)  # [B, H]: by what was held
         dgain = (dgain - shift * dshift) / gain if ctx.from_out else dgain
         dvar, _ = affine.group_mean(dgain * gain * rstd.square(), ctx.norm_batch)  # [B, H], of each image's mean square
         dsumsq = dvar * (-0.5 / (LIFT * q.shape[2]) ** 2)
-        du = (grad * gain[:, :, None, None]).to(held.dtype)
+        du = (flat * _flat(_wide(gain, grad))).to(held.dtype).view_as(grad.transpose(1, 2)).transpose(1, 2)
         *dqkv, dmix = centred_mix_backward(du, dsumsq, rows * shift[:, None], q, k, v, mix, kept, ctx.scale)
         dbias = None if bias is None else torch.zeros_like(bias)
         return *dqkv, LIFT * dmix, dbias, (dgain * rstd).sum(dim=0) / LIFT, dshift.sum(dim=0)
+
+
+def _flat(x: Tensor) -> Tensor:
+    """`[B, H, N, d]` as `[B, N, H d]`, whose rows are long: a view of what is laid out tokens first."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def _wide(gain: Tensor, like: Tensor) -> Tensor:
+    """`[B, H]` as `[B, H, 1, d]`."""
+    return gain[:, :, None, None].expand(-1, -1, 1, like.shape[3])
 
 
 # Matrix products only, as torch counts; recomputing the maps in backward counts too, as in torch's attention.
