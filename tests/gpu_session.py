@@ -5,9 +5,9 @@
     python tests/gpu_session.py --miniature FOLDER    all of its code on a CPU in seconds: no typo waits for a GPU
     python tests/gpu_session.py --publish FOLDER      docs/results/gpu-<card>.json and the table in docs/performance.md
 
-What becomes known is at once a line of FOLDER/rows.jsonl, after those of an earlier call; three logs lie beside it. Each
-step is a process with a time limit, forked from one that has imported torch; what fails does not end the others, what no
-longer fits into the budget is skipped. Nothing need be installed: any python with torch, timm and hydra will do.
+What becomes known is at once a line of FOLDER/rows.jsonl, after those of an earlier call; three logs lie beside it.
+Each step is a process with a time limit, forked from one that has imported torch; what fails does not end the others, what
+no longer fits into the budget is skipped. Nothing need be installed: any python with torch, timm and hydra will do.
 """
 
 import argparse
