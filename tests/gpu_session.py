@@ -7,7 +7,7 @@
 
 What becomes known is at once a line of FOLDER/rows.jsonl, after those of an earlier call; three logs lie beside it.
 Each step is a process with a time limit, forked from one that has imported torch; what fails does not end the others,
-what no longer fits into the budget is skipped. Nothing need be installed: any python with torch, timm and hydra will do.
+what no longer fits into the budget is skipped. Nothing need be installed: any python with torch, timm and hydra do.
 """
 
 import argparse
