@@ -28,10 +28,10 @@ DATA: dict[str, Path] = {}  # what stands for a path in an override -> the path;
 
 
 class Run:
-    """A composed config, and what the functions that a run is built by make of it."""
+    """A composed config, and what the functions that a run is built by make of it; `begun` as for `build.build`."""
 
-    def __init__(self, config: dict[str, Any]):
-        self.config = config
+    def __init__(self, config: dict[str, Any], begun: dict[str, Any] | None = None):
+        self.config, self.begun = config, begun
         self.settings = build.read_settings(config)
         build.check(self.settings, ALONE)
 
@@ -41,7 +41,7 @@ class Run:
 
     @cached_property
     def built(self):
-        return build.build(self.settings, ALONE)
+        return build.build(self.settings, ALONE, self.begun)
 
     def batches(self, steps: int = 2):
         return self.built.make_batches(0, steps)
@@ -249,6 +249,7 @@ def smallest_micro_batch(run):
 
     def run_out(x):
         sizes.append(len(x))
+        assert len(sizes) < 9  # and no end
         raise torch.OutOfMemoryError
 
     run.built.stepper.network = run_out

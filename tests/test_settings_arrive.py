@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from functools import cache, reduce
 from typing import Any, NamedTuple, get_type_hints
+from unittest import mock
 
 import pytest
 import setting_outcomes as see
@@ -186,7 +187,6 @@ CASES: dict[str, Case | list[Case]] = {
 }
 
 
-
 @pytest.fixture(scope="module", autouse=True)
 def data(tmp_path_factory):
     DATA.update(make_data(tmp_path_factory.mktemp("data")), TMP=tmp_path_factory.mktemp("runs"))
@@ -240,6 +240,19 @@ def test_it_arrives(name, case):
     assert after != before
     wanted = after if case.wanted is None else case.wanted
     assert after == wanted if not isinstance(wanted, dict) else wanted.items() <= after.items()
+
+
+@pytest.mark.parametrize(("change", "begun"), [(True, None), (False, {"masks": "image"})], ids=["compiled", "resumed"])
+def test_all_of_it_arrives_in_a_run_that_is(change, begun):
+    plain = composed(*SGD, "optimizer.clip_grad=0.1", "optimizer.layer_decay=0.8", "optimizer.weight_decay=0.3",
+                     "schedule.warmup_epochs=0", "schedule.kind=linear", "model.drop_path_rate=0.5", "ema.decay=0.5",
+                     "model.drop_rate=0.2", "augment.mixup=0.2", "augment.hflip=0.5", "loss.kind=bce", "seed=1",
+                     "loss.cosine_blocks=1", "precision.dtype=bfloat16", "engine.grad_checkpointing=true",
+                     "engine.device_batch=2", "data.norm=imagenet")
+    other = {**plain, "engine": {**plain["engine"], "compile": change}}
+    with mock.patch("torch.compile", side_effect=lambda network, **options: network):
+        for look in (see.trained, see.blocks_passed, see.rates, see.inputs):
+            assert look(Run(other, begun)) == look(Run(plain))
 
 
 def names(settings: type, prefix: str = "") -> set[str]:

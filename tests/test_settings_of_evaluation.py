@@ -97,8 +97,8 @@ CASES: dict[str, Case | list[Case] | str] = {
                    {"ablate": "blocks"}),
     "also": Case(lambda seen: sorted(result["n"] for result in seen.results), "FLAT", wanted=[6, 8]),
     "knn": Case(lambda seen: seen.votes[0].args[3], 3, NEAREST, 3),
-    "out": [Case(lambda seen: seen.places, "ELSEWHERE", {"out": None, **given}, {"elsewhere"})
-            for given in ({}, NEAREST)],
+    "out": [Case(lambda seen: seen.places, "ELSEWHERE", {"out": None}, {"elsewhere"}),
+            Case(lambda seen: seen.places, "FAR", {"out": None, **NEAREST}, {"far"})],
     "model.img_size": Case(first("img_size"), 32, wanted=[32, 32]),
     "model.num_heads": Case(first("n"), 1),  # which is refused
     "model.arch": Case(first("n"), "vit_b16"),
@@ -108,7 +108,7 @@ CASES: dict[str, Case | list[Case] | str] = {
 @pytest.fixture(scope="module", autouse=True)
 def places(tmp_path_factory):
     root = tmp_path_factory.mktemp("evaluation")
-    PLACES.update(make_data(root), TMP=root, ELSEWHERE=root / "elsewhere", REAL=root / "real")
+    PLACES.update(make_data(root), TMP=root, ELSEWHERE=root / "elsewhere", FAR=root / "far", REAL=root / "real")
     for number, path in enumerate(sorted(PLACES["PHOTOS"].glob("val/*/*.png")), 1):
         named = PLACES["REAL"] / "val" / path.parent.name / f"ILSVRC2012_val_{number:08d}.JPEG"
         named.parent.mkdir(parents=True, exist_ok=True)
