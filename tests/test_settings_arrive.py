@@ -96,7 +96,8 @@ CASES: dict[str, Case | list[Case]] = {
     "augment.random_erasing": [Case(see.inputs, "1", ("augment.random_erasing=0.3", *there)) for there in ((), THERE)],
     "augment.erasing_mode": [Case(see.inputs, mode, (*ERASING, *there)) for mode in ("const", "rand")
                              for there in ((), THERE)],
-    "augment.erasing_count": [Case(see.inputs, "9", (*ERASING, *there)) for there in ((), THERE)],
+    "augment.erasing_count": [Case(see.inputs, "9", (*ERASING, "augment.erasing_mode=const", *there))
+                              for there in ((), THERE)],
     "augment.repeats": [Case(see.indices, "2"), Case(see.indices, "2", THERE),
                         Case(see.plan("epoch_size"), "5", ("data.batch_size=5",), 15),
                         Case(see.rates, "5", ("data.batch_size=5",))],
