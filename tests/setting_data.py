@@ -1,4 +1,4 @@
-"""Small folders of images for `test_settings_arrive`: in colour, not square, with no symmetry."""
+"""Small folders of images for the tests of settings: in colour, not square, with no symmetry."""
 
 import tarfile
 from pathlib import Path
@@ -19,8 +19,8 @@ def save_images(folder: Path, count: int, seed: int) -> None:
 
 def make_data(root: Path) -> dict[str, Path]:
     """PHOTOS: 18 and 6 images of 3 classes; OTHER: of other classes; FLAT: not split; BAD: with one bad image in each
-    split; TARS: 6, 4 and 8 images in train.tar, validation.tar and more.tar; UNUSED: a list of one image of
-    PHOTOS."""
+    split; TARS: 6, 4 and 8 images in train.tar, validation.tar and more.tar, the first of which is TAR; UNUSED: a list
+    of one image of each split of PHOTOS."""
     found = {name: root / name.lower() for name in ("PHOTOS", "OTHER", "FLAT", "BAD", "TARS", "UNUSED")}
     for name, split, classes, count in (
             ("PHOTOS", "train", "a b c", 6), ("PHOTOS", "val", "a b c", 2), ("OTHER", "train", "one two", 3),
@@ -35,5 +35,6 @@ def make_data(root: Path) -> dict[str, Path]:
         with tarfile.open(found["TARS"] / f"{split}.tar", "w") as tar:
             for one in "ab":
                 tar.add(found["TARS"] / split / one, arcname=one)
-    write_list(found["UNUSED"], [(f"{found['PHOTOS']}/train/a/0.png", "blurred")], str(found["PHOTOS"]))
-    return found
+    unused = [(f"{found['PHOTOS']}/{split}/a/0.png", "blurred") for split in ("train", "val")]
+    write_list(found["UNUSED"], unused, str(found["PHOTOS"]))
+    return {**found, "TAR": found["TARS"] / "train.tar"}

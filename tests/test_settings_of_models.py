@@ -122,11 +122,21 @@ def test_one_keyword_for_several_layers():
     drops = {name.split(".", 2)[2]: module.p for name, module in model.named_modules()
              if isinstance(module, nn.Dropout) and name.startswith("blocks.")}
     assert drops == {"attn.proj_drop": 0.2, "mlp.drop1": 0.2, "mlp.drop2": 0.2}
+    assert [norm.eps for norm in model.patch_embed.modules() if isinstance(norm, nn.LayerNorm)] == [0.1] * 2
+    branches = deepvit.create_model("vit", **SMALL, init_values=0.1, drop_path_rate=0.2).blocks
+    assert {gamma.item() for block in branches for layer in (block.ls1, block.ls2) for gamma in layer.gamma} == {
+        torch.tensor(0.1).item()}
+    assert [block.drop_path2.drop_prob for block in branches[1:]] == [0.1, 0.2] == [
+        block.drop_path1.drop_prob for block in branches[1:]]
+    decay = deepvit.create_model("vit", **SMALL, attention="temperature_decay")
+    assert [block.attn.temperature for block in decay.blocks] == pytest.approx([1, 0.5**0.5, 0.5])
     grouped = {**deepvit.models.attention_config("reattention"), "norm_batch": 2}
     stem = deepvit.create_model("vit", **SMALL | {"stem": "conv", "attention": grouped}).patch_embed
     assert (stem.bn1.norm_batch, stem.bn2.norm_batch) == (2, 2)
     heads = deepvit.models.TalkingHeads(24, num_heads=4, theta_init="normal")
     assert all(mix.weight.count_nonzero() == 16 for mix in (heads.mix, heads.mix_logits))  # the identity has 4
+    thetas = [made(ReAttention, 24, num_heads=4, theta_init=start).mix for start in ("random", "normal", "identity")]
+    assert [theta.bias.count_nonzero() for theta in thetas] == [4, 0, 0]
 
 
 @pytest.mark.parametrize("name", STEM)
@@ -155,6 +165,37 @@ def test_map_scale_is_a_factor_on_the_final_maps(cls):
     assert_close(scaled.weights(x), 0.5 * plain.weights(x))
     assert_close(scaled.weights(x, "softmax"), plain.weights(x, "softmax"))
     assert_close(scaled(x), scaled.merge(0.5 * plain.weights(x) @ plain.split(x)[2]), atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("cls", "name"), [(cls, name) for cls in OURS for name in EVERY | OWN[cls] if name not in (
+    "attn_drop", "proj_drop", "device", "dtype")])
+def test_the_maps_heed_what_the_output_heeds(cls, name):
+    """With batch statistics as well, which the regularisation of the maps takes."""
+    _, value, given = (*(EVERY | OWN[cls])[name], {})[:3]
+    attention, x = made(OURS[cls], **{"dim": 24, "num_heads": 4} | given | {name: value}), torch.randn(2, 9, 24)
+    if name == "dim":
+        x = torch.randn(2, 9, value)
+    wanted = output(attention, x)
+    assert_close(attention.merge(attention.weights(x) @ attention.split(x)[2]), wanted, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_the_residual_scale_is_a_factor_before_and_a_divisor_behind():
+    a, x = 0.5, torch.randn(2, 9, 24)
+    block = deepvit.create_model("vit", **SMALL, residual_scale=a, norm_eps=1.0).blocks[0]
+    y = x + block.attn(block.norm1(a * x)) / a
+    assert_close(block(x), y + block.mlp(block.norm2(a * y)) / a)
+
+
+@torch.no_grad()
+def test_what_is_frozen_stays():
+    attention, x = made(SelfAttention, 24, num_heads=4, mix="frozen", norm="frozen"), torch.randn(2, 9, 24)
+    assert not any(parameter.requires_grad for parameter in attention.mix.parameters())
+    attention(x)
+    statistics = attention.norm.running_var.clone()
+    attention(3 * x)
+    assert torch.equal(attention.norm.running_var, statistics) and not torch.equal(statistics, torch.ones(4))
 
 
 def test_what_is_refused():
