@@ -81,7 +81,7 @@ def test_same_runs_same_bytes(template):
     """Kept results regenerate without a difference."""
     first, second = (the_grid(template) for _ in range(2))
     assert render.as_csv([first], 0.9) == render.as_csv([second], 0.9)
-    charts = [depth_chart(grid, 0.9, "") for grid in (first, second)]
+    charts = [depth_chart(grid, "") for grid in (first, second)]
     assert charts[0].svg == charts[1].svg and charts[0].narrow_svg != charts[0].svg
 
 

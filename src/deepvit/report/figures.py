@@ -21,10 +21,9 @@ from matplotlib.figure import Figure
 
 from deepvit.report.contrasts import Finding, find, plan_of
 from deepvit.report.grid import ATTENTION_ORDER, Cell, Grid
-from deepvit.report.published import Published
 from deepvit.report.runs import Run
 from deepvit.report.tables import (KINDS, Measure, interval, mean_similarity, of_result, over_seeds, published_for,
-                                   similar_blocks, similarity)
+                                   similarity)
 
 # Okabe and Ito's colours, told apart by colour-blind readers too; yellow is left out on white.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#999999")
@@ -119,12 +118,12 @@ def unit_range(axes: Axes) -> None:
     axes.set_ylim(min(low, -0.05), max(high, 1.05))
 
 
-def charts(grid: Grid, threshold: float, prefix: str = "") -> list[Chart]:
+def charts(grid: Grid, prefix: str = "") -> list[Chart]:
     """What can be drawn of a grid; nothing of one without a finished or begun run."""
     plan = plan_of(grid)
     findings = [one for one in find(plan, grid) if one.points] if plan else []
     drawn = [_forest_chart(findings, plan.margin, prefix)] if findings else []
-    drawn += [depth_chart(grid, threshold, prefix)] if len(grid.finished) > 1 else []
+    drawn += [depth_chart(grid, prefix)] if len(grid.finished) > 1 else []
     drawn += _facet_chart(grid, f"{prefix}curves", "Training, one line per run; further seeds of a cell are pale.",
                           _curves, CURVES, lambda run: run.lines)
     return drawn + _facet_chart(
@@ -158,14 +157,13 @@ def _forest(axes: Axes, findings: Sequence[Finding], margin: float | None = None
              xlabel=f"difference in {'points of top-1' if margin else 'test log-loss'}")
 
 
-def depth_chart(grid: Grid, threshold: float, prefix: str) -> Chart:
+def depth_chart(grid: Grid, prefix: str) -> Chart:
     plot = _Plot(grid)
     panels = [plot.accuracy]
     if any(similarity(run, "final", "final") for run in grid.runs):
-        panels += [partial(plot.similar_blocks, threshold=threshold), partial(plot.similarity, kind="final"),
-                   partial(plot.similarity, kind="softmax")]
+        panels += [partial(plot.similarity, kind=kind) for kind in ("final", "softmax")]
     return _chart(f"{prefix}depth", f"Accuracy and mean similarity M of adjacent blocks against {plot.axis}. "
-                  f"Filled: trained; hollow, dotted: untrained. Bars: 95 %.", panels)
+                  f"Filled: trained; hollow, dotted: untrained. Bars: 95 %.", panels, columns=3)
 
 
 class _Plot:
@@ -207,17 +205,11 @@ class _Plot:
             shift = (index - (len(self.lines) - 1) / 2) * 0.012 * self.span  # so that bars do not hide each other
             axes.errorbar([self.ticks[self._value(cell)] + shift for cell in cells], means, yerr=bars, capsize=3,
                           label=label, **self._style(label))
-        self._draw_published(axes, lambda entry: entry.top1)
+        self._draw_published(axes)
         low, high = axes.get_ylim()
         more = max(MIN_POINTS - (high - low), 0) / 2
         axes.set_ylim(low - more, high + more)
         self._label(axes, "top-1 (%)", f"Accuracy on {self.grid.data}")
-
-    def similar_blocks(self, axes: Axes, threshold: float) -> None:
-        self._draw_means(axes, lambda run: similar_blocks(run, "final", "final", threshold))
-        self._draw_published(axes, lambda entry: entry.similar_blocks)
-        axes.set_ylim(-0.3, max(axes.get_ylim()[1], 1.0))
-        self._label(axes, "similar blocks, trained", f"Adjacent pairs with M above {threshold:g} (final)")
 
     def similarity(self, axes: Axes, kind: str) -> None:
         self._draw_means(axes, lambda run: mean_similarity(run, "initial", kind), ":", label=None,
@@ -230,14 +222,14 @@ class _Plot:
         axes.legend(handles=moments, fontsize="small", loc="center right")
         unit_range(axes)
 
-    def _draw_published(self, axes: Axes, value: Callable[[Published], float | None]) -> None:
-        """The published numbers of the cells that have one, against depth."""
+    def _draw_published(self, axes: Axes) -> None:
+        """The published top-1 of the cells that have one, against depth."""
         entries = [found[0] for cell in self.grid.cells if (found := published_for(cell, self.grid))]
         for attention in ("self", "reattention") if self.axis == "depth" else ():
-            told = {entry.match["model.depth"]: value(entry) for entry in entries
+            told = {entry.match["model.depth"]: entry.top1 for entry in entries
                     if entry.match["model.attention.name"] == attention}
-            if found := sorted((depth, number) for depth, number in told.items() if number is not None):
-                axes.plot(*zip(*found), linestyle="--", alpha=0.8, label=f"{attention}, the paper",
+            if told:
+                axes.plot(*zip(*sorted(told.items())), linestyle="--", alpha=0.8, label=f"{attention}, the paper",
                           markerfacecolor="none", **look(attention, [attention]))
 
     def _label(self, axes: Axes, measure: str, title: str) -> None:

@@ -48,7 +48,7 @@ def write_report(runs: Sequence[Run], problems: Sequence[str], out: Path, thresh
     for number, grid in enumerate(found, 1):
         name = re.sub(r"[^A-Za-z0-9]+", "-", f"{grid.data}-{grid.recipe}-{grid.label}")[:40].strip("-")
         parts += [f"## {grid.name}", _shared_recipe(grid), _limits(grid), *tables(grid, threshold),
-                  *charts(grid, threshold, f"{name}-{number}-" if len(found) > 1 else "")]
+                  *charts(grid, f"{name}-{number}-" if len(found) > 1 else "")]
     parts += [_comparison(pair), comparison_chart(pair, _labels(pair))] if pair else []
     try:
         (out / "figures").mkdir(parents=True, exist_ok=True)
