@@ -36,7 +36,7 @@ def _studies(given: argparse.Namespace) -> tuple[list[Study], list[str]]:
     studies, refused = [], []
     for model, name in zip(models, _names(models, checkpoints), strict=True):
         images = read_images(model, paths)
-        studies.append(study(model, images, name, given.initial))
+        studies.append(study(model, images, name))
         refused = images.refused
     return studies, refused
 
@@ -126,7 +126,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--save-maps", type=Path, help="also write what was computed, as safetensors")
     parser.add_argument("--maps", type=Path, help="draw what --save-maps wrote, or the published code's pickle")
     add_weights(parser)
-    parser.add_argument("--no-initial", dest="initial", action="store_false", help="without the untrained model")
     return parser
 
 
