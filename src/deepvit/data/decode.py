@@ -32,10 +32,8 @@ class BadImage(Exception):
 
 def resolve_decoder(decoder: str) -> str:
     """`auto` -> the decoder used on this machine, to be recorded with the run. Raises UserError for one it lacks."""
-    available = "pil" if decode_jpeg is None else "torchvision"
-    if decoder == "torchvision" != available:
-        raise UserError("data.decoder=torchvision: this torchvision cannot decode JPEG; use data.decoder=pil.")
-    return choose("data.decoder", decoder, {"auto": available, "torchvision": available, "pil": "pil"})
+    known = ["pil"] if decode_jpeg is None else ["torchvision", "pil"]
+    return choose("data.decoder", decoder, {"auto": known[0], **{name: name for name in known}})
 
 
 def read_bytes(path: str | bytes, offset: int = 0, size: int = -1) -> bytearray:
