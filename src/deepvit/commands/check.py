@@ -24,7 +24,7 @@ LOOK = Transform((1, 1), lambda image: torch.zeros(3, 1, 1, dtype=torch.uint8)) 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = parser_of("check")
-    parser.add_argument("data", metavar="DATA", help="folder of classes or of splits of them, or tar files")
+    parser.add_argument("data", metavar="DATA", help="folder of classes or of splits of them")
     parser.add_argument("settings", nargs="*", default=[], metavar="SETTING=VALUE",
                         help="such as data=timm data.name=wds/")
     parser.add_argument("--list", type=Path, default=Path("unusable.txt"), help="to write (default: %(default)s)")
