@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from deepvit.errors import Untold, UserError, choose, did_you_mean
@@ -16,7 +17,7 @@ from deepvit.importers.files import open_weights
 from deepvit.importers.settings import Grid, empty_model, grid_of, settings_from_config, settings_from_shapes
 from deepvit.models import ViT, list_models, model_config
 from deepvit.models.init import init_weights
-from deepvit.models.stem import pair, plain
+from deepvit.models.stem import plain
 
 # In the order in which they are tried: timm's names are in ours and in the published checkpoints too
 DIALECTS: dict[str, Dialect] = {dialect.name: dialect for dialect in (
@@ -158,7 +159,7 @@ def _settings(source: Source, given: Mapping[str, Any], grid_size: Sequence[int]
     wanted = grid_of(given["img_size"], patch) if "img_size" in given else None
     grid = _grid(source, own, wanted, grid_size)
     if wanted is None and not (own and grid_of(own, patch) == grid):
-        config["img_size"] = plain([side * pixels for side, pixels in zip(grid, pair(patch), strict=True)])
+        config["img_size"] = plain([side * pixels for side, pixels in zip(grid, to_2tuple(patch), strict=True)])
     return config, grid
 
 
