@@ -13,9 +13,9 @@ import numpy as np
 from deepvit.config.settings import Data
 from deepvit.data.imageset import ArraySet, FileSet, ImageSet, Splits
 from deepvit.data.listing import Walk, class_folders, entries, existing, kept_listing, log_left_out
-from deepvit.data.source import Source, chosen, refuse_other_classes, some, without
+from deepvit.data.source import Source, chosen, refuse_other_classes, without
 from deepvit.data.timm_sets import Timm
-from deepvit.errors import UserError, choose, did_you_mean
+from deepvit.errors import UserError, choose, did_you_mean, some
 
 TRAIN, VAL = ("train", "training"), ("val", "valid", "validation", "test", "eval")
 VALPREP = "https://raw.githubusercontent.com/soumith/imagenetloader.torch/master/valprep.sh"

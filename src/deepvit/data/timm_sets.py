@@ -16,8 +16,8 @@ from torchvision.transforms.functional import pil_to_tensor
 from deepvit.data.decode import AnyImage, BadImage, read_bytes
 from deepvit.data.imageset import ImageSet, Splits
 from deepvit.data.listing import EXTENSIONS, KINDS, class_folders, entries, existing, log_left_out
-from deepvit.data.source import Source, refuse_other_classes, some
-from deepvit.errors import UserError
+from deepvit.data.source import Source, refuse_other_classes
+from deepvit.errors import UserError, some
 
 WORDS = ("val", "validation", "test")  # for the same split
 
