@@ -252,8 +252,8 @@ def test_one_graph_under_compile():
             out = call(qkv)
             grads = torch.autograd.grad(out.square().sum(), (qkv, model.mix, model.bn.weight))
             results.append([out, *grads, model.bn.running_mean.clone(), model.bn.running_var.clone()])
-        for eager, traced in zip(*results):
-            assert torch.allclose(eager, traced, rtol=1e-4, atol=1e-5)
+        for eager, traced in zip(*results):  # the eager gradient is one node of its own, which sums in another order
+            assert torch.allclose(eager, traced, rtol=1e-5, atol=1e-6 * float(traced.detach().abs().max()))
 
 
 def test_plain_core_equals_tiles():

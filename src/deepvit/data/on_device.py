@@ -119,7 +119,8 @@ class OnDevice:
         pixels = self._decode(None if isinstance(transform.crop, RandomCrop) else transform.crop, max_mb)
         good = np.setdiff1d(np.arange(len(images)), list(self.reasons))
         self.used = good[np.searchsorted(good, np.arange(len(images))) % len(good)]  # for a bad one the next good one
-        self.pixels, self.targets = (torch.from_numpy(array).to(device) for array in (pixels, images.targets))
+        self.pixels = torch.from_numpy(pixels).to(device)
+        self.targets = torch.from_numpy(images.targets.copy()).to(device)  # a copy, as the index is mapped read-only
         self.draws = Draws(transform, pixels.shape[1:3])
         if self.draws.crop:
             exact = None if device.type == "cpu" else torch.float64  # a GPU may multiply float32 as TF32

@@ -54,66 +54,36 @@ def group_mean(x: Tensor, size: int | None) -> tuple[Tensor, Tensor | int]:
     return (member @ x.double() / images).to(x.dtype), images.to(x.dtype)
 
 
-def batch_gain(sumsq: Tensor, tokens: int, mean: Tensor, norm: HeadNorm, norm_batch: int | None,
-               map_scale: float) -> Tensor:
-    """`gain [B, H]` from each image's `sumsq [B, H] = sum M^2` over tokens^2 entries; moves the running statistics.
-    `mean [H]` of the maps that the norm sees is the same in every group, as rows of A sum to one."""
-    last = (sumsq.shape[0] - 1) % (norm_batch or sumsq.shape[0]) + 1  # images of the last group
+def batch_rstd(meansq: Tensor, tokens: int, mean: Tensor, norm: HeadNorm, norm_batch: int | None) -> Tensor:
+    """`1 / sqrt(var + eps)`, `[B, H]`, from each image's mean of M^2 `[B, H]` over tokens^2 entries; moves the running
+    statistics. `mean [H]` of the maps that the norm sees is the same in every group, as rows of A sum to one."""
+    last = (meansq.shape[0] - 1) % (norm_batch or meansq.shape[0]) + 1  # images of the last group
     if tokens == 1 and last == 1:
         raise UserError("Batch statistics of one entry do not exist: train the head norm on more than one token.")
-    var, images = group_mean(sumsq / tokens**2, norm_batch)  # [B, H], biased
+    var, images = group_mean(meansq, norm_batch)  # [B, H], biased
     if norm.running_mean is not None and norm.running_var is not None:
         count = images * tokens**2
         with torch.no_grad():  # one move, to the mean over the images: linear, so that averages of moves are exact
             unbiased = (var * (count / (count - 1))).mean(dim=0)  # [H]
             norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
             norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), norm.momentum)
-    return norm.gamma.to(var.dtype) * (var + norm.eps).rsqrt() * map_scale
+    return (var + norm.eps).rsqrt()
 
 
-class _AffineInPlace(torch.autograd.Function):
-    """`gain_h U_h + shift_h total_h` written over U; saves its output, as the next layer does, or a copy of U."""
-
-    @staticmethod
-    def forward(ctx, u: Tensor, gain: Tensor, total: Tensor, shift: Tensor) -> Tensor:
-        ctx.from_out = _recoverable(u, gain, total, shift)
-        kept = None if ctx.from_out else u.clone()
-        out = affine_out(u, gain, total, shift, out=u)
-        ctx.mark_dirty(u)
-        ctx.save_for_backward(out if ctx.from_out else kept, gain, total, shift)
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        kept, gain, total, shift = ctx.saved_tensors
-        rows = grad.sum(dim=2, dtype=total.dtype)  # [B, H, d]
-        dshift = (rows * total).sum(dim=2)  # [B, H]
-        dgain = (grad * kept).sum(dim=2, dtype=gain.dtype).sum(dim=2)  # [B, H], so far against what was kept
-        dgain = (dgain - shift * dshift) / gain if ctx.from_out else dgain
-        return (grad * gain[:, :, None, None]).to(kept.dtype), dgain, rows * shift[:, None], dshift.sum(dim=0)
-
-
-def _recoverable(u: Tensor, gain: Tensor, total: Tensor, shift: Tensor) -> bool:
-    """Whether `U = (out - shift total) / gain` loses at most a factor 30 (2 in half precision) in its rounding."""
+def recoverable(u: Tensor, gain: Tensor, total: Tensor, shift: Tensor) -> bool:
+    """Whether `U = (out - shift total) / gain` loses at most a factor 30 (2 in half precision) in its rounding. u is
+    `[B, N, H d]`."""
     limit = 30 if u.dtype in (torch.float32, torch.float64) else 1
-    squares = u.transpose(1, 2).flatten(2).square().sum(dim=1, dtype=gain.dtype)  # [B, H d], of a view of u
-    signal = (gain.square() * squares.view(total.shape).sum(dim=2)).sum(dim=0)  # [H]
-    noise = shift.square() * total.square().sum(dim=(0, 2)) * u.shape[2]  # [H]
+    squares = u.square().sum(dim=1, dtype=gain.dtype).view(total.shape).sum(dim=2)  # [B, H]
+    signal = (gain.square() * squares).sum(dim=0)  # [H]
+    noise = shift.square() * total.square().sum(dim=(0, 2)) * u.shape[1]  # [H]
     return bool((signal * limit**2 > noise).all())
 
 
-def affine_out(u: Tensor, gain: Tensor | None, total: Tensor, shift: Tensor, out: Tensor | None = None) -> Tensor:
+def affine_out(u: Tensor, gain: Tensor | None, total: Tensor, shift: Tensor) -> Tensor:
     """`gain_h u_h + shift_h total_h` in u's dtype. u `[B, H, N, d]`, gain `[B, H]` or None (1), shift `[H]`, total
     `[B, H, d]`."""
     constant = (total * shift[:, None])[:, :, None]  # [B, H, 1, d]
     if gain is None:
-        return torch.add(u, constant, out=out).to(u.dtype)
-    return torch.addcmul(constant, u, gain[:, :, None, None], out=out).to(u.dtype)
-
-
-def normalised(u: Tensor, gain: Tensor, total: Tensor, shift: Tensor) -> Tensor:
-    """The affine of training, `[B, H, N, d]`. Eager CPU code may overwrite u; everything else leaves it be."""
-    if u.device.type == "cpu" and not torch.compiler.is_compiling():
-        return _AffineInPlace.apply(u, gain, total, shift)
-    return affine_out(u, gain, total, shift)
+        return (u + constant).to(u.dtype)
+    return torch.addcmul(constant, u, gain[:, :, None, None]).to(u.dtype)

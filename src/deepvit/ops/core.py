@@ -82,20 +82,24 @@ def _by_affine(path, q, k, v, mix, bias, *, norm, gain, centre, scale, map_scale
     by_batch = training and norm is not None
     if not by_batch:
         mix, shift = affine.fold(mix, bias, norm, map_scale)
-    uniform = (1 - centre) * mix.sum(dim=1) / N  # [H], the mean of the mixed maps
+    rows = mix.detach() if by_batch else mix  # batch statistics take the mean away again
+    uniform = rows.sum(dim=1) * ((1 - centre) / N)  # [H], the mean of the mixed maps
     mix = mix if is_plain(gain, 0.0) else mix * gain
     compute = reference.centred_mix if path == "plain" else centred_mix
     if not by_batch:
         u, _, total = compute(q, k, v, mix, scale, False)[:3]
         return affine.affine_out(u, None, total, shift + uniform)
-    u, sumsq, total = compute(q, k, v, LIFT * mix, scale, True)[:3]
-    mean = uniform if bias is None else uniform + bias.to(wide)
-    gains = affine.batch_gain(sumsq / LIFT**2, N, mean, norm, norm_batch, map_scale) / LIFT
-    shift = norm.beta.to(wide)
-    shift = shift if map_scale == 1.0 else shift * map_scale  # a product by 1 breaks inductor's recomputation (2.15)
+    mean = uniform if bias is None else uniform + bias.detach()
+    gamma, shift = norm.gamma.to(wide), norm.beta.to(wide)
+    if map_scale != 1.0:  # a product by 1 breaks inductor's recomputation (2.15)
+        gamma, shift = gamma * map_scale, shift * map_scale
+    if path == "core" and q.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _Eager.apply(q, k, v, mix, bias, gamma, shift, scale, norm, mean, norm_batch)
     if bias is not None:
         shift = shift + 0 * bias.to(wide)  # it cancels; DDP wants the gradient of zeros that it has
-    return affine.normalised(u, gains, total, shift)
+    u, sumsq, total = compute(q, k, v, LIFT * mix, scale, True)[:3]
+    rstd = affine.batch_rstd(sumsq / (LIFT * N) ** 2, N, mean, norm, norm_batch)
+    return affine.affine_out(u, gamma * rstd / LIFT, total, shift)
 
 
 @cache
@@ -168,6 +172,65 @@ def _second_backward(ctx, *grads):
 
 
 centred_mix_backward.register_autograd(_second_backward)
+
+
+class _Once(torch.autograd.Function):
+    """Gradients, its first `count` arguments, whose own gradient by what they were made from, the rest, is refused."""
+
+    forward = staticmethod(lambda ctx, count, *tensors: tensors[:count])
+    backward = staticmethod(_second_backward)
+
+
+class _Eager(torch.autograd.Function):
+    """The training form with its norm as one node, for eager code on a CPU: small models wait for small operations. The
+    affine is written over U; backward takes U from it, or from a copy where rounding forbids that."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, mix, bias, gamma, shift, scale, norm, mean, norm_batch):
+        mix, N = LIFT * mix, q.shape[2]
+        u, sumsq, total, kept = centred_mix(q, k, v, mix, scale, True)
+        rstd = affine.batch_rstd(sumsq / (LIFT * N) ** 2, N, mean, norm, norm_batch)  # [B, H]
+        gain, flat = gamma * rstd / LIFT, _flat(u)
+        ctx.from_out = affine.recoverable(flat, gain, total, shift)
+        copy = None if ctx.from_out else u.clone()
+        torch.addcmul(_flat((total * shift[:, None])[:, :, None]), flat, _flat(_wide(gain, u)), out=flat)
+        ctx.scale, ctx.norm_batch = scale, norm_batch
+        ctx.save_for_backward(q, k, v, mix, bias, shift, total, kept, rstd, gain, u if ctx.from_out else copy)
+        return u
+
+    @staticmethod
+    def backward(ctx, grad):
+        gradients = _Eager.gradients(ctx, grad)
+        if torch.is_grad_enabled():
+            gradients = _Once.apply(len(gradients), *gradients, *ctx.saved_tensors, grad)
+        return *gradients, None, None, None, None
+
+    @staticmethod
+    @torch.no_grad()
+    def gradients(ctx, grad):
+        """Of q, k, v, mix, bias (zeros: it cancels, but DDP wants a gradient), gamma and shift."""
+        q, k, v, mix, bias, shift, total, kept, rstd, gain, held = ctx.saved_tensors
+        flat = _flat(grad)
+        rows = flat.sum(dim=1, dtype=total.dtype).view(total.shape)  # [B, H, d]
+        dshift = (rows * total).sum(dim=2)  # [B, H]
+        dgain = (flat * _flat(held)).sum(dim=1, dtype=gain.dtype).view(total.shape).sum(dim=2)  # [B, H]: by what was held
+        dgain = (dgain - shift * dshift) / gain if ctx.from_out else dgain
+        dvar, _ = affine.group_mean(dgain * gain * rstd.square(), ctx.norm_batch)  # [B, H], of each image's mean square
+        dsumsq = dvar * (-0.5 / (LIFT * q.shape[2]) ** 2)
+        du = (flat * _flat(_wide(gain, grad))).to(held.dtype).view_as(grad.transpose(1, 2)).transpose(1, 2)
+        *dqkv, dmix = centred_mix_backward(du, dsumsq, rows * shift[:, None], q, k, v, mix, kept, ctx.scale)
+        dbias = None if bias is None else torch.zeros_like(bias)
+        return *dqkv, LIFT * dmix, dbias, (dgain * rstd).sum(dim=0) / LIFT, dshift.sum(dim=0)
+
+
+def _flat(x: Tensor) -> Tensor:
+    """`[B, H, N, d]` as `[B, N, H d]`, whose rows are long: a view of what is laid out tokens first."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def _wide(gain: Tensor, like: Tensor) -> Tensor:
+    """`[B, H]` as `[B, H, 1, d]`."""
+    return gain[:, :, None, None].expand(-1, -1, 1, like.shape[3])
 
 
 # Matrix products only, as torch counts; recomputing the maps in backward counts too, as in torch's attention.

@@ -194,13 +194,26 @@ static void unpack(const float* from, float factor, long rows, long D, long Dp, 
     }
 }
 
-// `[D, Np]`, transposed
-static void pack_columns(const float* from, long row, long N, long Np, long D, float* to) {
-    for (long c = 0; c < D; c++)
-        for (long j = N; j < Np; j++) to[c * Np + j] = 0.0f;
-    for (long j0 = 0; j0 < N; j0 += 16)
-        for (long c = 0; c < D; c++)
-            for (long j = j0; j < std::min(j0 + 16, N); j++) to[c * Np + j] = from[j * row + c];
+// `[Dp, Np]` from `[Np, Dp]`: squares of vectors, in log2(W) steps that swap the off-diagonal quarters of ever smaller ones
+static void transpose(const float* from, long Np, long Dp, float* to) {
+    for (long j = 0; j < Np; j += W)
+        for (long c = 0; c < Dp; c += W) {
+            Vec x[W];
+#pragma GCC unroll 16
+            for (int i = 0; i < W; i++) x[i] = load(from + (j + i) * Dp + c);
+#pragma GCC unroll 4
+            for (int half = W / 2; half > 0; half /= 2)
+#pragma GCC unroll 16
+                for (int i = 0; i < W; i++)
+                    if (!(i & half)) {
+                        const Ints low = (lanes() & half) ? lanes() - half + W : lanes(), high = low + half;
+                        const Vec upper = x[i], lower = x[i + half];
+                        x[i] = __builtin_shuffle(upper, lower, low);
+                        x[i + half] = __builtin_shuffle(upper, lower, high);
+                    }
+#pragma GCC unroll 16
+            for (int i = 0; i < W; i++) store(to + (c + i) * Np + j, x[i]);
+        }
 }
 
 // Logits of one row, in place, to softmax - 1/N; 0 beyond N
@@ -223,12 +236,12 @@ static void centred_softmax(float* x, long N, long Np) {
     store(x + last, real ? load(x + last) : Vec{});
 }
 
-// Centred maps `[H, rows, Np]` from queries `[H, rows, Dp]` and keys `[H, D, Np]`
+// Centred maps `[H, rows, Np]` from queries `[H, rows, Dp]` and keys `[H, Dp, Np]`
 static void fill_maps(const Sizes& s, const float* queries, const float* keys, long rows, float* maps) {
     const long Np = s.Np(), Dp = s.Dp();
     for (long h = 0; h < s.H; h++) {
         float* map = maps + h * rows * Np;
-        product<false>(Rows{queries + h * rows * Dp, Dp}, keys + h * s.D * Np, Np, map, Np, rows, Np, s.D);
+        product<false>(Rows{queries + h * rows * Dp, Dp}, keys + h * Dp * Np, Np, map, Np, rows, Np, s.D);
         for (long i = 0; i < rows; i++) centred_softmax(map + i * Np, s.N, Np);
     }
 }
@@ -236,12 +249,13 @@ static void fill_maps(const Sizes& s, const float* queries, const float* keys, l
 static void forward_task(const Sizes& s, long b, long begin, const float* q, const float* k, const float* v,
                          const float* mix, float* u, double* sumsq, float* sums, Scratch scratch) {
     const long H = s.H, N = s.N, D = s.D, Np = s.Np(), Dp = s.Dp();
-    float *keys = scratch.take(H * D * Np), *values = scratch.take(H * Np * Dp);
+    float *keys = scratch.take(H * Dp * Np), *values = scratch.take(H * Np * Dp), *key_rows = scratch.take(Np * Dp);
     float *queries = scratch.take(H * s.rows * Dp);
     float *maps = scratch.take(H * s.rows * Np), *mixed = scratch.take(H * s.rows * Np);
     float* part = scratch.take(s.rows * Dp);
     for (long h = 0; h < H; h++) {
-        pack_columns(k + b * s.sb + h * s.sh, s.sn, N, Np, D, keys + h * D * Np);
+        pack(k + b * s.sb + h * s.sh, s.sn, N, Np, D, Dp, 1.0f, key_rows);
+        transpose(key_rows, Np, Dp, keys + h * Dp * Np);
         pack(v + b * s.sb + h * s.sh, s.sn, N, Np, D, Dp, 1.0f, values + h * Np * Dp);
         for (long c = 0; begin == 0 && c < Dp; c += W) {
             Vec sum = {};
@@ -272,18 +286,20 @@ static void backward_task(const Sizes& s, long b, long begin, const float* q, co
                           const float* mix, const float* du, const float* dsumsq, const float* dtotal, float* dq,
                           float* dk, float* dv, float* dmix, Scratch scratch) {
     const long H = s.H, N = s.N, D = s.D, Np = s.Np(), Dp = s.Dp(), most = s.rows * Np;
-    float *keys = scratch.take(H * D * Np), *columns = scratch.take(H * D * Np), *key_rows = scratch.take(H * Np * Dp);
+    float *keys = scratch.take(H * Dp * Np), *columns = scratch.take(H * Dp * Np), *key_rows = scratch.take(H * Np * Dp);
     float *queries = scratch.take(H * s.rows * Dp), *grads = scratch.take(H * s.rows * Dp);
     float *maps = scratch.take(H * most), *mixed = scratch.take(H * most), *back = scratch.take(H * most);
     float *part = scratch.take(s.rows * Dp), *sum_k = scratch.take(H * Np * Dp), *sum_v = scratch.take(H * Np * Dp);
     memset(sum_k, 0, 4 * H * Np * Dp);
     for (long h = 0; h < H; h++) {
         const long at = b * s.sb + h * s.sh;
-        pack_columns(k + at, s.sn, N, Np, D, keys + h * D * Np);
-        pack_columns(v + at, s.sn, N, Np, D, columns + h * D * Np);
         pack(k + at, s.sn, N, Np, D, Dp, 1.0f, key_rows + h * Np * Dp);
-        pack(dtotal + (b * H + h) * D, 0, begin == 0 ? N : 0, Np, D, Dp, 1.0f, sum_v + h * Np * Dp);  // once a sample
+        transpose(key_rows + h * Np * Dp, Np, Dp, keys + h * Dp * Np);
+        pack(v + at, s.sn, N, Np, D, Dp, 1.0f, sum_v);  // the first place that is free
+        transpose(sum_v, Np, Dp, columns + h * Dp * Np);
     }
+    for (long h = 0; h < H; h++)
+        pack(dtotal + (b * H + h) * D, 0, begin == 0 ? N : 0, Np, D, Dp, 1.0f, sum_v + h * Np * Dp);  // once a sample
     const float centre = 1.0f / N;
     const long end = std::min(begin + s.chunk, N);
     for (long i = begin; i < end; i += s.rows) {
@@ -298,7 +314,7 @@ static void backward_task(const Sizes& s, long b, long begin, const float* q, co
             float *m = mixed + h * area, *g = grads + h * rows * Dp;
             product<true>(Columns{m, Np}, g, Dp, sum_v + h * Np * Dp, Dp, N, Dp, rows);
             for (long j = 0; j < area; j += W) store(m + j, load(m + j) * (2 * dsumsq[b * H + h]));
-            product<true>(Rows{g, Dp}, columns + h * D * Np, Np, m, Np, rows, Np, D);  // mixed is now dM
+            product<true>(Rows{g, Dp}, columns + h * Dp * Np, Np, m, Np, rows, Np, D);  // mixed is now dM
         }
         outer(mixed, maps, H, area, dmix);
         product<false>(Columns{mix, H}, mixed, area, back, area, H, area, H);
@@ -327,7 +343,7 @@ extern "C" {
 void deepvit_forward(const float* q, const float* k, const float* v, const float* mix, float* u, double* sumsq,
                      float* sums, const Sizes* sizes, int threads) {
     const Sizes s = *sizes;
-    const long floats = 2 * s.H * s.Np() * s.Dp() + s.H * s.rows * (s.Dp() + 2 * s.Np()) + s.rows * s.Dp() + 96;
+    const long floats = (2 * s.H + 1) * s.Np() * s.Dp() + s.H * s.rows * (s.Dp() + 2 * s.Np()) + s.rows * s.Dp() + 96;
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (long task = 0; task < s.B * s.chunks(); task++)
         forward_task(s, task / s.chunks(), task % s.chunks() * s.chunk, q, k, v, mix, u, sumsq + task * s.H,
