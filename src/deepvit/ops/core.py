@@ -213,9 +213,10 @@ class _Eager(torch.autograd.Function):
         flat = _flat(grad)
         rows = flat.sum(dim=1, dtype=total.dtype).view(total.shape)  # [B, H, d]
         dshift = (rows * total).sum(dim=2)  # [B, H]
-        dgain = (flat * _flat(held)).sum(dim=1, dtype=gain.dtype).view(total.shape).sum(dim=2)  # [B, H]: by what was held
-        dgain = (dgain - shift * dshift) / gain if ctx.from_out else dgain
-        dvar, _ = affine.group_mean(dgain * gain * rstd.square(), ctx.norm_batch)  # [B, H], of each image's mean square
+        dgain = (flat * _flat(held)).sum(dim=1, dtype=gain.dtype).view(total.shape).sum(dim=2)  # [B, H]: by `held`
+        dlog = dgain - shift * dshift if ctx.from_out else dgain * gain  # [B, H]: of log gain
+        dgain = dlog / gain if ctx.from_out else dgain
+        dvar, _ = affine.group_mean(dlog * rstd * rstd, ctx.norm_batch)  # [B, H], of each image's mean square
         dsumsq = dvar * (-0.5 / (LIFT * q.shape[2]) ** 2)
         du = (flat * _flat(_wide(gain, grad))).to(held.dtype).view_as(grad.transpose(1, 2)).transpose(1, 2)
         *dqkv, dmix = centred_mix_backward(du, dsumsq, rows * shift[:, None], q, k, v, mix, kept, ctx.scale)

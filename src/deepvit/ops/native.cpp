@@ -194,7 +194,16 @@ static void unpack(const float* from, float factor, long rows, long D, long Dp, 
     }
 }
 
-// `[Dp, Np]` from `[Np, Dp]`: squares of vectors, in log2(W) steps that swap the off-diagonal quarters of ever smaller ones
+// Rows of D and of stride `row`: a `[rows, depth]` times b `[depth, Dp]`, by way of `part` where D is no whole vectors
+template <class Left>
+static void product_to(Left a, const float* b, float* to, long row, long rows, long D, long Dp, long depth,
+                       float* part) {
+    const bool whole = D == Dp;
+    product<false>(a, b, Dp, whole ? to : part, whole ? row : Dp, rows, Dp, depth);
+    if (!whole) unpack(part, 1.0f, rows, D, Dp, row, to);
+}
+
+// `[Dp, Np]` from `[Np, Dp]`: squares of W vectors; their off-diagonal quarters are swapped, then those of each quarter
 static void transpose(const float* from, long Np, long Dp, float* to) {
     for (long j = 0; j < Np; j += W)
         for (long c = 0; c < Dp; c += W) {
@@ -236,12 +245,12 @@ static void centred_softmax(float* x, long N, long Np) {
     store(x + last, real ? load(x + last) : Vec{});
 }
 
-// Centred maps `[H, rows, Np]` from queries `[H, rows, Dp]` and keys `[H, Dp, Np]`
+// Centred maps `[H, rows, Np]` from queries as they are given and scaled keys `[H, Dp, Np]`
 static void fill_maps(const Sizes& s, const float* queries, const float* keys, long rows, float* maps) {
-    const long Np = s.Np(), Dp = s.Dp();
+    const long Np = s.Np();
     for (long h = 0; h < s.H; h++) {
         float* map = maps + h * rows * Np;
-        product<false>(Rows{queries + h * rows * Dp, Dp}, keys + h * Dp * Np, Np, map, Np, rows, Np, s.D);
+        product<false>(Rows{queries + h * s.sh, s.sn}, keys + h * s.Dp() * Np, Np, map, Np, rows, Np, s.D);
         for (long i = 0; i < rows; i++) centred_softmax(map + i * Np, s.N, Np);
     }
 }
@@ -250,11 +259,10 @@ static void forward_task(const Sizes& s, long b, long begin, const float* q, con
                          const float* mix, float* u, double* sumsq, float* sums, Scratch scratch) {
     const long H = s.H, N = s.N, D = s.D, Np = s.Np(), Dp = s.Dp();
     float *keys = scratch.take(H * Dp * Np), *values = scratch.take(H * Np * Dp), *key_rows = scratch.take(Np * Dp);
-    float *queries = scratch.take(H * s.rows * Dp);
     float *maps = scratch.take(H * s.rows * Np), *mixed = scratch.take(H * s.rows * Np);
     float* part = scratch.take(s.rows * Dp);
     for (long h = 0; h < H; h++) {
-        pack(k + b * s.sb + h * s.sh, s.sn, N, Np, D, Dp, 1.0f, key_rows);
+        pack(k + b * s.sb + h * s.sh, s.sn, N, Np, D, Dp, s.scale, key_rows);
         transpose(key_rows, Np, Dp, keys + h * Dp * Np);
         pack(v + b * s.sb + h * s.sh, s.sn, N, Np, D, Dp, 1.0f, values + h * Np * Dp);
         for (long c = 0; begin == 0 && c < Dp; c += W) {
@@ -266,17 +274,14 @@ static void forward_task(const Sizes& s, long b, long begin, const float* q, con
     const long end = std::min(begin + s.chunk, N);
     for (long i = begin; i < end; i += s.rows) {
         const long rows = std::min(end - i, s.rows), area = rows * Np;
-        for (long h = 0; h < H; h++)
-            pack(q + b * s.sb + h * s.sh + i * s.sn, s.sn, rows, rows, D, Dp, s.scale, queries + h * rows * Dp);
-        fill_maps(s, queries, keys, rows, maps);
+        fill_maps(s, q + b * s.sb + i * s.sn, keys, rows, maps);
         product<false>(Rows{mix, H}, maps, area, mixed, area, H, area, H);
         for (long h = 0; h < H; h++) {
             const float* m = mixed + h * area;
             Vec squares = {};
             for (long j = 0; j < area; j += W) squares += load(m + j) * load(m + j);
             sumsq[h] += total(squares)[0];
-            product<false>(Rows{m, Np}, values + h * Np * Dp, Dp, part, Dp, rows, Dp, N);
-            unpack(part, 1.0f, rows, D, Dp, H * D, u + ((b * N + i) * H + h) * D);
+            product_to(Rows{m, Np}, values + h * Np * Dp, u + ((b * N + i) * H + h) * D, H * D, rows, D, Dp, N, part);
         }
     }
 }
@@ -286,14 +291,15 @@ static void backward_task(const Sizes& s, long b, long begin, const float* q, co
                           const float* mix, const float* du, const float* dsumsq, const float* dtotal, float* dq,
                           float* dk, float* dv, float* dmix, Scratch scratch) {
     const long H = s.H, N = s.N, D = s.D, Np = s.Np(), Dp = s.Dp(), most = s.rows * Np;
-    float *keys = scratch.take(H * Dp * Np), *columns = scratch.take(H * Dp * Np), *key_rows = scratch.take(H * Np * Dp);
+    const long side = H * Np * Dp;
+    float *keys = scratch.take(side), *key_rows = scratch.take(side), *columns = scratch.take(side);
     float *queries = scratch.take(H * s.rows * Dp), *grads = scratch.take(H * s.rows * Dp);
     float *maps = scratch.take(H * most), *mixed = scratch.take(H * most), *back = scratch.take(H * most);
-    float *part = scratch.take(s.rows * Dp), *sum_k = scratch.take(H * Np * Dp), *sum_v = scratch.take(H * Np * Dp);
-    memset(sum_k, 0, 4 * H * Np * Dp);
+    float *part = scratch.take(s.rows * Dp), *sum_k = scratch.take(side), *sum_v = scratch.take(side);
+    memset(sum_k, 0, 4 * side);
     for (long h = 0; h < H; h++) {
         const long at = b * s.sb + h * s.sh;
-        pack(k + at, s.sn, N, Np, D, Dp, 1.0f, key_rows + h * Np * Dp);
+        pack(k + at, s.sn, N, Np, D, Dp, s.scale, key_rows + h * Np * Dp);
         transpose(key_rows + h * Np * Dp, Np, Dp, keys + h * Dp * Np);
         pack(v + at, s.sn, N, Np, D, Dp, 1.0f, sum_v);  // the first place that is free
         transpose(sum_v, Np, Dp, columns + h * Dp * Np);
@@ -305,10 +311,10 @@ static void backward_task(const Sizes& s, long b, long begin, const float* q, co
     for (long i = begin; i < end; i += s.rows) {
         const long rows = std::min(end - i, s.rows), area = rows * Np;
         for (long h = 0; h < H; h++) {
-            pack(q + b * s.sb + h * s.sh + i * s.sn, s.sn, rows, rows, D, Dp, s.scale, queries + h * rows * Dp);
+            pack(q + b * s.sb + h * s.sh + i * s.sn, s.sn, rows, rows, D, Dp, 1.0f, queries + h * rows * Dp);
             pack(du + ((b * N + i) * H + h) * D, H * D, rows, rows, D, Dp, 1.0f, grads + h * rows * Dp);
         }
-        fill_maps(s, queries, keys, rows, maps);
+        fill_maps(s, q + b * s.sb + i * s.sn, keys, rows, maps);
         product<false>(Rows{mix, H}, maps, area, mixed, area, H, area, H);
         for (long h = 0; h < H; h++) {
             float *m = mixed + h * area, *g = grads + h * rows * Dp;
@@ -326,13 +332,14 @@ static void backward_task(const Sizes& s, long b, long begin, const float* q, co
                 const Vec delta = total(sum);
                 for (long j = 0; j < Np; j += W) store(da + j, (load(c + j) + centre) * (load(da + j) - delta));
             }
-            product<false>(Rows{back + h * area, Np}, key_rows + h * Np * Dp, Dp, part, Dp, rows, Dp, N);
-            unpack(part, s.scale, rows, D, Dp, H * D, dq + ((b * N + i) * H + h) * D);
-            product<true>(Columns{back + h * area, Np}, queries + h * rows * Dp, Dp, sum_k + h * Np * Dp, Dp, N, Dp, rows);
+            const float* ds = back + h * area;
+            float* to = dq + ((b * N + i) * H + h) * D;
+            product_to(Rows{ds, Np}, key_rows + h * Np * Dp, to, H * D, rows, D, Dp, N, part);
+            product<true>(Columns{ds, Np}, queries + h * rows * Dp, Dp, sum_k + h * Np * Dp, Dp, N, Dp, rows);
         }
     }
     for (long h = 0; h < H; h++) {
-        unpack(sum_k + h * Np * Dp, 1.0f, N, D, Dp, H * D, dk + h * D);
+        unpack(sum_k + h * Np * Dp, s.scale, N, D, Dp, H * D, dk + h * D);
         unpack(sum_v + h * Np * Dp, 1.0f, N, D, Dp, H * D, dv + h * D);
     }
 }
@@ -343,7 +350,7 @@ extern "C" {
 void deepvit_forward(const float* q, const float* k, const float* v, const float* mix, float* u, double* sumsq,
                      float* sums, const Sizes* sizes, int threads) {
     const Sizes s = *sizes;
-    const long floats = (2 * s.H + 1) * s.Np() * s.Dp() + s.H * s.rows * (s.Dp() + 2 * s.Np()) + s.rows * s.Dp() + 96;
+    const long floats = (2 * s.H + 1) * s.Np() * s.Dp() + 2 * s.H * s.rows * s.Np() + s.rows * s.Dp() + 96;
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (long task = 0; task < s.B * s.chunks(); task++)
         forward_task(s, task / s.chunks(), task % s.chunks() * s.chunk, q, k, v, mix, u, sumsq + task * s.H,
