@@ -123,10 +123,10 @@ def test_broken_image_is_named_and_the_rest_drawn(place, monkeypatch, capsys):
     drawn = []
     monkeypatch.setattr(figures, "draw", lambda studies, folder, suffix: drawn.extend(studies) or [folder / "a.png"])
     images = [str(place / "broken.jpg"), str(place / "0.png")]
-    assert main(["figures", str(place / "reattention.pt"), *images, "--no-initial"]) == 2
+    assert main(["figures", str(place / "reattention.pt"), *images]) == 2
     said = capsys.readouterr()
     assert said.err.count("\n") == 1 and "broken.jpg" in said.err and "a.png" in said.out
-    assert [one.facts["pictures"] for one in drawn] == [[str(place / "0.png")]] and drawn[0].facts["initial"] is None
+    assert [one.facts["pictures"] for one in drawn] == [[str(place / "0.png")]]
 
 
 @pytest.mark.parametrize("arguments, sentence", [
@@ -157,7 +157,7 @@ def test_each_model_has_its_own_folder_of_figures(place, monkeypatch):
     (place / "run.16" / "checkpoints").mkdir(parents=True)
     (place / "run.16" / "checkpoints" / "best.pt").write_bytes((place / "self.pt").read_bytes())
     for path in ("self.pt", "run.16", "run.16/checkpoints/best.pt"):
-        assert main(["figures", str(place / path), str(place / "0.png"), "--no-initial"]) == 0
+        assert main(["figures", str(place / path), str(place / "0.png")]) == 0
     assert folders == ["figures/self", "figures/run.16", "figures/run.16"]
 
 

@@ -128,7 +128,7 @@ def test_user_mistakes(images):
         analysis.attention_maps(tiny(), images, stage="mixed")
     with pytest.raises(UserError, match="img_size"):
         analysis.attention_maps(tiny(), images[..., :24])
-    for looking in (analysis.attention_maps, analysis.similarity_matrix, partial(analysis.probe, matrix=True)):
+    for looking in (analysis.attention_maps, partial(analysis.probe, matrix=True)):
         with pytest.raises(UserError, match="no images"):
             looking(tiny(), images[:0])
 
@@ -207,13 +207,14 @@ def test_similar_blocks(maps):
         analysis.similar_blocks(matrix, rule="any")
 
 
-def test_similarity_of_a_model_streams(images, monkeypatch):
+def test_similarity_of_a_model_streams(images):
     model = tiny()
+    found = analysis.probe(model, images, batch_size=2, matrix=True)["similarity"]
     for stage in ("softmax", "final"):
         maps = analysis.attention_maps(model, images, stage)
         whole = analysis.cross_layer_similarity(maps)
-        torch.testing.assert_close(analysis.similarity_matrix(model, images, stage, batch_size=2), whole)
-        torch.testing.assert_close(analysis.similarity_matrix(model, images, stage, minus_uniform=True, batch_size=3),
+        torch.testing.assert_close(torch.tensor(found[stage]["matrix"]), whole)
+        torch.testing.assert_close(torch.tensor(found[f"{stage}_centred"]["matrix"]),
                                    analysis.cross_layer_similarity([analysis.centred(block) for block in maps]))
 
 

@@ -103,14 +103,6 @@ def test_sampled_rows_are_the_same_in_any_batches():
     assert len(places) <= 40 and len(places.unique()) == 15  # every place of the image, not a few again and again
 
 
-def test_cka_matrix(images):
-    model = tiny()
-    matrix = analysis.cka_matrix(model, images, batch_size=2)
-    tokens = [block.flatten(0, 1) for block in analysis.record(model, images).tokens]
-    expected = [[analysis.linear_cka(p, q) for q in tokens] for p in tokens]
-    np.testing.assert_allclose(matrix, expected, atol=1e-6)
-
-
 def test_rollout(maps):
     expected = np.eye(7)
     for block in maps:

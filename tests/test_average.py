@@ -44,20 +44,20 @@ def test_the_last_weights_of_a_run_are_averaged_and_named(tmp_path, suffix):
 
 @pytest.mark.parametrize(("words", "expected"), [
     (["run"], "engine.keep_epochs=1"),
-    (["a.pt"], "two or more"),
+    (["gone", "--last", "2"], "0 checkpoints"),
     (["run", "--last", "0"], "--last"),
-    (["run", "a.pt", "--last", "-1"], "--last"),
-    (["a.pt", "deeper.pt"], "different models"),
-    (["a.pt", "gone.pt"], "gone.pt"),
-    (["a.pt", "a.pt", "--out", "x.txt"], "x.txt"),
-    (["a.pt", "a.pt", "--out", "a.pt/x.pt"], "a.pt/x.pt cannot be written"),
-    (["a.pt", "a.pt", "--weights", "ema"], "no EMA"),
+    (["run", "--last", "-1"], "--last"),
+    (["mixed", "--last", "2"], "different models"),
+    (["run", "--last", "2", "--out", "x.txt"], "x.txt"),
+    (["run", "--last", "2", "--out", "a.pt/x.pt"], "a.pt/x.pt cannot be written"),
+    (["run", "--last", "2", "--weights", "ema"], "no EMA"),
 ])
 def test_what_has_no_average_is_one_sentence(tmp_path, monkeypatch, capsys, words, expected):
     monkeypatch.chdir(tmp_path)
-    written(Path("run/checkpoints/last.pt"), 1)
-    written(Path("a.pt"), 1)
-    written(Path("deeper.pt"), 1, depth=3)
+    Path("a.pt").touch()
+    for name, depth in (("run", 2), ("mixed", 3)):
+        written(Path(name, "checkpoints/previous.pt"), 1)
+        written(Path(name, "checkpoints/last.pt"), 2, depth=depth)
     assert main(["average", *words]) == BAD_INPUT
     sentence = capsys.readouterr().err
     assert expected in sentence and sentence.count("\n") == 1

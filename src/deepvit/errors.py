@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75  # exit codes of every program
@@ -59,3 +59,8 @@ def choose(setting: str, name: str, choices: Mapping[str, Any]) -> Any:
         raise UserError(f"{setting}={name} is not known: choose from {', '.join(choices)}."
                         f"{did_you_mean(name, choices)}")
     return choices[name]
+
+
+def some(names: Sequence[str], most: int = 3) -> str:
+    """The first few of them."""
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")

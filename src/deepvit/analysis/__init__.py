@@ -10,11 +10,11 @@ from deepvit.analysis.measures import (attention_distance, attention_entropy, cl
                                        thetas, token_similarity)
 from deepvit.analysis.probe import at_initialisation, probe, regime, with_statistics_of
 from deepvit.analysis.recording import Recording, attention_maps, record, recordings
-from deepvit.analysis.similarity import (adjacent_similarity, centred, cka_matrix, column_similarity,
-                                         cross_layer_similarity, head_similarity, similar_blocks, similarity_matrix)
+from deepvit.analysis.similarity import (adjacent_similarity, centred, column_similarity, cross_layer_similarity,
+                                         head_similarity, similar_blocks)
 
 __all__ = ["Recording", "adjacent_similarity", "at_initialisation", "attention_distance", "attention_entropy",
-           "attention_maps", "block_norms", "centred", "cka_matrix", "class_token_mask", "column_similarity",
+           "attention_maps", "block_norms", "centred", "class_token_mask", "column_similarity",
            "cross_layer_similarity", "diagonal_share", "effective_rank", "feature_cosine", "head_similarity",
            "linear_cka", "norm_variance", "patch_grid", "probe", "record", "recordings", "regime", "rollout",
-           "similar_blocks", "similarity_matrix", "thetas", "token_similarity", "with_statistics_of"]
+           "similar_blocks", "thetas", "token_similarity", "with_statistics_of"]

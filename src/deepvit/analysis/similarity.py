@@ -1,6 +1,5 @@
-"""How alike attention maps are across blocks (the paper's M) and across the heads of a block, how many blocks count as
-similar, and how alike the tokens of any two blocks are. Maps are `[B, H, N, N]` per block, rows queries; a sequence of
-them may compute them as they are read.
+"""How alike attention maps are across blocks (the paper's M) and across the heads of a block, and how many blocks count
+as similar. Maps are `[B, H, N, N]` per block, rows queries; a sequence of them may compute them as they are read.
 
 M is confounded: a norm over heads lowers it without mixing heads, and softmax maps near uniform are alike whatever was
 learned. So look at it beside M of the softmax maps, of `centred` maps, and at initialisation.
@@ -14,13 +13,11 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from deepvit.analysis.measures import linear_cka
-from deepvit.analysis.recording import HELD_BYTES, recordings
+from deepvit.analysis.recording import HELD_BYTES
 from deepvit.analysis.registry import measure
 from deepvit.errors import UserError
-from deepvit.models.attention import Stage
 
 Rule = Literal["adjacent", "earlier"]
 CKA_ROWS = 1024  # token vectors compared by CKA, evenly taken: bounds its memory to L x 1024 x D
@@ -117,14 +114,6 @@ def _gather_unit_columns(maps: Sequence[Tensor], blocks: range, like: Tensor, mi
     return gathered
 
 
-def similarity_matrix(model: nn.Module, x: Tensor, stage: Stage = "final", *, minus_uniform: bool = False,
-                      per_head: bool = False, batch_size: int | None = None) -> Tensor:
-    """`cross_layer_similarity` of a model on images `[B, C, height, width]` without ever holding all maps: `[L, L]`, or
-    `[H, L, L]` per head. `minus_uniform`: of the `centred` maps."""
-    return sum(len(part) / len(x) * cross_layer_similarity(part.maps(stage), per_head, minus_uniform=minus_uniform)
-               for part in recordings(model, x, batch_size, all_blocks=True))
-
-
 def similar_blocks(maps_or_similarity: Tensor | Sequence[Tensor], threshold: float = 0.9,
                    rule: Rule = "adjacent") -> int:
     """The number of similar blocks, of a similarity matrix `[L, L]`, adjacent similarities `[L - 1]`, or maps of every
@@ -177,19 +166,3 @@ class SampledRows:
     def blocks(self) -> list[Tensor]:
         """One `[rows, D]` tensor per block."""
         return [torch.cat(parts) for parts in zip(*self.parts)]
-
-
-def cka_matrix(model: nn.Module, x: Tensor, batch_size: int | None = None) -> Tensor:
-    """Linear CKA between the tokens after all pairs of blocks, on images `[B, C, height, width]`: `[L + 1, L + 1]`,
-    index 0 the input of the first block; of some 1024 tokens. Raises UserError if the model has no `blocks`."""
-    sample = SampledRows(len(x))
-    for recording in recordings(model, x, batch_size):
-        if not recording.tokens:
-            raise UserError(f"{type(model).__name__} has no `blocks` whose tokens could be compared.")
-        sample.add(recording.tokens)
-    blocks = sample.blocks()
-    result = torch.eye(len(blocks), dtype=torch.float64)
-    for i, p in enumerate(blocks):
-        for j, q in enumerate(blocks[:i]):
-            result[i, j] = result[j, i] = linear_cka(p, q)
-    return result

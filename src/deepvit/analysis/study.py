@@ -36,16 +36,15 @@ class Study:
 
 
 @torch.no_grad()
-def study(model: ViT, images: Images, name: str, initial: bool = True) -> Study:
-    """Everything the figures need of a model from `deepvit.load_model`; for `initial` also the probe of a fresh one."""
+def study(model: ViT, images: Images, name: str) -> Study:
+    """Everything the figures need of a model from `deepvit.load_model`, the probe of a fresh one included."""
     x = images.x.to(next(model.parameters()).device)
     tensors, tops = _over_images(model, x)
     tensors["pixels"] = images.pixels[:MAX_SHOWN].contiguous()
     tensors |= {f"theta/{i:02d}": theta for i, theta in enumerate(thetas(model)) if theta is not None}
-    attention, before = model.config["attention"], None
-    if initial:  # the very model that its run started from if the checkpoint tells the seed, else one like it
-        seed = (model.load_report.said.get("run") or {}).get("seed", 0)
-        before = probe(at_initialisation(model, seed=seed, images=x[:MAX_STATISTICS]), x, matrix=True)
+    # The very model that its run started from if the checkpoint tells the seed, else one like it
+    attention, seed = model.config["attention"], (model.load_report.said.get("run") or {}).get("seed", 0)
+    before = probe(at_initialisation(model, seed=seed, images=x[:MAX_STATISTICS]), x, matrix=True)
     return Study(tensors, {"name": printable(name), "attention": attention.get("name", attention["class"]),
                            "pictures": [*map(printable, images.names)], "top": tops,
                            "probe": probe(model, x, matrix=True), "initial": before})

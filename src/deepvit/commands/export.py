@@ -242,15 +242,12 @@ def averaged(paths: Sequence[Path], weights: str = "auto") -> dict[str, Any]:
     """The content of a checkpoint of ours: the newest one's model, which is last in `paths`, with averaged weights, and
     where they came from. `weights`: see `open_model`, asked of the newest."""
     model = open_model(paths[-1], weights)
-    which = model.load_report.weights
+    which, state = model.load_report.weights, model.state_dict()
     files = [open_weights(path, ema=which == "ema") for path in paths]
-    newest = files[-1]
     for file in files:
-        if file.shapes != newest.shapes or file.said.get("classes") != newest.said.get("classes"):
-            raise UserError(f"{file.path} and {newest.path} are of different models or classes: give those of one.")
-    if newest.shapes.keys() != model.state_dict().keys():
-        raise UserError(f"{paths[-1]} is not in our own layout: `deepvit export` it to safetensors first.")
-    model.load_state_dict({name: _mean([file.read(name) for file in files]) for name in newest.shapes})
+        if file.shapes != {name: tensor.shape for name, tensor in state.items()}:
+            raise UserError(f"{file.path} and {paths[-1]} are of different models: take the weights of one run.")
+    model.load_state_dict({name: _mean([file.read(name) for file in files]) for name in state})
     return {**described(model), "averaged": [
         {"path": str(file.path), "step": file.said.get("step"), "weights": which} for file in files]}
 
@@ -275,19 +272,16 @@ def _last_of(run: Path, count: int) -> list[Path]:
 
 def average(arguments: Sequence[str]) -> int:
     parser = parser_of("average")
-    parser.add_argument("sources", type=Path, nargs="+", metavar="RUN|CHECKPOINT",
-                        help="a run folder; or two or more checkpoints or run folders (their best), the newest last")
-    parser.add_argument("--last", type=int, default=5, metavar="K", help="of a run: this many (default: 5)")
+    parser.add_argument("run", type=Path, metavar="RUN", help="its folder")
+    parser.add_argument("--last", type=int, default=5, metavar="K", help="this many checkpoints (default: 5)")
     add_weights(parser)
     parser.add_argument("--out", type=Path, help="file to write, .pt or .safetensors (default: average.pt beside them)")
     parser.add_argument("--eval", action="store_true", help="then evaluate the newest and the average")
     given = parser.parse_args(arguments)
-    paths = given.sources
-    if len(paths) == 1 and paths[0].is_dir():
-        paths = _last_of(paths[0], given.last)
-    if min(len(paths), given.last) < 2:
-        raise UserError("An average is of two or more checkpoints: give a run folder with --last 2 or more, or files.")
-    out = given.out or find_checkpoint(paths[-1])[0].with_name("average.pt")
+    if given.last < 2:
+        raise UserError(f"--last {given.last}: an average is of two or more checkpoints, give 2 or more.")
+    paths = _last_of(given.run, given.last)
+    out = given.out or paths[-1].with_name("average.pt")
     if out.exists():
         raise UserError(f"{out} is there already: give another name with --out.")
     content = averaged(paths, given.weights)

@@ -17,7 +17,7 @@ COMMANDS = {  # name -> (module:function, what it does)
     "figures": ("figures:main", "attention maps, rollout, similarity and Theta of a checkpoint"),
     "predict": ("figures:predict", "the most probable classes of images"),
     "export": ("export:main", "write a model as safetensors, timm, ONNX or in the published layout"),
-    "average": ("export:average", "the average of a run's last weights, or of any checkpoints of one model"),
+    "average": ("export:average", "the average of a run's last weights"),
     "preview": ("preview:main", "an augmented batch as the model sees it"),
     "regime": ("preview:regime", "what attention does in each block before any training"),
     "replay": ("preview:replay", "repeat one batch of a run, module by module"),

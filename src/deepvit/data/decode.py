@@ -7,7 +7,6 @@ import struct
 import warnings
 import zlib
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -33,26 +32,8 @@ class BadImage(Exception):
 
 def resolve_decoder(decoder: str) -> str:
     """`auto` -> the decoder used on this machine, to be recorded with the run. Raises UserError for one it lacks."""
-    available = "torchvision" if _torchvision_decodes() else "pil"
-    if decoder == "torchvision" != available:
-        raise UserError("data.decoder=torchvision: this torchvision cannot decode JPEG; use data.decoder=pil.")
-    return choose("data.decoder", decoder, {"auto": available, "torchvision": available, "pil": "pil"})
-
-
-@cache
-def _torchvision_decodes() -> bool:
-    """Tried out: it may have been built without libjpeg."""
-    file = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(file, "JPEG")
-    try:
-        return _jpeg_pixels(bytearray(file.getvalue())).shape == (3, 8, 8)
-    except (RuntimeError, AttributeError):  # AttributeError: without ImageReadMode
-        return False
-
-
-def _jpeg_pixels(data: bytearray) -> Tensor:
-    """uint8 [3, H, W] over memory of [H, W, 3], by libjpeg-turbo. RuntimeError for what torchvision refuses."""
-    return decode_jpeg(torch.frombuffer(data, dtype=torch.uint8), mode=ImageReadMode.RGB)
+    known = ["pil"] if decode_jpeg is None else ["torchvision", "pil"]
+    return choose("data.decoder", decoder, {"auto": known[0], **{name: name for name in known}})
 
 
 def read_bytes(path: str | bytes, offset: int = 0, size: int = -1) -> bytearray:
@@ -89,7 +70,8 @@ def _decode(data: bytearray, decoder: str) -> tuple[AnyImage, bool]:
     is_jpeg = image.format in ("JPEG", "MPO")
     if is_jpeg and image.mode in ("RGB", "L"):  # no CMYK
         with suppress(RuntimeError):  # refuses this JPEG: PIL decides
-            return _jpeg_pixels(data), False
+            pixels = torch.frombuffer(data, dtype=torch.uint8)
+            return decode_jpeg(pixels, mode=ImageReadMode.RGB), False  # [3, H, W] over memory of [H, W, 3]
     return pil_to_tensor(_to_rgb(image)), is_jpeg
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from deepvit.data.decode import resolve_decoder
 from deepvit.data.imageset import ImageSet, Splits, balanced_part
-from deepvit.errors import UserError, did_you_mean
+from deepvit.errors import UserError, did_you_mean, some
 
 IMAGENET100 = Path(__file__).with_name("imagenet100.txt")
 TITLE = "# Images that deepvit check could not use; data.exclude takes this list"
@@ -155,8 +155,3 @@ def refuse_other_classes(train: list[str], val: list[str], *places: Path | str) 
     alone = [f"{len(names)} only in {where} ({some(names)})" for names, where in sides if names]
     if train != val:
         raise UserError(f"Training and validation need the same classes: {' and '.join(alone) or 'in one order'}.")
-
-
-def some(names: Sequence[str], most: int = 3) -> str:
-    """The first few of them."""
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")

@@ -13,9 +13,9 @@ import numpy as np
 from deepvit.config.settings import Data
 from deepvit.data.imageset import ArraySet, FileSet, ImageSet, Splits
 from deepvit.data.listing import Walk, class_folders, entries, existing, kept_listing, log_left_out
-from deepvit.data.source import Source, chosen, refuse_other_classes, some, without
+from deepvit.data.source import Source, chosen, refuse_other_classes, without
 from deepvit.data.timm_sets import Timm
-from deepvit.errors import UserError, choose, did_you_mean
+from deepvit.errors import UserError, choose, did_you_mean, some
 
 TRAIN, VAL = ("train", "training"), ("val", "valid", "validation", "test", "eval")
 VALPREP = "https://raw.githubusercontent.com/soumith/imagenetloader.torch/master/valprep.sh"
@@ -66,7 +66,7 @@ class Folder(Source):
     source = "folder"
 
     def whole(self) -> Splits:
-        path = existing(self.root, "folder")
+        path = existing(self.root, self.source)
         train, val = find_splits(path)
         if val is not None:
             if train is None:
@@ -107,15 +107,6 @@ class ImageNet(Folder):
     """root/train/<wnid>/*.JPEG and root/val/<wnid>/*.JPEG."""
 
     source = "imagenet"
-
-    def whole(self) -> Splits:
-        if self.val_fraction:
-            raise UserError("data=imagenet has its own val/ folder and takes no data.val_fraction: use data=folder.")
-        train, val = find_splits(existing(self.root, "imagenet"))
-        if train is None or val is None:
-            raise UserError(f"data.root={self.root} has no {'val' if train else 'train'}/ folder: data=imagenet wants "
-                            f"train/<wnid>/*.JPEG and val/<wnid>/*.JPEG (data=folder is for other folders).")
-        return self._both(train, val)
 
 
 class Digits(Source):

@@ -4,8 +4,8 @@ Every read of a tar opens, seeks and closes: forked workers that share a handle 
 import os
 import re
 import tarfile
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,8 +16,8 @@ from torchvision.transforms.functional import pil_to_tensor
 from deepvit.data.decode import AnyImage, BadImage, read_bytes
 from deepvit.data.imageset import ImageSet, Splits
 from deepvit.data.listing import EXTENSIONS, KINDS, class_folders, entries, existing, log_left_out
-from deepvit.data.source import Source, refuse_other_classes, some
-from deepvit.errors import UserError
+from deepvit.data.source import Source, refuse_other_classes
+from deepvit.errors import UserError, some
 
 WORDS = ("val", "validation", "test")  # for the same split
 
@@ -85,8 +85,6 @@ class Timm(Source):
 
     def whole(self) -> Splits:
         prefix = (self.name or "").partition("/")[0].lower()
-        if prefix in ("hfids", "tfds"):
-            raise UserError(f"data.name={self.name}: timm reads it only front to back; use hfds/, torch/ or tars.")
         if prefix in ("", "wds"):
             root = Path(self.root or "").expanduser()
             root = root if root.suffix == ".tar" and root.is_file() else existing(self.root, "timm")
@@ -126,9 +124,7 @@ class Timm(Source):
         from timm.data import create_dataset
         try:
             dataset = create_dataset(self.name, root=self.root, split=split, download=True)
-        except ImportError as error:
-            raise UserError(f"data.name={self.name} needs a package ({error}): install it with pip.") from error
-        except Exception as error:  # whatever the library behind the name raises: a wrong name, split, root or network
+        except Exception as error:  # of the library behind the name: not installed, a wrong name, split, root, network
             raise UserError(f"timm cannot open data.name={self.name}, split {split}, root {self.root}: "
                             f"{str(error) or type(error).__name__}.") from error
         reader = getattr(dataset, "reader", dataset)
@@ -174,51 +170,34 @@ def read_class_tars(shards: list[str], decoder: str) -> tuple[TarSet, list[str]]
 
 def read_webdataset(shards: list[str], decoder: str) -> tuple[TarSet, list[str]]:
     """WebDataset's shards: `key.jpg` beside `key.cls` (an integer) -> (set, class numbers as names). A key ends at the
-    first dot of a name; where that gives one key two images, and only there, at the last."""
-    members = [*_members(shards)]
-    images = [member for member in members if not _fault(member.name)]
-    classes = [member for member in members if member.name.endswith(".cls")]
-    try:
-        pairs = _paired(shards, images, classes, lambda name: name.split(".")[0])
-    except UserError as fault:
-        try:
-            pairs = _paired(shards, images, classes, lambda name: os.path.splitext(name)[0])
-        except UserError:
-            raise fault from None
-    log_left_out(some(shards, 1), {".cls without an image": len(classes) - len(pairs)})
-    targets = []
-    for _, member in pairs:
-        try:
-            text = read_bytes(shards[member.shard], member.offset, member.size).decode("ascii", "replace").strip()
-        except BadImage as reason:
-            raise UserError(f"{shards[member.shard]}: {reason}.") from reason
-        if not text.isdecimal():
-            raise UserError(f"{shards[member.shard]}: {member.name} should hold a class number, not '{text[:20]}'.")
-        targets.append(int(text))
+    first dot of a name."""
+    images: dict[tuple[int, str, str], Member] = {}  # by shard, folder and key
+    classes: dict[tuple[int, str, str], Member] = {}
+    for member in _members(shards):
+        is_class, (folder, name) = member.name.endswith(".cls"), os.path.split(member.name)
+        if is_class or not _fault(member.name):
+            key = name.split(".")[0]
+            first = (classes if is_class else images).setdefault((member.shard, folder, key), member)
+            if first is not member:
+                raise UserError(f"{shards[member.shard]}: there is one key, '{key}', for {first.name} and "
+                                f"{member.name}; each image needs a key of its own, up to the first dot of its name.")
+    if alone := next((image for place, image in images.items() if place not in classes), None):
+        raise UserError(f"{shards[alone.shard]}: there is {alone.name} without a .cls file of its key, which gives its "
+                        f"class.")
+    log_left_out(some(shards, 1), {".cls without an image": len(classes) - len(images)})
+    targets = [_class_number(shards[member.shard], member) for member in map(classes.get, images)]
     names = [str(number) for number in range(max(targets, default=-1) + 1)]
-    return TarSet(shards, [image for image, _ in pairs], targets, decoder), names
+    return TarSet(shards, [*images.values()], targets, decoder), names
 
 
-def _paired(shards: list[str], images: list[Member], classes: list[Member], stem: Callable[[str], str]
-            ) -> list[tuple[Member, Member]]:
-    """Each image with the class of its key: the shard, the folder, and the `stem` of the name."""
-    by_key = defaultdict(lambda: ([], []))
-    for kind, members in enumerate((images, classes)):
-        for member in members:
-            folder, name = os.path.split(member.name)
-            by_key[member.shard, folder, stem(name)][kind].append(member)
-    pairs = []
-    for (shard, _, key), (alike, labels) in by_key.items():
-        if not alike:
-            continue
-        if len(alike) == len(labels) == 1:
-            pairs.append((alike[0], labels[0]))
-            continue
-        several = alike if len(alike) > 1 else labels
-        fault = f"one key, '{key}', for {several[0].name} and {several[1].name}" if several else \
-            f"{alike[0].name} without a .cls file beside it that gives its class"
-        raise UserError(f"{shards[shard]}: there is {fault}; each image needs one .cls file of its key.")
-    return pairs
+def _class_number(path: str, member: Member) -> int:
+    try:
+        text = read_bytes(path, member.offset, member.size).decode("ascii", "replace").strip()
+    except BadImage as reason:
+        raise UserError(f"{path}: {reason}.") from reason
+    if not text.isdecimal():
+        raise UserError(f"{path}: {member.name} should hold a class number, not '{text[:20]}'.")
+    return int(text)
 
 
 def _fault(name: str) -> str:

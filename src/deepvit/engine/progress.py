@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import (BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn,
@@ -86,7 +87,4 @@ class Meter:
 
 def clock(seconds: float | None) -> str:
     """3661 -> "1:01:01"; None: not known."""
-    if seconds is None:
-        return "-:--:--"
-    minutes, rest = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+    return "-:--:--" if seconds is None else str(timedelta(seconds=int(seconds)))

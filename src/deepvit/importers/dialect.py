@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Size, Tensor, nn
 
-from deepvit.errors import UserError
+from deepvit.errors import UserError, some
 from deepvit.importers.files import WeightsFile
 from deepvit.importers.settings import Grid
 
@@ -84,7 +84,7 @@ def translate(rows: Sequence[Row], shapes: Mapping[str, Size], source: str) -> t
             raise UserError(f"{source} holds both '{steps[ours].foreign[0]}' and '{name}' for one parameter.")
         steps[ours] = Step(names, row.rule, _shape(names, row.rule, shapes, source))
     if left:
-        names = _listed(f"'{name[:80]}'" for name in sorted(left))
+        names = some([f"'{name[:80]}'" for name in sorted(left)])
         raise UserError(f"{source} holds {names}, which have no place in our models: give another file or dialect.")
     return steps, dropped
 
@@ -129,11 +129,6 @@ def _shape(names: Sequence[str], rule: Rule, shapes: Mapping[str, Size], source:
         raise UserError(f"{source} holds {found}, a shape that does not fit its name.") from None
 
 
-def _listed(names: Iterable[str]) -> str:
-    first, more = [*names][:3], [*names][3:]
-    return ", ".join(first) + (f" and {len(more)} more" if more else "")
-
-
 @dataclass
 class Report:
     """What was done to load a file; `print(report)` shows it in sentences."""
@@ -154,7 +149,7 @@ class Report:
         lines = [f"{self.path}: {self.tensors} tensors, {which} weights, read as dialect '{self.dialect}'"]
         lines += [f"  resized: {text}" for text in self.resized]
         for why in dict.fromkeys(self.dropped.values()):
-            lines.append(f"  dropped: {_listed(name for name in self.dropped if self.dropped[name] == why)} ({why})")
+            lines.append(f"  dropped: {some([name for name in self.dropped if self.dropped[name] == why])} ({why})")
         lines += [f"  not from the file: {', '.join(self.fresh)}"] if self.fresh else []
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])
 

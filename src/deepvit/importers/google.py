@@ -5,8 +5,9 @@ jeonsworld/ViT-pytorch reads the same files by its own arithmetic (erf GELU, no 
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
+from scipy import ndimage
 from torch import Tensor
 
 from deepvit.errors import UserError
@@ -99,16 +100,11 @@ def _infer_both(source: Source, arithmetic: str) -> dict[str, Any]:
 def zoom(pos: Tensor, old: Grid, new: Grid) -> Tensor:
     """Google's rule and ViT-pytorch's, `scipy.ndimage.zoom(order=1)`: bilinear between aligned corners. Where scipy's
     rounding leaves its last row and column at zero (35 pairs of sides, such as 16 -> 30) this refuses."""
-    if any(zoom_leaves_zeros(before, after) for before, after in zip(old, new, strict=True)):
+    factors = new[0] / old[0], new[1] / old[1]
+    if not ndimage.zoom(np.ones(old), factors, order=1).all():
         raise UserError(f"Google's rule for {old[0]}x{old[1]} -> {new[0]}x{new[1]} leaves zeros: change img_size.")
-    grid = pos[:, 1:].reshape(1, *old, -1).permute(0, 3, 1, 2).float()  # [1, D, rows, columns]
-    grid = F.interpolate(grid, new, mode="bilinear", align_corners=True)
-    return torch.cat([pos[:, :1].float(), grid.flatten(2).mT], dim=1)
-
-
-def zoom_leaves_zeros(old: int, new: int) -> bool:
-    """Whether scipy's zoom samples its last point outside the grid: `(new - 1) * ((old - 1) / (new - 1)) > old - 1`."""
-    return new > 1 and (new - 1) * ((old - 1) / (new - 1)) > old - 1
+    grid = ndimage.zoom(pos[0, 1:].unflatten(0, old).float().numpy(), (*factors, 1), order=1)  # [rows, columns, D]
+    return torch.cat([pos[:, :1].float(), torch.from_numpy(grid).flatten(0, 1)[None]], dim=1)
 
 
 GOOGLE = Dialect("google", _is_npz, lambda file, given: NPZ_ROWS, _infer_google, zoom, square_only=True)

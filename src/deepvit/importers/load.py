@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from deepvit.errors import Untold, UserError, choose, did_you_mean
@@ -16,12 +17,11 @@ from deepvit.importers.files import open_weights
 from deepvit.importers.settings import Grid, empty_model, grid_of, settings_from_config, settings_from_shapes
 from deepvit.models import ViT, list_models, model_config
 from deepvit.models.init import init_weights
-from deepvit.models.stem import pair, plain
+from deepvit.models.stem import plain
 
 # In the order in which they are tried: timm's names are in ours and in the published checkpoints too
 DIALECTS: dict[str, Dialect] = {dialect.name: dialect for dialect in (
     ours.OURS, deepvit.DEEPVIT, google.GOOGLE, google.VIT_PYTORCH, lucidrains.FLAX, lucidrains.LUCIDRAINS, timm.TIMM)}
-TIMM_HEADS = {192: "tiny has 3", 384: "small has 6", 768: "base has 12", 1024: "large has 16", 1280: "huge has 16"}
 DECIDED = ("embed_dim", "depth", "num_heads", "in_chans", "patch_size", "qkv_bias")  # a keyword must not contradict
 NAMED = ("ours", "deepvit", "timm")  # dialects whose files may identify the model by name alone
 SCALARS = ("gelu", "norm_eps", "residual_scale", "map_scale", "pool", "final_norm")  # which no shape determines
@@ -146,12 +146,7 @@ def _settings(source: Source, given: Mapping[str, Any], grid_size: Sequence[int]
     shaped, inferred = source.settings, source.dialect.infer(source, given)
     config = model_config("vit") | {"num_heads": None} | shaped | inferred | dict(given)
     if config["num_heads"] is None:
-        width, models = config["embed_dim"], {name: model_config(name) for name in list_models()}
-        alike = [f"timm's {TIMM_HEADS[width]}"] if width in TIMM_HEADS else []
-        alike += [f"{name} has {model['num_heads']}" for name, model in models.items()
-                  if (model["embed_dim"], model["attention"]["class"]) == (width, "SelfAttention")]
-        raise Untold(f"{source} does not tell its number of heads: give num_heads=..., or arch=NAME of a known model"
-                     f" (of width {width}: {', '.join(alike) or 'none'}).")
+        raise Untold(f"{source} does not tell its number of heads: give num_heads=..., or arch=NAME of a known model.")
     if shaped["stem"] == "conv" and not {"residual_scale", "map_scale"} <= {**inferred, **given}.keys():
         raise Untold(f"{source} does not tell residual_scale and map_scale: give them (published: 0.5 and, in L, 1.0, "
                      f"in S head_dim**-0.5), or arch=NAME (such as deepvit_s).")
@@ -164,7 +159,7 @@ def _settings(source: Source, given: Mapping[str, Any], grid_size: Sequence[int]
     wanted = grid_of(given["img_size"], patch) if "img_size" in given else None
     grid = _grid(source, own, wanted, grid_size)
     if wanted is None and not (own and grid_of(own, patch) == grid):
-        config["img_size"] = plain([side * pixels for side, pixels in zip(grid, pair(patch), strict=True)])
+        config["img_size"] = plain([side * pixels for side, pixels in zip(grid, to_2tuple(patch), strict=True)])
     return config, grid
 
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 import yaml
+from timm.layers import to_2tuple
 from torch import Size
 
 from deepvit.config.signature import fits
 from deepvit.errors import UserError, did_you_mean, reason
 from deepvit.models import ViT, attention_config, build_model
-from deepvit.models.stem import pair
 
 Shapes = Mapping[str, Size]
 Grid = tuple[int, int]  # rows, columns of patches
@@ -98,9 +98,9 @@ def checked(keywords: Mapping[str, Any]) -> dict[str, Any]:
 
 def grid_of(img_size: int | Sequence[int], patch_size: int | Sequence[int]) -> Grid:
     """Rows and columns of patches in an image, sizes in pixels, each one number or (height, width)."""
-    if not fits(img_size, int | tuple[int, int]) or min(pair(img_size)) < 1:
+    if not fits(img_size, int | tuple[int, int]) or min(to_2tuple(img_size)) < 1:
         raise UserError(f"img_size={img_size!r} is not an image size: give one number of pixels, or [height, width].")
-    (height, width), (rows, columns) = pair(img_size), pair(patch_size)
+    (height, width), (rows, columns) = to_2tuple(img_size), to_2tuple(patch_size)
     return height // rows, width // columns
 
 

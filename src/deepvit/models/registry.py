@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import yaml
-from timm.layers import resample_abs_pos_embed
+from timm.layers import resample_abs_pos_embed, to_2tuple
 from timm.models import build_model_with_cfg, generate_default_cfgs, is_model, register_model
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -17,7 +17,7 @@ from deepvit.config import CONF
 from deepvit.config.signature import ABOVE_ZERO, check_arguments, check_ranges, parameters_of
 from deepvit.errors import UserError, choose, did_you_mean
 from deepvit.models.attention import ATTENTIONS
-from deepvit.models.stem import pair, plain, stem_of
+from deepvit.models.stem import plain, stem_of
 from deepvit.models.vit import PLAIN, ViT, pool_of
 
 MODELS = CONF / "model"
@@ -186,7 +186,7 @@ def _fit_positions(state: dict[str, Tensor], model: ViT) -> dict[str, Tensor]:
 
 def _timm_cfg(config: Mapping[str, Any]) -> dict[str, Any]:
     """Preprocessing as published (mean = std = 0.5; crop 0.9 at 224, 1.0 above), under timm's names."""
-    size, half = pair(config["img_size"]), (0.5,) * config["in_chans"]
+    size, half = to_2tuple(config["img_size"]), (0.5,) * config["in_chans"]
     classes = 1000 if config["num_classes"] is None else config["num_classes"]
     return {"num_classes": classes, "input_size": (config["in_chans"], *size), "pool_size": None,
             "crop_pct": 0.9 if max(size) <= 224 else 1.0, "interpolation": "bicubic", "mean": half, "std": half,

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch.nn.functional as F
-from timm.layers import pad_same, resample_patch_embed
+from timm.layers import pad_same, resample_patch_embed, to_2tuple
 from torch import Tensor, nn
 
 from deepvit import ops
@@ -48,7 +48,7 @@ class Stem(nn.Module):
     def set_input_size(self, img_size: Pixels | None = None, patch_size: Pixels | None = None) -> None:
         """Another image size, another patch size (the kernel of `proj` is resampled), or both."""
         before = self.patch_size
-        self._set_sizes(pair(img_size or self.img_size), pair(patch_size or self.patch_size))
+        self._set_sizes(to_2tuple(img_size or self.img_size), to_2tuple(patch_size or self.patch_size))
         if self.patch_size != before:
             weight = resample_patch_embed(self.proj.weight.detach(), self.cell)
             self.proj.weight = nn.Parameter(weight, self.proj.weight.requires_grad)
@@ -89,7 +89,7 @@ class PatchStem(Stem):
         return self.norm_out(F.linear(self.norm_in(patches), self.proj.weight.flatten(1), self.proj.bias))
 
     def set_input_size(self, img_size: Pixels | None = None, patch_size: Pixels | None = None) -> None:
-        if self.norm_in is not None and pair(patch_size or self.patch_size) != self.patch_size:
+        if self.norm_in is not None and to_2tuple(patch_size or self.patch_size) != self.patch_size:
             raise UserError("patch_norm has weights for every pixel of a patch: patch_size cannot be changed.")
         super().set_input_size(img_size, patch_size)
 
@@ -220,10 +220,6 @@ def stem_of(stem: str | Mapping[str, Any]) -> tuple[type[Stem], dict[str, Any]]:
     """Class and options of `"hybrid"` or `{"name": "hybrid", "layers": [3, 4, 9]}`."""
     options = {"name": stem} if isinstance(stem, str) else dict(stem)
     return choose("stem", str(options.pop("name", None)), STEMS), options
-
-
-def pair(size: Pixels) -> Size:
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
 def plain(size: Size) -> int | list[int]:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from timm.layers import resample_abs_pos_embed
+from timm.layers import resample_abs_pos_embed, to_2tuple
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
@@ -13,7 +13,7 @@ from deepvit.errors import UserError, choose
 from deepvit.models.attention import ATTENTIONS, Attention
 from deepvit.models.blocks import BLOCKS, checkpoint_block, share_among
 from deepvit.models.init import STD, draw_seed, init_weights
-from deepvit.models.stem import PatchStem, Pixels, pair, plain, stem_of
+from deepvit.models.stem import PatchStem, Pixels, plain, stem_of
 
 PLAIN = {"class": "SelfAttention"}
 POOLS = {
@@ -69,7 +69,7 @@ class ViT(nn.Module):
             if make_stem is not PatchStem:
                 raise UserError("patch_norm goes with stem=patch only: leave it off.")
             options["norm_eps"] = norm_eps
-        self.patch_embed = make_stem(pair(img_size), pair(patch_size), in_chans, embed_dim, **options)
+        self.patch_embed = make_stem(to_2tuple(img_size), to_2tuple(patch_size), in_chans, embed_dim, **options)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.patch_embed.num_patches, embed_dim))
         self.pos_drop = nn.Dropout(pos_drop_rate)

@@ -14,8 +14,6 @@ from deepvit.report.runs import Run
 from deepvit.report.statistics import Equivalence, Summary, equivalence, holm, p_of_no_difference, summarise
 
 WHERE = "hydra.callbacks.sweep.statistics"
-OUTCOMES = {"top1": "top-1 of the last step", "uncalibrated_top1": "top-1 of the last step",
-            "best_top1": "the best top-1 of each run, chosen on the images that it is measured on"}
 LEVEL = 0.05
 MAX_PRIMARY = 3
 MIN_SEEDS = 3  # for an interval that says something
@@ -51,7 +49,7 @@ class Plan:
     `preregistered`: the file that said all this before the runs."""
 
     contrasts: Mapping[str, Any] | Sequence[Contrast]
-    outcome: Literal["top1", "uncalibrated_top1", "best_top1"] = "top1"
+    outcome: Literal["top1", "uncalibrated_top1"] = "top1"
     margin: float = 0.5
     preregistered: str | None = None
 
@@ -129,8 +127,8 @@ def plan_of(grid: Grid) -> Plan | None:
 
 
 def find(plan: Plan, grid: Grid) -> list[Finding]:
-    """A plan's contrasts in the runs of its sweep, with the loss of the same evaluation; of the last for best_top1."""
-    loss = "uncalibrated_loss" if plan.outcome.startswith("uncalibrated") else "loss"
+    """A plan's contrasts in the runs of its sweep, with the loss of the same evaluation."""
+    loss = plan.outcome.replace("top1", "loss")
     found = []
     for contrast in plan.contrasts:
         try:

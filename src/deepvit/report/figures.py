@@ -1,5 +1,5 @@
 """The report's charts, drawn once and saved as PNG and SVG: of a grid its contrasts, accuracy and similarity against
-depth (or what varies instead), and what happened within its runs; of two runs their curves."""
+depth, and what happened within its runs; of two runs their curves."""
 
 import io
 import textwrap
@@ -21,10 +21,9 @@ from matplotlib.figure import Figure
 
 from deepvit.report.contrasts import Finding, find, plan_of
 from deepvit.report.grid import ATTENTION_ORDER, Cell, Grid
-from deepvit.report.published import Published
 from deepvit.report.runs import Run
 from deepvit.report.tables import (KINDS, Measure, interval, mean_similarity, of_result, over_seeds, published_for,
-                                   similar_blocks, similarity)
+                                   similarity)
 
 # Okabe and Ito's colours, told apart by colour-blind readers too; yellow is left out on white.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#999999")
@@ -119,12 +118,12 @@ def unit_range(axes: Axes) -> None:
     axes.set_ylim(min(low, -0.05), max(high, 1.05))
 
 
-def charts(grid: Grid, threshold: float, prefix: str = "") -> list[Chart]:
+def charts(grid: Grid, prefix: str = "") -> list[Chart]:
     """What can be drawn of a grid; nothing of one without a finished or begun run."""
     plan = plan_of(grid)
     findings = [one for one in find(plan, grid) if one.points] if plan else []
     drawn = [_forest_chart(findings, plan.margin, prefix)] if findings else []
-    drawn += [depth_chart(grid, threshold, prefix)] if len(grid.finished) > 1 else []
+    drawn += [depth_chart(grid, prefix)] if len({cell.depth for cell in grid.finished}) > 1 else []
     drawn += _facet_chart(grid, f"{prefix}curves", "Training, one line per run; further seeds of a cell are pale.",
                           _curves, CURVES, lambda run: run.lines)
     return drawn + _facet_chart(
@@ -158,43 +157,34 @@ def _forest(axes: Axes, findings: Sequence[Finding], margin: float | None = None
              xlabel=f"difference in {'points of top-1' if margin else 'test log-loss'}")
 
 
-def depth_chart(grid: Grid, threshold: float, prefix: str) -> Chart:
+def depth_chart(grid: Grid, prefix: str) -> Chart:
     plot = _Plot(grid)
     panels = [plot.accuracy]
     if any(similarity(run, "final", "final") for run in grid.runs):
-        panels += [partial(plot.similar_blocks, threshold=threshold), partial(plot.similarity, kind="final"),
-                   partial(plot.similarity, kind="softmax")]
-    return _chart(f"{prefix}depth", f"Accuracy and mean similarity M of adjacent blocks against {plot.axis}. "
-                  f"Filled: trained; hollow, dotted: untrained. Bars: 95 %.", panels)
+        panels += [partial(plot.similarity, kind=kind) for kind in ("final", "softmax")]
+    return _chart(f"{prefix}depth", "Accuracy and mean similarity M of adjacent blocks against depth. "
+                  "Filled: trained; hollow, dotted: untrained. Bars: 95 %.", panels, columns=3)
 
 
 class _Plot:
-    """A grid against one of its axes, a line for each value of the others."""
+    """A grid against depth, a line for each attention and value of the other axes."""
 
     def __init__(self, grid: Grid):
         self.grid = grid
-        has_depths = len({cell.depth for cell in grid.cells}) > 1
-        self.axis = "depth" if has_depths else next(iter(grid.extras), "attention")
+        self.depths = sorted({cell.depth for cell in grid.cells})
+        self.span = self.depths[-1] - self.depths[0]
         self.lines: dict[str, list[Cell]] = defaultdict(list)
         for cell in grid.cells:
-            self.lines[", ".join([cell.attention, *cell.details(grid, but=self.axis)])].append(cell)
-        values = list(dict.fromkeys(map(self._value, grid.cells)))
-        are_numbers = all(isinstance(value, int | float) for value in values)
-        self.ticks = {value: value if are_numbers else place for place, value in enumerate(values)}  # and its place
-        self.span = max(self.ticks.values()) - min(self.ticks.values())
+            self.lines[", ".join([cell.attention, *cell.details(grid)])].append(cell)
 
-    def _value(self, cell: Cell) -> Any:
-        return {"depth": cell.depth, "attention": cell.attention, **dict(zip(self.grid.extras, cell.extras))}[self.axis]
-
-    def _style(self, label: str, linestyle: str = "-") -> dict[str, str]:
-        return {**look(label, list(self.lines)), "linestyle": "" if self.axis == "attention" else linestyle}
+    def _style(self, label: str) -> dict[str, str]:
+        return look(label, list(self.lines))
 
     def _draw_means(self, axes: Axes, measure: Measure, linestyle: str = "-", **style: Any) -> None:
         for label, cells in self.lines.items():
-            found = [(self.ticks[self._value(cell)], summary.mean) for cell in cells
-                     if (summary := over_seeds(cell, measure))]
+            found = [(cell.depth, summary.mean) for cell in cells if (summary := over_seeds(cell, measure))]
             axes.plot([x for x, _ in found], [mean for _, mean in found],
-                      **{"label": label, **self._style(label, linestyle), **style})
+                      **{"label": label, "linestyle": linestyle, **self._style(label), **style})
 
     def accuracy(self, axes: Axes) -> None:
         for index, (label, cells) in enumerate(self.lines.items()):
@@ -205,19 +195,13 @@ class _Plot:
             low, high = np.array([interval(cell) for cell in cells], float).T  # nan where there is none
             bars = np.nan_to_num(np.maximum([means - low, high - means], 0))
             shift = (index - (len(self.lines) - 1) / 2) * 0.012 * self.span  # so that bars do not hide each other
-            axes.errorbar([self.ticks[self._value(cell)] + shift for cell in cells], means, yerr=bars, capsize=3,
-                          label=label, **self._style(label))
-        self._draw_published(axes, lambda entry: entry.top1)
+            axes.errorbar([cell.depth + shift for cell in cells], means, yerr=bars, capsize=3, label=label,
+                          **self._style(label))
+        self._draw_published(axes)
         low, high = axes.get_ylim()
         more = max(MIN_POINTS - (high - low), 0) / 2
         axes.set_ylim(low - more, high + more)
         self._label(axes, "top-1 (%)", f"Accuracy on {self.grid.data}")
-
-    def similar_blocks(self, axes: Axes, threshold: float) -> None:
-        self._draw_means(axes, lambda run: similar_blocks(run, "final", "final", threshold))
-        self._draw_published(axes, lambda entry: entry.similar_blocks)
-        axes.set_ylim(-0.3, max(axes.get_ylim()[1], 1.0))
-        self._label(axes, "similar blocks, trained", f"Adjacent pairs with M above {threshold:g} (final)")
 
     def similarity(self, axes: Axes, kind: str) -> None:
         self._draw_means(axes, lambda run: mean_similarity(run, "initial", kind), ":", label=None,
@@ -230,24 +214,20 @@ class _Plot:
         axes.legend(handles=moments, fontsize="small", loc="center right")
         unit_range(axes)
 
-    def _draw_published(self, axes: Axes, value: Callable[[Published], float | None]) -> None:
-        """The published numbers of the cells that have one, against depth."""
+    def _draw_published(self, axes: Axes) -> None:
+        """The published top-1 of the cells that have one, against depth."""
         entries = [found[0] for cell in self.grid.cells if (found := published_for(cell, self.grid))]
-        for attention in ("self", "reattention") if self.axis == "depth" else ():
-            told = {entry.match["model.depth"]: value(entry) for entry in entries
+        for attention in ("self", "reattention"):
+            told = {entry.match["model.depth"]: entry.top1 for entry in entries
                     if entry.match["model.attention.name"] == attention}
-            if found := sorted((depth, number) for depth, number in told.items() if number is not None):
-                axes.plot(*zip(*found), linestyle="--", alpha=0.8, label=f"{attention}, the paper",
+            if told:
+                axes.plot(*zip(*sorted(told.items())), linestyle="--", alpha=0.8, label=f"{attention}, the paper",
                           markerfacecolor="none", **look(attention, [attention]))
 
     def _label(self, axes: Axes, measure: str, title: str) -> None:
-        axes.set(xlabel="depth (blocks)" if self.axis == "depth" else self.axis, ylabel=measure, title=title)
         margin = 0.06 * self.span or 0.5
-        axes.set_xlim(min(self.ticks.values()) - margin, max(self.ticks.values()) + margin)  # unfinished cells' too
-        words = [f"{one:g}" if isinstance(one, int | float) else textwrap.fill(str(one), 16) for one in self.ticks]
-        slanted = max(map(len, words)) * len(words) > 40
-        axes.set_xticks([*self.ticks.values()], words, rotation=20 if slanted else 0,
-                        ha="right" if slanted else "center")
+        axes.set(xlabel="depth (blocks)", ylabel=measure, title=title, xticks=self.depths,
+                 xlim=(self.depths[0] - margin, self.depths[-1] + margin))  # unfinished cells' too
         legend(axes)
 
 

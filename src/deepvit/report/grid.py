@@ -39,10 +39,9 @@ class Cell:
         return "; ".join(f"seed {run.seed}: {run.progress}" if len(self.runs) > 1 else run.progress
                          for run in self.runs if not run.finished)
 
-    def details(self, grid: "Grid", but: str = "") -> list[str]:
-        """Its further columns in words, without the one called `but`: `lr 0.001`."""
-        return [f"{name.rpartition('.')[2]} {plain(value)}" for name, value in zip(grid.extras, self.extras)
-                if name != but]
+    def details(self, grid: "Grid") -> list[str]:
+        """Its further columns in words: `lr 0.001`."""
+        return [f"{name.rpartition('.')[2]} {plain(value)}" for name, value in zip(grid.extras, self.extras)]
 
 
 def plain(value: Any) -> str:

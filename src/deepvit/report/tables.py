@@ -6,7 +6,7 @@ from functools import partial
 from itertools import chain, compress
 from typing import Any
 
-from deepvit.report.contrasts import OUTCOMES, Finding, Plan, find, plan_of
+from deepvit.report.contrasts import Finding, Plan, find, plan_of
 from deepvit.report.grid import Cell, Grid, plain
 from deepvit.report.published import IMAGENET_VAL, OTHERS, SOURCES, Published, published_of
 from deepvit.report.runs import Run
@@ -147,8 +147,7 @@ def _outcome(plan: Plan, grid: Grid) -> str:
                             else "raw weights" for run in grid.runs)
     norms = dict.fromkeys("norms calibrated" if "uncalibrated_top1" in run.result and plan.outcome == "top1" else
                           "norms as training left them" for run in grid.runs if run.finished)
-    return f"Outcome: {OUTCOMES[plan.outcome]}, {' or '.join(weights)}, {' or '.join(norms)}; second: log-loss" + (
-        " of the last step." if plan.outcome == "best_top1" else ".")
+    return f"Outcome: top-1 of the last step, {' or '.join(weights)}, {' or '.join(norms)}; second: log-loss."
 
 
 def _results(grid: Grid, threshold: float) -> Table:

@@ -15,7 +15,7 @@ from deepvit.config.compare import flat, labels
 from deepvit.config.provenance import git_revision
 from deepvit.errors import UserError
 from deepvit.report.figures import Chart, charts, comparison_chart
-from deepvit.report.grid import Grid, differing, grids
+from deepvit.report.grid import Grid, differing, grids, plain
 from deepvit.report.render import are_numbers, as_csv, printed
 from deepvit.report.runs import Run, without_paths
 from deepvit.report.tables import NONE, Table, mean_similarity, of_result, over_seeds, tables
@@ -23,16 +23,11 @@ from deepvit.report.tables import NONE, Table, mean_similarity, of_result, over_
 TITLE = "Depth and attention: report"
 PAGE = Template(Path(__file__).with_name("page.html").read_text())  # needs no other file, and a phone can show it
 ANY_NAME = {"encoding": "utf-8", "errors": "backslashreplace"}  # a folder's name may not be UTF-8
-RECIPE = {  # what a reader asks for first, and how it is put
-    "model.embed_dim": "width {}", "model.num_heads": "{} heads", "model.mlp_ratio": "MLP x {:g}",
-    "model.img_size": "images of {} pixels", "model.patch_size": "patches of {}", "model.stem": "{} stem",
-    "model.reattention_blocks": "the attention in blocks {}", "model.drop_path_rate": "drop path {:g}",
-    "data.fraction": "{:.0%} of the training images", "data.batch_size": "batches of {}",
-    "schedule.epochs": "{:g} epochs", "schedule.steps": "{:,} steps", "schedule.kind": "{} schedule",
-    "optimizer.opt": "{}", "optimizer.lr": "learning rate {:g}", "optimizer.weight_decay": "weight decay {:g}",
-    "augment": "augmentation {}", "precision": "precision {}", "ema.decay": "weights averaged over {:g}",
-    "loss.cosine_blocks": "cosine regularisation of {} pairs of maps", "init": "started from {}"}
-
+RECIPE = (  # what a reader asks for first
+    "model.embed_dim", "model.num_heads", "model.mlp_ratio", "model.img_size", "model.patch_size", "model.stem",
+    "model.reattention_blocks", "model.drop_path_rate", "data.fraction", "data.batch_size", "schedule.epochs",
+    "schedule.steps", "schedule.kind", "optimizer.opt", "optimizer.lr", "optimizer.weight_decay", "augment",
+    "precision", "ema.decay", "loss.cosine_blocks", "init")
 RESULTS = ("top1", "top5", "loss", "best_top1", "n", "params", "flops", "steps", "epochs", "images_per_s", "git")
 
 Part = str | Table | Chart  # a text that begins with ## is a heading
@@ -48,7 +43,7 @@ def write_report(runs: Sequence[Run], problems: Sequence[str], out: Path, thresh
     for number, grid in enumerate(found, 1):
         name = re.sub(r"[^A-Za-z0-9]+", "-", f"{grid.data}-{grid.recipe}-{grid.label}")[:40].strip("-")
         parts += [f"## {grid.name}", _shared_recipe(grid), _limits(grid), *tables(grid, threshold),
-                  *charts(grid, threshold, f"{name}-{number}-" if len(found) > 1 else "")]
+                  *charts(grid, f"{name}-{number}-" if len(found) > 1 else "")]
     parts += [_comparison(pair), comparison_chart(pair, _labels(pair))] if pair else []
     try:
         (out / "figures").mkdir(parents=True, exist_ok=True)
@@ -99,10 +94,10 @@ def _origin(grids: Sequence[Grid], command: str) -> str:
 def _shared_recipe(grid: Grid) -> str:
     """The settings that all cells have in common."""
     known = dict(flat(grid.shared))
-    phrases = [phrase.format(known[name]) for name, phrase in RECIPE.items() if known.get(name)]
-    phrases += [f"{name}={value}" for name, value in known.items() if name.split(".")[0] in known and "." in name]
+    names = [name for name in RECIPE if known.get(name)]
+    names += [name for name in known if name.split(".")[0] in known and "." in name]
     seeds = f"seed{'s' * (len(grid.seeds) > 1)} {', '.join(map(str, grid.seeds))}"
-    return without_paths(f"All cells share: {', '.join(phrases)}; {seeds}.")
+    return without_paths(f"All cells share: {', '.join(f'{name}={plain(known[name])}' for name in names)}; {seeds}.")
 
 
 def _limits(grid: Grid) -> str:
