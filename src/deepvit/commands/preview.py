@@ -9,10 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from PIL.PngImagePlugin import PngInfo
-from torchvision.transforms.functional import to_pil_image
-from torchvision.utils import make_grid
+from matplotlib.figure import Figure
 
 from deepvit import analysis
 from deepvit.commands.cli import quoted, sentences
@@ -32,7 +29,6 @@ from deepvit.run.console import set_up_logging
 from deepvit.run.resume import settings_of, with_model_of_init
 
 COLUMNS, MOST = 8, 32  # tiles
-SIDE = 160  # pixels that a smaller image is enlarged to, in whole steps
 REGIME_IMAGES = 32  # the group that a norm over heads takes its statistics from
 log = logging.getLogger(__name__)
 
@@ -45,8 +41,8 @@ def main(arguments: Sequence[str]) -> int:
     if not given.out.endswith(".png"):
         raise UserError(f"{given.out} is not a .png file: give first the image to write, by a name that ends in .png.")
     refuse_strange(Path(given.out))
-    batches, prepare, _ = first_batch(_settings_of(given.run))
-    draw(batches, prepare, given.out)
+    batches, prepare, splits = first_batch(_settings_of(given.run))
+    draw(batches, prepare, given.out, splits.class_names)
     print(f"Wrote {given.out}")
     return DONE
 
@@ -89,20 +85,36 @@ def first_batch(settings: Settings) -> tuple[Sequence[Batch], Prepare, Splits]:
     return next(build.batch_maker(settings, splits.train, alone)(0, 1, settings.data.batch_size)), prepare, splits
 
 
-def draw(batches: Sequence[Batch], prepare: Prepare, path: str | Path) -> None:
-    """Writes up to 32 training images of the first step, after mixing and erasing."""
-    x = torch.cat([prepare(batch, 0, "cpu", True)[0] for batch in batches])[:MOST]
-    values = (x * prepare.std.cpu() + prepare.mean.cpu()).div(255).clamp(0, 1)  # [b, 3, S, S] back in 0..1
-    if (enlarged := SIDE // min(values.shape[-2:])) > 1:
-        values = F.interpolate(values, scale_factor=enlarged)
-    signature = PngInfo()
-    for name, value in SIGNED.items():
-        signature.add_text(name, value)
+def draw(batches: Sequence[Batch], prepare: Prepare, path: str | Path, class_names: Sequence[str]) -> None:
+    """Writes up to 32 training images of the first step, after mixing and erasing, each with its (soft) classes."""
+    tiles = []
+    for batch in batches:
+        x, y = prepare(batch, 0, "cpu", True)
+        values = (x * prepare.std.cpu() + prepare.mean.cpu()).div(255).clamp(0, 1)  # [b, 3, S, S] back in 0..1
+        tiles += list(zip(values.permute(0, 2, 3, 1), y, strict=True))
+    rows = -(-len(tiles[:MOST]) // COLUMNS)
+    figure = Figure(figsize=(COLUMNS * 1.7, rows * 1.95))
+    axes = figure.subplots(rows, COLUMNS, squeeze=False).ravel()
+    for axis in axes:
+        axis.set_axis_off()
+    for axis, (pixels, target) in zip(axes, tiles[:MOST], strict=False):
+        axis.imshow(pixels.numpy(), interpolation="nearest")
+        axis.set_title(_caption(target, class_names), fontsize=7, parse_math=False)
+    figure.tight_layout()
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        to_pil_image(make_grid(values, COLUMNS, padding=8, pad_value=1.0)).save(path, pnginfo=signature)
+        figure.savefig(path, dpi=110, metadata=SIGNED)
     except OSError as error:
         raise UserError(f"The image cannot be written to {path} ({error.strerror}).") from error
+
+
+def _caption(target: torch.Tensor, names: Sequence[str]) -> str:
+    short = [name.split(",")[0][:16] for name in names]
+    if target.ndim == 0:
+        return short[int(target)]
+    least = 1.5 * float(target.min())  # smoothing alone
+    shares, classes = target.topk(min(2, len(names)))
+    return "\n".join(f"{short[at]} {share:.2f}" for share, at in zip(shares, classes) if share > least)
 
 
 def replay(arguments: Sequence[str]) -> int:
