@@ -1,5 +1,6 @@
 """Decodes every image of a data set, and lists those that cannot be used in a file for data.exclude."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from deepvit.errors import BAD_INPUT, DONE, UserError
 from deepvit.run.console import say, set_up_logging
 
 BATCH = 64  # images
+PAUSE = 10  # seconds between two lines where there is no terminal
 LOOK = Transform((1, 1), lambda image: torch.zeros(3, 1, 1, dtype=torch.uint8))  # what is decoded is not kept
 
 
@@ -55,12 +57,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _unusable(images: ImageSet, workers: int, display: Display) -> list[Bad]:
-    found, refused = [], 0
+    found, done, refused, last = [], 0, 0, time.monotonic()
     bar = display.add_task(str(Path(images.name(0)).parent.parent), total=len(images))
     for batch in eval_batches(images, LOOK, batch_size=BATCH, workers=workers, on_error="report"):
-        found, refused = found + batch.bad, refused + batch.pil_fallbacks
+        found, done, refused = found + batch.bad, done + len(batch), refused + batch.pil_fallbacks
         display.update(bar, details=[f"{len(found)} bad"])
         display.advance(bar, len(batch))
+        if not display.replaces_lines and time.monotonic() - last > PAUSE:
+            say(f"{done:,} of {len(images):,} decoded, {len(found)} cannot be used")
+            last = time.monotonic()
     display.remove_task(bar)
     if refused:
         say(f"{refused:,} JPEGs are read by PIL only, more slowly.")
