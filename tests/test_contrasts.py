@@ -222,11 +222,20 @@ def test_a_sweep_file_names_its_contrasts(run, tmp_path):
     assert code == BAD_INPUT and "margin" in sentence
 
 
-def test_a_contrast_that_is_none_is_refused_before_the_sweep(run, tmp_path):
-    write_sweep(tmp_path, {"norm": "hello"})
+@pytest.mark.parametrize(("change", "words"), [
+    ({"plus": {"model/attentoin": "norm_only"}}, "model/attentoin"), ("hello", "not a mapping")])
+def test_a_contrast_of_no_cell_is_refused_before_the_sweep(run, tmp_path, change, words):
+    contrast = {"plus": {"model/attention": "norm_only"}, "minus": {"model/attention": "self"}}
+    write_sweep(tmp_path, {"norm": {**contrast, **change} if isinstance(change, dict) else change})
     code, _, sentence = run("train", "-m", "--config-dir", str(tmp_path / "conf"), "sweep=study")
-    assert code == BAD_INPUT and "not a mapping" in sentence and sentence.count("\n") == 1
-    assert not (tmp_path / "runs").exists()
+    assert code == BAD_INPUT and words in sentence and sentence.count("\n") == 1 and not (tmp_path / "runs").exists()
+
+
+def test_a_contrast_whose_value_no_cell_has_is_named(run, tmp_path):
+    """A sweep may be cut down on purpose."""
+    write_sweep(tmp_path, {"norm": {"plus": {"model/attention": "centred"}, "minus": {"model/attention": "self"}}})
+    code, said, _ = run("train", "-m", "--config-dir", str(tmp_path / "conf"), "sweep=study")
+    assert code == DONE and "model/attention=centred" in said
 
 
 def write_sweep(folder, contrasts) -> None:

@@ -21,8 +21,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from deepvit.config.compare import flat
 from deepvit.config.provenance import as_typed, choices_of, digest, preregistration
 from deepvit.config.records import FOLDER, SweepRecord, written_for_us
-from deepvit.errors import DONE, FAILED, STOPPED, UserError
-from deepvit.report.contrasts import read_plan
+from deepvit.errors import DONE, FAILED, STOPPED, UserError, did_you_mean
+from deepvit.report.contrasts import WHERE, Plan, read_plan
 from deepvit.run.console import say
 from deepvit.run.launch import joined
 
@@ -84,9 +84,8 @@ def _open(config: DictConfig) -> OpenSweep:
     name = f"{sweep or 'cells'}-{same if is_kept else session}.jsonl"
     record = SweepRecord(folder / FOLDER / name, session)
     statistics = OmegaConf.to_container(hydra.callbacks.sweep).get("statistics")
-    if statistics:
-        read_plan(statistics)  # refused before anything is written, as is what follows
-    preregistration(hydra)
+    plan = read_plan(statistics) if statistics else None
+    preregistration(hydra)  # refused before anything is written
     with open_dict(config):
         hydra.overrides.hydra.append(
             f"hydra.callbacks.sweep.record=[{in_quotes(str(record.path.absolute()))},'{session}']")
@@ -98,6 +97,8 @@ def _open(config: DictConfig) -> OpenSweep:
     if hydra.sweeper._target_ == BASIC:
         cells = BasicSweeper.split_arguments(parser.parse_overrides(typed), max_batch_size=None)[0]
     shared, described = _described(config, cells) if is_kept else ({}, [])
+    if plan and described:
+        _check_arms(plan, [{**shared, **cell["settings"]} for cell in described])
     record.open(shlex.join(["deepvit", hydra.job.config_name, *sys.argv[1:]]), sweep, described, shared, statistics)
     return OpenSweep(record, len(cells), is_kept)
 
@@ -131,6 +132,19 @@ def _described(config: DictConfig, cells: Sequence[Sequence[str]]) -> tuple[dict
     return shared, [{"overrides": own.pop("origin.overrides"), "folder": folder,
                      "settings": {name: value for name, value in own.items() if name not in shared}}
                     for folder, own in zip(folders, settings)]
+
+
+def _check_arms(plan: Plan, cells: Sequence[Mapping[str, Any]]) -> None:
+    """Refuses a contrast of unknown settings, and says which values no cell has (the sweep may be cut on purpose)."""
+    for contrast, name, value in ((one, *setting) for one in plan.contrasts for _, arm in one.arms
+                                  for setting in arm.items()):
+        found = [cell.get(name, cell.get(f"origin.choices.{name}", ...)) for cell in cells]
+        if all(one is ... for one in found):
+            known = {key.removeprefix("origin.choices.") for cell in cells for key in cell}
+            raise UserError(f"{WHERE}.contrasts.{contrast.name} names {name}, which this sweep does not have."
+                            f"{did_you_mean(name, known)}")
+        if value not in found:
+            say(f"No cell of this sweep has {name}={value}, which the contrast {contrast.name} names.")
 
 
 @contextmanager
