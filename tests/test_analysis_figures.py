@@ -173,6 +173,7 @@ def test_images_as_the_model_wants_them(place):
 
 
 def test_a_hidden_file_that_is_no_image_is_not_worth_a_word(place, tmp_path, caplog):
+    caplog.set_level("WARNING", "deepvit")
     shutil.copy(place / "0.png", tmp_path)
     (tmp_path / ".DS_Store").write_bytes(b"x")
     model = deepvit.load_model(place / "self.pt")

@@ -242,6 +242,7 @@ def test_export_holds_plain_operations_only():
 
 def test_one_graph_under_compile():
     """No graph break, in training and in evaluation; the backend runs the traced graph as it is."""
+    torch.manual_seed(0)
     model, qkv = Attention(), torch.randn(3, 2, 3, 9, 4, requires_grad=True)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for training in (True, False):
