@@ -287,12 +287,12 @@ def test_channels_that_nothing_tells(tmp_path):
 
 # Heads
 
-def test_heads_of_our_names(tmp_path):
+def test_heads_of_our_names_and_hints_of_both(tmp_path):
     model = trained("vit16", embed_dim=384, num_heads=12)
     torch.save({"arch": "vit16", "state_dict": model.state_dict()}, tmp_path / "named.pth")
     assert_same(deepvit.load_model(tmp_path / "named.pth"), model)
     torch.save(model.state_dict(), tmp_path / "bare.pth")
-    with pytest.raises(UserError, match="num_heads=.* arch="):
+    with pytest.raises(UserError, match="num_heads=.* arch=.*small has 6.*vit16 has 12"):
         deepvit.load_model(tmp_path / "bare.pth")
     assert_same(deepvit.load_model(tmp_path / "bare.pth", arch="vit16"), model)
     with pytest.raises(UserError, match="12 heads, the model 6"):
@@ -395,7 +395,7 @@ def test_commands_take_the_same_settings(tmp_path, capsys):
     assert main(["export", str(path), "--to", "safetensors", "arch=deepvit16"]) == 0
     assert_same(deepvit.load_model(tmp_path / "bare.safetensors"), model)
     image = Path(load_sample_images().filenames[0])
-    assert main(["predict", str(path), str(image), "arch=deepvit16"]) == 0
+    assert main(["predict", str(path), str(image), "arch=deepvit16", "--top", "2"]) == 0
     assert "%  class " in capsys.readouterr().out
     assert main(["predict", str(path), str(image)]) == 2
     assert "arch=" in capsys.readouterr().err

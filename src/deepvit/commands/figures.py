@@ -134,14 +134,17 @@ def predict(arguments: Sequence[str]) -> int:
     parser.add_argument("checkpoint", help="a run folder, a checkpoint of any dialect, or a name such as timm:NAME")
     parser.add_argument("images", nargs="+", metavar="IMAGE|KEY=VALUE", help="images or folders of them, and settings "
                         "that the file does not say about its model, such as num_heads=12")
+    parser.add_argument("--top", type=int, default=5, help="how many classes (default 5)")
     add_weights(parser)
     given = parser.parse_intermixed_args(arguments)
     paths, keywords = paths_and_keywords(given.images)
+    if given.top < 1:
+        raise UserError(f"--top {given.top} is too few: give 1 or more.")
     model = open_model(given.checkpoint, given.weights, **keywords)
     images = read_images(model, paths)
     with torch.no_grad():
         logits = model(images.x)  # [B, C]
-    for name, guesses in zip(images.names, top_classes(logits, class_names(model)), strict=True):
+    for name, guesses in zip(images.names, top_classes(logits, class_names(model), given.top), strict=True):
         print(name, *(f"  {probability:7.2%}  {label}" for label, probability in guesses), sep="\n")
     for sentence in images.refused:
         print(sentence, file=sys.stderr)

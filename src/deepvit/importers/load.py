@@ -22,6 +22,7 @@ from deepvit.models.stem import plain
 # In the order in which they are tried: timm's names are in ours and in the published checkpoints too
 DIALECTS: dict[str, Dialect] = {dialect.name: dialect for dialect in (
     ours.OURS, deepvit.DEEPVIT, google.GOOGLE, google.VIT_PYTORCH, lucidrains.FLAX, lucidrains.LUCIDRAINS, timm.TIMM)}
+TIMM_HEADS = {192: "tiny has 3", 384: "small has 6", 768: "base has 12", 1024: "large has 16", 1280: "huge has 16"}
 DECIDED = ("embed_dim", "depth", "num_heads", "in_chans", "patch_size", "qkv_bias")  # a keyword must not contradict
 NAMED = ("ours", "deepvit", "timm")  # dialects whose files may identify the model by name alone
 SCALARS = ("gelu", "norm_eps", "residual_scale", "map_scale", "pool", "final_norm")  # which no shape determines
@@ -146,7 +147,12 @@ def _settings(source: Source, given: Mapping[str, Any], grid_size: Sequence[int]
     shaped, inferred = source.settings, source.dialect.infer(source, given)
     config = model_config("vit") | {"num_heads": None} | shaped | inferred | dict(given)
     if config["num_heads"] is None:
-        raise Untold(f"{source} does not tell its number of heads: give num_heads=..., or arch=NAME of a known model.")
+        width, models = config["embed_dim"], {name: model_config(name) for name in list_models()}
+        alike = [f"timm's {TIMM_HEADS[width]}"] if width in TIMM_HEADS else []
+        alike += [f"{name} has {model['num_heads']}" for name, model in models.items()
+                  if (model["embed_dim"], model["attention"]["class"]) == (width, "SelfAttention")]
+        raise Untold(f"{source} does not tell its number of heads: give num_heads=..., or arch=NAME of a known model"
+                     f" (of width {width}: {', '.join(alike) or 'none'}).")
     if shaped["stem"] == "conv" and not {"residual_scale", "map_scale"} <= {**inferred, **given}.keys():
         raise Untold(f"{source} does not tell residual_scale and map_scale: give them (published: 0.5 and, in L, 1.0, "
                      f"in S head_dim**-0.5), or arch=NAME (such as deepvit_s).")
