@@ -115,3 +115,10 @@ def test_the_regime_of_dose_is_the_runs(dose):
                                      lambda probe: probe["branch_over_stream"]["attention"]), strict=True):
             first = [of(run["probe_initial"])[0] for run in dose[arm.strip("`")].values()]
             assert float(text) == pytest.approx(np.mean(first), rel=0.01)
+
+
+def test_the_small_vit_is_its_runs():
+    result = json.loads((RESULTS / "cifar10_small/runs/vit6/metrics.json").read_text())
+    (top1, interval, top5, loss, updates, _), = table("cifar10_small.md", "top-1 %")
+    assert [top1, top5, loss] == [f"{result['top1']:.2f}", f"{result['top5']:.2f}", f"{result['loss']:.3f}"]
+    assert interval == f"{result['top1_low']:.2f} to {result['top1_high']:.2f}" and updates == f"{result['steps']:,}"
