@@ -78,12 +78,3 @@ def recoverable(u: Tensor, gain: Tensor, total: Tensor, shift: Tensor) -> bool:
     signal, noise = (gain.square() * squares).sum(dim=0), total.square().sum(dim=(0, 2))  # [H]
     heads = zip(signal.tolist(), noise.tolist(), shift.tolist())  # H numbers: faster than three operations of torch
     return all(ours * limit**2 > theirs * b**2 * u.shape[1] for ours, theirs, b in heads)
-
-
-def affine_out(u: Tensor, gain: Tensor | None, total: Tensor, shift: Tensor) -> Tensor:
-    """`gain_h u_h + shift_h total_h` in u's dtype. u `[B, H, N, d]`, gain `[B, H]` or None (1), shift `[H]`, total
-    `[B, H, d]`."""
-    constant = (total * shift[:, None])[:, :, None]  # [B, H, 1, d]
-    if gain is None:
-        return (u + constant).to(u.dtype)
-    return torch.addcmul(constant, u, gain[:, :, None, None]).to(u.dtype)

@@ -86,20 +86,26 @@ def _by_affine(path, q, k, v, mix, bias, *, norm, gain, centre, scale, map_scale
     uniform = rows.sum(dim=1) * ((1 - centre) / N)  # [H], the mean of the mixed maps
     mix = mix if is_plain(gain, 0.0) else mix * gain
     compute = reference.centred_mix if path == "plain" else centred_mix
+    eager = path == "core" and q.device.type == "cpu" and not torch.compiler.is_compiling()
     if not by_batch:
         u, _, total = compute(q, k, v, mix, scale, False)[:3]
-        return affine.affine_out(u, None, total, shift + uniform)
+        constant = (total * (shift + uniform)[:, None])[:, :, None]  # [B, H, 1, d]
+        if eager and not u.requires_grad:
+            _flat(u).add_(_flat(constant))
+            return u
+        return (u + constant).to(u.dtype)
     mean = uniform if bias is None else uniform + bias.detach()
     gamma, shift = norm.gamma.to(wide), norm.beta.to(wide)
     if map_scale != 1.0:  # a product by 1 breaks inductor's recomputation (2.15)
         gamma, shift = gamma * map_scale, shift * map_scale
-    if path == "core" and q.device.type == "cpu" and not torch.compiler.is_compiling():
+    if eager:
         return _Eager.apply(q, k, v, mix, bias, gamma, shift, scale, norm, mean, norm_batch)
     if bias is not None:
         shift = shift + 0 * bias.to(wide)  # it cancels; DDP wants the gradient of zeros that it has
     u, sumsq, total = compute(q, k, v, LIFT * mix, scale, True)[:3]
     rstd = affine.batch_rstd(sumsq / (LIFT * N) ** 2, N, mean, norm, norm_batch)
-    return affine.affine_out(u, gamma * rstd / LIFT, total, shift)
+    constant = (total * shift[:, None])[:, :, None]  # [B, H, 1, d]
+    return torch.addcmul(constant, u, (gamma * rstd / LIFT)[:, :, None, None]).to(u.dtype)
 
 
 @cache
