@@ -12,7 +12,14 @@ from omegaconf import OmegaConf
 from deepvit.config import CONF
 from deepvit.config.compare import flat
 
-ELSEWHERE = {"pretrained": "init", "model.attention.sync_norm": "model.attention.norm_batch"}  # -> our setting
+ELSEWHERE = {  # as other trainers, or older versions, call it -> our setting
+    "accum_iter": "engine.device_batch", "amp": "precision", "attention": "model/attention", "bs": "data.batch_size",
+    "data_dir": "data.root", "data_path": "data.root", "device": "engine.accelerator", "dropout": "model.drop_rate",
+    "fp16": "precision", "gpus": "engine.devices", "grad_accum": "engine.device_batch", "image_size": "model.img_size",
+    "img_size": "model.img_size", "input_size": "model.img_size",
+    "model.attention.sync_norm": "model.attention.norm_batch", "num_workers": "data.workers",
+    "output": "hydra.run.dir", "output_dir": "hydra.run.dir", "pretrained": "init", "warmup": "schedule.warmup_epochs",
+    "wd": "optimizer.weight_decay"}
 PLUGINS = {  # of hydra/launcher and hydra/sweeper -> the package that brings it
     "joblib": "hydra-joblib-launcher", "ray": "hydra-ray-launcher", "submitit_local": "hydra-submitit-launcher",
     "submitit_slurm": "hydra-submitit-launcher", "ax": "hydra-ax-sweeper", "nevergrad": "hydra-nevergrad-sweeper",
