@@ -102,7 +102,7 @@ class Saver:
         self._write(self._folder.nonfinite, state, self._whole(state), "The weights cannot be looked at later.")
 
     def log_sizes(self, state: TrainState) -> None:
-        """Says what the run will leave on the disk."""
+        """Says what the run will leave on the disk, and warns where that has no room."""
         if not self._ranks.is_main:
             return
         weights = size_of(state.weights())
@@ -111,6 +111,10 @@ class Saver:
         whole = weights + (size_of(state.optimizer.state_dict()["state"]) or 2 * size_of(trained))
         log.info("Checkpoints: last and previous of %s each, best of %s; engine.keep=best leaves only the best.",
                  _size(whole), _size(weights))
+        needed, free = 3 * whole + weights, shutil.disk_usage(self._folder.path).free  # a third while one is written
+        if needed > free:
+            log.warning("The checkpoints of this run may need %s, and %s are free at %s.", _size(needed), _size(free),
+                        self._folder.path)
 
     def _whole(self, state: TrainState) -> dict[str, Any]:
         return {**state.state_dict(), "world": self._ranks.world}
