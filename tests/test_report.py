@@ -348,7 +348,8 @@ def test_states(make_run, template):
     (folder / "events.jsonl").write_text('{"event": "start"}\n{"event": "PREEMPTED"}\n')
     assert runs.read_run(folder).state == "stopped"
     (folder / "events.jsonl").write_text('{"event": "start"}\n{"event": "PREEM')
-    assert runs.read_run(folder).state == "unfinished"
+    (folder / "lock").write_text("process 1 on another-machine")
+    assert runs.read_run(folder).state == "unfinished (last worked on by another-machine)"
     assert runs.read_run(template).state == "finished"
 
 

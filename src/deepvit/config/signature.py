@@ -2,7 +2,6 @@
 
 import inspect
 import math
-import reprlib
 import types
 import typing
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ def check_arguments(function: Callable, given: Mapping[str, Any], where: str = "
     """Refuses what `function(**given)`, a function or class with annotated parameters, would: unknown names (with a
     suggestion), missing ones but for `ignore_missing`, wrong types. `where`: the config path in the sentence."""
     if not isinstance(given, Mapping):
-        raise UserError(f"{where} is {reprlib.repr(given)}, which is not a mapping of settings.")
+        raise UserError(f"{where} is {_shown(given)}, which is not a mapping of settings.")
     prefix = f"{where}." if where else ""
     parameters, hints = parameters_of(function)
     for name, value in given.items():
@@ -28,7 +27,7 @@ def check_arguments(function: Callable, given: Mapping[str, Any], where: str = "
             raise UserError(f"{prefix}{name} is not a setting.{did_you_mean(name, parameters)} "
                             f"The settings are: {', '.join(sorted(parameters))}.")
         if name in hints and not fits(value, hints[name]):
-            raise UserError(f"{prefix}{name} is {reprlib.repr(value)}, which is not {describe(hints[name])}.")
+            raise UserError(f"{prefix}{name} is {_shown(value)}, which is not {describe(hints[name])}.")
     for name, parameter in parameters.items():
         if parameter.default is parameter.empty and name not in given and name not in ignore_missing:
             raise UserError(f"{prefix}{name} is missing: give it {describe(hints.get(name, Any))}.")
@@ -103,6 +102,11 @@ def fits(value: Any, hint: Any) -> bool:
     if origin is tuple and Ellipsis not in arguments:
         return len(value) == len(arguments) and all(map(fits, value, arguments))
     return all(fits(item, arguments[0]) for item in value)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", type(None): "null"}

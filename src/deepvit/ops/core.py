@@ -79,22 +79,21 @@ def _by_affine(path, q, k, v, mix, bias, *, norm, gain, centre, scale, map_scale
     if mix is None:
         mix, bias = torch.eye(H, dtype=wide, device=q.device), None
     mix = mix.to(wide)
-    by_batch = training and norm is not None
-    if not by_batch:
-        mix, shift = affine.fold(mix, bias, norm, map_scale)
-    rows = mix.detach() if by_batch else mix  # batch statistics take the mean away again
-    uniform = rows.sum(dim=1) * ((1 - centre) / N)  # [H], the mean of the mixed maps
-    mix = mix if is_plain(gain, 0.0) else mix * gain
     compute = reference.centred_mix if path == "plain" else centred_mix
     eager = path == "core" and q.device.type == "cpu" and not torch.compiler.is_compiling()
-    if not by_batch:
-        u, _, total = compute(q, k, v, mix, scale, False)[:3]
-        constant = (total * (shift + uniform)[:, None])[:, :, None]  # [B, H, 1, d]
+    entry = (1 - centre) / N  # of a map's uniform part
+    if not training or norm is None:
+        mix, shift = affine.fold(mix, bias, norm, map_scale)
+        shift = shift + entry * mix.sum(dim=1)
+        u, _, total = compute(q, k, v, mix if is_plain(gain, 0.0) else mix * gain, scale, False)[:3]
+        constant = (total * shift[:, None])[:, :, None]  # [B, H, 1, d]
         if eager and not u.requires_grad:
             _flat(u).add_(_flat(constant))
             return u
         return (u + constant).to(u.dtype)
-    mean = uniform if bias is None else uniform + bias.detach()
+    mean = entry * mix.detach().sum(dim=1)  # [H]: the norm takes it away again
+    mean = mean if bias is None else mean + bias.detach()
+    mix = mix if is_plain(gain, 0.0) else mix * gain
     gamma, shift = norm.gamma.to(wide), norm.beta.to(wide)
     if map_scale != 1.0:  # a product by 1 breaks inductor's recomputation (2.15)
         gamma, shift = gamma * map_scale, shift * map_scale

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import socket
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -176,6 +177,10 @@ def _unfinished_state(folder: Path) -> str:
         return "running"
     if [line.get("event") for line in read_json_lines(folder / "events.jsonl")][-1:] == ["PREEMPTED"]:
         return "stopped"
+    with suppress(OSError, UnicodeDecodeError):
+        owner = re.search(r" on (\S+)", (folder / "lock").read_text())
+        if owner and owner[1] != socket.gethostname():  # its lock cannot be seen here: it may be running
+            return f"unfinished (last worked on by {owner[1]})"
     return "unfinished"
 
 
