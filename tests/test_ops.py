@@ -233,6 +233,42 @@ def test_function_transforms_take_plain_operations():
     assert torch.allclose(per_sample, reference.reattention(q, k, v, leaves["mix"]))
 
 
+def with_batch_statistics(bias: torch.Tensor | None = None) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The output of training, and what it was made from: q, Theta, gamma, beta."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 3, 5, 4).unbind()
+    leaves = [x.requires_grad_() for x in (q, torch.randn(3, 3), torch.ones(3), torch.rand(3))]
+    norm = HeadNorm(*leaves[2:], torch.zeros(3), torch.ones(3))
+    return ops.reattention(leaves[0], k, v, leaves[1], bias, norm=norm, training=True), leaves
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_a_gradient_of_training_is_taken_once_and_never_half(place):
+    out, leaves = with_batch_statistics()
+    gradient, = torch.autograd.grad(out.square().sum(), leaves[place], create_graph=True)
+    with pytest.raises(UserError, match="once.*torch.func"):
+        gradient.square().sum().backward()
+
+
+def test_batched_gradients_of_training_are_the_single_ones():
+    out, leaves = with_batch_statistics()
+    seeds = torch.randn(3, *out.shape)
+    batched = torch.autograd.grad(out, leaves, seeds, is_grads_batched=True, retain_graph=True)
+    for number, seed in enumerate(seeds):
+        for together, alone in zip(batched, torch.autograd.grad(out, leaves, seed, retain_graph=True), strict=True):
+            torch.testing.assert_close(together[number], alone)
+
+
+def test_a_bias_that_is_not_finite_shows():
+    assert not with_batch_statistics(bias=torch.tensor([0.0, float("nan"), 0.0]))[0].isfinite().all()
+
+
+def test_a_gain_in_double_precision_is_the_gain():
+    (q, k, v), _, _ = problem(2, 3, 9, 4, torch.float32)
+    gain = torch.tensor([0.5, 1.5, 2.5])
+    torch.testing.assert_close(ops.reattention(q, k, v, gain=gain.double()), ops.reattention(q, k, v, gain=gain))
+
+
 def test_export_holds_plain_operations_only():
     model, qkv = Attention().eval(), torch.randn(3, 2, 3, 9, 4)
     program = torch.export.export(model, (qkv,))

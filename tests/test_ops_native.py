@@ -12,17 +12,29 @@ from deepvit.ops import native, tiles
 needs_compiler = pytest.mark.skipif(native.load()[0] is None, reason=native.load()[1])
 
 
+@pytest.fixture(params=["all of this processor's", "avx2"])
+def instructions(request, monkeypatch):
+    """Those that the kernel is built for."""
+    if request.param == "avx2":
+        monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
+        native.load.cache_clear()
+    yield
+    monkeypatch.undo()
+    native.load.cache_clear()
+
+
 @needs_compiler
 @torch.no_grad()
-@pytest.mark.parametrize("batch, threads", [(1, 2), (3, 2), (5, 1)])
-def test_tasks_cover_every_row(batch, threads):
+@pytest.mark.parametrize("batch, width, threads, tasks", [(1, 8, 2, 3), (3, 19, 2, 2), (5, 16, 1, 1)])
+def test_tasks_cover_every_row(instructions, batch, width, threads, tasks):
     """A sample may be cut into several tasks, whose sums come together in a fixed order."""
-    (q, k, v), leaves, _ = problem(batch, 3, 41, 8, torch.float32)
+    (q, k, v), leaves, _ = problem(batch, 3, 130, width, torch.float32)
     arguments = (q, k, v, leaves["mix"].detach(), 0.5)
     torch.set_num_threads(threads)
+    assert native._sizes(q, 0.5).chunks == tasks
     try:
         out = native.centred_mix(*arguments, True)
-        seeds = torch.ones_like(q), torch.ones(batch, 3), torch.ones(batch, 3, 8)
+        seeds = torch.ones_like(q), torch.ones(batch, 3), torch.ones(batch, 3, width)
         grads = native.centred_mix_backward(*seeds, *arguments)
         again = native.centred_mix_backward(*seeds, *arguments)
     finally:

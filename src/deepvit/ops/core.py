@@ -85,7 +85,7 @@ def _by_affine(path, q, k, v, mix, bias, *, norm, gain, centre, scale, map_scale
     if not training or norm is None:
         mix, shift = affine.fold(mix, bias, norm, map_scale)
         shift = shift + entry * mix.sum(dim=1)
-        u, _, total = compute(q, k, v, mix if is_plain(gain, 0.0) else mix * gain, scale, False)[:3]
+        u, _, total = compute(q, k, v, mix if is_plain(gain, 0.0) else (mix * gain).to(wide), scale, False)[:3]
         constant = (total * shift[:, None])[:, :, None]  # [B, H, 1, d]
         if eager and not u.requires_grad:
             _flat(u).add_(_flat(constant))
@@ -93,14 +93,14 @@ def _by_affine(path, q, k, v, mix, bias, *, norm, gain, centre, scale, map_scale
         return (u + constant).to(u.dtype)
     mean = entry * mix.detach().sum(dim=1)  # [H]: the norm takes it away again
     mean = mean if bias is None else mean + bias.detach()
-    mix = mix if is_plain(gain, 0.0) else mix * gain
+    mix = mix if is_plain(gain, 0.0) else (mix * gain).to(wide)
     gamma, shift = norm.gamma.to(wide), norm.beta.to(wide)
     if map_scale != 1.0:  # a product by 1 breaks inductor's recomputation (2.15)
         gamma, shift = gamma * map_scale, shift * map_scale
-    if eager:
-        return _Eager.apply(q, k, v, mix, bias, gamma, shift, scale, norm, mean, norm_batch)
     if bias is not None:
         shift = shift + 0 * bias.to(wide)  # it cancels; DDP wants the gradient of zeros that it has
+    if eager:
+        return _Eager.apply(q, k, v, mix, gamma, shift, scale, norm, mean, norm_batch)
     u, sumsq, total = compute(q, k, v, LIFT * mix, scale, True)[:3]
     rstd = affine.batch_rstd(sumsq / (LIFT * N) ** 2, N, mean, norm, norm_batch)
     constant = (total * shift[:, None])[:, :, None]  # [B, H, 1, d]
@@ -182,7 +182,7 @@ centred_mix_backward.register_autograd(_second_backward)
 class _Once(torch.autograd.Function):
     """Gradients, its first `count` arguments, whose own gradient by what they were made from, the rest, is refused."""
 
-    forward = staticmethod(lambda ctx, count, *tensors: tensors[:count])
+    forward = staticmethod(lambda ctx, count, *tensors: tuple(x.clone() for x in tensors[:count]))
     backward = staticmethod(_second_backward)
 
 
@@ -191,7 +191,7 @@ class _Eager(torch.autograd.Function):
     affine is written over U; backward takes U from it, or from a copy where rounding forbids that."""
 
     @staticmethod
-    def forward(ctx, q, k, v, mix, bias, gamma, shift, scale, norm, mean, norm_batch):
+    def forward(ctx, q, k, v, mix, gamma, shift, scale, norm, mean, norm_batch):
         mix, N = LIFT * mix, q.shape[2]
         u, sumsq, total, kept = centred_mix(q, k, v, mix, scale, True)
         rstd = affine.batch_rstd(sumsq / (LIFT * N) ** 2, N, mean, norm, norm_batch)  # [B, H]
@@ -200,7 +200,7 @@ class _Eager(torch.autograd.Function):
         copy = None if ctx.from_out else u.clone()
         torch.addcmul(_flat((total * shift[:, None])[:, :, None]), flat, _flat(_wide(gain, u)), out=flat)
         ctx.scale, ctx.norm_batch = scale, norm_batch
-        ctx.save_for_backward(q, k, v, mix, bias, shift, total, kept, rstd, gain, u if ctx.from_out else copy)
+        ctx.save_for_backward(q, k, v, mix, shift, total, kept, rstd, gain, u if ctx.from_out else copy)
         return u
 
     @staticmethod
@@ -213,8 +213,8 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     @torch.no_grad()
     def gradients(ctx, grad):
-        """Of q, k, v, mix, bias (zeros: it cancels, but DDP wants a gradient), gamma and shift."""
-        q, k, v, mix, bias, shift, total, kept, rstd, gain, held = ctx.saved_tensors
+        """Of q, k, v, mix, gamma and shift."""
+        q, k, v, mix, shift, total, kept, rstd, gain, held = ctx.saved_tensors
         flat = _flat(grad)
         rows = flat.sum(dim=1, dtype=total.dtype).view(total.shape)  # [B, H, d]
         dshift = (rows * total).sum(dim=2)  # [B, H]
@@ -225,13 +225,13 @@ class _Eager(torch.autograd.Function):
         dsumsq = dvar * (-0.5 / (LIFT * q.shape[2]) ** 2)
         du = (flat * _flat(_wide(gain, grad))).to(held.dtype).view_as(grad.transpose(1, 2)).transpose(1, 2)
         *dqkv, dmix = centred_mix_backward(du, dsumsq, rows * shift[:, None], q, k, v, mix, kept, ctx.scale)
-        dbias = None if bias is None else torch.zeros_like(bias)
-        return *dqkv, LIFT * dmix, dbias, (dgain * rstd).sum(dim=0) / LIFT, dshift.sum(dim=0)
+        return *dqkv, LIFT * dmix, (dgain * rstd).sum(dim=0) / LIFT, dshift.sum(dim=0)
 
 
 def _flat(x: Tensor) -> Tensor:
     """`[B, H, N, d]` as `[B, N, H d]`, whose rows are long: a view of what is laid out tokens first."""
-    return x.transpose(1, 2).flatten(2)
+    B, H, N, d = x.shape
+    return x.transpose(1, 2).reshape(B, N, H * d)  # batched gradients have no flatten
 
 
 def _wide(gain: Tensor, like: Tensor) -> Tensor:
