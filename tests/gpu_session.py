@@ -1,4 +1,4 @@
-"""All that a GPU is asked in one sitting: the tests marked gpu, the bench, a training run that is killed and continued.
+"""Everything we ask of a GPU, in one session: the tests marked gpu, the bench, a run killed and continued, small ones.
 
     python tests/gpu_session.py [FOLDER]              under 7 minutes on an H100; FOLDER: $OUT if set, else runs/gpu
     python tests/gpu_session.py --only compiled [FOLDER]      the steps with that in their names: those left out before

@@ -206,7 +206,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--train", type=int, default=None, help="images of a class (default: all)")
     parser.add_argument("--test", type=int, default=None)
     parser.add_argument("--attention", default="self")
-    parser.add_argument("--opt", default="adamw", help="any of timm's: muon reaches 70 % several times sooner")
+    parser.add_argument("--opt", default="adamw", help="any of timm's: muon reaches 70 %% several times sooner")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--no-augment", action="store_true")
     parser.add_argument("--depth", type=int, default=6)

@@ -22,6 +22,7 @@ from sklearn.datasets import load_sample_images
 from torch.testing import assert_close
 
 import deepvit
+from deepvit.commands.export import export
 from deepvit.commands.main import main
 from deepvit.config.compose import compose
 from deepvit.config.settings import read_evaluation
@@ -454,6 +455,9 @@ def test_weights_that_came_with_the_package(monkeypatch, tmp_path):
     deepvit.save_model(trained(), tmp_path / "tiny.safetensors")
     monkeypatch.setattr("deepvit.importers.locate.RELEASED", tmp_path)
     assert deepvit.load_model("deepvit:tiny").config["depth"] == 2
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert export("deepvit:tiny", "safetensors").path.resolve() == tmp_path / "here" / "tiny.safetensors"
     with pytest.raises(UserError, match="are: tiny. Did you mean 'tiny'"):
         deepvit.load_model("deepvit:tiyn")
 

@@ -122,3 +122,6 @@ def test_the_small_vit_is_its_runs():
     (top1, interval, top5, loss, updates, _), = table("cifar10_small.md", "top-1 %")
     assert [top1, top5, loss] == [f"{result['top1']:.2f}", f"{result['top5']:.2f}", f"{result['loss']:.3f}"]
     assert interval == f"{result['top1_low']:.2f} to {result['top1_high']:.2f}" and updates == f"{result['steps']:,}"
+    for name, row in zip(("adamw", "muon"), table("cifar10_small.md", "optimizer"), strict=True):
+        tuned = json.loads((RESULTS / f"cifar10_small/runs/tuning/{name}/metrics.json").read_text())
+        assert row[2:] == [f"{tuned['top1']:.2f}", f"{tuned['loss']:.3f}"]

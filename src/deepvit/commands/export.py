@@ -50,12 +50,14 @@ class Exported(NamedTuple):
 def export(source: str | Path, to: str, out: str | Path | None = None, weights: str = "auto",
            **keywords: Any) -> Exported:
     """Writes the model of a run folder or weights file as `to` (of `FORMS`), reads it back and compares logits. `out`
-    is the file to write (default: beside the source's); `weights` and keywords are those of `open_model`. UserError for
-    an unreadable source, or a model that the form cannot hold; Failure if the logits differ."""
+    is the file to write (default: beside the source's; of a name such as `timm:...`, in the working directory);
+    `weights` and keywords are those of `open_model`. UserError for an unreadable source, or a model that the form
+    cannot hold; Failure if the logits differ."""
     write_form, suffix = FORMS[to]
     path, run = find_checkpoint(source)
     model = open_model(path, weights, **keywords)
-    out = Path(out) if out else path.with_name(f"{path.name.split('.')[0]}.{suffix}")
+    beside = path.parent if Path(source).exists() else Path()  # a name's file lies in a cache, or in the package
+    out = Path(out) if out else beside / f"{path.name.split('.')[0]}.{suffix}"
     if out.resolve() == path.resolve():
         raise UserError(f"--out {out} is the source itself: choose another file.")
     card = out / "README.md" if to == "hub-folder" else out.with_name(out.name + ".md")
@@ -224,7 +226,8 @@ def main(arguments: Sequence[str]) -> int:
     parser = parser_of("export")
     parser.add_argument("source", type=Path, help="a run folder, or a checkpoint of any dialect")
     parser.add_argument("--to", required=True, choices=list(FORMS), help="the form to write")
-    parser.add_argument("--out", type=Path, help="the file to write (default: beside the checkpoint)")
+    parser.add_argument("--out", type=Path, help="the file to write (default: beside the checkpoint; here, of a name "
+                                                 "such as timm:...)")
     add_weights(parser)
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE",
                         help="what the file does not say about its model, e.g. num_heads=12 or dialect=vit_pytorch")
@@ -264,6 +267,8 @@ def _last_of(run: Path, count: int) -> list[Path]:
     folder = RunFolder(run)
     files = (*folder.checkpoints.glob("step-*.pt"), folder.previous, folder.last)
     by_step: dict[int, Path] = {open_weights(path).said.get("step", -1): path for path in files if path.exists()}
+    if not by_step:
+        raise UserError(f"{run} has 0 checkpoints: give the folder of a run.")
     if len(by_step) < count:
         raise UserError(f"{run} has {len(by_step)} checkpoints and {count} are to be averaged: train with "
                         f"engine.keep_epochs=1, which keeps each epoch's weights, or give --last {len(by_step)}.")

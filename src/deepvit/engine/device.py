@@ -163,7 +163,7 @@ def largest_batch(sizes: Sequence[int], state: TrainState, stepper: Stepper, exa
 
 def needed_bytes(state: TrainState, stepper: Stepper, example: Example) -> tuple[int, int]:
     """Bytes that an update needs besides the state: a fixed part, and a part per image. Nothing is left changed."""
-    counts = (2, 2, 4) if stepper.ranks.device.type == "cuda" else (2, 4)  # the first pass makes cuBLAS's workspace
+    counts = (2, 2, 4) if stepper.ranks.device.type == "cuda" else (2, 4)  # the first pass allocates cuBLAS's workspace
     with state.traceless():
         *_, two, four = (_bytes_of(state, stepper, example, count) for count in counts)
     each = max(1, (four - two) // 2)

@@ -180,15 +180,15 @@ centred_mix_backward.register_autograd(_second_backward)
 
 
 class _Once(torch.autograd.Function):
-    """Gradients, its first `count` arguments, whose own gradient by what they were made from, the rest, is refused."""
+    """Passes on its first `count` arguments, gradients; refuses their own gradients by the rest, their origins."""
 
     forward = staticmethod(lambda ctx, count, *tensors: tuple(x.clone() for x in tensors[:count]))
     backward = staticmethod(_second_backward)
 
 
 class _Eager(torch.autograd.Function):
-    """The training form with its norm as one node, for eager code on a CPU: small models wait for small operations. The
-    affine is written over U; backward takes U from it, or from a copy where rounding forbids that."""
+    """The training form with its norm as one node, for eager code on a CPU, where small operations dominate small
+    models. The affine is written over U; backward takes U from it, or from a copy where rounding forbids that."""
 
     @staticmethod
     def forward(ctx, q, k, v, mix, gamma, shift, scale, norm, mean, norm_batch):

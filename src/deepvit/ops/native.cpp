@@ -194,7 +194,7 @@ static void unpack(const float* from, float factor, long rows, long D, long Dp, 
     }
 }
 
-// Rows of D and of stride `row`: a `[rows, depth]` times b `[depth, Dp]`, by way of `part` where D is no whole vectors
+// Rows of D and of stride `row`: a `[rows, depth]` times b `[depth, Dp]`, by way of `part` where W does not divide D
 template <class Left>
 static void product_to(Left a, const float* b, float* to, long row, long rows, long D, long Dp, long depth,
                        float* part) {
