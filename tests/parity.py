@@ -26,10 +26,11 @@ import argparse
 import csv
 import json
 import os
-import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,7 @@ def by_timm(given: argparse.Namespace, data: Path, seed: int) -> dict[str, Any]:
         "--aa", "rand-m9-mstd0.5-inc1", "--mixup", "0.8", "--cutmix", "1.0", "--reprob", "0.25", "--smoothing", "0.1",
         "--drop-path", "0.2", "--train-interpolation", "random"])
     out = given.out / "runs" / "timm"
+    shutil.rmtree(out / f"seed-{seed}", ignore_errors=True)  # one that was cut short
     seconds = run(given, [sys.executable, "-c", THEIRS, str(given.timm), "--data-dir", str(data), "--train-split",
                           "train", "--val-split", "test", "--model", "vit", "--model-kwargs", *keywords,
                           "--num-classes", str(given.classes), "--input-size", "3", "32", "32", "--crop-pct", "1.0",
@@ -101,6 +103,7 @@ def by_timm(given: argparse.Namespace, data: Path, seed: int) -> dict[str, Any]:
 def by_us(given: argparse.Namespace, data: Path, seed: int) -> dict[str, Any]:
     augment = ["augment=none"] if given.no_augment else ["augment=deepvit", "model.drop_path_rate=0.2"]
     folder = given.out / "runs" / "ours" / f"seed-{seed}"
+    shutil.rmtree(folder, ignore_errors=True)
     seconds = run(given, [sys.executable, str(ROOT / "train.py"), "recipe=folder", "model=vit",
                           f"model/attention={given.attention}", f"data.root={data}", "data.crop_pct=1.0",
                           *(f"model.{name}={value}" for name, value in model_settings(given).items()),
@@ -131,14 +134,14 @@ def run(given: argparse.Namespace, command: list[str], log: Path) -> float:
     """CPU seconds that the command took with its children; what it says goes to `log`."""
     log.parent.mkdir(parents=True, exist_ok=True)
     paths = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with log.open("w") as file:
-        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT,
-                              env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": str(given.threads)}).returncode
-    if code:
-        sys.exit(f"{' '.join(command[:3])[:80]} ... ended with {code}; its last words are in {log}.")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 1)
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT,
+                                   env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": str(given.threads)})
+        _, status, used = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{' '.join(command[:3])[:80]} ... ended with {os.waitstatus_to_exitcode(status)}; "
+                         f"its last words are in {log}.")
+    return round(used.ru_utime + used.ru_stime, 1)
 
 
 def table(rows: Sequence[dict[str, Any]], margin: float) -> str:
@@ -178,18 +181,19 @@ def main() -> None:
     subset(given.cifar10, data, {"train": given.train, "test": given.test})
     given.classes = len(list((data / "train").iterdir()))
     settings = {name: value for name, value in sorted(vars(given).items())
-                if name not in ("timm", "cifar10", "out", "seeds", "workers", "threads")}
+                if name not in ("timm", "cifar10", "out", "seeds", "workers", "threads", "jobs")}
     rows = [json.loads(line) for line in done.read_text().splitlines()] if done.exists() else []
     if any(row["settings"] != settings for row in rows):
         sys.exit(f"{done} holds rows of other settings: choose another --out.")
-    for seed in range(given.seeds):
-        for name, train in TRAINERS.items():
-            if not any((row["trainer"], row["seed"]) == (name, seed) for row in rows):
-                rows.append({"trainer": name, "seed": seed, **train(given, data, seed), "settings": settings})
-                with done.open("a") as file:
-                    file.write(json.dumps(rows[-1]) + "\n")
-                print(f"seed {seed}  {name:5} top-1 {rows[-1]['curve'][-1][2]:.2f} %  {rows[-1]['cpu_s']:.0f} CPU s",
-                      flush=True)
+    missing = [(seed, name) for seed in range(given.seeds) for name in TRAINERS
+               if not any((row["trainer"], row["seed"]) == (name, seed) for row in rows)]
+    with ThreadPoolExecutor(given.jobs) as pool:
+        for (seed, name), found in zip(missing, pool.map(lambda one: TRAINERS[one[1]](given, data, one[0]), missing),
+                                       strict=True):
+            rows.append({"trainer": name, "seed": seed, **found, "settings": settings})
+            with done.open("a") as file:
+                file.write(json.dumps(rows[-1]) + "\n")
+            print(f"seed {seed}  {name:5} top-1 {found['curve'][-1][2]:.2f} %  {found['cpu_s']:.0f} CPU s", flush=True)
     (given.out / "table.md").write_text(table(rows, given.margin))
     print((given.out / "table.md").read_text())
 
@@ -215,6 +219,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=100, help="a divisor of the training set: timm drops what is left")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at once")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     given = parser.parse_args()
     given.warmup = max(1, given.epochs // 10) if given.warmup is None and given.epochs > 1 else given.warmup or 0
