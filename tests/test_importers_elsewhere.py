@@ -26,6 +26,7 @@ from deepvit.commands.export import export
 from deepvit.commands.main import main
 from deepvit.config.compose import compose
 from deepvit.config.settings import read_evaluation
+from deepvit.analysis.images import told_preparation
 from deepvit.errors import UserError
 from deepvit.importers import locate, open_model, open_weights
 from deepvit.importers.settings import as_keywords
@@ -104,10 +105,13 @@ def test_folders_of_accelerate(tmp_path, name):
     with pytest.raises(UserError, match="arch="):
         deepvit.load_model(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({
-        "architecture": "deepvit16", "model_args": SMALL, "label_names": ["ant", "bee", "cat"]}))
+        "architecture": "deepvit16", "model_args": SMALL, "label_names": ["ant", "bee", "cat"],
+        "pretrained_cfg": {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "crop_pct": 1.0,
+                           "interpolation": "nearest"}}))
     again = deepvit.load_model(tmp_path)
     assert_same(again, model)
     assert again.load_report.said["classes"] == ["ant", "bee", "cat"]
+    assert told_preparation(again) == {"norm": "imagenet", "crop_pct": 1.0}  # there is no `nearest` here
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="config.json"):
         deepvit.load_model(tmp_path)

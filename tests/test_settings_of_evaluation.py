@@ -102,6 +102,7 @@ CASES: dict[str, Case | list[Case] | str] = {
     "model.img_size": Case(first("img_size"), 32, wanted=[32, 32]),
     "model.num_heads": Case(first("n"), 1),  # which is refused
     "model.arch": Case(first("n"), "vit_b16"),
+    "origin": "test_images_are_prepared_as_in_training",
 }
 
 
@@ -186,3 +187,15 @@ def test_it_arrives(name, case):
 def test_every_setting_has_an_entry():
     groups = {f"data.{field.name}" for field in fields(Data)} | {f"model.{name}" for name in asked()["model"]}
     assert set(CASES) == names(EvalSettings) - {"data", "model"} | groups
+
+
+@pytest.mark.parametrize(("typed", "norm"), [([], "imagenet"), (["data.norm=half"], "half"), (None, "half")])
+def test_images_are_prepared_as_in_training(typed, norm):
+    """Named data has a normalisation of its own, which is not the model's; what was typed is meant."""
+    content = torch.load(PLACES["WEIGHTS"], weights_only=True)
+    content["run"]["data"] |= {"norm": "imagenet", "crop_pct": 0.5}
+    torch.save(content, path := PLACES["TMP"] / "otherwise.pt")
+    seen = seen_with({"checkpoint": str(path), "data.source": "folder", "data.root": "PHOTOS",
+                      "origin": None if typed is None else {"overrides": typed}})
+    (result,) = seen.results
+    assert (result["norm"], result["crop_pct"]) == (norm, 0.9 if typed is None else 0.5)

@@ -81,10 +81,15 @@ def _inside(folder: Path) -> list[Path]:
 
 def evaluated_as(model: ViT) -> dict[str, Any]:
     """How its images are prepared (`crop_pct`, `interpolation`, `norm`), and the `source` of its training images."""
+    return PUBLISHED | told_preparation(model)
+
+
+def told_preparation(model: ViT) -> dict[str, Any]:
+    """As much of `evaluated_as` as the model's file tells: its run's, or what timm records."""
     said = model.load_report.said
-    found = (said.get("run") or {}).get("data") or {
-        "norm": data.name_of_norm(said.get("mean"), said.get("std")) or PUBLISHED["norm"]}
-    return {name: found.get(name, value) for name, value in PUBLISHED.items()}
+    norm = data.name_of_norm(said.get("mean"), said.get("std"))
+    found = (said.get("run") or {}).get("data") or {**said, "norm": norm}
+    return {name: found[name] for name in PUBLISHED if found.get(name) is not None}
 
 
 def _examples(source: str | None) -> list[tuple[str, Any]]:

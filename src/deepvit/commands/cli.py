@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from deepvit.commands.sweep import Recorder, Refused, in_quotes, record_of, sum_up
 from deepvit.config import CONF
 from deepvit.config.compose import PLUGINS, setting_meant
-from deepvit.config.provenance import as_typed, origin, run_folder
+from deepvit.config.provenance import as_typed, choices_of, origin, run_folder
 from deepvit.errors import BAD_INPUT, DONE, FAILED, STOPPED, UserError, did_you_mean, first_line
 from deepvit.run.console import say
 from deepvit.run.launch import Job, Outcome, eval_job, launch, train_job, unexpected
@@ -49,8 +49,8 @@ def run_job(job: Job, config: DictConfig) -> Any:
             say(f"\n[{settings.job.num + 1}] {', '.join(as_typed(settings.overrides.task)) or 'default'}")
         try:
             plain = OmegaConf.to_container(config, resolve=True)
-            chosen = {"origin": origin(config, settings, folder)} if job is train_job else {}
-            outcome = launch(job, plain | chosen, folder)
+            asked = origin(config, settings, folder) if job is train_job else choices_of(settings)
+            outcome = launch(job, {**plain, "origin": asked}, folder)
         except OmegaConfBaseException as error:  # a reference to nothing, such as ${oc.env:UNSET}
             outcome = Outcome(BAD_INPUT, hydra_error(error))
         except Exception as error:  # a defect in one cell must not end the others; its traceback is printed

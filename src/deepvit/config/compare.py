@@ -38,6 +38,11 @@ def has_no_effect(name: str) -> bool:
     return any(name == one or name.startswith(f"{one}.") for one in WITHOUT_EFFECT)
 
 
+def typed_names(origin: Mapping[str, Any] | None, unknown: Sequence[str] = ()) -> set[str]:
+    """The settings that were given on the command line of `origin`; `unknown`: where that is not recorded."""
+    return {word.lstrip("+~").partition("=")[0] for word in (origin or {}).get("overrides", unknown)}
+
+
 def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """The settings that can change a result and differ: name -> (before, now). One unknown to a side is off there."""
     old, new = comparable(before), comparable(now)

@@ -181,6 +181,7 @@ class EvalSettings:
     knn: Count | None
     out: str | None
     model: Mapping[str, Any]
+    origin: Mapping[str, Any] | None = None
 
 
 def read_evaluation(config: Mapping[str, Any]) -> EvalSettings:

@@ -47,8 +47,11 @@ def hub_metadata(path: Path) -> dict[str, Any]:
     images = content.get("pretrained_cfg") if isinstance(content.get("pretrained_cfg"), dict) else {}
     typed = {"arch": ("architecture", str), "model_args": ("model_args", dict), "classes": ("label_names", list)}
     found = {key: content[theirs] for key, (theirs, kind) in typed.items() if isinstance(content.get(theirs), kind)}
-    return found | {key: values for key in ("mean", "std") if isinstance(values := images.get(key), list)
-                    and all(isinstance(one, float) for one in values)}
+    found |= {key: values for key in ("mean", "std") if isinstance(values := images.get(key), list)
+              and all(isinstance(one, float) for one in values)}
+    crop, interpolation = images.get("crop_pct"), images.get("interpolation")
+    return (found | ({"crop_pct": crop} if isinstance(crop, float) and 0.1 <= crop <= 1 else {})
+            | ({"interpolation": interpolation} if interpolation in ("bilinear", "bicubic") else {}))
 
 
 def _released(name: str) -> Path:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from deepvit.config.compare import has_no_effect
+from deepvit.config.compare import has_no_effect, typed_names
 from deepvit.report.runs import Run, Sweep, without_paths
 
 MAX_VARYING = 3  # settings beside depth, attention and seed in which runs started alone may differ in one table
@@ -141,7 +141,7 @@ def _typed(runs: Sequence[Run]) -> str:
 
 
 def _typed_names(runs: Sequence[Run]) -> set[str]:
-    return {word.lstrip("+").split("=")[0] for run in runs for word in run.origin.get("overrides", ())}
+    return set().union(*(typed_names(run.origin) for run in runs))
 
 
 def _grid(runs: Sequence[Run]) -> Grid:

@@ -14,8 +14,8 @@ import torch
 from timm.data import ImageNetInfo
 
 from deepvit.analysis.ablation import ablations
-from deepvit.analysis.images import class_names
-from deepvit.config.compare import flat
+from deepvit.analysis.images import class_names, told_preparation
+from deepvit.config.compare import flat, typed_names
 from deepvit.config.provenance import versions
 from deepvit.config.settings import Data, EvalSettings, read_evaluation, read_group
 from deepvit.data import Batch, ImageSet, eval_folder, real_top1, resolve_decoder, source_of
@@ -36,6 +36,7 @@ from deepvit.run.launch import Stopped
 from deepvit.run.measures import Evaluator, calibration
 
 NEUTRAL = {"root": None, "fraction": 1.0, "classes": None, "val_fraction": None}  # the same in every source of data
+PREPARATION = ("norm", "crop_pct", "interpolation")  # settings of the data that belong to the model
 log = logging.getLogger(__name__)
 
 
@@ -161,12 +162,21 @@ def readable_classes(model: ViT) -> list[str]:
 
 
 def data_settings(model: ViT, asked: EvalSettings) -> Data:
-    """The data asked for; where that is left open, the run's own. The image size is the model's."""
+    """The data asked for; where that is left open, the run's own. The image size is the model's, and so is how images
+    are prepared, where its file tells it, but for what was typed."""
     given = {name: value for name, value in asked.data.items() if value is not None}
-    merged = given if "source" in given else {**(trained_on(model) or {}), **given}
-    if "source" not in merged:
+    if "source" not in given:
+        given = {**(trained_on(model) or {}), **given}
+    elif asked.origin:
+        typed, told = typed_names(asked.origin), told_preparation(model)
+        own = {name: told[name] for name in PREPARATION if name in told and f"data.{name}" not in typed}
+        if other := [f"data.{name}={value}" for name, value in own.items() if value != given[name]]:
+            log.info("%s: its images are prepared as they were in its training: %s.", model.load_report.path,
+                     ", ".join(other))
+        given |= own
+    if "source" not in given:
         raise UserError(f"{model.load_report.path} does not tell its training data: add data=imagenet data.root=...")
-    return read_group("data", {**NEUTRAL, **merged, "img_size": list(model.img_size)})
+    return read_group("data", {**NEUTRAL, **given, "img_size": list(model.img_size)})
 
 
 def val_images(model: ViT, data: Data) -> ImageSet:
@@ -242,6 +252,7 @@ def _evaluate(case: Case, asked: EvalSettings, ranks: Ranks, stop: StopRequest) 
         **evaluation.summary(), **(_real(evaluation, images) if asked.labels == "real" and case.root is None else {}),
         "worst_classes": eval_results.by_class(evaluation, readable_classes(model))[:3],
         "data": Path(case.root).name if case.root else data.source, "root": data.root,
+        **{name: getattr(data, name) for name in PREPARATION},
         "decoder": resolve_decoder(data.decoder), "img_size": list(model.img_size), "depth": model.depth,
         "params": count_parameters(model), "flops": count_flops(model), "dialect": report.dialect,
         "step": report.said.get("step"), "arch": report.said.get("arch"), "published": _published(model, data),

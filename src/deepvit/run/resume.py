@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from timm.optim import get_optimizer_info
 
-from deepvit.config.compare import changed
+from deepvit.config.compare import changed, typed_names
 from deepvit.config.settings import Settings, read_group
 from deepvit.config.signature import parameters_of
 from deepvit.data import Splits, name_of_norm
@@ -97,7 +97,7 @@ def with_model_of_init(config: Mapping[str, Any], folder: RunFolder | None = Non
     keeps its model. What was typed wins: `model=NAME` wholly, `model.*` each for itself. Dropout and stochastic depth
     are the run's, and a recipe may ask for larger images than the file's, but not for smaller ones.
     """
-    typed = {word.lstrip("+~").partition("=")[0] for word in (config.get("origin") or {}).get("overrides", ["model="])}
+    typed = typed_names(config.get("origin"), unknown=["model="])
     if config["init"] is None or "model" in typed:
         return config
     model = config["model"]
