@@ -170,7 +170,7 @@ def data_settings(model: ViT, asked: EvalSettings) -> Data:
     elif asked.origin:
         typed, told = typed_names(asked.origin), told_preparation(model)
         own = {name: told[name] for name in PREPARATION if name in told and f"data.{name}" not in typed}
-        if other := [f"data.{name}={value}" for name, value in own.items() if value != given[name]]:
+        if other := [f"data.{name}={value}" for name, value in own.items() if value != given.get(name, value)]:
             log.info("%s: its images are prepared as they were in its training: %s.", model.load_report.path,
                      ", ".join(other))
         given |= own
