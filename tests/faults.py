@@ -114,11 +114,10 @@ def train_short_of_memory(config: dict[str, Any], folder: str, where: str, step:
 def train_in_parent(config: dict[str, Any], folder: str) -> int:
     """As `train.py` with several devices: this process launches the ranks and watches over them."""
     from deepvit.run import launch
-    from deepvit.run.launch import train_job
     launch.START_METHOD = "forkserver"  # spares each rank the import of torch
     import multiprocessing
     multiprocessing.set_start_method("forkserver", force=True)
-    outcome = launch.launch(train_job, config, Path(folder))
+    outcome = launch.launcher(config, Path(folder))("train", config, Path(folder))
     if outcome.message:
         print(outcome.message, flush=True)
     return outcome.code

@@ -22,7 +22,6 @@ from deepvit.engine.ranks import Ranks
 from deepvit.engine.signals import StopRequest
 from deepvit.errors import Failure, UserError
 from deepvit.run import build, launch, measures, micro_batches
-from deepvit.run.launch import train_job
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 DATA: dict[str, Path] = {}  # what stands for a path in an override -> the path; TMP: where runs may go
@@ -276,15 +275,16 @@ def blocks_passed(run):
 
 def joined(run):
     """What a rank is joined with."""
-    with mock.patch("deepvit.engine.ranks.join") as join:
-        launch.run_rank(lambda *_: None, run.config, tempfile.mkdtemp(dir=DATA["TMP"]))
+    with mock.patch("deepvit.engine.ranks.join") as join, mock.patch.object(launch, "program"):
+        launch.run_rank("train", run.config, Path(tempfile.mkdtemp(dir=DATA["TMP"])))
     return join.call_args.args
 
 
 def launched(run):
     """(processes, restarts) that torch's launcher is asked for."""
     with mock.patch("torch.distributed.launcher.api.elastic_launch") as elastic:
-        launch.launch(train_job, run.config, Path(tempfile.mkdtemp(dir=DATA["TMP"])))
+        folder = Path(tempfile.mkdtemp(dir=DATA["TMP"]))
+        launch.launcher(run.config, folder)("train", run.config, folder)
     return elastic.call_args and (elastic.call_args.args[0].nproc_per_node, elastic.call_args.args[0].max_restarts)
 
 
@@ -298,7 +298,7 @@ def launched_beside_gpus(run):
 def finished(run) -> Path:
     """The folder of the whole run."""
     folder = Path(tempfile.mkdtemp(dir=DATA["TMP"])) / "run"
-    train_job(run.config, folder, ALONE, StopRequest())
+    launch.program("train", run.config, folder)(run.config, ranks=ALONE, stop=StopRequest())
     return folder
 
 
@@ -306,14 +306,14 @@ def made_again(run):
     """Whether the same command makes another run of a finished one."""
     result = finished(run) / "metrics.json"
     before = result.stat().st_mtime_ns
-    train_job(run.config, result.parent, ALONE, StopRequest())
+    launch.program("train", run.config, result.parent)(run.config, ranks=ALONE, stop=StopRequest())
     return result.stat().st_mtime_ns != before
 
 
 def dtype_after_bfloat16(run):
     """That of `auto` in the folder of a run that was finished in bfloat16."""
     folder = finished(_changed(run, "precision", dtype="bfloat16"))
-    train_job(run.config, folder, ALONE, StopRequest())
+    launch.program("train", run.config, folder)(run.config, ranks=ALONE, stop=StopRequest())
     return yaml.safe_load((folder / "config.yaml").read_text())["precision"]["dtype"]
 
 
@@ -324,7 +324,7 @@ def _changed(run: Run, group: str, **values: Any) -> Run:
 def left_of_a_finished_run(run):
     """The checkpoints of a run that was finished with `engine.keep=all`, after this command."""
     folder = finished(_changed(run, "engine", keep="all"))
-    train_job(run.config, folder, ALONE, StopRequest())
+    launch.program("train", run.config, folder)(run.config, ranks=ALONE, stop=StopRequest())
     return sorted(path.name for path in folder.glob("checkpoints/*.pt"))
 
 
@@ -332,7 +332,7 @@ def skipped(run):
     """Updates that were skipped before a run of nothing but nan was over."""
     folder = Path(tempfile.mkdtemp(dir=DATA["TMP"])) / "run"
     with suppress(Failure):
-        train_job(run.config, folder, ALONE, StopRequest())
+        launch.program("train", run.config, folder)(run.config, ranks=ALONE, stop=StopRequest())
     return sum(line["event"] == "skipped" for line in read_json_lines(folder / "events.jsonl"))
 
 

@@ -130,8 +130,8 @@ def _begin(target: Callable[..., Any], arguments: tuple[Any, ...], log: str, env
 
 
 def _train(config: dict[str, Any], folder: str) -> int:
-    from deepvit.run.launch import run_rank, train_job
-    outcome = run_rank(train_job, config, folder)
+    from deepvit.run.launch import run_rank
+    outcome = run_rank("train", config, Path(folder))
     if outcome.message:
         print(outcome.message, flush=True)
     return outcome.code

@@ -20,7 +20,7 @@ from deepvit.commands.main import main
 from deepvit.engine import checkpoint
 from deepvit.engine.ranks import Ranks
 from deepvit.engine.signals import StopRequest
-from deepvit.run.launch import train_job
+from deepvit.run.train import train
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +232,7 @@ def test_a_batch_replayed_as_two_ranks_is_the_same_batch(tmp_path, capsys):
     """Which branches stochastic depth leaves out belongs to the images, so every rank replays its rows of the masks."""
     config = soak.compose("model.drop_path_rate=0.3", "model.drop_rate=0", "schedule.steps=1",
                           "schedule.warmup_steps=0", "probe.images=0")
-    assert train_job(config, tmp_path, Ranks(0, 1, torch.device("cpu")), StopRequest()).code == 0
+    train(config, tmp_path, Ranks(0, 1, torch.device("cpu")), StopRequest())
     last, losses = tmp_path / "checkpoints" / "last.pt", []
     for world in (1, 2):
         content = checkpoint.load(last)

@@ -177,7 +177,7 @@ def test_a_command_is_run_or_refused_in_a_sentence(first, checkpoint, tmp_path, 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(measures, "forecast", checked)
     monkeypatch.setattr(evaluate, "_evaluate", asked_to_stop)
-    monkeypatch.setattr(launch, "_launch_elastic", lambda job, config, folder, _: launch.run_rank(job, config, folder))
+    monkeypatch.setattr(launch, "_run_ranks", lambda job, config, folder, devices: launch.run_rank(job, config, folder))
     monkeypatch.setattr(socket.socket, "connect", unconnected)
     codes = Counter()
 

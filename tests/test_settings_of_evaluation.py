@@ -26,7 +26,8 @@ from deepvit.engine import evaluate as engine
 from deepvit.engine.signals import StopRequest
 from deepvit.errors import UserError
 from deepvit.run import evaluate, knn
-from deepvit.run.launch import eval_job, train_job
+from deepvit.run.launch import program
+from deepvit.run.train import train
 
 TRAINED = ["model/attention=reattention", "model.attention.norm_batch=6", "ema.decay=0.5", "schedule.epochs=1",
            "calibrate=0", "logger=null"]
@@ -115,7 +116,7 @@ def places(tmp_path_factory):
         named.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, named)
     config = compose([word.replace("PHOTOS", str(PLACES["PHOTOS"])) for word in (*BASE, *TRAINED)])
-    train_job(config, root / "run", ALONE, StopRequest())
+    train(config, root / "run", ALONE, StopRequest())
     PLACES.update({"WEIGHTS": root / "run/checkpoints/best.pt", "EARLIER": root / "run/checkpoints/previous.pt"})
 
 
@@ -142,7 +143,7 @@ def seen_with(changes: dict[str, Any]) -> SimpleNamespace:
     real_score, folder = engine._score, Path(config["out"] or PLACES["TMP"] / "run" / "eval")
     with (mock.patch.object(engine, "_score", score), mock.patch.object(knn, "vote", wraps=knn.vote) as vote,
           mock.patch.object(evaluate, "Evaluator", wraps=evaluate.Evaluator) as made):
-        eval_job(config, Path("."), ALONE, StopRequest())
+        program("eval", config, Path("."))(config, ALONE, StopRequest())
     files = [*folder.rglob("predictions.csv"), *folder.rglob("knn.json")]
     seen.places = {path.relative_to(PLACES["TMP"]).parts[0] for path in files}
     seen.results = [json.loads(path.read_text()) for path in folder.rglob("metrics.json")]

@@ -12,11 +12,11 @@ from deepvit.config.compose import compose
 from deepvit.data import load
 from deepvit.engine.ranks import Ranks
 from deepvit.engine.signals import StopRequest
-from deepvit.errors import BAD_INPUT, UserError
+from deepvit.errors import UserError
 from deepvit.models.registry import without_effect
 from deepvit.run import build, resume
 from deepvit.run.measures import forecast
-from deepvit.run.launch import launch, refuse_other_count, train_job
+from deepvit.run.launch import launcher, refuse_other_count
 from deepvit.run.train import train
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -110,8 +110,8 @@ def test_the_engine_is_checked_before_a_rank_is_started():
     for value in ("many", 0, 2.5, True):
         config = compose()
         config["engine"]["devices"] = value
-        outcome = launch(train_job, config, None)
-        assert outcome.code == BAD_INPUT and "engine.devices" in outcome.message
+        with pytest.raises(UserError, match="engine.devices"):
+            launcher(config, None)
 
 
 @pytest.mark.parametrize("job", [forecast, lambda config, *rest: train(config, "run", *rest)])
@@ -146,8 +146,8 @@ def test_another_number_of_devices_than_the_launcher_started(tmp_path, monkeypat
                         ("MASTER_PORT", "1")):
         monkeypatch.setenv(name, value)
     config = compose(["engine.devices=3"])
-    outcome = launch(train_job, config, tmp_path)
-    assert outcome.code == BAD_INPUT and "engine.devices=3" in outcome.message and "torchrun" in outcome.message
+    with pytest.raises(UserError, match="engine.devices=3.*torchrun"):
+        launcher(config, tmp_path)
     for devices in (None, 2, 4):
         refuse_other_count({"devices": devices})
 

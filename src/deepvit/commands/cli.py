@@ -6,7 +6,8 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
+from dataclasses import replace
+from functools import partial, update_wrapper
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from deepvit.config.compose import PLUGINS, setting_meant
 from deepvit.config.provenance import as_typed, choices_of, origin, run_folder
 from deepvit.errors import BAD_INPUT, DONE, FAILED, STOPPED, UserError, did_you_mean, first_line
 from deepvit.run.console import say
-from deepvit.run.launch import Job, Outcome, eval_job, launch, train_job, unexpected
+from deepvit.run.launch import Job, Outcome, launcher, unexpected
 
 OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)
 
@@ -49,12 +50,17 @@ def run_job(job: Job, config: DictConfig) -> Any:
             say(f"\n[{settings.job.num + 1}] {', '.join(as_typed(settings.overrides.task)) or 'default'}")
         try:
             plain = OmegaConf.to_container(config, resolve=True)
-            asked = origin(config, settings, folder) if job is train_job else choices_of(settings)
-            outcome = launch(job, {**plain, "origin": asked}, folder)
+            asked = origin(config, settings, folder) if job == "train" else choices_of(settings)
+            plain = {**plain, "origin": asked}
+            outcome = launcher(plain, folder)(job, plain, folder)
+        except UserError as error:
+            outcome = Outcome(BAD_INPUT, str(error))
         except OmegaConfBaseException as error:  # a reference to nothing, such as ${oc.env:UNSET}
             outcome = Outcome(BAD_INPUT, hydra_error(error))
         except Exception as error:  # a defect in one cell must not end the others; its traceback is printed
             outcome = unexpected(error)
+    if outcome.code == STOPPED and "TORCHELASTIC_RUN_ID" in os.environ:
+        outcome = replace(outcome, code=DONE)  # or torchrun would restart all ranks; events.jsonl says PREEMPTED
     _outcomes.append(outcome)
     with suppress(OSError):  # Hydra makes the folder before the job; one that is refused, or dry, leaves none behind
         os.removedirs(folder)
@@ -75,7 +81,7 @@ def _note(outcome: Outcome, settings: DictConfig, folder: Path) -> None:
 
 def evaluate(arguments: Sequence[str]) -> int:
     """`deepvit eval SETTING=VALUE ...`; returns the exit code."""
-    return _start(eval_job, "eval", [of_the_model(word) for word in arguments])
+    return _start("eval", [of_the_model(word) for word in arguments])
 
 
 def of_the_model(word: str) -> str:
@@ -86,11 +92,9 @@ def of_the_model(word: str) -> str:
     return f"++model.{name}={value}" if equals and name in known else word
 
 
-def _start(job: Job, config_name: str, arguments: Sequence[str]) -> int:
-    @hydra.main(version_base="1.3", config_path=str(CONF.resolve()), config_name=config_name)
-    def program(config: DictConfig) -> Any:
-        return run_job(job, config)  # whatever --config-name the user gives
-
+def _start(job: Job, arguments: Sequence[str]) -> int:
+    task = update_wrapper(partial(run_job, job), run_job)  # the job, whatever --config-name the user gives
+    program = hydra.main(version_base="1.3", config_path=str(CONF.resolve()), config_name=job)(task)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # lets Hydra's errors through to us
     if "OMP_WAIT_POLICY" not in os.environ:  # spin between two operations, not so long as to starve other programs
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
@@ -118,7 +122,7 @@ def _start(job: Job, config_name: str, arguments: Sequence[str]) -> int:
     return outcome.code
 
 
-train = partial(_start, train_job, "train")  # `deepvit train SETTING=VALUE ...`; returns the exit code
+train = partial(_start, "train")  # `deepvit train SETTING=VALUE ...`; returns the exit code
 
 
 @contextmanager

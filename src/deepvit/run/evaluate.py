@@ -243,7 +243,7 @@ def _evaluate(case: Case, asked: EvalSettings, ranks: Ranks, stop: StopRequest) 
 
     def evaluate() -> Evaluation:
         if (found := evaluator(model, title=report.path.name)) is None:
-            raise Stopped
+            raise Stopped("Stopped on request.")
         return found
 
     evaluation = evaluate()

@@ -67,7 +67,7 @@ def _neighbours(model: ViT, data: Data, asked: EvalSettings, ranks: Ranks, stop:
 
         batches = build.eval_batches(data, images, ranks)()
         if not ranks.for_each(batches, take, lambda: ranks.any_asked_to_stop(bool(stop))):
-            raise Stopped
+            raise Stopped("Stopped on request.")
         return torch.cat(features, 1), torch.cat(targets)
 
     train, val = features_of(splits.train), features_of(splits.val)

@@ -7,10 +7,10 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping, MutableMapping
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from deepvit.config.settings import read_group
 from deepvit.engine.signals import handled_signals
@@ -37,29 +37,24 @@ class Outcome:
 
 
 class Stopped(Exception):
-    """Raised by a job that was asked to stop, on all ranks alike."""
+    """Raised by a job that was asked to stop, on all ranks alike; with a sentence if it has not said so yet."""
 
 
-Job = Callable[[Mapping[str, Any], Path, Any, Any], Outcome]  # (config, folder, ranks, stop request)
+Job = Literal["train", "eval"]
+Runner = Callable[[Job, Mapping[str, Any], Path], Outcome]
 
 
-def launch(job: Job, config: Mapping[str, Any], folder: Path) -> Outcome:
-    """Runs `job`, a module-level function, on as many ranks as `config["engine"]` asks for (null: every visible GPU, or
-    one process on a CPU). Returns rank 0's outcome; ranks that die are restarted together."""
-    try:
-        read_group("engine", config.get("engine"))
-        _refuse_missing_paths(config, folder)
-        if is_rank := joined():
-            refuse_other_count(config["engine"])
-        devices = 1 if is_rank else _devices(config["engine"])
-    except UserError as error:
-        return Outcome(BAD_INPUT, str(error))
-    if devices > 1:
-        return _launch_elastic(job, config, folder, devices)
-    outcome = run_rank(job, dict(config), str(folder))
-    if outcome.code == STOPPED and "TORCHELASTIC_RUN_ID" in os.environ:
-        return replace(outcome, code=DONE)  # or torchrun would restart all ranks; events.jsonl says PREEMPTED
-    return outcome
+def launcher(config: Mapping[str, Any], folder: Path) -> Runner:
+    """What runs a job, and returns rank 0's outcome, on as many ranks as `config["engine"]` asks for (null: every
+    visible GPU, or one process on a CPU): this process, or torch's elastic launcher, which restarts ranks that die, all
+    together. UserError for what can be refused before torch is imported."""
+    read_group("engine", config.get("engine"))
+    _refuse_missing_paths(config, folder)
+    if joined():
+        refuse_other_count(config["engine"])
+        return run_rank
+    devices = _devices(config["engine"])
+    return partial(_run_ranks, devices=devices) if devices > 1 else run_rank
 
 
 def _refuse_missing_paths(config: Mapping[str, Any], folder: Path) -> None:
@@ -151,23 +146,25 @@ def _devices(engine: Mapping[str, Any]) -> int:
     return wanted or present
 
 
-def run_rank(job: Job, config: dict[str, Any], folder: str) -> Outcome:
+def run_rank(job: Job, config: Mapping[str, Any], folder: Path) -> Outcome:
     """One rank, from joining the others to its outcome; a user's mistake is returned, never raised."""
     from deepvit.engine.ranks import LostRank, join
     from deepvit.engine.signals import stop_requests
     engine = config["engine"]
     set_up_logging(int(os.environ.get("RANK", 0)))
     try:
-        with stop_requests() as stop, join(engine["accelerator"], engine["timeout_s"]) as ranks, suppress(Stopped):
-            return job(config, Path(folder), ranks, stop)
-        return Outcome(STOPPED, "Stopped on request.")
+        with stop_requests() as stop, join(engine["accelerator"], engine["timeout_s"]) as ranks:
+            try:
+                return Outcome(value=program(job, config, folder)(config, ranks=ranks, stop=stop) or {})
+            except Stopped as stopped:
+                return Outcome(STOPPED, str(stopped))
     except UserError as error:
         return Outcome(BAD_INPUT, str(error))
     except Failure as error:
         return Outcome(FAILED, str(error), retry=isinstance(error, LostRank))
 
 
-def run_child(job: Job, config: dict[str, Any], folder: str) -> Outcome:
+def run_child(job: Job, config: Mapping[str, Any], folder: Path) -> Outcome:
     """A rank below the elastic launcher, which restarts all ranks if this one *exits* badly."""
     outcome = run_rank(job, config, folder)
     if outcome.retry:
@@ -181,7 +178,7 @@ def run_child(job: Job, config: dict[str, Any], folder: str) -> Outcome:
     return outcome
 
 
-def _launch_elastic(job: Job, config: Mapping[str, Any], folder: Path, devices: int) -> Outcome:
+def _run_ranks(job: Job, config: Mapping[str, Any], folder: Path, devices: int) -> Outcome:
     from torch.distributed.elastic.agent.server.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -195,7 +192,7 @@ def _launch_elastic(job: Job, config: Mapping[str, Any], folder: Path, devices: 
             logging.getLogger(name).setLevel(logging.CRITICAL)
     handlers = {number: signal.getsignal(number) for number in signals}
     try:
-        return elastic_launch(setup, run_child)(job, dict(config), str(folder))[0]
+        return elastic_launch(setup, run_child)(job, dict(config), folder)[0]
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         return Outcome(FAILED, f"Rank {rank} {end_of(failure.exitcode)}, and {engine['max_restarts']} restarts did not "
@@ -218,20 +215,10 @@ def unexpected(error: BaseException) -> Outcome:
     return Outcome(FAILED, f"{type(error).__name__}: {error}")
 
 
-# Jobs: module-level functions, so that other processes can start them; torch is loaded there
-
-def train_job(config: Mapping[str, Any], folder: Path, ranks: Any, stop: Any) -> Outcome:
-    if config["dry"]:
-        from deepvit.run.measures import forecast
-        return Outcome(value=forecast(config, ranks, stop))
-    from deepvit.engine.folder import RunFolder
-    from deepvit.run.train import train
-    if not train(config, folder, ranks, stop):
-        return Outcome(STOPPED)
-    return Outcome(value={"top1": RunFolder(folder).read_result().get("top1")})
-
-
-def eval_job(config: Mapping[str, Any], folder: Path, ranks: Any, stop: Any) -> Outcome:
-    from deepvit.run import evaluate, knn
-    (evaluate.evaluate_all if config["knn"] is None else knn.neighbours_of_all)(config, ranks, stop)
-    return Outcome()
+def program(job: Job, config: Mapping[str, Any], folder: Path) -> Callable[..., Mapping[str, Any] | None]:
+    """What `config` asks for, `(config, *, ranks, stop) -> what it found`; torch is imported here, with it."""
+    if job == "eval":
+        from deepvit.run import evaluate, knn
+        return evaluate.evaluate_all if config["knn"] is None else knn.neighbours_of_all
+    from deepvit.run import measures, train
+    return measures.forecast if config["dry"] else partial(train.train, path=folder)

@@ -215,7 +215,7 @@ def forecast(config: Mapping[str, Any], ranks: Ranks, stop: StopRequest) -> dict
         log.info("Timing a few steps.")
     seconds = list(_steps(built, stop))
     if not seconds or ranks.any_asked_to_stop(bool(stop)):
-        raise Stopped
+        raise Stopped("Stopped on request.")
     with closing(build.eval_batches(settings.data, built.splits.val, ranks)()) as batches, torch.no_grad():
         # may need more memory than training does
         scores(built.state.evaluated_model.eval(), next(batches), built.prepare, ranks, built.stepper.precision, [])

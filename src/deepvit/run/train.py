@@ -23,6 +23,7 @@ from deepvit.engine.signals import StopRequest
 from deepvit.errors import UserError
 from deepvit.run import build
 from deepvit.run.build import Built
+from deepvit.run.launch import Stopped
 from deepvit.run.measures import attention_metrics, evaluator, metrics_of, summary_of
 from deepvit.run.resume import as_begun, identity, refuse_change, refuse_finished, with_model_of_init
 
@@ -30,10 +31,10 @@ HEADLINE = ("top1", "top5", "loss", "best_top1", "params", "flops", "images_per_
 log = logging.getLogger(__name__)
 
 
-def train(config: Mapping[str, Any], path: Path, ranks: Ranks, stop: StopRequest) -> bool:
-    """Trains as `config` says in the run folder `path`, resuming what is there. Returns True where the run is finished
-    (now or before), and False where it was stopped on request; the same command then continues it. Raises UserError or
-    Failure, on every rank alike where the cause is common."""
+def train(config: Mapping[str, Any], path: Path, ranks: Ranks, stop: StopRequest) -> dict[str, float]:
+    """Trains as `config` says in the run folder `path`, resuming what is there. Returns the top-1 of the finished run.
+    Raises Stopped where it was asked to stop, and the same command continues it; UserError or Failure, on every rank
+    alike where the cause is common."""
     folder, restarts = RunFolder(path), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     with ranks.sync_errors():
         config = with_model_of_init(config, folder)
@@ -46,7 +47,7 @@ def train(config: Mapping[str, Any], path: Path, ranks: Ranks, stop: StopRequest
     with folder.claimed(ranks, settings.fresh, restarted=restarts > 0) as starts_over:
         if not starts_over and ranks.gather(folder.is_finished())[0]:
             _answer_as_finished(folder, config, settings, ranks)
-            return True
+            return {"top1": folder.read_result().get("top1")}
 
         # Where a run's weights come from: its own checkpoint; in a new run `init`; else random ones, from the seed.
         with ranks.sync_errors():
@@ -70,8 +71,9 @@ def train(config: Mapping[str, Any], path: Path, ranks: Ranks, stop: StopRequest
         with closing(loggers):
             fit = Fit(built.state, built.stepper, built.plan, built.make_batches, evaluate, folder, saver, loggers,
                       stop, attention_metrics(built))
-            finished = fit.run()
-            if finished and ranks.is_main:
+            if not fit.run():
+                raise Stopped
+            if ranks.is_main:
                 metrics = {**metrics_of(built, fit.meter, folder), "origin": config.get("origin"), "made_of": made_of}
                 folder.write_result(metrics)
                 folder.log_event("finished", step=built.state.step)
@@ -79,7 +81,7 @@ def train(config: Mapping[str, Any], path: Path, ranks: Ranks, stop: StopRequest
                 if settings.engine.keep == "best":
                     checkpoint.drop_all_but_best(folder)
                 log.info("Finished: top-1 %.2f %%; results in %s", metrics["top1"], folder.path)
-        return finished
+        return {"top1": folder.read_result().get("top1")}
 
 
 def _answer_as_finished(folder: RunFolder, config: Mapping[str, Any], settings: Settings, ranks: Ranks) -> None:
