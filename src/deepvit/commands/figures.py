@@ -107,7 +107,7 @@ def main(arguments: Sequence[str]) -> int:
     # A folder for each model or pair, so that one's figures do not replace another's
     sources = [path for path in (given.maps or given.checkpoint, given.compare) if path]
     names = [path.stem if path.is_file() and path.parent.name != "checkpoints" else _name(path) for path in sources]
-    out = given.out or Path("figures", "-and-".join(name[:120] for name in names))
+    out = given.out or Path("figures", "-and-".join(name[:120].replace(":", "-") for name in names))
     for path in draw(studies, out, given.format):
         print(path)
     for sentence in refused:

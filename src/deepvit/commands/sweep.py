@@ -1,9 +1,10 @@
 """What a sweep does around its cells: opens its record before Hydra writes anything, and sums up from it."""
 
+import os
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -64,12 +65,14 @@ class OpenSweep:
     record: SweepRecord
     cells: int  # that it is to run, 0 where its sweeper decides as it goes
     is_kept: bool  # not of a forecast or an evaluation, which leave no run behind
+    made: Sequence[Path]  # by Hydra for this sweep: multirun.yaml, and the folder if it was not there
 
 
 def _open(config: DictConfig) -> OpenSweep:
     if joined():
         raise UserError("Start a sweep with `deepvit train -m ...`, not under torchrun: it starts the ranks itself.")
     hydra, folder = config.hydra, Path(config.hydra.sweep.dir)
+    made = [path for path in (folder / "multirun.yaml", folder) if not path.exists()]
     share = hydra.launcher.get("cells_per_device", 1)
     if not isinstance(share, int) or share < 1:
         raise UserError(f"hydra.launcher.cells_per_device={share}: give a whole number, 1 or more.")
@@ -100,7 +103,7 @@ def _open(config: DictConfig) -> OpenSweep:
     if plan and described:
         _check_arms(plan, [{**shared, **cell["settings"]} for cell in described])
     record.open(shlex.join(["deepvit", hydra.job.config_name, *sys.argv[1:]]), sweep, described, shared, statistics)
-    return OpenSweep(record, len(cells), is_kept)
+    return OpenSweep(record, len(cells), is_kept, made)
 
 
 def _refuse_strange(folder: Path) -> None:
@@ -177,11 +180,14 @@ def sum_up(sweep: OpenSweep) -> int:
     outcomes = sweep.record.outcomes()
     if not sweep.is_kept:
         sweep.record.remove()
+        with suppress(OSError):  # an evaluation may have left results in the folder
+            for path in sweep.made:
+                os.removedirs(path) if path.is_dir() else path.unlink()
     troubled = [line for line in outcomes if line["code"] != DONE]
+    total = max(sweep.cells, len(outcomes))
     hours = [line["value"]["device_hours"] for line in outcomes if "device_hours" in line["value"]]
     if hours:
-        say(f"\nAll {len(hours)} cells together: {sum(hours):.3g} device-hours.")
-    total = max(sweep.cells, len(outcomes))
+        say(f"\nTogether {sum(hours):.3g} device-hours ({len(hours)} of {total} cells).")
     say(f"\n{len(outcomes) - len(troubled)} of {total} cells are done.")
     for sentence, alike in groupby(troubled, lambda line: line["sentence"] or "The same command continues it."):
         for line in alike:

@@ -18,8 +18,8 @@ import torch
 from safetensors import safe_open
 from torch import Size, Tensor
 
-from deepvit.errors import UserError, reason
-from deepvit.importers.locate import find_checkpoint, hub_metadata
+from deepvit.errors import UserError, did_you_mean, reason
+from deepvit.importers.locate import find_checkpoint, hub_metadata, released
 
 # Where trainers keep the weights in a checkpoint
 RAW, EMA = ("state_dict", "model", "model_state_dict", "net"), ("state_dict_ema", "ema", "model_ema")
@@ -55,7 +55,8 @@ def open_weights(path: str | Path, ema: bool | None = False) -> WeightsFile:
     try:
         start = path.open("rb").read(16)
     except OSError as error:
-        raise UserError(f"The weights file {path} cannot be read ({error.strerror}): give a file's path.") from None
+        raise UserError(f"The weights file {path} cannot be read ({error.strerror}): give a file's path."
+                        f"{did_you_mean(path, released())}") from None
     opened = _opener(path, start)(path, bool(ema))
     if ema and not opened.is_average:
         raise UserError(f"{path} holds no EMA weights: take the raw ones with weights=raw (in Python: ema=False).")

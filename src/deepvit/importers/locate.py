@@ -54,12 +54,16 @@ def hub_metadata(path: Path) -> dict[str, Any]:
             | ({"interpolation": interpolation} if interpolation in ("bilinear", "bicubic") else {}))
 
 
+def released() -> list[str]:
+    """Names of the weights that came with the package."""
+    return sorted(f"deepvit:{path.stem}" for path in RELEASED.glob("*.safetensors"))
+
+
 def _released(name: str) -> Path:
-    there = {path.stem: path for path in sorted(RELEASED.glob("*.safetensors"))}
-    if name not in there:
+    if f"deepvit:{name}" not in released():
         raise UserError(f"deepvit:{name} is not among the weights that came with the package, which are: "
-                        f"{', '.join(there) or 'none yet'}.{did_you_mean(name, there)}")
-    return there[name]
+                        f"{', '.join(released())}.{did_you_mean(f'deepvit:{name}', released())}")
+    return RELEASED / f"{name}.safetensors"
 
 
 @cache
