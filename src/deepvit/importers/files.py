@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 from torch import Size, Tensor
 
-from deepvit.errors import UserError, did_you_mean, reason
+from deepvit.errors import UserError, reason
 from deepvit.importers.locate import find_checkpoint, hub_metadata, released
 
 # Where trainers keep the weights in a checkpoint
@@ -55,8 +55,9 @@ def open_weights(path: str | Path, ema: bool | None = False) -> WeightsFile:
     try:
         start = path.open("rb").read(16)
     except OSError as error:
+        hint = f" Did you mean 'deepvit:{path}'?" if f"deepvit:{path}" in released() else ""
         raise UserError(f"The weights file {path} cannot be read ({error.strerror}): give a file's path."
-                        f"{did_you_mean(path, released())}") from None
+                        f"{hint}") from None
     opened = _opener(path, start)(path, bool(ema))
     if ema and not opened.is_average:
         raise UserError(f"{path} holds no EMA weights: take the raw ones with weights=raw (in Python: ema=False).")
