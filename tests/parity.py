@@ -15,9 +15,10 @@ The long ones, days of two cores or hours of one GPU (--device cuda), whose rows
 
 In miniature, in two minutes: ... --seeds 2 --epochs 1 --train 20 --test 10 --depth 2 --width 48
 
-Rows go to OUT/rows.jsonl as they are made, and the same command goes on from them; the table to OUT/table.md, with both
-curves of every seed. The margin (--margin, in points of top-1) is to be fixed before the runs: the trainers are called
-equivalent where the 90 % interval of the difference of means lies within it (two one-sided t-tests of Welch at 5 %).
+Rows go to OUT/rows.jsonl as they are made, and the same command goes on from them; the table to OUT/table.md and all
+curves, laid over each other, to OUT/curves.png. The margin (--margin, in points of top-1) is to be fixed before the
+runs: the trainers are called equivalent where the 90 % interval of the difference of means lies within it (two
+one-sided t-tests of Welch at 5 %).
 The rate of update k is timm's of update k + 1 (theirs starts at the schedule's 0, ours at its 1), and orders of images
 and draws of the augmentation are each trainer's own; all else is the same.
 """
@@ -35,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from deepvit.report.statistics import equivalence
 
@@ -171,6 +173,22 @@ def table(rows: Sequence[dict[str, Any]], margin: float) -> str:
     return "\n".join(lines) + "\n"
 
 
+def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """A line for each seed of each trainer, by epoch."""
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    for axes, (title, place) in zip(figure.subplots(1, 3), (
+            ("training loss", 0), ("loss, evaluated", 1), ("top-1 (%)", 2)), strict=True):
+        for name, colour, style in (("timm", "#0072B2", "-"), ("ours", "#D55E00", "--")):
+            for number, row in enumerate(row for row in rows if row["trainer"] == name):
+                label = {"timm": "timm's train.py", "ours": "ours"}[name] if number == 0 else None
+                values = [one[place] for one in row["curve"]]
+                axes.plot(range(1, len(values) + 1), values, style, color=colour, alpha=0.7, linewidth=1.2, label=label)
+        axes.set(title=title, xlabel="epoch", xticks=range(1, len(values) + 1, max(1, len(values) // 8)))
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=130)
+
+
 def _spread(values: Sequence[float], digits: int) -> str:
     return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1):.{digits}f} (n = {len(values)})"
 
@@ -195,6 +213,7 @@ def main() -> None:
                 file.write(json.dumps(rows[-1]) + "\n")
             print(f"seed {seed}  {name:5} top-1 {found['curve'][-1][2]:.2f} %  {found['cpu_s']:.0f} CPU s", flush=True)
     (given.out / "table.md").write_text(table(rows, given.margin))
+    draw(rows, given.out / "curves.png")
     print((given.out / "table.md").read_text())
 
 
