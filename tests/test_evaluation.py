@@ -41,6 +41,12 @@ def results(folder, name="metrics.json"):
     return [json.loads(path.read_text()) for path in sorted(folder.rglob(name))]
 
 
+def test_no_evaluation_takes_the_place_of_another(run, folders):
+    for arguments in (["data.root=data/val"], ["data.root=other"], ["-m", "data.root=other", "precision=fp32,bf16"]):
+        assert run("eval", *arguments, "checkpoint=m.pt", "data=folder", "out=out")[0] == DONE
+    assert sorted(result["n"] for result in results(folders / "out")) == [12, 12, 12, 18]
+
+
 def test_classes_are_named_the_worst_first_and_further_folders_are_rows(run, folders):
     code, said, _ = run("eval", "checkpoint=m.pt", "data=folder", "data.root=data", "also=[other]", "out=out")
     assert code == DONE and said.count("| m.pt ") == 2 and "| other " in said and "among its classes" in said

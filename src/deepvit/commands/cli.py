@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from deepvit.commands.sweep import Recorder, Refused, in_quotes, record_of, sum_up
 from deepvit.config import CONF
 from deepvit.config.compose import PLUGINS, setting_meant
-from deepvit.config.provenance import as_typed, choices_of, origin, run_folder
+from deepvit.config.provenance import as_typed, choices_of, origin, run_folder, typed_name
 from deepvit.errors import BAD_INPUT, DONE, FAILED, STOPPED, UserError, did_you_mean, first_line
 from deepvit.run.console import say
 from deepvit.run.launch import Job, Outcome, launcher, unexpected
@@ -50,7 +50,7 @@ def run_job(job: Job, config: DictConfig) -> Any:
             say(f"\n[{settings.job.num + 1}] {', '.join(as_typed(settings.overrides.task)) or 'default'}")
         try:
             plain = OmegaConf.to_container(config, resolve=True)
-            asked = origin(config, settings, folder) if job == "train" else choices_of(settings)
+            asked = origin(config, settings, folder) if job == "train" else of_cell(settings)
             plain = {**plain, "origin": asked}
             outcome = launcher(plain, folder)(job, plain, folder)
         except UserError as error:
@@ -77,6 +77,13 @@ def _note(outcome: Outcome, settings: DictConfig, folder: Path) -> None:
         record.add(settings.job.num, overrides, outcome.code, outcome.message, folder, outcome.value)
     except OSError as error:
         say(f"{record.path} cannot be written ({error.strerror}): the summary will lack this cell.", sys.stderr)
+
+
+def of_cell(settings: DictConfig) -> dict[str, Any]:
+    """`choices_of` an evaluation; with `cell`, of a sweep, a name by the settings that do not name its results."""
+    chosen = choices_of(settings)
+    words = [word for word in chosen["overrides"] if not word.startswith(("checkpoint=", "data=", "out=", "also="))]
+    return chosen | ({"cell": typed_name(words)} if words and record_of(settings) else {})
 
 
 def evaluate(arguments: Sequence[str]) -> int:

@@ -122,13 +122,11 @@ def _open(path: Path, root: str | None, asked: EvalSettings, ranks: Ranks) -> Ca
         images, train, before = val_images(model, data), None, trained_on(model)
         if asked.labels == "real" and root is None:
             real_top1(np.zeros(len(images), int), [images.name(index) for index in range(len(images))])
-        if root is not None:
-            name = f"{Path(root).name}-{_mark(root)}"
-        elif before and data.source == before.get("source") and data.root != before["root"]:
-            name = f"{data.source}-{_mark(data.root)}"  # other images of the same kind
-        else:
-            name = data.source
-        folder = out_folder(model, name, asked.out)
+        name, home = Path(root).name if root else data.source, (before or {}).get("root")
+        of_kind = data.source in ("folder", "timm") or home and data.source == before.get("source")
+        if root or of_kind and (data.root or data.name) and data.root != home:  # other images of the same kind
+            name = f"{name}-{_mark(Path(data.root or '', data.name or ''))}"
+        folder = out_folder(model, name, asked)
         if ranks.is_main:
             with eval_results.results_in(folder):
                 pass
@@ -218,10 +216,10 @@ def _of_folders(data: Data, classes: list[str]) -> ImageSet:
     return images
 
 
-def out_folder(model: ViT, data_name: str, out: str | None) -> Path:
-    """Where results are written: in the checkpoint's run, below `out`, or in runs/eval/."""
-    path = model.load_report.path
-    name, run = f"{path.stem}-{model.load_report.weights}-{data_name}", path.parent.parent
+def out_folder(model: ViT, data_name: str, asked: EvalSettings) -> Path:
+    """Where results are written: in the checkpoint's run, below `out`, or in runs/eval/; of a sweep's cell its own."""
+    path, out, cell = model.load_report.path, asked.out, (asked.origin or {}).get("cell")
+    name, run = f"{path.stem}-{model.load_report.weights}-{data_name}{f'-{cell}' if cell else ''}", path.parent.parent
     in_run = (run / "config.yaml").exists() and RunFolder(run).is_ours()
     if in_run and out is None:
         return run / "eval" / name

@@ -36,7 +36,7 @@ def neighbours_of_all(config: Mapping[str, Any], ranks: Ranks, stop: StopRequest
         with ranks.sync_errors():
             model = load(path, asked)
             data = data_settings(model, asked)
-            folder = out_folder(model, f"{data.source}-knn", asked.out)
+            folder = out_folder(model, f"{data.source}-knn", asked)
         result = _neighbours(model, data, asked, ranks, stop)
         rows = [[str(i), f"{top1:.2f}"] for i, top1 in enumerate(result["top1_by_block"])]
         log.info("%s on %s\n%s", eval_results.label(path), data.source,
