@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -90,7 +91,8 @@ def test_drawing_from_kept_maps(place, tmp_path, capsys):
 
 
 def test_a_flat_map_is_grey_and_says_so():
-    flat, steep = 0.02 + 1e-4 * torch.rand(9, 9), torch.rand(9, 9)
+    ramp = torch.linspace(0, 0.95, 81).view(9, 9)
+    flat, steep = 0.02 + 1e-4 * ramp, 0.001 + ramp
     assert np.ptp(draw_maps.coloured(flat, signed=False)[..., :3], axis=-1).max() == 0  # grey
     assert np.ptp(draw_maps.coloured(flat, signed=False)[..., 0]) == 1  # its structure shows
     assert np.ptp(draw_maps.coloured(steep, signed=False)[..., :3], axis=-1).max() > 0.2
@@ -159,6 +161,20 @@ def test_each_model_has_its_own_folder_of_figures(place, monkeypatch):
     for path in ("self.pt", "run.16", "run.16/checkpoints/best.pt"):
         assert main(["figures", str(place / path), str(place / "0.png")]) == 0
     assert folders == ["figures/self", "figures/run.16", "figures/run.16"]
+    shutil.copytree(place / "run.16", place / "runs" / "digits" / "vit" / "default")
+    monkeypatch.chdir(place)
+    assert main(["figures", "runs/digits/vit/default", "--compare", "self.pt", str(place / "0.png")]) == 0
+    assert folders[-1] == "figures/digits-vit-default-and-self"  # many runs are named `default`
+
+
+def test_maps_are_written_over_maps_alone(place, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    command = ["figures", str(place / "self.pt"), str(place / "0.png"), "--save-maps"]
+    Path("precious.txt").write_text("mine")
+    for name in ("precious.txt", "nowhere/maps.safetensors", "."):
+        assert main([*command, name]) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"] and Path("precious.txt").read_text() == "mine"
+    assert [main([*command, "maps.safetensors"]) for _ in range(2)] == [0, 0]
 
 
 def test_images_as_the_model_wants_them(place):

@@ -31,6 +31,12 @@ def bench(tmp_path, capsys):
     return run
 
 
+def test_rows_are_added_to_rows_alone(tmp_path):
+    (tmp_path / "b.jsonl").write_text("mine\n")
+    assert main(["bench", "ceilings", "--json", str(tmp_path / "b.jsonl")]) == 2
+    assert (tmp_path / "b.jsonl").read_text() == "mine\n"
+
+
 @pytest.mark.slow
 def test_models_stand_beside_their_peers(bench):
     code, said, results = bench("train-step", "eval", "memory", "--depth", "1", "--batch", "1", "--seconds", "0.1")

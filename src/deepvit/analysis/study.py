@@ -65,6 +65,17 @@ def _over_images(model: ViT, x: Tensor) -> tuple[dict[str, Tensor], list]:
     return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, tops
 
 
+def refuse_to_save(path: Path) -> None:
+    """UserError where `save_studies` would write into no folder, or over anything but studies."""
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"The maps cannot be written to {path}: there is no folder {path.parent}, create it first.")
+    if path.exists():
+        try:
+            load_studies(path)
+        except UserError:
+            raise UserError(f"{path} is there already and holds no maps of ours: give another name.") from None
+
+
 def save_studies(path: Path, studies: Sequence[Study]) -> None:
     """Writes studies to one safetensors file. Raises Failure if it cannot be written."""
     tensors = {f"{i}/{name}": tensor for i, one in enumerate(studies) for name, tensor in one.tensors.items()}

@@ -13,6 +13,7 @@ from deepvit.bench.benches import BENCHES, all_of, measure
 from deepvit.bench.machine import made_on, provenance
 from deepvit.bench.timing import apart
 from deepvit.commands.parser import parser_of
+from deepvit.config.records import read_json_lines
 from deepvit.config.signature import check_range
 from deepvit.errors import DONE, Failure, UserError
 
@@ -59,6 +60,10 @@ def _check(given: Namespace) -> None:
             check_range(f"--{option}", getattr(given, option), least, most)
     if "loader" in given.benches and given.data is None:
         raise UserError("The loader benchmark needs JPEGs: give --data FOLDER.")
+    lines = read_json_lines(given.json) if given.json else []
+    if given.json and given.json.is_file() and given.json.stat().st_size and not (lines and "bench" in lines[0]):
+        raise UserError(f"--json {given.json} is there already and holds other things than rows of a bench: give "
+                        f"another file.")
     for option in ("data", "cifar10"):
         folder = getattr(given, option)
         if folder is not None and not Path(folder).is_dir():

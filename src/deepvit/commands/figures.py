@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from deepvit.analysis import draw_depth, draw_maps
 from deepvit.analysis.images import class_names, read_images, top_classes
 from deepvit.analysis.pickled import read_pickled_maps, study_of_maps
-from deepvit.analysis.study import Study, load_studies, save_studies, study
+from deepvit.analysis.study import Study, load_studies, refuse_to_save, save_studies, study
 from deepvit.commands.parser import add_weights, parser_of
 from deepvit.config.compare import flat, labels
 from deepvit.errors import BAD_INPUT, DONE, UserError
@@ -78,6 +78,16 @@ def _name(checkpoint: Path) -> str:
     return path.parent.parent.name if path.parent.name == "checkpoints" else path.name
 
 
+def _of_figures(source: Path) -> str:
+    """A file's stem; of a run its place below here or runs/, as many are named `default`."""
+    path = source.resolve()
+    run = path.parent.parent if path.parent.name == "checkpoints" else path
+    if path.is_file() and run is path:
+        return path.stem
+    *above, name = run.relative_to(Path.cwd()).parts if Path.cwd() in run.parents else [run.name]
+    return "-".join([*(above[1:] if above[:1] == ["runs"] else above), name])
+
+
 def _names(models: Sequence[ViT], checkpoints: Sequence[Path]) -> list[str]:
     """What differs between the models' settings, or the attention of one alone; the files' names if that is no help."""
     settings = [dict(flat({**(model.load_report.said.get("run") or {}), "model": model.config})) for model in models]
@@ -101,13 +111,14 @@ def main(arguments: Sequence[str]) -> int:
     if (given.maps is None) == (given.checkpoint is None) or given.maps and given.compare:
         raise UserError("Give a checkpoint (and another with --compare), or --maps FILE to draw what was computed "
                         "before, and not both.")
+    if given.save_maps:
+        refuse_to_save(given.save_maps)
     studies, refused = _studies(given)
     if given.save_maps:
         save_studies(given.save_maps, studies)
     # A folder for each model or pair, so that one's figures do not replace another's
-    sources = [path for path in (given.maps or given.checkpoint, given.compare) if path]
-    names = [path.stem if path.is_file() and path.parent.name != "checkpoints" else _name(path) for path in sources]
-    out = given.out or Path("figures", "-and-".join(name[:120].replace(":", "-") for name in names))
+    names = [_of_figures(path) for path in (given.maps or given.checkpoint, given.compare) if path]
+    out = given.out or Path("figures", "-and-".join(name[-120:].replace(":", "-") for name in names))
     for path in draw(studies, out, given.format):
         print(path)
     for sentence in refused:
