@@ -200,3 +200,18 @@ def test_images_are_prepared_as_in_training(typed, norm):
                       "origin": None if typed is None else {"overrides": typed}})
     (result,) = seen.results
     assert (result["norm"], result["crop_pct"]) == (norm, 0.9 if typed is None else 0.5)
+
+
+def test_what_has_no_effect_is_said(caplog):
+    """The same settings as the entries above that change nothing."""
+    idle = {name for name, case in CASES.items() if case == TRAINING}
+    assert idle == evaluate.OF_TRAINING
+    seen_with({"origin": {"overrides": ["data.batch_size=8", "data.crop_pct=0.9"]}})
+    assert ["data.batch_size" in line and "data.crop_pct" not in line for line in caplog.messages
+            if "No effect" in line] == [True]
+
+
+def test_what_has_no_effect_beside_neighbours_is_refused():
+    for name, value in {"ablate": "blocks", "also": "FLAT", "calibrate": 6, "labels": "real"}.items():
+        with pytest.raises(UserError, match=f"{name}=.*knn=1"):
+            seen_with({**NEAREST, name: value})

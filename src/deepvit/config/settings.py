@@ -187,8 +187,9 @@ class EvalSettings:
 def read_evaluation(config: Mapping[str, Any]) -> EvalSettings:
     """`read_settings` for an evaluation."""
     settings = _read(EvalSettings, config)
-    if settings.ablate and settings.knn:
-        raise UserError(f"ablate={settings.ablate} has no effect with knn={settings.knn}: leave one of them out.")
+    for name in ("ablate", "also", "calibrate", "labels"):
+        if settings.knn and (value := getattr(settings, name)):
+            raise UserError(f"{name}={value} has no effect with knn={settings.knn}: leave one of them out.")
     return settings
 
 

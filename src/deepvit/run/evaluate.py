@@ -36,6 +36,9 @@ from deepvit.run.launch import Stopped
 from deepvit.run.measures import Evaluator, calibration
 
 NEUTRAL = {"root": None, "fraction": 1.0, "classes": None, "val_fraction": None}  # the same in every source of data
+OF_TRAINING = {"data.batch_size", "data.hflip", "data.on_device", "precision.scale_gradients"} | {
+    f"engine.{name}" for name in ("device_batch", "log_every", "save_every", "keep_epochs", "keep", "profile",
+                                  "grad_checkpointing", "compile", "max_skipped")}  # settings
 PREPARATION = ("norm", "crop_pct", "interpolation")  # settings of the data that belong to the model
 log = logging.getLogger(__name__)
 
@@ -85,6 +88,9 @@ def prepare_evaluation(config: Mapping[str, Any], ranks: Ranks) -> tuple[EvalSet
     """What was asked, for which the device is set up, and the checkpoints."""
     with ranks.sync_errors():
         asked = read_evaluation(config)
+        if idle := sorted(typed_names(asked.origin) & OF_TRAINING):
+            log.warning("No effect in an evaluation (whose batches have data.eval_batch_size images): %s.",
+                        ", ".join(idle))
         paths, precision = checkpoints(asked.checkpoint), build.precision(asked.precision, ranks.device)
     prepare_device(precision, ranks, asked.engine.threads, asked.engine.deterministic)
     return asked, paths
