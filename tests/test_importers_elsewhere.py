@@ -22,11 +22,11 @@ from sklearn.datasets import load_sample_images
 from torch.testing import assert_close
 
 import deepvit
+from deepvit.analysis.images import told_preparation
 from deepvit.commands.export import export
 from deepvit.commands.main import main
 from deepvit.config.compose import compose
 from deepvit.config.settings import read_evaluation
-from deepvit.analysis.images import told_preparation
 from deepvit.errors import UserError
 from deepvit.importers import locate, open_model, open_weights
 from deepvit.importers.settings import as_keywords
@@ -115,6 +115,51 @@ def test_folders_of_accelerate(tmp_path, name):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="config.json"):
         deepvit.load_model(tmp_path)
+
+
+TIMMS = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 3}
+
+
+def timm_folder(folder: Path, pretrained_cfg: dict | None = None, **keywords) -> timm.models.VisionTransformer:
+    """A ViT of timm's in a folder as on its hub."""
+    torch.manual_seed(0)
+    model = timm.models.VisionTransformer(**TIMMS, **keywords).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    save_file(model.state_dict(), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({
+        "architecture": "vit_tiny_patch16_224", "model_args": TIMMS | keywords, "pretrained_cfg": pretrained_cfg}))
+    return model
+
+
+@pytest.mark.parametrize("keywords", [{"global_pool": "avg"}, {"global_pool": "avg", "fc_norm": False},
+                                      {"global_pool": "token", "fc_norm": True}, {"act_layer": "gelu_tanh"}], ids=str)
+def test_what_no_tensor_of_timms_tells_is_taken_from_its_keywords(tmp_path, keywords):
+    assert_close(*(model.eval()(torch.ones(1, 3, 16, 16)) for model in
+                   (timm_folder(tmp_path, **keywords), deepvit.load_model(tmp_path))), atol=1e-6, rtol=0)
+
+
+def test_a_pooling_that_no_model_has_here_is_refused(tmp_path):
+    timm_folder(tmp_path, global_pool="avgmax")
+    with pytest.raises(UserError, match="global_pool=avgmax"):
+        deepvit.load_model(tmp_path)
+
+
+def test_images_are_prepared_as_timm_says(tmp_path, caplog):
+    """By the folder's config, by the arguments of timm's train.py, by the model's name; an export keeps it."""
+    timms = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "crop_pct": 1, "interpolation": "bilinear"}
+    timm_folder(tmp_path, timms)
+    told = {"norm": "imagenet", "crop_pct": 1.0, "interpolation": "bilinear"}
+    for name, keywords in ("a.safetensors", {}), ("b.timm", {"num_heads": 3}), ("c.deepvit", {"num_heads": 3}):
+        done = export(tmp_path, name.partition(".")[2], tmp_path / "out" / name)
+        assert told_preparation(deepvit.load_model(done.path, **keywords)) == told
+    state = {"arch": "deit_tiny_patch16_224", "state_dict": timm.create_model("deit_tiny_patch16_224").state_dict()}
+    for arguments, crop in ({}, 0.9), (timms, 1.0):
+        torch.save({**state, "args": argparse.Namespace(model=state["arch"], **arguments)}, tmp_path / "deit.pth.tar")
+        found = told_preparation(deepvit.load_model(tmp_path / "deit.pth.tar"))
+        assert (found["norm"], found["crop_pct"]) == ("imagenet", crop)
+    timm_folder(tmp_path, {**timms, "mean": [0, 0, 0]})
+    assert "norm" not in told_preparation(deepvit.load_model(tmp_path)) and "no data.norm has" in caplog.text
 
 
 @pytest.mark.parametrize("name, changes", [

@@ -1,5 +1,6 @@
 """Images as a checkpoint's model wants them, and the names of its classes."""
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from deepvit.errors import UserError
 from deepvit.models import ViT
 
 PUBLISHED = {"crop_pct": None, "interpolation": "bicubic", "norm": "half", "source": None}  # where a file says nothing
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -89,6 +91,9 @@ def told_preparation(model: ViT) -> dict[str, Any]:
     said = model.load_report.said
     norm = data.name_of_norm(said.get("mean"), said.get("std"))
     found = (said.get("run") or {}).get("data") or {**said, "norm": norm}
+    if norm is None and found.get("mean"):
+        log.warning("%s was trained on images normalised by mean %s and std %s, which no data.norm has: it is given "
+                    "others, and does worse for it.", model.load_report.path, said["mean"], said.get("std"))
     return {name: found[name] for name in PUBLISHED if found.get(name) is not None}
 
 

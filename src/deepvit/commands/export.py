@@ -1,6 +1,7 @@
 """Hands a model over: `deepvit export RUN_OR_CHECKPOINT --to safetensors|timm|hub-folder|onnx|deepvit [KEY=VALUE ...]`
 writes another form of it, `deepvit average RUN` the mean of its last weights."""
 
+import json
 import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +28,7 @@ from deepvit.importers import deepvit as published
 from deepvit.importers import find_checkpoint, load_model, open_model, open_weights, save_model
 from deepvit.importers import timm as timm_dialect
 from deepvit.importers.dialect import write
-from deepvit.importers.ours import described, save_tensors
+from deepvit.importers.ours import described, origin_of, save_tensors
 from deepvit.importers.ours import write as write_checkpoint
 from deepvit.importers.settings import as_keywords
 from deepvit.models import Attention, ReAttention, SelfAttention, ViT
@@ -114,7 +115,7 @@ def _write_deepvit(model: ViT, path: Path) -> Written:
     for block in model.blocks:
         _refuse_attention(block.attn, config["attention"])
     arch = next((arch for arch, name in published.ARCHS.items() if published.is_named(name, model)), None)
-    content = {"state_dict": write(published.ROWS, model.state_dict(), "deepvit"), "version": 2}
+    content = {"state_dict": write(published.ROWS, model.state_dict(), "deepvit"), "version": 2, **origin_of(model)}
     with path.open("wb") as file:
         torch.save(content | ({"arch": arch} if arch else {}), file)
     scalars = {key: config[key] for key in ("num_heads", "residual_scale", "map_scale", "qk_scale")}
@@ -146,7 +147,7 @@ def _is_plain(attention: Attention) -> bool:
 
 def _write_timm(model: ViT, path: Path) -> Written:
     arguments, state = _as_timm(model)
-    save_tensors(path, state)
+    save_tensors(path, state, {"deepvit": json.dumps(origin_of(model))})
     theirs = VisionTransformer(**arguments, norm_layer=partial(torch.nn.LayerNorm, eps=model.config["norm_eps"]))
     theirs.load_state_dict(state)
     return theirs.eval(), "loaded strictly into timm's VisionTransformer", f"""import safetensors.torch, timm

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch import Size, Tensor
 
 from deepvit.errors import UserError, reason
-from deepvit.importers.locate import find_checkpoint, hub_metadata, released
+from deepvit.importers.locate import find_checkpoint, hub_metadata, released, told_images
 
 # Where trainers keep the weights in a checkpoint
 RAW, EMA = ("state_dict", "model", "model_state_dict", "net"), ("state_dict_ema", "ema", "model_ema")
@@ -154,14 +154,15 @@ def _check_tensor(path: Path, name: Any, tensor: Any) -> None:
 
 
 def _metadata(content: Mapping) -> dict[str, Any]:
-    """All of a checkpoint but its weights; the model's name and keywords also from timm's saved arguments."""
+    """All of a checkpoint but its weights; the model's name and keywords, and how images were prepared, also from timm's
+    saved arguments."""
     said = {key: value for key, value in content.items() if key not in (*RAW, *EMA, "optimizer")}
     arguments = said.get("args")
     said["arch"] = said.get("arch") or getattr(arguments, "model", None)
     if isinstance(keywords := getattr(arguments, "model_kwargs", None), dict):
         pool = {"global_pool": arguments.gp} if getattr(arguments, "gp", None) else {}
         said["model_args"] = pool | keywords
-    return said
+    return told_images(getattr(arguments, "__dict__", None)) | said
 
 
 # safetensors

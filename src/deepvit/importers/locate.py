@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -44,13 +45,20 @@ def hub_metadata(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{config} is no JSON ({reason(error)}): get it again.") from None
     content = content if isinstance(content, dict) else {}
-    images = content.get("pretrained_cfg") if isinstance(content.get("pretrained_cfg"), dict) else {}
     typed = {"arch": ("architecture", str), "model_args": ("model_args", dict), "classes": ("label_names", list)}
     found = {key: content[theirs] for key, (theirs, kind) in typed.items() if isinstance(content.get(theirs), kind)}
-    found |= {key: values for key in ("mean", "std") if isinstance(values := images.get(key), list)
-              and all(isinstance(one, float) for one in values)}
-    crop, interpolation = images.get("crop_pct"), images.get("interpolation")
-    return (found | ({"crop_pct": crop} if isinstance(crop, float) and 0.1 <= crop <= 1 else {})
+    if isinstance(pool := content.get("global_pool"), str):
+        found["model_args"] = {"global_pool": pool, **found.get("model_args", {})}
+    return found | told_images(content.get("pretrained_cfg"))
+
+
+def told_images(settings: Any) -> dict[str, Any]:
+    """As much as timm's settings tell of how images are prepared: `mean`, `std`, `crop_pct`, `interpolation`."""
+    told = settings if isinstance(settings, Mapping) else {}
+    found = {key: [*values] for key in ("mean", "std") if isinstance(values := told.get(key), list | tuple)
+             and all(isinstance(one, float | int) for one in values)}
+    crop, interpolation = told.get("crop_pct"), told.get("interpolation")
+    return (found | ({"crop_pct": float(crop)} if isinstance(crop, float | int) and 0.1 <= crop <= 1 else {})
             | ({"interpolation": interpolation} if interpolation in ("bilinear", "bicubic") else {}))
 
 

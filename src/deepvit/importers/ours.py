@@ -26,6 +26,7 @@ from deepvit.models import ViT, list_models, model_config
 FORMAT, VERSION = "deepvit", 1
 SUFFIXES = (".safetensors", ".pt", ".pth")
 ORIGIN = ("classes", "class_names", "run")  # of the head, from the file that it came from
+IMAGES = ("mean", "std", "crop_pct", "interpolation")  # how they are prepared, where a foreign file told it
 
 
 def save_model(model: nn.Module, path: str | Path, classes: Sequence[str] | None = None) -> None:
@@ -67,10 +68,16 @@ def described(model: nn.Module, classes: Sequence[str] | None = None) -> dict[st
     if wrong := next((name for name in {**state, **built} if name not in state or name not in built
                       or state[name].shape != built[name].shape), None):
         raise UserError(f"The model's '{wrong}' does not fit its config: use settings, or reset_classifier for a head.")
+    return {"format": FORMAT, "version": VERSION, "config": model.config, "model": state, **origin_of(model, classes)}
+
+
+def origin_of(model: ViT, classes: Sequence[str] | None = None) -> dict[str, Any]:
+    """What the file that the model came from tells of its head, unless that is another now, and of its images."""
     report = getattr(model, "load_report", None)
-    said = report.said if report and classes is None and report.head is model.head else {"classes": classes}
-    return {"format": FORMAT, "version": VERSION, "config": model.config, "model": state,
-            **{key: said[key] for key in ORIGIN if said.get(key) is not None}}
+    told = report.said if report else {}
+    said = told if report and classes is None and report.head is model.head else {"classes": classes}
+    said = {key: said.get(key) for key in ORIGIN} | {key: told.get(key) for key in IMAGES}
+    return {key: value for key, value in said.items() if value is not None}
 
 
 def save_tensors(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

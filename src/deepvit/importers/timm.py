@@ -2,17 +2,19 @@
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
 import timm
 import torch
 from timm.layers import GELU, GELUTanh, resample_abs_pos_embed
-from timm.models import VisionTransformer, is_model
+from timm.models import VisionTransformer, get_pretrained_cfg, is_model
 from torch import Tensor, nn
 
 from deepvit.errors import UserError
 from deepvit.importers.dialect import Dialect, Row, Source, both
+from deepvit.importers.locate import told_images
 from deepvit.importers.settings import Grid
 
 FRAME = [Row("cls_token", "cls_token"), Row("pos_embed", "pos_embed"),
@@ -21,21 +23,46 @@ BLOCK = [row for layer in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1",
          for row in both(f"blocks.{{l}}.{layer}")]
 AFTER_POOL = both("fc_norm", "norm")  # `norm` and `fc_norm` are one norm, before or after pooling: a file has either
 LAYER_SCALE = Row("blocks.{l}.ls{b}.gamma", "blocks.{l}.ls{b}.gamma")
+POOLS, GELUS = {"token": "cls", "avg": "avg"}, {"gelu": "erf", "gelu_tanh": "tanh"}  # timm's words -> ours
 ROWS = [*FRAME, *BLOCK, LAYER_SCALE, *both("pre_logits.0"), *both("pre_logits.fc", "pre_logits.0")]
 
 
 def _infer(source: Source, given: Mapping[str, Any]) -> dict[str, Any]:
     file = source.file
     named, arguments = named_model(file.said.get("arch") or ""), file.said.get("model_args") or {}
+    if named:
+        source.report.said = _images_of(file.said["arch"]) | source.report.said
     heads = arguments.get("num_heads") or (named.blocks[0].attn.num_heads if named else given.get("num_heads"))
+    is_last = "fc_norm.weight" in file.shapes
+    return {"gelu": _told(source, "act_layer", GELUS) or _gelu(source, named),
+            "norm_eps": named.blocks[0].norm1.eps if named else 1e-6, "num_heads": heads,
+            "pool": _told(source, "global_pool", POOLS) or ("avg" if is_last else "cls"),
+            "final_norm": "after_pool" if is_last else "before_pool"}
+
+
+def _told(source: Source, keyword: str, ours: Mapping[str, str]) -> str | None:
+    """Our word for a keyword of timm's, None where the file does not tell it; UserError for what no ViT has here."""
+    value = (source.file.said.get("model_args") or {}).get(keyword)
+    if value is not None and str(value) not in ours:
+        raise UserError(f"{source} is of a model with {keyword}={value}, which no ViT has here: take one with "
+                        f"{' or '.join(ours)}.")
+    return None if value is None else ours[str(value)]
+
+
+def _images_of(arch: str) -> dict[str, Any]:
+    """How timm prepares images for a model of that name where it is told nothing else."""
+    with suppress(RuntimeError):  # a tag that timm does not have
+        if found := get_pretrained_cfg(arch):
+            return told_images(found.to_dict())
+    return {}
+
+
+def _gelu(source: Source, named: VisionTransformer | None) -> str:
     act = named.blocks[0].mlp.act if named else nn.GELU()
     if not isinstance(act, (nn.GELU, GELU, GELUTanh)):
         raise UserError(f"{source} is of a model with {type(act).__name__}, which no ViT has here: take one with GELU.")
     is_tanh = isinstance(act, GELUTanh) or getattr(act, "approximate", "none") == "tanh"
-    averaged = "fc_norm.weight" in file.shapes
-    return {"gelu": "tanh" if is_tanh else "erf", "norm_eps": named.blocks[0].norm1.eps if named else 1e-6,
-            "num_heads": heads, "pool": "avg" if averaged else "cls",
-            "final_norm": "after_pool" if averaged else "before_pool"}
+    return "tanh" if is_tanh else "erf"
 
 
 @cache
