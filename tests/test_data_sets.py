@@ -115,6 +115,8 @@ def test_evaluation_folders_by_number_and_by_name(tmp_path):
     v2 = data.eval_folder(str(tmp_path / "v2"), ids)
     assert v2.targets.tolist() == list(range(12))
     assert [int(pixels(v2, index)[0, 0, 0]) for index in range(12)] == [number * 20 for number in range(12)]
+    named = sorted(map(str, range(12)))  # 0, 1, 10, 11, 2, ...: of a model that has sorted them as text
+    assert [int(named[target]) for target in data.eval_folder(str(tmp_path / "v2"), named).targets] == [*range(12)]
     part = data.eval_folder(str(IMAGES), ["bird", "truck", "ship", "cat"])
     assert part.targets.tolist() == [3, 3, 2, 2, 1, 1] and part.name(0).endswith("jpg")
     assert part.take(np.array([4])).targets.tolist() == [1]
@@ -123,15 +125,22 @@ def test_evaluation_folders_by_number_and_by_name(tmp_path):
 
 
 def test_real_labels():
-    from timm.data import RealLabelsImagenet
+    from timm.data import ImageNetInfo, RealLabelsImagenet
     labels = RealLabelsImagenet(range(50_000)).real_labels
     none, two, three = (f"ILSVRC2012_val_{number:08d}.JPEG" for number in (1, 2, 3))
     assert not labels[none] and labels[two] and labels[three]  # the first image was found to show none of the classes
     names = [f"/val/n01/{none}", f"/val/n02/{two}", three]
-    assert data.real_top1(np.array([5, labels[two][0], labels[three][-1]]), names) == 100.0
-    assert data.real_top1(np.array([5, labels[two][0], -1]), names) == 50.0
+    wnids = ImageNetInfo().label_names()
+    right = [5, labels[two][0], labels[three][-1]]
+    assert data.real_top1(np.array(right), names, wnids) == 100.0
+    assert data.real_top1(np.array([*right[:2], -1]), names, wnids) == 50.0
+    of_three = [wnids[label] for label in right]  # a model of these classes alone
+    assert data.real_top1(np.array([0, 1, 2]), names, of_three) == 100.0
+    assert data.real_top1(np.array([0, 2, 2]), names, of_three) == 50.0
     with pytest.raises(UserError, match="no ReaL label"):
-        data.real_top1(np.array([0]), ["cat.jpg"])
+        data.real_top1(np.array([0]), ["cat.jpg"], wnids)
+    with pytest.raises(UserError, match="labels=real.*'cat'"):
+        data.real_top1(np.array([0]), names, ["cat"])
 
 
 def flat_val(root: Path) -> None:

@@ -93,7 +93,7 @@ CASES: dict[str, Case | list[Case] | str] = {
     "weights": [Case(confidences, "raw"), Case(first("weights"), "raw", {"weights": "ema"}, "raw")],
     "dialect": Case(first("dialect"), "timm"),  # which is refused
     "calibrate": [Case(confidences, 6), Case(confidences, 12, {"calibrate": 6})],
-    "labels": Case(lambda seen: "real_top1" in seen.results[0], "real", {"data.root": "REAL"}, True),
+    "labels": Case(first("n"), "real", {"data.root": "REAL"}),  # which is refused: its classes are no wnids
     "ablate": Case(lambda seen: [one["form"] for one in seen.results[0].get("ablations", [])], "theta",
                    {"ablate": "blocks"}),
     "also": Case(lambda seen: sorted(result["n"] for result in seen.results), "FLAT", wanted=[6, 8]),

@@ -179,15 +179,15 @@ def source_of(data: Data) -> Source:
 
 def eval_folder(root: str, class_ids: list[str], **asked: object) -> ImageSet:
     """A folder of classes for evaluation alone, e.g. ImageNet-V2: targets are the places of its names in `class_ids`.
-    `root` holds the class folders, or a val/ (or test/) that does. Folders named 0 .. C-1 are the classes by number.
-    Some classes may be missing; a folder that is none of `class_ids` raises UserError. `asked`: fields of `Source`."""
+    `root` holds the class folders, or a val/ (or test/) that does. Folders named 0 .. C-1 are the classes by number,
+    unless the classes have these names. Some classes may be missing; a folder that is none of `class_ids` raises UserError. `asked`: fields of `Source`."""
     source, path = Folder(root=root, **asked), existing(root, "folder")
     train, val = find_splits(path, class_ids)
     if train is not None and val is None:
         raise UserError(f"data.root={root} has {train.name}/ but no val/: give data.root={train} to evaluate on that.")
     path = val or path
     names = classes_of(path)
-    if names == [str(number) for number in range(len(class_ids))]:
+    if names == [str(number) for number in range(len(class_ids))] and {*names} != {*class_ids}:
         class_ids = names
     if unknown := [name for name in names if name not in class_ids]:
         raise UserError(f"{path} has folders of classes that the model was not trained on: {len(unknown)} "
@@ -197,16 +197,22 @@ def eval_folder(root: str, class_ids: list[str], **asked: object) -> ImageSet:
     return images if source.exclude is None else without([images], class_ids, source.exclude, root, f"{path}/")[0]
 
 
-def real_top1(predictions: np.ndarray, names: Sequence[str]) -> float:
+def real_top1(predictions: np.ndarray, names: Sequence[str], class_ids: Sequence[str]) -> float:
     """Top-1 in percent by ImageNet's reassessed labels (ReaL; Beyer et al., arXiv:2006.07159). `predictions` [n] are
-    places of the sorted wnids, `names` ImageNet's own. Any label is right; images without one are left out."""
-    from timm.data import RealLabelsImagenet
+    places in `class_ids`, which are wnids (-1: none), `names` ImageNet's own. Any label is right; images without one
+    are left out."""
+    from timm.data import ImageNetInfo, RealLabelsImagenet
+    numbers = {wnid: number for number, wnid in enumerate(ImageNetInfo().label_names())}
+    if strange := [name for name in class_ids if name not in numbers]:
+        raise UserError(f"labels=real is for models of ImageNet's classes, of which '{strange[0]}' is none: leave it "
+                        f"out.")
     labels = RealLabelsImagenet(filenames=range(50_000)).real_labels  # file name -> classes
     try:
         known = [labels[os.path.basename(name)] for name in names]
     except KeyError as name:
         raise UserError(f"{name} has no ReaL label: those of ImageNet's ILSVRC2012_val_*.JPEG do.") from None
-    right = [int(guess) in any_of for guess, any_of in zip(predictions, known, strict=True) if any_of]
+    right = [guess >= 0 and numbers[class_ids[guess]] in any_of
+             for guess, any_of in zip(predictions.tolist(), known, strict=True) if any_of]
     if not right:
         raise UserError("None of these images has a ReaL label.")
     return 100.0 * float(np.mean(right))

@@ -127,7 +127,7 @@ def _open(path: Path, root: str | None, asked: EvalSettings, ranks: Ranks) -> Ca
     with ranks.sync_errors():
         images, train, before = val_images(model, data), None, trained_on(model)
         if asked.labels == "real" and root is None:
-            real_top1(np.zeros(len(images), int), [images.name(index) for index in range(len(images))])
+            _real_top1(model, images, np.zeros(len(images), int))
         name, home = Path(root).name if root else data.source, (before or {}).get("root")
         of_kind = data.source in ("folder", "timm") or home and data.source == before.get("source")
         if root or of_kind and (data.root or data.name) and data.root != home:  # other images of the same kind
@@ -155,6 +155,12 @@ def load(path: Path, asked: EvalSettings) -> ViT:
 def trained_on(model: ViT) -> Mapping[str, Any] | None:
     """The settings of its training data, where its file tells them."""
     return (model.load_report.said.get("run") or {}).get("data")
+
+
+def known_classes(model: ViT) -> list[str] | None:
+    """Ids of its classes in the order of the logits; ImageNet's for 1000 that its file does not name."""
+    known = model.load_report.said.get("classes")
+    return ImageNetInfo().label_names() if known is None and model.num_classes == 1000 else known
 
 
 def readable_classes(model: ViT) -> list[str]:
@@ -187,11 +193,9 @@ def val_images(model: ViT, data: Data) -> ImageSet:
     """The images to evaluate, their targets as indices of the model's logits. Folders of classes need no training set
     here and may lack classes (ImageNet's subsets, -V2, -A, -R): they are matched by name with the model's, by wnid for
     a model of ImageNet's 1000. UserError for classes that the model does not know, or another number of them."""
-    count, known, path = model.num_classes, model.load_report.said.get("classes"), model.load_report.path
+    count, known, path = model.num_classes, known_classes(model), model.load_report.path
     if model.pool == "":
         raise UserError(f"{path} has logits of tokens, not of images: give +model.pool=cls, mean or avg.")
-    if known is None and count == 1000:
-        known = ImageNetInfo().label_names()
     source = source_of(data)
     if known and isinstance(source, Folder) and data.root and data.classes is data.val_fraction is None:
         return _of_folders(data, known)
@@ -253,7 +257,8 @@ def _evaluate(case: Case, asked: EvalSettings, ranks: Ranks, stop: StopRequest) 
     evaluation = evaluate()
     result = {
         "checkpoint": str(report.path), "weights": report.weights, "calibrate": asked.calibrate,
-        **evaluation.summary(), **(_real(evaluation, images) if asked.labels == "real" and case.root is None else {}),
+        **evaluation.summary(), **({"real_top1": _real_top1(case.model, images, evaluation.predictions[:, 0])}
+                                   if asked.labels == "real" and case.root is None else {}),
         "worst_classes": eval_results.by_class(evaluation, readable_classes(model))[:3],
         "data": Path(case.root).name if case.root else data.source, "root": data.root,
         **{name: getattr(data, name) for name in PREPARATION},
@@ -266,9 +271,9 @@ def _evaluate(case: Case, asked: EvalSettings, ranks: Ranks, stop: StopRequest) 
     return evaluation, result
 
 
-def _real(evaluation: Evaluation, images: ImageSet) -> dict[str, float]:
-    names = [images.name(index) for index in range(evaluation.n)]
-    return {"real_top1": real_top1(evaluation.predictions[:, 0], names)}
+def _real_top1(model: ViT, images: ImageSet, predictions: np.ndarray) -> float:
+    names = [images.name(index) for index in range(len(images))]
+    return real_top1(predictions, names, known_classes(model) or ["unnamed"])
 
 
 def _published(model: ViT, data: Data) -> dict[str, Any] | None:
