@@ -215,3 +215,15 @@ def test_what_has_no_effect_beside_neighbours_is_refused():
     for name, value in {"ablate": "blocks", "also": "FLAT", "calibrate": 6, "labels": "real"}.items():
         with pytest.raises(UserError, match=f"{name}=.*knn=1"):
             seen_with({**NEAREST, name: value})
+
+
+@pytest.mark.parametrize(("typed", "n"), [([], 4), (["data.val_fraction=null"], 8)])
+def test_what_was_held_out_of_a_folder_is_evaluated(typed, n):
+    """The rest of it is what the model was trained on."""
+    run = PLACES["TMP"] / "held out"
+    words = [word.replace("PHOTOS", str(PLACES["FLAT"])) for word in BASE]
+    more = ["data.val_fraction=0.5", "data.batch_size=4", "schedule.epochs=1", "logger=null"]
+    train(compose([*words, *more]), run, ALONE, StopRequest())
+    seen = seen_with({"checkpoint": str(run), "data.source": "folder", "data.root": "FLAT",
+                      "origin": {"overrides": typed}})
+    assert [result["n"] for result in seen.results] == [n]

@@ -172,21 +172,31 @@ def readable_classes(model: ViT) -> list[str]:
 
 
 def data_settings(model: ViT, asked: EvalSettings) -> Data:
-    """The data asked for; where that is left open, the run's own. The image size is the model's, and so is how images
-    are prepared, where its file tells it, but for what was typed."""
+    """The data asked for; where that is left open, the run's own. The image size is the model's, and so are how images
+    are prepared and which part of a folder was held out, where its file tells it, but for what was typed."""
     given = {name: value for name, value in asked.data.items() if value is not None}
     if "source" not in given:
         given = {**(trained_on(model) or {}), **given}
     elif asked.origin:
-        typed, told = typed_names(asked.origin), told_preparation(model)
-        own = {name: told[name] for name in PREPARATION if name in told and f"data.{name}" not in typed}
-        if other := [f"data.{name}={value}" for name, value in own.items() if value != given.get(name, value)]:
-            log.info("%s: its images are prepared as they were in its training: %s.", model.load_report.path,
-                     ", ".join(other))
+        typed, told = typed_names(asked.origin), told_preparation(model) | _held_out(model, given.get("root"))
+        own = {name: told[name] for name in (*PREPARATION, "val_fraction")
+               if name in told and f"data.{name}" not in typed}
+        if other := [f"data.{name}={value}" for name, value in own.items() if value != given.get(name)]:
+            log.info("%s: as in its training: %s.", model.load_report.path, ", ".join(other))
         given |= own
     if "source" not in given:
         raise UserError(f"{model.load_report.path} does not tell its training data: add data=imagenet data.root=...")
     return read_group("data", {**NEUTRAL, **given, "img_size": list(model.img_size)})
+
+
+def _held_out(model: ViT, root: str | None) -> dict[str, float]:
+    """The part of the folder `root` that its run held out, if it trained on the rest."""
+    run = trained_on(model) or {}
+    if root and run.get("root") and run.get("val_fraction"):
+        given, trained = (Path(one).expanduser().resolve() for one in (root, run["root"]))
+        if given == trained:
+            return {"val_fraction": run["val_fraction"]}
+    return {}
 
 
 def val_images(model: ViT, data: Data) -> ImageSet:
