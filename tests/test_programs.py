@@ -139,6 +139,7 @@ def test_help_ends_with_uses_whose_options_exist(command, capsys):
     (["checkpoint=[a"], "checkpoint=[a does not exist"), (["check point=a"], "'check point=a' cannot be read"),
     (["chekpoint=x"], "Did you mean 'checkpoint'"), (["checkpoint=[[${oc.env:UNSET}]]"], "UNSET"),
         (["schedule.epochs=3"], "'schedule.epochs' is a setting of another program"),
+    (["data.img_size=16"], "model.img_size"), (["knn=3", "calibrate=64"], "calibrate=64 has no effect"),
         (["--config-name", "train", "labels=real"], "--config-dir"),
 ])
 def test_bad_input_to_eval_is_one_sentence(run, tmp_path, words, expected):

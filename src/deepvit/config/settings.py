@@ -190,6 +190,9 @@ def read_evaluation(config: Mapping[str, Any]) -> EvalSettings:
     for name in ("ablate", "also", "calibrate", "labels"):
         if settings.knn and (value := getattr(settings, name)):
             raise UserError(f"{name}={value} has no effect with knn={settings.knn}: leave one of them out.")
+    given, pixels = settings.data.get("img_size"), settings.model.get("img_size")
+    if given not in (None, pixels):
+        raise UserError(f"data.img_size={given} is not model.img_size={pixels}: set the latter alone.")
     return settings
 
 
