@@ -39,7 +39,19 @@ def test_the_last_weights_of_a_run_are_averaged_and_named(tmp_path, suffix):
         torch.testing.assert_close(tensor, expected)
     said = model.load_report.said
     assert said["classes"] == ["a", "b", "c"] and [one["step"] for one in said["averaged"]] == [20, 30, 40]
+    assert "calibrate=512" in model.load_report.notes[-1]
     assert main(["average", str(tmp_path / "run"), "--last", "3", "--out", str(out)]) == BAD_INPUT  # it is there
+
+
+@pytest.mark.parametrize(("ema", "said", "is_noted"), [
+    (True, {"evaluated": 10}, False), (True, {"evaluated": 0}, True), (False, {"evaluated": 0}, False),
+    (True, {"metrics": {"top1": 50.0}}, False)])  # the last: a best checkpoint of an earlier version
+def test_averages_from_between_evaluations_are_noted(tmp_path, ema, said, is_noted):
+    """Their norms have the statistics of the raw weights."""
+    state = written(tmp_path / "best.pt", 1)
+    written(tmp_path / "last.pt", 1, ema=state, **said)
+    report = deepvit.load_model(tmp_path / "last.pt", ema=ema).load_report
+    assert any("calibrate=512" in note for note in report.notes) == is_noted
 
 
 @pytest.mark.parametrize(("words", "expected"), [

@@ -79,6 +79,17 @@ def test_the_card_of_a_best_checkpoint_has_its_own_evaluation(tmp_path):
     assert "Of `best.pt`" in card and "| 71.25 |" in card and "| 69.00 | 60.00" not in card
 
 
+def test_a_card_has_no_numbers_of_another_model(tmp_path):
+    """A run with a moving average measures that; positions made for other images are another model's."""
+    _, run = make_run(tmp_path / "run", ema=True)
+    with (run / "config.yaml").open("a") as file:
+        file.write("ema:\n  decay: 0.9\n")
+    for number, (options, is_measured) in enumerate([({}, True), ({"weights": "raw"}, False), ({"img_size": 24}, False)]):
+        done = export(run, "safetensors", tmp_path / f"{number}.safetensors", **options)
+        assert ("| 69.00 | 60.00" in re.sub(" +", " ", done.card.read_text())) == is_measured
+    assert "pos_embed 4x4 -> 6x6" in done.card.read_text()
+
+
 def test_averaged_weights_are_taken_unless_asked_otherwise(tmp_path):
     model, run = make_run(tmp_path / "run", ema=True)
     x = torch.randn(2, 3, 16, 16)

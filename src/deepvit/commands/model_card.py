@@ -34,9 +34,10 @@ def write_card(path: Path, model: ViT, exported: Path, form: str, parity: str, s
     names = f": {', '.join(map(str, classes[:20]))}{', ...' if len(classes) > 20 else ''}" if classes else ""
     parts = [FRONT, f"# {exported.name}", f"```python\n{snippet}\n```", f"Form: {form}. {parity}.",
              f"{'EMA' if report.weights == 'ema' else 'Raw'} weights of `{report.path.name}`.",
-             *(f"Note: {note}." for note in report.notes),
+             *(f"Note: {note}." for note in (*report.notes, *report.resized)),
              "## Model", _table({"parameters": f"{sum(p.numel() for p in model.parameters()):,}", **model.config}),
-             "## Recipe", _recipe(config), "## Evaluation", _evaluation(model, result), "## Curve", _curve(run),
+             "## Recipe", _recipe(config), "## Evaluation",
+             _evaluation(model, result, config), "## Curve", _curve(run),
              "## Made with", _table(made) if result else "Not known.",
              "## Classes", f"{model.num_classes} classes{names}."]
     text = ABSOLUTE.sub(".../", "\n\n".join(parts))
@@ -66,12 +67,12 @@ def _recipe(config: Mapping[str, Any]) -> str:
     return f"{_table(rows)}\n\nWhat is off is left out." if rows else "Not known: the weights are not of a run of ours."
 
 
-def _evaluation(model: ViT, result: Mapping[str, Any]) -> str:
-    """A best checkpoint's own evaluation where it holds one, else the run's result."""
+def _evaluation(model: ViT, result: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """A best checkpoint's own evaluation where it holds one, else the run's result; none if that is of another model."""
     measured, whose = model.load_report.said.get("metrics"), "the run's last checkpoint"
     if isinstance(measured, Mapping) and "top1" in measured:
         result, whose = {"data": result.get("data", "its data"), **measured}, f"`{model.load_report.path.name}`"
-    if "top1" not in result:
+    if "top1" not in result or not _is_as_measured(model, config):
         return "Not known here: evaluate with `python eval.py checkpoint=...`."
     top5 = f"{result['top5']:.2f}" if "top5" in result else ""
     interval = f"{result['top1_low']:.2f} to {result['top1_high']:.2f}" if "top1_low" in result else ""
@@ -80,6 +81,15 @@ def _evaluation(model: ViT, result: Mapping[str, Any]) -> str:
     best = (f"\n\nBest top-1 of the run: {result['best_top1']:.2f} % at step {result['best_step']:,}."
             if "best_top1" in result else "")
     return f"Of {whose}, on the validation part of `{result.get('data', 'its data')}`.\n\n{table}{best}"
+
+
+def _is_as_measured(model: ViT, config: Mapping[str, Any]) -> bool:
+    """Whether what its run measured is of these weights, which are its moving average where it has one, and of a model
+    with these settings."""
+    said, is_raw = model.load_report.said, model.load_report.weights == "raw"
+    own = {name: value for name, value in (said.get("config") or {}).items() if name not in ("attention", "num_classes")}
+    return (own.items() <= model.config.items() and "averaged" not in said
+            and not (is_raw and (config.get("ema") or {}).get("decay")))
 
 
 def _curve(run: Path | None) -> str:

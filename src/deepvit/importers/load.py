@@ -53,9 +53,19 @@ def load_model(path: str | Path, *, dialect: str | None = None, ema: bool | None
     config, grid = _settings(source, keywords, grid_size)
     model = empty_model(config, str(source))
     _fill(model, source, grid, head)
+    if model.norm_batches and _is_uncalibrated(source):
+        source.report.notes.append("its weights are averages whose batch statistics are of other weights: calibrate=512 "
+                                   "in an evaluation takes their own")
     model.load_report = source.report
     log.info("%s", source.report)
     return model
+
+
+def _is_uncalibrated(source: Source) -> bool:
+    """Whether these are averages of ours from between two evaluations, each of which gives them statistics."""
+    said = source.report.said
+    is_evaluated = "metrics" in said or said.get("evaluated") == said.get("step")
+    return "averaged" in said or source.file.is_average and not is_evaluated
 
 
 def open_model(path: str | Path, weights: str = "auto", **keywords: Any) -> ViT:
