@@ -175,6 +175,25 @@ def test_without_a_record_nothing_is_said_to_be_missing(make_run, tmp_path):
     assert len(the_grid(tmp_path).cells) == 3
 
 
+def test_what_a_run_began_from_is_named(make_run, tmp_path):
+    make_run("a", model__depth=8)
+    assert "similar untrained final" in tables.tables(the_grid(tmp_path), 0.9)[0].headers
+    make_run("b", model__depth=16, init="weights.npz")
+    headers = tables.tables(the_grid(tmp_path), 0.9)[0].headers
+    assert "similar untrained or of init final" in headers and "similar trained final" in headers
+
+
+def test_runs_of_other_images_are_named(make_run, tmp_path, capsys):
+    """Of the same settings, but for the folder that `data.root` named or what was in it."""
+    for seed, count in enumerate((20, 20, 10)):
+        marks = {"train": [32, "a", "b"], "val": [count, f"of {count}", "c"]}
+        make_run(f"run-{seed}", seed=seed, result={"made_of": {"pictures": marks}})
+    make_run("part", seed=3, data__fraction=0.5, result={"made_of": {"pictures": {**marks, "train": [16, "d", "e"]}}})
+    assert main(["report", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert said.count("of other images") == 1 and "run-2 is of other images (32 and 10 to evaluate)" in said
+
+
 def test_settings_that_differ_become_columns(make_run, tmp_path):
     make_run("a", model__embed_dim=48, model__num_heads=3, engine__log_every=7)
     make_run("b", model__embed_dim=96, model__num_heads=6)

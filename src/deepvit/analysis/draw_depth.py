@@ -74,7 +74,7 @@ def similarity_with_depth(studies: Sequence[Study]) -> Figure:
         ax.axhline(0.9, color="0.4", linewidth=0.8, linestyle="--")
         ax.text(0.99, 0.9, "0.9", transform=ax.get_yaxis_transform(), fontsize=7, color="0.4", va="bottom", ha="right")
         if initial:
-            ax.plot([], [], color="0.3", linestyle=":", label="before training")
+            ax.plot([], [], color="0.3", linestyle=":", label="untrained")
         ax.set(xlabel="between block b and b + 1", ylabel="M (cosine, mean over images, heads, tokens)",
                ylim=(min(-0.3, ax.get_ylim()[0]), 1.05))
         ax.legend(fontsize=7, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
@@ -85,12 +85,12 @@ def similarity_with_depth(studies: Sequence[Study]) -> Figure:
 
 
 def measures_with_depth(studies: Sequence[Study]) -> Figure:
-    """The other measures against depth, all models in one panel each, before training dotted."""
+    """The other measures against depth, all models in one panel each, untrained dotted."""
     probes = [one.facts["probe"] for one in studies]
     shown = [one for one in MEASURES.values() if one.title
              and any(value is not None for probe in probes for value in one.found_in(probe))]
     rows = -(-len(shown) // 3)
-    figure = _figure(14, 2.6 * rows + 1.6, "What attention does, against depth (dotted: before training)")
+    figure = _figure(14, 2.6 * rows + 1.6, "What attention does, against depth (dotted: untrained)")
     axes = figure.subplots(rows, 3, squeeze=False).ravel()
     for ax, measure in zip(axes, shown, strict=False):
         for one, colour, marker, width in zip(studies, COLOURS, MARKERS, (4, 1.5), strict=False):

@@ -42,7 +42,7 @@ def study(model: ViT, images: Images, name: str) -> Study:
     tensors, tops = _over_images(model, x)
     tensors["pixels"] = images.pixels[:MAX_SHOWN].contiguous()
     tensors |= {f"theta/{i:02d}": theta for i, theta in enumerate(thetas(model)) if theta is not None}
-    # The very model that its run started from if the checkpoint tells the seed, else one like it
+    # As its run began if the checkpoint tells the seed and it had no `init`, else one like it
     attention, seed = model.config["attention"], (model.load_report.said.get("run") or {}).get("seed", 0)
     before = probe(at_initialisation(model, seed=seed, images=x[:MAX_STATISTICS]), x, matrix=True)
     return Study(tensors, {"name": printable(name), "attention": attention.get("name", attention["class"]),

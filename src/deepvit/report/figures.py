@@ -22,8 +22,8 @@ from matplotlib.figure import Figure
 from deepvit.report.contrasts import Finding, find, plan_of
 from deepvit.report.grid import ATTENTION_ORDER, Cell, Grid
 from deepvit.report.runs import Run
-from deepvit.report.tables import (KINDS, Measure, interval, mean_similarity, of_result, over_seeds, published_for,
-                                   similarity)
+from deepvit.report.tables import (KINDS, Measure, interval, mean_similarity, named_moments, of_result, over_seeds,
+                                   published_for, similarity)
 
 # Okabe and Ito's colours, told apart by colour-blind readers too; yellow is left out on white.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#999999")
@@ -128,7 +128,7 @@ def charts(grid: Grid, prefix: str = "") -> list[Chart]:
                           _curves, CURVES, lambda run: run.lines)
     return drawn + _facet_chart(
         grid, f"{prefix}blocks", "Similarity M of each block's maps to the next block's, mean over images, heads, "
-        "tokens and seeds. Solid: trained; dotted: untrained.", _blocks, KINDS,
+        f"tokens and seeds. Solid: trained; dotted: {named_moments(grid)['initial']}.", _blocks, KINDS,
         lambda run: similarity(run, "final", "final"))
 
 
@@ -163,7 +163,7 @@ def depth_chart(grid: Grid, prefix: str) -> Chart:
     if any(similarity(run, "final", "final") for run in grid.runs):
         panels += [partial(plot.similarity, kind=kind) for kind in ("final", "softmax")]
     return _chart(f"{prefix}depth", "Accuracy and mean similarity M of adjacent blocks against depth. "
-                  "Filled: trained; hollow, dotted: untrained. Bars: 95 %.", panels, columns=3)
+                  f"Filled: trained; hollow, dotted: {named_moments(grid)['initial']}. Bars: 95 %.", panels, columns=3)
 
 
 class _Plot:
@@ -209,8 +209,9 @@ class _Plot:
         self._draw_means(axes, lambda run: mean_similarity(run, "final", kind))
         self._label(axes, "mean M of adjacent blocks", {"final": "Maps that multiply the values (final)",
                                                         "softmax": "Maps before mixing and norm (softmax)"}[kind])
-        moments = [axes.plot([], [], color="grey", marker="o", linestyle=style, markerfacecolor=face, label=label)[0]
-                   for label, style, face in (("trained", "-", "grey"), ("untrained", ":", "none"))]
+        named = named_moments(self.grid)
+        moments = [axes.plot([], [], color="grey", marker="o", linestyle=style, markerfacecolor=face, label=named[one])[0]
+                   for one, style, face in (("final", "-", "grey"), ("initial", ":", "none"))]
         axes.legend(handles=moments, fontsize="small", loc="center right")
         unit_range(axes)
 

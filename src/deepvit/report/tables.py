@@ -12,7 +12,7 @@ from deepvit.report.published import IMAGENET_VAL, OTHERS, SOURCES, Published, p
 from deepvit.report.runs import Run
 from deepvit.report.statistics import Equivalence, Summary, summarise
 
-MOMENTS = {"initial": "untrained", "final": "trained"}
+MOMENTS = ("initial", "final")  # before the first step, and after the last
 KINDS = {"final": "final", "softmax": "softmax", "final_centred": "final-1/N", "softmax_centred": "softmax-1/N"}
 NONE = "–"
 
@@ -34,6 +34,12 @@ def _table(title: str, columns: Mapping[str, Callable[[Any], str]], items: Itera
     rows = [[read(item) for read in columns.values()] for item in items]
     kept = [not {*texts} <= {"", NONE} for texts in zip(*rows)]
     return Table(title, [*compress(columns, kept)], [[*compress(row, kept)] for row in rows], notes)
+
+
+def named_moments(grid: Grid) -> dict[str, str]:
+    """`MOMENTS` with the words of tables and captions: what is fine-tuned was never untrained."""
+    began = {"of init" if run.settings.get("init") else "untrained" for run in grid.planned}
+    return {"initial": " or ".join(sorted(began, reverse=True)), "final": "trained"}
 
 
 def similarity(run: Run, moment: str, kind: str) -> list[float]:
@@ -151,9 +157,9 @@ def _outcome(plan: Plan, grid: Grid) -> str:
 
 
 def _results(grid: Grid, threshold: float) -> Table:
-    similar = {f"similar {MOMENTS[moment]} {kind}": _mean(
+    similar = {f"similar {name} {kind}": _mean(
         partial(similar_blocks, moment=moment, kind=kind, threshold=threshold), 1)
-        for moment in MOMENTS for kind in ("final", "softmax")}
+        for moment, name in named_moments(grid).items() for kind in ("final", "softmax")}
     columns = {**_axes(grid), "top-1 %": _mean(of_result("top1"), 2), "n": lambda cell: str(len(cell.finished)),
                "95 %": _interval, **similar, "M parameters": _mean(lambda run: run.result["params"] / 1e6, 2),
                "published": lambda cell: next(
@@ -168,8 +174,8 @@ def _results(grid: Grid, threshold: float) -> Table:
 
 
 def _similarities(grid: Grid) -> Table:
-    means = {f"{KINDS[kind]} {MOMENTS[moment]}": _mean(partial(mean_similarity, moment=moment, kind=kind), 2)
-             for kind in KINDS for moment in MOMENTS}
+    means = {f"{KINDS[kind]} {name}": _mean(partial(mean_similarity, moment=moment, kind=kind), 2)
+             for kind in KINDS for moment, name in named_moments(grid).items()}
     return _table("Mean similarity M of adjacent blocks", {**_axes(grid), **means}, grid.finished, [
         "final-1/N, softmax-1/N: of maps minus their uniform part. A norm over heads lowers M of the final maps "
         "by construction: it does so untrained, before anything was learned."])

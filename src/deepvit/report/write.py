@@ -28,6 +28,8 @@ RECIPE = (  # what a reader asks for first
     "model.reattention_blocks", "model.drop_path_rate", "data.fraction", "data.batch_size", "schedule.epochs",
     "schedule.steps", "schedule.kind", "optimizer.opt", "optimizer.lr", "optimizer.weight_decay", "augment",
     "precision", "ema.decay", "loss.cosine_blocks", "init")
+IMAGES = tuple(f"data.{name}" for name in (  # settings that choose them
+    "source", "name", "classes", "fraction", "val_fraction", "exclude", "train_split", "val_split"))
 RESULTS = ("top1", "top5", "loss", "best_top1", "n", "params", "flops", "steps", "epochs", "images_per_s", "git")
 
 Part = str | Table | Chart  # a text that begins with ## is a heading
@@ -107,8 +109,22 @@ def _limits(grid: Grid) -> str:
         counts = {run.result["n"] for run in grid.runs if "n" in run.result}
         sample = f" ({counts.pop()} test images)" if len(counts) == 1 else ""
         found.append(f"one seed, so differences within the 95 % bounds may be chance{sample}")
+    found += _of_other_images(grid)
     found.append("low similarity alone is no merit: the norm over heads lowers it by construction, as norm_only shows")
     return f"Limits: {'; '.join(found)}."
+
+
+def _of_other_images(grid: Grid) -> list[str]:
+    """A sentence for each run whose images are not those of the first with the same `IMAGES`: a root may hold any."""
+    found, first_of = [], {}
+    for run in grid.runs:
+        if pictures := run.result.get("made_of", {}).get("pictures"):
+            marks = [pictures[name][:2] for name in ("train", "val")]  # number and fingerprint
+            first, first_marks = first_of.setdefault(str([run.settings.get(name) for name in IMAGES]), (run, marks))
+            if marks != first_marks:
+                (train, _), (val, _) = marks
+                found.append(f"{run.place} is of other images ({train:,} and {val:,} to evaluate) than {first.place}")
+    return found
 
 
 def _comparison(runs: Sequence[Run]) -> Table:
