@@ -74,6 +74,7 @@ def test_a_folder_of_the_hub_tells_heads_norm_and_preprocessing(tmp_path):
     made = with_model_of_init(config_of(f"init=local-dir:{tmp_path}"))
     assert made["model"]["num_heads"] == 4 and made["data"]["norm"] == "imagenet"
     assert with_model_of_init(config_of(f"init=local-dir:{tmp_path}", "data.norm=half"))["data"]["norm"] == "half"
+    assert with_model_of_init(config_of(f"init=local-dir:{tmp_path}", "model=vit"))["data"]["norm"] == "imagenet"
 
 
 def test_a_file_that_does_not_tell_its_model(tmp_path):

@@ -17,7 +17,7 @@ from deepvit.data import Splits, name_of_norm
 from deepvit.engine import checkpoint
 from deepvit.engine.folder import RunFolder
 from deepvit.errors import Untold, UserError
-from deepvit.importers import find_checkpoint
+from deepvit.importers import find_checkpoint, open_weights
 from deepvit.models import ViT, model_config
 from deepvit.run import build
 
@@ -93,13 +93,16 @@ def _with_its_stem(config: Mapping[str, Any], run: Mapping[str, Any]) -> Mapping
 # The model of a run that starts from `init`
 
 def with_model_of_init(config: Mapping[str, Any], folder: RunFolder | None = None) -> Mapping[str, Any]:
-    """`config` with the model (and the normalisation of its images) that `init` describes; a run resumed in `folder`
-    keeps its model. What was typed wins: `model=NAME` wholly, `model.*` each for itself. Dropout and stochastic depth
+    """`config` with the model and the normalisation of its images that `init` describes; a run resumed in `folder`
+    keeps its own. What was typed wins: `model=NAME` wholly, `model.*` each for itself. Dropout and stochastic depth
     are the run's, and a recipe may ask for larger images than the file's, but not for smaller ones.
     """
-    typed = typed_names(config.get("origin"), unknown=["model="])
-    if config["init"] is None or "model" in typed:
+    typed = typed_names(config.get("origin"), unknown=["model=", "data.norm="])
+    if config["init"] is None or typed >= {"model", "data.norm"}:
         return config
+    if "model" in typed:
+        _, norm = _of_resumed(folder, config) or (None, _norm_of(open_weights(config["init"], None).said, config))
+        return {**config, "data": {**config["data"], "norm": norm or config["data"]["norm"]}}
     model = config["model"]
     own = {name: model[name] for name in model if f"model.{name}" in typed}
     if "model/attention" in typed:
@@ -134,12 +137,16 @@ def _of_file(config: Mapping[str, Any], own: Mapping[str, Any]) -> tuple[dict[st
     pixels, pixels_of_file = (np.prod(np.broadcast_to(size, 2)) for size in (wanted, model["img_size"]))
     if wanted != usual and pixels > pixels_of_file:
         model["img_size"] = wanted
+    return model, _norm_of(metadata, config)
+
+
+def _norm_of(metadata: Mapping[str, Any], config: Mapping[str, Any]) -> str | None:
     mean, std = metadata.get("mean"), metadata.get("std")
     norm = (metadata.get("run") or {}).get("data", {}).get("norm") or name_of_norm(mean, std)
     if norm is None and mean:
         log.warning("No data.norm has the mean %s and std %s of init=%s: it stays %s.", mean, std, config["init"],
                     config["data"]["norm"])
-    return model, norm
+    return norm
 
 
 # Whether this command may resume the run
