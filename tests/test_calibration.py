@@ -18,9 +18,9 @@ from deepvit.engine.folder import RunFolder
 from deepvit.engine.ranks import Ranks
 from deepvit.engine.step import Precision
 from deepvit.models import build_model, model_config
-from deepvit.run.build import read_settings
-from deepvit.run.measures import images_to_calibrate
-from deepvit.run.resume import as_begun, upgraded
+from deepvit.run.build import build, read_settings
+from deepvit.run.measures import attention_metrics, images_to_calibrate
+from deepvit.run.resume import as_begun, settings_of, upgraded
 
 CPU = torch.device("cpu")
 ALONE = Ranks(0, 1, CPU)
@@ -127,7 +127,7 @@ def trained(tmp_path_factory):
     code = main.main(["train", "model=deepvit16", "model.depth=2", "model.embed_dim=16", "model.num_heads=2",
                       "schedule.epochs=null", "schedule.steps=12", "schedule.warmup_epochs=null",
                       "schedule.warmup_steps=2", "schedule.eval_epochs=null", "schedule.eval_steps=6", "ema.decay=0.9",
-                      "calibrate=96", "probe.images=0", "engine.accelerator=cpu", f"hydra.run.dir={folder}"])
+                      "calibrate=96", "probe.images=4", "engine.accelerator=cpu", f"hydra.run.dir={folder}"])
     assert code == 0
     return folder
 
@@ -178,6 +178,13 @@ def test_a_run_that_cannot_be_calibrated_leaves_nothing_behind(tmp_path, capsys)
     code = main.main(["train", "model=deepvit16", "calibrate=20", "data.batch_size=32", "engine.accelerator=cpu",
                       f"hydra.run.dir={tmp_path}/run"])
     assert code == 2 and "calibrate=20" in capsys.readouterr().err and not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_attention_is_measured_with_the_statistics_of_the_evaluation(trained):
+    built = build(settings_of(RunFolder(trained)), ALONE)
+    found, _ = attention_metrics(built)(deepvit.load_model(trained / "checkpoints" / "last.pt", ema=True).eval(), 12)
+    noted = json.loads((trained / "metrics.json").read_text())["probe_final"]
+    assert noted["gain"] == pytest.approx(found["gain"], rel=1e-4)
 
 
 @pytest.mark.parametrize(("setting", "words"), [("calibrate=20", ["calibrate=20", "norm_batch=32"]),

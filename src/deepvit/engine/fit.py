@@ -125,8 +125,8 @@ class Fit:
                             update.batch_index + 1, self._limit)
         if is_due(state.step, plan.log_every, plan.total):
             self._log(update)
-        if is_due(state.step, plan.probe_every, plan.total):
-            self._measure_attention()
+        if not self._is_evaluation_due():
+            self._probe()
 
     def _log(self, update: Update) -> None:
         state, plan = self.state, self.plan
@@ -155,6 +155,10 @@ class Fit:
             log.info("About %s to go, not counting evaluations: %.2g s per step.",
                      clock((self.plan.total - self.state.step) * seconds), seconds)
 
+    def _probe(self) -> None:
+        if is_due(self.state.step, self.plan.probe_every, self.plan.total):
+            self._measure_attention()
+
     def _measure_attention(self) -> None:
         if self._attention_metrics is None or not self._ranks.is_main:
             return
@@ -170,17 +174,24 @@ class Fit:
         evaluates, saves = self._is_evaluation_due(), is_due(state.step, plan.save_every, plan.total)
         if evaluates or saves:
             self._skips.catch_up()
+        if evaluates and not self._evaluate_and_probe():
+            return False
         with self.meter.paused():
-            if evaluates:
-                evaluation = self._evaluate(state.evaluated_model, self._display)
-                if evaluation is None:
-                    self._preempt()
-                    return False
-                self._note_evaluation(evaluation.summary())
             if saves:
                 self._saver.save_last(state, must=state.step == plan.total)
             if plan.keep_every and state.step % plan.keep_every == 0:
                 self._saver.save_weights(self._folder.checkpoints / f"step-{state.step}.pt", state)
+        return True
+
+    def _evaluate_and_probe(self) -> bool:
+        """In this order, as an evaluation may give batch norms other statistics. False if asked to stop."""
+        with self.meter.paused():
+            evaluation = self._evaluate(self.state.evaluated_model, self._display)
+            if evaluation is None:
+                self._preempt()
+                return False
+            self._note_evaluation(evaluation.summary())
+        self._probe()
         return True
 
     def _is_evaluation_due(self) -> bool:
