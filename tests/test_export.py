@@ -84,7 +84,8 @@ def test_a_card_has_no_numbers_of_another_model(tmp_path):
     _, run = make_run(tmp_path / "run", ema=True)
     with (run / "config.yaml").open("a") as file:
         file.write("ema:\n  decay: 0.9\n")
-    for number, (options, is_measured) in enumerate([({}, True), ({"weights": "raw"}, False), ({"img_size": 24}, False)]):
+    for number, (options, is_measured) in enumerate((({}, True), ({"weights": "raw"}, False),
+                                                     ({"img_size": 24}, False))):
         done = export(run, "safetensors", tmp_path / f"{number}.safetensors", **options)
         assert ("| 69.00 | 60.00" in re.sub(" +", " ", done.card.read_text())) == is_measured
     assert "pos_embed 4x4 -> 6x6" in done.card.read_text()

@@ -145,6 +145,15 @@ def test_a_pooling_that_no_model_has_here_is_refused(tmp_path):
         deepvit.load_model(tmp_path)
 
 
+@pytest.mark.parametrize("names", ["ab", "abcd"])
+def test_names_of_other_classes_are_left_out(tmp_path, names):
+    timm_folder(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "label_names": [*names]}))
+    report = deepvit.load_model(tmp_path).load_report
+    assert "classes" not in report.said and "left out" in str(report)
+
+
 def test_images_are_prepared_as_timm_says(tmp_path, caplog):
     """By the folder's config, by the arguments of timm's train.py, by the model's name; an export keeps it."""
     timms = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "crop_pct": 1, "interpolation": "bilinear"}

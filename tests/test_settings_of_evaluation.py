@@ -84,7 +84,8 @@ CASES: dict[str, Case | list[Case] | str] = {
     "data.name": Case(first("n"), "wds", TARS),  # which is refused
     "data.train_split": Case(confidences, "more", {**TARS, "calibrate": 6}),
     "data.val_split": Case(first("n"), "more", TARS, 8),
-    "precision.dtype": [Case(confidences, "bfloat16"), Case(features, "bfloat16", NEAREST)],
+    "precision.dtype": [Case(confidences, "bfloat16"), Case(first("precision"), "bfloat16", wanted="bfloat16"),
+                        Case(features, "bfloat16", NEAREST)],
     "precision.tf32": Case(lambda seen: seen.tf32, True, wanted=(True, True)),
     "engine.threads": Case(lambda seen: seen.threads, 3, wanted=3),
     "engine.deterministic": Case(lambda seen: seen.deterministic, True, wanted=True),

@@ -68,7 +68,7 @@ def _recipe(config: Mapping[str, Any]) -> str:
 
 
 def _evaluation(model: ViT, result: Mapping[str, Any], config: Mapping[str, Any]) -> str:
-    """A best checkpoint's own evaluation where it holds one, else the run's result; none if that is of another model."""
+    """A best checkpoint's own evaluation where it holds one, else the run's result; none that is of another model."""
     measured, whose = model.load_report.said.get("metrics"), "the run's last checkpoint"
     if isinstance(measured, Mapping) and "top1" in measured:
         result, whose = {"data": result.get("data", "its data"), **measured}, f"`{model.load_report.path.name}`"
@@ -87,7 +87,8 @@ def _is_as_measured(model: ViT, config: Mapping[str, Any]) -> bool:
     """Whether what its run measured is of these weights, which are its moving average where it has one, and of a model
     with these settings."""
     said, is_raw = model.load_report.said, model.load_report.weights == "raw"
-    own = {name: value for name, value in (said.get("config") or {}).items() if name not in ("attention", "num_classes")}
+    own = {name: value for name, value in (said.get("config") or {}).items()
+           if name not in ("attention", "num_classes")}
     return (own.items() <= model.config.items() and "averaged" not in said
             and not (is_raw and (config.get("ema") or {}).get("decay")))
 

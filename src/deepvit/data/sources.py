@@ -180,7 +180,8 @@ def source_of(data: Data) -> Source:
 def eval_folder(root: str, class_ids: list[str], **asked: object) -> ImageSet:
     """A folder of classes for evaluation alone, e.g. ImageNet-V2: targets are the places of its names in `class_ids`.
     `root` holds the class folders, or a val/ (or test/) that does. Folders named 0 .. C-1 are the classes by number,
-    unless the classes have these names. Some classes may be missing; a folder that is none of `class_ids` raises UserError. `asked`: fields of `Source`."""
+    unless the classes have these names. Some classes may be missing; a folder that is none of `class_ids` raises
+    UserError. `asked`: fields of `Source`."""
     source, path = Folder(root=root, **asked), existing(root, "folder")
     train, val = find_splits(path, class_ids)
     if train is not None and val is None:

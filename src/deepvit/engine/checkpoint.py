@@ -96,7 +96,8 @@ class Saver:
 
     def save_weights(self, path: Path, state: TrainState, **more: Any) -> None:
         """The weights alone: the best so far, or an epoch's."""
-        self._write(path, state, {**state.weights(), "step": state.step, "evaluated": state.evaluated, **more}, "These weights are not kept.")
+        content = {**state.weights(), "step": state.step, "evaluated": state.evaluated, **more}
+        self._write(path, state, content, "These weights are not kept.")
 
     def save_nonfinite(self, state: TrainState) -> None:
         self._write(self._folder.nonfinite, state, self._whole(state), "The weights cannot be looked at later.")

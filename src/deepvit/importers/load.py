@@ -54,11 +54,20 @@ def load_model(path: str | Path, *, dialect: str | None = None, ema: bool | None
     model = empty_model(config, str(source))
     _fill(model, source, grid, head)
     if model.norm_batches and _is_uncalibrated(source):
-        source.report.notes.append("its weights are averages whose batch statistics are of other weights: calibrate=512 "
-                                   "in an evaluation takes their own")
+        source.report.notes.append("its weights are averages with the batch statistics of others: evaluate with "
+                                   "calibrate=512")
+    _drop_other_names(source.report, model.num_classes, head)
     model.load_report = source.report
     log.info("%s", source.report)
     return model
+
+
+def _drop_other_names(report: Report, count: int, head: Head) -> None:
+    """Classes are named by a file whose head is kept, and has as many."""
+    names = report.said.get("classes")
+    if names is not None and (head != "keep" or not isinstance(names, list) or len(names) != count):
+        report.said = {key: value for key, value in report.said.items() if key not in ("classes", "class_names")}
+        report.notes.append(f"the classes that the file names are not those of the {count} logits: left out")
 
 
 def _is_uncalibrated(source: Source) -> bool:

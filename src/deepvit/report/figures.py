@@ -210,7 +210,8 @@ class _Plot:
         self._label(axes, "mean M of adjacent blocks", {"final": "Maps that multiply the values (final)",
                                                         "softmax": "Maps before mixing and norm (softmax)"}[kind])
         named = named_moments(self.grid)
-        moments = [axes.plot([], [], color="grey", marker="o", linestyle=style, markerfacecolor=face, label=named[one])[0]
+        moments = [axes.plot([], [], color="grey", marker="o", linestyle=style, markerfacecolor=face,
+                             label=named[one])[0]
                    for one, style, face in (("final", "-", "grey"), ("initial", ":", "none"))]
         axes.legend(handles=moments, fontsize="small", loc="center right")
         unit_range(axes)

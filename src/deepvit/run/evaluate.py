@@ -125,14 +125,10 @@ def _open(path: Path, root: str | None, asked: EvalSettings, ranks: Ranks) -> Ca
     if ranks.world > 1 and source_of(own).may_download:
         build.shared_splits(own, ranks)  # one rank of each machine before the others
     with ranks.sync_errors():
-        images, train, before = val_images(model, data), None, trained_on(model)
+        images, train = val_images(model, data), None
         if asked.labels == "real" and root is None:
             _real_top1(model, images, np.zeros(len(images), int))
-        name, home = Path(root).name if root else data.source, (before or {}).get("root")
-        of_kind = data.source in ("folder", "timm") or home and data.source == before.get("source")
-        if root or of_kind and (data.root or data.name) and data.root != home:  # other images of the same kind
-            name = f"{name}-{_mark(Path(data.root or '', data.name or ''))}"
-        folder = out_folder(model, name, asked)
+        folder = out_folder(model, name_of_images(model, data, root), asked)
         if ranks.is_main:
             with eval_results.results_in(folder):
                 pass
@@ -236,6 +232,16 @@ def _of_folders(data: Data, classes: list[str]) -> ImageSet:
     return images
 
 
+def name_of_images(model: ViT, data: Data, also: str | None = None) -> str:
+    """For the folder of results; with a mark where the model's run had other images of the same kind."""
+    before = trained_on(model) or {}
+    name, home = Path(also).name if also else data.source, before.get("root")
+    of_kind = data.source in ("folder", "timm") or home and data.source == before.get("source")
+    if also or of_kind and (data.root or data.name) and data.root != home:
+        return f"{name}-{_mark(Path(data.root or '', data.name or ''))}"
+    return name
+
+
 def out_folder(model: ViT, data_name: str, asked: EvalSettings) -> Path:
     """Where results are written: in the checkpoint's run, below `out`, or in runs/eval/; of a sweep's cell its own."""
     path, out, cell = model.load_report.path, asked.out, (asked.origin or {}).get("cell")
@@ -256,8 +262,9 @@ def _evaluate(case: Case, asked: EvalSettings, ranks: Ranks, stop: StopRequest) 
     data, images, report = case.data, case.images, case.model.load_report
     model, present = case.model.to(ranks.device), np.unique(images.targets)
     among = torch.as_tensor(present, device=ranks.device) if len(present) < model.num_classes else None
-    evaluator = Evaluator(data, images, build.prepare(data, model.num_classes), ranks,
-                          build.precision(asked.precision, ranks.device), stop, case.calibration, among)
+    precision = build.precision(asked.precision, ranks.device)
+    evaluator = Evaluator(data, images, build.prepare(data, model.num_classes), ranks, precision, stop,
+                          case.calibration, among)
 
     def evaluate() -> Evaluation:
         if (found := evaluator(model, title=report.path.name)) is None:
@@ -272,6 +279,7 @@ def _evaluate(case: Case, asked: EvalSettings, ranks: Ranks, stop: StopRequest) 
         "worst_classes": eval_results.by_class(evaluation, readable_classes(model))[:3],
         "data": Path(case.root).name if case.root else data.source, "root": data.root,
         **{name: getattr(data, name) for name in PREPARATION},
+        "precision": str(precision.dtype or torch.float32).removeprefix("torch."),
         "decoder": resolve_decoder(data.decoder), "img_size": list(model.img_size), "depth": model.depth,
         "params": count_parameters(model), "flops": count_flops(model), "dialect": report.dialect,
         "step": report.said.get("step"), "arch": report.said.get("arch"), "published": _published(model, data),

@@ -19,7 +19,7 @@ from deepvit.errors import UserError
 from deepvit.models import ViT
 from deepvit.report.render import printed
 from deepvit.run import build, eval_results
-from deepvit.run.evaluate import data_settings, load, out_folder, prepare_evaluation
+from deepvit.run.evaluate import PREPARATION, data_settings, load, name_of_images, out_folder, prepare_evaluation
 from deepvit.run.launch import Stopped
 
 TEMPERATURE = 0.07  # Wu et al., arXiv:1805.01978, as in DINO, arXiv:2104.14294
@@ -36,7 +36,7 @@ def neighbours_of_all(config: Mapping[str, Any], ranks: Ranks, stop: StopRequest
         with ranks.sync_errors():
             model = load(path, asked)
             data = data_settings(model, asked)
-            folder = out_folder(model, f"{data.source}-knn", asked)
+            folder = out_folder(model, f"{name_of_images(model, data)}-knn", asked)
         result = _neighbours(model, data, asked, ranks, stop)
         rows = [[str(i), f"{top1:.2f}"] for i, top1 in enumerate(result["top1_by_block"])]
         log.info("%s on %s\n%s", eval_results.label(path), data.source,
@@ -72,7 +72,8 @@ def _neighbours(model: ViT, data: Data, asked: EvalSettings, ranks: Ranks, stop:
 
     train, val = features_of(splits.train), features_of(splits.val)
     return {
-        "checkpoint": str(model.load_report.path), "weights": model.load_report.weights, "data": data.source, "k": k,
+        "checkpoint": str(model.load_report.path), "weights": model.load_report.weights, "data": data.source,
+        "root": data.root, **{name: getattr(data, name) for name in PREPARATION}, "k": k,
         "temperature": TEMPERATURE, "train_images": len(splits.train), "n": len(splits.val),
         "top1_by_block": _by_block(train, val, k, len(splits.class_ids), ranks)}
 
