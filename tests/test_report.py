@@ -194,6 +194,15 @@ def test_runs_of_other_images_are_named(make_run, tmp_path, capsys):
     assert said.count("of other images") == 1 and "run-2 is of other images (32 and 10 to evaluate)" in said
 
 
+def test_a_run_that_was_continued_with_other_settings_is_named(make_run, tmp_path, capsys):
+    path = make_run("a") / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    config["origin"]["changes"] = ["optimizer.lr=0.5 instead of 0.1 from step 7 on"]
+    path.write_text(yaml.safe_dump(config))
+    assert main(["report", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
+    assert "a has optimizer.lr=0.5 instead of 0.1" in capsys.readouterr().out
+
+
 def test_settings_that_differ_become_columns(make_run, tmp_path):
     make_run("a", model__embed_dim=48, model__num_heads=3, engine__log_every=7)
     make_run("b", model__embed_dim=96, model__num_heads=6)

@@ -101,9 +101,20 @@ def test_what_goes_together_is_taken(overrides):
 
 def test_a_run_keeps_its_average():
     begun, splits = {"run": compose(), "classes": ["cat"]}, SimpleNamespace(class_ids=["cat"])
-    resume.refuse_change(begun, compose(), splits, {"pictures": {}})
+    assert resume.with_changes(compose(), begun, splits, {"pictures": {}}) == compose()
     with pytest.raises(UserError, match="ema.decay"):
-        resume.refuse_change(begun, compose(["ema.decay=0.99"]), splits, {"pictures": {}})
+        resume.with_changes(compose(["ema.decay=0.99"]), begun, splits, {"pictures": {}})
+
+
+def test_a_run_that_is_continued_at_other_rates_tells_them_all():
+    splits, content = SimpleNamespace(class_ids=["cat"]), {"classes": ["cat"], "step": 0, "run": compose()}
+    for step, rate in ((7, 0.5), (9, 0.25)):
+        content["step"], asked = step, compose([f"optimizer.lr={rate}"])
+        content["run"] = now = resume.with_changes(asked, content, splits, {"pictures": {}})
+    first, second = now["origin"]["changes"]
+    assert first.startswith("optimizer.lr=0.5 ") and "step 7" in first
+    assert second.startswith("optimizer.lr=0.25 instead of 0.5 ") and "step 9" in second
+    assert resume.with_changes(compose(["optimizer.lr=0.25"]), content, splits, {"pictures": {}}) == now
 
 
 def test_the_engine_is_checked_before_a_rank_is_started():

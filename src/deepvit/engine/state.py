@@ -130,7 +130,7 @@ class TrainState:
                 **{name: getattr(self, name) for name in self.COUNTERS}}
 
     def load_state_dict(self, content: dict[str, Any]) -> None:
-        """Of a state with the same settings (`run.resume.refuse_change`)."""
+        """Of a state with the same settings (`run.resume.with_changes`)."""
         self.model.load_state_dict(content["model"])
         if self.ema is not None:
             self.ema.module.load_state_dict(content["ema"])

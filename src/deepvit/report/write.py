@@ -110,6 +110,7 @@ def _limits(grid: Grid) -> str:
         sample = f" ({counts.pop()} test images)" if len(counts) == 1 else ""
         found.append(f"one seed, so differences within the 95 % bounds may be chance{sample}")
     found += _of_other_images(grid)
+    found += [f"{run.place} has {', '.join(run.origin['changes'])}" for run in grid.runs if run.origin.get("changes")]
     found.append("low similarity alone is no merit: the norm over heads lowers it by construction, as norm_only shows")
     return f"Limits: {'; '.join(found)}."
 

@@ -179,9 +179,10 @@ def refuse_finished(folder: RunFolder, config: Mapping[str, Any], now: Mapping[s
         log.warning("It was trained on data.root=%s, not %s; the images are the same.", old, new)
 
 
-def refuse_change(begun: Mapping[str, Any], config: Mapping[str, Any], splits: Splits, now: Mapping[str, Any]) -> None:
+def with_changes(config: Mapping[str, Any], begun: Mapping[str, Any], splits: Splits, now: Mapping[str, Any]
+                 ) -> Mapping[str, Any]:
     """A run that is resumed from the checkpoint `begun` keeps its model, data, optimizer and randomness; another rate
-    or schedule is only named. `now`: the command's `identity`."""
+    or schedule is only named, also in the config's origin. `now`: the command's `identity`."""
     differences = _same_init(changed(upgraded(begun["run"]), config), begun, now)
     refused = {name: pair for name, pair in differences.items() if name.split(".")[0] in KEPT and name not in NAMED}
     refused |= _other_classes(begun["classes"], splits.class_ids) or _other_images(begun, now)
@@ -190,6 +191,10 @@ def refuse_change(begun: Mapping[str, Any], config: Mapping[str, Any], splits: S
                         f"{ADVICE}")
     for name, (old, new) in differences.items():
         log.warning("Continuing with %s=%s (was %s).", name, new, old)
+    changes = [*(begun["run"].get("origin") or {}).get("changes", ()),
+               *(f"{name}={new} instead of {old} from step {begun['step']} on"
+                 for name, (old, new) in differences.items())]
+    return {**config, "origin": {**(config.get("origin") or {}), "changes": changes}} if changes else config
 
 
 def _same_init(differences: Differences, before: Mapping[str, Any], now: Mapping[str, Any]) -> Differences:
