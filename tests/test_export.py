@@ -66,6 +66,7 @@ def test_safetensors_of_a_run_and_its_card(tmp_path):
     assert again.load_report.said["classes"] == ["ant", "bee", "cat"]
     card = re.sub(" +", " ", done.card.read_text())
     for told in ("69.00", "60.00 to 77.00", "insects", "abc123", "2.15.0", "adamw", "ant, bee, cat", "reattention",
+                 "16 x 16 pixels", "size / 0.9 (bicubic)", "mean (0.5, 0.5, 0.5) over std (0.5, 0.5, 0.5)",
                  "| 1 | 0.1 | 31.00", "| 39 | 3.9 | 69.00", "difference of logits 0.0e+00"):
         assert told in card, told
     assert card.count("\n| ") < 80

@@ -5,8 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from deepvit.analysis.images import evaluated_as
 from deepvit.config.compare import flat, has_no_effect
 from deepvit.config.records import read_json_lines
+from deepvit.data import norm_values
 from deepvit.engine.folder import RunFolder
 from deepvit.models import ViT
 from deepvit.report.render import printed
@@ -32,7 +34,7 @@ def write_card(path: Path, model: ViT, exported: Path, form: str, parity: str, s
             **(result.get("versions") or {}), "device": result.get("device"), "devices": result.get("devices")}
     classes = report.said.get("class_names") or report.said.get("classes") or []
     names = f": {', '.join(map(str, classes[:20]))}{', ...' if len(classes) > 20 else ''}" if classes else ""
-    parts = [FRONT, f"# {exported.name}", f"```python\n{snippet}\n```", f"Form: {form}. {parity}.",
+    parts = [FRONT, f"# {exported.name}", f"```python\n{snippet}\n```", f"Form: {form}. {parity}.", _images(model),
              f"{'EMA' if report.weights == 'ema' else 'Raw'} weights of `{report.path.name}`.",
              *(f"Note: {note}." for note in (*report.notes, *report.resized)),
              "## Model", _table({"parameters": f"{sum(p.numel() for p in model.parameters()):,}", **model.config}),
@@ -48,6 +50,15 @@ def is_card(path: Path, exported: str) -> bool:
     """Whether this module wrote it, for a file of that name."""
     begin = f"{FRONT}\n\n# {exported}\n\n```python".encode(errors="backslashreplace")
     return path.is_file() and path.read_bytes().startswith(begin)
+
+
+def _images(model: ViT) -> str:
+    """What it takes, in numbers: most forms do not hold it."""
+    (height, width), how = model.img_size, evaluated_as(model)
+    mean, std = norm_values(how["norm"])
+    return (f"Takes images of {height} x {width} pixels: the shorter side resized to size / "
+            f"{how['crop_pct'] or model.pretrained_cfg['crop_pct']:g} ({how['interpolation']}), the centre cut out, RGB "
+            f"from 0 to 1 less mean {mean} over std {std}.")
 
 
 def _table(rows: Mapping[str, Any]) -> str:
