@@ -108,7 +108,7 @@ def test_a_logger_is_one_class_and_a_line_and_is_told_where_a_run_resumes(run, m
     assert begun[1] == resumed[1] and begun[2:] == (0, 2) and resumed[2:] == (6, 2)
     groups = [event[1] for event in seen if event[0] == "log_scalars"]
     assert [group for group, _ in itertools.groupby(groups)] == [
-        "attention", "train", "attention", "val", "train", "attention", "val"]
+        "attention", "train", "val", "attention", "train", "val", "attention"]
     assert [event[0] for event in seen if event[0] in ("log_result", "close")] == ["log_result", "close"] * 2
     Path("here/events.jsonl").unlink()  # as `fresh=true` does
     assert RunFolder(Path("here")).run_id() != begun[1]

@@ -228,3 +228,10 @@ def test_what_was_held_out_of_a_folder_is_evaluated(typed, n):
     seen = seen_with({"checkpoint": str(run), "data.source": "folder", "data.root": "FLAT",
                       "origin": {"overrides": typed}})
     assert [result["n"] for result in seen.results] == [n]
+
+
+def test_neighbours_in_other_images_have_a_folder_of_their_own():
+    out = PLACES["TMP"] / "neighbours"
+    for root in ("PHOTOS", "OTHER"):
+        seen_with({**NEAREST, "out": str(out), "data.source": "folder", "data.root": root})
+    assert len([*out.rglob("knn.json")]) == 2
