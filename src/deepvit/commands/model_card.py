@@ -56,9 +56,9 @@ def _images(model: ViT) -> str:
     """What it takes, in numbers: most forms do not hold it."""
     (height, width), how = model.img_size, evaluated_as(model)
     mean, std = norm_values(how["norm"])
-    return (f"Takes images of {height} x {width} pixels: the shorter side resized to size / "
-            f"{how['crop_pct'] or model.pretrained_cfg['crop_pct']:g} ({how['interpolation']}), the centre cut out, RGB "
-            f"from 0 to 1 less mean {mean} over std {std}.")
+    crop_pct = how["crop_pct"] or model.pretrained_cfg["crop_pct"]
+    return (f"Takes images of {height} x {width} pixels: the shorter side resized to size / {crop_pct:g} "
+            f"({how['interpolation']}), the centre cut out, RGB from 0 to 1 less mean {mean} over std {std}.")
 
 
 def _table(rows: Mapping[str, Any]) -> str:
