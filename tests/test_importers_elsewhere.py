@@ -167,6 +167,8 @@ def test_images_are_prepared_as_timm_says(tmp_path, caplog):
         torch.save({**state, "args": argparse.Namespace(model=state["arch"], **arguments)}, tmp_path / "deit.pth.tar")
         found = told_preparation(deepvit.load_model(tmp_path / "deit.pth.tar"))
         assert (found["norm"], found["crop_pct"]) == ("imagenet", crop)
+    torch.save({**state, "mean": 0.5, "crop_pct": "all"}, tmp_path / "odd.pth")
+    assert told_preparation(deepvit.load_model(tmp_path / "odd.pth"))["norm"] == "imagenet"
     timm_folder(tmp_path, {**timms, "mean": [0, 0, 0]})
     assert "norm" not in told_preparation(deepvit.load_model(tmp_path)) and "no data.norm has" in caplog.text
 

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch import Size, Tensor
 
 from deepvit.errors import UserError, reason
-from deepvit.importers.locate import find_checkpoint, hub_metadata, released, told_images
+from deepvit.importers.locate import IMAGES, find_checkpoint, hub_metadata, released, told_images
 
 # Where trainers keep the weights in a checkpoint
 RAW, EMA = ("state_dict", "model", "model_state_dict", "net"), ("state_dict_ema", "ema", "model_ema")
@@ -63,7 +63,8 @@ def open_weights(path: str | Path, ema: bool | None = False) -> WeightsFile:
         raise UserError(f"{path} holds no EMA weights: take the raw ones with weights=raw (in Python: ema=False).")
     if not opened.shapes:
         raise UserError(f"{path} holds no tensors: give a file of model weights.")
-    opened.said = hub_metadata(path) | opened.said
+    said = {key: value for key, value in opened.said.items() if key not in IMAGES}
+    opened.said = hub_metadata(path) | said | told_images(opened.said)
     for key, kind in (("arch", str), ("model_args", dict)):
         opened.said[key] = value if isinstance(value := opened.said.get(key), kind) else None
     return opened

@@ -14,6 +14,7 @@ from deepvit.errors import UserError, did_you_mean, reason
 RELEASED = Path(__file__).parents[1] / "weights"
 GOOGLE = "https://storage.googleapis.com/vit_models"  # google-research/vision_transformer's README
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+IMAGES = ("mean", "std", "crop_pct", "interpolation")  # in timm's words
 RUN_FILES, FOLDER_FILES = ("best.pt", "last.pt"), (WEIGHTS, "pytorch_model.bin")
 
 
@@ -53,7 +54,7 @@ def hub_metadata(path: Path) -> dict[str, Any]:
 
 
 def told_images(settings: Any) -> dict[str, Any]:
-    """As much as timm's settings tell of how images are prepared: `mean`, `std`, `crop_pct`, `interpolation`."""
+    """As much as timm's settings tell of how images are prepared: those of `IMAGES` that make sense."""
     told = settings if isinstance(settings, Mapping) else {}
     found = {key: [*values] for key in ("mean", "std") if isinstance(values := told.get(key), list | tuple)
              and all(isinstance(one, float | int) for one in values)}

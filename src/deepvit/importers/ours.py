@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from deepvit.errors import Untold, UserError, reason
 from deepvit.importers.dialect import Dialect, Row, Source
 from deepvit.importers.files import WeightsFile
+from deepvit.importers.locate import IMAGES
 from deepvit.importers.settings import PER_HEAD, empty_model, grid_of, settings_from_config
 from deepvit.importers.timm import bicubic
 from deepvit.models import ViT, list_models, model_config
@@ -26,7 +27,6 @@ from deepvit.models import ViT, list_models, model_config
 FORMAT, VERSION = "deepvit", 1
 SUFFIXES = (".safetensors", ".pt", ".pth")
 ORIGIN = ("classes", "class_names", "run")  # of the head, from the file that it came from
-IMAGES = ("mean", "std", "crop_pct", "interpolation")  # how they are prepared, where a foreign file told it
 
 
 def save_model(model: nn.Module, path: str | Path, classes: Sequence[str] | None = None) -> None:
