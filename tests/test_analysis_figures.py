@@ -12,7 +12,7 @@ from PIL import Image
 
 import deepvit
 from deepvit import analysis
-from deepvit.analysis import draw_depth, draw_maps
+from deepvit.analysis import plots
 from deepvit.analysis.images import read_images, top_classes
 from deepvit.analysis.registry import MEASURES
 from deepvit.analysis.study import load_studies
@@ -93,17 +93,17 @@ def test_drawing_from_kept_maps(place, tmp_path, capsys):
 def test_a_flat_map_is_grey_and_says_so():
     ramp = torch.linspace(0, 0.95, 81).view(9, 9)
     flat, steep = 0.02 + 1e-4 * ramp, 0.001 + ramp
-    assert np.ptp(draw_maps.coloured(flat, signed=False)[..., :3], axis=-1).max() == 0  # grey
-    assert np.ptp(draw_maps.coloured(flat, signed=False)[..., 0]) == 1  # its structure shows
-    assert np.ptp(draw_maps.coloured(steep, signed=False)[..., :3], axis=-1).max() > 0.2
-    assert draw_maps.in_words(flat) == "flat, max/min = 1.00" == draw_maps.in_words(-flat)
-    assert draw_maps.in_words(steep).startswith("max 0.9")
-    assert not draw_maps.is_flat(steep - 0.5) and draw_maps.is_flat(torch.ones(2, 2))
+    assert np.ptp(plots.coloured(flat, signed=False)[..., :3], axis=-1).max() == 0  # grey
+    assert np.ptp(plots.coloured(flat, signed=False)[..., 0]) == 1  # its structure shows
+    assert np.ptp(plots.coloured(steep, signed=False)[..., :3], axis=-1).max() > 0.2
+    assert plots.in_words(flat) == "flat, max/min = 1.00" == plots.in_words(-flat)
+    assert plots.in_words(steep).startswith("max 0.9")
+    assert not plots.is_flat(steep - 0.5) and plots.is_flat(torch.ones(2, 2))
 
 
 def test_axes_make_no_trend_of_noise(place):
     studies = load_studies(place / "maps.safetensors")
-    figure = draw_depth.measures_with_depth(studies)
+    figure = plots.measures_with_depth(studies)
     figure.draw_without_rendering()
     least = {measure.title: measure.span for measure in MEASURES.values() if measure.title}
     for ax in figure.axes:
@@ -116,7 +116,7 @@ def test_axes_make_no_trend_of_noise(place):
 
 
 def test_blocks_of_a_matrix_are_whole(place):
-    figure = draw_depth.similarity_matrices(load_studies(place / "maps.safetensors"))
+    figure = plots.similarity_matrices(load_studies(place / "maps.safetensors"))
     figure.draw_without_rendering()
     assert all(tick % 1 == 0 for ax in figure.axes if ax.images for tick in (*ax.get_xticks(), *ax.get_yticks()))
 
@@ -214,6 +214,6 @@ def test_a_figure_of_ratios_is_drawn_whatever_was_measured(values):
     figure = Figure()
     ax = figure.subplots()
     ax.plot(range(1, len(values) + 1), values)
-    draw_depth.scale(ax, "ratio", 2.0)
+    plots.scale(ax, "ratio", 2.0)
     figure.canvas.draw()
     assert all(map(math.isfinite, ax.get_ylim()))

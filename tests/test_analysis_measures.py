@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import deepvit
 from deepvit import analysis
-from deepvit.analysis import draw_depth, measures, registry
+from deepvit.analysis import measures, plots, registry
 from deepvit.analysis.registry import MEASURES
 from deepvit.analysis.similarity import SampledRows
 from deepvit.analysis.study import Study
@@ -285,7 +285,7 @@ def test_a_measure_is_one_function(images, monkeypatch):
     assert result["mine"]["largest"] == [attn.max().item() for attn in analysis.attention_maps(
         tiny("self"), images, "softmax")]
     study = Study({}, {"name": "", "attention": "", "probe": result, "initial": None})
-    assert "Mine" in [ax.get_title() for ax in draw_depth.measures_with_depth([study]).axes]
+    assert "Mine" in [ax.get_title() for ax in plots.measures_with_depth([study]).axes]
     for name, one in MEASURES.items():
         pairs = name.startswith("similarity/")
         found = result["similarity"][one.name.partition("/")[2]]["adjacent"] if pairs else one.found_in(result)

@@ -11,9 +11,10 @@ from gpu_session import read
 from test_data_sets import IMAGES
 from torch import nn
 
-from deepvit.bench import benches, machine, models, timing
+from deepvit.bench import machine, models, timing
 from deepvit.bench.models import TrainStep
 from deepvit.bench.rows import TARGETS, against_targets
+from deepvit.commands.bench import BENCHES
 from deepvit.commands.main import main
 from deepvit.errors import UserError
 
@@ -92,7 +93,7 @@ def test_a_bench_that_ends_early_leaves_its_rows(bench, monkeypatch):
         yield {"case": "a case", "name": "known"}
         raise RuntimeError("the device is gone")
 
-    monkeypatch.setitem(benches.BENCHES, "eval", rows_until)
+    monkeypatch.setitem(BENCHES, "eval", rows_until)
     code, said, results = bench("eval")
     assert code == 1 and [row["name"] for row in results["eval"]["rows"]] == ["known", "all that was to follow"]
     assert "the device is gone" in results["eval"]["rows"][1]["failed"] and "the device is gone" in said.err

@@ -11,7 +11,7 @@ import soak
 from gpu_session import Step
 
 from deepvit.bench import rows
-from deepvit.bench.benches import BENCHES
+from deepvit.commands.bench import BENCHES
 
 
 def test_all_of_it_in_miniature(tmp_path, capsys):

@@ -82,7 +82,7 @@ def fitting(make: Callable[[int], Step], batch: int) -> Step:
 def apart(function: Callable[..., Value], *arguments: object, start: str = "forkserver") -> Value:
     """`function(*arguments)` in a fresh process, by default forked from one that has only imported the bench."""
     context = multiprocessing.get_context(start)
-    context.set_forkserver_preload(["deepvit.bench.benches"])
+    context.set_forkserver_preload(["deepvit.bench.training"])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(function, *arguments).result()
 

@@ -1,21 +1,40 @@
 """Speed and memory against peers, as tables and JSON."""
 
+import inspect
 import json
+import logging
+import traceback
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from deepvit.bench import rows
-from deepvit.bench.benches import BENCHES, all_of, measure
+from deepvit.bench import attention, loader, models, rows, startup, timing, training
 from deepvit.bench.machine import made_on, provenance
-from deepvit.bench.timing import apart
-from deepvit.commands.parser import parser_of
+from deepvit.commands.main import parser_of
 from deepvit.config.records import read_json_lines
 from deepvit.config.signature import check_range
-from deepvit.errors import DONE, Failure, UserError
+from deepvit.errors import DONE, Failure, UserError, reason
+
+
+BENCHES: dict[str, Callable[..., Iterable[dict]]] = {  # each takes the command's options by name
+    "ceilings": timing.ceiling_rows,
+    "train-step": partial(models.measure, models.TrainStep),
+    "eval": partial(models.measure, models.Forward),
+    "attention": attention.measure,
+    "precision": attention.half_precision_error,
+    "memory": models.memory,
+    "forecast": training.forecasts,
+    "imagenet": models.imagenet,
+    "small": training.small_model,
+    "loader": loader.measure,
+    "listing": startup.listing,
+    "startup": startup.commands,
+    "scaling": models.growth,
+}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -39,7 +58,7 @@ def main(arguments: Sequence[str]) -> int:
     results = {}
     for name in chosen:
         try:
-            results[name] = measure(name, given, on) if len(chosen) == 1 else apart(measure, name, given, on)
+            results[name] = measure(name, given, on) if len(chosen) == 1 else timing.apart(measure, name, given, on)
         except BrokenProcessPool:  # killed, most often for its memory; its rows up to then are in the file
             results[name] = [{"case": name, "on": on, "name": "all of it", "failed": "its process was killed"}]
             rows.append(given.json, name, results[name][0])
@@ -68,3 +87,32 @@ def _check(given: Namespace) -> None:
         folder = getattr(given, option)
         if folder is not None and not Path(folder).is_dir():
             raise UserError(f"--{option} {folder} is not a folder: check the path.")
+
+
+def all_of(given: Namespace) -> list[str]:
+    """What `all` means: neither hours of ImageNet on a CPU, nor the loader without files, nor the long `forecast`."""
+    without = {"forecast", *([] if given.data else ["loader"]), *([] if given.device == "cuda" else ["imagenet"])}
+    return [name for name in BENCHES if name not in without]
+
+
+def measure(name: str, given: Namespace, on: str) -> list[dict]:
+    """The rows of one bench, each with what it was made `on` and added to the file `given.json` as soon as it is known.
+    An error that ends the bench is its last row."""
+    logging.basicConfig(level=logging.WARNING)
+    found = []
+    for row in _until_it_fails(name, given):
+        found.append({"case": row.pop("case"), "on": on, **row})
+        rows.append(given.json, name, found[-1])
+    return found
+
+
+def _until_it_fails(name: str, given: Namespace) -> Iterator[dict]:
+    options = {option: value for option, value in vars(given).items()
+               if value is not None and option in inspect.signature(BENCHES[name]).parameters}
+    try:
+        yield from BENCHES[name](**options)
+    except UserError:
+        raise
+    except Exception as error:
+        traceback.print_exc()
+        yield {"case": name, "name": "all that was to follow", "failed": reason(error)}

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from deepvit.commands.cli import quoted, sentences
-from deepvit.commands.parser import parser_of
+from deepvit.commands.main import parser_of
 from deepvit.config.compose import compose
 from deepvit.config.settings import read_group
 from deepvit.config.signature import check_range

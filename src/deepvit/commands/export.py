@@ -20,7 +20,7 @@ from deepvit import ops
 from deepvit.analysis.images import evaluated_as
 from deepvit.commands import cli
 from deepvit.commands.model_card import is_card, write_card
-from deepvit.commands.parser import add_weights, parser_of
+from deepvit.commands.main import add_weights, parser_of
 from deepvit.data import norm_values
 from deepvit.engine.folder import RunFolder
 from deepvit.errors import DONE, Failure, UserError

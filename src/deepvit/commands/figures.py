@@ -11,11 +11,11 @@ import torch
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from deepvit.analysis import draw_depth, draw_maps
+from deepvit.analysis import plots
 from deepvit.analysis.images import class_names, read_images, top_classes
 from deepvit.analysis.pickled import read_pickled_maps, study_of_maps
 from deepvit.analysis.study import Study, load_studies, refuse_to_save, save_studies, study
-from deepvit.commands.parser import add_weights, parser_of
+from deepvit.commands.main import add_weights, parser_of
 from deepvit.config.compare import flat, labels
 from deepvit.errors import BAD_INPUT, DONE, UserError
 from deepvit.importers import open_model
@@ -45,14 +45,14 @@ def draw(studies: Sequence[Study], folder: Path, suffix: str = "png") -> list[Pa
     """Writes every figure of the studies, side by side where there are two, and returns the files."""
     with rc_context({"text.parse_math": False}):  # a $ in a name is a $
         figures: dict[str, Figure | None] = {
-            "maps_mean": draw_maps.mean_maps(studies),
-            **{f"maps_heads_{i}" if len(studies) > 1 else "maps_heads": draw_maps.head_maps(one)
+            "maps_mean": plots.mean_maps(studies),
+            **{f"maps_heads_{i}" if len(studies) > 1 else "maps_heads": plots.head_maps(one)
                for i, one in enumerate(studies, 1)},
-            "rollout": draw_maps.rolled_out(studies) if all("rollout" in one.tensors for one in studies) else None,
-            "similarity_matrix": draw_depth.similarity_matrices(studies),
-            "similarity_depth": draw_depth.similarity_with_depth(studies),
-            "measures_depth": draw_depth.measures_with_depth(studies),
-            "theta": draw_maps.theta(studies)}
+            "rollout": plots.rolled_out(studies) if all("rollout" in one.tensors for one in studies) else None,
+            "similarity_matrix": plots.similarity_matrices(studies),
+            "similarity_depth": plots.similarity_with_depth(studies),
+            "measures_depth": plots.measures_with_depth(studies),
+            "theta": plots.theta(studies)}
     drawn = {folder / f"{name}.{suffix}": figure for name, figure in figures.items() if figure is not None}
     try:
         for path in drawn:

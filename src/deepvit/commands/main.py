@@ -1,10 +1,13 @@
-"""The `deepvit` command: one door to all programs, and the one place where an error becomes a sentence and a code."""
+"""The `deepvit` command: one door to all programs, their parsers, and the place where an error becomes a sentence."""
 
 import importlib
 import re
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
+
+import yaml
 
 from deepvit.errors import BAD_INPUT, DONE, FAILED, STOPPED, Failure, UserError, did_you_mean, unusable
 from deepvit.run.console import print_any_name, say
@@ -61,3 +64,16 @@ def expanded(word: str) -> str:
 def _end(code: int, sentence: str) -> int:
     say(sentence, sys.stderr)
     return code
+
+
+def parser_of(command: str) -> ArgumentParser:
+    """A program's, whose help is in help.yaml and ends with the most common uses."""
+    said = yaml.safe_load(Path(__file__).with_name("help.yaml").read_text())[command]
+    width = max(map(len, said["examples"]))
+    examples = "\n".join(f"  {use:{width}}  {purpose}" for use, purpose in said["examples"].items())
+    return ArgumentParser(prog=f"deepvit {command}", description=said["about"], epilog=f"examples:\n{examples}",
+                          formatter_class=RawDescriptionHelpFormatter)
+
+
+def add_weights(parser: ArgumentParser) -> None:
+    parser.add_argument("--weights", choices=["auto", "ema", "raw"], default="auto", help="auto: EMA if there is one")

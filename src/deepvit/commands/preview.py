@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from deepvit import analysis
 from deepvit.commands.cli import quoted, sentences
 from deepvit.commands.figures import SIGNED, refuse_strange
-from deepvit.commands.parser import parser_of
+from deepvit.commands.main import parser_of
 from deepvit.config.compose import compose
 from deepvit.config.settings import Settings
 from deepvit.data import Batch, Prepare, Splits, source_of

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from deepvit.commands.parser import parser_of
+from deepvit.commands.main import parser_of
 from deepvit.config.signature import check_range
 from deepvit.errors import BAD_INPUT, DONE, UserError
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from deepvit import analysis
 from deepvit import data as inputs
-from deepvit.analysis.draw_depth import draw_probe
+from deepvit.analysis.plots import draw_probe
 from deepvit.analysis.probe import without_matrices
 from deepvit.config.records import read_json_lines
 from deepvit.config.provenance import versions
