@@ -233,13 +233,11 @@ def _of_folders(data: Data, classes: list[str]) -> ImageSet:
 
 
 def name_of_images(model: ViT, data: Data, also: str | None = None) -> str:
-    """For the folder of results; with a mark where the model's run had other images of the same kind."""
-    before = trained_on(model) or {}
-    name, home = Path(also).name if also else data.source, before.get("root")
-    of_kind = data.source in ("folder", "timm") or home and data.source == before.get("source")
-    if also or of_kind and (data.root or data.name) and data.root != home:
-        return f"{name}-{_mark(Path(data.root or '', data.name or ''))}"
-    return name
+    """For the folder of results; with a mark of their place, unless the model's run had its images there."""
+    home, place = trained_on(model) or {}, _mark(Path(data.root or "", data.name or ""))
+    if also or (data.root or data.name) and place != _mark(Path(home.get("root") or "", home.get("name") or "")):
+        return f"{Path(also).name if also else data.source}-{place}"
+    return data.source
 
 
 def out_folder(model: ViT, data_name: str, asked: EvalSettings) -> Path:
