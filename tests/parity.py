@@ -157,13 +157,14 @@ def table(rows: Sequence[dict[str, Any]], margin: float) -> str:
         if min(len(theirs), len(ours)) < 2:
             return "Two seeds of each trainer are needed for a table."
         mean, error, freedom = difference(ours, theirs)
+        shown = round(mean, digits) + 0.0  # no minus before a zero
         found = equivalence(mean, error, freedom, bound or 0.0)
         lines.append(f"| {title} | {_spread(theirs, digits)} | {_spread(ours, digits)} | "
-                     f"{mean:+.{digits}f} ({found.low:+.{digits}f} to {found.high:+.{digits}f}) | "
+                     f"{shown:+.{digits}f} ({found.low:+.{digits}f} to {found.high:+.{digits}f}) | "
                      f"{f'{found.p:.3g} (margin {bound:g})' if bound else ''} |")
         if place == 2:
             verdict = "lies" if found.p < 0.05 else "does not lie"
-    lines += ["", f"The 90 % interval of the difference in top-1 {verdict} within the margin of {margin:g} points.", "",
+    lines += ["", f"The 90 % interval of the difference in top-1 {verdict} within the margin ({margin:g}).", "",
               "| seed | trainer | top-1 % by epoch | training loss by epoch |", "|--:|:--|:--|:--|"]
     for row in sorted(rows, key=lambda row: (row["seed"], row["trainer"])):
         step = max(1, len(row["curve"]) // 8)

@@ -2,9 +2,11 @@
 
 import csv
 import json
+from itertools import product
 from pathlib import Path
 
 import numpy as np
+import parity
 import pytest
 import yaml
 from scipy import stats
@@ -125,3 +127,14 @@ def test_the_small_vit_is_its_runs():
     for name, row in zip(("adamw", "muon"), table("cifar10_small.md", "optimizer"), strict=True):
         tuned = json.loads((RESULTS / f"cifar10_small/runs/tuning/{name}/metrics.json").read_text())
         assert row[2:] == [f"{tuned['top1']:.2f}", f"{tuned['loss']:.3f}"]
+
+
+def test_parity_is_its_rows():
+    rows = [json.loads(line) for line in (RESULTS / "parity/bare/rows.jsonl").read_text().splitlines()]
+    told = (RESULTS / "parity/bare/table.md").read_text()
+    assert told == parity.table(rows, rows[0]["settings"]["margin"]) and told.strip() in (
+        RESULTS / "parity.md").read_text()
+    assert sorted((row["trainer"], row["seed"]) for row in rows) == [*product(("ours", "timm"), range(5))]
+    (top1, *_), = (line.split("|")[2:5] for line in told.splitlines() if line.startswith("| top-1 %")),
+    for text in top1[:2]:
+        assert text.partition("(")[0].strip() in (RESULTS.parent.parent / "README.md").read_text()
