@@ -19,7 +19,6 @@ from deepvit.config.records import read_json_lines
 from deepvit.config.signature import check_range
 from deepvit.errors import DONE, Failure, UserError, reason
 
-
 BENCHES: dict[str, Callable[..., Iterable[dict]]] = {  # each takes the command's options by name
     "ceilings": timing.ceiling_rows,
     "train-step": partial(models.measure, models.TrainStep),

@@ -50,7 +50,7 @@ def run_job(job: Job, config: DictConfig) -> Any:
             say(f"\n[{settings.job.num + 1}] {', '.join(as_typed(settings.overrides.task)) or 'default'}")
         try:
             plain = OmegaConf.to_container(config, resolve=True)
-            asked = origin(config, settings, folder) if job == "train" else of_cell(settings)
+            asked = origin(config, settings, folder) if job == "train" else choices_of_cell(settings)
             plain = {**plain, "origin": asked}
             outcome = launcher(plain, folder)(job, plain, folder)
         except UserError as error:
@@ -79,8 +79,8 @@ def _note(outcome: Outcome, settings: DictConfig, folder: Path) -> None:
         say(f"{record.path} cannot be written ({error.strerror}): the summary will lack this cell.", sys.stderr)
 
 
-def of_cell(settings: DictConfig) -> dict[str, Any]:
-    """`choices_of` an evaluation; with `cell`, of a sweep, a name by the settings that do not name its results."""
+def choices_of_cell(settings: DictConfig) -> dict[str, Any]:
+    """`choices_of` for an evaluation. In a sweep `cell` names it by the settings that its results are not named by."""
     chosen = choices_of(settings)
     words = [word for word in chosen["overrides"] if not word.startswith(("checkpoint=", "data=", "out=", "also="))]
     return chosen | ({"cell": typed_name(words)} if words and record_of(settings) else {})

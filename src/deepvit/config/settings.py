@@ -181,7 +181,7 @@ class EvalSettings:
     knn: Count | None
     out: str | None
     model: Mapping[str, Any]
-    origin: Mapping[str, Any] | None = None
+    origin: Mapping[str, Any] | None = None  # what was chosen and typed; in a sweep also `cell`, the cell's name
 
 
 def read_evaluation(config: Mapping[str, Any]) -> EvalSettings:

@@ -36,9 +36,10 @@ from deepvit.run.launch import Stopped
 from deepvit.run.measures import Evaluator, calibration
 
 NEUTRAL = {"root": None, "fraction": 1.0, "classes": None, "val_fraction": None}  # the same in every source of data
+# Settings that an evaluation has no use for
 OF_TRAINING = {"data.batch_size", "data.hflip", "data.on_device", "precision.scale_gradients"} | {
     f"engine.{name}" for name in ("device_batch", "log_every", "save_every", "keep_epochs", "keep", "profile",
-                                  "grad_checkpointing", "compile", "max_skipped")}  # settings
+                                  "grad_checkpointing", "compile", "max_skipped")}
 PREPARATION = ("norm", "crop_pct", "interpolation")  # settings of the data that belong to the model
 log = logging.getLogger(__name__)
 
