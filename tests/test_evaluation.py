@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 from test_engine import ALONE, Images, take
+from test_programs import TINY
 from torch import nn
 
 import deepvit
@@ -65,6 +66,13 @@ def test_classes_are_named_the_worst_first_and_further_folders_are_rows(run, fol
     assert [row["class"] for row in classes[:3]] == [row["class"] for row in own["worst_classes"]]
     code, _, sentence = run("eval", "checkpoint=m.pt", "data=folder", "data.root=data", "also=gone", "out=out")
     assert code == BAD_INPUT and "gone" in sentence
+
+
+@pytest.mark.parametrize("words", [["data.root=data", "knn=19"], ["data.root=data/val", "calibrate=9"]], ids=" ".join)
+def test_a_refused_evaluation_leaves_no_folder(run, folders, words):
+    before = {*folders.rglob("*")}
+    code, *_ = run("eval", "checkpoint=m.pt", "data=folder", *words)
+    assert code == BAD_INPUT and {*folders.rglob("*")} - before == set()
 
 
 def test_a_loss_that_is_not_finite_is_null_in_the_file(run, folders):
@@ -126,3 +134,5 @@ def test_knn_of_any_checkpoint_on_other_classes(run, folders):
     code, _, sentence = run(*words, "data.root=data", "knn=19")
     assert code == BAD_INPUT and "knn=19" in sentence and "18 training images" in sentence
     assert run(*words, "data.root=data", "knn=0")[0] == BAD_INPUT
+    assert run(*words[:-1], "data.root=data", "knn=3")[0] == DONE and results(folders / "runs" / "eval", "knn.json")
+    assert run("train", "-m", *TINY, "dry=true", "seed=0,1")[0] == DONE  # a sweep starts beside them, in runs/

@@ -16,7 +16,7 @@ from sklearn.datasets import load_sample_images
 from torch.testing import assert_close
 
 import deepvit
-from deepvit.analysis.images import told_preparation
+from deepvit.analysis.images import read_images, told_preparation
 from deepvit.commands.export import export
 from deepvit.commands.main import main
 from deepvit.config.compose import compose
@@ -135,8 +135,9 @@ def test_what_no_tensor_of_timms_tells_is_taken_from_its_keywords(tmp_path, keyw
 
 def test_a_pooling_that_no_model_has_here_is_refused(tmp_path):
     timm_folder(tmp_path, global_pool="avgmax")
-    with pytest.raises(UserError, match="global_pool=avgmax"):
+    with pytest.raises(UserError, match="global_pool=avgmax.* give pool="):
         deepvit.load_model(tmp_path)
+    assert deepvit.load_model(tmp_path, pool="avg").pool == "avg"
 
 
 @pytest.mark.parametrize("names", ["ab", "abcd"])
@@ -148,7 +149,7 @@ def test_names_of_other_classes_are_left_out(tmp_path, names):
     assert "classes" not in report.said and "left out" in str(report)
 
 
-def test_images_are_prepared_as_timm_says(tmp_path, caplog):
+def test_images_are_prepared_as_timm_says(tmp_path):
     """By the folder's config, by the arguments of timm's train.py, by the model's name; an export keeps it."""
     timms = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "crop_pct": 1, "interpolation": "bilinear"}
     timm_folder(tmp_path, timms)
@@ -163,8 +164,15 @@ def test_images_are_prepared_as_timm_says(tmp_path, caplog):
         assert (found["norm"], found["crop_pct"]) == ("imagenet", crop)
     torch.save({**state, "mean": 0.5, "crop_pct": "all"}, tmp_path / "odd.pth")
     assert told_preparation(deepvit.load_model(tmp_path / "odd.pth"))["norm"] == "imagenet"
-    timm_folder(tmp_path, {**timms, "mean": [0, 0, 0]})
-    assert "norm" not in told_preparation(deepvit.load_model(tmp_path)) and "no data.norm has" in caplog.text
+    odd = {**timms, "mean": [0.1, 0.2, 0.3]}  # which no data.norm has
+    timm_folder(tmp_path, odd)
+    done = export(tmp_path, "hub-folder", tmp_path / "out" / "again")
+    for folder in tmp_path, done.path:
+        told = told_preparation(deepvit.load_model(folder))
+        assert "norm" not in told and (told["mean"], told["std"]) == (odd["mean"], odd["std"])
+    images = read_images(deepvit.load_model(tmp_path), [])
+    mean, std = (torch.tensor(odd[name]).view(3, 1, 1) for name in ("mean", "std"))
+    assert_close(images.x, (images.pixels / 255 - mean) / std)
 
 
 @pytest.mark.parametrize("name, changes", [

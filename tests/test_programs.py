@@ -91,7 +91,16 @@ def test_a_sweep_goes_on_past_a_failed_cell_and_names_it(run, tmp_path):
 def test_a_dry_sweep_forecasts_and_writes_nothing(run, tmp_path):
     code, said, _ = run("train", "-m", *TINY, "dry=true", "model.depth=1,2")
     assert code == DONE and said.count("Dry run:") == 2 and "device-hours" in said.splitlines()[-3]
-    assert not list(tmp_path.glob("runs/**/*.pt")) and not list(tmp_path.glob("runs/**/config.yaml"))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("words", [["dry=true", "hydra.run.dir=mine/new/run"], ["model.depth=0", "hydra.run.dir=mine"],
+                                   ["-m", "dry=true", "seed=0,1", "hydra.sweep.dir=mine/new"],
+                                   ["-m", "dry=true", "seed=0,1", "hydra.sweep.dir=mine"]], ids=" ".join)
+def test_empty_folders_of_the_users_stay(run, tmp_path, words):
+    (tmp_path / "mine").mkdir()
+    assert run("train", *TINY, *words)[0] in (DONE, BAD_INPUT)
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine"]
 
 
 def test_a_continued_run_keeps_its_model_and_data_and_names_a_changed_rate(run, tmp_path):

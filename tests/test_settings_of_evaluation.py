@@ -228,6 +228,9 @@ def test_what_was_held_out_of_a_folder_is_evaluated(typed, n):
     seen = seen_with({"checkpoint": str(run), "data.source": "folder", "data.root": "FLAT",
                       "origin": {"overrides": typed}})
     assert [result["n"] for result in seen.results] == [n]
+    if not typed:
+        seen = seen_with({"checkpoint": str(run), "also": [str(PLACES["FLAT"])]})
+        assert [result["n"] for result in seen.results] == [n, n]
 
 
 def test_neighbours_in_other_images_have_a_folder_of_their_own():

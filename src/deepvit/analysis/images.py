@@ -53,7 +53,7 @@ def read_images(model: ViT, paths: Sequence[Path]) -> Images:
     if not pixels:
         raise UserError(refused[0])
     stack = torch.stack(pixels)  # uint8 [B, 3, height, width]
-    mean, std = (torch.tensor(values).view(3, 1, 1) * 255 for values in data.norm_values(evaluation["norm"]))
+    mean, std = (torch.tensor(evaluation[name]).view(3, 1, 1) * 255 for name in ("mean", "std"))
     return Images((stack - mean) / std, stack, names, refused)
 
 
@@ -82,19 +82,20 @@ def _inside(folder: Path) -> list[Path]:
 
 
 def evaluated_as(model: ViT) -> dict[str, Any]:
-    """How its images are prepared (`crop_pct`, `interpolation`, `norm`), and the `source` of its training images."""
-    return PUBLISHED | told_preparation(model)
+    """How its images are prepared (`crop_pct`, `interpolation`, `mean` and `std` of values in 0..1), and the `source`
+    of its training images."""
+    found = PUBLISHED | told_preparation(model)
+    mean, std = data.norm_values(found["norm"])
+    return {"mean": mean, "std": std} | found
 
 
 def told_preparation(model: ViT) -> dict[str, Any]:
-    """As much of `evaluated_as` as the model's file tells: its run's, or what timm records."""
+    """As much as the model's file tells, its run's or what timm records; `mean` and `std` where no `norm` has these."""
     said = model.load_report.said
-    norm = data.name_of_norm(said.get("mean"), said.get("std"))
-    found = (said.get("run") or {}).get("data") or {**said, "norm": norm}
-    if norm is None and found.get("mean"):
-        log.warning("%s was trained on images normalised by mean %s and std %s, which no data.norm has: it is given "
-                    "others, and does worse for it.", model.load_report.path, said["mean"], said.get("std"))
-    return {name: found[name] for name in PUBLISHED if found.get(name) is not None}
+    found = (said.get("run") or {}).get("data") or said
+    norm = found.get("norm") or data.name_of_norm(said.get("mean"), said.get("std"))
+    names = PUBLISHED if norm or not said.keys() >= {"mean", "std"} else (*PUBLISHED, "mean", "std")
+    return {name: value for name in names if (value := norm if name == "norm" else found.get(name)) is not None}
 
 
 def _examples(source: str | None) -> list[tuple[str, Any]]:

@@ -5,7 +5,7 @@ import re
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial, update_wrapper
 from pathlib import Path
@@ -24,6 +24,7 @@ from deepvit.commands.sweep import Recorder, Refused, in_quotes, record_of, sum_
 from deepvit.config import CONF
 from deepvit.config.compose import PLUGINS, setting_meant
 from deepvit.config.provenance import as_typed, choices_of, origin, run_folder, typed_name
+from deepvit.config.records import remove_empty
 from deepvit.errors import BAD_INPUT, DONE, FAILED, STOPPED, UserError, did_you_mean, first_line
 from deepvit.run.console import say
 from deepvit.run.launch import Job, Outcome, launcher, unexpected
@@ -62,11 +63,18 @@ def run_job(job: Job, config: DictConfig) -> Any:
     if outcome.code == STOPPED and "TORCHELASTIC_RUN_ID" in os.environ:
         outcome = replace(outcome, code=DONE)  # or torchrun would restart all ranks; events.jsonl says PREEMPTED
     _outcomes.append(outcome)
-    with suppress(OSError):  # Hydra makes the folder before the job; one that is refused, or dry, leaves none behind
-        os.removedirs(folder)
+    remove_empty(_made_for(settings, folder))  # before the job; one that is refused, or dry, leaves none behind
     if record_of(settings):
         _note(outcome, settings, folder)
     return outcome.value.get("top1")
+
+
+def _made_for(settings: DictConfig, folder: Path) -> Sequence[Path]:
+    """The folders that Hydra made for a job: of a cell those below the sweep's."""
+    if not record_of(settings):
+        return Recorder.made
+    top = Path(settings.sweep.dir).resolve()
+    return [one for one in (folder.resolve(), *folder.resolve().parents) if top in one.parents]
 
 
 def _note(outcome: Outcome, settings: DictConfig, folder: Path) -> None:

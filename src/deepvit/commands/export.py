@@ -21,7 +21,6 @@ from deepvit.analysis.images import evaluated_as
 from deepvit.commands import cli
 from deepvit.commands.model_card import is_card, write_card
 from deepvit.commands.main import add_weights, parser_of
-from deepvit.data import norm_values
 from deepvit.engine.folder import RunFolder
 from deepvit.errors import DONE, Failure, UserError
 from deepvit.importers import deepvit as published
@@ -183,12 +182,11 @@ def _write_hub_folder(model: ViT, path: Path) -> Written:
     except UserError:
         named, state, first = model, model.state_dict(), "import deepvit  # has this model\n"
     trained = evaluated_as(model)
-    mean, std = norm_values(trained["norm"])
-    crop = {"crop_pct": trained["crop_pct"]} if trained["crop_pct"] else {}
+    images = {name: trained[name] for name in ("mean", "std", "interpolation", "crop_pct") if trained[name]}
     path.mkdir(exist_ok=True)
     save_tensors(path / "model.safetensors", state)
     save_config_for_hf(named, path / "config.json", {"label_names": model.load_report.said.get("classes")},
-                       data_config={"mean": mean, "std": std, "interpolation": trained["interpolation"], **crop})
+                       data_config=images)
     return (timm.create_model(f"local-dir:{path}", pretrained=True).eval(), f"loaded by timm from {path.name}",
             f"""import timm
 {first}model = timm.create_model("local-dir:{path.name}", pretrained=True).eval()  # or hf-hub:OWNER/NAME

@@ -8,7 +8,6 @@ from typing import Any
 from deepvit.analysis.images import evaluated_as
 from deepvit.config.compare import flat, has_no_effect
 from deepvit.config.records import read_json_lines
-from deepvit.data import norm_values
 from deepvit.engine.folder import RunFolder
 from deepvit.models import ViT
 from deepvit.report.render import printed
@@ -55,10 +54,10 @@ def is_card(path: Path, exported: str) -> bool:
 def _images(model: ViT) -> str:
     """What it takes, in numbers: most forms do not hold it."""
     (height, width), how = model.img_size, evaluated_as(model)
-    mean, std = norm_values(how["norm"])
+    numbers = f"mean {how['mean']} over std {how['std']}"
     crop_pct = how["crop_pct"] or model.pretrained_cfg["crop_pct"]
     return (f"Takes images of {height} x {width} pixels: the shorter side resized to size / {crop_pct:g} "
-            f"({how['interpolation']}), the centre cut out, RGB from 0 to 1 less mean {mean} over std {std}.")
+            f"({how['interpolation']}), the centre cut out, RGB from 0 to 1 less {numbers}.")
 
 
 def _table(rows: Mapping[str, Any]) -> str:

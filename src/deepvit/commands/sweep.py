@@ -1,10 +1,9 @@
 """What a sweep does around its cells: opens its record before Hydra writes anything, and sums up from it."""
 
-import os
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -21,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from deepvit.config.compare import flat
 from deepvit.config.provenance import as_typed, choices_of, digest, preregistration
-from deepvit.config.records import FOLDER, SweepRecord, written_for_us
+from deepvit.config.records import FOLDER, SweepRecord, missing, remove_empty, written_for_us
 from deepvit.errors import DONE, FAILED, STOPPED, UserError, did_you_mean
 from deepvit.report.contrasts import WHERE, Plan, read_plan
 from deepvit.run.console import say
@@ -40,6 +39,7 @@ class Recorder(Callback):
     the config, wherever it runs; its `statistics` are contrasts, which the record keeps for the report."""
 
     opened: ClassVar["OpenSweep | None"] = None  # by this process
+    made: ClassVar[Sequence[Path]] = ()  # by Hydra for this process's run or sweep, the innermost first
 
     def __init__(self, record: Sequence[str] | None = None, statistics: DictConfig | None = None):
         """Takes what Hydra gives, so that it refuses any other key; both are read from the config."""
@@ -47,11 +47,13 @@ class Recorder(Callback):
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
         """Hydra writes `hydra.output_subdir` before any of us runs."""
         run, name = config.hydra.run, config.hydra.output_subdir
+        Recorder.made = missing(Path(run.dir or ""))
         if name and run.dir and (folder := Path(run.dir, name)).exists() and not written_for_us(folder / "hydra.yaml"):
             raise Refused(UserError(f"{folder} is not of a run of deepvit: give another hydra.run.dir=... or "
                                     f"hydra.output_subdir=..."))
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        Recorder.made = missing(Path(config.hydra.sweep.dir, "multirun.yaml"))
         try:
             Recorder.opened = _open(config)
         except Exception as error:
@@ -65,14 +67,12 @@ class OpenSweep:
     record: SweepRecord
     cells: int  # that it is to run, 0 where its sweeper decides as it goes
     is_kept: bool  # not of a forecast or an evaluation, which leave no run behind
-    made: Sequence[Path]  # by Hydra for this sweep: multirun.yaml, and the folder if it was not there
 
 
 def _open(config: DictConfig) -> OpenSweep:
     if joined():
         raise UserError("Start a sweep with `deepvit train -m ...`, not under torchrun: it starts the ranks itself.")
     hydra, folder = config.hydra, Path(config.hydra.sweep.dir)
-    made = [path for path in (folder / "multirun.yaml", folder) if not path.exists()]
     share = hydra.launcher.get("cells_per_device", 1)
     if not isinstance(share, int) or share < 1:
         raise UserError(f"hydra.launcher.cells_per_device={share}: give a whole number, 1 or more.")
@@ -103,7 +103,7 @@ def _open(config: DictConfig) -> OpenSweep:
     if plan and described:
         _check_arms(plan, [{**shared, **cell["settings"]} for cell in described])
     record.open(shlex.join(["deepvit", hydra.job.config_name, *sys.argv[1:]]), sweep, described, shared, statistics)
-    return OpenSweep(record, len(cells), is_kept, made)
+    return OpenSweep(record, len(cells), is_kept)
 
 
 def _refuse_strange(folder: Path) -> None:
@@ -114,7 +114,8 @@ def _refuse_strange(folder: Path) -> None:
     multirun = folder / "multirun.yaml"
     if multirun.exists() and not written_for_us(multirun):
         raise UserError(f"{multirun} is not of a sweep of deepvit: choose another folder with hydra.sweep.dir=...")
-    known = (multirun, *folder.glob(f"{FOLDER}/*.jsonl"), *folder.glob("eval/*/predictions.csv"))
+    known = (multirun, *(path for pattern in (f"{FOLDER}/*.jsonl", "eval/*/predictions.csv", "eval/*/knn.json")
+                         for path in folder.glob(pattern)))
     runs = (path.parent for depth in ("", "*/", "*/*/", "*/*/*/") for name in (MARK, "events.jsonl")
             for path in folder.glob(depth + name))
     if not any(path.exists() for path in known) and not any(RunFolder(path).is_ours() for path in runs):
@@ -180,9 +181,8 @@ def sum_up(sweep: OpenSweep) -> int:
     outcomes = sweep.record.outcomes()
     if not sweep.is_kept:
         sweep.record.remove()
-        with suppress(OSError):  # an evaluation may have left results in the folder
-            for path in sweep.made:
-                os.removedirs(path) if path.is_dir() else path.unlink()
+        if not sweep.record.path.parent.exists():  # it holds no other sweep's record
+            remove_empty(Recorder.made)
     troubled = [line for line in outcomes if line["code"] != DONE]
     total = max(sweep.cells, len(outcomes))
     hours = [line["value"]["device_hours"] for line in outcomes if "device_hours" in line["value"]]

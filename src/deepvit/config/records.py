@@ -24,6 +24,18 @@ def written_for_us(path: Path) -> bool:
     return False
 
 
+def missing(path: Path) -> list[Path]:
+    """What has to be made before `path` exists: itself, then the folders above it."""
+    return [one for one in (path, *path.parents) if not one.exists()]
+
+
+def remove_empty(paths: Sequence[Path]) -> None:
+    """Removes files, and folders up to the first that is not empty."""
+    with suppress(OSError):
+        for path in paths:
+            path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
+
+
 def read_json_lines(path: Path, last: int = 0) -> list[dict[str, Any]]:
     """The whole lines of a `.jsonl` file, or of its `last` bytes, without torn or foreign ones; none if unreadable."""
     try:

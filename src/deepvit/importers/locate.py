@@ -56,8 +56,9 @@ def hub_metadata(path: Path) -> dict[str, Any]:
 def told_images(settings: Any) -> dict[str, Any]:
     """As much as timm's settings tell of how images are prepared: those of `IMAGES` that make sense."""
     told = settings if isinstance(settings, Mapping) else {}
-    found = {key: [*values] for key in ("mean", "std") if isinstance(values := told.get(key), list | tuple)
-             and all(isinstance(one, float | int) for one in values)}
+    numbers = {key: values for key in ("mean", "std") if isinstance(values := told.get(key), list | tuple)
+               and len(values) == 3 and all(isinstance(one, float | int) for one in values)}
+    found = {key: [*map(float, values)] for key, values in numbers.items()} if len(numbers) == 2 else {}
     crop, interpolation = told.get("crop_pct"), told.get("interpolation")
     return (found | ({"crop_pct": float(crop)} if isinstance(crop, float | int) and 0.1 <= crop <= 1 else {})
             | ({"interpolation": interpolation} if interpolation in ("bilinear", "bicubic") else {}))

@@ -34,18 +34,21 @@ def _infer(source: Source, given: Mapping[str, Any]) -> dict[str, Any]:
         source.report.said = _images_of(file.said["arch"]) | source.report.said
     heads = arguments.get("num_heads") or (named.blocks[0].attn.num_heads if named else given.get("num_heads"))
     is_last = "fc_norm.weight" in file.shapes
-    return {"gelu": _told(source, "act_layer", GELUS) or _gelu(source, named),
-            "norm_eps": named.blocks[0].norm1.eps if named else 1e-6, "num_heads": heads,
-            "pool": _told(source, "global_pool", POOLS) or ("avg" if is_last else "cls"),
-            "final_norm": "after_pool" if is_last else "before_pool"}
+    found = {"norm_eps": named.blocks[0].norm1.eps if named else 1e-6, "num_heads": heads,
+             "final_norm": "after_pool" if is_last else "before_pool"}
+    if "gelu" not in given:
+        found["gelu"] = _told(source, "act_layer", "gelu", GELUS) or _gelu(source, named)
+    if "pool" not in given:
+        found["pool"] = _told(source, "global_pool", "pool", POOLS) or ("avg" if is_last else "cls")
+    return found
 
 
-def _told(source: Source, keyword: str, ours: Mapping[str, str]) -> str | None:
+def _told(source: Source, keyword: str, setting: str, ours: Mapping[str, str]) -> str | None:
     """Our word for a keyword of timm's, None where the file does not tell it; UserError for what no ViT has here."""
     value = (source.file.said.get("model_args") or {}).get(keyword)
     if value is not None and str(value) not in ours:
         raise UserError(f"{source} is of a model with {keyword}={value}, which no ViT has here: take one with "
-                        f"{' or '.join(ours)}.")
+                        f"{' or '.join(ours)}, or give {setting}=... in its place.")
     return None if value is None else ours[str(value)]
 
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import logging
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from deepvit.config.records import missing, remove_empty
 from deepvit.data import ImageSet
 from deepvit.engine.evaluate import Evaluation, mcnemar
 from deepvit.engine.folder import plain, write_text_synced
@@ -86,6 +88,14 @@ def write(folder: Path, images: ImageSet, evaluation: Evaluation, result: Mappin
 def _write_csv(path: Path, head: list[str], rows: Iterable[list[Any]]) -> None:
     with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         csv.writer(file).writerows([head, *rows])
+
+
+def check_place(folder: Path) -> None:
+    """UserError where results could not be written to `folder`; leaves nothing behind."""
+    made = missing(folder)
+    with results_in(folder), tempfile.TemporaryFile(dir=folder):
+        pass
+    remove_empty(made)
 
 
 @contextmanager

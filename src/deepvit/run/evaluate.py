@@ -122,7 +122,8 @@ def _open(path: Path, root: str | None, asked: EvalSettings, ranks: Ranks) -> Ca
         model = load(path, asked)
         own = data = data_settings(model, asked)
         if root is not None:
-            data = replace(own, source="folder", root=root, classes=None, val_fraction=None, exclude=None)
+            held_out = _held_out(model, root).get("val_fraction")
+            data = replace(own, source="folder", root=root, classes=None, val_fraction=held_out, exclude=None)
     if ranks.world > 1 and source_of(own).may_download:
         build.shared_splits(own, ranks)  # one rank of each machine before the others
     with ranks.sync_errors():
@@ -131,8 +132,7 @@ def _open(path: Path, root: str | None, asked: EvalSettings, ranks: Ranks) -> Ca
             _real_top1(model, images, np.zeros(len(images), int))
         folder = out_folder(model, name_of_images(model, data, root), asked)
         if ranks.is_main:
-            with eval_results.results_in(folder):
-                pass
+            eval_results.check_place(folder)
         try:
             train = source_of(own).splits().train if asked.calibrate else None
         except UserError as error:
@@ -176,6 +176,9 @@ def data_settings(model: ViT, asked: EvalSettings) -> Data:
         given = {**(trained_on(model) or {}), **given}
     elif asked.origin:
         typed, told = typed_names(asked.origin), told_preparation(model) | _held_out(model, given.get("root"))
+        if "mean" in told and "data.norm" not in typed:
+            log.warning("%s was trained on images normalised by mean %s and std %s, which no data.norm has: it is "
+                        "given others, and does worse for it.", model.load_report.path, told["mean"], told["std"])
         own = {name: told[name] for name in (*PREPARATION, "val_fraction")
                if name in told and f"data.{name}" not in typed}
         if other := [f"data.{name}={value}" for name, value in own.items() if value != given.get(name)]:

@@ -37,6 +37,8 @@ def neighbours_of_all(config: Mapping[str, Any], ranks: Ranks, stop: StopRequest
             model = load(path, asked)
             data = data_settings(model, asked)
             folder = out_folder(model, f"{name_of_images(model, data)}-knn", asked)
+            if ranks.is_main:
+                eval_results.check_place(folder)
         result = _neighbours(model, data, asked, ranks, stop)
         rows = [[str(i), f"{top1:.2f}"] for i, top1 in enumerate(result["top1_by_block"])]
         log.info("%s on %s\n%s", eval_results.label(path), data.source,
