@@ -218,13 +218,15 @@ def test_a_sweep_with_hydras_glob_and_its_own_record_of_each_cell(run, tmp_path)
     assert len(list(tmp_path.glob("runs/digits/vit/*/.hydra/overrides.yaml"))) == 1
 
 
-@pytest.mark.parametrize("words", [["hydra.output_subdir=.hydra"], []])
+@pytest.mark.parametrize("words", [["hydra.output_subdir=.hydra"], [], [
+    "-m", "hydra.sweep.dir=.", "hydra.sweep.subdir=theirs", "seed=0,1", "hydra.output_subdir=.hydra"]], ids=" ".join)
 def test_another_hydra_programs_record_is_left_alone(run, tmp_path, words):
     theirs = tmp_path / "theirs/.hydra"
     theirs.mkdir(parents=True)
+    (tmp_path / "multirun.yaml").write_text("${run_folder:''}\n")  # of a sweep of ours
     for name in ("config", "hydra", "overrides"):
         (theirs / f"{name}.yaml").write_text("theirs: 1\n")
-    code, _, sentence = run("train", *TINY, "hydra.run.dir=theirs", *words)
+    code, _, sentence = run("train", *TINY, *words, *([] if "-m" in words else ["hydra.run.dir=theirs"]))
     assert code == BAD_INPUT and "theirs" in sentence and "hydra.run.dir=..." in sentence
     assert {path.read_text() for path in theirs.iterdir()} == {"theirs: 1\n"}
     assert [*theirs.parent.iterdir()] == [theirs]

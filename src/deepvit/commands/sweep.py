@@ -45,12 +45,12 @@ class Recorder(Callback):
         """Takes what Hydra gives, so that it refuses any other key; both are read from the config."""
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
-        """Hydra writes `hydra.output_subdir` before any of us runs."""
-        run, name = config.hydra.run, config.hydra.output_subdir
-        Recorder.made = missing(Path(run.dir or ""))
-        if name and run.dir and (folder := Path(run.dir, name)).exists() and not written_for_us(folder / "hydra.yaml"):
-            raise Refused(UserError(f"{folder} is not of a run of deepvit: give another hydra.run.dir=... or "
-                                    f"hydra.output_subdir=..."))
+        run = Path(config.hydra.run.dir or "")
+        Recorder.made = missing(run)
+        try:
+            _refuse_strange_output(run, config.hydra.output_subdir)
+        except UserError as error:
+            raise Refused(error) from None
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         Recorder.made = missing(Path(config.hydra.sweep.dir, "multirun.yaml"))
@@ -99,7 +99,9 @@ def _open(config: DictConfig) -> OpenSweep:
     cells = []
     if hydra.sweeper._target_ == BASIC:
         cells = BasicSweeper.split_arguments(parser.parse_overrides(typed), max_batch_size=None)[0]
-    shared, described = _described(config, cells) if is_kept else ({}, [])
+    shared, described = _described(config, cells) if is_kept or hydra.output_subdir else ({}, [])
+    for cell in described:
+        _refuse_strange_output(folder / cell["folder"], hydra.output_subdir)
     if plan and described:
         _check_arms(plan, [{**shared, **cell["settings"]} for cell in described])
     record.open(shlex.join(["deepvit", hydra.job.config_name, *sys.argv[1:]]), sweep, described, shared, statistics)
@@ -120,6 +122,13 @@ def _refuse_strange(folder: Path) -> None:
             for path in folder.glob(depth + name))
     if not any(path.exists() for path in known) and not any(RunFolder(path).is_ours() for path in runs):
         raise UserError(f"{folder} has other files, such as {min(folder.iterdir()).name}: give a new hydra.sweep.dir.")
+
+
+def _refuse_strange_output(folder: Path, name: str | None) -> None:
+    """Hydra writes `hydra.output_subdir` there before any of us runs."""
+    if name and (folder / name).exists() and not written_for_us(folder / name / "hydra.yaml"):
+        raise UserError(f"{folder / name} is not of a run of deepvit: give another hydra.run.dir=... (hydra.sweep.dir "
+                        f"of a sweep) or hydra.output_subdir=...")
 
 
 def _described(config: DictConfig, cells: Sequence[Sequence[str]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
