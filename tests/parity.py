@@ -38,6 +38,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from deepvit.models import attention_config
 from deepvit.report.statistics import equivalence
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -79,8 +80,14 @@ def model_settings(given: argparse.Namespace) -> dict[str, Any]:
     return {"img_size": 32, "patch_size": 4, "depth": given.depth, "embed_dim": given.width, "num_heads": given.heads}
 
 
+def norm_batch(given: argparse.Namespace) -> dict[str, int]:
+    """How many images share an attention's batch statistics, if it has any: a divisor of the batch."""
+    return {"norm_batch": given.batch // 4} if "norm_batch" in attention_config(given.attention) else {}
+
+
 def by_timm(given: argparse.Namespace, data: Path, seed: int) -> dict[str, Any]:
-    keywords = [f"{name}={value}" for name, value in {**model_settings(given), "attention": given.attention}.items()]
+    attention = attention_config(given.attention) | norm_batch(given)
+    keywords = [f"{name}={value}" for name, value in {**model_settings(given), "attention": attention}.items()]
     augment = (["--no-aug", "--smoothing", "0"] if given.no_augment else [
         "--aa", "rand-m9-mstd0.5-inc1", "--mixup", "0.8", "--cutmix", "1.0", "--reprob", "0.25", "--smoothing", "0.1",
         "--drop-path", "0.2", "--train-interpolation", "random"])
@@ -109,6 +116,7 @@ def by_us(given: argparse.Namespace, data: Path, seed: int) -> dict[str, Any]:
     seconds = run(given, [sys.executable, str(ROOT / "train.py"), "recipe=folder", "model=vit",
                           f"model/attention={given.attention}", f"data.root={data}", "data.crop_pct=1.0",
                           *(f"model.{name}={value}" for name, value in model_settings(given).items()),
+                          *(f"model.attention.{name}={value}" for name, value in norm_batch(given).items()),
                           *([] if not given.no_augment else ["model.drop_path_rate=0.0"]), *augment,
                           *(f"schedule.{name}={RECIPE[name]}" for name in ("warmup_lr", "min_lr")),
                           f"optimizer.opt={given.opt}", f"optimizer.lr={given.lr}",
@@ -116,6 +124,7 @@ def by_us(given: argparse.Namespace, data: Path, seed: int) -> dict[str, Any]:
                           f"schedule.epochs={given.epochs}", f"schedule.warmup_epochs={given.warmup}",
                           "schedule.decay_from=start", f"data.batch_size={given.batch}",
                           f"data.workers={given.workers}", "data.decoder=pil", "engine.device_batch=null",
+                          f"precision={'tf32' if given.device == 'cuda' else 'fp32'}",  # timm's without --amp
                           "engine.log_every=1", "probe.images=0", f"engine.accelerator={given.device}", f"seed={seed}",
                           f"hydra.run.dir={folder}"], folder.with_suffix(".log"))
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
