@@ -120,13 +120,20 @@ def test_the_regime_of_dose_is_the_runs(dose):
 
 
 def test_the_small_vit_is_its_runs():
-    result = json.loads((RESULTS / "cifar10_small/runs/vit6/metrics.json").read_text())
-    (top1, interval, top5, loss, updates, _), = table("cifar10_small.md", "top-1 %")
-    assert [top1, top5, loss] == [f"{result['top1']:.2f}", f"{result['top5']:.2f}", f"{result['loss']:.3f}"]
-    assert interval == f"{result['top1_low']:.2f} to {result['top1_high']:.2f}" and updates == f"{result['steps']:,}"
-    for name, row in zip(("adamw", "muon"), table("cifar10_small.md", "optimizer"), strict=True):
-        tuned = json.loads((RESULTS / f"cifar10_small/runs/tuning/{name}/metrics.json").read_text())
-        assert row[2:] == [f"{tuned['top1']:.2f}", f"{tuned['loss']:.3f}"]
+    def result(run):
+        found = json.loads((RESULTS / "cifar10_small/runs" / run / "metrics.json").read_text())
+        return found, [f"{found['top1']:.2f}", f"{found['loss']:.3f}"]
+
+    for run, (attention, top1, interval, top5, loss, updates, _) in zip(
+            ("vit6", "reattention"), table("cifar10_small.md", "attention"), strict=True):
+        found, numbers = result(run)
+        assert [top1, loss] == numbers and top5 == f"{found['top5']:.2f}" and attention.strip("`") == found["attention"]
+        assert interval == f"{found['top1_low']:.2f} to {found['top1_high']:.2f}" and updates == f"{found['steps']:,}"
+    for header, runs in (("optimizer", ("tuning/adamw", "tuning/muon")),
+                         ("after 282 updates", [f"short/{arm}" for arm in (
+                             "self", "norm_only", "reattention", "theta_by_adamw")])):
+        for run, row in zip(runs, table("cifar10_small.md", header), strict=True):
+            assert row[-2:] == result(run)[1]
 
 
 def test_parity_is_its_rows():
