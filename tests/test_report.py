@@ -290,6 +290,15 @@ def test_attentions_of_one_name_are_told_apart(make_run, tmp_path):
         "attention_dropout (attn_drop=0.1)", "attention_dropout (attn_drop=0.2)"]
 
 
+def test_files_of_one_name_are_told_apart(make_run, tmp_path):
+    for seed, name in enumerate("ab"):
+        make_run(name, init=f"/home/me/{name}/best.pt", seed=seed)
+    grid = the_grid(tmp_path)
+    assert [cell.extras for cell in grid.cells] == [(".../a/best.pt",), (".../b/best.pt",)] and not grid.duplicates
+    make_run("c", init="/home/me/c/other.pt", seed=2)
+    assert [cell.extras for cell in the_grid(tmp_path).cells][-1] == (".../c/other.pt",)
+
+
 def test_a_repeated_run_counts_once(make_run, tmp_path):
     make_run("a")
     make_run("b")

@@ -1,5 +1,6 @@
 """Which runs belong in one table, what its axes are, and what each of its cells holds."""
 
+import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Container, Mapping, Sequence
@@ -149,10 +150,11 @@ def _grid(runs: Sequence[Run]) -> Grid:
     compared = compared_settings(runs)
     varying, typed = _varying(compared), _typed_names(runs)
     columns = [sorted(column, key=lambda name: name not in typed) for column in merged(varying, compared)]
+    extras = [_shown([settings.get(column[0]) for settings in compared]) for column in columns]
     found: dict[tuple, dict[int, Run]] = defaultdict(dict)  # by seed
     settings_of, duplicates = {}, []
-    for run, settings, attention in zip(runs, compared, _attention_labels(runs)):
-        key = (run.config["model"]["depth"], attention, tuple(_shown(settings.get(column[0])) for column in columns))
+    for run, settings, attention, *values in zip(runs, compared, _attention_labels(runs), *extras):
+        key = (run.config["model"]["depth"], attention, tuple(values))
         settings_of[key] = {name: settings.get(name) for name in varying}
         first = found[key].setdefault(run.seed, run)
         if first is not run and not run.is_missing:
@@ -222,10 +224,16 @@ def merged(names: Sequence[str], settings: Sequence[Mapping[str, Any]]) -> list[
     return [*columns.values()]
 
 
-def _shown(value: Any) -> Any:
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return value
-    return "–" if value is None else without_paths(str(value))
+def _shown(values: Sequence[Any]) -> list[Any]:
+    """A column's values without the folders above a path or, where two would then look alike, those above all paths."""
+    numbers = [isinstance(value, int | float) and not isinstance(value, bool) for value in values]
+    words = ["–" if value is None else str(value) for value in values]
+    short = {word: without_paths(word) for word in words}
+    if len({*short.values()}) < len(short):
+        paths = [word for word in words if word.startswith("/")]
+        top = os.path.commonpath(paths).rstrip("/") if paths else ""
+        short = {word: f"...{word.removeprefix(top)}" if word in paths else word for word in words}
+    return [value if is_number else short[word] for value, is_number, word in zip(values, numbers, words)]
 
 
 def _attention_labels(runs: Sequence[Run]) -> list[str]:
