@@ -197,6 +197,13 @@ def with_changes(config: Mapping[str, Any], begun: Mapping[str, Any], splits: Sp
     return {**config, "origin": {**(config.get("origin") or {}), "changes": changes}} if changes else config
 
 
+def refuse_past_the_end(step: int, total: int) -> None:
+    """A schedule that ends before the checkpoint would be done at once, with the evaluation of another step."""
+    if step > total:
+        raise UserError(f"This run is at step {step} already and would now end at {total}: give a longer schedule, "
+                        f"{ADVICE}")
+
+
 def _same_init(differences: Differences, before: Mapping[str, Any], now: Mapping[str, Any]) -> Differences:
     """`init` is known by its content where both sides have it: a file may move, and another may take its path."""
     old, new = before.get("init"), now.get("init")

@@ -25,7 +25,8 @@ from deepvit.run import build
 from deepvit.run.build import Built
 from deepvit.run.launch import Stopped
 from deepvit.run.measures import attention_metrics, evaluator, metrics_of, summary_of
-from deepvit.run.resume import as_begun, identity, refuse_finished, with_changes, with_model_of_init
+from deepvit.run.resume import (as_begun, identity, refuse_finished, refuse_past_the_end, with_changes,
+                                with_model_of_init)
 
 HEADLINE = ("top1", "top5", "loss", "best_top1", "params", "flops", "images_per_s")  # by which runs are compared
 log = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ def train(config: Mapping[str, Any], path: Path, ranks: Ranks, stop: StopRequest
             if begun:
                 config = with_changes(config, begun, built.splits, made_of)
                 built.state.load_state_dict(begun)
+                refuse_past_the_end(built.state.step, built.plan.total)
             evaluate = evaluator(built, stop)
         _refuse_different_folders(ranks.gather(built.state.step), folder)
 
