@@ -302,6 +302,16 @@ def test_timms_own_readers(name, monkeypatch):
                      for content in originals("train").values()}
 
 
+@pytest.mark.parametrize("name", ["torch/image_folder", "any"])
+def test_a_folder_is_not_both_of_timms_splits(name, monkeypatch):
+    monkeypatch.setattr("timm.data.dataset_factory.ImageFolder", _folder_of_torchvision)
+    flat = {"name": name, "root": str(IMAGES / "train")}
+    with pytest.raises(UserError, match="the same images for data.train_split=train and data.val_split=validation"):
+        data.load("timm", **flat)
+    splits = data.load("timm", **flat, val_fraction=0.5)
+    assert (len(splits.train), len(splits.val)) == (6, 6)
+
+
 def _folder_of_torchvision(root, **_):
     from torchvision.datasets import ImageFolder
     return ImageFolder(root)

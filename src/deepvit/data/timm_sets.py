@@ -6,6 +6,7 @@ import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ import numpy as np
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
-from deepvit.data.decode import AnyImage, BadImage, read_bytes
+from deepvit.data.decode import AnyImage, BadImage, as_array, read_bytes
 from deepvit.data.imageset import ImageSet, Splits
 from deepvit.data.listing import EXTENSIONS, KINDS, class_folders, entries, existing, log_left_out
 from deepvit.data.source import Source, refuse_other_classes
@@ -93,6 +94,10 @@ class Timm(Source):
         else:
             splits = [self.train_split] if self.val_fraction else [self.train_split, self.val_split]
             where, found = self.name, [self._created(split) for split in splits]
+            if len(found) > 1 and _are_same(found[0][0], found[1][0]):
+                raise UserError(f"data.name={self.name} gives the same images for data.train_split={self.train_split} "
+                                f"and data.val_split={self.val_split}: change these, or give data.val_fraction=0.1 to "
+                                f"hold out a tenth of each class.")
         train, ids = found[0]
         if self.val_fraction:
             return self.hold_out(train, ids, where)
@@ -139,6 +144,18 @@ class Timm(Source):
         numbers = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None) or {}
         ids = sorted(numbers, key=numbers.get) or [str(number) for number in range(int(targets.max()) + 1)]
         return TimmSet(dataset, targets, f"{self.name}/{split}", self.decoder), ids
+
+
+def _are_same(one: TimmSet, other: TimmSet) -> bool:
+    """Whether two splits are one, as timm gives them of a folder without folders of these names: by their classes, and
+    three of the images."""
+    if not np.array_equal(one.targets, other.targets):
+        return False
+    for place in {0, len(one) // 2, len(one) - 1}:
+        with suppress(BadImage):  # its reason is told when it is asked for
+            if not np.array_equal(*(as_array(images.image(place)) for images in (one, other))):
+                return False
+    return True
 
 
 def _shards(path: Path, split: str) -> list[str]:
