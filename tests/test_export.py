@@ -80,6 +80,16 @@ def test_the_card_of_a_best_checkpoint_has_its_own_evaluation(tmp_path):
     assert "Of `best.pt`" in card and "| 71.25 |" in card and "| 69.00 | 60.00" not in card
 
 
+@pytest.mark.parametrize(("step", "is_measured"), [(39, True), (20, False)])
+def test_a_card_has_no_numbers_of_another_step(tmp_path, step, is_measured):
+    """Weights that `engine.keep_epochs` kept on the way were not evaluated at the end."""
+    _, run = make_run(tmp_path / "run")
+    (run / "metrics.json").write_text(json.dumps({**json.loads((run / "metrics.json").read_text()), "steps": 39}))
+    kept = run / "checkpoints" / f"step-{step}.pt"
+    torch.save({**torch.load(run / "checkpoints" / "best.pt"), "step": step}, kept)
+    assert ("| 69.00 | 60.00" in re.sub(" +", " ", export(kept, "safetensors").card.read_text())) == is_measured
+
+
 def test_a_card_has_no_numbers_of_another_model(tmp_path):
     """A run with a moving average measures that; positions made for other images are another model's."""
     _, run = make_run(tmp_path / "run", ema=True)

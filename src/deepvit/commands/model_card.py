@@ -78,10 +78,14 @@ def _recipe(config: Mapping[str, Any]) -> str:
 
 
 def _evaluation(model: ViT, result: Mapping[str, Any], config: Mapping[str, Any]) -> str:
-    """A best checkpoint's own evaluation where it holds one, else the run's result; none that is of another model."""
-    measured, whose = model.load_report.said.get("metrics"), "the run's last checkpoint"
+    """A best checkpoint's own evaluation where it holds one, else the run's result; none that is of other weights or
+    of another model."""
+    said, whose = model.load_report.said, "the run's last checkpoint"
+    measured, steps = said.get("metrics"), result.get("steps")
     if isinstance(measured, Mapping) and "top1" in measured:
         result, whose = {"data": result.get("data", "its data"), **measured}, f"`{model.load_report.path.name}`"
+    elif said.get("step", steps) != steps:  # weights that were kept on the way
+        result = {}
     if "top1" not in result or not _is_as_measured(model, config):
         return "Not known here: evaluate with `python eval.py checkpoint=...`."
     top5 = f"{result['top5']:.2f}" if "top5" in result else ""
