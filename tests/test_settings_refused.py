@@ -91,6 +91,22 @@ def test_what_a_model_does_not_heed_is_said(overrides, words):
     assert bool(found) == bool(words) and all(word in found for word in words)
 
 
+@pytest.mark.parametrize(("overrides", "idle"), [
+    (["data.hflip=0.5"], ["data.hflip"]), (["augment=light", "data.hflip=0.5"], []),
+    (["augment=deepvit", "augment.color_jitter=0.8", "augment.switch_prob=0.1"], ["augment.color_jitter"]),
+    (["augment=three", "augment.color_jitter=0.8"], []),
+    (["augment.mixup=0.8", "augment.switch_prob=0.1", "augment.mix_prob=0.5"], ["augment.switch_prob"]),
+    (["augment.erasing_count=2", "augment.crop_ratio=[1,1]"], ["augment.crop_ratio", "augment.erasing_count"]),
+    (["loss.cosine_weight=1", "schedule.min_lr=1e-5"], ["loss.cosine_weight"]),
+    (["schedule=constant", "schedule.min_lr=1e-5"], ["schedule.min_lr"]),
+], ids=lambda value: value[-1] if value and "=" in value[0] else "")
+def test_what_has_no_effect_beside_others_is_said(overrides, idle, caplog):
+    config = {**compose(["model=vit", *overrides]), "origin": {"overrides": overrides}}
+    with caplog.at_level("WARNING", "deepvit"):
+        build.check(build.read_settings(config), ALONE)
+    assert [line.partition(" has no effect beside ")[0] for line in caplog.messages] == idle
+
+
 @pytest.mark.parametrize("overrides", [
     ["optimizer=sgd", "optimizer.kwargs={nesterov: true}"], ["optimizer=sgd", "+optimizer.kwargs.dampening=0"],
     ["optimizer.opt=adan", "optimizer.betas=[0.9,0.9,0.9]"], ["model.init_values=0"], ["augment.color_jitter=[0,0,0]"],
