@@ -115,6 +115,11 @@ def test_a_continued_run_keeps_its_model_and_data_and_names_a_changed_rate(run, 
     assert code == BAD_INPUT and "data.classes" in sentence
     code, _, sentence = run("train", *TINY, where, "optimizer.weight_decay=0.9")
     assert code == BAD_INPUT and "optimizer.weight_decay was 0.05 and is now 0.9" in sentence
+    code, said, _ = run("train", *TINY, where)
+    assert code == DONE and "Continuing from step 12" in said
+    result = json.loads((tmp_path / "here" / "metrics.json").read_text())
+    assert result["steps"] == 12 and result["images_per_s"] is None  # no step was timed
+    (tmp_path / "here" / "metrics.json").unlink()
     code, _, sentence = run("train", *TINY, where, "schedule.epochs=1")
     assert code == BAD_INPUT and "at step 12 already and would now end at 6" in sentence
     code, said, _ = run("train", *TINY, where, "optimizer.lr=0.0001", "schedule.epochs=3")

@@ -195,7 +195,7 @@ def metrics_of(built: Built, meter: Meter, folder: RunFolder) -> dict[str, Any]:
         "decoder": inputs.resolve_decoder(settings.data.decoder),
         "decoder_refused": sum(line.get("decoder_refused", 0) for line in lines),  # times that PIL read a JPEG instead
         "classes": len(built.splits.class_ids), "epochs": state.step * plan.batch_size / plan.epoch_size,
-        "steps": state.step, "images_per_s": meter.images_per_s, "ema": bool(settings.ema.decay),
+        "steps": state.step, "images_per_s": meter.images_per_s or None, "ema": bool(settings.ema.decay),
         "probe_initial": probes.get(0), "probe_final": probes.get(state.step),
         "devices": built.ranks.world, "device": device_name(built.ranks.device), **versions()}
 

@@ -79,7 +79,8 @@ def train(config: Mapping[str, Any], path: Path, ranks: Ranks, stop: StopRequest
                 metrics = {**metrics_of(built, fit.meter, folder), "origin": config.get("origin"), "made_of": made_of}
                 folder.write_result(metrics)
                 folder.log_event("finished", step=built.state.step)
-                loggers.log_result({name: metrics[name] for name in HEADLINE if name in metrics}, built.state.step)
+                loggers.log_result({name: metrics[name] for name in HEADLINE if metrics.get(name) is not None},
+                                   built.state.step)
                 if settings.engine.keep == "best":
                     checkpoint.drop_all_but_best(folder)
                 log.info("Finished: top-1 %.2f %%; results in %s", metrics["top1"], folder.path)
