@@ -133,6 +133,15 @@ def test_a_run_that_is_continued_at_other_rates_tells_them_all():
     assert resume.with_changes(compose(["optimizer.lr=0.25"]), content, splits, {"pictures": {}}) == now
 
 
+def test_a_run_that_is_continued_with_other_batch_statistics_tells_it():
+    splits, content = SimpleNamespace(class_ids=["cat"]), {"classes": ["cat"], "step": 7, "run": compose()}
+    for before, ungrouped, told in ((32, 16, 1), (32, 32, 0), (32, None, 0), (None, 16, 0)):
+        known = {"micro_batch": before} if before else {}
+        config = resume.with_changes(compose(), content | known, splits, {"pictures": {}}, ungrouped)
+        changes = (config.get("origin") or {}).get("changes", [])
+        assert changes == ["engine.device_batch=16 instead of 32 from step 7 on"] * told
+
+
 def test_the_engine_is_checked_before_a_rank_is_started():
     for value in ("many", 0, 2.5, True):
         config = compose()

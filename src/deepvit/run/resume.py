@@ -179,16 +179,20 @@ def refuse_finished(folder: RunFolder, config: Mapping[str, Any], now: Mapping[s
         log.warning("It was trained on data.root=%s, not %s; the images are the same.", old, new)
 
 
-def with_changes(config: Mapping[str, Any], begun: Mapping[str, Any], splits: Splits, now: Mapping[str, Any]
-                 ) -> Mapping[str, Any]:
+def with_changes(config: Mapping[str, Any], begun: Mapping[str, Any], splits: Splits, now: Mapping[str, Any],
+                 ungrouped: int | None = None) -> Mapping[str, Any]:
     """A run that is resumed from the checkpoint `begun` keeps its model, data, optimizer and randomness; another rate
-    or schedule is only named, also in the config's origin. `now`: the command's `identity`."""
+    or schedule is only named, also in the config's origin. `now`: the command's `identity`; `ungrouped`: the images of
+    a micro-batch, where it has batch norms that take their statistics over just these."""
     differences = _same_init(changed(upgraded(begun["run"]), config), begun, now)
     refused = {name: pair for name, pair in differences.items() if name.split(".")[0] in KEPT and name not in NAMED}
     refused |= _other_classes(begun["classes"], splits.class_ids) or _other_images(begun, now)
     if refused:
         raise UserError(f"This run cannot be continued with other settings: {_listed(refused)}. Give them as before, "
                         f"{ADVICE}")
+    before = begun.get("micro_batch")
+    if None not in (before, ungrouped) and before != ungrouped:
+        differences["engine.device_batch"] = (before, ungrouped)
     for name, (old, new) in differences.items():
         log.warning("Continuing with %s=%s (was %s).", name, new, old)
     changes = [*(begun["run"].get("origin") or {}).get("changes", ()),

@@ -58,7 +58,8 @@ def train(config: Mapping[str, Any], path: Path, ranks: Ranks, stop: StopRequest
         with ranks.sync_errors():
             made_of = identity(settings, built.splits, folder)
             if begun:
-                config = with_changes(config, begun, built.splits, made_of)
+                ungrouped = built.micro_batch if None in built.model.norm_batches else None
+                config = with_changes(config, begun, built.splits, made_of, ungrouped)
                 built.state.load_state_dict(begun)
                 refuse_past_the_end(built.state.step, built.plan.total)
             evaluate = evaluator(built, stop)
