@@ -150,6 +150,13 @@ def test_the_plain_recipe_has_its_published_number():
     assert not published.published_of({**settings, "model.init_values": 1e-4})
 
 
+@pytest.mark.parametrize("change", ["model.init_values=1e-4", "model.mlp_ratio=4", "init=/weights.npz"])
+def test_the_papers_numbers_are_of_its_models_trained_from_the_start(change):
+    recipe = ["model=deepvit16", "recipe=imagenet"]
+    assert published.published_of(dict(flat(compose(recipe))))[0].top1 == 79.10
+    assert not published.published_of(dict(flat(compose([*recipe, change]))))
+
+
 def test_split_is_the_sweepers_own():
     """The cells above are what a multirun runs only as long as the sweeper's function keeps its form."""
     assert list(inspect.signature(BasicSweeper.split_arguments).parameters) == ["overrides", "max_batch_size"]
