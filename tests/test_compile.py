@@ -13,11 +13,11 @@ from deepvit.run import build
 STEPS = 8
 
 
-def built(mode: bool | str, device: str = "cpu") -> build.Built:
+def built(mode: bool | str, device: str = "cpu", *words: str) -> build.Built:
     """Re-attention with stochastic depth and the average on, in two micro-batches; no dropout, which is drawn anew."""
     config = soak.compose("data.on_device=true", "augment.auto_augment=null", "model.drop_rate=0.0", "model.depth=2",
                           "schedule.warmup_steps=1", f"schedule.steps={STEPS}", f"engine.compile={mode}",
-                          "precision=fp32")
+                          "precision=fp32", *words)
     return build.build(read_settings(config), Ranks(0, 1, torch.device(device)))
 
 
@@ -36,6 +36,17 @@ def test_compiled_updates_are_the_eager_ones(mode, device):
     compiled, eager = built(mode, device), built(False, device)
     assert losses(compiled) == pytest.approx(losses(eager), abs=2e-4)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # for all blocks, steps and micro-batches
+    for (name, one), other in zip(compiled.model.named_buffers(), eager.model.buffers(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("word", ["loss.cosine_blocks=1", "model.attention.norm=frozen"])
+def test_statistics_move_once_in_blocks_that_no_graph_holds_whole(word, monkeypatch):
+    """Such blocks are recomputed as without torch.compile, whose graphs would be broken by what looks into them."""
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda network, **_: compiler(network, backend="aot_eager", dynamic=False))
+    compiled, eager = (built(mode, "cpu", word, "engine.grad_checkpointing=true") for mode in ("default", False))
+    assert losses(compiled) == pytest.approx(losses(eager), abs=2e-4)
     for (name, one), other in zip(compiled.model.named_buffers(), eager.model.buffers(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6, msg=name)
 

@@ -127,8 +127,15 @@ def share_among(blocks: Sequence[Block], size: int, weight_init: str | None) -> 
 
 def checkpoint_block(block: nn.Module, *inputs: Any) -> Tensor:
     """`block(*inputs)` that keeps only the inputs for the backward pass, and moves running statistics once."""
-    if torch.compiler.is_compiling():  # it never repeats an update of buffers, and supports no contexts
+    attention = block.attn
+    is_whole = not (attention._forward_pre_hooks or getattr(attention, "frozen", False))  # in one graph, when compiled
+    if torch.compiler.is_compiling() and is_whole:  # it never repeats an update of buffers, and supports no contexts
         return checkpoint(block, *inputs, use_reentrant=False)
+    return _checkpoint_eagerly(block, *inputs)
+
+
+@torch.compiler.disable
+def _checkpoint_eagerly(block: nn.Module, *inputs: Any) -> Tensor:
     return checkpoint(block, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), _without_tracking(block)))
 
 
