@@ -52,6 +52,9 @@ def test_averages_from_between_evaluations_are_noted(tmp_path, ema, said, is_not
     written(tmp_path / "last.pt", 1, ema=state, **said)
     report = deepvit.load_model(tmp_path / "last.pt", ema=ema).load_report
     assert any("calibrate=512" in note for note in report.notes) == is_noted
+    begun = deepvit.create_model("deepvit16", depth=2, **SMALL)  # as with init=
+    notes = deepvit.load_weights(begun, tmp_path / "last.pt", ema=ema).notes
+    assert any("calibrate=512" in note for note in notes) == is_noted
 
 
 @pytest.mark.parametrize(("words", "expected"), [

@@ -53,9 +53,6 @@ def load_model(path: str | Path, *, dialect: str | None = None, ema: bool | None
     config, grid = _settings(source, keywords, grid_size)
     model = empty_model(config, str(source))
     _fill(model, source, grid, head)
-    if model.norm_batches and _is_uncalibrated(source):
-        source.report.notes.append("its weights are averages with the batch statistics of others: evaluate with "
-                                   "calibrate=512")
     _drop_other_names(source.report, model.num_classes, head)
     model.load_report = source.report
     log.info("%s", source.report)
@@ -247,6 +244,8 @@ def _fill(model: ViT, source: Source, grid: Grid, head: Head, classes: Sequence[
             init_weights(model.head) if head == "reset" else [nn.init.zeros_(p) for p in model.head.parameters()]
     report.tensors, report.fresh = len(steps), [name for name in state if name not in steps]
     report.head = model.head if head == "keep" else None
+    if model.norm_batches and _is_uncalibrated(source):
+        report.notes.append("its weights are averages with the batch statistics of others: evaluate with calibrate=512")
 
 
 def _order_of_classes(source: Source, classes: Sequence[str] | None) -> list[int] | None:
