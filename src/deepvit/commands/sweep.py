@@ -45,16 +45,16 @@ class Recorder(Callback):
         """Takes what Hydra gives, so that it refuses any other key; both are read from the config."""
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
-        run = Path(config.hydra.run.dir or "")
-        Recorder.made = missing(run)
         try:
+            run = Path(config.hydra.run.dir or "")
+            Recorder.made = missing(run)
             _refuse_strange_output(run, config.hydra.output_subdir)
-        except UserError as error:
+        except Exception as error:
             raise Refused(error) from None
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        Recorder.made = missing(Path(config.hydra.sweep.dir, "multirun.yaml"))
         try:
+            Recorder.made = missing(Path(config.hydra.sweep.dir, "multirun.yaml"))
             Recorder.opened = _open(config)
         except Exception as error:
             raise Refused(error) from None

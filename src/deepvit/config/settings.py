@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+from deepvit.config.compare import typed_names
 from deepvit.config.signature import ABOVE_ZERO, BELOW_ONE, Ranges, check_arguments, check_ranges, ranges_of
 from deepvit.errors import UserError
 
@@ -250,3 +251,23 @@ def _check_durations(schedule: ScheduleSettings) -> None:
     if schedule.cooldown_epochs and schedule.steps is not None:
         raise UserError(f"schedule.cooldown_epochs={schedule.cooldown_epochs} goes with schedule.epochs, but the run "
                         f"is given in schedule.steps={schedule.steps}: set schedule.cooldown_epochs=0.")
+
+
+def idle_settings(settings: Settings) -> list[str]:
+    """A sentence for each setting that was typed and has no effect beside the others."""
+    augment, schedule = settings.augment, settings.schedule
+    policy, is_constant = augment.auto_augment, schedule.kind == "constant"
+    mixing = f"augment.mixup={augment.mixup:g} and augment.cutmix={augment.cutmix:g}"
+    found = {  # setting -> what leaves it without effect, if it does
+        "data.hflip": augment.hflip != settings.data.hflip and f"augment.hflip={augment.hflip:g}",
+        "augment.color_jitter": policy and "3a" not in policy and f"augment.auto_augment={policy}",
+        "augment.crop_ratio": augment.crop_scale is None and "augment.crop_scale=null",
+        **dict.fromkeys(("augment.erasing_mode", "augment.erasing_count"),
+                        not augment.random_erasing and "augment.random_erasing=0"),
+        "augment.mix_prob": not (augment.mixup or augment.cutmix) and mixing,
+        "augment.switch_prob": not (augment.mixup and augment.cutmix) and mixing,
+        "loss.cosine_weight": not settings.loss.cosine_blocks and "loss.cosine_blocks=0",
+        **dict.fromkeys(("schedule.min_lr", "schedule.decay_from"), is_constant and "schedule.kind=constant"),
+        "schedule.warmup_lr": not (schedule.warmup_epochs or schedule.warmup_steps) and "a warm-up of 0"}
+    typed = typed_names(settings.origin)
+    return [f"{name} has no effect beside {other}." for name, other in found.items() if other and name in typed]

@@ -16,8 +16,7 @@ from torch import nn
 
 from deepvit import data as inputs
 from deepvit.config import settings as asked
-from deepvit.config.compare import typed_names
-from deepvit.config.settings import Augment, Data, Optimizer, PrecisionSettings, Settings
+from deepvit.config.settings import Augment, Data, Optimizer, PrecisionSettings, Settings, idle_settings
 from deepvit.config.signature import check_arguments, parameters_of
 from deepvit.engine.device import has_bf16, sharing
 from deepvit.engine.ranks import Ranks
@@ -67,30 +66,10 @@ def check(settings: Settings, ranks: Ranks) -> None:
         try_out(settings.optimizer, ranks.device)
     if not ranks.is_main:
         return
-    for sentence in (*without_effect(settings.model), *_idle(settings)):
+    for sentence in (*without_effect(settings.model), *idle_settings(settings)):
         log.warning(sentence)
     if settings.data.source != "digits" and (settings.origin or {}).get("recipe") == "digits":
         log.warning("recipe=digits, the default, is for images of 8 pixels: choose recipe=folder, cifar10 or imagenet.")
-
-
-def _idle(settings: Settings) -> list[str]:
-    """A sentence for each setting that was typed and has no effect beside the others."""
-    augment, schedule = settings.augment, settings.schedule
-    policy, is_constant = augment.auto_augment, schedule.kind == "constant"
-    mixing = f"augment.mixup={augment.mixup:g} and augment.cutmix={augment.cutmix:g}"
-    found = {  # setting -> what leaves it without effect, if it does
-        "data.hflip": augment.hflip != settings.data.hflip and f"augment.hflip={augment.hflip:g}",
-        "augment.color_jitter": policy and "3a" not in policy and f"augment.auto_augment={policy}",
-        "augment.crop_ratio": augment.crop_scale is None and "augment.crop_scale=null",
-        **dict.fromkeys(("augment.erasing_mode", "augment.erasing_count"),
-                        not augment.random_erasing and "augment.random_erasing=0"),
-        "augment.mix_prob": not (augment.mixup or augment.cutmix) and mixing,
-        "augment.switch_prob": not (augment.mixup and augment.cutmix) and mixing,
-        "loss.cosine_weight": not settings.loss.cosine_blocks and "loss.cosine_blocks=0",
-        **dict.fromkeys(("schedule.min_lr", "schedule.decay_from"), is_constant and "schedule.kind=constant"),
-        "schedule.warmup_lr": not (schedule.warmup_epochs or schedule.warmup_steps) and "a warm-up of 0"}
-    typed = typed_names(settings.origin)
-    return [f"{name} has no effect beside {other}." for name, other in found.items() if other and name in typed]
 
 
 def _check_model(model: Mapping[str, Any], img_size: int | Sequence[int]) -> None:
