@@ -40,7 +40,8 @@ def test_compiled_updates_are_the_eager_ones(mode, device):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("word", ["loss.cosine_blocks=1", "model.attention.norm=frozen"])
+@pytest.mark.parametrize("word", ["loss.cosine_blocks=1",
+                                  pytest.param("model.attention.norm=frozen", marks=pytest.mark.slow)])
 def test_statistics_move_once_in_blocks_that_no_graph_holds_whole(word, monkeypatch):
     """Such blocks are recomputed as without torch.compile, whose graphs would be broken by what looks into them."""
     compiler = torch.compile
