@@ -136,9 +136,10 @@ def test_the_small_vit_is_its_runs():
             assert row[-2:] == result(run)[1]
 
 
-def test_parity_is_its_rows():
-    rows = [json.loads(line) for line in (RESULTS / "parity/bare/rows.jsonl").read_text().splitlines()]
-    told = (RESULTS / "parity/bare/table.md").read_text()
+@pytest.mark.parametrize("contest", ["bare", "reattention"])
+def test_parity_is_its_rows(contest):
+    rows = [json.loads(line) for line in (RESULTS / f"parity/{contest}/rows.jsonl").read_text().splitlines()]
+    told = (RESULTS / f"parity/{contest}/table.md").read_text()
     assert told == parity.table(rows, rows[0]["settings"]["margin"]) and told.strip() in (
         RESULTS / "parity.md").read_text()
     assert sorted((row["trainer"], row["seed"]) for row in rows) == [*product(("ours", "timm"), range(5))]
