@@ -63,7 +63,7 @@ def run_job(job: Job, config: DictConfig) -> Any:
     if outcome.code == STOPPED and "TORCHELASTIC_RUN_ID" in os.environ:
         outcome = replace(outcome, code=DONE)  # or torchrun would restart all ranks; events.jsonl says PREEMPTED
     _outcomes.append(outcome)
-    remove_empty(_made_for(settings, folder))  # before the job; one that is refused, or dry, leaves none behind
+    remove_empty(_made_for(settings, folder))  # a job that is refused, or dry, leaves none behind
     if record_of(settings):
         _note(outcome, settings, folder)
     return outcome.value.get("top1")

@@ -93,9 +93,11 @@ def _write_csv(path: Path, head: list[str], rows: Iterable[list[Any]]) -> None:
 def check_place(folder: Path) -> None:
     """UserError where results could not be written to `folder`; leaves nothing behind."""
     made = missing(folder)
-    with results_in(folder), tempfile.TemporaryFile(dir=folder):
-        pass
-    remove_empty(made)
+    try:
+        with results_in(folder), tempfile.TemporaryFile(dir=folder):
+            pass
+    finally:
+        remove_empty(made)
 
 
 @contextmanager
