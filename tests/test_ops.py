@@ -311,3 +311,19 @@ def test_inductor_takes_a_whole_model():
         got = compiled(x)
         got.sum().backward()
         assert torch.allclose(got, model(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_self_attention_trains_on_a_cpu_in_bf16_with_the_gradients_of_float32(autocast):
+    """torch's bf16 backward is slow there, so ours is one of float32, rounded once."""
+    qkv, arriving = torch.randn(2, 33, 3, 4, 16).bfloat16(), torch.randn(2, 4, 33, 16).bfloat16()
+    runs = []
+    for leaf in (qkv.float() if autocast else qkv, qkv.double()):
+        leaf.requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = ops.reattention(*leaf.permute(2, 0, 3, 1, 4).unbind(0), training=True)
+        out.backward(arriving.to(out.dtype))
+        runs.append((out, leaf.grad))
+    assert runs[0][0].dtype == torch.bfloat16 and runs[1][0].dtype == torch.float64
+    for ours, exact in zip(*runs):
+        assert torch.all((ours - exact).abs() <= 1.01 * 2**-8 * exact.abs() + 1e-5)

@@ -3,7 +3,7 @@ operator: autograd and torch.compile see one node, whatever runs it."""
 
 import importlib.util
 import logging
-from functools import cache
+from functools import cache, partial
 from types import ModuleType
 
 import torch
@@ -16,6 +16,7 @@ from deepvit.ops import affine, native, reference, tiles
 from deepvit.ops.reference import HeadNorm, is_plain
 from deepvit.ops.tiles import tokens_first
 
+HALF = torch.bfloat16, torch.float16
 LIFT = 64  # on U before the norm: near initialisation it is below float16's normal range, trained far from its end
 
 log = logging.getLogger("deepvit.ops")
@@ -29,15 +30,16 @@ def reattention(q: Tensor, k: Tensor, v: Tensor, mix: Tensor | None = None, bias
     which. Returns `[B, H, N, d]`, in autocast's dtype where that is on, else q's. Its gradient can be taken once."""
     device = q.device.type
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    lowered = device != "meta" and torch.is_autocast_enabled(device) and q.dtype != torch.float64
+    dtype = torch.get_autocast_dtype(device) if lowered else q.dtype
     if mix is None and norm is None and is_plain(gain, centre):
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p if training else 0.0, scale=scale)
+        out = _self_attention(q, k, v, dropout_p if training else 0.0, scale, dtype)
         return out if map_scale == 1.0 else out * map_scale
     rest = {"norm": norm, "gain": gain, "centre": centre, "scale": scale, "map_scale": map_scale, "training": training,
             "norm_batch": norm_batch}
     if device == "meta":  # shapes and counts of operations, no values
         return _by_definition(q, k, v, mix, bias, dropout_p=dropout_p, **rest)
-    if torch.is_autocast_enabled(device) and q.dtype != torch.float64:
-        q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
+    q, k, v = (x.to(dtype) for x in (q, k, v))
     path, why = choose(q, k, v, dropout_p=dropout_p, training=training)
     if why and not torch.compiler.is_compiling():
         kept = 4 * q.shape[1] * q.shape[2] * k.shape[2] * max(4, q.dtype.itemsize) / 1e6  # 4 maps, float32 or more
@@ -46,6 +48,15 @@ def reattention(q: Tensor, k: Tensor, v: Tensor, mix: Tensor | None = None, bias
         if path == "reference":
             return _by_definition(q, k, v, mix, bias, dropout_p=dropout_p, **rest)
         return _by_affine(path, q, k, v, mix, bias, **rest)
+
+
+def _self_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, scale: float, dtype: torch.dtype) -> Tensor:
+    """torch's, but in float32 where a CPU would take a half-precision backward, which is up to five times as slow."""
+    attend = partial(F.scaled_dot_product_attention, dropout_p=dropout_p, scale=scale)
+    if q.device.type != "cpu" or dtype not in HALF or not (torch.is_grad_enabled() and q.requires_grad):
+        return attend(q, k, v)
+    with torch.autocast("cpu", enabled=False):
+        return attend(*map(affine.at_least_float, (q, k, v))).to(dtype)
 
 
 def choose(q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float = 0.0, training: bool = False) -> tuple[str, str]:
