@@ -41,6 +41,12 @@ def the_grid(folder: Path) -> grid_module.Grid:
 
 # The real sweep
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """For tests of words and numbers: the pictures take most of a report's time."""
+    monkeypatch.setattr("deepvit.report.write.charts", lambda *_: [])
+
+
 @pytest.fixture(scope="module")
 def reported(tmp_path_factory) -> tuple[Path, str]:
     """The sweep's report: its folder and what was printed."""
@@ -183,7 +189,7 @@ def test_what_a_run_began_from_is_named(make_run, tmp_path):
     assert "similar untrained or of init final" in headers and "similar trained final" in headers
 
 
-def test_runs_of_other_images_are_named(make_run, tmp_path, capsys):
+def test_runs_of_other_images_are_named(make_run, tmp_path, capsys, undrawn):
     """Of the same settings, but for the folder that `data.root` named or what was in it."""
     for seed, count in enumerate((20, 20, 10)):
         marks = {"train": [32, "a", "b"], "val": [count, f"of {count}", "c"]}
@@ -194,7 +200,7 @@ def test_runs_of_other_images_are_named(make_run, tmp_path, capsys):
     assert said.count("of other images") == 1 and "run-2 is of other images (32 and 10 to evaluate)" in said
 
 
-def test_a_run_that_was_continued_with_other_settings_is_named(make_run, tmp_path, capsys):
+def test_a_run_that_was_continued_with_other_settings_is_named(make_run, tmp_path, capsys, undrawn):
     path = make_run("a") / "config.yaml"
     config = yaml.safe_load(path.read_text())
     config["origin"]["changes"] = ["optimizer.lr=0.5 instead of 0.1 from step 7 on"]
@@ -221,7 +227,7 @@ def test_one_number_is_one_value(make_run, tmp_path):
     assert [cell.details(the_grid(tmp_path)) for cell in the_grid(tmp_path).cells] == [["mlp_ratio 3"], ["mlp_ratio 4"]]
 
 
-def test_runs_that_differ_in_many_settings_become_several_tables(make_run, tmp_path, capsys):
+def test_runs_that_differ_in_many_settings_become_several_tables(make_run, tmp_path, capsys, undrawn):
     many = {"optimizer__lr": 0.5, "optimizer__weight_decay": 0.2, "schedule__epochs": 3, "model__drop_rate": 0.1,
             "data__root": "/home/me/images"}
     for seed in (0, 1):
@@ -390,7 +396,7 @@ def test_states(make_run, template):
     assert runs.read_run(template).state == "finished"
 
 
-def test_one_broken_run_does_not_stop_the_rest(make_run, tmp_path, capsys):
+def test_one_broken_run_does_not_stop_the_rest(make_run, tmp_path, capsys, undrawn):
     make_run("good")
     (make_run("poisoned") / "config.yaml").write_bytes(b"\xff\xfe: [")
     (make_run("foreign") / "config.yaml").write_text("hello: world\n")
@@ -408,7 +414,7 @@ def test_a_run_without_a_probe_still_has_its_row(make_run, tmp_path):
     assert not (tmp_path / "out" / "figures" / "blocks.png").exists()
 
 
-def test_only_begun_runs_can_be_reported(make_run, tmp_path):
+def test_only_begun_runs_can_be_reported(make_run, tmp_path, undrawn):
     folder = make_run("a", finished=False)
     (folder / "metrics.jsonl").unlink()
     assert main(["report", str(folder), "--out", str(tmp_path / "out")]) == 0
@@ -421,7 +427,7 @@ def test_only_begun_runs_can_be_reported(make_run, tmp_path):
     (["{sweep}", "--compare", "{tmp}/empty", "{tmp}/empty", "--out", "{tmp}/r"], "cannot be read"),
     (["{sweep}", "--out", "{tmp}/file/out"], "cannot be written"),
 ])
-def test_bad_input_is_one_sentence(arguments, words, tmp_path, capsys):
+def test_bad_input_is_one_sentence(arguments, words, tmp_path, capsys, undrawn):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
     assert main(["report", *[word.format(tmp=tmp_path, sweep=SWEEP) for word in arguments]]) == 2
@@ -444,7 +450,7 @@ def test_a_threshold_that_is_no_number_is_refused(capsys):
 
 # Two runs
 
-def test_compare_names_what_differs(make_run, tmp_path, capsys):
+def test_compare_names_what_differs(make_run, tmp_path, capsys, undrawn):
     first, second = make_run("a"), make_run("b", optimizer__lr=0.5, result={"top1": 12.5})
     assert main(["report", "--compare", str(first), str(second), "--out", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out

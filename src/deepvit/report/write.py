@@ -5,7 +5,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from html import escape
 from itertools import chain
 from pathlib import Path
@@ -40,6 +40,8 @@ def write_report(runs: Sequence[Run], problems: Sequence[str], out: Path, thresh
     """Writes everything into `out` and yields the lines to print. `pair`: two runs to compare, or none. Raises
     UserError if `out` cannot be written, or has files of these names that no report wrote."""
     _refuse_strange(out)
+    with _writing(out):
+        (out / "figures").mkdir(parents=True, exist_ok=True)
     found = grids(runs)
     parts = [_summary(found), _origin(found, command), *problems, *chain(*(grid.duplicates for grid in found))]
     for number, grid in enumerate(found, 1):
@@ -47,17 +49,22 @@ def write_report(runs: Sequence[Run], problems: Sequence[str], out: Path, thresh
         parts += [f"## {grid.name}", _shared_recipe(grid), _limits(grid), *tables(grid, threshold),
                   *charts(grid, f"{name}-{number}-" if len(found) > 1 else "")]
     parts += [_comparison(pair), comparison_chart(pair, _labels(pair))] if pair else []
-    try:
-        (out / "figures").mkdir(parents=True, exist_ok=True)
+    with _writing(out):
         saved = [part.save(out / "figures") for part in parts if isinstance(part, Chart)]
         (out / "report.csv").write_text(as_csv(found, threshold), **ANY_NAME)
         (out / "report.md").write_text("\n\n".join([f"# {TITLE}", *map(as_markdown, parts)]) + "\n", **ANY_NAME)
         (out / "report.html").write_text(PAGE.substitute(title=TITLE, parts="".join(map(as_html, parts))), **ANY_NAME)
-    except OSError as error:
-        raise UserError(f"{out} cannot be written ({error.strerror}): choose another folder with --out.") from error
     yield from filter(None, map(as_text, parts))
     yield from (f"Figure: {path}" for path in saved)
     yield f"Report: {out / 'report.html'} (and report.md, report.csv)"
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{out} cannot be written ({error.strerror}): choose another folder with --out.") from error
 
 
 def _refuse_strange(out: Path) -> None:
