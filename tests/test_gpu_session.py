@@ -14,6 +14,7 @@ from deepvit.bench import rows
 from deepvit.commands.bench import BENCHES
 
 
+@pytest.mark.slow
 def test_all_of_it_in_miniature(tmp_path, capsys):
     assert gpu_session.main(["--miniature", str(tmp_path / "out")]) == 0, capsys.readouterr().out
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"rows.jsonl", "tests.log", "bench.log", "run.log"}
