@@ -26,6 +26,11 @@ def unit(settings: Settings, norm_batches: Collection[int | None]) -> int:
     return math.lcm(group, 2 if mixes(settings.augment) else 1)
 
 
+def _norm_batch(settings: Settings) -> str:
+    """As it is typed: a stem of batch norms may stand beside an attention whose file has no norm."""
+    return "+" * ("norm_batch" not in settings.model["attention"]) + "model.attention.norm_batch"
+
+
 def allowed(settings: Settings, norm_batches: Collection[int | None], world: int) -> list[int]:
     """Images that a device may take at once, largest first: parts of its share of the global batch in whole `unit`s.
     With None among `norm_batches` the size decides the statistics, so `auto` is the whole share. UserError where the
@@ -40,7 +45,7 @@ def allowed(settings: Settings, norm_batches: Collection[int | None], world: int
     sizes = [share // parts for parts in range(1, share // whole + 1) if share % (parts * whole) == 0]
     if not sizes:
         fitting = [size for size in range(min(group, share), 1, -1) if share % math.lcm(size, pair) == 0]
-        other = f", or model.attention.norm_batch={fitting[0]}" if group > 1 and fitting else ""
+        other = f", or {_norm_batch(settings)}={fitting[0]}" if group > 1 and fitting else ""
         multiple = math.lcm(group, pair)
         raise UserError(f"data.batch_size={batch} ({share} on a device) is no multiple of {multiple} ({why}): give a "
                         f"multiple of {world * multiple}{other}.")
@@ -78,7 +83,7 @@ def advice(settings: Settings, state: TrainState, stepper: Stepper, count: int) 
 
     ways = [] if settings.engine.grad_checkpointing else [f"engine.grad_checkpointing=true ({needed(True)})"]
     ways += ["precision=bf16"] * (stepper.precision.dtype is None)
-    ways += ["a smaller model.attention.norm_batch"] * (count > 1)
+    ways += [f"a smaller {_norm_batch(settings)}"] * (count > 1)
     there = available_bytes(device, sharing()) / 2**30
     needs = needed(settings.engine.grad_checkpointing)
     return f"they need {needs} and {there:.3g} GiB are there; set {' or '.join(ways) or 'a smaller model'}"
