@@ -1,8 +1,10 @@
-"""How much memory a run takes: its part of a device, the end of it, and the sizes that cannot be."""
+"""How much memory a run takes: its part of a device, the end of it, and the sizes that cannot be; and how long."""
 
 import multiprocessing
 import re
 import resource
+import time
+from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
 
@@ -220,3 +222,22 @@ def test_a_forecast_times_a_few_micro_batches(batch, most, repeats, wanted):
     settings = settings_of(f"data.batch_size={batch}", f"engine.device_batch={most}", f"augment.repeats={repeats}")
     built = SimpleNamespace(settings=settings, micro_batch=most, ranks=ALONE)
     assert measures._parts(built) == wanted
+
+
+def test_a_forecast_counts_the_wait_for_eight_workers(monkeypatch):
+    """They begin together, so their batches come together, and then none for a while."""
+    make = build.batch_maker
+
+    def in_bursts(settings, *given):
+        made_at_once = make(replace(settings, data=replace(settings.data, workers=0)), *given)
+
+        def batches(*places, **micro_batch):
+            for number, batch in enumerate(made_at_once(*places, **micro_batch)):
+                time.sleep(0.8 if number % 8 == 0 else 0.0)
+                yield batch
+        return batches
+
+    monkeypatch.setattr(build, "batch_maker", in_bursts)
+    monkeypatch.setattr(measures, "ENOUGH_S", 0.0)
+    config = compose(["model=vit", "model.depth=1", "model.embed_dim=24", "model.num_heads=2", "data.workers=8"])
+    assert measures.forecast(config, ALONE, StopRequest())["step_s"] > 0.1

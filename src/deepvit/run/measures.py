@@ -2,6 +2,7 @@
 attention; what is said of it before it starts and when it is done; and what it would take (`dry=true`)."""
 
 import logging
+import math
 import statistics
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -219,7 +220,7 @@ def forecast(config: Mapping[str, Any], ranks: Ranks, stop: StopRequest) -> dict
     with closing(build.eval_batches(settings.data, built.splits.val, ranks)()) as batches, torch.no_grad():
         # may need more memory than training does
         scores(built.state.evaluated_model.eval(), next(batches), built.prepare, ranks, built.stepper.precision, [])
-    step = statistics.median(seconds[WARM_UP:] or seconds)
+    step = statistics.mean(seconds[WARM_UP:] or seconds)
     hours = step * built.plan.total / 3600
     found = {"params": count_parameters(built.model), "flops": count_flops(built.model),
              "memory_mib": (peak_bytes(ranks.device) - before) / 2**20, "steps": built.plan.total, "step_s": step,
@@ -234,6 +235,7 @@ def _steps(built: Built, stop: StopRequest) -> Iterator[float]:
     """Seconds of each step, with the wait for its data; none where it was asked to stop."""
     ranks, total = built.ranks, 0.0
     parts, few = _parts(built)
+    period = max(MIN_STEPS, math.ceil(built.settings.data.workers / few))  # workers begin together, so end together
     data = replace(built.settings.data, batch_size=few * built.micro_batch * ranks.world)
     make_batches = build.batch_maker(replace(built.settings, data=data), built.splits.train, ranks)
     with closing(make_batches(0, WARM_UP + MAX_STEPS, built.micro_batch)) as stream:
@@ -246,7 +248,7 @@ def _steps(built: Built, stop: StopRequest) -> Iterator[float]:
             taken = time.perf_counter() - start
             yield taken * parts / few
             total += taken
-            if number >= WARM_UP + MIN_STEPS and ranks.max(int(total > ENOUGH_S)):
+            if number > WARM_UP and (number - WARM_UP) % period == 0 and ranks.max(int(total > ENOUGH_S)):
                 return
 
 
