@@ -107,6 +107,23 @@ def test_clipping_scales_to_the_norm_and_reports_the_one_before():
     assert float(moved.detach().norm()) == pytest.approx(1e-3, rel=1e-2)
 
 
+def test_what_an_optimizer_draws_is_the_same_on_every_rank():
+    """timm's Kron draws a probe for each update of its preconditioners."""
+    class Drawing(torch.optim.SGD):
+        @torch.no_grad()
+        def step(self, closure=None):
+            for weight in self.param_groups[0]["params"]:
+                weight += torch.randn_like(weight)
+
+    models = [Net(), Net()]
+    models[1].load_state_dict(models[0].state_dict())
+    for rank, model in enumerate(models):
+        state, stepper = state_of(model), stepper_of(model, Schedule(0.1, 10, kind="constant"))
+        state.optimizer, stepper.ranks = Drawing(model.parameters(), lr=0.1), Ranks(rank, 1, torch.device("cpu"))
+        made(stepper, state, [a_batch()])
+    assert all(map(torch.equal, *(model.parameters() for model in models)))
+
+
 OPTIMIZERS = {
     "sgd": lambda weights: torch.optim.SGD(weights, lr=0.1, momentum=0.9),
     "fused sgd": lambda weights: torch.optim.SGD(weights, lr=0.1, momentum=0.9, fused=True),

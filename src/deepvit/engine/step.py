@@ -193,6 +193,7 @@ class Stepper:
         if state.optimizer.state and _is_fused(state.optimizer):  # SGD's first momentum would be garbage
             _step_unless(update.found_nonfinite, state.optimizer)
         elif not update.skipped:
+            torch.manual_seed(update.batch_index)  # what timm's Kron draws must be the same on all ranks
             state.optimizer.step()
         state.scaler.update()
         state.step += 1
