@@ -180,6 +180,12 @@ class BranchMasks:
                 branch.keep = keep
         self._placed.copy_(masks.pin_memory() if self._device.type == "cuda" else masks, non_blocking=True)
 
+    def forget(self) -> None:
+        """Until the next are placed, each branch draws its own, for any number of images."""
+        self._placed = torch.empty(0, 0)
+        for branch in self._branches:
+            branch.keep = None
+
 
 def cosine_regularisation(maps: Sequence[Tensor]) -> Tensor:
     """The mean cosine of the final maps `[B, H, N, N]` of neighbouring blocks, 0.1 times which the published code adds

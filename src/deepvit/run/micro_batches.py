@@ -75,6 +75,8 @@ def choose(settings: Settings, state: TrainState, stepper: Stepper, begun: Mappi
 def advice(settings: Settings, state: TrainState, stepper: Stepper, count: int) -> str:
     """What helps where `count` images at once are too many: what they need, what there is, the settings, best first."""
     network, device = state.model, stepper.ranks.device
+    if stepper.masks is not None:
+        stepper.masks.forget()  # those of the images that did not fit
 
     def needed(checkpointing: bool) -> str:
         network.set_grad_checkpointing(checkpointing)
