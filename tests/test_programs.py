@@ -103,6 +103,14 @@ def test_empty_folders_of_the_users_stay(run, tmp_path, words):
     assert [path.name for path in tmp_path.rglob("*")] == ["mine"]
 
 
+def test_a_sweep_over_the_images_of_batch_statistics_trains_each_or_says_so(run, tmp_path):
+    """`engine` is in no run's name, as it is of no consequence but here."""
+    code, said, _ = run("train", *TINY, "model/attention=reattention", "model.attention.norm_batch=null", "-m",
+                        "engine.device_batch=256,128", "schedule.epochs=1", "calibrate=0")
+    assert code == BAD_INPUT and "1 of 2 cells are done" in said
+    assert "finished with other settings: engine.device_batch was 256 and is now 128" in said
+
+
 def test_a_continued_run_keeps_its_model_and_data_and_names_a_changed_rate(run, tmp_path):
     where = f"hydra.run.dir={tmp_path}/here"
     assert run("train", *TINY, where)[0] == DONE

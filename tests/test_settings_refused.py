@@ -137,7 +137,7 @@ def test_a_run_that_is_continued_with_other_batch_statistics_tells_it():
     splits, content = SimpleNamespace(class_ids=["cat"]), {"classes": ["cat"], "step": 7, "run": compose()}
     for before, ungrouped, told in ((32, 16, 1), (32, 32, 0), (32, None, 0), (None, 16, 0)):
         known = {"micro_batch": before} if before else {}
-        config = resume.with_changes(compose(), content | known, splits, {"pictures": {}}, ungrouped)
+        config = resume.with_changes(compose(), content | known, splits, {"pictures": {}, "micro_batch": ungrouped})
         changes = (config.get("origin") or {}).get("changes", [])
         assert changes == ["engine.device_batch=16 instead of 32 from step 7 on"] * told
 

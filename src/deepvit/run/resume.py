@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from timm.optim import get_optimizer_info
 
 from deepvit.config.compare import changed, typed_names
@@ -18,8 +19,9 @@ from deepvit.engine import checkpoint
 from deepvit.engine.folder import RunFolder
 from deepvit.errors import Untold, UserError
 from deepvit.importers import find_checkpoint, open_weights
-from deepvit.models import ViT, model_config
+from deepvit.models import ViT, build_model, model_config
 from deepvit.run import build
+from deepvit.run.micro_batches import allowed
 
 KEPT = ("model", "data", "augment", "seed", "init", "head", "freeze", "ema", "optimizer")  # as they were, but for:
 NAMED = ("optimizer.lr", "optimizer.clip_grad")
@@ -151,16 +153,20 @@ def _norm_of(metadata: Mapping[str, Any], config: Mapping[str, Any]) -> str | No
 
 # Whether this command may resume the run
 
-def identity(settings: Settings, splits: Splits, folder: RunFolder) -> dict[str, Any]:
+def identity(settings: Settings, splits: Splits, folder: RunFolder, world: int) -> dict[str, Any]:
     """What a run is made of besides its settings, as its checkpoints and `metrics.json` keep it: the images of both
-    splits, and the content of `init` (None if that file is gone, or one of this very run's, which keeps changing)."""
+    splits, the content of `init` (None if that file is gone, or one of this very run's, which keeps changing), and of
+    batch norms without `norm_batch` the images that they see at once on `world` devices."""
     images = {name: [len(part), part.fingerprint(), part.size_mark()]
               for name, part in (("train", splits.train), ("val", splits.val))}
     digest = None
     if settings.init and not Path(settings.init).resolve().is_relative_to(folder.path.resolve()):
         with suppress(UserError, OSError), find_checkpoint(Path(settings.init))[0].open("rb") as file:
             digest = hashlib.file_digest(file, "blake2b").hexdigest()[:16]
-    return {"pictures": images, "init": digest}
+    with torch.device("meta"):
+        norm_batches = build_model({**settings.model, "num_classes": 2}).norm_batches
+    seen = {"micro_batch": allowed(settings, norm_batches, world)[0]} if None in norm_batches else {}
+    return {"pictures": images, "init": digest, **seen}
 
 
 def refuse_finished(folder: RunFolder, config: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -170,7 +176,7 @@ def refuse_finished(folder: RunFolder, config: Mapping[str, Any], now: Mapping[s
         with suppress(UserError):
             _, known = checkpoint.load_newest(folder.last, folder.previous) or (None, None)
     known = known or {}
-    differences = _same_init(changed(before, config), known, now) | _other_images(known, now)
+    differences = _same_init(changed(before, config), known, now) | _other_size(known, now) | _other_images(known, now)
     if differences:
         raise UserError(f"The run in {folder.path} is finished with other settings: {_listed(differences)}. To train "
                         f"with these, {ADVICE}")
@@ -179,20 +185,16 @@ def refuse_finished(folder: RunFolder, config: Mapping[str, Any], now: Mapping[s
         log.warning("It was trained on data.root=%s, not %s; the images are the same.", old, new)
 
 
-def with_changes(config: Mapping[str, Any], begun: Mapping[str, Any], splits: Splits, now: Mapping[str, Any],
-                 ungrouped: int | None = None) -> Mapping[str, Any]:
+def with_changes(config: Mapping[str, Any], begun: Mapping[str, Any], splits: Splits, now: Mapping[str, Any]
+                 ) -> Mapping[str, Any]:
     """A run that is resumed from the checkpoint `begun` keeps its model, data, optimizer and randomness; another rate
-    or schedule is only named, also in the config's origin. `now`: the command's `identity`; `ungrouped`: the images of
-    a micro-batch, where it has batch norms that take their statistics over just these."""
-    differences = _same_init(changed(upgraded(begun["run"]), config), begun, now)
+    or schedule is only named, also in the config's origin. `now`: the command's `identity`."""
+    differences = _same_init(changed(upgraded(begun["run"]), config), begun, now) | _other_size(begun, now)
     refused = {name: pair for name, pair in differences.items() if name.split(".")[0] in KEPT and name not in NAMED}
     refused |= _other_classes(begun["classes"], splits.class_ids) or _other_images(begun, now)
     if refused:
         raise UserError(f"This run cannot be continued with other settings: {_listed(refused)}. Give them as before, "
                         f"{ADVICE}")
-    before = begun.get("micro_batch")
-    if None not in (before, ungrouped) and before != ungrouped:
-        differences["engine.device_batch"] = (before, ungrouped)
     for name, (old, new) in differences.items():
         log.warning("Continuing with %s=%s (was %s).", name, new, old)
     changes = [*(begun["run"].get("origin") or {}).get("changes", ()),
@@ -222,6 +224,12 @@ def _other_classes(before: list[str], now: list[str]) -> Differences:
         return {"the data": (f"{len(before)} classes", f"{len(now)} classes")}
     renamed = next(((old, new) for old, new in zip(before, now) if old != new), None)
     return {"a class of the data": renamed} if renamed else {}
+
+
+def _other_size(before: Mapping[str, Any], now: Mapping[str, Any]) -> Differences:
+    """Of micro-batches, where batch norms take their statistics over just these."""
+    sizes = before.get("micro_batch"), now.get("micro_batch")
+    return {} if None in sizes or sizes[0] == sizes[1] else {"engine.device_batch": sizes}
 
 
 def _other_images(before: Mapping[str, Any], now: Mapping[str, Any]) -> Differences:

@@ -56,10 +56,9 @@ def train(config: Mapping[str, Any], path: Path, ranks: Ranks, stop: StopRequest
             _, begun = checkpoint.load_newest(*files, advice="fresh=true starts over.") or (None, None)
         built = build.build(settings, ranks, begun)
         with ranks.sync_errors():
-            made_of = identity(settings, built.splits, folder)
+            made_of = identity(settings, built.splits, folder, ranks.world)
             if begun:
-                ungrouped = built.micro_batch if None in built.model.norm_batches else None
-                config = with_changes(config, begun, built.splits, made_of, ungrouped)
+                config = with_changes(config, begun, built.splits, made_of)
                 built.state.load_state_dict(begun)
                 refuse_past_the_end(built.state.step, built.plan.total)
             evaluate = evaluator(built, stop)
@@ -91,7 +90,7 @@ def train(config: Mapping[str, Any], path: Path, ranks: Ranks, stop: StopRequest
 def _answer_as_finished(folder: RunFolder, config: Mapping[str, Any], settings: Settings, ranks: Ranks) -> None:
     splits = build.shared_splits(settings.data, ranks)
     with ranks.sync_errors():
-        refuse_finished(folder, config, identity(settings, splits, folder))
+        refuse_finished(folder, config, identity(settings, splits, folder, ranks.world))
     log.info("The run in %s is finished (top-1 %.2f %% after %d steps); fresh=true starts over.", folder.path,
              *(folder.read_result()[name] for name in ("top1", "steps")))
     if settings.engine.profile:
