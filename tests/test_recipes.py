@@ -15,7 +15,7 @@ from deepvit.data.source import chosen
 from deepvit.data.sources import load
 from deepvit.data.stream import generators_kept, seed_sample
 from deepvit.engine.ranks import Ranks
-from deepvit.engine.step import Status, binary_cross_entropy
+from deepvit.engine.step import OBJECTIVES, Status
 from deepvit.errors import UserError
 from deepvit.run import build
 
@@ -23,11 +23,23 @@ ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("soft", [False, True])
-def test_the_loss_is_timms(soft):
+@pytest.mark.parametrize(("kind", "threshold"), [("bce", None), ("multi_label", 0.0)])
+def test_the_loss_is_timms(kind, threshold, soft):
+    """DeiT III's code has `targets.gt(0.0)`."""
     torch.manual_seed(0)
     network, x = torch.nn.Linear(6, 5), torch.randn(7, 6)
-    y = torch.rand(7, 5) if soft else torch.randint(5, (7,))
-    torch.testing.assert_close(binary_cross_entropy(network, x, y), BinaryCrossEntropy(smoothing=0.0)(network(x), y))
+    y = torch.rand(7, 5).sub(0.5).relu() if soft else torch.randint(5, (7,))
+    theirs = BinaryCrossEntropy(smoothing=0.0, target_threshold=threshold)
+    torch.testing.assert_close(OBJECTIVES[kind](network, x, y), theirs(network(x), y))
+
+
+def test_deit3_wants_both_classes_of_a_mixed_image_whole():
+    settings = build.read_settings(compose(["recipe=imagenet_deit3", "data.root=x"]))
+    x, y = torch.randn(2, 3), torch.tensor([[0.3, 0.7, 0.0], [0.3, 0.7, 0.0]])
+    whole = BinaryCrossEntropy(smoothing=0.0)(x, torch.tensor([[1.0, 1.0, 0.0]] * 2))
+    torch.testing.assert_close(build.objective(settings)(torch.nn.Identity(), x, y), whole)
+    with pytest.raises(UserError, match="label_smoothing=0.1 .* set it to 0"):
+        build.read_settings(compose(["recipe=imagenet_deit3", "data.root=x", "augment.label_smoothing=0.1"]))
 
 
 def test_updates_by_lamb_and_bce_are_timms():

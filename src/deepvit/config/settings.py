@@ -130,7 +130,7 @@ class Ema:
 class Loss:
     cosine_blocks: NotNegativeInt
     cosine_weight: float
-    kind: Literal["cross_entropy", "bce"] = "cross_entropy"  # the default is for the configs of earlier versions
+    kind: Literal["cross_entropy", "bce", "multi_label"] = "cross_entropy"  # for the configs of earlier versions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,6 +210,9 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
     batch, repeats = settings.data.batch_size, settings.augment.repeats
     if batch % repeats:
         raise UserError(f"augment.repeats={repeats} must divide data.batch_size={batch}.")
+    if settings.loss.kind == "multi_label" and settings.augment.label_smoothing:
+        raise UserError(f"augment.label_smoothing={settings.augment.label_smoothing} makes every class a target of "
+                        f"loss.kind=multi_label: set it to 0.")
     if settings.ema.warmup and settings.ema.decay is None:
         raise UserError("ema.warmup=true has no effect without ema.decay: set ema.decay too.")
     for name, neutral in (("head", "keep"), ("dialect", None), ("freeze", None)):

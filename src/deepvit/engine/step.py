@@ -80,13 +80,19 @@ def cross_entropy(network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 def binary_cross_entropy(network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """A logistic loss for each class, mean over images and classes, in float32; targets as in `cross_entropy`. Wightman
-    et al., "ResNet strikes back", arXiv:2110.00476; DeiT III, arXiv:2204.07118."""
+    et al., "ResNet strikes back", arXiv:2110.00476."""
     logits = network(x).float()  # [B, C]
     y = y if y.ndim == 2 else nn.functional.one_hot(y, logits.shape[1])
     return nn.functional.binary_cross_entropy_with_logits(logits, y.to(logits))
 
 
-OBJECTIVES: dict[str, Objective] = {"cross_entropy": cross_entropy, "bce": binary_cross_entropy}
+def multi_label(network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """`binary_cross_entropy` that wants both classes of a mixed image whole, as the code of DeiT III does."""
+    return binary_cross_entropy(network, x, y.gt(0) if y.ndim == 2 else y)
+
+
+OBJECTIVES: dict[str, Objective] = {"cross_entropy": cross_entropy, "bce": binary_cross_entropy,
+                                    "multi_label": multi_label}
 
 
 @dataclass
