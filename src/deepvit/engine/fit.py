@@ -51,7 +51,6 @@ class Fit:
         self._error: UserError | Failure | None = None  # of making the next batch
         self._seen_bad: set[int] = set()
         self._pil_fallbacks = 0  # images that the fast decoder refused, since the last log line
-        self._first_step, self._warm = state.step, 0.0
 
     def run(self) -> bool:
         """Trains to the end. True: finished; False: stopped on request, with a checkpoint of this very step."""
@@ -116,7 +115,6 @@ class Fit:
         self._newest = update
         self._display.advance(self._bar)
         self._skips.add(update, batches)
-        self._log_time_to_go()
         if self.stepper.limit != self._limit:
             self._limit = self.stepper.limit
             if self._ranks.is_main:
@@ -144,16 +142,6 @@ class Fit:
         self._display.update(self._bar, details=details)
         level = logging.DEBUG if self._display.replaces_lines else logging.INFO
         log.log(level, "step %d/%d  %s  left %s", state.step, plan.total, "  ".join(details), clock(left))
-
-    def _log_time_to_go(self) -> None:
-        """Once, from the second to the fifth step of this process: the first one warms up."""
-        steps = self.state.step - self._first_step
-        if steps == 1:
-            self._warm = time.perf_counter()
-        elif steps == 5 and self._ranks.is_main:
-            seconds = (time.perf_counter() - self._warm) / 4
-            log.info("About %s to go, not counting evaluations: %.2g s per step.",
-                     clock((self.plan.total - self.state.step) * seconds), seconds)
 
     def _probe(self) -> None:
         if is_due(self.state.step, self.plan.probe_every, self.plan.total):
