@@ -97,6 +97,8 @@ def test_what_a_model_does_not_heed_is_said(overrides, words):
     (["augment=three", "augment.color_jitter=0.8"], []),
     (["augment.mixup=0.8", "augment.switch_prob=0.1", "augment.mix_prob=0.5"], ["augment.switch_prob"]),
     (["augment.erasing_count=2", "augment.crop_ratio=[1,1]"], ["augment.crop_ratio", "augment.erasing_count"]),
+    (["augment.interpolation=random", "probe.every_epochs=1", "probe.images=0"],
+     ["augment.interpolation", "probe.every_epochs"]),
     (["loss.cosine_weight=1", "schedule.min_lr=1e-5"], ["loss.cosine_weight"]),
     (["schedule=constant", "schedule.min_lr=1e-5"], ["schedule.min_lr"]),
 ], ids=lambda value: value[-1] if value and "=" in value[0] else "")

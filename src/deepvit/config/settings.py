@@ -265,10 +265,13 @@ def idle_settings(settings: Settings) -> list[str]:
         "data.hflip": augment.hflip != settings.data.hflip and f"augment.hflip={augment.hflip:g}",
         "augment.color_jitter": policy and "3a" not in policy and f"augment.auto_augment={policy}",
         "augment.crop_ratio": augment.crop_scale is None and "augment.crop_scale=null",
+        "augment.interpolation": augment.crop_scale is None and not policy and augment.interpolation == "random"
+        and "augment.crop_scale=null",
         **dict.fromkeys(("augment.erasing_mode", "augment.erasing_count"),
                         not augment.random_erasing and "augment.random_erasing=0"),
         "augment.mix_prob": not (augment.mixup or augment.cutmix) and mixing,
         "augment.switch_prob": not (augment.mixup and augment.cutmix) and mixing,
+        "probe.every_epochs": not settings.probe.images and "probe.images=0",
         "loss.cosine_weight": not settings.loss.cosine_blocks and "loss.cosine_blocks=0",
         **dict.fromkeys(("schedule.min_lr", "schedule.decay_from"), is_constant and "schedule.kind=constant"),
         "schedule.warmup_lr": not (schedule.warmup_epochs or schedule.warmup_steps) and "a warm-up of 0"}
