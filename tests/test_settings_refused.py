@@ -99,6 +99,8 @@ def test_what_a_model_does_not_heed_is_said(overrides, words):
     (["augment.erasing_count=2", "augment.crop_ratio=[1,1]"], ["augment.crop_ratio", "augment.erasing_count"]),
     (["augment.interpolation=random", "probe.every_epochs=1", "probe.images=0"],
      ["augment.interpolation", "probe.every_epochs"]),
+    (["optimizer=sgd"], ["lr=0.03 of optimizer=sgd"]), (["optimizer=sgd", "optimizer.lr=0.002"], []),
+    (["optimizer=lamb", "recipe=imagenet", "data.root=x"], []),
     (["loss.cosine_weight=1", "schedule.min_lr=1e-5"], ["loss.cosine_weight"]),
     (["schedule=constant", "schedule.min_lr=1e-5"], ["schedule.min_lr"]),
 ], ids=lambda value: value[-1] if value and "=" in value[0] else "")

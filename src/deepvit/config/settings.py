@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+import yaml
+
+from deepvit.config import CONF
 from deepvit.config.compare import typed_names
 from deepvit.config.signature import ABOVE_ZERO, BELOW_ONE, Ranges, check_arguments, check_ranges, ranges_of
 from deepvit.errors import UserError
@@ -275,5 +278,11 @@ def idle_settings(settings: Settings) -> list[str]:
         "loss.cosine_weight": not settings.loss.cosine_blocks and "loss.cosine_blocks=0",
         **dict.fromkeys(("schedule.min_lr", "schedule.decay_from"), is_constant and "schedule.kind=constant"),
         "schedule.warmup_lr": not (schedule.warmup_epochs or schedule.warmup_steps) and "a warm-up of 0"}
-    typed = typed_names(settings.origin)
-    return [f"{name} has no effect beside {other}." for name, other in found.items() if other and name in typed]
+    typed, rate = typed_names(settings.origin), settings.optimizer.lr
+    idle = [f"{name} has no effect beside {other}." for name, other in found.items() if other and name in typed]
+    for word in (settings.origin or {}).get("overrides", ()):
+        file = CONF / f"{word.replace('=', '/')}.yaml"
+        if word.startswith("optimizer=") and "optimizer.lr" not in typed and file.exists():
+            own = yaml.safe_load(file.read_text())["lr"]
+            idle += [f"lr={own:g} of {word} has no effect beside optimizer.lr={rate:g} of the recipe."] * (own != rate)
+    return idle
