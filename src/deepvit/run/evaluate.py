@@ -275,7 +275,8 @@ def _evaluate(case: Case, asked: EvalSettings, ranks: Ranks, stop: StopRequest) 
 
     evaluation = evaluate()
     result = {
-        "checkpoint": str(report.path), "weights": report.weights, "calibrate": asked.calibrate,
+        "checkpoint": str(report.path), "weights": report.weights,
+        "calibrate": asked.calibrate if case.calibration else 0,
         **evaluation.summary(), **({"real_top1": _real_top1(case.model, images, evaluation.predictions[:, 0])}
                                    if asked.labels == "real" and case.root is None else {}),
         "worst_classes": eval_results.by_class(evaluation, readable_classes(model))[:3],

@@ -95,7 +95,9 @@ def calibration(count: int, data: Data, train: inputs.ImageSet | None, norm_batc
                 ranks: Ranks) -> Callable[[], Iterator[inputs.Batch]] | None:
     """Makes this rank's share of `count` training images (0: None), as evaluation sees them: the same shuffled ones
     every time, in whole groups of `norm_batches` (`ViT.norm_batches`). UserError for fewer images than one group."""
-    if not count:
+    if not (count and norm_batches):
+        if count and ranks.is_main:
+            log.warning("calibrate=%d has no effect on a model without batch statistics.", count)
         return None
     group = norm_group(norm_batches)
     size = group if group > 1 else min(UNGROUPED, count)
