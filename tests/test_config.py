@@ -200,6 +200,13 @@ def test_epochs_become_steps():
     assert (schedule.steps, schedule.warmup_steps, plan.total, plan.eval_every) == (30, 5, 40, 10)
 
 
+def test_what_is_due_every_so_many_epochs_is_due_together():
+    """Weights that are kept, and the attention, are those of the evaluation, also where an epoch is not whole steps."""
+    config = ["data.batch_size=128", "schedule.eval_epochs=5", "engine.keep_epochs=5", "probe.every_epochs=5"]
+    plan = build.schedule_and_plan(read_settings(compose(config)), epoch_size=50_000)[1]
+    assert (plan.eval_every, plan.keep_every, plan.probe_every, plan.save_every) == (1954, 1954, 1954, 391)
+
+
 @pytest.mark.parametrize(("word", "expected"), [
     ("init=runs/seed=1/last.pt", "init='runs/seed=1/last.pt'"),
     ("checkpoint=[runs/a=1/b.pt, c.pt]", "checkpoint=['runs/a=1/b.pt', c.pt]"),

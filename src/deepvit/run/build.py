@@ -325,9 +325,9 @@ def schedule_and_plan(settings: Settings, epoch_size: int) -> tuple[Schedule, Pl
     if schedule.warmup_steps > schedule.steps:
         raise UserError(f"The warm-up ({schedule.warmup_steps} steps) is longer than the run ({schedule.steps}): lower "
                         f"schedule.warmup_epochs or schedule.warmup_steps.")
-    engine, epoch = settings.engine, math.ceil(per_epoch)
+    engine, probes = settings.engine, settings.probe.every_epochs
     plan = Plan(total=schedule.total, batch_size=batch, epoch_size=counted, log_every=engine.log_every,
-                save_every=engine.save_every or epoch, eval_every=max(1, steps(chosen.eval_epochs, chosen.eval_steps)),
-                keep_every=engine.keep_epochs and engine.keep_epochs * epoch, max_skipped=engine.max_skipped,
-                probe_every=settings.probe.every_epochs and settings.probe.every_epochs * epoch, profile=engine.profile)
+                save_every=engine.save_every or steps(1, None), eval_every=steps(chosen.eval_epochs, chosen.eval_steps),
+                keep_every=engine.keep_epochs and steps(engine.keep_epochs, None), max_skipped=engine.max_skipped,
+                probe_every=probes and steps(probes, None), profile=engine.profile)
     return schedule, plan
