@@ -34,7 +34,9 @@ def test_the_loss_is_timms(kind, threshold, soft):
 
 
 def test_deit3_wants_both_classes_of_a_mixed_image_whole():
+    """And has its `--opt-eps`, where timm's LAMB has 1e-6 by itself."""
     settings = build.read_settings(compose(["recipe=imagenet_deit3", "data.root=x"]))
+    assert build.optimizer(torch.nn.Linear(1, 1), settings.optimizer).param_groups[0]["eps"] == 1e-8
     x, y = torch.randn(2, 3), torch.tensor([[0.3, 0.7, 0.0], [0.3, 0.7, 0.0]])
     whole = BinaryCrossEntropy(smoothing=0.0)(x, torch.tensor([[1.0, 1.0, 0.0]] * 2))
     torch.testing.assert_close(build.objective(settings)(torch.nn.Identity(), x, y), whole)
