@@ -283,6 +283,7 @@ def idle_settings(settings: Settings) -> list[str]:
     for word in (settings.origin or {}).get("overrides", ()):
         file = CONF / f"{word.replace('=', '/')}.yaml"
         if word.startswith("optimizer=") and "optimizer.lr" not in typed and file.exists():
-            own = yaml.safe_load(file.read_text())["lr"]
-            idle += [f"lr={own:g} of {word} has no effect beside optimizer.lr={rate:g} of the recipe."] * (own != rate)
+            own = yaml.safe_load(file.read_text()).get("lr")
+            if isinstance(own, float) and own != rate:
+                idle.append(f"lr={own:g} of {word} has no effect beside optimizer.lr={rate:g} of the recipe.")
     return idle
