@@ -13,6 +13,7 @@ from typing import Any
 
 import hydra
 import yaml
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, OverrideParseException
@@ -115,6 +116,9 @@ def _start(job: Job, arguments: Sequence[str]) -> int:
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     is_setting = re.compile(r"~|\+{0,2}[\w/.@:]+=").match  # Hydra takes its flags (`-m`, `--cfg job`) only in front
     sys.argv[1:] = sorted(map(quoted, arguments), key=lambda word: is_setting(word) is not None)
+    parser = get_args_parser()
+    parser.error = _refuse_option
+    parser.parse_args()
     _outcomes.clear()
     Recorder.opened = None
     try:
@@ -135,6 +139,14 @@ def _start(job: Job, arguments: Sequence[str]) -> int:
     if outcome.message:
         say(outcome.message, sys.stderr if outcome.code else sys.stdout)
     return outcome.code
+
+
+def _refuse_option(complaint: str) -> None:
+    """UserError for argparse's `complaint`; who writes `--lr 0.1` or `-b 128` knows another trainer's options."""
+    if found := re.match("unrecognized arguments: (-+([^ =]*))", complaint):
+        meant = setting_meant(found[2].replace("-", "_"))
+        raise UserError(f"There is no option {found[1]}: write settings as key=value.{meant}")
+    raise UserError(f"{complaint}: `--hydra-help` lists the options.")
 
 
 train = partial(_start, "train")  # `deepvit train SETTING=VALUE ...`; returns the exit code
@@ -183,9 +195,8 @@ def hydra_error(error: Exception) -> str:
     """Hydra's or OmegaConf's complaint in one sentence that names the setting and what was probably meant."""
     text = str(error)
     if isinstance(error, OverrideParseException):
-        if word := next((word for word in sys.argv[1:] if not (word.startswith("-") or _is_readable(word))), None):
-            return f"'{word}' cannot be read: write key=value, and quote special characters twice, \"key='a, b'\"."
-        return "The command line cannot be read: write settings as key=value."
+        word = error.override
+        return f"'{word}' cannot be read: write key=value, and quote special characters twice, \"key='a, b'\"."
     if sweep := re.match(r"Ambiguous value for argument '((.+?)=(.*))'", text):
         return f"{sweep[1]} is several values: add -m to sweep over them, or write the list {sweep[2]}=[{sweep[3]}]."
     if group := re.search(r"(?:In '.*?': )?Could not find '([^']+?)/([^'/]+)'", text):

@@ -13,10 +13,10 @@ from deepvit.config import CONF
 from deepvit.config.compare import flat
 
 ELSEWHERE = {  # as other trainers, or older versions, call it -> our setting
-    "accum_iter": "engine.device_batch", "amp": "precision", "attention": "model/attention", "bs": "data.batch_size",
-    "data_dir": "data.root", "data_path": "data.root", "device": "engine.accelerator", "dropout": "model.drop_rate",
-    "fp16": "precision", "gpus": "engine.devices", "grad_accum": "engine.device_batch", "image_size": "model.img_size",
-    "img_size": "model.img_size", "input_size": "model.img_size",
+    "accum_iter": "engine.device_batch", "amp": "precision", "attention": "model/attention", "b": "data.batch_size",
+    "bs": "data.batch_size", "data_dir": "data.root", "data_path": "data.root", "device": "engine.accelerator",
+    "dropout": "model.drop_rate", "fp16": "precision", "gpus": "engine.devices", "grad_accum": "engine.device_batch",
+    "image_size": "model.img_size", "img_size": "model.img_size", "input_size": "model.img_size",
     "model.attention.sync_norm": "model.attention.norm_batch", "num_workers": "data.workers",
     "output": "hydra.run.dir", "output_dir": "hydra.run.dir", "pretrained": "init", "warmup": "schedule.warmup_epochs",
     "wd": "optimizer.weight_decay"}
@@ -34,8 +34,9 @@ def compose(overrides: Sequence[str] = (), config_name: str = "train") -> dict[s
 
 def setting_meant(word: str) -> str:
     """`" Did you mean 'schedule.epochs'?"` for `epochs`, or an empty string where nothing is near."""
-    settings = [name for config in ("train", "eval") for name, _ in flat(compose(config_name=config))]
-    keys = sorted({key for name in settings for key in accumulate(name.split("."), "{}.{}".format)})  # groups too
+    settings = (name for config in ("train", "eval") for name, _ in flat(compose(config_name=config)))
+    names = ("recipe", "sweep", *settings)
+    keys = sorted({key for name in names for key in accumulate(name.split("."), "{}.{}".format)})  # groups too
     by_last = defaultdict(list)
     for key in keys:
         by_last[key.rpartition(".")[2]].append(key)
