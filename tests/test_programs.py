@@ -184,6 +184,7 @@ def test_a_config_of_the_users_own_is_evaluated(run, tmp_path):
     (["hydra/launcher=parallel", "hydra.launcher.cells_per_device=0"], "hydra.launcher.cells_per_device=0"),
     (["sweep=digits_depth,beyond_32"], "one sweep=NAME at a time"),
     (["+hydra.callbacks.sweep.statistic.margin=1"], "statistic"),
+    (["hydra.run.dir=mine"], "give hydra.sweep.dir=..."),
 ])
 def test_bad_input_to_a_sweep_is_one_sentence(run, tmp_path, words, expected):
     code, _, sentence = run("train", "-m", *TINY, "seed=0,1", *words)
@@ -203,6 +204,7 @@ def test_bad_input_to_a_sweep_is_one_sentence(run, tmp_path, words, expected):
     (["loss.cosine_blocks=2"], "loss.cosine_blocks=2"),
     (["optimizer.opt=adamm"], "Did you mean 'adam"),
     (["hydra.run.dir={file}/run"], "hydra.run.dir="),
+    (["hydra.sweep.dir=mine"], "add -m, or give hydra.run.dir=..."),
     (["epochs=2"], "'schedule.epochs'"),
     (["lr=0.1"], "'optimizer.lr'"),
     (["seed=1,2"], "add -m"),

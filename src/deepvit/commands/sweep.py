@@ -46,6 +46,7 @@ class Recorder(Callback):
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
         try:
+            _refuse_typed(config, "hydra.sweep.dir", "a sweep's, and this is a single run: add -m, or give hydra.run.dir")
             run = Path(config.hydra.run.dir or "")
             Recorder.made = missing(run)
             _refuse_strange_output(run, config.hydra.output_subdir)
@@ -54,6 +55,7 @@ class Recorder(Callback):
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         try:
+            _refuse_typed(config, "hydra.run.dir", "a single run's, and this is a sweep: give hydra.sweep.dir")
             Recorder.made = missing(Path(config.hydra.sweep.dir, "multirun.yaml"))
             Recorder.opened = _open(config)
         except Exception as error:
@@ -108,6 +110,11 @@ def _open(config: DictConfig) -> OpenSweep:
     return OpenSweep(record, len(cells), is_kept)
 
 
+def _refuse_typed(config: DictConfig, name: str, why: str) -> None:
+    if any(word.lstrip("+").startswith(f"{name}=") for word in as_typed(config.hydra.overrides.hydra)):
+        raise UserError(f"{name} is {why}=...")
+
+
 def _refuse_strange(folder: Path) -> None:
     """Hydra writes multirun.yaml there before any of us runs."""
     from deepvit.engine.folder import MARK, RunFolder
@@ -118,8 +125,8 @@ def _refuse_strange(folder: Path) -> None:
         raise UserError(f"{multirun} is not of a sweep of deepvit: choose another folder with hydra.sweep.dir=...")
     known = (multirun, *(path for pattern in (f"{FOLDER}/*.jsonl", "eval/*/predictions.csv", "eval/*/knn.json")
                          for path in folder.glob(pattern)))
-    runs = (path.parent for depth in ("", "*/", "*/*/", "*/*/*/") for name in (MARK, "events.jsonl")
-            for path in folder.glob(depth + name))
+    runs = (path.parent for depth in range(5) for name in (MARK, "events.jsonl")  # 4: of a sweep's own folder
+            for path in folder.glob("*/" * depth + name))
     if not any(path.exists() for path in known) and not any(RunFolder(path).is_ours() for path in runs):
         raise UserError(f"{folder} has other files, such as {min(folder.iterdir()).name}: give a new hydra.sweep.dir.")
 
