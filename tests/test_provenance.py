@@ -1,5 +1,6 @@
 """Where a number comes from: what a run and a sweep write down, and what tells one run from another."""
 
+import hashlib
 import json
 import os
 import shlex
@@ -12,9 +13,11 @@ import torch
 import yaml
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
+from omegaconf import OmegaConf
 from PIL import Image
 
 from deepvit.commands.main import expanded
+from deepvit.config.provenance import preregistration
 from deepvit.config.records import missing_cells, read_json_lines
 from deepvit.errors import BAD_INPUT, DONE, FAILED, UserError
 from deepvit.report import runs
@@ -225,6 +228,21 @@ def test_a_sweep_folder_of_somebody_else_is_refused(run, tmp_path, name):
     code, _, sentence = run("train", "-m", *TINY, "seed=0,1", "hydra.sweep.dir=mine")
     assert code == BAD_INPUT and "hydra.sweep.dir" in sentence
     assert [one for one in (tmp_path / "mine").rglob("*") if one.is_file()] == [path] and "mine" in path.read_text()
+
+
+def test_runs_holds_the_folders_of_sweeps_too(run, tmp_path):
+    """`sweep=depth_scaling` makes runs/depth_scaling/<recipe>/<model>/<name>, perhaps the first in runs/."""
+    assert run("train", *TINY, "hydra.run.dir=runs/depth_scaling/digits/vit/default")[0] == DONE
+    assert run("train", "-m", *TINY, "seed=1,2", "dry=true")[0] == DONE
+
+
+def test_a_preregistration_is_found_from_everywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = "docs/results/dose/preregistration.md"
+    hydra = OmegaConf.create({"callbacks": {"sweep": {"statistics": {"preregistered": name}}}})
+    assert len(preregistration(hydra)["preregistered"]["sha256"]) == 64
+    Path("docs/results/dose").mkdir(parents=True), Path(name).touch()  # one's own goes before it
+    assert preregistration(hydra)["preregistered"]["sha256"] == hashlib.sha256().hexdigest()
 
 
 # The surroundings

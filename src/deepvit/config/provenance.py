@@ -15,6 +15,7 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from deepvit.config import CONF
 from deepvit.config.compare import comparable
 from deepvit.errors import UserError
 
@@ -149,14 +150,17 @@ def origin(config: DictConfig, hydra: DictConfig, folder: Path) -> dict[str, Any
 
 
 def preregistration(hydra: DictConfig) -> dict[str, Any]:
-    """Name and sha256 of the file that preregisters a sweep, where it names one; UserError if that is unreadable."""
+    """Name and sha256 of the file that preregisters a sweep, where it names one, from here or from where conf/ lies;
+    UserError if that is unreadable."""
     path = ((hydra.callbacks.get("sweep") or {}).get("statistics") or {}).get("preregistered")
     if not path:
         return {}
+    found = Path(path) if Path(path).exists() else CONF.resolve().parent / path
     try:
-        return {"preregistered": {"file": path, "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()}}
+        return {"preregistered": {"file": path, "sha256": hashlib.sha256(found.read_bytes()).hexdigest()}}
     except OSError as error:
-        raise UserError(f"The preregistration {path} cannot be read ({error.strerror}): give its path.") from None
+        raise UserError(f"The preregistration {path} cannot be read ({error.strerror}): give its path as "
+                        f"hydra.callbacks.sweep.statistics.preregistered=...") from None
 
 
 def choices_of(hydra: DictConfig) -> dict[str, Any]:
