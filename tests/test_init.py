@@ -7,7 +7,9 @@ import yaml
 
 import deepvit
 from deepvit.config.compose import compose
+from deepvit.engine.ranks import Ranks
 from deepvit.errors import BAD_INPUT, DONE, UserError
+from deepvit.run import build
 from deepvit.run.resume import with_model_of_init
 
 SHORT = ("train", "schedule.epochs=1", "probe.images=0", "hydra.run.dir=run")
@@ -55,6 +57,9 @@ def test_what_is_typed_and_what_is_the_runs(file):
     whole = config_of("model=vit16", f"init={file}")
     assert with_model_of_init(whole) == whole  # a model that is named is the model
     assert with_model_of_init(config_of(f"init={file}", "model.img_size=32"))["data"]["img_size"] == 32
+    other = build.read_settings(with_model_of_init(config_of(f"init={file}", "data.img_size=32")))
+    with pytest.raises(UserError, match="data.img_size=32 is not model.img_size=16"):
+        build.check(other, Ranks(0, 1, torch.device("cpu")))
 
 
 @pytest.mark.parametrize("recipe, size", [("digits", 16), ("cifar10", 32), ("finetune_imagenet_384", 384),

@@ -113,9 +113,9 @@ def with_model_of_init(config: Mapping[str, Any], folder: RunFolder | None = Non
     options = {name: value for name, value in model["attention"].items() if f"model.attention.{name}" in typed}
     merged = {**described, **{name: model[name] for name in OF_TRAINING}, **own}
     merged["attention"] = {**merged["attention"], **options}
-    data = {**config["data"], "img_size": merged["img_size"]}
+    data = config["data"] if "data.img_size" in typed else {**config["data"], "img_size": merged["img_size"]}
     if norm and "data.norm" not in typed:
-        data["norm"] = norm
+        data = {**data, "norm": norm}
     return {**config, "model": merged, "data": data}
 
 
