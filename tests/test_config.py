@@ -73,6 +73,8 @@ def test_the_command_line_overrules_a_recipe_and_a_model():
     ("+model.dpeth=3", ["model.dpeth", "depth"]),
     ("model.depth=abc", ["model.depth", "abc", "whole number"]),
     ("model.depth=0", ["model.depth", "above 0"]),
+    ("model.attention=self", ["model.attention=self", "model/attention=NAME"]),
+    ("head=zero", ["init=", "or head=keep"]), ("freeze=2", ["init=", "or freeze=null"]),
     ("model.embed_dim=2.5", ["model.embed_dim", "whole number"]),
     ("+sede=3", ["sede", "seed"]),
     ("+data.fracton=0.1", ["data.fracton", "fraction"]),

@@ -221,7 +221,7 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
     for name, neutral in (("head", "keep"), ("dialect", None), ("freeze", None)):
         if getattr(settings, name) != neutral and settings.init is None:
             raise UserError(f"{name}={getattr(settings, name)} is for weights that are loaded: give init=CHECKPOINT "
-                            f"too, or leave it out.")
+                            f"too, or {name}={neutral or 'null'}.")
     return settings
 
 

@@ -75,12 +75,14 @@ SWITCHED = ("norm", "norm_eps"), ("mix", "theta_init")  # of an attention: a swi
 def check_model(config: Mapping[str, Any], where: str = "") -> None:
     """Refuses what `ViT`, its stem or its attention would not take; `where`: "model" names `model.depth`."""
     known = {name: value for name, value in config.items() if (name, value) != ("num_classes", None)}  # the data's
-    prefix = f"{where}." if where else ""
+    prefix, attention = f"{where}." if where else "", config.get("attention")
+    if where and isinstance(attention, str):
+        raise UserError(f"{where}.attention={attention} is a group of settings: choose one as {where}/attention=NAME.")
     check_arguments(ViT, known, where)
     check_ranges(known, RANGES, where)
     stem, options = stem_of(known.get("stem", "patch"))
     _check_options(stem, options, f"{prefix}stem", ("img_size", "patch_size", "in_chans", "embed_dim", "norm_eps"))
-    attention = dict(config.get("attention") or PLAIN)
+    attention = dict(attention or PLAIN)
     attention.pop("name", None)
     cls = choose(f"{prefix}attention.class", str(attention.pop("class", None)), ATTENTIONS)
     _check_options(cls, attention, f"{prefix}attention", ("dim", "block_index", "depth", "norm_layer", "device",
