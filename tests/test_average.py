@@ -6,7 +6,9 @@ import pytest
 import torch
 
 import deepvit
+from deepvit.commands.cli import quoted
 from deepvit.commands.main import main
+from deepvit.config.compose import compose
 from deepvit.engine import checkpoint
 from deepvit.errors import BAD_INPUT, DONE
 from deepvit.importers.ours import described
@@ -76,3 +78,15 @@ def test_what_has_no_average_is_one_sentence(tmp_path, monkeypatch, capsys, word
     assert main(["average", *words]) == BAD_INPUT
     sentence = capsys.readouterr().err
     assert expected in sentence and sentence.count("\n") == 1
+
+
+def test_the_average_and_the_last_are_evaluated_with_statistics_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, seed in (("previous", 1), ("last", 2)):
+        written(Path("a run (1), copy", "checkpoints", f"{name}.pt"), seed)
+    asked = []
+    monkeypatch.setattr("deepvit.commands.cli._start", lambda job, words: asked.extend(map(quoted, words)) or DONE)
+    assert main(["average", "a run (1), copy", "--last", "2", "--eval"]) == DONE
+    config = compose(asked, "eval")
+    assert config["checkpoint"] == [f"a run (1), copy/checkpoints/{name}.pt" for name in ("last", "average")]
+    assert config["calibrate"] == 512

@@ -21,6 +21,7 @@ from deepvit.analysis.images import evaluated_as
 from deepvit.commands import cli
 from deepvit.commands.model_card import is_card, write_card
 from deepvit.commands.main import add_weights, parser_of
+from deepvit.commands.sweep import in_quotes
 from deepvit.engine.folder import RunFolder
 from deepvit.errors import DONE, Failure, UserError
 from deepvit.importers import deepvit as published
@@ -31,6 +32,7 @@ from deepvit.importers.ours import described, origin_of, save_tensors
 from deepvit.importers.ours import write as write_checkpoint
 from deepvit.importers.settings import as_keywords
 from deepvit.models import Attention, ReAttention, SelfAttention, ViT
+from deepvit.run.measures import AUTO
 
 HUB_FILES = ("model.safetensors", "config.json", "README.md")
 USUAL = {"gelu": "erf", "patch_norm": False, "head_dim": None, "block": "pre_norm", "feat_scale": False,
@@ -280,7 +282,8 @@ def average(arguments: Sequence[str]) -> int:
     parser.add_argument("--last", type=int, default=5, metavar="K", help="this many checkpoints (default: 5)")
     add_weights(parser)
     parser.add_argument("--out", type=Path, help="file to write, .pt or .safetensors (default: average.pt beside them)")
-    parser.add_argument("--eval", action="store_true", help="then evaluate the newest and the average")
+    parser.add_argument("--eval", action="store_true", help="then evaluate the newest and the average, each "
+                        "with batch statistics of its own")
     given = parser.parse_args(arguments)
     if given.last < 2:
         raise UserError(f"--last {given.last}: an average is of two or more checkpoints, give 2 or more.")
@@ -291,4 +294,5 @@ def average(arguments: Sequence[str]) -> int:
     content = averaged(paths, given.weights)
     write_checkpoint(out, content)
     print(f"{out}: the average of {', '.join(str(one['path']) for one in content['averaged'])}")
-    return cli.evaluate([f"checkpoint=[{paths[-1]},{out}]"]) if given.eval else DONE
+    both = ",".join(in_quotes(str(path)) for path in (paths[-1], out))
+    return cli.evaluate([f"checkpoint=[{both}]", f"calibrate={AUTO}"]) if given.eval else DONE
