@@ -318,3 +318,12 @@ def test_weights_into_another_model_are_refused_before_any_is_changed(npz):
     with pytest.raises(UserError, match="MlpBlock_3/Dense_0"):
         deepvit.load_weights(model, npz)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_heads_that_our_file_tells_are_not_others(tmp_path):
+    """No tensor of plain attention shows them, so that the model would be another one without a word."""
+    plain = deepvit.create_model("vit", img_size=8, patch_size=4, embed_dim=12, depth=1, num_heads=2, num_classes=3)
+    deepvit.save_model(plain, tmp_path / "plain.pt")
+    with pytest.raises(UserError, match="num_heads=3 is asked for, but .*plain.pt says 2"):
+        deepvit.load_model(tmp_path / "plain.pt", num_heads=3)
+    assert deepvit.load_model(tmp_path / "plain.pt", num_heads=2).config["num_heads"] == 2

@@ -148,12 +148,13 @@ def _known_arch(arch: str) -> str:
 
 
 def _refuse_contradictions(source: Source, given: Mapping[str, Any]) -> None:
-    shaped = source.settings
+    told = source.file.said.get("config") if source.dialect is ours.OURS else None
+    shaped = ({"num_heads": told.get("num_heads")} if isinstance(told, Mapping) else {}) | source.settings
     wrong = [key for key, value in given.items()
              if key in DECIDED and key in shaped and value not in (shaped[key], (shaped[key],) * 2, [shaped[key]] * 2)]
     if wrong:
         asked = ", ".join(f"{key}={given[key]!r}" for key in wrong)
-        raise UserError(f"{asked} is asked for, but the tensors of {source} say "
+        raise UserError(f"{asked} is asked for, but {source} says "
                         f"{', '.join(repr(shaped[key]) for key in wrong)}: leave {', '.join(wrong)} out.")
 
 
