@@ -91,6 +91,7 @@ def test_a_sweep_goes_on_past_a_failed_cell_and_names_it(run, tmp_path):
 def test_a_dry_sweep_forecasts_and_writes_nothing(run, tmp_path):
     code, said, _ = run("train", "-m", *TINY, "dry=true", "model.depth=1,2")
     assert code == DONE and said.count("Dry run:") == 2 and "device-hours" in said.splitlines()[-3]
+    assert re.search(r" s a step, \d+:\d\d:\d\d to train \([\d.e-]+ device-hours\)", said)  # whatever the length
     assert not list(tmp_path.iterdir())
 
 

@@ -26,7 +26,7 @@ from deepvit.engine.device import device_name, local_world, peak_bytes, prepare_
 from deepvit.engine.evaluate import Evaluation, calibrate, evaluate, scores
 from deepvit.engine.fit import Measures
 from deepvit.engine.folder import RunFolder
-from deepvit.engine.progress import Display, Meter
+from deepvit.engine.progress import Display, Meter, clock
 from deepvit.engine.ranks import Ranks
 from deepvit.engine.signals import StopRequest
 from deepvit.engine.step import Precision, Prepare
@@ -228,8 +228,8 @@ def forecast(config: Mapping[str, Any], ranks: Ranks, stop: StopRequest) -> dict
              "memory_mib": (peak_bytes(ranks.device) - before) / 2**20, "steps": built.plan.total, "step_s": step,
              "hours": hours, "device_hours": hours * ranks.world}
     if ranks.is_main:
-        log.info("Dry run: %.3g GFLOP an image, %.0f MiB at most, %.3g s a step, %.3g h (%.3g device-hours) to train.",
-                 found["flops"] / 1e9, found["memory_mib"], step, hours, found["device_hours"])
+        log.info("Dry run: %.3g GFLOP an image, %.0f MiB at most, %.3g s a step, %s to train (%.3g device-hours).",
+                 found["flops"] / 1e9, found["memory_mib"], step, clock(hours * 3600), found["device_hours"])
     return found
 
 
