@@ -66,7 +66,7 @@ def test_averages_from_between_evaluations_are_noted(tmp_path, ema, said, is_not
     (["run", "--last", "-1"], "--last"),
     (["mixed", "--last", "2"], "different models"),
     (["run", "--last", "2", "--out", "x.txt"], "x.txt"),
-    (["run", "--last", "2", "--out", "a.pt/x.pt"], "a.pt/x.pt cannot be written"),
+    (["run", "--last", "2", "--out", "a.pt/x.pt"], "a.pt/x.pt cannot be written (NotADirectoryError"),
     (["run", "--last", "2", "--weights", "ema"], "no EMA"),
 ])
 def test_what_has_no_average_is_one_sentence(tmp_path, monkeypatch, capsys, words, expected):

@@ -49,7 +49,8 @@ def write(path: Path, content: dict[str, Any]) -> None:
         if path.suffix == ".safetensors":
             save_tensors(aside, content.pop("model"), {"deepvit": json.dumps(content)})
         else:
-            torch.save(content, aside)
+            with aside.open("wb") as file:  # by its path torch would not say why it cannot be written
+                torch.save(content, file)
         os.replace(aside, path)
     except (OSError, RuntimeError, SafetensorError) as error:
         with suppress(OSError):
