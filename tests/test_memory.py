@@ -93,14 +93,14 @@ def test_runs_that_share_a_gpu_take_their_parts(monkeypatch, sharing, wanted):
 
 
 @pytest.mark.parametrize(("sharing", "size"), [(1, 64), (2, 32), (8, 8), (1000, 4)])
-def test_the_part_decides_how_many_images_go_at_once(monkeypatch, sharing, size):
-    """An image of `Wide` keeps 1 MiB; where none fits, the smallest is taken."""
+def test_the_part_decides_how_many_images_go_at_once(monkeypatch, caplog, sharing, size):
+    """An image of `Wide` keeps 1 MiB; where none fits, the smallest is taken, and a sentence says so."""
     monkeypatch.setattr(device, "_host_memory", lambda: (180 * 2**20, 180 * 2**20))
     model = Wide()
     stepper = stepper_of(model, Schedule(0.1, 10))
     example = lambda count: (torch.zeros(count, 6), torch.zeros(count, dtype=torch.int64))  # noqa: E731
     chosen, words = device.largest_batch([64, 32, 16, 8, 4], state_of(model), stepper, example, sharing)
-    assert chosen == size and words.endswith("GiB")
+    assert chosen == size and words.endswith("GiB") and ("may not fit" in caplog.text) == (size == 4)
 
 
 def test_on_a_gpu_a_trial_pass_has_the_last_word(monkeypatch):

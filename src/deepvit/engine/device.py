@@ -1,6 +1,7 @@
 """The device of this process, its share of the machine, and how many images fit into its memory at once."""
 
 import ctypes
+import logging
 import os
 import re
 import resource
@@ -19,6 +20,7 @@ from deepvit.errors import UserError
 USEFUL = 2 * 2**30  # bytes kept for the backward pass on a CPU: more images at once bring no speed
 USABLE = {"cuda": 0.9, "cpu": 0.5}  # of the memory: a GPU's allocator needs some air, a host's other programs half
 
+log = logging.getLogger(__name__)
 Example = Callable[[int], tuple[Tensor, Tensor]]  # number of images -> images and targets, as the model takes them
 
 
@@ -158,7 +160,10 @@ def largest_batch(sizes: Sequence[int], state: TrainState, stepper: Stepper, exa
     most = budget if device.type == "cuda" else min(budget, USEFUL)
     fitting = [one for one in sizes if fixed + one * each <= most] or sizes[-1:]
     size = next(one for one in fitting if one == sizes[-1] or _passes(state, stepper, example, one))
-    return size, f"{(fixed + size * each) / 2**30:.3g} of {budget / 2**30:.3g} GiB"
+    needed = fixed + size * each
+    if device.type == "cpu" and needed > budget / USABLE["cpu"]:  # the system would kill the run without a word
+        log.warning("%d images at once may not fit into memory: %s.", size, stepper.advice(state, size))
+    return size, f"{needed / 2**30:.3g} of {budget / 2**30:.3g} GiB"
 
 
 def needed_bytes(state: TrainState, stepper: Stepper, example: Example) -> tuple[int, int]:

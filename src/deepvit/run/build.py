@@ -122,8 +122,8 @@ def build(settings: Settings, ranks: Ranks, begun: Mapping[str, Any] | None = No
                           settings.optimizer.clip_grad, masks, unit(settings, network.norm_batches))
         make_batches = batch_maker(settings, found.train, ranks)
     ranks.broadcast([tensor for tensors in made.weights().values() for tensor in tensors.values()])
-    micro_batch, memory = choose_micro_batch(settings, made, stepper, begun)
     stepper.advice = lambda state, count: advice(settings, state, stepper, count)
+    micro_batch, memory = choose_micro_batch(settings, made, stepper, begun)
     if None in network.norm_batches:
         stepper.unit = micro_batch  # half of it would have other statistics
     return Built(settings, ranks, found, plan, network, made, stepper, partial(make_batches, micro_batch=micro_batch),
