@@ -137,7 +137,7 @@ def test_broken_image_is_named_and_the_rest_drawn(place, monkeypatch, capsys):
     (["self.pt", "broken.jpg"], "broken.jpg"),
     (["self.pt", "missing.jpg"], "missing.jpg"),
     (["self.pt", "empty"], "no images"),
-    (["--maps", "self.pt"], "--save-maps"),
+    (["--maps", "self.pt"], "--save-maps"), (["--maps", "."], "Is a directory"), (["--maps", "gone"], "gone"),
     (["--maps", "other.safetensors"], "holds no maps"),
     (["self.pt", "--maps", "maps.safetensors"], "not both"),
     (["--maps", "maps.safetensors", "--compare", "self.pt"], "not both"),

@@ -4,7 +4,6 @@ import argparse
 import sys
 import textwrap
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -99,8 +98,7 @@ def _names(models: Sequence[ViT], checkpoints: Sequence[Path]) -> list[str]:
 
 def _drawn_before(path: Path) -> list[Study]:
     """What --save-maps wrote, or the published code's pickle, recognised by its first bytes."""
-    start = b""
-    with suppress(OSError), path.open("rb") as file:  # `load_studies` says why it cannot be read
+    with path.open("rb") as file:
         start = file.read(9)
     is_pickle = start[:1] == b"\x80" and not is_safetensors(start)
     return [study_of_maps(read_pickled_maps(path), path.name)] if is_pickle else load_studies(path)
