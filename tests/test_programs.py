@@ -156,6 +156,10 @@ def test_help_ends_with_uses_whose_options_exist(command, capsys):
         assert all(re.search(rf"{option}\b", options) for option in re.findall(r"--[a-z-]+", use)), use
 
 
+def test_the_version_is_ours(capsys):
+    assert main(["--version"]) == DONE and re.fullmatch(r"deepvit \d+\.\d+\.\d+\n", capsys.readouterr().out)
+
+
 @pytest.mark.parametrize(("words", "expected"), [
     (["checkpoint=gone.pt"], "gone.pt"),
     (["checkpoint={torn}"], "torn.pt"),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import yaml
 
+from deepvit import __version__
 from deepvit.errors import BAD_INPUT, DONE, FAILED, STOPPED, Failure, UserError, did_you_mean, unusable
 from deepvit.run.console import print_any_name, say
 
@@ -33,8 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs `deepvit COMMAND ...` and returns the exit code: 0 done, 1 failed, 2 bad input, 75 stopped on request."""
     print_any_name()
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    if name in ("-h", "--help"):
-        say(USAGE)
+    if name in ("-h", "--help", "--version"):
+        say(f"deepvit {__version__}" if name == "--version" else USAGE)
         return DONE
     try:
         if name not in COMMANDS:
