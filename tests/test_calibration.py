@@ -160,6 +160,14 @@ def test_an_older_run_is_evaluated_as_it_was(tmp_path):
     assert read_settings(as_begun({**now, "calibrate": 96}, folder)).calibrate == 96
 
 
+@pytest.mark.parametrize("other", ["self", "reattention_fc"])
+def test_a_run_of_another_attention_is_not_taken_for_an_older_one(tmp_path, other):
+    """Its attention has no norm_batch either, so the command for another one does not do without."""
+    folder = RunFolder(tmp_path)
+    folder.config.write_text(yaml.safe_dump(compose([f"model/attention={other}"])))
+    assert as_begun(compose([]), folder) == compose([])
+
+
 @pytest.mark.parametrize("attention", ["self", "reattention"])
 def test_an_older_run_keeps_the_statistics_of_its_stem(tmp_path, attention):
     """Those of all images that a device takes at once; what it was is what it is now."""

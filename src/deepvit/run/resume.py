@@ -78,7 +78,8 @@ def as_begun(config: Mapping[str, Any], folder: RunFolder) -> Mapping[str, Any]:
         config = {name: value for name, value in config.items() if name != "calibrate"}
     config = _with_its_stem(config, run)
     model = config["model"]
-    if "norm_batch" in before or "norm_batch" not in model["attention"]:
+    is_other = any(before.get(name) != model["attention"].get(name) for name in ("class", "norm"))  # and is refused
+    if is_other or "norm_batch" in before or "norm_batch" not in model["attention"]:
         return config
     log.info("This run was begun before model.attention.norm_batch existed, and continues without it (null).")
     attention = {name: value for name, value in model["attention"].items() if name != "norm_batch"}
