@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from deepvit import __version__
+import deepvit
 from deepvit.errors import BAD_INPUT, DONE, FAILED, STOPPED, Failure, UserError, did_you_mean, unusable
 from deepvit.run.console import print_any_name, say
 
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print_any_name()
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("-h", "--help", "--version"):
-        say(f"deepvit {__version__}" if name == "--version" else USAGE)
+        say(f"deepvit {deepvit.__version__}" if name == "--version" else USAGE)
         return DONE
     try:
         if name not in COMMANDS:
