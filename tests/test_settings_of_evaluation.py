@@ -210,6 +210,10 @@ def test_what_has_no_effect_is_said(caplog):
     seen_with({"origin": {"overrides": ["data.batch_size=8", "data.crop_pct=0.9"]}})
     assert ["data.batch_size" in line and "data.crop_pct" not in line for line in caplog.messages
             if "No effect" in line] == [True]
+    for more, is_said in (({}, True), ({"calibrate": 6}, False)):
+        caplog.clear()
+        seen_with({"origin": {"overrides": ["data.fraction=0.5"]}, **more})
+        assert any("No effect" in line and "data.fraction" in line for line in caplog.messages) == is_said
 
 
 def test_what_has_no_effect_beside_neighbours_is_refused():

@@ -40,6 +40,7 @@ NEUTRAL = {"root": None, "fraction": 1.0, "classes": None, "val_fraction": None}
 OF_TRAINING = {"data.batch_size", "data.hflip", "data.on_device", "precision.scale_gradients"} | {
     f"engine.{name}" for name in ("device_batch", "log_every", "save_every", "keep_epochs", "keep", "profile",
                                   "grad_checkpointing", "compile", "max_skipped")}
+OF_TRAINING_IMAGES = {"data.fraction", "data.max_bad", "data.train_split"}  # which only `knn` and `calibrate` read
 PREPARATION = ("norm", "crop_pct", "interpolation")  # settings of the data that belong to the model
 log = logging.getLogger(__name__)
 
@@ -89,7 +90,8 @@ def prepare_evaluation(config: Mapping[str, Any], ranks: Ranks) -> tuple[EvalSet
     """What was asked, for which the device is set up, and the checkpoints."""
     with ranks.sync_errors():
         asked = read_evaluation(config)
-        if idle := sorted(typed_names(asked.origin) & OF_TRAINING):
+        unused = OF_TRAINING if asked.knn or asked.calibrate else OF_TRAINING | OF_TRAINING_IMAGES
+        if idle := sorted(typed_names(asked.origin) & unused):
             log.warning("No effect in an evaluation (whose batches have data.eval_batch_size images): %s.",
                         ", ".join(idle))
         paths, precision = checkpoints(asked.checkpoint), build.precision(asked.precision, ranks.device)
