@@ -46,7 +46,7 @@ class Recorder(Callback):
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
         try:
-            _refuse_typed(config, "hydra.sweep.dir", "a sweep's, and this is a single run: add -m, or give hydra.run.dir")
+            _refuse_typed(config, "hydra.sweep.dir", "a sweep's, and this is one run: add -m, or give hydra.run.dir")
             run = Path(config.hydra.run.dir or "")
             Recorder.made = missing(run)
             _refuse_strange_output(run, config.hydra.output_subdir)
@@ -55,7 +55,7 @@ class Recorder(Callback):
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         try:
-            _refuse_typed(config, "hydra.run.dir", "a single run's, and this is a sweep: give hydra.sweep.dir")
+            _refuse_typed(config, "hydra.run.dir", "one run's, and this is a sweep: give hydra.sweep.dir")
             Recorder.made = missing(Path(config.hydra.sweep.dir, "multirun.yaml"))
             Recorder.opened = _open(config)
         except Exception as error:

@@ -93,8 +93,9 @@ class Evaluator:
 
 def calibration(count: int, data: Data, train: inputs.ImageSet | None, norm_batches: Collection[int | None],
                 ranks: Ranks) -> Callable[[], Iterator[inputs.Batch]] | None:
-    """Makes this rank's share of `count` training images (0: None), as evaluation sees them: the same shuffled ones
-    every time, in whole groups of `norm_batches` (`ViT.norm_batches`). UserError for fewer images than one group."""
+    """Makes this rank's share of `count` training images, as evaluation sees them: the same shuffled ones every time,
+    in whole groups of `norm_batches` (`ViT.norm_batches`); None for 0 of them, or for a model without batch statistics.
+    UserError for fewer images than one group."""
     if not (count and norm_batches):
         if count and ranks.is_main:
             log.warning("calibrate=%d has no effect on a model without batch statistics.", count)
