@@ -295,4 +295,5 @@ def average(arguments: Sequence[str]) -> int:
     write_checkpoint(out, content)
     print(f"{out}: the average of {', '.join(str(one['path']) for one in content['averaged'])}")
     both = ",".join(in_quotes(str(path)) for path in (paths[-1], out))
-    return cli.evaluate([f"checkpoint=[{both}]", f"calibrate={AUTO}"]) if given.eval else DONE
+    statistics = AUTO * any(name.endswith("running_var") for name in content["model"])
+    return cli.evaluate([f"checkpoint=[{both}]", f"calibrate={statistics}"]) if given.eval else DONE
