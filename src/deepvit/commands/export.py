@@ -292,8 +292,8 @@ def average(arguments: Sequence[str]) -> int:
     if out.exists():
         raise UserError(f"{out} is there already: give another name with --out.")
     content = averaged(paths, given.weights)
+    statistics = AUTO * any(name.endswith("running_var") for name in content["model"])
     write_checkpoint(out, content)
     print(f"{out}: the average of {', '.join(str(one['path']) for one in content['averaged'])}")
     both = ",".join(in_quotes(str(path)) for path in (paths[-1], out))
-    statistics = AUTO * any(name.endswith("running_var") for name in content["model"])
     return cli.evaluate([f"checkpoint=[{both}]", f"calibrate={statistics}"]) if given.eval else DONE
