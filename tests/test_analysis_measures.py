@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+import timm
 import torch
 from torch.nn import functional as F
 
@@ -291,3 +292,11 @@ def test_a_measure_is_one_function(images, monkeypatch):
         found = result["similarity"][one.name.partition("/")[2]]["adjacent"] if pairs else one.found_in(result)
         assert len(found) == 3 - pairs, name
     assert MEASURES["entropy"].found_in({}) == MEASURES["sink_mass/largest"].found_in({"sink_mass": []}) == []
+
+
+def test_the_grid_is_that_of_the_images():
+    """timm's dynamic_img_size: the model knows a grid, of other images."""
+    model = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=64, reg_tokens=3, dynamic_img_size=True)
+    for size, grid in ((64, (4, 4)), (128, None)):
+        (maps,) = analysis.attention_maps(model, torch.zeros(1, 3, size, size))
+        assert analysis.patch_grid(model, maps.shape[-1]) == grid

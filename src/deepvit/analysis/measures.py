@@ -65,12 +65,14 @@ def attention_distance(maps: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def patch_grid(model: nn.Module, tokens: int) -> tuple[int, int] | None:
-    """(rows, columns) of patches of a model that knows it, else of the square among `tokens`; None if there is none."""
+    """(rows, columns) of patches of a model that knows it, else of the square among `tokens`; None if there is none, as
+    for images of another size than the model's (timm's dynamic_img_size)."""
     model = unwrap_model(model)
     grid = getattr(model, "grid_size", None) or getattr(getattr(model, "patch_embed", None), "grid_size", None)
     if grid is None and math.isqrt(tokens - 1) ** 2 == tokens - 1:
         grid = (math.isqrt(tokens - 1),) * 2
-    return None if grid is None or grid[0] * grid[1] > tokens else (int(grid[0]), int(grid[1]))
+    others = tokens - grid[0] * grid[1] if grid else -1
+    return (int(grid[0]), int(grid[1])) if others == getattr(model, "num_prefix_tokens", max(0, others)) else None
 
 
 @measure("rank/softmax", "softmax")
