@@ -166,6 +166,17 @@ def test_probe_is_json_and_agrees_with_the_measures(images):
     assert (result["images"], result["tokens"], result["heads"], result["blocks"]) == (5, 17, 4, 3)
 
 
+@pytest.mark.parametrize("attention", ["reattention", "reattention_ln"])
+def test_no_measure_depends_on_how_images_are_batched(attention, images):
+    model = tiny(attention, init_std=0.3)  # images differ in how sharply they are attended to
+    model.train()(images)
+    whole, parts = (analysis.probe(model, images, batch_size=size) for size in (5, 1))
+    for name, measure in MEASURES.items():
+        one, other = (result["similarity"][name.partition("/")[2]]["adjacent"] if name.startswith("similarity/")
+                      else measure.found_in(result) for result in (whole, parts))
+        np.testing.assert_allclose(np.array(other, float), np.array(one, float), rtol=1e-3, atol=1e-5, err_msg=name)
+
+
 def test_probe_of_one_plain_block(images):
     result = analysis.probe(tiny("self", depth=1, num_heads=1), images[:1])
     assert result["similarity"]["final"] == {"adjacent": [], "mean": None, "similar_blocks": 0}

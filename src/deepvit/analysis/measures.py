@@ -193,20 +193,20 @@ def branch_over_stream(branch: Tensor, stream: Tensor) -> Tensor:
     return branch / rms(stream).clamp_min(1e-30)
 
 
-@measure("spread", "softmax")
-def spread(softmax: Tensor) -> Tensor:
-    """`N std(A)` of the softmax maps, by the mean variance within each head: 0 where all are uniform."""
-    return softmax.shape[-1] * _std(softmax)
+@measure("spread", "softmax", root=True)
+def squared_spread(softmax: Tensor) -> Tensor:
+    """`N std(A)` of the softmax maps, by the mean variance in a head: 0 where all are uniform. Gives the square."""
+    return softmax.shape[-1]**2 * _variance(softmax)
 
 
-@measure("gain", "softmax", "final")
-def gain(softmax: Tensor, final: Tensor) -> Tensor:
-    """Standard deviation of the final maps over that of the softmax maps."""
-    return _std(final) / _std(softmax)
+@measure("gain", "softmax", "final", root=True)
+def squared_gain(softmax: Tensor, final: Tensor) -> Tensor:
+    """Standard deviation of the final maps over that of the softmax maps. Gives the square."""
+    return _variance(final) / _variance(softmax)
 
 
-def _std(maps: Tensor) -> Tensor:
-    return maps.var((0, 2, 3), correction=0).mean().sqrt()
+def _variance(maps: Tensor) -> Tensor:
+    return maps.var((2, 3), correction=0).mean(1)  # [B]
 
 
 def rollout(maps: Sequence[Tensor]) -> Tensor:

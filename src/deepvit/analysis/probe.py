@@ -116,6 +116,8 @@ def _nested(sums: Mapping[str, list[float | None]], threshold: float) -> dict[st
     result: dict[str, Any] = defaultdict(dict)
     for name, values in sums.items():
         group, _, kind = name.partition("/")
+        if MEASURES[name].root:
+            values = [None if value is None else value**0.5 for value in values]
         if group == "similarity":
             values = {"adjacent": values, "mean": sum(values) / len(values) if values else None,
                       "similar_blocks": similar_blocks(torch.tensor(values), threshold)}

@@ -22,8 +22,9 @@ class Measure:
     - of both, once for all images: `norm`, `theta`; `rows_first`, `rows_before`, `rows_after` (a sample `[n, D]` of
       those tokens).
 
-    It returns a number, a tensor whose mean is the number, or None where a block has none. A `title` gives it a panel
-    in figures; `span`: the least span of the panel's axis, in its `unit`, for "ratio" a factor.
+    It returns a number, a tensor whose mean is the number (with `root`: the root of the mean over all images), or None
+    where a block has none. A `title` gives it a panel in figures; `span`: the least span of the panel's axis, in its
+    `unit`, for "ratio" a factor.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Measure:
     title: str | None = None
     unit: str = ""
     span: float = 0.2
+    root: bool = False
 
     def __call__(self, block: Mapping[str, Any]) -> float | None:
         """None where anything that it takes is None."""
@@ -50,7 +52,7 @@ MEASURES: dict[str, Measure] = {}  # name -> measure, in the order of probes and
 
 
 def measure(name: str, *takes: str, **drawn: Any) -> Callable:
-    """Registers a function as a measure and returns it. `drawn`: `title`, `unit`, `span`, see `Measure`."""
+    """Registers a function as a measure and returns it. `drawn`: `title`, `unit`, `span`, `root`, see `Measure`."""
     def register(function: Callable) -> Callable:
         MEASURES[name] = Measure(name, takes, function, **drawn)
         return function
