@@ -15,7 +15,7 @@ from deepvit import analysis
 from deepvit.analysis import plots
 from deepvit.analysis.images import read_images, top_classes
 from deepvit.analysis.registry import MEASURES
-from deepvit.analysis.study import load_studies
+from deepvit.analysis.study import Study, load_studies
 from deepvit.commands import figures
 from deepvit.commands.figures import SIGNED, refuse_strange
 from deepvit.commands.main import main
@@ -99,6 +99,22 @@ def test_a_flat_map_is_grey_and_says_so():
     assert plots.in_words(flat) == "flat, max/min = 1.00" == plots.in_words(-flat)
     assert plots.in_words(steep).startswith("max 0.9")
     assert not plots.is_flat(steep - 0.5) and plots.is_flat(torch.ones(2, 2))
+
+
+def test_a_map_with_more_entries_than_pixels_is_not_flatter_for_it(place):
+    """Of 577 tokens each of which looks 2.9 times as much at itself, drawn as a mean of neighbours."""
+    maps = torch.ones(577, 577) + 1.9 * torch.eye(577)
+    study = Study({"mean_maps": maps[None]}, {"name": "", "attention": "", "probe": {"images": 1, "blocks": 1}})
+    (panel, *_) = plots.mean_maps([study]).subfigs[0].axes
+    assert panel.get_title() == "block 1\nmax 1" and panel.images[0].get_array().shape == (300, 300, 4)
+    assert np.ptp(plots.coloured(maps, False, 160)[..., :3], axis=-1).min() > 0.05  # in colour
+
+
+def test_a_rollout_names_the_ends_of_its_colours():
+    held = torch.tensor([[[0.25, 0.5], [0.5, 1.0]]])  # shares of the largest, which is always 1
+    study = Study({"rollout": held, "pixels": torch.zeros(1, 3, 8, 8, dtype=torch.uint8)},
+                  {"name": "m", "attention": "", "pictures": ["a"], "top": []})
+    assert [ax.get_title() for ax in plots.rolled_out([study]).axes[:2]] == ["a", "m\nmax/min = 4"]
 
 
 def test_axes_make_no_trend_of_noise(place):

@@ -65,8 +65,6 @@ def mean_maps(studies: Sequence[Study]) -> Figure:
         maps = one.tensors["mean_maps"]
         signed = bool((maps < 0).any())
         for i, (ax, block) in enumerate(zip(axes, maps, strict=False)):
-            if block.shape[-1] > 300:
-                block = F.adaptive_avg_pool2d(block[None], 300)[0]
             ax.imshow(coloured(block, signed), interpolation="nearest")
             ax.set(xticks=[], yticks=[])
             ax.set_title(f"block {i + 1}\n{in_words(block)}", fontsize=7)
@@ -84,9 +82,8 @@ def head_maps(one: Study) -> Figure:
     step = size + max(1, size // 12)  # with the gap
     sheet = np.ones((L * step, H * step, 4))
     for i in range(L):
-        tiles = F.adaptive_avg_pool2d(maps[i], size)
         for h in range(H):
-            sheet[i * step:i * step + size, h * step:h * step + size] = coloured(tiles[h], signed)
+            sheet[i * step:i * step + size, h * step:h * step + size] = coloured(maps[i, h], signed, size)
     figure = Figure(figsize=(max(MIN_WIDTH, 0.85 * H + 1.6), 0.85 * L + 1.2), layout="constrained", dpi=150)
     figure.suptitle(f"Attention maps by block and head\n{caption(one)}\n"
                     f"first image: {_short(Path(one.facts['pictures'][0]).name, 40)}\n{SCALE}", fontsize=8)
@@ -151,12 +148,13 @@ def _colour_limit(values: Tensor) -> float:
     return float(np.quantile(values.abs().numpy(), QUANTILE)) or 1.0
 
 
-def coloured(values: Tensor, signed: bool) -> np.ndarray:
-    """A map `[rows, columns]` as RGBA: in colour from 0 to `_colour_limit`, a flat one in grey from end to end."""
+def coloured(values: Tensor, signed: bool, most: int = 300) -> np.ndarray:
+    """A map `[N, N]` as RGBA of at most `most` pixels a side: in colour from 0 to `_colour_limit`, a flat one in grey
+    from end to end; both ends of the whole map, as means of neighbours are flatter."""
+    shown, limit = F.adaptive_avg_pool2d(values[None], min(most, len(values)))[0].numpy(), _colour_limit(values)
     if is_flat(values):
-        return colormaps["gray"](Normalize()(values.numpy()))
-    scale = Normalize(-_colour_limit(values) if signed else 0, _colour_limit(values))
-    return colormaps[SIGNED if signed else POSITIVE](scale(values.numpy()))
+        return colormaps["gray"](Normalize(values.min().item(), values.max().item())(shown))
+    return colormaps[SIGNED if signed else POSITIVE](Normalize(-limit if signed else 0, limit)(shown))
 
 
 def _ratio(values: Tensor) -> float:
@@ -193,9 +191,10 @@ def _overlay(ax: Axes, one: Study, i: int) -> AxesImage:
     mask = F.interpolate(held[None, None], size=pixels.shape[-2:], mode="bilinear", align_corners=False)[0, 0]
     ax.imshow(pixels.mean(0).numpy(), cmap="gray", vmin=0, vmax=255)
     image = ax.imshow(mask.numpy(), cmap=POSITIVE, vmin=held.min().item(), vmax=held.max().item(),
-                      alpha=0.25 if is_flat(mask) else 0.6)
+                      alpha=0.25 if is_flat(held) else 0.6)
     ax.set(xticks=[], yticks=[])
-    ax.set_title(f"{_short(one.facts['name'], 26)}\n{in_words(held)}", fontsize=7)
+    words = in_words(held) if is_flat(held) else f"max/min = {_ratio(held):.3g}"
+    ax.set_title(f"{_short(one.facts['name'], 26)}\n{words}", fontsize=7)
     names = [f"{chance:6.1%} {_short(name, 24)}" for name, chance in one.facts["top"][i]] if one.facts["top"] else []
     ax.set_xlabel("\n".join(names), fontsize=6, family="monospace", loc="left")
     return image
@@ -262,7 +261,7 @@ def similarity_with_depth(studies: Sequence[Study]) -> Figure:
                ylim=(min(-0.3, ax.get_ylim()[0]), 1.05))
         ax.legend(fontsize=7, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
         ax.grid(alpha=0.3)
-        ax.set_xlim(left=0.5)
+        ax.set_xlim(0.5, max(2, one.facts["probe"]["blocks"]) - 0.5)
         _tick_whole_blocks(ax.xaxis)
     return figure
 
