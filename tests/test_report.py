@@ -22,8 +22,8 @@ from deepvit.config.records import SweepRecord
 from deepvit.engine.folder import RunFolder
 from deepvit.report import grid as grid_module
 from deepvit.report import published, render, runs, tables, write
-from deepvit.report.figures import depth_chart, draw_curve
-from deepvit.report.grid import grids
+from deepvit.report.figures import MAX_LINES, depth_chart, draw_curve, look
+from deepvit.report.grid import ATTENTION_ORDER, grids
 from deepvit.report.statistics import summarise
 
 SWEEP = Path(__file__).parent / "data" / "report"
@@ -468,3 +468,11 @@ def test_table_forms_escape_what_they_hold():
     assert "1\\|2" in write.as_markdown(table)
     ends = {len(line.rstrip()) for line in write.as_text(table).splitlines() if line.endswith(("1|2", "10"))}
     assert len(ends) == 1  # numbers are flush right
+
+
+@pytest.mark.parametrize("labels", [
+    ["self", "reattention", "attn_scale", "centred", "contrast", "reattention_identity", "reattention_ln", "qk_norm"],
+    [f"self, lr {rate}" for rate in range(MAX_LINES)], [*ATTENTION_ORDER]], ids=len)
+def test_lines_of_a_legend_differ(labels):
+    assert len({tuple(look(label, labels).values()) for label in labels}) == len(labels)
+    assert look("reattention", ["reattention"]) == look("reattention", [*labels, "reattention"])

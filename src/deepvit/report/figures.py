@@ -95,9 +95,12 @@ def _share_ranges(all_axes: Sequence[Axes]) -> None:
 
 
 def look(label: str, labels: Sequence[str]) -> dict[str, str]:
-    """A line's style; the well-known attentions keep theirs from figure to figure."""
-    index = [*dict.fromkeys([*ATTENTION_ORDER[:4], *labels])].index(label)
-    return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
+    """A line's style; the well-known attentions keep theirs from figure to figure, and lend it, last, where they are
+    not: eight lines differ."""
+    known = ATTENTION_ORDER[:4]
+    places = [*range(len(COLOURS)), *(place for place, name in enumerate(known) if name not in labels)]
+    index = places[[*dict.fromkeys([*known, *labels])].index(label) % len(places)]
+    return {"color": COLOURS[index], "marker": MARKERS[index]}
 
 
 def legend(axes: Axes) -> None:
