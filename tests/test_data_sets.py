@@ -317,6 +317,14 @@ def _folder_of_torchvision(root, **_):
     return ImageFolder(root)
 
 
+@pytest.mark.parametrize(("target", "caption"), [
+    ([0.4, 0.6], "dog 0.60\ncat 0.40"), ([0.5, 0.5], "cat 0.50\ndog 0.50"), ([1.0, 0.0], "cat 1.00"),
+    ([0.05, 0.9, 0.05], "dog 0.90"), ([0.05, 0.35, 0.6], "emu 0.60\ndog 0.35")], ids=str)
+def test_a_preview_names_all_that_is_mixed(target, caption):
+    """Two classes have no third that would show what smoothing alone gives."""
+    assert preview._caption(torch.tensor(target), ["cat", "dog", "emu"][:len(target)]) == caption
+
+
 @pytest.mark.parametrize("augment", [["augment=deepvit"], ["augment.mixup=0.8", "data.on_device=true"]], ids=str)
 def test_a_preview_shows_the_images_of_the_run(tmp_path, monkeypatch, capsys, augment):
     """Of a run folder and of its settings alike: those that its first step trains on, whatever the seed."""
