@@ -205,6 +205,13 @@ def test_options_are_refused_before_the_machine_is_measured(words, said, monkeyp
     assert said in capsys.readouterr().err
 
 
+def test_options_that_a_bench_does_not_take_are_said(bench, monkeypatch):
+    monkeypatch.setitem(BENCHES, "attention", lambda device: [])
+    _, said, _ = bench("attention", "--depth", "3", "--compile")
+    assert "No effect on attention: --depth, --compile." in said.err
+    assert "No effect" not in bench("attention")[1].err
+
+
 @pytest.mark.parametrize(("device", "number"), [(device, number) for device in TARGETS
                                                 for number in range(len(TARGETS[device]))])
 def test_a_target_is_met_up_to_its_bound_and_no_further(device, number):

@@ -3,6 +3,7 @@
 import inspect
 import json
 import logging
+import sys
 import traceback
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -34,6 +35,9 @@ BENCHES: dict[str, Callable[..., Iterable[dict]]] = {  # each takes the command'
     "startup": startup.commands,
     "scaling": models.growth,
 }
+
+
+OPTIONS = "seconds", "depth", "batch", "data", "cifar10", "compiled"  # that some benches take
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -86,6 +90,10 @@ def _check(given: Namespace) -> None:
         folder = getattr(given, option)
         if folder is not None and not Path(folder).is_dir():
             raise UserError(f"--{option} {folder} is not a folder: check the path.")
+    for name in {*given.benches} - {"all"}:
+        if idle := [f"--{option.replace('compiled', 'compile')}" for option in OPTIONS if getattr(given, option)
+                    and option not in inspect.signature(BENCHES[name]).parameters]:
+            print(f"No effect on {name}: {', '.join(idle)}.", file=sys.stderr)
 
 
 def all_of(given: Namespace) -> list[str]:
