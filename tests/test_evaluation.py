@@ -136,3 +136,23 @@ def test_knn_of_any_checkpoint_on_other_classes(run, folders):
     assert run(*words, "data.root=data", "knn=0")[0] == BAD_INPUT
     assert run(*words[:-1], "data.root=data", "knn=3")[0] == DONE and results(folders / "runs" / "eval", "knn.json")
     assert run("train", "-m", *TINY, "dry=true", "seed=0,1")[0] == DONE  # a sweep starts beside them, in runs/
+
+
+def test_broken_images_are_wrong_and_nobodys_neighbours(run, folders):
+    """And said, of an evaluation and a look at the neighbours alike."""
+    for name in CLASSES:  # black, as broken ones are
+        Image.new("RGB", (16, 16)).save(folders / "data" / "val" / name / "black.png")
+    for part in ("train", "val"):
+        (folders / "data" / part / "ant" / "bad.png").write_bytes(b"no image")
+    words = ("eval", "checkpoint=m.pt", "data=folder", "data.root=data", "data.on_error=report", "out=out")
+    code, said, err = run(*words, "knn=1")
+    (found,) = results(folders / "out", "knn.json")
+    assert code == DONE and found["n"] == 22 and (said + err).count("bad.png cannot be used") == 2
+    with_broken = found["top1_by_block"]
+    code, said, err = run(*words)
+    assert code == DONE and "1 of 22 images cannot be used and count as wrong" in said + err
+    for part in ("train", "val"):
+        (folders / "data" / part / "ant" / "bad.png").unlink()
+    assert run(*words, "knn=1")[0] == DONE
+    (found,) = results(folders / "out", "knn.json")
+    assert with_broken == pytest.approx([top1 * 21 / 22 for top1 in found["top1_by_block"]])

@@ -68,6 +68,11 @@ class Batch:
     def __len__(self) -> int:
         return len(self.targets)
 
+    @property
+    def usable(self) -> Tensor:
+        """bool [b]: whether the image could be read, and is none of the black ones of on_error=report."""
+        return ~torch.isin(self.indices, torch.tensor([one.index for one in self.bad], dtype=torch.int64))
+
     def to(self, device: torch.device) -> "Batch":
         """A copy with what the model needs on the device; the places of the erasures stay, Python reads them."""
         queued = torch.device(device).type != "cpu"  # copies to the host must be waited for

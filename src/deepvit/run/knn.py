@@ -58,14 +58,16 @@ def _neighbours(model: ViT, data: Data, asked: EvalSettings, ranks: Ranks, stop:
 
     @torch.no_grad()
     def features_of(images: inputs.ImageSet) -> tuple[Tensor, Tensor]:
-        """This rank's unit vectors `[L, n, D]`, on the CPU, and classes `[n]`."""
+        """This rank's unit vectors `[L, n, D]`, on the CPU, and classes `[n]`, -1 for an image that cannot be used."""
         features, targets = [], []
 
         def take(batch: inputs.Batch) -> None:
             x, y = prepare(batch, 0, ranks.device, training=False)
             with precision.autocast(ranks.device):
                 features.append(F.normalize(block_features(model, x).float(), dim=-1).cpu())
-            targets.append(y.cpu())
+            targets.append(y.cpu().masked_fill(~batch.usable, -1))
+            for bad in batch.bad:
+                log.warning("%s cannot be used (%s): it counts as wrong, or is no neighbour.", bad.name, bad.reason)
 
         batches = build.eval_batches(data, images, ranks)()
         if not ranks.for_each(batches, take, lambda: ranks.any_asked_to_stop(bool(stop))):
@@ -90,8 +92,9 @@ def block_features(model: ViT, x: Tensor) -> Tensor:
 
 def _by_block(train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor], k: int, classes: int, ranks: Ranks
               ) -> list[float]:
-    """Top-1 in percent of each block, over the images of all ranks."""
-    shares = ranks.gather((train[0].numpy(), train[1].numpy()))
+    """Top-1 in percent of each block, over the images of all ranks; of class -1 none is right, or a neighbour."""
+    usable = train[1] >= 0
+    shares = ranks.gather((train[0][:, usable].numpy(), train[1][usable].numpy()))
     bank, labels = (torch.from_numpy(np.concatenate([share[i] for share in shares], 1 - i)) for i in (0, 1))
     right = [vote(queries.to(ranks.device), known.to(ranks.device), labels.to(ranks.device), k, classes).cpu() == val[1]
              for queries, known in zip(val[0], bank, strict=True)]

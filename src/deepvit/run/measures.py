@@ -85,6 +85,9 @@ class Evaluator:
         evaluation = evaluate(model, self._batches(), self.prepare, self.ranks, self.precision, n=len(self.images),
                               among=self.among, advance=partial(display.advance, bar), should_stop=self._should_stop)
         display.remove_task(bar)
+        if evaluation and evaluation.bad:
+            log.warning("%d of %d images cannot be used and count as wrong, such as %s (%s).", len(evaluation.bad),
+                        evaluation.n, evaluation.bad[0].name, evaluation.bad[0].reason)
         return evaluation
 
     def _should_stop(self) -> bool:
@@ -148,7 +151,8 @@ def attention_metrics(built: Built) -> Callable[[nn.Module, int], Measures] | No
     batches = build.eval_batches(settings.data, chosen, Ranks(0, 1, ranks.device))
 
     def measure(model: nn.Module, step: int) -> Measures:
-        x = torch.cat([built.prepare(batch, 0, ranks.device, training=False)[0] for batch in batches()])
+        x = torch.cat([built.prepare(batch, 0, ranks.device, training=False)[0][batch.usable.to(ranks.device)]
+                       for batch in batches()])
         if not step and not settings.init:
             model = analysis.with_statistics_of(model, x)  # an untrained norm has none yet
         values = analysis.probe(model, x, matrix=True)
