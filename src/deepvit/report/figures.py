@@ -244,7 +244,8 @@ def _facet_chart(grid: Grid, name: str, caption: str, draw: Callable[..., None],
     for cell in grid.cells:
         if any(map(wanted, cell.runs)):
             facets[", ".join([f"{cell.depth} blocks", *cell.details(grid)])].append(cell)
-    panels = [partial(draw, cells=cells, place=place, name=row)
+    labels = [cell.attention for cell in grid.cells]  # of all panels, in which a line looks the same
+    panels = [partial(draw, cells=cells, labels=labels, place=place, name=row)
               for row in list(rows)[:4 if len(facets) <= 4 else 2] for place, cells in facets.items()]
     return [_chart(name, caption, panels, columns=min(max(len(facets), 2), 4))] if panels else []
 
@@ -256,8 +257,7 @@ def draw_curve(axes: Axes, run: Run, name: str, **style: Any) -> None:
               marker="o" if len(lines) == 1 else None)
 
 
-def _curves(axes: Axes, cells: Sequence[Cell], place: str, name: str) -> None:
-    labels = [cell.attention for cell in cells]
+def _curves(axes: Axes, cells: Sequence[Cell], labels: Sequence[str], place: str, name: str) -> None:
     for cell in cells:
         for index, run in enumerate(run for run in cell.runs if run.lines):
             style = {"alpha": 0.5} if index else {"alpha": 1.0, "label": cell.attention}
@@ -266,8 +266,7 @@ def _curves(axes: Axes, cells: Sequence[Cell], place: str, name: str) -> None:
     legend(axes)
 
 
-def _blocks(axes: Axes, cells: Sequence[Cell], place: str, name: str) -> None:
-    labels = [cell.attention for cell in cells]
+def _blocks(axes: Axes, cells: Sequence[Cell], labels: Sequence[str], place: str, name: str) -> None:
     for cell in cells:
         shape = look(cell.attention, labels)
         for moment, style in (("initial", {"linestyle": ":", "alpha": 0.7}),
