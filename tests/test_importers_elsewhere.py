@@ -149,6 +149,14 @@ def test_names_of_other_classes_are_left_out(tmp_path, names):
     assert "classes" not in report.said and "left out" in str(report)
 
 
+def test_a_normalisation_that_no_file_tells_is_said_to_be_a_guess(tmp_path, caplog):
+    state = timm.create_model("deit_tiny_patch16_224", depth=1).state_dict()
+    for told, words in (({"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}, 0), ({}, 1)):
+        torch.save({"state_dict": state, **told}, tmp_path / "m.pth")
+        read_images(deepvit.load_model(tmp_path / "m.pth", num_heads=3), [])
+        assert caplog.text.count("m.pth does not tell how its images were normalised") == words
+
+
 def test_images_are_prepared_as_timm_says(tmp_path):
     """By the folder's config, by the arguments of timm's train.py, by the model's name; an export keeps it."""
     timms = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "crop_pct": 1, "interpolation": "bilinear"}
