@@ -19,8 +19,8 @@ from deepvit.engine.folder import RunFolder
 from deepvit.engine.ranks import Ranks
 from deepvit.engine.step import Precision
 from deepvit.models import build_model, model_config
-from deepvit.run.build import build, read_settings
-from deepvit.run.measures import attention_metrics, images_to_calibrate
+from deepvit.run.build import build, read_settings, shared_splits
+from deepvit.run.measures import attention_metrics, calibration, images_to_calibrate
 from deepvit.run.resume import as_begun, settings_of, upgraded
 
 CPU = torch.device("cpu")
@@ -150,6 +150,14 @@ def test_left_open_it_is_for_averages_of_models_with_batch_statistics(attention,
     assert images_to_calibrate(settings, model, 1437) == count
     assert images_to_calibrate(settings, model, 100) == (96 if count else 0)  # whole groups of 32
     assert images_to_calibrate(settings, model, 20) == 0
+
+
+def test_fewer_images_than_a_group_are_taken_together():
+    """As training takes them, where its whole batch is smaller."""
+    settings = read_settings(compose(["data.fraction=0.017", "data.workers=0"]))
+    train = shared_splits(settings.data, ALONE).train
+    (batch,) = calibration(512, settings.data, train, {32}, ALONE)()
+    assert len(batch) == len(train) < 32
 
 
 def test_an_older_run_is_evaluated_as_it_was(tmp_path):

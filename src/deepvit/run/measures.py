@@ -97,14 +97,14 @@ class Evaluator:
 def calibration(count: int, data: Data, train: inputs.ImageSet | None, norm_batches: Collection[int | None],
                 ranks: Ranks) -> Callable[[], Iterator[inputs.Batch]] | None:
     """Makes this rank's share of `count` training images, as evaluation sees them: the same shuffled ones every time,
-    in whole groups of `norm_batches` (`ViT.norm_batches`); None for 0 of them, or for a model without batch statistics.
-    UserError for fewer images than one group."""
+    in whole groups of `norm_batches` (`ViT.norm_batches`), or all of fewer than one group; None for 0 of them, or for a
+    model without batch statistics. UserError for a `count` below a group."""
     if not (count and norm_batches):
         if count and ranks.is_main:
             log.warning("calibrate=%d has no effect on a model without batch statistics.", count)
         return None
     group = norm_group(norm_batches)
-    size = group if group > 1 else min(UNGROUPED, count)
+    size = min(group, len(train)) if group > 1 else min(UNGROUPED, count)
     groups = min(count, len(train)) // size
     if not groups:
         raise UserError(f"calibrate={count} of {len(train):,} images make no group of norm_batch={size}: give more.")
