@@ -24,6 +24,7 @@ from deepvit.engine.step import Status, Stepper, Update
 from deepvit.errors import Failure, UserError
 
 Batches = Sequence[Any]  # the micro-batches of one global batch
+PATIENCE = 60  # seconds of training after which the time to go is told, though the log's first line is not due yet
 Measures = tuple[dict[str, Any], Draw]  # plain values to log, and images of them
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ class Fit:
         self._limit = stepper.limit  # the last one noted
         self._error: UserError | Failure | None = None  # of making the next batch
         self._seen_bad: set[int] = set()
+        self._is_silent = self._ranks.is_main
         self._pil_fallbacks = 0  # images that the fast decoder refused, since the last log line
 
     def run(self) -> bool:
@@ -123,6 +125,8 @@ class Fit:
                             update.batch_index + 1, self._limit)
         if is_due(state.step, plan.log_every, plan.total):
             self._log(update)
+        elif self._is_silent and (pace := self.meter.peek())["seconds"] > PATIENCE:
+            self._say([f"{pace['images_per_s']:.1f} img/s"], pace["images_per_s"])
         if not self._is_evaluation_due():
             self._probe()
 
@@ -136,12 +140,16 @@ class Fit:
         if not self._ranks.is_main:
             return
         self._loggers.log_scalars("train", line, state.step, self._epoch())
-        left = (plan.total - state.step) * plan.batch_size / max(self.meter.images_per_s, 1e-9)
         details = [f"loss {line['loss']:.4f}", f"{line['images_per_s']:.1f} img/s", f"epoch {self._epoch():.2f}",
                    f"data wait {line['data_wait']:.0%}", f"lr {line['lr']:.3g}"]
         self._display.update(self._bar, details=details)
+        self._say(details, self.meter.images_per_s)
+
+    def _say(self, details: Sequence[str], images_per_s: float) -> None:
+        self._is_silent, step, plan = False, self.state.step, self.plan
+        left = (plan.total - step) * plan.batch_size / max(images_per_s, 1e-9)
         level = logging.DEBUG if self._display.replaces_lines else logging.INFO
-        log.log(level, "step %d/%d  %s  left %s", state.step, plan.total, "  ".join(details), clock(left))
+        log.log(level, "step %d/%d  %s  left %s", step, plan.total, "  ".join(details), clock(left))
 
     def _probe(self) -> None:
         if is_due(self.state.step, self.plan.probe_every, self.plan.total):

@@ -65,11 +65,14 @@ class Meter:
         self._images += images
         self._waited += waited
 
-    def read(self) -> dict[str, float]:
+    def peek(self) -> dict[str, float]:
         seconds = max(time.perf_counter() - self._start, 1e-9)
-        reading = {"images_per_s": self._images / seconds, "data_wait": self._waited / seconds}
+        return {"seconds": seconds, "images_per_s": self._images / seconds, "data_wait": self._waited / seconds}
+
+    def read(self) -> dict[str, float]:
+        reading = self.peek()
         self.total_images += self._images
-        self.total_seconds += seconds
+        self.total_seconds += reading.pop("seconds")
         self._start, self._images, self._waited = time.perf_counter(), 0, 0.0
         return reading
 
