@@ -41,6 +41,12 @@ def _printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """For tests of words and numbers: the pictures take most of a report's time."""
+    monkeypatch.setattr("deepvit.report.write.charts", lambda *_: [])
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request) -> torch.device:
     """The CPU, and the first GPU for `-m gpu`: one body serves both."""

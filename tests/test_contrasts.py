@@ -193,7 +193,7 @@ def test_a_plan_that_cannot_be_meant_is_refused(change, words):
         read_plan({"contrasts": {}, **change})
 
 
-def test_a_sweep_file_names_its_contrasts(run, tmp_path):
+def test_a_sweep_file_names_its_contrasts(run, tmp_path, undrawn):
     """As conf/sweep/dose.yaml does it."""
     path = tmp_path / "conf" / "sweep" / "tiny_study.yaml"
     path.parent.mkdir(parents=True)

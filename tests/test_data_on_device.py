@@ -245,6 +245,7 @@ def test_targets_and_order_are_the_loaders_and_images_differ_by_epoch_repeat_and
     assert not torch.equal(run(other)[0][0].images, run(alone)[0][0].images)
 
 
+@pytest.mark.slow
 def test_killed_and_continued(tmp_path):
     config = soak.compose("data.on_device=true", "augment.auto_augment=null", "schedule.steps=20")
     folders = tmp_path / "uncut", tmp_path / "cut"

@@ -79,7 +79,7 @@ def test_a_schedule_falls_as_it_says():
     assert rate(25) == pytest.approx(0.5) and rate(100) == pytest.approx(0.0)
 
 
-def test_a_column_is_in_the_report(run, tmp_path):
+def test_a_column_is_in_the_report(run, tmp_path, undrawn):
     runs = Path(__file__).parent / "data" / "report"
     code, _, _ = run("report", str(runs), "--out", str(tmp_path / "report"))
     results = {json.loads(path.read_text())["best_top1"] for path in runs.rglob("metrics.json")}

@@ -62,6 +62,7 @@ def await_until(condition, seconds: float = 60.0):
     return found
 
 
+@pytest.mark.slow
 def test_numbers_are_the_same_alone_one_after_another_and_side_by_side(run, tmp_path):
     words = ["schedule.epochs=1", "model.num_heads=2,3", "seed=0,1"]
     code, said = ended(start(tmp_path, *words))

@@ -313,6 +313,7 @@ def test_a_request_to_stop_at_any_moment_of_a_step(config, uncut, tmp_path):
     assert soak.fingerprint(folder) == soak.fingerprint(uncut)
 
 
+@pytest.mark.slow
 def test_the_launcher_passes_a_request_to_stop_on(config, two_ranks, tmp_path):
     """SIGTERM to the parent alone: its ranks save, it ends with 75 in seconds, and leaves nobody behind."""
     folder, devices = tmp_path / "run", soak.changed(config, engine_devices=2)

@@ -41,12 +41,6 @@ def the_grid(folder: Path) -> grid_module.Grid:
 
 # The real sweep
 
-@pytest.fixture
-def undrawn(monkeypatch):
-    """For tests of words and numbers: the pictures take most of a report's time."""
-    monkeypatch.setattr("deepvit.report.write.charts", lambda *_: [])
-
-
 @pytest.fixture(scope="module")
 def reported(tmp_path_factory) -> tuple[Path, str]:
     """The sweep's report: its folder and what was printed."""

@@ -6,7 +6,7 @@ from deepvit.commands.main import main
 from deepvit.report.figures import charts
 
 
-def test_a_missing_run_to_compare_costs_the_comparison_alone(make_run, tmp_path, capsys):
+def test_a_missing_run_to_compare_costs_the_comparison_alone(make_run, tmp_path, capsys, undrawn):
     first = make_run("a")
     assert main(["report", str(tmp_path), "--compare", str(first), "/nope", "--out", str(tmp_path / "r")]) == 2
     said = capsys.readouterr()

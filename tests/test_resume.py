@@ -78,6 +78,7 @@ def test_asked_to_stop_while_evaluating(config, uncut, tmp_path):
     assert soak.differences(uncut, folder) == 0
 
 
+@pytest.mark.slow
 def test_signal_to_the_whole_group_spares_the_loading_processes(config, uncut, tmp_path):
     """As a job scheduler sends it; torch's own handler would end the loading processes and so the run."""
     folder = tmp_path / "run"
