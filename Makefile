@@ -19,7 +19,7 @@ demo: install ## depth x attention on the built-in digits: nine small trainings,
 	@OMP_NUM_THREADS=1 $(PYTHON) train.py -m sweep=digits_depth hydra/launcher=parallel
 	@$(RUN) deepvit.report runs/digits/vit --out runs/digits/report
 
-test: install ## the tests, 5 to 8 minutes on two cores
+test: install ## the tests, 5 to 9 minutes on two cores
 	@OMP_NUM_THREADS=1 $(RUN) pytest -m "not slow" -n auto --maxprocesses 8 --dist worksteal
 
 test-all: install ## the long tests too, and on a GPU if there is one
