@@ -200,6 +200,8 @@ def test_epochs_become_steps():
     config = ["data.batch_size=100", "schedule.epochs=3", "schedule.warmup_epochs=0.5", "schedule.cooldown_epochs=1"]
     schedule, plan = build.schedule_and_plan(read_settings(compose(config)), epoch_size=1000)
     assert (schedule.steps, schedule.warmup_steps, plan.total, plan.eval_every) == (30, 5, 40, 10)
+    config = ["data.batch_size=96", "schedule.epochs=15"]
+    assert build.schedule_and_plan(read_settings(compose(config)), epoch_size=800)[0].steps == 125  # 15 * 800 / 96
 
 
 def test_what_is_due_every_so_many_epochs_is_due_together():

@@ -315,19 +315,19 @@ def schedule_and_plan(settings: Settings, epoch_size: int) -> tuple[Schedule, Pl
     if not counted:
         raise UserError(f"augment.repeats={settings.augment.repeats} is more than the {epoch_size} training images.")
 
-    def steps(epochs: float | None, given: int | None) -> int:
-        return given if epochs is None else math.ceil(epochs * per_epoch)
+    def steps(epochs: float | None, given: int | None = None) -> int:
+        return given if epochs is None else math.ceil(round(epochs * per_epoch, 6))  # 15 * (800 / 96) is above 125
 
     schedule = Schedule(
         steps=steps(chosen.epochs, chosen.steps), warmup_steps=steps(chosen.warmup_epochs, chosen.warmup_steps),
-        cooldown_steps=math.ceil(chosen.cooldown_epochs * per_epoch), lr=settings.optimizer.lr, min_lr=chosen.min_lr,
+        cooldown_steps=steps(chosen.cooldown_epochs), lr=settings.optimizer.lr, min_lr=chosen.min_lr,
         warmup_lr=chosen.warmup_lr, kind=chosen.kind, decay_from=chosen.decay_from)
     if schedule.warmup_steps > schedule.steps:
         raise UserError(f"The warm-up ({schedule.warmup_steps} steps) is longer than the run ({schedule.steps}): lower "
                         f"schedule.warmup_epochs or schedule.warmup_steps.")
     engine, probes = settings.engine, settings.probe.every_epochs
     plan = Plan(total=schedule.total, batch_size=batch, epoch_size=counted, log_every=engine.log_every,
-                save_every=engine.save_every or steps(1, None), eval_every=steps(chosen.eval_epochs, chosen.eval_steps),
-                keep_every=engine.keep_epochs and steps(engine.keep_epochs, None), max_skipped=engine.max_skipped,
-                probe_every=probes and steps(probes, None), profile=engine.profile)
+                save_every=engine.save_every or steps(1), eval_every=steps(chosen.eval_epochs, chosen.eval_steps),
+                keep_every=engine.keep_epochs and steps(engine.keep_epochs), max_skipped=engine.max_skipped,
+                probe_every=probes and steps(probes), profile=engine.profile)
     return schedule, plan
