@@ -41,7 +41,8 @@ def test_a_folder_of_the_hub(tmp_path):
 
 @pytest.mark.parametrize("name, message", [
     ("timm:vit_tyni_patch16_224", "Did you mean"), ("timm:vit_small_patch16_224.mine", "no weights on"),
-    ("hf-hub:a/b/c", "cannot be fetched"), ("hf-hub:owner/name", "cannot be fetched.*give the path"),
+    ("hf-hub:a/b/c", "cannot be fetched"),
+    ("hf-hub:owner/name", "cannot be fetched.*OfflineModeIsEnabled.*give the path"),
     ("local-dir:/nowhere", "/nowhere"), ("deepvit:../x", "came with the package"),
     ("google:ViT-B_16", "COLLECTION/NAME"), ("google:../../x", "COLLECTION/NAME"),
     ("google:imagenet21k/ViT-X_1", "http://127.0.0.1:9/imagenet21k/ViT-X_1.npz .*give the file's path")])

@@ -2,6 +2,7 @@
 
 import difflib
 import re
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -44,7 +45,8 @@ def first_line(error: BaseException) -> str:
 
 def reason(error: Exception) -> str:
     """An error's kind and its first sentence, for a sentence of ours."""
-    return f"{type(error).__name__}: {error}".splitlines()[0].split(". ")[0][:100].rstrip(": .")
+    first = f"{type(error).__name__}: {error}".splitlines()[0].split(". ")[0].rstrip(": .")
+    return textwrap.shorten(first, 120, placeholder=" ...")
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

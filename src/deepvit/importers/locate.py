@@ -83,8 +83,9 @@ def _of_hub(repository: str) -> Path:
         download_from_hf(repository, CONFIG)
         return Path(download_from_hf(repository, WEIGHTS))
     except Exception as error:  # of the network, in a dozen kinds
-        raise UserError(f"{repository} cannot be fetched from the Hugging Face hub ({reason(error)}): check the name "
-                        f"and the network, or give the path of a file.") from None
+        why = reason(error.__cause__ or error)
+        raise UserError(f"{repository} cannot be fetched from the Hugging Face hub ({why}): check the name and the "
+                        f"network, or give the path of a file.") from None
 
 
 def _of_timm(name: str) -> Path:
