@@ -16,7 +16,7 @@ from deepvit.ops import reference
 
 BASE, OURS = "timm ViT, fused attention", "deepvit, re-attention"
 SIDE = 224  # pixels
-EPOCHS, IMAGENET = 300, 1_281_167  # of recipe=imagenet; training images
+EPOCHS, IMAGENET = 310, 1_281_167  # of recipe=imagenet, with cooldown; its training images
 PAPER_DEPTHS = 16, 24, 32
 GROWING_SIDES = {50: 112, 65: 128, 197: 224, 577: 384, 1025: 512}  # tokens -> pixels, in patches of 16
 GROWING_DEPTHS = 2, 8, 32, 64
