@@ -156,8 +156,9 @@ def test_fewer_images_than_a_group_are_taken_together():
     """As training takes them, where its whole batch is smaller."""
     settings = read_settings(compose(["data.fraction=0.017", "data.workers=0"]))
     train = shared_splits(settings.data, ALONE).train
-    (batch,) = calibration(512, settings.data, train, {32}, ALONE)()
-    assert len(batch) == len(train) < 32
+    for norm_batch in (32, None):
+        (batch,) = calibration(512, settings.data, train, {norm_batch}, ALONE)()
+        assert len(batch) == len(train) < 32
 
 
 def test_an_older_run_is_evaluated_as_it_was(tmp_path):

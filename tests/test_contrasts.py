@@ -182,6 +182,12 @@ def test_the_report_of_a_study(study, tmp_path, capsys):
     assert (tmp_path / "out" / "figures" / "contrasts.png").exists()
 
 
+def test_a_report_that_is_refused_leaves_no_folder(study, tmp_path, capsys):
+    study(1, {**PLAN, "margin": 0.0})
+    assert main(["report", str(tmp_path / "runs"), "--out", str(tmp_path / "new" / "out")]) == 2
+    assert "margin" in capsys.readouterr().err and not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize(("change", "words"), [
     ({"outcom": "top1"}, "outcome"), ({"outcome": "accuracy"}, "uncalibrated_top1"), ({"margin": 0.0}, "margin"),
     ({"contrasts": {"a": {"plus": {"seed": 1}, "minus": {"seed": 2}, "primari": True}}}, "primary"),

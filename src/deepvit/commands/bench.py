@@ -90,7 +90,7 @@ def _check(given: Namespace) -> None:
         folder = getattr(given, option)
         if folder is not None and not Path(folder).is_dir():
             raise UserError(f"--{option} {folder} is not a folder: check the path.")
-    for name in {*given.benches} - {"all"}:
+    for name in filter(BENCHES.get, dict.fromkeys(given.benches)):
         if idle := [f"--{option.replace('compiled', 'compile')}" for option in OPTIONS if getattr(given, option)
                     and option not in inspect.signature(BENCHES[name]).parameters]:
             print(f"No effect on {name}: {', '.join(idle)}.", file=sys.stderr)

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import re
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -34,6 +35,17 @@ def remove_empty(paths: Sequence[Path]) -> None:
     with suppress(OSError):
         for path in paths:
             path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def check_writable(folder: Path) -> None:
+    """OSError where nothing could be written to `folder`; leaves nothing behind."""
+    made = missing(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    finally:
+        remove_empty(made)
 
 
 def read_json_lines(path: Path, last: int = 0) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from string import Template
 
 from deepvit.config.compare import flat, labels
 from deepvit.config.provenance import git_revision
+from deepvit.config.records import check_writable
 from deepvit.errors import UserError
 from deepvit.report.figures import Chart, charts, comparison_chart
 from deepvit.report.grid import Grid, differing, grids, plain
@@ -41,7 +42,7 @@ def write_report(runs: Sequence[Run], problems: Sequence[str], out: Path, thresh
     UserError if `out` cannot be written, or has files of these names that no report wrote."""
     _refuse_strange(out)
     with _writing(out):
-        (out / "figures").mkdir(parents=True, exist_ok=True)
+        check_writable(out)
     found = grids(runs)
     parts = [_summary(found), _origin(found, command), *problems, *chain(*(grid.duplicates for grid in found))]
     for number, grid in enumerate(found, 1):
@@ -50,6 +51,7 @@ def write_report(runs: Sequence[Run], problems: Sequence[str], out: Path, thresh
                   *charts(grid, f"{name}-{number}-" if len(found) > 1 else "")]
     parts += [_comparison(pair), comparison_chart(pair, _labels(pair))] if pair else []
     with _writing(out):
+        (out / "figures").mkdir(parents=True, exist_ok=True)
         saved = [part.save(out / "figures") for part in parts if isinstance(part, Chart)]
         (out / "report.csv").write_text(as_csv(found, threshold), **ANY_NAME)
         (out / "report.md").write_text("\n\n".join([f"# {TITLE}", *map(as_markdown, parts)]) + "\n", **ANY_NAME)

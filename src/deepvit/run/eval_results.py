@@ -3,7 +3,6 @@
 import csv
 import json
 import logging
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from deepvit.config.records import missing, remove_empty
+from deepvit.config.records import check_writable
 from deepvit.data import ImageSet
 from deepvit.engine.evaluate import Evaluation, mcnemar
 from deepvit.engine.folder import plain, write_text_synced
@@ -92,19 +91,21 @@ def _write_csv(path: Path, head: list[str], rows: Iterable[list[Any]]) -> None:
 
 def check_place(folder: Path) -> None:
     """UserError where results could not be written to `folder`; leaves nothing behind."""
-    made = missing(folder)
-    try:
-        with results_in(folder), tempfile.TemporaryFile(dir=folder):
-            pass
-    finally:
-        remove_empty(made)
+    with _writing(folder):
+        check_writable(folder)
 
 
 @contextmanager
 def results_in(folder: Path) -> Iterator[None]:
     """Makes the folder; UserError where it, or what is written inside, cannot be."""
-    try:
+    with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        yield
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
         yield
     except OSError as error:
         raise UserError(f"The results cannot be written to {folder} ({error.strerror}): give out=FOLDER.") from error

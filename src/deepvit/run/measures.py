@@ -104,10 +104,10 @@ def calibration(count: int, data: Data, train: inputs.ImageSet | None, norm_batc
             log.warning("calibrate=%d has no effect on a model without batch statistics.", count)
         return None
     group = norm_group(norm_batches)
-    size = min(group, len(train)) if group > 1 else min(UNGROUPED, count)
+    size = min(group if group > 1 else min(UNGROUPED, count), len(train))
     groups = min(count, len(train)) // size
     if not groups:
-        raise UserError(f"calibrate={count} of {len(train):,} images make no group of norm_batch={size}: give more.")
+        raise UserError(f"calibrate={count} of {len(train):,} images make no group of norm_batch={group}: give more.")
     first, end = (groups * part // ranks.world for part in (ranks.rank, ranks.rank + 1))
 
     def batches() -> Iterator[inputs.Batch]:
