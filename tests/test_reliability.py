@@ -329,6 +329,7 @@ def test_the_launcher_passes_a_request_to_stop_on(config, two_ranks, tmp_path):
     assert event["saved"] and "Stopped on request (SIGTERM)." in run.words() and "Traceback" not in run.words()
 
 
+@pytest.mark.slow
 def test_the_launcher_starts_all_ranks_again_when_one_dies(config, two_ranks, tmp_path):
     """From the last checkpoint, to the bits of a run that lost none; nobody is left behind."""
     folder, devices = tmp_path / "run", soak.changed(config, engine_devices=2)

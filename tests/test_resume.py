@@ -108,6 +108,7 @@ def test_the_lock_ends_with_its_process(config, tmp_path):
     assert not soak.events(folder, "resume")[0]["restarts"]
 
 
+@pytest.mark.slow
 def test_the_program_itself_is_killed_and_continues(tmp_path):
     """`python train.py`, not a function of ours: killed once, then run to its end; a third start has nothing to do."""
     command = [sys.executable, "train.py", "model=vit", "model.depth=1", "model.embed_dim=16", "model.num_heads=2",

@@ -82,7 +82,8 @@ class Fit:
         """What comes before the first step; False if a request to stop came meanwhile."""
         if self.state.step == 0:
             self._saver.log_sizes(self.state)
-            self._saver.save_last(self.state, must=True)  # what cannot be saved should not start
+            with self.meter.paused():
+                self._saver.save_last(self.state, must=True)  # what cannot be saved should not start
             self._measure_attention()
         elif self.state.evaluated < self.state.step and self._is_evaluation_due():  # a request to stop cut it short
             return self._evaluate_and_save()
