@@ -2,8 +2,8 @@
 
 A program holds a tile of maps of *all* heads at once, `[16, BM, BN]` (heads padded to the 16 rows a tensor core
 wants), so that mixing them is one product `[16, 16] x [16, BM BN]`. Maps are centred by 1/N in float32 before they are
-rounded to the inputs' dtype, and held LIFT-fold: near-uniform ones differ from 1/N by 1e-6, below float16's normal
-range. All sums over programs go through one slot per program, so results do not depend on their order.
+rounded to the inputs' dtype, and held LIFT-fold: near-uniform ones may differ from 1/N by 1e-6, below float16's
+normal range. All sums over programs go through one slot per program, so results do not depend on their order.
 
 The gradients take two sweeps that recompute the maps: by query rows, then by keys. With `dM = dU v^T + 2 dsumsq M` and
 `dA = mix^T dM`, softmax's backward is `dS = A (dA - delta)`, `delta = sum_j A dA`. The first sweep needs no delta
