@@ -43,7 +43,7 @@ def read(path: Path) -> tuple[str, list[tuple[str, str, str]]]:
         elif rows and (more := re.fullmatch(r"\s+#\s*(.*)", line)):
             name, value, remark = rows[-1]
             rows[-1] = (name, value, f"{remark} {more[1]}".strip())
-    about = [line for line in about if line != "@package _global_" and not line.startswith(("  python", "python"))]
+    about = [line for line in about if not line.startswith(("@package", "  python", "python", "  deepvit"))]
     return " ".join(about), rows
 
 
