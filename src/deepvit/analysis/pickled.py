@@ -36,7 +36,7 @@ def read_pickled_maps(path: Path) -> list[Tensor]:
     except OSError as error:
         raise UserError(f"The maps {path} cannot be read ({error.strerror}): give a file's path.") from None
     except Exception as error:  # a torn or forged pickle may raise anything
-        raise UserError(f"{path} is torn, or no pickle of arrays and tensors alone "
+        raise UserError(f"{path} is torn, or not a pickle of arrays and tensors alone "
                         f"({first_line(error)[:100].rstrip(' .:')}): save the maps [B, H, N, N] of each block, one "
                         f"pickle.dump after the other.") from None
     maps = [*map(_tensor, _blocks(objects))]

@@ -127,8 +127,8 @@ def _start(job: Job, arguments: Sequence[str]) -> int:
     except OSError as error:  # a job's own are caught in `launch`: this is the folder that Hydra makes for it
         if error.filename is None:
             raise
-        raise UserError(f"{error.filename} cannot be made ({error.strerror}): give another hydra.run.dir=... "
-                        f"(hydra.sweep.dir of a sweep).") from None
+        raise UserError(f"{error.filename} cannot be created ({error.strerror}): give another hydra.run.dir=... "
+                        f"(of a sweep: hydra.sweep.dir).") from None
     except Exception as error:
         if not Recorder.opened or isinstance(error, UserError):
             raise

@@ -164,7 +164,7 @@ def _as_timm(model: ViT) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "qk_scale": None, "stem": "patch", "residual_scale": 1.0, "map_scale": 1.0, "pool": "avg" if average else "cls",
         "final_norm": "after_pool" if average else "before_pool"})
     if not all(_is_plain(block.attn) for block in model.blocks):
-        raise UserError("timm's VisionTransformer has no re-attention or its like: export to safetensors.")
+        raise UserError("timm's VisionTransformer holds plain attention alone: export to safetensors.")
     same = ("in_chans", "num_classes", "embed_dim", "depth", "num_heads", "qkv_bias")
     arguments = {name: config[name] for name in same} | {
         "img_size": model.img_size, "patch_size": model.patch_size, "mlp_ratio": config["mlp_ratio"] + 1e-6,
@@ -250,7 +250,7 @@ def averaged(paths: Sequence[Path], weights: str = "auto") -> dict[str, Any]:
     files = [open_weights(path, ema=which == "ema") for path in paths]
     for file in files:
         if file.shapes != {name: tensor.shape for name, tensor in state.items()}:
-            raise UserError(f"{file.path} and {paths[-1]} are of different models: take the weights of one run.")
+            raise UserError(f"{file.path} and {paths[-1]} belong to different models: take the weights of one run.")
     model.load_state_dict({name: _mean([file.read(name) for file in files]) for name in state})
     return {**described(model), "averaged": [
         {"path": str(file.path), "step": file.said.get("step"), "weights": which} for file in files]}

@@ -122,7 +122,7 @@ def _refuse_strange(folder: Path) -> None:
         return
     multirun = folder / "multirun.yaml"
     if multirun.exists() and not written_for_us(multirun):
-        raise UserError(f"{multirun} is not of a sweep of deepvit: choose another folder with hydra.sweep.dir=...")
+        raise UserError(f"{multirun} is not from a deepvit sweep: choose another folder with hydra.sweep.dir=...")
     known = (multirun, *(path for pattern in (f"{FOLDER}/*.jsonl", "eval/*/predictions.csv", "eval/*/knn.json")
                          for path in folder.glob(pattern)))
     runs = (path.parent for depth in range(5) for name in (MARK, "events.jsonl")  # 4: of a sweep's own folder
@@ -134,7 +134,7 @@ def _refuse_strange(folder: Path) -> None:
 def _refuse_strange_output(folder: Path, name: str | None) -> None:
     """Hydra writes `hydra.output_subdir` there before any of us runs."""
     if name and (folder / name).exists() and not written_for_us(folder / name / "hydra.yaml"):
-        raise UserError(f"{folder / name} is not of a run of deepvit: give another hydra.run.dir=... (hydra.sweep.dir "
+        raise UserError(f"{folder / name} is not from a deepvit run: give another hydra.run.dir=... (hydra.sweep.dir "
                         f"of a sweep) or hydra.output_subdir=...")
 
 

@@ -103,7 +103,7 @@ def chosen(classes: int | str | None, class_ids: list[str]) -> list[str]:
     if len({*words}) < max(2, len(words)):
         raise UserError(f"data.classes={classes} must list two classes or more, each once.")
     if missing := sorted({*words} - {*class_ids}):
-        raise UserError(f"data.classes={classes} lists {len(words)} classes, of which this data lacks {len(missing)}, "
+        raise UserError(f"data.classes={classes} lists {len(words)} classes, and this data lacks {len(missing)}, "
                         f"such as {missing[0]}.{did_you_mean(missing[0], class_ids)}")
     return [name for name in class_ids if name in words]
 

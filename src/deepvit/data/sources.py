@@ -205,8 +205,7 @@ def real_top1(predictions: np.ndarray, names: Sequence[str], class_ids: Sequence
     from timm.data import ImageNetInfo, RealLabelsImagenet
     numbers = {wnid: number for number, wnid in enumerate(ImageNetInfo().label_names())}
     if strange := [name for name in class_ids if name not in numbers]:
-        raise UserError(f"labels=real is for models of ImageNet's classes, of which '{strange[0]}' is none: leave it "
-                        f"out.")
+        raise UserError(f"labels=real needs a model of ImageNet's classes, not '{strange[0]}': leave it out.")
     labels = RealLabelsImagenet(filenames=range(50_000)).real_labels  # file name -> classes
     try:
         known = [labels[os.path.basename(name)] for name in names]

@@ -44,7 +44,7 @@ def hub_metadata(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(config.read_bytes())
     except (OSError, ValueError) as error:
-        raise UserError(f"{config} is no JSON ({reason(error)}): get it again.") from None
+        raise UserError(f"{config} is not JSON ({reason(error)}): get it again.") from None
     content = content if isinstance(content, dict) else {}
     typed = {"arch": ("architecture", str), "model_args": ("model_args", dict), "classes": ("label_names", list)}
     found = {key: content[theirs] for key, (theirs, kind) in typed.items() if isinstance(content.get(theirs), kind)}

@@ -43,7 +43,7 @@ def save_model(model: nn.Module, path: str | Path, classes: Sequence[str] | None
 def write(path: Path, content: dict[str, Any]) -> None:
     """A file of `described`'s content, which may have more to tell in plain JSON."""
     if path.suffix not in SUFFIXES:
-        raise UserError(f"Models are written as {', '.join(SUFFIXES)}, and {path} is none: choose another name.")
+        raise UserError(f"Models are written as {', '.join(SUFFIXES)}, not {path}: choose another name.")
     aside = path.with_name(path.name + ".tmp")
     try:
         if path.suffix == ".safetensors":

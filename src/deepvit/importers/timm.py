@@ -47,7 +47,7 @@ def _told(source: Source, keyword: str, setting: str, ours: Mapping[str, str]) -
     """Our word for a keyword of timm's, None where the file does not tell it; UserError for what no ViT has here."""
     value = (source.file.said.get("model_args") or {}).get(keyword)
     if value is not None and str(value) not in ours:
-        raise UserError(f"{source} is of a model with {keyword}={value}, which no ViT has here: take one with "
+        raise UserError(f"{source} is of a model with {keyword}={value}, which ViT here lacks: take one with "
                         f"{' or '.join(ours)}, or give {setting}=... in its place.")
     return None if value is None else ours[str(value)]
 
@@ -63,7 +63,7 @@ def _images_of(arch: str) -> dict[str, Any]:
 def _gelu(source: Source, named: VisionTransformer | None) -> str:
     act = named.blocks[0].mlp.act if named else nn.GELU()
     if not isinstance(act, (nn.GELU, GELU, GELUTanh)):
-        raise UserError(f"{source} is of a model with {type(act).__name__}, which no ViT has here: take one with GELU.")
+        raise UserError(f"{source} is of a model with {type(act).__name__}, which ViT here lacks: take one with GELU.")
     is_tanh = isinstance(act, GELUTanh) or getattr(act, "approximate", "none") == "tanh"
     return "tanh" if is_tanh else "erf"
 

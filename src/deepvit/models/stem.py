@@ -65,7 +65,7 @@ class Stem(nn.Module):
                 raise UserError(f"Patches of {patch_size[0]}x{patch_size[1]} pixels do not tile images of "
                                 f"{img_size[0]}x{img_size[1]}: change img_size or patch_size.")
             if patch % self.stride:
-                raise UserError(f"patch_size={patch} is no multiple of this stem's stride of {self.stride} pixels.")
+                raise UserError(f"patch_size={patch} is not a multiple of this stem's stride of {self.stride} pixels.")
         self.img_size, self.patch_size = img_size, patch_size
 
 

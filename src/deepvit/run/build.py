@@ -228,7 +228,7 @@ def optimizer(network: nn.Module, chosen: Optimizer) -> torch.optim.Optimizer:
     each group its `lr_scale`. UserError where timm has no such optimizer, or it does not take these settings, each of
     which it must know: timm drops some that it does not."""
     if chosen.opt not in list_optimizers():
-        raise UserError(f"optimizer.opt={chosen.opt} is none of timm's.{did_you_mean(chosen.opt, list_optimizers())}")
+        raise UserError(f"timm has no optimizer.opt={chosen.opt}.{did_you_mean(chosen.opt, list_optimizers())}")
     info = get_optimizer_info(chosen.opt)
     given = {name: value for name in ("momentum", "betas", "eps") if (value := getattr(chosen, name)) is not None}
     for name, value in given.items():

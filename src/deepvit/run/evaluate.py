@@ -180,7 +180,7 @@ def data_settings(model: ViT, asked: EvalSettings) -> Data:
         typed, told = typed_names(asked.origin), told_preparation(model) | _held_out(model, given.get("root"))
         if "mean" in told and "data.norm" not in typed:
             log.warning("%s was trained on images normalised by mean %s and std %s, which no data.norm has: it is "
-                        "given others, and does worse for it.", model.load_report.path, told["mean"], told["std"])
+                        "evaluated with others and does worse.", model.load_report.path, told["mean"], told["std"])
         own = {name: told[name] for name in (*PREPARATION, "val_fraction")
                if name in told and f"data.{name}" not in typed}
         if other := [f"data.{name}={value}" for name, value in own.items() if value != given.get(name)]:

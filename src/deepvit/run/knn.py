@@ -67,7 +67,7 @@ def _neighbours(model: ViT, data: Data, asked: EvalSettings, ranks: Ranks, stop:
                 features.append(F.normalize(block_features(model, x).float(), dim=-1).cpu())
             targets.append(y.cpu().masked_fill(~batch.usable, -1))
             for bad in batch.bad:
-                log.warning("%s cannot be used (%s): it counts as wrong, or is no neighbour.", bad.name, bad.reason)
+                log.warning("%s cannot be used (%s): it counts as wrong, never as a neighbour.", bad.name, bad.reason)
 
         batches = build.eval_batches(data, images, ranks)()
         if not ranks.for_each(batches, take, lambda: ranks.any_asked_to_stop(bool(stop))):

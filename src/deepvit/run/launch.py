@@ -87,7 +87,7 @@ def joined() -> bool:
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT"):
         value, limit = os.environ.get(name, "0"), os.environ["WORLD_SIZE"] if name == "RANK" else "65536"
         if not value.isdecimal() or int(value) >= int(limit):
-            raise UserError(f"{name}={value} is no number below {limit}: {advice}")
+            raise UserError(f"{name}={value} is not a number below {limit}: {advice}")
     return True
 
 

@@ -38,7 +38,7 @@ def allowed(settings: Settings, norm_batches: Collection[int | None], world: int
     batch, most, whole = settings.data.batch_size, settings.engine.device_batch, unit(settings, norm_batches)
     share, rest = divmod(batch, world)
     if rest:
-        raise UserError(f"data.batch_size={batch} does not divide over {world} devices: give a multiple of {world}.")
+        raise UserError(f"data.batch_size={batch} does not divide among {world} devices: give a multiple of {world}.")
     group, pair = norm_group(norm_batches), 2 if mixes(settings.augment) else 1
     why = " and ".join([f"norm_batch={group} takes batch statistics over so many"] * (group > 1)
                        + ["mixup and cutmix pair neighbours"] * (pair > 1))
@@ -47,7 +47,7 @@ def allowed(settings: Settings, norm_batches: Collection[int | None], world: int
         fitting = [size for size in range(min(group, share), 1, -1) if share % math.lcm(size, pair) == 0]
         other = f", or {_norm_batch(settings)}={fitting[0]}" if group > 1 and fitting else ""
         multiple = math.lcm(group, pair)
-        raise UserError(f"data.batch_size={batch} ({share} on a device) is no multiple of {multiple} ({why}): give a "
+        raise UserError(f"data.batch_size={batch} ({share} per device) is not a multiple of {multiple} ({why}): give a "
                         f"multiple of {world * multiple}{other}.")
     if most is None or most == "auto" and None in norm_batches:
         return sizes[:1]
