@@ -7,7 +7,7 @@ RUN := $(PYTHON) -m
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
-install: .venv/installed ## make .venv and install the tested versions (5.6 GB, about 2 minutes)
+install: .venv/installed ## make .venv and install the tested versions (5.6 GB, 2 to 5 minutes)
 
 .venv/installed: pyproject.toml constraints.txt
 	@bash .ci/install

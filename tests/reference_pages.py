@@ -17,9 +17,9 @@ GROUPS = {  # group -> the file whose values are shown, and a file that has more
     "schedule": ("cosine", None), "precision": ("fp32", None), "engine": ("default", None)}
 START = """# All settings
 
-Made from the YAML files in `conf/` by `python tests/reference_pages.py`. Each is set as `name=value` on the command
-line of `train.py`; `python train.py --cfg job` prints the values of a run. A group is chosen as `group=name`, and sets
-the values that its file names.
+Generated from the YAML files in `conf/` by `python tests/reference_pages.py`. Each is set as `name=value` on the
+command line of `train.py`; `python train.py --cfg job` prints a run's values. A group is chosen as `group=name`, and
+sets the values in its file.
 """
 
 
@@ -87,8 +87,8 @@ def settings_page() -> str:
 
 
 def api_page() -> str:
-    parts = ["# Public names\n\nMade from the docstrings by `python tests/reference_pages.py`. What is not here may\n"
-             "change without notice.\n"]
+    parts = ["# Public names\n\nGenerated from the docstrings by `python tests/reference_pages.py`. What is not here\n"
+             "may change without notice.\n"]
     seen = set()
     for name in MODULES:
         module = importlib.import_module(name)

@@ -154,7 +154,7 @@ def test_a_normalisation_that_no_file_tells_is_said_to_be_a_guess(tmp_path, capl
     for told, words in (({"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}, 0), ({}, 1)):
         torch.save({"state_dict": state, **told}, tmp_path / "m.pth")
         read_images(deepvit.load_model(tmp_path / "m.pth", num_heads=3), [])
-        assert caplog.text.count("m.pth does not tell how its images were normalised") == words
+        assert caplog.text.count("m.pth does not say how its images were normalised") == words
 
 
 def test_images_are_prepared_as_timm_says(tmp_path):

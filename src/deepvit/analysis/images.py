@@ -87,7 +87,7 @@ def evaluated_as(model: ViT) -> dict[str, Any]:
     told, report = told_preparation(model), model.load_report
     found = PUBLISHED | told
     if not {"norm", "mean"} & told.keys() and report.dialect in ("ours", "timm", "lucidrains"):  # others have one each
-        log.warning("%s does not tell how its images were normalised: taken as from -1 to 1.", report.path)
+        log.warning("%s does not say how its images were normalised: taken as from -1 to 1.", report.path)
     mean, std = data.norm_values(found["norm"])
     return {"mean": mean, "std": std} | found
 

@@ -41,7 +41,7 @@ def linear_cka(p: Tensor, q: Tensor) -> float:
 
 @measure("entropy", "softmax", title="Entropy of the softmax maps", unit="nats")
 def attention_entropy(maps: Tensor) -> Tensor:
-    """Mean entropy of the rows, `-sum_j a_ij ln a_ij`, in nats: 0 looks at one token, ln N at all alike. `[H]`.
+    """Mean entropy of the rows, `-sum_j a_ij ln a_ij`, in nats: 0 for one token, ln N for all alike. `[H]`.
 
     For maps whose rows are distributions, so `stage="softmax"`; raises UserError where entries are negative.
     """
@@ -81,7 +81,7 @@ def effective_rank(maps: Tensor) -> Tensor:
     """How many directions the maps have, from 1 to N: `(sum s^2)^2 / sum s^4` over singular values s. `[H]`.
 
     Roy & Vetterli's effective rank (EUSIPCO 2007) of s^2, with Renyi's entropy of order 2 for Shannon's, which needs no
-    decomposition: `|A|^4 / |A^T A|^2`. A map that gives every query the same has 1 (Dong et al., arXiv:2103.03404).
+    decomposition: `|A|^4 / |A^T A|^2`. A map whose rows are all equal has 1 (Dong et al., arXiv:2103.03404).
     """
     maps = maps.float() / maps.float().norm(dim=(-2, -1), keepdim=True).clamp_min(1e-30)  # |A| = 1
     return (maps.mT @ maps).square().sum((-2, -1)).reciprocal().mean(0)

@@ -41,9 +41,9 @@ def load_model(path: str | Path, *, dialect: str | None = None, ema: bool | None
         dialect: one of `DIALECTS` (default: detected from the content).
         ema: take the averaged weights (None: if the file has any).
         head: `keep` the file's classifier, or start it anew (`reset`: random, `zero`).
-        arch, grid_size: what the file does not tell: the model that was trained, by a name of `list_models()`, of the
+        arch, grid_size: what the file does not say: the model that was trained, by a name of `list_models()`, of the
             published DeepViT code or of timm; and (rows, columns) of patches that its positions stand for.
-        **keywords: of `ViT`, for what the file does not tell (`num_heads`, `pool`, ...) or to change the image size.
+        **keywords: of `ViT`, for what the file does not say (`num_heads`, `pool`, ...) or to change the image size.
 
     Returns a `ViT` in training mode with `.config` and `.load_report` (a `Report`). Raises UserError if the file is
     missing, torn, poisoned or foreign, or does not fit what was asked.
@@ -168,10 +168,10 @@ def _settings(source: Source, given: Mapping[str, Any], grid_size: Sequence[int]
         alike = [f"timm's {TIMM_HEADS[width]}"] if width in TIMM_HEADS else []
         alike += [f"{name} has {model['num_heads']}" for name, model in models.items()
                   if (model["embed_dim"], model["attention"]["class"]) == (width, "SelfAttention")]
-        raise Untold(f"{source} does not tell its number of heads: give num_heads=..., or arch=NAME of a known model"
+        raise Untold(f"{source} does not give its number of heads: give num_heads=..., or arch=NAME of a known model"
                      f" (of width {width}: {', '.join(alike) or 'none'}).")
     if shaped["stem"] == "conv" and not {"residual_scale", "map_scale"} <= {**inferred, **given}.keys():
-        raise Untold(f"{source} does not tell residual_scale and map_scale: give them (published: 0.5 and, in L, 1.0, "
+        raise Untold(f"{source} does not give residual_scale and map_scale: give them (published: 0.5 and, in L, 1.0, "
                      f"in S head_dim**-0.5), or arch=NAME (such as deepvit_s).")
     if "head_dim" not in {**inferred, **given}:
         inner, heads = source.steps["blocks.0.attn.qkv.weight"].shape[0] // 3, config["num_heads"]

@@ -143,7 +143,7 @@ class HeadMix(nn.Module):
 
 
 class SelfAttention(Attention):
-    """Softmax attention (Vaswani et al., arXiv:1706.03762), and what may be done to its maps A; by default nothing is:
+    """Softmax attention (Vaswani et al., arXiv:1706.03762), with operations on its maps A, all off by default:
     `norm(Theta ((1 - centre) / N + gain (A - 1/N)) + bias) * map_scale`. Self-attention, AttnScale, centred attention,
     re-attention and everything between them are settings of this. Without dropout on the maps nothing of size N x N is
     kept: see `ops`. UserError: settings that undo each other.

@@ -187,7 +187,7 @@ def data_settings(model: ViT, asked: EvalSettings) -> Data:
             log.info("%s: as in its training: %s.", model.load_report.path, ", ".join(other))
         given |= own
     if "source" not in given:
-        raise UserError(f"{model.load_report.path} does not tell its training data: add data=imagenet data.root=...")
+        raise UserError(f"{model.load_report.path} does not name its training data: add data=imagenet data.root=...")
     return read_group("data", {**NEUTRAL, **given, "img_size": list(model.img_size)})
 
 
