@@ -84,17 +84,18 @@ def _infer_google(source: Source, given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _infer_vit_pytorch(source: Source, given: Mapping[str, Any]) -> dict[str, Any]:
     settings, width = _infer_both(source, "vit_pytorch") | {"gelu": "erf"}, source.settings["embed_dim"]
-    if "num_heads" not in settings | given and width in ZOO_HEADS:
+    if "num_heads" not in source.settings | given and width in ZOO_HEADS:
         settings["num_heads"] = ZOO_HEADS[width]
         source.report.notes.append(f"{ZOO_HEADS[width]} heads, as in ViT-pytorch's models of width {width}")
     return settings
 
 
 def _infer_both(source: Source, arithmetic: str) -> dict[str, Any]:
-    """H as the query kernel [D, H, d] of a .npz has it; a hybrid's stem with its arithmetic."""
-    stem, query = source.settings["stem"], source.file.shapes.get(f"{ATTENTION}/query/kernel".format(l=0))
-    return {"norm_eps": 1e-6, "stem": stem if isinstance(stem, str) else {**stem, "arithmetic": arithmetic},
-            **({"num_heads": query[1]} if query else {})}
+    """A hybrid's stem with its arithmetic; H, which the query kernel [D, H, d] of a .npz decides."""
+    if query := source.file.shapes.get(f"{ATTENTION}/query/kernel".format(l=0)):
+        source.settings["num_heads"] = query[1]
+    stem = source.settings["stem"]
+    return {"norm_eps": 1e-6, "stem": stem if isinstance(stem, str) else {**stem, "arithmetic": arithmetic}}
 
 
 def zoom(pos: Tensor, old: Grid, new: Grid) -> Tensor:

@@ -49,8 +49,9 @@ def load_model(path: str | Path, *, dialect: str | None = None, ema: bool | None
     missing, torn, poisoned or foreign, or does not fit what was asked.
     """
     source = _understand(path, dialect, ema, arch, keywords)
+    inferred = source.dialect.infer(source, keywords)
     _refuse_contradictions(source, keywords)
-    config, grid = _settings(source, keywords, grid_size)
+    config, grid = _settings(source, inferred, keywords, grid_size)
     model = empty_model(config, str(source))
     _fill(model, source, grid, head)
     _drop_other_names(source.report, model.num_classes, head)
@@ -84,7 +85,7 @@ def told_settings(path: str | Path, given: Mapping[str, Any], dialect: str | Non
     """The model's settings by the names and shapes alone of a weights file (the average, where there is one), and the
     file's metadata (`Report.said`). `given`: keywords of `ViT` that override the file. UserError as `load_model`."""
     source = _understand(path, dialect, None, None, given)
-    return _settings(source, given, None)[0], source.report.said
+    return _settings(source, source.dialect.infer(source, given), given, None)[0], source.report.said
 
 
 def load_weights(model: ViT, path: str | Path, dialect: str | None = None, ema: bool | None = False,
@@ -148,8 +149,7 @@ def _known_arch(arch: str) -> str:
 
 
 def _refuse_contradictions(source: Source, given: Mapping[str, Any]) -> None:
-    told = source.file.said.get("config") if source.dialect is ours.OURS else None
-    shaped = ({"num_heads": told.get("num_heads")} if isinstance(told, Mapping) else {}) | source.settings
+    shaped = source.settings
     wrong = [key for key, value in given.items()
              if key in DECIDED and key in shaped and value not in (shaped[key], (shaped[key],) * 2, [shaped[key]] * 2)]
     if wrong:
@@ -158,10 +158,10 @@ def _refuse_contradictions(source: Source, given: Mapping[str, Any]) -> None:
                         f"{', '.join(repr(shaped[key]) for key in wrong)}: leave {', '.join(wrong)} out.")
 
 
-def _settings(source: Source, given: Mapping[str, Any], grid_size: Sequence[int] | None
+def _settings(source: Source, inferred: Mapping[str, Any], given: Mapping[str, Any], grid_size: Sequence[int] | None
               ) -> tuple[dict[str, Any], Grid]:
     """Settings by shapes, then by the dialect, then by the caller; and the grid of the file's positions."""
-    shaped, inferred = source.settings, source.dialect.infer(source, given)
+    shaped = source.settings
     config = model_config("vit") | {"num_heads": None} | shaped | inferred | dict(given)
     if config["num_heads"] is None:
         width, models = config["embed_dim"], {name: model_config(name) for name in list_models()}

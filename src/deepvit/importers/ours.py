@@ -119,6 +119,7 @@ def _infer(source: Source, given: Mapping[str, Any]) -> dict[str, Any]:
     _check_sizes(source, config)
     if isinstance(attention := config.get("attention"), Mapping):  # older files have sync_norm, which was for training
         config = {**config, "attention": {key: value for key, value in attention.items() if key != "sync_norm"}}
+    shaped.setdefault("num_heads", config.get("num_heads"))
     return {**config, "num_classes": shaped["num_classes"]}
 
 
