@@ -23,6 +23,7 @@ from deepvit.config.compose import compose
 from deepvit.config.settings import read_evaluation
 from deepvit.errors import UserError
 from deepvit.importers import open_model, open_weights
+from deepvit.importers.ours import described
 from deepvit.importers.settings import as_keywords
 from deepvit.run import build, evaluate
 
@@ -413,6 +414,21 @@ def test_a_kept_head_goes_by_the_names_of_its_classes(tmp_path):
             deepvit.load_weights(other, tmp_path / "m.pt", **wrong)
     assert torch.equal(other.norm.weight, before)
     deepvit.load_weights(other, tmp_path / "m.pt", classes=["bee", "cat", "cow"], head="reset")
+
+
+def test_a_model_that_is_filled_is_saved_with_what_its_new_file_tells(tmp_path):
+    """Not with the classes and the normalisation of the file that it was built from."""
+    for name, classes, mean in (("one.pt", ["ant", "bee", "cat"], 0.5), ("other.pt", ["dog", "elk", "fox"], 0.25)):
+        content = described(trained("vit"), classes)
+        torch.save(content | {"class_names": [*map(str.upper, classes)], "mean": [mean] * 3, "std": [mean] * 3},
+                   tmp_path / name)
+    model, order = deepvit.load_model(tmp_path / "one.pt"), ["fox", "dog", "elk"]
+    for how, classes in ({}, ["dog", "elk", "fox"]), ({"classes": order}, order), ({"head": "reset"}, None):
+        deepvit.load_weights(model, tmp_path / "other.pt", **how)
+        deepvit.save_model(model, tmp_path / "again.pt")
+        said = deepvit.load_model(tmp_path / "again.pt").load_report.said
+        assert (said.get("classes"), said["mean"]) == (classes, [0.25] * 3)
+        assert said.get("class_names") in ([*map(str.upper, classes or [])], None)
 
 
 def test_a_run_starts_from_the_average_and_from_its_own_classes(tmp_path):

@@ -155,9 +155,9 @@ def _check_tensor(path: Path, name: Any, tensor: Any) -> None:
 
 
 def _metadata(content: Mapping) -> dict[str, Any]:
-    """All of a checkpoint but its weights; the model's name and keywords, and how its images were prepared, also from
-    timm's saved arguments."""
-    said = {key: value for key, value in content.items() if key not in (*RAW, *EMA, "optimizer")}
+    """All of a checkpoint but its weights and optimizer; the model's name and keywords, and how its images were
+    prepared, also from timm's saved arguments."""
+    said = {key: value for key, value in content.items() if key not in RAW + EMA and not str(key).startswith("optim")}
     arguments = said.get("args")
     said["arch"] = said.get("arch") or getattr(arguments, "model", None)
     if isinstance(keywords := getattr(arguments, "model_kwargs", None), dict):

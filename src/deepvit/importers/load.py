@@ -54,9 +54,6 @@ def load_model(path: str | Path, *, dialect: str | None = None, ema: bool | None
     config, grid = _settings(source, inferred, keywords, grid_size)
     model = empty_model(config, str(source))
     _fill(model, source, grid, head)
-    _drop_other_names(source.report, model.num_classes, head)
-    model.load_report = source.report
-    log.info("%s", source.report)
     return model
 
 
@@ -98,8 +95,8 @@ def load_weights(model: ViT, path: str | Path, dialect: str | None = None, ema: 
         head: `keep` asks for as many classes as the model has; `reset` and `zero` leave the file's head out.
         classes: the model's, in order: a kept head of the same classes is reordered, one of others is refused.
 
-    Returns a `Report` of what was resized, dropped or does not agree. Raises UserError as `load_model`; the model is
-    unchanged if names or shapes do not fit.
+    Returns a `Report` of what was resized, dropped or does not agree, which is also the model's `.load_report`. Raises
+    UserError as `load_model`; the model is unchanged if names or shapes do not fit.
     """
     if not isinstance(model, ViT):
         raise UserError(f"load_weights fills models of deepvit.create_model, not a {type(model).__name__}.")
@@ -116,7 +113,6 @@ def load_weights(model: ViT, path: str | Path, dialect: str | None = None, ema: 
         _fill(model, source, grid, head, classes)
     except UserError as error:
         raise UserError(f"{error}{_advice(source, config)}") from None
-    log.info("%s", source.report)
     return source.report
 
 
@@ -223,7 +219,7 @@ def _typed(key: str, value: Any) -> str:
 
 
 def _fill(model: ViT, source: Source, grid: Grid, head: Head, classes: Sequence[str] | None = None) -> None:
-    """Copies the weights into the model, which is unchanged unless names, shapes and classes fit."""
+    """Copies the weights into the model, which is unchanged unless names, shapes and classes fit, and reports it."""
     choose("head", head, dict.fromkeys(get_args(Head)))
     report, steps = source.report, dict(source.steps)
     order = _order_of_classes(source, classes) if head == "keep" else None
@@ -247,6 +243,9 @@ def _fill(model: ViT, source: Source, grid: Grid, head: Head, classes: Sequence[
     report.head = model.head if head == "keep" else None
     if model.norm_batches and _is_uncalibrated(source):
         report.notes.append("its weights are averages with the batch statistics of others: evaluate with calibrate=512")
+    _drop_other_names(report, model.num_classes, head)
+    model.load_report = report
+    log.info("%s", report)
 
 
 def _order_of_classes(source: Source, classes: Sequence[str] | None) -> list[int] | None:
@@ -259,6 +258,7 @@ def _order_of_classes(source: Source, classes: Sequence[str] | None) -> list[int
         raise UserError(f"{source} and the data differ in classes such as {', '.join(sorted(map(repr, strange))[:4])}: "
                         f"start the head anew with head=reset (or head=zero).")
     source.report.notes.append("its classes are the data's in another order: the head's rows were reordered")
+    source.report.said |= {"classes": list(classes), "class_names": None}
     return [places[name] for name in classes]
 
 
