@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -452,6 +453,21 @@ def test_forged_keywords_of_timm(tmp_path, keywords):
     with pytest.raises(UserError, match="w.pth") as refusal:
         deepvit.load_model(tmp_path / "w.pth")
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("theirs, ours, note", [
+    ({"block": "deepnorm"}, {}, "block=pre_norm.* deepnorm"), ({"qk_scale": 3.0}, {}, "qk_scale=None.* 3.0"),
+    ({}, {"attention": "contrast"}, "attention.gain=316.2.* 1.0"),
+    ({"attention": "temperature_decay"}, {}, "attention.class=SelfAttention.* DecayedTemperature"),
+    ({"stem": {"name": "hybrid", "layers": [1], "width": 32, "arithmetic": "vit_pytorch"}},
+     {"stem": {"name": "hybrid", "layers": [1], "width": 32}}, "stem.arithmetic=google.* vit_pytorch"),
+    ({"attention": "reattention"}, {"attention": "reattention_identity"}, None),
+    ({}, {"attention": "attention_dropout"}, None)], ids=str)
+def test_weights_of_other_arithmetic_are_said_to_be(tmp_path, theirs, ours, note):
+    """The shapes are the same, and the logits are not."""
+    deepvit.save_model(deepvit.create_model("vit", **SMALL | theirs), tmp_path / "m.pt")
+    notes = deepvit.load_weights(deepvit.create_model("vit", **SMALL | ours), tmp_path / "m.pt").notes
+    assert any(re.search(f"has {note}$", one) for one in notes) if note else not notes
 
 
 def test_every_setting_that_disagrees_is_named_at_once(tmp_path):

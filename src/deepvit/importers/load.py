@@ -10,12 +10,13 @@ import torch
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 
+from deepvit.config.signature import parameters_of
 from deepvit.errors import Untold, UserError, choose, did_you_mean
 from deepvit.importers import deepvit, google, lucidrains, ours, timm
 from deepvit.importers.dialect import Dialect, Report, Source, Step, foreign_name, translate
 from deepvit.importers.files import open_weights
 from deepvit.importers.settings import Grid, empty_model, grid_of, settings_from_config, settings_from_shapes
-from deepvit.models import ViT, list_models, model_config
+from deepvit.models import ATTENTIONS, Attention, ViT, list_models, model_config
 from deepvit.models.init import init_weights
 from deepvit.models.stem import plain
 
@@ -25,7 +26,8 @@ DIALECTS: dict[str, Dialect] = {dialect.name: dialect for dialect in (
 TIMM_HEADS = {192: "tiny has 3", 384: "small has 6", 768: "base has 12", 1024: "large has 16", 1280: "huge has 16"}
 DECIDED = ("embed_dim", "depth", "num_heads", "in_chans", "patch_size", "qkv_bias")  # a keyword must not contradict
 NAMED = ("ours", "deepvit", "timm")  # dialects whose files may identify the model by name alone
-SCALARS = ("gelu", "norm_eps", "residual_scale", "map_scale", "pool", "final_norm")  # which no shape determines
+SCALARS = ("gelu", "norm_eps", "qk_scale", "block", "residual_scale", "map_scale", "pool", "final_norm")
+TRAINING = ("theta_init", "attn_drop", "proj_drop", "norm_batch")  # of an attention
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 WEIGHTS = {"auto": None, "ema": True, "raw": False}  # what a command is asked for -> `ema`
 Head = Literal["keep", "reset", "zero"]
@@ -103,8 +105,9 @@ def load_weights(model: ViT, path: str | Path, dialect: str | None = None, ema: 
     config = model.config
     source = _understand(path, dialect, ema, None, config)
     inferred = source.dialect.infer(source, config)
-    source.report.notes += [f"the model has {key}={config[key]}, these weights were made with {inferred[key]}"
-                            for key in SCALARS if key in inferred and config[key] != inferred[key]]
+    mine = _shapeless(config)
+    source.report.notes += [f"the model has {key}={mine.get(key)}, these weights were made with {value}"
+                            for key, value in _shapeless(inferred).items() if mine.get(key) != value]
     grid = _grid(source, inferred.get("img_size"), model.grid_size, grid_size)
     source.settings["num_heads"] = heads = {**config, **source.settings, **inferred}["num_heads"]
     try:
@@ -114,6 +117,17 @@ def load_weights(model: ViT, path: str | Path, dialect: str | None = None, ema: 
     except UserError as error:
         raise UserError(f"{error}{_advice(source, config)}") from None
     return source.report
+
+
+def _shapeless(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What no shape determines of a model's logits, by path: scalars, and all of the attention and the stem."""
+    found, stem = {key: config[key] for key in SCALARS if key in config}, config.get("stem")
+    if isinstance(rule := config.get("attention"), Mapping):
+        usual = parameters_of(ATTENTIONS.get(str(rule.get("class")), Attention))[0]
+        found |= {f"attention.{key}": rule.get(key, one.default) for key, one in usual.items() if key not in TRAINING}
+        found["attention.class"] = rule.get("class")
+    arithmetic = stem.get("arithmetic", "google") if isinstance(stem, Mapping) else "google"
+    return found | ({"stem.arithmetic": arithmetic} if stem else {})
 
 
 def _understand(path: str | Path, dialect: str | None, ema: bool | None, arch: str | None,
