@@ -128,6 +128,10 @@ def test_head_reset_and_zero(npz):
     model = deepvit.load_model(npz, head="reset", num_classes=5)
     assert model.head.weight.std() > 0.005 and not model.head.bias.any()
     assert model.load_report.fresh == ["head.weight", "head.bias"]
+    wide = deepvit.load_model(npz, head="reset", num_classes=50, init_std=0.5)
+    assert 0.4 < wide.head.weight.std() < 0.6
+    wide.reset_classifier(40)
+    assert 0.4 < wide.head.weight.std() < 0.6
     report = deepvit.load_weights(model, npz, head="zero")
     assert not model.head.weight.any() and model.blocks[0].attn.qkv.weight.any()
     assert "head/kernel" in report.dropped and "head=zero" in str(report)

@@ -252,7 +252,10 @@ def _fill(model: ViT, source: Source, grid: Grid, head: Head, classes: Sequence[
             if name.endswith("num_batches_tracked"):
                 state[name].zero_()
         if head != "keep" and isinstance(model.head, nn.Linear):
-            init_weights(model.head) if head == "reset" else [nn.init.zeros_(p) for p in model.head.parameters()]
+            if head == "reset":
+                init_weights(model.head, model.config["init_std"])
+            else:
+                nn.init.zeros_(model.head.weight), nn.init.zeros_(model.head.bias)
     report.tensors, report.fresh = len(steps), [name for name in state if name not in steps]
     report.head = model.head if head == "keep" else None
     if model.norm_batches and _is_uncalibrated(source):

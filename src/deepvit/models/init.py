@@ -28,8 +28,8 @@ def stream(seed: int, path: str, device: torch.device, name: str) -> Generator |
     return Generator(device).manual_seed(int.from_bytes(digest))
 
 
-def init_weights(model: nn.Module, seed: int | None = None, std: float = STD, mimetic: bool = False) -> None:
-    """Initialises all of `model`, by default as the published code does.
+def init_weights(model: nn.Module, std: float | None, seed: int | None = None, mimetic: bool = False) -> None:
+    """Initialises all of `model`, by default as the published code does. `std`: `init_std` of a ViT (None: 0.02).
 
     | parameter                          | start                                                             |
     |------------------------------------|-------------------------------------------------------------------|
@@ -43,7 +43,7 @@ def init_weights(model: nn.Module, seed: int | None = None, std: float = STD, mi
     | Linear weight in a `DeepNormBlock` | Xavier normal, scaled with depth: see there                       |
     | attention, if `mimetic`            | see `mimic`                                                       |
     """
-    seed = draw_seed() if seed is None else seed
+    seed, std = draw_seed() if seed is None else seed, STD if std is None else std
     device = next(model.parameters(), torch.empty(0)).device
     modules = [(module, partial(stream, seed, path, device)) for path, module in model.named_modules()]
     for module, draws in modules:

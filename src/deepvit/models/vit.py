@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from deepvit.errors import UserError, choose
 from deepvit.models.attention import ATTENTIONS, Attention
 from deepvit.models.blocks import BLOCKS, checkpoint_block, share_among
-from deepvit.models.init import STD, draw_seed, init_weights
+from deepvit.models.init import draw_seed, init_weights
 from deepvit.models.stem import PatchStem, Pixels, plain, stem_of
 
 PLAIN = {"class": "SelfAttention"}
@@ -96,7 +96,7 @@ class ViT(nn.Module):
             share_among(self.blocks, share_maps, weight_init)
         if weight_init and block == "deepnorm":
             raise UserError(f"block=deepnorm has its own initialisation: leave weight_init={weight_init} out.")
-        init_weights(self, seed, STD if init_std is None else init_std, mimetic=weight_init == "mimetic")
+        init_weights(self, init_std, seed, mimetic=weight_init == "mimetic")
         torch.set_rng_state(before)  # what the layers drew as they were built differs from model to model
 
     @property
@@ -239,7 +239,7 @@ class ViT(nn.Module):
         self.num_classes = num_classes
         self.config |= {"num_classes": num_classes, "pool": self.pool}
         self.head = _head(self.head_hidden_size, num_classes).to(self.cls_token.device, self.cls_token.dtype)
-        init_weights(self.head)
+        init_weights(self.head, self.config["init_std"])
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.grad_checkpointing = enable
