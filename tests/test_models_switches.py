@@ -9,6 +9,7 @@ from oracles import uniform
 from torch.testing import assert_close
 
 import deepvit
+from deepvit.errors import UserError
 from deepvit.models.blocks import BranchMasks
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 4, "num_classes": 5}
@@ -32,6 +33,13 @@ SETTINGS = {
                             "gelu": "tanh", "norm_eps": 1e-5},
     "mlp and pre_logits": {"mlp_ratio": 100 / 24, "representation_size": 7, "pool": "avg"},
 }
+
+
+@pytest.mark.parametrize("chosen", ["3:", ":-3", "2:1", "1:x", "a", [3], [-4]], ids=str)
+def test_blocks_that_the_model_does_not_have(chosen):
+    """A slice of none would leave plain attention under the name of another."""
+    with pytest.raises(UserError, match="reattention_blocks=.* does not fit a model of 3 blocks"):
+        deepvit.create_model("vit", **SMALL, attention="reattention", reattention_blocks=chosen)
 
 
 def test_stochastic_depth_keeps_the_mean():

@@ -279,7 +279,8 @@ def _block_indices(chosen: Sequence[int] | str | None, depth: int) -> set[int]:
     blocks = range(depth)
     try:
         if isinstance(chosen, str):
-            return {*blocks[slice(*(int(part) if part else None for part in chosen.split(":")))]}
+            part = blocks[slice(*(int(end) if end else None for end in chosen.split(":")))]
+            return {part[0], *part}  # IndexError where it holds no block
         return {*blocks} if chosen is None else {blocks[index] for index in chosen}
     except (ValueError, TypeError, IndexError):
         raise UserError(f"reattention_blocks={chosen} does not fit a model of {depth} blocks: give a slice such as "
