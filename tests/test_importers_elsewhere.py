@@ -119,7 +119,7 @@ TIMMS = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_head
 def timm_folder(folder: Path, pretrained_cfg: dict | None = None, **keywords) -> timm.models.VisionTransformer:
     """A ViT of timm's in a folder as on its hub."""
     torch.manual_seed(0)
-    model = timm.models.VisionTransformer(**TIMMS, **keywords).eval()
+    model = timm.models.VisionTransformer(**TIMMS | keywords).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     save_file(model.state_dict(), folder / "model.safetensors")
@@ -129,10 +129,13 @@ def timm_folder(folder: Path, pretrained_cfg: dict | None = None, **keywords) ->
 
 
 @pytest.mark.parametrize("keywords", [{"global_pool": "avg"}, {"global_pool": "avg", "fc_norm": False},
-                                      {"global_pool": "token", "fc_norm": True}, {"act_layer": "gelu_tanh"}], ids=str)
+                                      {"global_pool": "token", "fc_norm": True}, {"act_layer": "gelu_tanh"},
+                                      {"img_size": [8, 32]}], ids=str)
 def test_what_no_tensor_of_timms_tells_is_taken_from_its_keywords(tmp_path, keywords):
-    assert_close(*(model.eval()(torch.ones(1, 3, 16, 16)) for model in
-                   (timm_folder(tmp_path, **keywords), deepvit.load_model(tmp_path))), atol=1e-6, rtol=0)
+    """[8, 32]: as many positions as a square has."""
+    x = torch.ones(1, 3, *keywords.get("img_size", (16, 16)))
+    assert_close(*(model.eval()(x) for model in (timm_folder(tmp_path, **keywords), deepvit.load_model(tmp_path))),
+                 atol=1e-6, rtol=0)
 
 
 def test_a_pooling_that_no_model_has_here_is_refused(tmp_path):

@@ -36,6 +36,8 @@ def _infer(source: Source, given: Mapping[str, Any]) -> dict[str, Any]:
     is_last = "fc_norm.weight" in file.shapes
     found = {"norm_eps": named.blocks[0].norm1.eps if named else 1e-6, "num_heads": heads,
              "final_norm": "after_pool" if is_last else "before_pool"}
+    if "img_size" in arguments:
+        found["img_size"] = arguments["img_size"]
     if "gelu" not in given:
         found["gelu"] = _told(source, "act_layer", "gelu", GELUS) or _gelu(source, named)
     if "pool" not in given:
