@@ -179,6 +179,14 @@ def test_a_folder_for_the_hub_loads_in_timm(tmp_path, settings):
         export(run, "hub-folder", tmp_path / "mine")
 
 
+def test_a_folder_for_the_hub_crops_images_as_its_card_says(tmp_path):
+    """Above 224 pixels nothing is cut off where the file says nothing, unlike for timm's own model of that name."""
+    _, run = make_run(tmp_path / "run", img_size=240, patch_size=80)
+    done = export(run, "hub-folder", tmp_path / "mine")
+    config = json.loads((done.path / "config.json").read_text())
+    assert config["pretrained_cfg"]["crop_pct"] == 1.0 and "resized to size / 1 (" in done.card.read_text()
+
+
 @pytest.mark.parametrize("to", ["safetensors", "timm", "deepvit"])
 def test_the_card_tells_how_to_load(tmp_path, monkeypatch, to):
     model, run = make_run(tmp_path / "run", num_heads=3)

@@ -28,6 +28,7 @@ from deepvit.importers import deepvit as published
 from deepvit.importers import find_checkpoint, load_model, open_model, open_weights, save_model
 from deepvit.importers import timm as timm_dialect
 from deepvit.importers.dialect import write
+from deepvit.importers.locate import IMAGES
 from deepvit.importers.ours import described, origin_of, save_tensors
 from deepvit.importers.ours import write as write_checkpoint
 from deepvit.importers.settings import as_keywords
@@ -184,7 +185,7 @@ def _write_hub_folder(model: ViT, path: Path) -> Written:
     except UserError:
         named, state, first = model, model.state_dict(), "import deepvit  # has this model\n"
     trained = evaluated_as(model)
-    images = {name: trained[name] for name in ("mean", "std", "interpolation", "crop_pct") if trained[name]}
+    images = {name: trained[name] or model.pretrained_cfg[name] for name in IMAGES}
     path.mkdir(exist_ok=True)
     save_tensors(path / "model.safetensors", state)
     save_config_for_hf(named, path / "config.json", {"label_names": model.load_report.said.get("classes")},
