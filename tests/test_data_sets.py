@@ -302,6 +302,18 @@ def test_timms_own_readers(name, monkeypatch):
                      for content in originals("train").values()}
 
 
+def test_torchvisions_imagenet_has_a_class_for_each_wnid(tmp_path):
+    """It names classes by all their synonyms, which are more than the classes, and some of them alike."""
+    words = {"n02012849": ("crane",), "n02123045": ("tabby", "tabby cat"), "n03126707": ("crane",)}
+    for split, blue in (("train", 0), ("val", 200)):
+        for number, wnid in enumerate(words):
+            (tmp_path / split / wnid).mkdir(parents=True)
+            Image.new("RGB", (8, 8), (60 * number, 0, blue)).save(tmp_path / split / wnid / "a.JPEG")
+    torch.save((words, []), tmp_path / "meta.bin")
+    splits = data.load("timm", name="torch/imagenet", root=str(tmp_path))
+    assert splits.class_ids == [*words] and splits.train.targets.tolist() == [0, 1, 2]
+
+
 @pytest.mark.parametrize("name", ["torch/image_folder", "any"])
 def test_a_folder_is_not_both_of_timms_splits(name, monkeypatch):
     monkeypatch.setattr("timm.data.dataset_factory.ImageFolder", _folder_of_torchvision)

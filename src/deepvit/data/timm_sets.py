@@ -20,6 +20,7 @@ from deepvit.data.listing import EXTENSIONS, KINDS, class_folders, entries, exis
 from deepvit.data.source import Source, refuse_other_classes
 from deepvit.errors import UserError, some
 
+NUMBERS = ("wnid_to_idx", "class_to_idx", "class_name_to_idx")  # of classes; torchvision's ImageNet has synonyms second
 WORDS = ("val", "validation", "test")  # for the same split
 
 
@@ -141,7 +142,7 @@ class Timm(Source):
             targets = np.asarray([target for _, target in getattr(reader, "samples", [])])
         if not len(targets):
             raise UserError(f"data.name={self.name}, split {split}: it has no list of the images' classes.")
-        numbers = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None) or {}
+        numbers = next(filter(None, (getattr(reader, name, None) for name in NUMBERS)), {})
         ids = sorted(numbers, key=numbers.get) or [str(number) for number in range(int(targets.max()) + 1)]
         return TimmSet(dataset, targets, f"{self.name}/{split}", self.decoder), ids
 
