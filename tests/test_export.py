@@ -91,11 +91,13 @@ def test_a_card_has_no_numbers_of_another_step(tmp_path, step, is_measured):
 
 
 def test_a_card_has_no_numbers_of_another_model(tmp_path):
-    """A run with a moving average measures that; positions made for other images are another model's."""
+    """A run with a moving average measures that; positions made for other images are another model's, as are another
+    attention and another head."""
     _, run = make_run(tmp_path / "run", ema=True)
     with (run / "config.yaml").open("a") as file:
         file.write("ema:\n  decay: 0.9\n")
     for number, (options, is_measured) in enumerate((({}, True), ({"weights": "raw"}, False),
+                                                     ({"attention": "contrast"}, False), ({"head": "zero"}, False),
                                                      ({"img_size": 24}, False))):
         done = export(run, "safetensors", tmp_path / f"{number}.safetensors", **options)
         assert ("| 69.00 | 60.00" in re.sub(" +", " ", done.card.read_text())) == is_measured

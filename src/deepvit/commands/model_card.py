@@ -99,12 +99,12 @@ def _evaluation(model: ViT, result: Mapping[str, Any], config: Mapping[str, Any]
 
 def _is_as_measured(model: ViT, config: Mapping[str, Any]) -> bool:
     """Whether what its run measured is of these weights, which are its moving average where it has one, and of a model
-    with these settings."""
-    said, is_raw = model.load_report.said, model.load_report.weights == "raw"
-    own = {name: value for name, value in (said.get("config") or {}).items()
-           if name not in ("attention", "num_classes")}
-    return (own.items() <= model.config.items() and "averaged" not in said
-            and not (is_raw and (config.get("ema") or {}).get("decay")))
+    with this head and these settings."""
+    report, is_averaged = model.load_report, (config.get("ema") or {}).get("decay")
+    own = {name: value for name, value in flat(report.said.get("config") or {})
+           if name not in ("attention.sync_norm", "num_classes")}
+    return (own.items() <= dict(flat(model.config)).items() and report.head is model.head
+            and "averaged" not in report.said and not (report.weights == "raw" and is_averaged))
 
 
 def _curve(run: Path | None) -> str:
