@@ -182,6 +182,20 @@ def test_the_floor_is_the_larger_of_two_times():
     assert step.flops() == 3 * 2 * (2 * 1000 * 3 * 8 * 8) and step.moved() == 7 * 4 * 1000 * 3 * 8 * 8
 
 
+def test_ceilings_are_of_the_threads_in_use(monkeypatch):
+    """Small shapes are measured on one thread, and what all threads reach is not their floor."""
+    monkeypatch.setitem(timing.COPY_AND_PRODUCT, "cpu", (64, 2))
+    monkeypatch.setattr(timing, "timed", lambda *_: timing.Call(1 / torch.get_num_threads(), 0))
+    usual, found = torch.get_num_threads(), []
+    try:
+        for threads in (5, 3):
+            torch.set_num_threads(threads)
+            found.append(timing.ceilings("cpu").flops_per_s)
+    finally:
+        torch.set_num_threads(usual)
+    assert found == [16 * 5, 16 * 3]
+
+
 def test_a_small_model_trains_end_to_end(bench):
     code, said, results = bench("small", "--depth", "1", "--batch", "8")
     row, = results["small"]["rows"]

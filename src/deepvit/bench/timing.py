@@ -117,9 +117,13 @@ class Ceilings(NamedTuple):
         return 1e3 * max(flops / self.flops_per_s, moved / self.bytes_per_s)
 
 
-@cache
 def ceilings(device: str) -> Ceilings:
-    """By a large copy and a large product, of random numbers (a product of zeros is faster)."""
+    """By a large copy and a large product on the threads in use, of random numbers (a product of zeros is faster)."""
+    return _ceilings(device, torch.get_num_threads())
+
+
+@cache
+def _ceilings(device: str, threads: int) -> Ceilings:
     nbytes, side = COPY_AND_PRODUCT[device]
     source = torch.randn(nbytes // 4, device=device)
     target = torch.empty_like(source)
