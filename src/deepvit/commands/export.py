@@ -59,8 +59,11 @@ def export(source: str | Path, to: str, out: str | Path | None = None, weights: 
     write_form, suffix = FORMS[to]
     path, run = find_checkpoint(source)
     model = open_model(path, weights, **keywords)
-    beside = path.parent if Path(source).exists() else Path()  # a name's file lies in a cache, or in the package
-    out = Path(out) if out else beside / f"{path.name.split('.')[0]}.{suffix}"
+    if Path(source).exists():
+        default = path.parent / Path(path.name.removesuffix(".tar")).stem
+    else:  # a name, whose file lies in a cache under another, or in the package
+        default = Path(str(source).partition(":")[2].replace("/", "-").strip("-"))
+    out = Path(out or f"{default}.{suffix}")
     if out.resolve() == path.resolve():
         raise UserError(f"--out {out} is the source itself: choose another file.")
     card = out / "README.md" if to == "hub-folder" else out.with_name(out.name + ".md")
