@@ -205,12 +205,13 @@ def test_a_folder_for_the_hub_crops_images_as_its_card_says(tmp_path):
 
 @pytest.mark.parametrize("to", ["safetensors", "timm", "deepvit"])
 def test_the_card_tells_how_to_load(tmp_path, monkeypatch, to):
-    model, run = make_run(tmp_path / "run", num_heads=3)
+    """Positions of 2x8 patches are as many as a square's."""
+    model, run = make_run(tmp_path / "run", num_heads=3, img_size=[8, 32])
     done = export(run, to)
     monkeypatch.chdir(done.path.parent)
     found = {}
     exec(done.card.read_text().split("```")[1].removeprefix("python"), found)
-    x = torch.randn(2, 3, 16, 16)
+    x = torch.randn(2, 3, *model.img_size)
     assert_close(found["model"].eval()(x), model(x), atol=1e-6, rtol=0)
 
 

@@ -123,9 +123,10 @@ def _write_deepvit(model: ViT, path: Path) -> Written:
     content = {"state_dict": write(published.ROWS, model.state_dict(), "deepvit"), "version": 2, **origin_of(model)}
     with path.open("wb") as file:
         torch.save(content | ({"arch": arch} if arch else {}), file)
-    scalars = {key: config[key] for key in ("num_heads", "residual_scale", "map_scale", "qk_scale")}
-    again = load_model(path, dialect="deepvit", img_size=config["img_size"], grid_size=model.grid_size, **scalars)
-    needed = "" if arch else "".join(f", {key}={value}" for key, value in scalars.items())
+    told = {key: config[key] for key in ("num_heads", "residual_scale", "map_scale", "qk_scale", "img_size")}
+    told["grid_size"] = model.grid_size
+    again = load_model(path, dialect="deepvit", **told)
+    needed = "" if arch else "".join(f", {key}={value}" for key, value in told.items())
     return (again.eval(), f"read back in the published layout{f' as {arch}' if arch else ''}",
             f'import deepvit\nmodel = deepvit.load_model("{path.name}", dialect="deepvit"{needed})')
 
