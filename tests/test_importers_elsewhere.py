@@ -138,6 +138,16 @@ def test_what_no_tensor_of_timms_tells_is_taken_from_its_keywords(tmp_path, keyw
                  atol=1e-6, rtol=0)
 
 
+def test_what_timms_keywords_tell_is_compared_with_the_model_that_is_filled(tmp_path):
+    model = deepvit.create_model("vit", **SMALL | {"embed_dim": TIMMS["embed_dim"], "depth": TIMMS["depth"],
+                                                   "num_heads": TIMMS["num_heads"], "mlp_ratio": 4.0})
+    for act_layer, gelu in ("gelu_tanh", "tanh"), ("quick_gelu", "quick_gelu"):
+        timm_folder(tmp_path, global_pool="avg", fc_norm=False, act_layer=act_layer)
+        assert deepvit.load_weights(model, tmp_path).notes == [
+            f"the model has gelu=erf, these weights were made with {gelu}",
+            "the model has pool=cls, these weights were made with avg"]
+
+
 def test_a_pooling_that_no_model_has_here_is_refused(tmp_path):
     timm_folder(tmp_path, global_pool="avgmax")
     with pytest.raises(UserError, match="global_pool=avgmax.* give pool="):

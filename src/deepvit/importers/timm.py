@@ -38,20 +38,19 @@ def _infer(source: Source, given: Mapping[str, Any]) -> dict[str, Any]:
              "final_norm": "after_pool" if is_last else "before_pool"}
     if "img_size" in arguments:
         found["img_size"] = arguments["img_size"]
-    if "gelu" not in given:
-        found["gelu"] = _told(source, "act_layer", "gelu", GELUS) or _gelu(source, named)
-    if "pool" not in given:
-        found["pool"] = _told(source, "global_pool", "pool", POOLS) or ("avg" if is_last else "cls")
-    return found
+    pool = "avg" if is_last else "cls"
+    return found | {"gelu": _told(source, "act_layer", "gelu", GELUS, given) or _gelu(source, named, given),
+                    "pool": _told(source, "global_pool", "pool", POOLS, given) or given.get("pool", pool)}
 
 
-def _told(source: Source, keyword: str, setting: str, ours: Mapping[str, str]) -> str | None:
-    """Our word for a keyword of timm's, None where the file does not tell it; UserError for what no ViT has here."""
+def _told(source: Source, keyword: str, setting: str, ours: Mapping[str, str], given: Mapping[str, Any]) -> str | None:
+    """Our word for a keyword of timm's, None where the file does not tell it; UserError for what no ViT has here, or
+    timm's word where ours is `given`."""
     value = (source.file.said.get("model_args") or {}).get(keyword)
-    if value is not None and str(value) not in ours:
+    if value is not None and str(value) not in ours and setting not in given:
         raise UserError(f"{source} is of a model with {keyword}={value}, which ViT here lacks: take one with "
                         f"{' or '.join(ours)}, or give {setting}=... in its place.")
-    return None if value is None else ours[str(value)]
+    return None if value is None else ours.get(str(value), str(value))
 
 
 def _images_of(arch: str) -> dict[str, Any]:
@@ -62,12 +61,14 @@ def _images_of(arch: str) -> dict[str, Any]:
     return {}
 
 
-def _gelu(source: Source, named: VisionTransformer | None) -> str:
-    act = named.blocks[0].mlp.act if named else nn.GELU()
-    if not isinstance(act, (nn.GELU, GELU, GELUTanh)):
+def _gelu(source: Source, named: VisionTransformer | None, given: Mapping[str, Any]) -> str:
+    act = named.blocks[0].mlp.act if named else None
+    if isinstance(act, (nn.GELU, GELU, GELUTanh)):
+        is_tanh = isinstance(act, GELUTanh) or getattr(act, "approximate", "none") == "tanh"
+        return "tanh" if is_tanh else "erf"
+    if named and "gelu" not in given:
         raise UserError(f"{source} is of a model with {type(act).__name__}, which ViT here lacks: take one with GELU.")
-    is_tanh = isinstance(act, GELUTanh) or getattr(act, "approximate", "none") == "tanh"
-    return "tanh" if is_tanh else "erf"
+    return type(act).__name__ if named else given.get("gelu", "erf")
 
 
 @cache
