@@ -403,7 +403,11 @@ def test_which_weights_are_taken(tmp_path):
     timm_checkpoint(model, tmp_path / "w.pth")
     deepvit.save_model(model, tmp_path / "raw.pt")
     assert [open_weights(tmp_path / name, ema=None).is_average for name in ("w.pth", "raw.pt")] == [True, False]
+    content = torch.load(tmp_path / "raw.pt")
+    torch.save(content | {"ema": {**content["model"], "decay": 0.9}}, tmp_path / "odd.pt")
+    assert open_weights(tmp_path / "odd.pt").shapes
     for name, weights, sentence in (("none", "auto", "none"), ("raw.pt", "ema", "weights=raw"),
+                                    ("odd.pt", "auto", "holds a float at 'decay'"),
                                     ("w.pth", "mean", "auto, ema, raw")):
         with pytest.raises(UserError, match=sentence):
             open_model(tmp_path / name, weights)

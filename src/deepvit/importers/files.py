@@ -8,7 +8,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,16 +49,13 @@ def open_weights(path: str | Path, ema: bool | None = False) -> WeightsFile:
     averaged weights instead of the raw ones (None: if it has any). Raises UserError if the file is missing, torn,
     foreign, holds anything but tensors and plain values, or has no EMA."""
     path = find_checkpoint(path)[0]
-    if ema is None:
-        with suppress(UserError):
-            return open_weights(path, ema=True)
     try:
         start = path.open("rb").read(16)
     except OSError as error:
         hint = f" Did you mean 'deepvit:{path}'?" if f"deepvit:{path}" in released() else ""
         raise UserError(f"The weights file {path} cannot be read ({error.strerror}): give a file's path."
                         f"{hint}") from None
-    opened = _opener(path, start)(path, bool(ema))
+    opened = _opener(path, start)(path, ema)
     if ema and not opened.is_average:
         raise UserError(f"{path} holds no EMA weights: take the raw ones with weights=raw (in Python: ema=False).")
     if not opened.shapes:
@@ -76,7 +73,7 @@ def is_safetensors(start: bytes) -> bool:
     return start[8:9] == b"{"
 
 
-def _opener(path: Path, start: bytes) -> Callable[[Path, bool], WeightsFile]:
+def _opener(path: Path, start: bytes) -> Callable[[Path, bool | None], WeightsFile]:
     if start[:2] == b"PK":
         return _open_npz if _is_npz(path) else _open_torch
     if is_safetensors(start):
@@ -114,20 +111,21 @@ def _unwrapped(path: Path, shapes: Mapping[str, Size], read: Callable[[str], Ten
 
 # PyTorch
 
-def _open_torch(path: Path, ema: bool) -> WeightsFile:
+def _open_torch(path: Path, ema: bool | None) -> WeightsFile:
     content = _load_plain(path)
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__} instead of weights by name: give a state dict.")
     raw, averaged = (next((content[key] for key in keys if isinstance(content.get(key), Mapping)), None)
                      for keys in (RAW, EMA))
-    if averaged and not raw and not ema:
+    if averaged and not raw and ema is False:
         raise UserError(f"{path} holds EMA weights only: take them with weights=ema (in Python: ema=True).")
-    tensors = averaged if ema and averaged is not None else content if raw is None else raw
+    is_average = ema is not False and bool(averaged)
+    tensors = averaged if is_average else content if raw is None else raw
     for name, tensor in tensors.items():
         _check_tensor(path, name, tensor)
     opened = _unwrapped(path, {name: tensor.shape for name, tensor in tensors.items()}, tensors.__getitem__,
                         {} if tensors is content else _metadata(content))
-    opened.is_average = ema and averaged is not None
+    opened.is_average = is_average
     return opened
 
 
@@ -168,7 +166,7 @@ def _metadata(content: Mapping) -> dict[str, Any]:
 
 # safetensors
 
-def _open_safetensors(path: Path, ema: bool) -> WeightsFile:
+def _open_safetensors(path: Path, ema: bool | None) -> WeightsFile:
     with _refuse_torn(path, "safetensors"):
         with path.open("rb") as file:  # by its number: safetensors takes no name that is not UTF-8
             handle = safe_open(f"/dev/fd/{file.fileno()}", framework="pt")
@@ -195,7 +193,7 @@ def _is_npz(path: Path) -> bool:
         return path.suffix == ".npz"
 
 
-def _open_npz(path: Path, ema: bool) -> WeightsFile:
+def _open_npz(path: Path, ema: bool | None) -> WeightsFile:
     with _refuse_torn(path, ".npz"):
         archive = zipfile.ZipFile(path)
         entries = [info for info in archive.infolist() if info.filename.endswith(".npy")]
@@ -227,7 +225,7 @@ def _npy_shape(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> S
 
 # What `flax.serialization.to_bytes` writes: msgpack of nested maps whose leaves are arrays
 
-def _open_msgpack(path: Path, ema: bool) -> WeightsFile:
+def _open_msgpack(path: Path, ema: bool | None) -> WeightsFile:
     """The arrays of a flax tree by path (`Transformer_0/Attention_0/...`)."""
     try:
         from msgpack import unpackb
