@@ -70,6 +70,8 @@ RANGES = {
                     (0, 1)),
     **dict.fromkeys(("num_classes", "init_values", "gain"), (0, math.inf)), "centre": (0, 1)}
 SWITCHED = ("norm", "norm_eps"), ("mix", "theta_init")  # of an attention: a switch, what it needs when it is on
+OWN = {"attn_drop_rate": "attn_drop", "qk_scale": "qk_scale", "head_dim": "head_dim",
+       "map_scale": "map_scale"}  # of a model -> of an attention, which wins
 
 
 def check_model(config: Mapping[str, Any], where: str = "") -> None:
@@ -92,11 +94,12 @@ def check_model(config: Mapping[str, Any], where: str = "") -> None:
 def without_effect(config: Mapping[str, Any]) -> list[str]:
     """A sentence for each of a model's settings that the others leave without effect."""
     rule, path = config["attention"], "model.attention"
-    usual = parameters_of(ATTENTIONS[rule["class"]])[0]
+    usual, of_model = (parameters_of(cls)[0] for cls in (ATTENTIONS[rule["class"]], ViT))
     found = [(f"{path}.{name}", f"{path}.{switch}=false") for switch, name in SWITCHED
              if rule.get(switch) is False and rule.get(name, usual[name].default) != usual[name].default]
-    if config["attn_drop_rate"] and "attn_drop" in rule and config["reattention_blocks"] is None:
-        found.append(("model.attn_drop_rate", f"{path}.attn_drop={rule['attn_drop']}"))
+    if config["reattention_blocks"] is None:
+        found += [(f"model.{name}", f"{path}.{own}={rule[own]}") for name, own in OWN.items()
+                  if own in rule and config[name] != of_model[name].default]
     if config["reattention_blocks"] is not None and {**rule, "name": ""} == {**PLAIN, "name": ""}:
         found.append(("model.reattention_blocks", "model/attention=self"))
     return [f"{name} has no effect beside {other}." for name, other in found]
