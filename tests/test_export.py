@@ -15,9 +15,9 @@ from oracles import DATA, keys, oracle, part
 from torch.testing import assert_close
 
 import deepvit
-from deepvit.commands.export import export
+from deepvit.commands.export import FORMS, export
 from deepvit.commands.main import main
-from deepvit.errors import UserError
+from deepvit.errors import Failure, UserError
 from deepvit.importers import deepvit as published
 from deepvit.importers.dialect import write
 
@@ -67,6 +67,15 @@ def test_exports_of_different_sources_are_different_files(tmp_path, monkeypatch)
     names = [str(export(source, "safetensors").path)
              for source in ("w-0.1.pt", "w-0.2.pt", "w.pth.tar", "local-dir:a/one.b", "local-dir:a/two.b")]
     assert names == [f"{name}.safetensors" for name in ("w-0.1", "w-0.2", "w", "a-one.b", "a-two.b")]
+
+
+def test_an_export_that_computes_no_numbers_fails(tmp_path, monkeypatch):
+    """Also where it does so for several images alone."""
+    model, run = make_run(tmp_path / "run")
+    monkeypatch.setitem(FORMS, "onnx", (lambda model, path: (
+        lambda x: model(x) * (1.0 if len(x) == 1 else float("nan")), "read back", ""), "onnx"))
+    with pytest.raises(Failure, match="differ by nan"):
+        export(run, "onnx", tmp_path / "m.onnx")
 
 
 def test_safetensors_of_a_run_and_its_card(tmp_path):

@@ -75,7 +75,8 @@ def export(source: str | Path, to: str, out: str | Path | None = None, weights: 
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"{out} cannot be written ({reason}): choose another --out.") from None
-        difference = max((read_back(x) - model(x)).abs().max().item() for x in (images[:1], images))
+        differences = [(read_back(x) - model(x)).abs().max() for x in (images[:1], images)]
+        difference = torch.stack(differences).max().item()  # NaN where one is
     if not difference <= ATOL:
         raise Failure(f"{out} gives logits that differ by {difference:.2g} (more than {ATOL:g}): do not use it.")
     write_card(card, model, out, to, f"{check}: largest difference of logits {difference:.1e}", snippet, run)
