@@ -34,13 +34,11 @@ def _infer(source: Source, given: Mapping[str, Any]) -> dict[str, Any]:
         source.report.said = _images_of(file.said["arch"]) | source.report.said
     heads = arguments.get("num_heads") or (named.blocks[0].attn.num_heads if named else given.get("num_heads"))
     is_last = "fc_norm.weight" in file.shapes
-    found = {"norm_eps": named.blocks[0].norm1.eps if named else 1e-6, "num_heads": heads,
-             "final_norm": "after_pool" if is_last else "before_pool"}
-    if "img_size" in arguments:
-        found["img_size"] = arguments["img_size"]
-    pool = "avg" if is_last else "cls"
-    return found | {"gelu": _told(source, "act_layer", "gelu", GELUS, given) or _gelu(source, named, given),
-                    "pool": _told(source, "global_pool", "pool", POOLS, given) or given.get("pool", pool)}
+    pool = given.get("pool", "avg" if is_last else "cls")
+    return {"norm_eps": named.blocks[0].norm1.eps if named else 1e-6, "num_heads": heads,
+            "img_size": arguments.get("img_size"), "final_norm": "after_pool" if is_last else "before_pool",
+            "gelu": _told(source, "act_layer", "gelu", GELUS, given) or _gelu(source, named, given),
+            "pool": _told(source, "global_pool", "pool", POOLS, given) or pool}
 
 
 def _told(source: Source, keyword: str, setting: str, ours: Mapping[str, str], given: Mapping[str, Any]) -> str | None:
