@@ -255,7 +255,8 @@ def _fill(model: ViT, source: Source, grid: Grid, head: Head, classes: Sequence[
             if head == "reset":
                 init_weights(model.head, model.config["init_std"])
             else:
-                nn.init.zeros_(model.head.weight), nn.init.zeros_(model.head.bias)
+                nn.init.zeros_(model.head.weight)
+                nn.init.zeros_(model.head.bias)
     report.tensors, report.fresh = len(steps), [name for name in state if name not in steps]
     report.head = model.head if head == "keep" else None
     if model.norm_batches and _is_uncalibrated(source):
