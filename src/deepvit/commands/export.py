@@ -170,7 +170,7 @@ def _as_timm(model: ViT) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "qk_scale": None, "stem": "patch", "residual_scale": 1.0, "map_scale": 1.0, "pool": "avg" if average else "cls",
         "final_norm": "after_pool" if average else "before_pool"})
     if not all(_is_plain(block.attn) for block in model.blocks):
-        raise UserError("timm's VisionTransformer holds plain attention alone: export to safetensors.")
+        raise UserError("timm's VisionTransformer has plain self-attention, no re-attention: export to safetensors.")
     same = ("in_chans", "num_classes", "embed_dim", "depth", "num_heads", "qkv_bias")
     arguments = {name: config[name] for name in same} | {
         "img_size": model.img_size, "patch_size": model.patch_size, "mlp_ratio": config["mlp_ratio"] + 1e-6,
