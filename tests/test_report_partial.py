@@ -31,8 +31,8 @@ def test_a_config_that_would_run_code_is_left_out(make_run, tmp_path, capsys):
 def test_lines_of_one_colour_are_of_one_attention_in_all_panels(make_run, tmp_path):
     for at, (name, rate) in enumerate((("contrast", 0.1), ("centred", 0.2), ("contrast", 0.2))):
         make_run(str(at), model__attention={"name": name, "class": "SelfAttention"}, optimizer__lr=rate)
-    for name in ("curves", "blocks"):
-        (chart,) = (one for one in charts(the_grid(tmp_path)) if one.name == name)
+    made = {chart.name: chart for chart in charts(the_grid(tmp_path))}
+    for chart in (made["curves"], made["blocks"]):
         drawn = {(line.get_label(), line.get_color()) for axes in chart.figure.axes for line in axes.lines
                  if line.get_label() in ("contrast", "centred")}
         assert len(drawn) == len({colour for _, colour in drawn}) == 2
