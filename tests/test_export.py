@@ -30,7 +30,7 @@ def make_run(folder, ema: bool = False, **settings):
     """A run folder as training leaves it, of a model that has taken a step (so no buffer is at its start)."""
     torch.manual_seed(0)
     model = deepvit.create_model("vit", **SMALL | settings)
-    model.train()(torch.randn(4, 3, *model.img_size))
+    model.train()(torch.randn(4, *model.input_size))
     averaged = {"ema": {name: tensor * 0.5 for name, tensor in model.state_dict().items()}} if ema else {}
     (folder / "checkpoints").mkdir(parents=True)
     torch.save({"format": "deepvit", "version": 1, "model": model.state_dict(), **averaged, "config": model.config,
@@ -139,14 +139,14 @@ def test_averaged_weights_are_taken_unless_asked_otherwise(tmp_path):
 @pytest.mark.parametrize("settings", [{}, {"attention": "reattention", "qk_scale": 0.3},
                                       {"attention": "reattention", "stem": "conv", "residual_scale": 0.5,
                                        "map_scale": 6**-0.5, "reattention_blocks": "-1:"},
-                                      {"attention": "reattention", "img_size": [8, 32]}],
-                         ids=["plain", "reattention", "conv stem", "2x8 patches"])
+                                      {"attention": "reattention", "img_size": [8, 32]}, {"attention": "self_sharp"}],
+                         ids=["plain", "reattention", "conv stem", "2x8 patches", "qk_scale of the attention"])
 def test_published_layout(tmp_path, settings):
     model, run = make_run(tmp_path / "run", **settings)
     done = export(run, "deepvit", tmp_path / "out.pth.tar")
     assert done.difference == 0
     state = torch.load(done.path, weights_only=True)["state_dict"]
-    assert ("blocks.1.attn.reatten_matrix.weight" in state) == ("attention" in settings)
+    assert ("blocks.1.attn.reatten_matrix.weight" in state) == (settings.get("attention") == "reattention")
 
 
 @pytest.mark.parametrize("name, changes, arch", [
@@ -182,14 +182,14 @@ def test_files_have_the_mode_of_the_umask(tmp_path):
 
 
 @pytest.mark.parametrize("settings", [{"num_heads": 3, "init_values": 0.1, "pool": "avg", "final_norm": "after_pool"},
-                                      {"attention": "reattention", "stem": "conv", "img_size": [16, 32]}],
-                         ids=["a ViT of timm's", "ours"])
+                                      {"attention": "reattention", "stem": "conv", "img_size": [16, 32]},
+                                      {"in_chans": 1}], ids=["a ViT of timm's", "ours", "grey"])
 def test_a_folder_for_the_hub_loads_in_timm(tmp_path, settings):
     model, run = make_run(tmp_path / "run", **settings)
     done = export(run, "hub-folder", tmp_path / "mine")
     assert done.difference == 0
     theirs = timm.create_model(f"local-dir:{tmp_path}/mine", pretrained=True).eval()
-    x = torch.randn(2, 3, *model.img_size)
+    x = torch.randn(2, *model.input_size)
     assert torch.equal(theirs(x), model(x)) and isinstance(theirs, deepvit.ViT) == ("attention" in settings)
     assert deepvit.load_model(tmp_path / "mine").load_report.said["classes"] == ["ant", "bee", "cat"]
     card = done.card.read_text()
@@ -256,6 +256,8 @@ def test_timm_takes_it(tmp_path, settings):
 @pytest.mark.parametrize("to, settings, named", [
     ("timm", {"attention": "reattention"}, "re-attention"), ("timm", {"residual_scale": 0.5}, "residual_scale"),
     ("timm", {"pool": "mean"}, "pool='mean'"), ("timm", {"gelu": "tanh"}, "gelu"),
+    ("timm", {"attention": "self_sharp"}, "qk_scale=2.0"),
+    ("deepvit", {"attention": {"class": "SelfAttention", "head_dim": 5}}, "head_dim=5"),
     ("deepvit", {"attention": "norm_only"}, "norm_only"), ("deepvit", {"pool": "avg"}, "pool"),
     ("deepvit", {"attention": "reattention_ln"}, "reattention_ln"),
     ("deepvit", {"attention": "reattention_fc"}, "reattention_fc"),

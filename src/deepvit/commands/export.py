@@ -37,7 +37,8 @@ from deepvit.run.measures import AUTO
 
 HUB_FILES = ("model.safetensors", "config.json", "README.md")
 USUAL = {"gelu": "erf", "patch_norm": False, "head_dim": None, "block": "pre_norm", "feat_scale": False,
-         "representation_size": None, "share_maps": 1}  # settings that neither timm's nor the published class has
+         "representation_size": None, "share_maps": 1,
+         "proj_bias": True}  # settings that neither timm's nor the published class has
 ATOL = 1e-4  # logits of the exported model against ours; ONNX runtimes reorder sums
 
 
@@ -115,7 +116,7 @@ def _write_safetensors(model: ViT, path: Path) -> Written:
 
 
 def _write_deepvit(model: ViT, path: Path) -> Written:
-    config = model.config
+    config = _settings(model)
     _refuse(config, "the published DeepViT class", USUAL | {
         "pool": "cls", "norm_eps": 1e-6, "final_norm": "before_pool", "init_values": None})
     for block in model.blocks:
@@ -165,7 +166,7 @@ model.load_state_dict(safetensors.torch.load_file("{path.name}"))"""
 
 def _as_timm(model: ViT) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Arguments of timm's `VisionTransformer` and its state dict."""
-    config, average = model.config, model.config["pool"] == "avg"
+    config, average = _settings(model), model.config["pool"] == "avg"
     _refuse(config, "timm's VisionTransformer", USUAL | {
         "qk_scale": None, "stem": "patch", "residual_scale": 1.0, "map_scale": 1.0, "pool": "avg" if average else "cls",
         "final_norm": "after_pool" if average else "before_pool"})
@@ -215,6 +216,12 @@ def _write_onnx(model: ViT, path: Path) -> Written:
             "run by onnxruntime, batches of 1 and 3",
             f'import onnxruntime\nsession = onnxruntime.InferenceSession("{path.name}")\n'
             '(logits,) = session.run(None, {"pictures": x})  # float32 [B, 3, height, width]')
+
+
+def _settings(model: ViT) -> dict[str, Any]:
+    """The model's; what its attention has of its own wins, but for the `norm_eps` of a head norm."""
+    own = model.config["attention"] or {}
+    return model.config | {name: value for name, value in own.items() if name != "norm_eps"}
 
 
 def _refuse(config: Mapping[str, Any], target: str, only: Mapping[str, Any]) -> None:
