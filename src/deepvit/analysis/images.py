@@ -84,11 +84,11 @@ def _inside(folder: Path) -> list[Path]:
 def evaluated_as(model: ViT) -> dict[str, Any]:
     """How its images are prepared (`crop_pct`, `interpolation`, `mean` and `std` of values in 0..1), and the `source`
     of its training images. Warns where its normalisation is a guess."""
-    told, report = told_preparation(model), model.load_report
+    told, report, channels = told_preparation(model), model.load_report, model.config["in_chans"]
     found = PUBLISHED | told
     if not {"norm", "mean"} & told.keys() and report.dialect in ("ours", "timm", "lucidrains"):  # others have one each
         log.warning("%s does not say how its images were normalised: taken as from -1 to 1.", report.path)
-    mean, std = data.norm_values(found["norm"])
+    mean, std = (values[:1] * channels if channels != 3 else values for values in data.norm_values(found["norm"]))
     return {"mean": mean, "std": std} | found
 
 
