@@ -137,6 +137,8 @@ def test_norm_variance_is_what_the_norm_measures(attention, images):
     n = 5 * 17**2
     torch.testing.assert_close(measured[0], norm.running_var.mean() * (n - 1) / n, rtol=1e-4, atol=0)
     assert analysis.norm_variance(tiny("self").blocks[0].attn, torch.zeros(1, 1, 1, 1)) is None
+    half = analysis.probe(model.bfloat16(), images)["norm_variance"]
+    torch.testing.assert_close(torch.tensor(half), measured, rtol=0.1, atol=0)
 
 
 def test_probe_is_json_and_agrees_with_the_measures(images):

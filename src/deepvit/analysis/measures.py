@@ -127,8 +127,10 @@ def norm_variance(module: nn.Module, softmax: Tensor) -> Tensor | None:
         return None
     flat = (softmax - 1 / softmax.shape[-1]).transpose(0, 1).flatten(1)  # [H, B N N]
     covariance = flat @ flat.mT / flat.shape[1]  # [H, H]
-    mix = getattr(module, "mix", None)
-    return covariance.diagonal() if mix is None else (mix.weight @ covariance * mix.weight).sum(1)
+    if getattr(module, "mix", None) is None:
+        return covariance.diagonal()
+    theta = module.mix.weight.to(covariance)
+    return (theta @ covariance * theta).sum(1)
 
 
 @measure("norm_dose", "module", "softmax", title="Variance before the norm over heads / eps", unit="ratio", span=10)
