@@ -148,7 +148,7 @@ def test_folder_has_one_owner_and_mends_torn_lines(tmp_path):
         folder.log_metrics({"step": step, "loss": 1 / 3, "grad_norm": float("inf")})
     with folder.metrics.open("a") as file:
         file.write('{"step": 4, "lo')
-    folder.drop_metrics_after(2)
+    folder.drop_metrics_after(2, 0)
     folder.log_metrics({"step": 3})
     assert read_json_lines(folder.metrics) == [{"step": 1, "loss": 1 / 3, "grad_norm": None},
                                                      {"step": 2, "loss": 1 / 3, "grad_norm": None}, {"step": 3}]

@@ -1,16 +1,21 @@
 """A run that was cut continues as if it had not been: every logged number and every bit of the last checkpoint."""
 
+import os
 import random
 import re
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import soak
 import yaml
+
+from deepvit.engine.step import Stepper
+from deepvit.run.launch import run_rank
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +39,32 @@ def test_killed_three_times(config, uncut, tmp_path):
     assert soak.record(tmp_path / "cut") == soak.record(uncut)
     assert soak.fingerprint(tmp_path / "cut") == soak.fingerprint(uncut)
     assert [line["step"] for line in soak.lines(uncut / "metrics.jsonl") if "lr" in line] == list(range(1, 46))
+
+
+def test_what_was_due_at_a_stop_is_done_once(tmp_path, monkeypatch):
+    """An evaluation is due every two steps, kept weights every three."""
+    class Killed(BaseException):
+        pass
+
+    config = soak.compose(
+        "schedule.steps=7", "schedule.warmup_steps=2", "schedule.eval_steps=2", "engine.save_every=50", "logger=null",
+        "engine.keep_epochs=1", "engine.device_batch=32", "data.fraction=0.06")
+    update = Stepper.update
+    moments = [(1, "stop"), (2, "kill"), (2, "stop"), (6, "stop")]  # before the update of that batch
+    for name, moment in [("uncut", None), *(("cut", moment) for moment in moments), ("cut", None)]:
+        def updated(self, state, batches, stop=None, moment=moment):
+            if moment == (state.step, "kill"):
+                raise Killed
+            if moment == (state.step, "stop"):
+                os.kill(os.getpid(), signal.SIGTERM)
+            return update(self, state, batches, stop)
+
+        monkeypatch.setattr(Stepper, "update", updated)
+        with suppress(Killed):
+            assert run_rank("train", config, tmp_path / name).code == (75 if moment else 0)
+    assert soak.differences(tmp_path / "uncut", tmp_path / "cut") == 0
+    kept = [{path.name for path in (tmp_path / name / "checkpoints").iterdir()} for name in ("uncut", "cut")]
+    assert "step-3.pt" in kept[0] and kept[0] == kept[1]
 
 
 @pytest.mark.slow

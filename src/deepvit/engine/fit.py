@@ -87,6 +87,8 @@ class Fit:
             self._measure_attention()
         elif self.state.evaluated < self.state.step and self._is_evaluation_due():  # a request to stop cut it short
             return self._evaluate_and_save()
+        else:
+            self._keep()  # a kill or a request to stop may have come first
         return True
 
     def _next(self, stream: Iterator[Batches]) -> Batches | None:
@@ -176,9 +178,13 @@ class Fit:
         with self.meter.paused():
             if saves:
                 self._saver.save_last(state, must=state.step == plan.total)
-            if plan.keep_every and state.step % plan.keep_every == 0:
-                self._saver.save_weights(self._folder.checkpoints / f"step-{state.step}.pt", state)
+            self._keep()
         return True
+
+    def _keep(self) -> None:
+        """Saves the weights of this step, if it is one of those to be kept."""
+        if self.plan.keep_every and self.state.step % self.plan.keep_every == 0:
+            self._saver.save_weights(self._folder.checkpoints / f"step-{self.state.step}.pt", self.state)
 
     def _evaluate_and_probe(self) -> bool:
         """In this order, as an evaluation may give batch norms other statistics. False if asked to stop."""

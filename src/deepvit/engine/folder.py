@@ -11,8 +11,9 @@ import socket
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from itertools import takewhile
 from pathlib import Path
 from typing import IO, Any, BinaryIO, ClassVar
 
@@ -212,10 +213,15 @@ class RunFolder:
         known = (event["run_id"] for event in read_json_lines(self.events) if "run_id" in event)
         return next(known, uuid.uuid4().hex[:8])
 
-    def drop_metrics_after(self, step: int) -> None:
-        """Drops lines that the resumed run will write again, and any line that a kill tore (also an event's)."""
+    def drop_metrics_after(self, step: int, evaluated: int) -> None:
+        """Drops lines that a run resumed at `step`, last evaluated at `evaluated`, will write again, and any line torn
+        by a kill (also an event's)."""
+        def stands(line: Mapping[str, Any]) -> bool:
+            return line.get("step", 0) <= (evaluated if "top1" in line else step)
+
         for path in (self.metrics, self.events):
-            kept = [line for line in read_json_lines(path) if path == self.events or line.get("step", 0) <= step]
+            lines = read_json_lines(path)
+            kept = lines if path == self.events else takewhile(stands, lines)
             write_text_synced(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 

@@ -134,10 +134,7 @@ class TrainState:
         self.model.load_state_dict(content["model"])
         if self.ema is not None:
             self.ema.module.load_state_dict(content["ema"])
-        rates = [group["lr"] for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(content["optimizer"])
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate  # the schedule sets it anew; a changed peak must not be undone
         if content["scaler"]:  # empty after training without one
             self.scaler.load_state_dict(content["scaler"])
         for name in self.COUNTERS:

@@ -108,7 +108,7 @@ def _open(folder: RunFolder, config: Mapping[str, Any], built: Built, viewers: l
     loggers = Loggers(LoggedRun(folder, run_id, step, config), viewers)  # may refuse
     write_text_synced(folder.config, yaml.safe_dump(dict(config), sort_keys=False))
     logging.getLogger("deepvit").addHandler(LogFile(folder.path / "train.log"))
-    folder.drop_metrics_after(step if resumed and step else -1)  # step 0 writes its own lines again
+    folder.drop_metrics_after(step if resumed and step else -1, built.state.evaluated)  # step 0 writes its own again
     folder.log_event("resume" if resumed else "start", step=step, steps=built.plan.total, run_id=run_id,
                      processes=processes, restarts=restarts, decoder=resolve_decoder(config["data"]["decoder"]),
                      micro_batch=built.micro_batch, **versions())
