@@ -192,10 +192,12 @@ def test_an_older_run_keeps_the_statistics_of_its_stem(tmp_path, attention):
     assert as_begun(now, folder) == now
 
 
-def test_a_run_that_cannot_be_calibrated_leaves_nothing_behind(tmp_path, capsys):
-    code = main.main(["train", "model=deepvit16", "calibrate=20", "data.batch_size=32", "engine.accelerator=cpu",
-                      f"hydra.run.dir={tmp_path}/run"])
-    assert code == 2 and "calibrate=20" in capsys.readouterr().err and not (tmp_path / "run" / "config.yaml").exists()
+@pytest.mark.parametrize("dry", ["false", "true"])
+@pytest.mark.parametrize("wrong", ["calibrate=20", "logger=abc"])
+def test_a_run_that_cannot_be_calibrated_or_logged_leaves_nothing_behind(tmp_path, capsys, wrong, dry):
+    code = main.main(["train", "model=deepvit16", wrong, "data.batch_size=32", "engine.accelerator=cpu",
+                      f"hydra.run.dir={tmp_path}/run", f"dry={dry}"])
+    assert code == 2 and wrong in capsys.readouterr().err and not (tmp_path / "run" / "config.yaml").exists()
 
 
 def test_attention_is_measured_with_the_statistics_of_the_evaluation(trained):

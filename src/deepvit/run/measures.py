@@ -26,6 +26,7 @@ from deepvit.engine.device import device_name, local_world, peak_bytes, prepare_
 from deepvit.engine.evaluate import Evaluation, calibrate, evaluate, scores
 from deepvit.engine.fit import Measures
 from deepvit.engine.folder import RunFolder
+from deepvit.engine.loggers import chosen
 from deepvit.engine.progress import Display, Meter, clock
 from deepvit.engine.ranks import Ranks
 from deepvit.engine.signals import StopRequest
@@ -213,11 +214,14 @@ def forecast(config: Mapping[str, Any], ranks: Ranks, stop: StopRequest) -> dict
     updates and one batch of the first evaluation are run, nothing is written."""
     with ranks.sync_errors():
         settings = build.read_settings(with_model_of_init(config))
+    chosen(settings.logger)  # may refuse, as the evaluator below
     prepare_device(build.precision(settings.precision, ranks.device), ranks, settings.engine.threads,
                    settings.engine.deterministic)
     build.check(settings, ranks)
     before = reset_peak(ranks.device)
     built = build.build(settings, ranks)
+    with ranks.sync_errors():
+        evaluator(built, stop)
     if ranks.is_main:
         log.info("%s", summary_of(built))
         log.info("Timing a few steps.")
