@@ -104,7 +104,7 @@ def api_page() -> str:
 
 def measures() -> list[str]:
     """The registered measures of a probe, each with the first sentences of its function."""
-    from deepvit.analysis.registry import MEASURES
+    from deepvit.analysis.measures import MEASURES
     lines = ["## Measures of a probe\n", "| name | of | what | unit |", "|:--|:--|:--|:--|"]
     for one in MEASURES.values():
         about = " ".join(inspect.getdoc(one.function).split("\n\n")[0].split()).replace("|", "\\|")

@@ -14,7 +14,7 @@ import deepvit
 from deepvit import analysis
 from deepvit.analysis import plots
 from deepvit.analysis.images import read_images, top_classes
-from deepvit.analysis.registry import MEASURES
+from deepvit.analysis.measures import MEASURES
 from deepvit.analysis.study import Study, load_studies
 from deepvit.commands import figures
 from deepvit.commands.figures import SIGNED, refuse_strange

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 import deepvit
 from deepvit import analysis
-from deepvit.analysis import measures, plots, registry
-from deepvit.analysis.registry import MEASURES
+from deepvit.analysis import measures, plots
+from deepvit.analysis.measures import MEASURES
 from deepvit.analysis.similarity import SampledRows
 from deepvit.analysis.study import Study
 from deepvit.errors import UserError
@@ -293,7 +293,7 @@ def test_branches_over_stream_are_those_of_the_block(images):
 
 def test_a_measure_is_one_function(images, monkeypatch):
     """What is registered stands in the probe, in the figures and in the images of a run, and nothing is left out."""
-    mine = registry.Measure("mine/largest", ("softmax",), torch.amax, "Mine", "x")
+    mine = measures.Measure("mine/largest", ("softmax",), torch.amax, "Mine", "x")
     monkeypatch.setitem(MEASURES, "mine/largest", mine)
     result = analysis.probe(tiny("self"), images)
     assert result["mine"]["largest"] == [attn.max().item() for attn in analysis.attention_maps(

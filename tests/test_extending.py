@@ -10,7 +10,7 @@ import yaml
 
 import deepvit
 from deepvit import analysis
-from deepvit.analysis import registry
+from deepvit.analysis import measures
 from deepvit.data import sources
 from deepvit.engine import loggers, schedule
 from deepvit.models import ATTENTIONS
@@ -23,7 +23,7 @@ SMALL = {"img_size": 16, "patch_size": 8, "depth": 2, "embed_dim": 24, "num_head
 @pytest.fixture(autouse=True)
 def ran():
     """All blocks, each as a file of its own; afterwards the registries are as before."""
-    registries = registry.MEASURES, loggers.LOGGERS, schedule.DECAYS, ATTENTIONS, sources.SOURCES, tables.COSTS
+    registries = measures.MEASURES, loggers.LOGGERS, schedule.DECAYS, ATTENTIONS, sources.SOURCES, tables.COSTS
     before = [(entries, dict(entries)) for entries in registries]
     for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL):
         exec(block, {"__name__": "extended"})

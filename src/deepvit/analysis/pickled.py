@@ -1,8 +1,7 @@
 """The published code's attention pickle (`attn_visualize.py`'s input), read without trusting it, as a study to draw.
 
 The file holds one pickled object per block: its maps `[B, H, N, N]` as a tensor or array, or a list or dict whose item
-3 they are (beside p, q and v). A single list of maps works too.
-"""
+3 they are (beside p, q and v). A single list of maps works too."""
 
 import io
 import pickle

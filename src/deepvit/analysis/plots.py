@@ -21,7 +21,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor
 
-from deepvit.analysis.registry import MEASURES
+from deepvit.analysis.measures import MEASURES
 from deepvit.analysis.study import Study
 
 POSITIVE, SIGNED = "viridis", "RdBu_r"  # both readable without telling red from green

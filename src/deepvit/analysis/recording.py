@@ -13,6 +13,7 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from deepvit import ops
+from deepvit.engine.evaluate import modes_kept
 from deepvit.errors import UserError
 from deepvit.models.attention import Attention, Stage
 
@@ -51,17 +52,6 @@ READERS: dict[Callable, Callable[[nn.Module, Tensor, Stage], Tensor]] = {
 def _reader(module: nn.Module) -> Callable[[nn.Module, Tensor, Stage], Tensor] | None:
     """What computes a module's maps `[B, H, N, N]` from its input; None if nothing does."""
     return type(module).weights if isinstance(module, Attention) else READERS.get(type(module).forward)
-
-
-@contextmanager
-def modes_kept(module: nn.Module) -> Iterator[None]:
-    """Afterwards every submodule's training flag is what it was."""
-    modes = [(part, part.training) for part in module.modules()]
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training
 
 
 @contextmanager
@@ -104,8 +94,7 @@ class Recording:
 
     `modules`, `inputs`: the attention modules and what entered them; `tokens`: the input of the first of `model.blocks`
     and the output of each (empty without `blocks`); `branches`: of each block the RMS `[B]` of `attention` and `mlp` as
-    they are added (empty without `drop_path1`, `drop_path2`); `logits`: the model's output.
-    """
+    they are added (empty without `drop_path1`, `drop_path2`); `logits`: the model's output."""
 
     def __init__(self):
         self.modules: list[nn.Module] = []
@@ -185,8 +174,7 @@ def attention_maps(model: nn.Module, x: Tensor, stage: Stage = "final", *,
     mixed yet, "logits" are q k^T as the softmax sees it. Final maps of re-attention may be negative and their rows need
     not sum to one. `batch_size`: images per forward pass, by default as many as keep a block's maps within 32 MiB. The
     result takes `4 B L H N^2` bytes; `record(model, x).maps()` gives one block at a time. Raises UserError if the model
-    has no attention, or the images are not of its size.
-    """
+    has no attention, or the images are not of its size."""
     result: list[Tensor] = []
     start = 0
     for recording in recordings(model, x, batch_size):

@@ -2,8 +2,7 @@
 as similar. Maps are `[B, H, N, N]` per block, rows queries; a sequence of them may compute them as they are read.
 
 M is confounded: a norm over heads lowers it without mixing heads, and softmax maps near uniform are alike whatever was
-learned. So look at it beside M of the softmax maps, of `centred` maps, and at initialisation.
-"""
+learned. So look at it beside M of the softmax maps, of `centred` maps, and at initialisation."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -15,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deepvit.analysis.measures import measure
 from deepvit.analysis.recording import HELD_BYTES
-from deepvit.analysis.registry import measure
 from deepvit.errors import UserError
 
 Rule = Literal["adjacent", "earlier"]
@@ -38,8 +37,7 @@ def column_similarity(p: Tensor, q: Tensor) -> Tensor:
     """The paper's M: the cosine between what token t gives to each output in block p and in block q.
 
     `M[b, h, t] = <p[b, h, :, t], q[b, h, :, t]> / (|p[b, h, :, t]| |q[b, h, :, t]|)`
-    (Zhou et al., arXiv:2103.11886, section 3.2). p, q: `[B, H, N, N]` -> `[B, H, N]`, from -1 to 1.
-    """
+    (Zhou et al., arXiv:2103.11886, section 3.2). p, q: `[B, H, N, N]` -> `[B, H, N]`, from -1 to 1."""
     _check_alike(p, q)
     return (unit_columns(p) * unit_columns(q)).sum(-2)
 
@@ -72,8 +70,7 @@ def cross_layer_similarity(maps: Sequence[Tensor], per_head: bool = False, *, mi
     or `[H, L, L]` per head; with `minus_uniform` of the `centred` maps.
 
     `maps`: `[B, H, N, N]` per block, from `attention_maps` or `record(model, x).maps(stage)`; of the latter at most 256
-    MiB are held at a time, and maps are computed again where that is too little.
-    """
+    MiB are held at a time, and maps are computed again where that is too little."""
     # Products of all pairs of blocks are one small matrix product for each row; a single one of all rows would sum too
     # many numbers of one sign in float32.
     first, blocks = maps[0], range(len(maps))

@@ -63,19 +63,16 @@ def evaluate(model: nn.Module, batches: Iterable[Any], prepare: Prepare, ranks: 
     """Top-1, top-5 and mean cross-entropy over the `batches` of all ranks, which must hold each of `n` images once, or
     Failure is raised. `among`: classes to choose among for `correct_present`. `advance` is called with the number of
     images done. `should_stop`, which makes it None, and what else is raised: see `Ranks.for_each`."""
-    training, start = model.training, time.perf_counter()
-    parts, bad = [], []
+    start, parts, bad = time.perf_counter(), [], []
 
     def take(batch: Any) -> None:
         parts.extend(scores(model, batch, prepare, ranks, precision, batch.bad, among))
         bad.extend(batch.bad)
         advance(len(batch) * ranks.world)
 
-    model.eval()
-    try:
+    with modes_kept(model):
+        model.eval()
         complete = ranks.for_each(batches, take, should_stop)
-    finally:
-        model.train(training)
     return _gather(parts, bad, ranks, n, time.perf_counter() - start) if complete else None
 
 
@@ -160,23 +157,32 @@ def _tracking_norms(model: nn.Module) -> list[_BatchNorm]:
 
 
 @contextmanager
-def statistics_of_the_batch(model: nn.Module) -> Iterator[None]:
-    """Inside, a forward pass leaves its batch's own statistics in each BatchNorm; all else is in eval mode."""
-    norms = _tracking_norms(model)
-    training = {module: module.training for module in model.modules()}
-    kept = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
-    model.eval()
-    for norm in norms:
-        norm.train()
-        norm.momentum = 1.0
+def modes_kept(module: nn.Module) -> Iterator[None]:
+    """Afterwards every submodule's training flag is what it was."""
+    modes = [(part, part.training) for part in module.modules()]
     try:
         yield
     finally:
-        for module, mode in training.items():
-            module.training = mode
-        for norm, (momentum, count) in zip(norms, kept, strict=True):
-            norm.momentum = momentum
-            norm.num_batches_tracked.copy_(count)
+        for part, training in modes:
+            part.training = training
+
+
+@contextmanager
+def statistics_of_the_batch(model: nn.Module) -> Iterator[None]:
+    """Inside, a forward pass leaves its batch's own statistics in each BatchNorm; all else is in eval mode."""
+    norms = _tracking_norms(model)
+    kept = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+    with modes_kept(model):
+        model.eval()
+        for norm in norms:
+            norm.train()
+            norm.momentum = 1.0
+        try:
+            yield
+        finally:
+            for norm, (momentum, count) in zip(norms, kept, strict=True):
+                norm.momentum = momentum
+                norm.num_batches_tracked.copy_(count)
 
 
 def wilson_interval(correct: int, n: int) -> tuple[float, float]:

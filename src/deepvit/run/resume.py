@@ -98,8 +98,7 @@ def _with_its_stem(config: Mapping[str, Any], run: Mapping[str, Any]) -> Mapping
 def with_model_of_init(config: Mapping[str, Any], folder: RunFolder | None = None) -> Mapping[str, Any]:
     """`config` with the model and the normalisation of its images that `init` describes; a run resumed in `folder`
     keeps its own. What was typed wins: `model=NAME` wholly, `model.*` each for itself. Dropout and stochastic depth
-    are the run's, and a recipe may ask for larger images than the file's, but not for smaller ones.
-    """
+    are the run's, and a recipe may ask for larger images than the file's, but not for smaller ones."""
     typed = typed_names(config.get("origin"), unknown=["model=", "data.norm="])
     if config["init"] is None or typed >= {"model", "data.norm"}:
         return config
