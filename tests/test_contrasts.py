@@ -16,8 +16,7 @@ from deepvit.commands.main import main
 from deepvit.config.compare import flat
 from deepvit.config.records import SweepRecord, read_json_lines
 from deepvit.errors import BAD_INPUT, DONE, UserError
-from deepvit.report.contrasts import Contrast, Finding, find, read_plan
-from deepvit.report.statistics import holm
+from deepvit.report.statistics import Contrast, Finding, find, holm, read_plan
 from deepvit.report.tables import tables
 
 PLAN = {"outcome": "top1", "margin": 0.5, "contrasts": {

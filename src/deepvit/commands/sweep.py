@@ -22,7 +22,7 @@ from deepvit.config.compare import flat
 from deepvit.config.provenance import as_typed, choices_of, digest, preregistration
 from deepvit.config.records import FOLDER, SweepRecord, missing, remove_empty, written_for_us
 from deepvit.errors import DONE, FAILED, STOPPED, UserError, did_you_mean
-from deepvit.report.contrasts import WHERE, Plan, read_plan
+from deepvit.report.statistics import WHERE, Plan, read_plan
 from deepvit.run.console import say
 from deepvit.run.launch import joined
 

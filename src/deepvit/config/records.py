@@ -74,7 +74,7 @@ class SweepRecord:
     def open(self, command: str, sweep: str | None, cells: Sequence[Mapping[str, Any]],
              shared: Mapping[str, Any], statistics: Mapping[str, Any] | None = None) -> None:
         """The first line. `cells` have `overrides`, `folder` and (flat) `settings`; none if the sweeper decides as it
-        goes. `shared`: the settings that all have. `statistics`: see `deepvit.report.contrasts`."""
+        goes. `shared`: the settings that all have. `statistics`: see `deepvit.report.statistics`."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._append({"command": command, "sweep": sweep, "shared": shared, "cells": cells, "statistics": statistics})
 

@@ -19,9 +19,9 @@ from matplotlib.artist import setp
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from deepvit.report.contrasts import Finding, find, plan_of
 from deepvit.report.grid import ATTENTION_ORDER, Cell, Grid
 from deepvit.report.runs import Run
+from deepvit.report.statistics import Finding, find, plan_of
 from deepvit.report.tables import (KINDS, Measure, interval, mean_similarity, named_moments, of_result, over_seeds,
                                    published_for, similarity)
 

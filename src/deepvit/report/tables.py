@@ -6,11 +6,10 @@ from functools import partial
 from itertools import chain, compress
 from typing import Any
 
-from deepvit.report.contrasts import Finding, Plan, find, plan_of
 from deepvit.report.grid import Cell, Grid, plain
 from deepvit.report.published import IMAGENET_VAL, OTHERS, SOURCES, Published, published_of
 from deepvit.report.runs import Run
-from deepvit.report.statistics import Equivalence, Summary, summarise
+from deepvit.report.statistics import Equivalence, Finding, Plan, Summary, find, plan_of, summarise
 
 MOMENTS = ("initial", "final")  # before the first step, and after the last
 KINDS = {"final": "final", "softmax": "softmax", "final_centred": "final-1/N", "softmax_centred": "softmax-1/N"}
