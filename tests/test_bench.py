@@ -11,7 +11,7 @@ from gpu_session import read
 from test_data_sets import IMAGES
 from torch import nn
 
-from deepvit.bench import machine, models, timing
+from deepvit.bench import models, rows, timing
 from deepvit.bench.models import TrainStep
 from deepvit.bench.rows import TARGETS, against_targets
 from deepvit.commands.bench import BENCHES
@@ -47,10 +47,10 @@ def test_models_stand_beside_their_peers(bench):
         made = results[name]["provenance"]
         assert {"cores", "threads", "caches", "versions", "date", "driver", "triton"} < made.keys()
         assert made["instructions"].keys() == {"torch", "matrices", "kernel"}
-        assert {row["on"] for row in found[name]} == {machine.made_on("cpu")}
+        assert {row["on"] for row in found[name]} == {rows.made_on("cpu")}
         assert [row["name"] for row in found[name]] == PEERS and found[name][0]["ratio"] == 1
     for target in TARGETS["cpu"]:
-        if target.on in (None, machine.made_on("cpu")):
+        if target.on in (None, rows.made_on("cpu")):
             assert (target.what in said.out) == (target.bench in ("train-step", "eval", "memory")), target
     kept, maps = ({row["name"]: row[field] for row in found["memory"]} for field in ("kept_mib", "maps_mib"))
     assert kept["deepvit, re-attention"] < 1.08 * kept[PEERS[0]] < kept["re-attention, published form"]
@@ -157,21 +157,21 @@ def test_a_stand_in_is_judged_by_the_same_bound_under_its_own_name():
 
 @pytest.mark.parametrize("torch_has, flags, kernel, held_back, on", [
     ("AVX512", "avx2 avx512f", "AVX512", {}, "AVX512"), ("AVX2", "avx avx2 fma", "AVX2", {}, "AVX2"),
-    ("AVX2", "avx2 avx512f", "AVX2", machine.HELD_BACK, "AVX2 (stand-in)"),
-    ("AVX2", "avx2 avx512f", None, machine.HELD_BACK, "AVX2 (stand-in), no compiler"),
+    ("AVX2", "avx2 avx512f", "AVX2", rows.HELD_BACK, "AVX2 (stand-in)"),
+    ("AVX2", "avx2 avx512f", None, rows.HELD_BACK, "AVX2 (stand-in), no compiler"),
     ("AVX2", "avx2 avx512f", "AVX2", {"ATEN_CPU_CAPABILITY": "avx2"}, UserError)])
 def test_rows_say_what_they_were_made_on(monkeypatch, tmp_path, torch_has, flags, kernel, held_back, on):
-    for name in machine.HELD_BACK:
+    for name in rows.HELD_BACK:
         monkeypatch.setenv(name, held_back[name]) if name in held_back else monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: torch_has)
     (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nmodel name\t: A 9000\nflags\t\t: fpu {flags} clzero\n")
-    monkeypatch.setattr(machine, "PROCESSOR", str(tmp_path / "cpuinfo"))
-    monkeypatch.setattr(machine.native, "instructions", lambda: kernel)
+    monkeypatch.setattr(rows, "PROCESSOR", str(tmp_path / "cpuinfo"))
+    monkeypatch.setattr(rows.native, "instructions", lambda: kernel)
     if on is UserError:
         with pytest.raises(UserError, match="MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2"):
-            machine.made_on("cpu")
+            rows.made_on("cpu")
     else:
-        assert machine.made_on("cpu") == on
+        assert rows.made_on("cpu") == on
 
 
 def test_the_floor_is_the_larger_of_two_times():
@@ -214,7 +214,7 @@ def test_the_loader_stands_beside_timms(bench):
     (["eval", "--seconds", "nan"], "--seconds"), (["eval", "--depth", "0"], "--depth"),
     (["eval", "--batch", "-3"], "--batch")], ids=str)
 def test_options_are_refused_before_the_machine_is_measured(words, said, monkeypatch, capsys):
-    monkeypatch.setattr("deepvit.commands.bench.provenance", None)
+    monkeypatch.setattr("deepvit.bench.rows.provenance", None)
     assert main(["bench", *words, "--device", "cpu"]) == 2
     assert said in capsys.readouterr().err
 

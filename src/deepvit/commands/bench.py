@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 
 from deepvit.bench import attention, loader, models, rows, startup, timing, training
-from deepvit.bench.machine import made_on, provenance
 from deepvit.commands.main import parser_of
 from deepvit.config.records import read_json_lines
 from deepvit.config.signature import check_range
@@ -33,10 +32,7 @@ BENCHES: dict[str, Callable[..., Iterable[dict]]] = {  # each takes the command'
     "loader": loader.measure,
     "listing": startup.listing,
     "startup": startup.commands,
-    "scaling": models.growth,
-}
-
-
+    "scaling": models.growth}
 OPTIONS = "seconds", "depth", "batch", "data", "cifar10", "compiled"  # that some benches take
 
 
@@ -55,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
     _check(given)
     chosen = all_of(given) if "all" in given.benches else given.benches
-    on, where = made_on(given.device), provenance(given.device)
+    on, where = rows.made_on(given.device), rows.provenance(given.device)
     rows.append(given.json, "provenance", where)
     print(json.dumps(where), flush=True)
     results = {}
