@@ -3,7 +3,9 @@
 import difflib
 import re
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75  # exit codes of every program
@@ -36,6 +38,15 @@ def unusable(error: OSError) -> UserError:
     if names_nothing(error):
         raise error
     return UserError(f"{error.filename} cannot be used ({error.strerror}): mend it or give another.")
+
+
+@contextmanager
+def writing(what: str, place: str | Path, advice: str) -> Iterator[None]:
+    """An OSError inside as a `UserError`: `what` cannot be written to `place`, the reason, the advice."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{what} cannot be written to {place} ({error.strerror or error}): {advice}.") from error
 
 
 def first_line(error: BaseException) -> str:

@@ -16,7 +16,7 @@ from deepvit.analysis.pickled import read_pickled_maps, study_of_maps
 from deepvit.analysis.study import Study, load_studies, refuse_to_save, save_studies, study
 from deepvit.commands.main import add_weights, parser_of
 from deepvit.config.compare import flat, labels
-from deepvit.errors import BAD_INPUT, DONE, UserError
+from deepvit.errors import BAD_INPUT, DONE, UserError, writing
 from deepvit.importers import open_model
 from deepvit.importers.files import is_safetensors
 from deepvit.importers.settings import paths_and_keywords
@@ -53,15 +53,12 @@ def draw(studies: Sequence[Study], folder: Path, suffix: str = "png") -> list[Pa
             "measures_depth": plots.measures_with_depth(studies),
             "theta": plots.theta(studies)}
     drawn = {folder / f"{name}.{suffix}": figure for name, figure in figures.items() if figure is not None}
-    try:
+    with writing("The figures", folder, "choose another folder with --out"):
         for path in drawn:
             refuse_strange(path)
         folder.mkdir(parents=True, exist_ok=True)
         for path, figure in drawn.items():
             figure.savefig(path, metadata=SIGNED)
-    except OSError as error:
-        raise UserError(f"The figures cannot be written to {folder} ({error.strerror or error}): "
-                        f"choose another folder with --out.") from error
     return [*drawn]
 
 
@@ -105,7 +102,17 @@ def _drawn_before(path: Path) -> list[Study]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    given = _parser().parse_intermixed_args(arguments)
+    parser = parser_of("figures")
+    parser.add_argument("checkpoint", type=Path, nargs="?", help="a run folder, or a checkpoint of any dialect")
+    parser.add_argument("images", nargs="*", metavar="IMAGE|KEY=VALUE", help="images or folders of them (none: "
+                        "built-in examples), and settings that a file does not say, such as num_heads=12")
+    parser.add_argument("--out", type=Path, help="folder of the figures (default: figures/<run or file name>)")
+    parser.add_argument("--compare", type=Path, help="a second checkpoint, drawn beside the first")
+    parser.add_argument("--format", choices=("png", "svg"), default="png")
+    parser.add_argument("--save-maps", type=Path, help="also write what was computed, as safetensors")
+    parser.add_argument("--maps", type=Path, help="draw what --save-maps wrote, or the published code's pickle")
+    add_weights(parser)
+    given = parser.parse_intermixed_args(arguments)
     if (given.maps is None) == (given.checkpoint is None) or given.maps and given.compare:
         raise UserError("Give a checkpoint (and another with --compare), or --maps FILE to draw what was computed "
                         "before, and not both.")
@@ -122,20 +129,6 @@ def main(arguments: Sequence[str]) -> int:
     for sentence in refused:
         print(f"Left out: {sentence}", file=sys.stderr)
     return BAD_INPUT if refused else DONE
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = parser_of("figures")
-    parser.add_argument("checkpoint", type=Path, nargs="?", help="a run folder, or a checkpoint of any dialect")
-    parser.add_argument("images", nargs="*", metavar="IMAGE|KEY=VALUE", help="images or folders of them (none: "
-                        "built-in examples), and settings that a file does not say, such as num_heads=12")
-    parser.add_argument("--out", type=Path, help="folder of the figures (default: figures/<run or file name>)")
-    parser.add_argument("--compare", type=Path, help="a second checkpoint, drawn beside the first")
-    parser.add_argument("--format", choices=("png", "svg"), default="png")
-    parser.add_argument("--save-maps", type=Path, help="also write what was computed, as safetensors")
-    parser.add_argument("--maps", type=Path, help="draw what --save-maps wrote, or the published code's pickle")
-    add_weights(parser)
-    return parser
 
 
 def predict(arguments: Sequence[str]) -> int:

@@ -22,7 +22,7 @@ from deepvit.engine import checkpoint
 from deepvit.engine.folder import RunFolder
 from deepvit.engine.nonfinite import Examination, examine
 from deepvit.engine.ranks import Ranks, pick_device
-from deepvit.errors import DONE, UserError
+from deepvit.errors import DONE, UserError, writing
 from deepvit.report.render import printed
 from deepvit.run import build
 from deepvit.run.console import set_up_logging
@@ -101,11 +101,9 @@ def draw(batches: Sequence[Batch], prepare: Prepare, path: str | Path, class_nam
         axis.imshow(pixels.numpy(), interpolation="nearest")
         axis.set_title(_caption(target, class_names), fontsize=7, parse_math=False)
     figure.tight_layout()
-    try:
+    with writing("The image", path, "give another name"):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=110, metadata=SIGNED)
-    except OSError as error:
-        raise UserError(f"The image cannot be written to {path} ({error.strerror}).") from error
 
 
 def _caption(target: torch.Tensor, names: Sequence[str]) -> str:

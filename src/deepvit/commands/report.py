@@ -1,7 +1,6 @@
 """Tables and figures of run folders, finished or not, with the paper's numbers beside them.
 Imports neither torch nor the engine, so it starts at once and runs anywhere."""
 
-import argparse
 import shlex
 import sys
 from collections.abc import Sequence
@@ -15,7 +14,14 @@ from deepvit.errors import BAD_INPUT, DONE, UserError
 def main(arguments: Sequence[str]) -> int:
     from deepvit.report.runs import read_run, read_runs
     from deepvit.report.write import write_report
-    options = _parser().parse_args(arguments)
+    parser = parser_of("report")
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUNS", help="run folders, or folders above them")
+    parser.add_argument("--out", type=Path, help="where to write (default: report/ in the first of RUNS)")
+    parser.add_argument("--threshold", type=float, default=0.9,
+                        help="mean M above which adjacent blocks count as similar (default: %(default)s)")
+    parser.add_argument("--compare", nargs=2, type=Path, default=(), metavar=("RUN_A", "RUN_B"),
+                        help="what differs between two runs, and both curves")
+    options = parser.parse_args(arguments)
     check_range("--threshold", options.threshold, -1, 1)
     paths = options.runs or options.compare
     if not paths:
@@ -34,14 +40,3 @@ def main(arguments: Sequence[str]) -> int:
     for sentence in missing.values():
         print(f"--compare is left out: {sentence}", file=sys.stderr)
     return BAD_INPUT if missing else DONE
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = parser_of("report")
-    parser.add_argument("runs", nargs="*", type=Path, metavar="RUNS", help="run folders, or folders above them")
-    parser.add_argument("--out", type=Path, help="where to write (default: report/ in the first of RUNS)")
-    parser.add_argument("--threshold", type=float, default=0.9,
-                        help="mean M above which adjacent blocks count as similar (default: %(default)s)")
-    parser.add_argument("--compare", nargs=2, type=Path, default=(), metavar=("RUN_A", "RUN_B"),
-                        help="what differs between two runs, and both curves")
-    return parser

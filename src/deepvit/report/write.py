@@ -5,7 +5,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from html import escape
 from itertools import chain
 from pathlib import Path
@@ -14,7 +14,7 @@ from string import Template
 from deepvit.config.compare import flat, labels
 from deepvit.config.provenance import git_revision
 from deepvit.config.records import check_writable
-from deepvit.errors import UserError
+from deepvit.errors import UserError, writing
 from deepvit.report.figures import Chart, charts, comparison_chart
 from deepvit.report.grid import Grid, differing, grids, plain
 from deepvit.report.render import are_numbers, as_csv, printed
@@ -41,7 +41,7 @@ def write_report(runs: Sequence[Run], problems: Sequence[str], out: Path, thresh
     """Writes everything into `out` and yields the lines to print. `pair`: two runs to compare, or none. Raises
     UserError if `out` cannot be written, or has files of these names that no report wrote."""
     _refuse_strange(out)
-    with _writing(out):
+    with writing("The report", out, "choose another folder with --out"):
         check_writable(out)
     found = grids(runs)
     parts = [_summary(found), _origin(found, command), *problems, *chain(*(grid.duplicates for grid in found))]
@@ -50,7 +50,7 @@ def write_report(runs: Sequence[Run], problems: Sequence[str], out: Path, thresh
         parts += [f"## {grid.name}", _shared_recipe(grid), _limits(grid), *tables(grid, threshold),
                   *charts(grid, f"{name}-{number}-" if len(found) > 1 else "")]
     parts += [_comparison(pair), comparison_chart(pair, _labels(pair))] if pair else []
-    with _writing(out):
+    with writing("The report", out, "choose another folder with --out"):
         (out / "figures").mkdir(parents=True, exist_ok=True)
         saved = [part.save(out / "figures") for part in parts if isinstance(part, Chart)]
         (out / "report.csv").write_text(as_csv(found, threshold), **ANY_NAME)
@@ -59,14 +59,6 @@ def write_report(runs: Sequence[Run], problems: Sequence[str], out: Path, thresh
     yield from filter(None, map(as_text, parts))
     yield from (f"Figure: {path}" for path in saved)
     yield f"Report: {out / 'report.html'} (and report.md, report.csv)"
-
-
-@contextmanager
-def _writing(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{out} cannot be written ({error.strerror}): choose another folder with --out.") from error
 
 
 def _refuse_strange(out: Path) -> None:

@@ -14,7 +14,7 @@ from deepvit.config.records import check_writable
 from deepvit.data import ImageSet
 from deepvit.engine.evaluate import Evaluation, mcnemar
 from deepvit.engine.folder import plain, write_text_synced
-from deepvit.errors import UserError
+from deepvit.errors import writing
 from deepvit.report.published import IMAGENET_VAL
 from deepvit.report.render import printed
 
@@ -91,24 +91,16 @@ def _write_csv(path: Path, head: list[str], rows: Iterable[list[Any]]) -> None:
 
 def check_place(folder: Path) -> None:
     """UserError where results could not be written to `folder`; leaves nothing behind."""
-    with _writing(folder):
+    with writing("The results", folder, "give out=FOLDER"):
         check_writable(folder)
 
 
 @contextmanager
 def results_in(folder: Path) -> Iterator[None]:
     """Makes the folder; UserError where it, or what is written inside, cannot be."""
-    with _writing(folder):
+    with writing("The results", folder, "give out=FOLDER"):
         folder.mkdir(parents=True, exist_ok=True)
         yield
-
-
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"The results cannot be written to {folder} ({error.strerror}): give out=FOLDER.") from error
 
 
 def by_class(evaluation: Evaluation, names: Sequence[str]) -> list[dict[str, Any]]:
