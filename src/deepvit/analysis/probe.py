@@ -13,7 +13,7 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from deepvit.analysis.measures import MEASURES, BatchNorm, patch_grid, thetas
-from deepvit.analysis.recording import BRANCHES, HELD_BYTES, Maps, Recording, attention_modules, recordings, rms
+from deepvit.analysis.recording import BRANCHES, HELD_BYTES, Recording, attention_modules, recordings, rms
 from deepvit.analysis.similarity import SampledRows, centred, cross_layer_similarity, similar_blocks, unit_columns
 from deepvit.engine.evaluate import modes_kept, statistics_of_the_batch
 from deepvit.errors import UserError
@@ -43,7 +43,8 @@ def probe(model: nn.Module, x: Tensor, *, batch_size: int | None = None, thresho
         weight = len(recording) / len(x)
         maps = {stage: recording.maps(stage) for stage in ("logits", "softmax", "final")}
         if matrix:
-            maps |= {stage: _held(maps[stage]) for stage in ("softmax", "final")}
+            if 4 * maps["final"][0].numel() * len(maps["final"]) <= HELD_BYTES:  # else computed at each use
+                maps |= {stage: [*maps[stage]] for stage in ("softmax", "final")}
             for kind in KINDS:
                 stage, _, is_centred = kind.partition("_")
                 pairs = cross_layer_similarity(maps[stage], minus_uniform=bool(is_centred))  # [L, L]
@@ -58,11 +59,6 @@ def probe(model: nn.Module, x: Tensor, *, batch_size: int | None = None, thresho
     for kind, pairs in matrices.items():
         result["similarity"][kind]["matrix"] = pairs.tolist()
     return result
-
-
-def _held(maps: Maps) -> Sequence[Tensor]:
-    """The same maps, computed once and for all if they are within 256 MiB together."""
-    return list(maps) if 4 * maps[0].numel() * len(maps) <= HELD_BYTES else maps
 
 
 def _attentions(model: nn.Module, recording: Recording, maps: Mapping[str, Sequence[Tensor]]) -> Iterator[Block]:

@@ -18,7 +18,6 @@ from deepvit.analysis.measures import measure
 from deepvit.analysis.recording import HELD_BYTES
 from deepvit.errors import UserError
 
-Rule = Literal["adjacent", "earlier"]
 CKA_ROWS = 1024  # token vectors compared by CKA, evenly taken: bounds its memory to L x 1024 x D
 
 
@@ -112,7 +111,7 @@ def _gather_unit_columns(maps: Sequence[Tensor], blocks: range, like: Tensor, mi
 
 
 def similar_blocks(maps_or_similarity: Tensor | Sequence[Tensor], threshold: float = 0.9,
-                   rule: Rule = "adjacent") -> int:
+                   rule: Literal["adjacent", "earlier"] = "adjacent") -> int:
     """The number of similar blocks, of a similarity matrix `[L, L]`, adjacent similarities `[L - 1]`, or maps of every
     block: those whose mean M with the next block exceeds `threshold`, or by rule "earlier" with any block before. (The
     paper counts them at 90 % but leaves open which pairs and which mean.)"""

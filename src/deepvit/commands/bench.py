@@ -50,7 +50,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--json", type=Path, help="add the rows to this file too, a line for each once it is known")
     given = parser.parse_args(arguments)
     _check(given)
-    chosen = all_of(given) if "all" in given.benches else given.benches
+    # Of all: neither hours of ImageNet on a CPU, nor the loader without files, nor the long `forecast`
+    without = {"forecast", *([] if given.data else ["loader"]), *([] if given.device == "cuda" else ["imagenet"])}
+    chosen = [name for name in BENCHES if name not in without] if "all" in given.benches else given.benches
     on, where = rows.made_on(given.device), rows.provenance(given.device)
     rows.append(given.json, "provenance", where)
     print(json.dumps(where), flush=True)
@@ -90,12 +92,6 @@ def _check(given: Namespace) -> None:
         if idle := [f"--{option.replace('compiled', 'compile')}" for option in OPTIONS if getattr(given, option)
                     and option not in inspect.signature(BENCHES[name]).parameters]:
             print(f"No effect on {name}: {', '.join(idle)}.", file=sys.stderr)
-
-
-def all_of(given: Namespace) -> list[str]:
-    """What `all` means: neither hours of ImageNet on a CPU, nor the loader without files, nor the long `forecast`."""
-    without = {"forecast", *([] if given.data else ["loader"]), *([] if given.device == "cuda" else ["imagenet"])}
-    return [name for name in BENCHES if name not in without]
 
 
 def measure(name: str, given: Namespace, on: str) -> list[dict]:

@@ -68,18 +68,17 @@ def refuse_strange(path: Path) -> None:
         raise UserError(f"{path} is there already and was not drawn here: choose another name or folder.")
 
 
-def _name(checkpoint: Path) -> str:
-    """A run's folder for best.pt and last.pt, else the file's."""
-    path = checkpoint.resolve()
-    return path.parent.parent.name if path.parent.name == "checkpoints" else path.name
+def _run_or_file(path: Path) -> Path:
+    """The run's folder for its best.pt and last.pt."""
+    path = path.resolve()
+    return path.parent.parent if path.parent.name == "checkpoints" else path
 
 
 def _of_figures(source: Path) -> str:
     """A file's stem; of a run its place below here or runs/, as many are named `default`."""
-    path = source.resolve()
-    run = path.parent.parent if path.parent.name == "checkpoints" else path
-    if path.is_file() and run is path:
-        return path.stem
+    run = _run_or_file(source)
+    if run.is_file():
+        return run.stem
     *above, name = run.relative_to(Path.cwd()).parts if Path.cwd() in run.parents else [run.name]
     return "-".join([*(above[1:] if above[:1] == ["runs"] else above), name])
 
@@ -88,7 +87,7 @@ def _names(models: Sequence[ViT], checkpoints: Sequence[Path]) -> list[str]:
     """What differs between the models' settings, or the attention of one alone; the files' names if that is no help."""
     settings = [dict(flat({**(model.load_report.said.get("run") or {}), "model": model.config})) for model in models]
     names = labels(settings) if len(settings) > 1 else [settings[0].get("model.attention.name", "")]
-    files = [_name(path) for path in checkpoints]
+    files = [_run_or_file(path).name for path in checkpoints]
     return names if all(names) and len({*names}) == len(names) else [
         textwrap.fill(f"{'AB'[at]}: {name}" if len(files) > 1 else name, 40) for at, name in enumerate(files)]
 

@@ -283,9 +283,8 @@ class SweepTable:
         row.read()
         row.ended = time.monotonic()
         self._failed += code not in (DONE, STOPPED)
-        how = "stopped" if code == STOPPED else "failed"
         _say([row.title, "done", row.numbers()[1], f"in {clock(row.seconds)}"] if code == DONE else
-             [row.title, f"{how}, see {row.log}"])
+             [row.title, f"{'stopped' if code == STOPPED else 'failed'}, see {row.log}"])
 
     def refresh(self) -> None:
         """Shows what has changed, if it is time."""

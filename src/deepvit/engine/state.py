@@ -122,8 +122,7 @@ class TrainState:
 
     def weights(self) -> dict[str, Any]:
         """The tensors of `model`, and of `ema` if it is on."""
-        ema = {} if self.ema is None else {"ema": self.ema.module.state_dict()}
-        return {"model": self.model.state_dict(), **ema}
+        return {"model": self.model.state_dict(), **({} if self.ema is None else {"ema": self.ema.module.state_dict()})}
 
     def state_dict(self) -> dict[str, Any]:
         return {**self.weights(), "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),

@@ -49,7 +49,7 @@ class Update:
         self.found_nonfinite = ~torch.isfinite(loss + grad_norm)
         self._answer = self.found_nonfinite.to("cpu", non_blocking=True)  # to pinned memory, while the device goes on
         self._answered = _event(loss)
-        self._queued: torch.cuda.Event | None = None
+        self.queued: torch.cuda.Event | None = None  # when all work of this update was given to the device
 
     @property
     def skipped(self) -> bool:
@@ -58,19 +58,15 @@ class Update:
             self._answered.synchronize()
         return bool(self._answer)
 
-    def mark_queued(self) -> None:
-        """Called when all work of this update was given to the device."""
-        self._queued = _event(self.loss)
-
     def idle_s(self) -> float:
         """How long the device has had nothing to do since this update; a CPU idles whenever the host waits: inf."""
-        if self._queued is None:
+        if self.queued is None:
             return float("inf")
-        if not self._queued.query():
+        if not self.queued.query():
             return 0.0
         now = _event(self.loss)
         now.synchronize()
-        return self._queued.elapsed_time(now) / 1000
+        return self.queued.elapsed_time(now) / 1000
 
 
 def cross_entropy(network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -204,7 +200,7 @@ class Stepper:
         state.scaler.update()
         state.step += 1
         state.update_average(unless=update.found_nonfinite)
-        update.mark_queued()
+        update.queued = _event(update.loss)
         return update
 
     def _cut(self, batches: Sequence[Any]) -> Sequence[Any]:

@@ -180,14 +180,11 @@ class _Plot:
         for cell in grid.cells:
             self.lines[", ".join([cell.attention, *cell.details(grid)])].append(cell)
 
-    def _style(self, label: str) -> dict[str, str]:
-        return look(label, list(self.lines))
-
     def _draw_means(self, axes: Axes, measure: Measure, linestyle: str = "-", **style: Any) -> None:
         for label, cells in self.lines.items():
             found = [(cell.depth, summary.mean) for cell in cells if (summary := over_seeds(cell, measure))]
             axes.plot([x for x, _ in found], [mean for _, mean in found],
-                      **{"label": label, "linestyle": linestyle, **self._style(label), **style})
+                      **{"label": label, "linestyle": linestyle, **look(label, [*self.lines]), **style})
 
     def accuracy(self, axes: Axes) -> None:
         for index, (label, cells) in enumerate(self.lines.items()):
@@ -199,7 +196,7 @@ class _Plot:
             bars = np.nan_to_num(np.maximum([means - low, high - means], 0))
             shift = (index - (len(self.lines) - 1) / 2) * 0.012 * self.span  # so that bars do not hide each other
             axes.errorbar([cell.depth + shift for cell in cells], means, yerr=bars, capsize=3, label=label,
-                          **self._style(label))
+                          **look(label, [*self.lines]))
         self._draw_published(axes)
         low, high = axes.get_ylim()
         more = max(MIN_POINTS - (high - low), 0) / 2

@@ -286,8 +286,7 @@ def _decided(chosen: PrecisionSettings, device: torch.device) -> PrecisionSettin
 
 def precision(chosen: PrecisionSettings, device: torch.device) -> Precision:
     chosen = _decided(chosen, device)
-    dtype = None if chosen.dtype == "float32" else getattr(torch, chosen.dtype)
-    return Precision(dtype, chosen.tf32)
+    return Precision(None if chosen.dtype == "float32" else getattr(torch, chosen.dtype), chosen.tf32)
 
 
 def objective(settings: Settings) -> Objective:
