@@ -20,19 +20,11 @@ from deepvit.config.signature import check_range
 from deepvit.errors import DONE, Failure, UserError, reason
 
 BENCHES: dict[str, Callable[..., Iterable[dict]]] = {  # each takes the command's options by name
-    "ceilings": timing.ceiling_rows,
-    "train-step": partial(models.measure, models.TrainStep),
-    "eval": partial(models.measure, models.Forward),
-    "attention": attention.measure,
-    "precision": attention.half_precision_error,
-    "memory": models.memory,
-    "forecast": training.forecasts,
-    "imagenet": models.imagenet,
-    "small": training.small_model,
-    "loader": loader.measure,
-    "listing": startup.listing,
-    "startup": startup.commands,
-    "scaling": models.growth}
+    "ceilings": timing.ceiling_rows, "train-step": partial(models.measure, models.TrainStep),
+    "eval": partial(models.measure, models.Forward), "attention": attention.measure,
+    "precision": attention.half_precision_error, "memory": models.memory, "forecast": training.forecasts,
+    "imagenet": models.imagenet, "small": training.small_model, "loader": loader.measure,
+    "listing": startup.listing, "startup": startup.commands, "scaling": models.growth}
 OPTIONS = "seconds", "depth", "batch", "data", "cifar10", "compiled"  # that some benches take
 
 
