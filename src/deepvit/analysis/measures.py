@@ -30,8 +30,7 @@ class Measure:
       `previous/<kind>`, see `probe.KINDS`;
     - of a block: `first`, `before`, `after` (tokens `[B, N, D]` that enter the first block, this one, and leave it),
       `attention`, `mlp` (RMS `[B]` of the branches as they are added);
-    - of both, once for all images: `norm`, `theta`; `rows_first`, `rows_before`, `rows_after` (a sample `[n, D]` of
-      those tokens).
+    - of both, once for all images: `norm`, `theta`; `rows_first`, `rows_before`, `rows_after` (samples `[n, D]`).
 
     It returns a number, a tensor whose mean is the number (with `root`: the root of the mean over all images), or None
     where a block has none. A `title` gives it a panel in figures; `span`: the least span of the panel's axis, in its

@@ -70,8 +70,7 @@ def cross_layer_similarity(maps: Sequence[Tensor], per_head: bool = False, *, mi
 
     `maps`: `[B, H, N, N]` per block, from `attention_maps` or `record(model, x).maps(stage)`; of the latter at most 256
     MiB are held at a time, and maps are computed again where that is too little."""
-    # Products of all pairs of blocks are one small matrix product for each row; a single one of all rows would sum too
-    # many numbers of one sign in float32.
+    # All pairs of blocks are a small product for each row: one of all rows would sum too many of one sign in float32.
     first, blocks = maps[0], range(len(maps))
     fitting = HELD_BYTES // (4 * first.numel())  # blocks, in float32
     size = len(maps) if len(maps) <= fitting else max(1, fitting // 2)  # of a group; two are held

@@ -78,8 +78,7 @@ def _recipe(config: Mapping[str, Any]) -> str:
 
 
 def _evaluation(model: ViT, result: Mapping[str, Any], config: Mapping[str, Any]) -> str:
-    """A best checkpoint's own evaluation where it holds one, else the run's result; none that is of other weights or
-    of another model."""
+    """A best checkpoint's own evaluation if it holds one, else the run's result; none of other weights or models."""
     said, whose = model.load_report.said, "the run's last checkpoint"
     measured, steps = said.get("metrics"), result.get("steps")
     if isinstance(measured, Mapping) and "top1" in measured:
@@ -98,8 +97,7 @@ def _evaluation(model: ViT, result: Mapping[str, Any], config: Mapping[str, Any]
 
 
 def _is_as_measured(model: ViT, config: Mapping[str, Any]) -> bool:
-    """Whether what its run measured is of these weights, which are its moving average where it has one, and of a model
-    with this head and these settings."""
+    """Whether its run measured these weights (its moving average if it has one) with this head and these settings."""
     report, is_averaged = model.load_report, (config.get("ema") or {}).get("decay")
     own = {name: value for name, value in flat(report.said.get("config") or {})
            if name not in ("attention.sync_norm", "num_classes")}

@@ -150,8 +150,7 @@ def origin(config: DictConfig, hydra: DictConfig, folder: Path) -> dict[str, Any
 
 
 def preregistration(hydra: DictConfig) -> dict[str, Any]:
-    """Name and sha256 of the file that preregisters a sweep, where it names one, from here or from where conf/ lies;
-    UserError if that is unreadable."""
+    """Name and sha256 of the file, here or where conf/ lies, that preregisters a sweep; UserError if unreadable."""
     path = ((hydra.callbacks.get("sweep") or {}).get("statistics") or {}).get("preregistered")
     if not path:
         return {}

@@ -65,8 +65,7 @@ def read_json_lines(path: Path, last: int = 0) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class SweepRecord:
-    """`<hydra.sweep.dir>/sweeps/<name>.jsonl`. Each start of the sweep is a `session`, and adds a line with its cells;
-    each cell adds one with its outcome."""
+    """`<hydra.sweep.dir>/sweeps/<name>.jsonl`: a line of each start (`session`) with its cells, and of each outcome."""
 
     path: Path
     session: str

@@ -88,7 +88,6 @@ class Examination:
 
     def watch(self, name: str, module: nn.Module) -> Callable[[], None]:
         """Looks at every output of `module` and its gradient, until the function that is returned is called."""
-
         def look(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
             if not isinstance(output, Tensor) or not output.is_floating_point():
                 return

@@ -42,8 +42,7 @@ Panel = Callable[[Axes], None]
 
 @dataclass(frozen=True)
 class Chart:
-    """Panels that belong together, drawn: the same data give the same bytes. `caption` is a sentence or two;
-    `narrow_svg` has one panel in a row."""
+    """Panels that belong together, drawn: the same data give the same bytes. `narrow_svg` has one panel in a row."""
 
     name: str
     caption: str
@@ -95,8 +94,7 @@ def _share_ranges(all_axes: Sequence[Axes]) -> None:
 
 
 def look(label: str, labels: Sequence[str]) -> dict[str, str]:
-    """A line's style; the well-known attentions keep theirs from figure to figure, and lend it, last, where they are
-    not: eight lines differ."""
+    """A line's style. Well-known attentions keep theirs everywhere, and lend it, last, where absent: eight differ."""
     known = ATTENTION_ORDER[:4]
     places = [*range(len(COLOURS)), *(place for place, name in enumerate(known) if name not in labels)]
     index = places[[*dict.fromkeys([*known, *labels])].index(label) % len(places)]

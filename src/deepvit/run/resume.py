@@ -50,8 +50,7 @@ def _config_of(folder: RunFolder) -> dict[str, Any]:
 
 
 def upgraded(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's config in today's settings: the model's keywords that it lacks have their defaults, and what was accepted
-    but had no effect is left out."""
+    """A run's config in today's settings: with the defaults of the model's new keywords, without what had no effect."""
     config = _with_its_stem(config, config)
     optimizer, schedule, attention = config["optimizer"], config["schedule"], config["model"]["attention"]
     info = get_optimizer_info(optimizer["opt"])

@@ -34,8 +34,7 @@ log = logging.getLogger(__name__)
 
 def train(config: Mapping[str, Any], path: Path, ranks: Ranks, stop: StopRequest) -> dict[str, float]:
     """Trains as `config` says in the run folder `path`, resuming what is there. Returns the top-1 of the finished run.
-    Raises Stopped where it was asked to stop, and the same command continues it; UserError or Failure, on every rank
-    alike where the cause is common."""
+    Raises Stopped on request (the same command continues it); UserError or Failure, on all ranks if the cause is."""
     folder, restarts = RunFolder(path), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     with ranks.sync_errors():
         config = with_model_of_init(config, folder)
