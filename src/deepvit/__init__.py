@@ -1,8 +1,7 @@
 """deepvit: how deep can a Vision Transformer go, and what happens to its attention on the way down?
 
 Light to import: the names below load torch when they are first used, and the models join timm's registry when timm is
-imported (or now, if it is already).
-"""
+imported (or now, if it is already)."""
 
 import importlib
 

@@ -48,8 +48,7 @@ def load_model(path: str | Path, *, dialect: str | None = None, ema: bool | None
         **keywords: of `ViT`, for what the file does not say (`num_heads`, `pool`, ...) or to change the image size.
 
     Returns a `ViT` in training mode with `.config` and `.load_report` (a `Report`). Raises UserError if the file is
-    missing, torn, poisoned or foreign, or does not fit what was asked.
-    """
+    missing, torn, poisoned or foreign, or does not fit what was asked."""
     source = _understand(path, dialect, ema, arch, keywords)
     inferred = source.dialect.infer(source, keywords)
     _refuse_contradictions(source, keywords)
@@ -98,8 +97,7 @@ def load_weights(model: ViT, path: str | Path, dialect: str | None = None, ema: 
         classes: the model's, in order: a kept head of the same classes is reordered, one of others is refused.
 
     Returns a `Report` of what was resized, dropped or does not agree, which is also the model's `.load_report`. Raises
-    UserError as `load_model`; the model is unchanged if names or shapes do not fit.
-    """
+    UserError as `load_model`; the model is unchanged if names or shapes do not fit."""
     if not isinstance(model, ViT):
         raise UserError(f"load_weights fills models of deepvit.create_model, not a {type(model).__name__}.")
     config = model.config

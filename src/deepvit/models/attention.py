@@ -32,8 +32,7 @@ class Attention(nn.Module):
         attn_drop, proj_drop: dropout rates on the maps and after the output projection.
         map_scale: factor on the final maps (the published `transform_scale`).
         qk_norm: `norm_layer` (LayerNorm) on each head's q and k (Dehghani et al., arXiv:2302.05442).
-        scale_norm: part of timm's `attn_layer`, refused if switched on.
-    """
+        scale_norm: part of timm's `attn_layer`, refused if switched on."""
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -156,8 +155,7 @@ class SelfAttention(Attention):
         theta_init: see `HeadMix.reset_parameters`.
         norm: BatchNorm over heads after the mix; "frozen": with the statistics of the first training batch.
         norm_eps: its eps. Near initialisation the maps' variance is far below 1e-5: the norm is a gain 1 / sqrt(eps).
-        norm_batch: consecutive images that share batch statistics, on any devices (None: the batch the module sees).
-    """
+        norm_batch: consecutive images that share batch statistics, on any devices (None: the batch the module sees)."""
 
     def __init__(self, dim: int, num_heads: int = 8, gain: float = 1.0, learn_gain: bool = False, centre: float = 0.0,
                  mix: Part = False, theta_init: Start = "random", norm: Part = False, norm_eps: float = 1e-5,

@@ -51,8 +51,7 @@ class Block(nn.Module):
     Args:
         residual_scale: a, the published `scale_adjustment`: LayerNorm undoes it inside, so 0.5 doubles the branches.
         init_values: start of LayerScale (Touvron et al., "Going deeper with Image Transformers", arXiv:2103.17239) on
-            both branches (0: as ReZero, arXiv:2003.04887); None: none.
-    """
+            both branches (0: as ReZero, arXiv:2003.04887); None: none."""
 
     def __init__(self, dim: int, attn: Attention, mlp_ratio: float, drop: float, drop_path: float,
                  init_values: float | None, gelu: str, norm_eps: float, residual_scale: float, feat_scale: bool,

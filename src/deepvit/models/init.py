@@ -41,8 +41,7 @@ def init_weights(model: nn.Module, std: float | None, seed: int | None = None, m
     | LayerScale                         | `init_values`                                                     |
     | contrast, temperatures, FeatScale  | so that they change nothing                                       |
     | Linear weight in a `DeepNormBlock` | Xavier normal, scaled with depth: see there                       |
-    | attention, if `mimetic`            | see `mimic`                                                       |
-    """
+    | attention, if `mimetic`            | see `mimic`                                                       |"""
     seed, std = draw_seed() if seed is None else seed, STD if std is None else std
     device = next(model.parameters(), torch.empty(0)).device
     modules = [(module, partial(stream, seed, path, device)) for path, module in model.named_modules()]

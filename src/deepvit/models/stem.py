@@ -185,8 +185,7 @@ class HybridStem(Stem):
         patch_size: a multiple of the ResNet's stride, 4 * 2^(stages - 1) (16 for three stages).
         layers: units per stage; the first stage keeps its size, each other halves it.
         width: channels of the first convolution, a multiple of 32; the stages have 4, 8, 16, ... times as many.
-        arithmetic: `google` (faithful to Google's own R50 file), or `vit_pytorch` for weights fine-tuned there.
-    """
+        arithmetic: `google` (faithful to Google's own R50 file), or `vit_pytorch` for weights fine-tuned there."""
 
     first_conv = "root.conv"
 

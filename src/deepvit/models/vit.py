@@ -31,8 +31,7 @@ class ViT(nn.Module):
     The settings are explained in `conf/model/vit.yaml`. Beyond that, `stem` may be `{"name": one of the stems, ...its
     options}`, `attention` is `{"class": a class of models.attention, ...its options}`, and all blocks but those that
     `reattention_blocks` chooses have plain self-attention. `pool=""` gives the logits of every token, `[B, N, C]`. See
-    also `blocks.Block`, `blocks.DeepNormBlock`, `blocks.FeatScale`, `init.init_weights` and `init.mimic`.
-    """
+    also `blocks.Block`, `blocks.DeepNormBlock`, `blocks.FeatScale`, `init.init_weights` and `init.mimic`."""
 
     img_size = property(lambda self: self.patch_embed.img_size)
     patch_size = property(lambda self: self.patch_embed.patch_size)

@@ -13,8 +13,7 @@ Before the mix, A may become `(1 - centre) / N + gain (A - 1/N)`: U takes `mix d
 maps is `(1 - centre) sum_g mix[h, g] / N`.
 
 The core sums per image; groups are formed here and nowhere else, so gain is `[B, H]`, equal within a group. The bias
-cancels in training but for the running mean. Centring before any rounding is what keeps bf16 exact.
-"""
+cancels in training but for the running mean. Centring before any rounding is what keeps bf16 exact."""
 
 import torch
 from torch import Tensor

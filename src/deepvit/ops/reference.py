@@ -2,8 +2,7 @@
 
 Zhou et al., "DeepViT: Towards Deeper Vision Transformer" (arXiv:2103.11886), eq. 3, with the arithmetic of the
 published code: softmax, dropout, a 1x1 convolution over heads *with bias*, BatchNorm over heads, a constant factor.
-Rows of the resulting maps do not sum to one and entries may be negative.
-"""
+Rows of the resulting maps do not sum to one and entries may be negative."""
 
 from typing import NamedTuple
 
@@ -99,8 +98,7 @@ def reattention(q: Tensor, k: Tensor, v: Tensor, mix: Tensor | None = None, bias
         scale: factor on `q k^T`; default d^-0.5.
         map_scale: factor on the maps after the norm (the published `transform_scale`).
         dropout_p: dropout on the maps before the mix, in training only.
-        training: batch statistics and dropout; else running statistics.
-    """
+        training: batch statistics and dropout; else running statistics."""
     maps = F.dropout(contrast(softmax_maps(q, k, scale), gain, centre), dropout_p, training)
     return exchange_heads(maps, mix, bias, norm=norm, map_scale=map_scale, training=training, norm_batch=norm_batch) @ v
 
@@ -109,8 +107,7 @@ def centred_mix(q: Tensor, k: Tensor, v: Tensor, mix: Tensor, scale: float, stat
     """What every core of the affine form computes (see `affine`); this one, for exports and function transforms, keeps
     the maps. From q, k, v `[B, H, N, d]` of any strides and mix `[H, H]` in float32 (float64 if q is), with
     `C = softmax(scale q k^T) - 1/N` and `M_h = sum_g mix[h, g] C_g`: U `[B, H, N, d]` = M v in v's dtype; sumsq
-    `[B, H]` = sum of M^2 over both N (zeros without `statistics`) and total `[B, H, d]` = sum of v over N in mix's.
-    """
+    `[B, H]` = sum of M^2 over both N (zeros without `statistics`) and total `[B, H, d]` = sum of v over N in mix's."""
     maps = softmax_maps(q.to(mix.dtype), k.to(mix.dtype), scale) - 1 / k.shape[2]  # [B, H, N, N], rows sum to 0
     mixed = torch.einsum("hg,bgij->bhij", mix, maps)  # [B, H, N, N], rows sum to 0
     sumsq = mixed.square().sum(dim=(2, 3)) if statistics else mix.new_zeros(mixed.shape[:2])

@@ -2,8 +2,7 @@
 
 A tile is some samples with all their query rows, or some query rows of one sample, heads first: `[H, S, R, N]`, so
 that mixing the heads is one matrix product `[H, H] x [H, S R N]`. The last row of the tile's maps buffer holds the
-constant 1/N, and the mix has `-sum_g mix[h, g]` as its last column, so the product comes out centred.
-"""
+constant 1/N, and the mix has `-sum_g mix[h, g]` as its last column, so the product comes out centred."""
 
 import threading
 from collections.abc import Iterator

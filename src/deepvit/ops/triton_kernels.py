@@ -12,8 +12,7 @@ beforehand: `dq = scale (X - delta Y)`, `X = sum_j (A dA) k`, `Y = sum_j A k`.
 Names: `p_` pointers, `o_` offsets, `m_` masks, `b_` tiles; H is `HEADS`, 16. Inputs share the strides (sb, sh, sn, 1)
 and have D = D0 + D1 columns, each a power of two (48 = 32 + 16), zeros beyond the head width d; everything else is laid
 out `[B, N, H, d]`, `lse` and `delta` `[B, H, N]` (base 2). WIDEN: for the interpreter, whose products in half precision
-are not to be trusted: tiles are rounded where the compiled kernel rounds them, and stay in float32.
-"""
+are not to be trusted: tiles are rounded where the compiled kernel rounds them, and stay in float32."""
 
 import triton
 import triton.language as tl
