@@ -9,7 +9,6 @@ import pytest
 import torch
 import yaml
 
-yaml.SafeLoader = yaml.CSafeLoader  # Hydra reads some 20 files for each command; libyaml reads them faster
 DATA = Path(__file__).parent / "data"
 
 

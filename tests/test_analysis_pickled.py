@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from deepvit import analysis
-from deepvit.analysis.study import read_pickled_maps, study_of_maps
+from deepvit.analysis.pickled import read_pickled_maps, study_of_maps
 from deepvit.commands.main import main
 from deepvit.errors import UserError
 

@@ -21,7 +21,7 @@ from deepvit.config.compare import flat, labels
 from deepvit.config.records import SweepRecord
 from deepvit.engine.folder import RunFolder
 from deepvit.report import grid as grid_module
-from deepvit.report import render, runs, tables, write
+from deepvit.report import published, render, runs, tables, write
 from deepvit.report.figures import MAX_LINES, depth_chart, draw_curve, look
 from deepvit.report.grid import ATTENTION_ORDER, grids
 from deepvit.report.statistics import summarise
@@ -349,13 +349,13 @@ def test_columns_of_the_papers_numbers_are_left_out_where_it_has_none(make_run, 
 
 
 def test_every_published_number_has_a_source_and_a_place():
-    for entry in tables.ENTRIES:
-        assert entry.source in tables.SOURCES and 50 < entry.top1 < 100
+    for entry in published.ENTRIES:
+        assert entry.source in published.SOURCES and 50 < entry.top1 < 100
         assert {"data.source", "model.depth", "model.attention.name"} <= set(entry.match)
-    for other in tables.OTHERS:
-        assert other.source in tables.SOURCES and 80 < other.top1 < 90 and 2e7 < other.params < 1e8
+    for other in published.OTHERS:
+        assert other.source in published.SOURCES and 80 < other.top1 < 90 and 2e7 < other.params < 1e8
         assert other.img_size and other.remark and not other.match
-    readme = {entry.model: (entry.top1, entry.similar_blocks) for entry in tables.ENTRIES
+    readme = {entry.model: (entry.top1, entry.similar_blocks) for entry in published.ENTRIES
               if entry.source == "readme1"}
     assert readme == {"ViT-16": (78.88, 5), "DeepViT-16": (79.10, 0), "ViT-24": (79.35, 11), "DeepViT-24": (79.99, 0),
                       "ViT-32": (79.27, 15), "DeepViT-32": (80.90, 0)}

@@ -13,7 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from deepvit.config.compare import has_no_effect
 from deepvit.config.compose import compose
 from deepvit.models import build_model
-from deepvit.report import tables
+from deepvit.report import published
 from deepvit.report.runs import flat
 from deepvit.run.build import read_settings
 
@@ -134,27 +134,27 @@ def test_a_table_of_the_paper_is_a_sweep_of_its_depths():
 
 def test_every_row_of_vit_pytorchs_tables_is_a_cell_of_a_sweep():
     """And every cell of its sweeps has a number of its table to stand beside."""
-    rows = {(entry.source, entry.model, entry.top1) for entry in tables.ENTRIES
+    rows = {(entry.source, entry.model, entry.top1) for entry in published.ENTRIES
             if entry.source.startswith("vit_pytorch")}
     found = set()
     for sweep in (name for name in SWEEPS if name.startswith("vit_pytorch")):
         for cell in cells(sweep):
-            first = tables.published_of(dict(flat(compose([*cell, f"sweep={sweep}"]))))[0]
+            first = published.published_of(dict(flat(compose([*cell, f"sweep={sweep}"]))))[0]
             found.add((first.source, first.model, first.top1))
     assert found == rows and len(rows) == 18
 
 
 def test_the_plain_recipe_has_its_published_number():
     settings = dict(flat(compose(["model=vit_s16", "recipe=imagenet_90ep"])))
-    assert [entry.top1 for entry in tables.published_of(settings)] == [76.5]
-    assert not tables.published_of({**settings, "model.init_values": 1e-4})
+    assert [entry.top1 for entry in published.published_of(settings)] == [76.5]
+    assert not published.published_of({**settings, "model.init_values": 1e-4})
 
 
 @pytest.mark.parametrize("change", ["model.init_values=1e-4", "model.mlp_ratio=4", "init=/weights.npz"])
 def test_the_papers_numbers_are_of_its_models_trained_from_the_start(change):
     recipe = ["model=deepvit16", "recipe=imagenet"]
-    assert tables.published_of(dict(flat(compose(recipe))))[0].top1 == 79.10
-    assert not tables.published_of(dict(flat(compose([*recipe, change]))))
+    assert published.published_of(dict(flat(compose(recipe))))[0].top1 == 79.10
+    assert not published.published_of(dict(flat(compose([*recipe, change]))))
 
 
 def test_split_is_the_sweepers_own():

@@ -11,7 +11,8 @@ from deepvit.analysis.measures import head_mixes
 from deepvit.errors import UserError
 
 FORMS: dict[str, Callable[[Tensor], Tensor]] = {
-    "diagonal": lambda theta: theta.diagonal().diag(), "identity": lambda theta: torch.eye(len(theta)).to(theta)}
+    "diagonal": lambda theta: theta.diagonal().diag(),
+    "identity": lambda theta: torch.eye(len(theta)).to(theta)}
 
 
 @contextmanager

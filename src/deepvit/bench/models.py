@@ -42,7 +42,8 @@ def contestants(depth: int, img_size: int = SIDE) -> dict[str, Callable[[], nn.M
         "deepvit, self-attention": partial(create_model, "vit32", **sizes),
         OURS: partial(create_model, "deepvit32", **sizes),
         "re-attention, published form": partial(create_model, "deepvit32", attention=published, **sizes),
-        "re-attention, vit-pytorch's form": partial(create_model, "deepvit32", attention="reattention_ln", **sizes)}
+        "re-attention, vit-pytorch's form": partial(create_model, "deepvit32", attention="reattention_ln", **sizes),
+    }
 
 
 class TrainStep:

@@ -20,11 +20,19 @@ from deepvit.config.signature import check_range
 from deepvit.errors import DONE, Failure, UserError, reason
 
 BENCHES: dict[str, Callable[..., Iterable[dict]]] = {  # each takes the command's options by name
-    "ceilings": timing.ceiling_rows, "train-step": partial(models.measure, models.TrainStep),
-    "eval": partial(models.measure, models.Forward), "attention": attention.measure,
-    "precision": attention.half_precision_error, "memory": models.memory, "forecast": training.forecasts,
-    "imagenet": models.imagenet, "small": training.small_model, "loader": loader.measure,
-    "listing": startup.listing, "startup": startup.commands, "scaling": models.growth}
+    "ceilings": timing.ceiling_rows,
+    "train-step": partial(models.measure, models.TrainStep),
+    "eval": partial(models.measure, models.Forward),
+    "attention": attention.measure,
+    "precision": attention.half_precision_error,
+    "memory": models.memory,
+    "forecast": training.forecasts,
+    "imagenet": models.imagenet,
+    "small": training.small_model,
+    "loader": loader.measure,
+    "listing": startup.listing,
+    "startup": startup.commands,
+    "scaling": models.growth}
 OPTIONS = "seconds", "depth", "batch", "data", "cifar10", "compiled"  # that some benches take
 
 
@@ -80,7 +88,7 @@ def _check(given: Namespace) -> None:
         folder = getattr(given, option)
         if folder is not None and not Path(folder).is_dir():
             raise UserError(f"--{option} {folder} is not a folder: check the path.")
-    for name in filter(BENCHES.get, dict.fromkeys(given.benches)):
+    for name in sorted({*given.benches} - {"all"}):
         if idle := [f"--{option.replace('compiled', 'compile')}" for option in OPTIONS if getattr(given, option)
                     and option not in inspect.signature(BENCHES[name]).parameters]:
             print(f"No effect on {name}: {', '.join(idle)}.", file=sys.stderr)

@@ -36,9 +36,9 @@ from deepvit.models import Attention, ReAttention, SelfAttention, ViT
 from deepvit.run.measures import AUTO
 
 HUB_FILES = ("model.safetensors", "config.json", "README.md")
-USUAL = {"gelu": "erf", "patch_norm": False, "head_dim": None, "block": "pre_norm", "feat_scale": False,
-         "representation_size": None, "share_maps": 1,
-         "proj_bias": True}  # settings that neither timm's nor the published class has
+USUAL = {  # settings that neither timm's nor the published class has
+    "gelu": "erf", "patch_norm": False, "head_dim": None, "block": "pre_norm", "feat_scale": False,
+    "representation_size": None, "share_maps": 1, "proj_bias": True}
 ATOL = 1e-4  # logits of the exported model against ours; ONNX runtimes reorder sums
 
 

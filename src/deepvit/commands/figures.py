@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 
 from deepvit.analysis import plots
 from deepvit.analysis.images import class_names, read_images, top_classes
-from deepvit.analysis.study import (Study, load_studies, read_pickled_maps, refuse_to_save, save_studies, study,
-                                    study_of_maps)
+from deepvit.analysis.pickled import read_pickled_maps, study_of_maps
+from deepvit.analysis.study import Study, load_studies, refuse_to_save, save_studies, study
 from deepvit.commands.main import add_weights, parser_of
 from deepvit.config.compare import flat, labels
 from deepvit.errors import BAD_INPUT, DONE, UserError, writing

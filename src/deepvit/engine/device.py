@@ -19,6 +19,7 @@ from deepvit.errors import UserError
 
 USEFUL = 2 * 2**30  # bytes kept for the backward pass on a CPU: more images at once bring no speed
 USABLE = {"cuda": 0.9, "cpu": 0.5}  # of the memory: a GPU's allocator needs some air, a host's other programs half
+
 log = logging.getLogger(__name__)
 Example = Callable[[int], tuple[Tensor, Tensor]]  # number of images -> images and targets, as the model takes them
 

@@ -36,7 +36,8 @@ class Schedule:
 DECAYS = {  # progress 0..1 -> share of the way from min_lr to lr that is left
     "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
     "linear": lambda progress: 1 - progress,
-    "constant": lambda progress: 1.0}
+    "constant": lambda progress: 1.0,
+}
 
 
 def is_due(step: int, every: int | None, total: int) -> bool:

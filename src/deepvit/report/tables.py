@@ -1,23 +1,19 @@
-"""A grid as tables: what each column says, the published numbers beside them, and the sentences below."""
+"""A grid as tables: what each column says, and the sentences below them."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import partial
 from itertools import chain, compress
-from pathlib import Path
 from typing import Any
 
-import yaml
-
 from deepvit.report.grid import Cell, Grid, plain
+from deepvit.report.published import IMAGENET_VAL, OTHERS, SOURCES, Published, published_of
 from deepvit.report.runs import Run
 from deepvit.report.statistics import Equivalence, Finding, Plan, Summary, find, plan_of, summarise
 
 MOMENTS = ("initial", "final")  # before the first step, and after the last
 KINDS = {"final": "final", "softmax": "softmax", "final_centred": "final-1/N", "softmax_centred": "softmax-1/N"}
 NONE = "–"
-IMAGENET_VAL = 50_000  # images of the validation set that the numbers are of
 
 Measure = Callable[[Run], float | None]
 
@@ -81,41 +77,6 @@ def interval(cell: Cell) -> tuple[float | None, float | None]:
     return tuple(map(cell.finished[0].result.get, ("top1_low", "top1_high")))
 
 
-@dataclass(frozen=True)
-class Published:
-    """A published result. `top1` in percent; `source` a key of `SOURCES`; `match`: settings of the runs that are its
-    cell, None for a model that is not built here; `remark`: to know before comparing; `time` of training."""
-
-    model: str
-    source: str
-    top1: float
-    match: Mapping[str, Any] | None = None
-    params: float | None = None
-    gflops: float | None = None
-    img_size: int | None = None
-    similar_blocks: int | None = None
-    time: str | None = None
-    remark: str = ""
-
-
-_CONTENT = yaml.safe_load(Path(__file__).with_name("published.yaml").read_text())
-SOURCES: dict[str, str] = _CONTENT["sources"]
-ENTRIES, OTHERS = ([Published(**entry) for entry in _CONTENT[kind]] for kind in ("entries", "others"))
-
-
-def published_of(settings: Mapping[str, Any]) -> list[Published]:
-    """The published cells that a run of these settings (flat) is comparable to, the leading source first."""
-    return [entry for entry in ENTRIES
-            if all(_matches(settings.get(name), wanted) for name, wanted in entry.match.items())]
-
-
-def _matches(value: Any, wanted: Any) -> bool:
-    """`*` in a word stands for anything but null; `!` before it negates it."""
-    if not isinstance(wanted, str) or "*" not in wanted:
-        return value == wanted
-    return value is not None and fnmatchcase(str(value), wanted.lstrip("!")) != wanted.startswith("!")
-
-
 def published_for(cell: Cell, grid: Grid) -> list[Published]:
     """None where runs of its kind, of any depth, were evaluated on a part of ImageNet: any folder can be that."""
     same = [run for other in grid.cells if (other.attention, other.extras) == (cell.attention, cell.extras)
@@ -142,10 +103,12 @@ def _contrasts(plan: Plan, grid: Grid) -> Table:
         "claim": lambda one: one.contrast.claim + " (primary)" * one.contrast.primary,
         "n": lambda one: str(len(one.points)),
         "points": lambda one: f"{one.difference.mean:+.2f}" if one.difference else NONE,
-        "95 %": _if_enough(lambda one: _range(one.difference)), "p": _if_enough(lambda one: _p(one.p_different)),
+        "95 %": _if_enough(lambda one: _range(one.difference)),
+        "p": _if_enough(lambda one: _p(one.p_different)),
         "Holm": _if_enough(lambda one: NONE if one.adjusted is None else _p(one.adjusted)),
         "90 %": _if_enough(lambda one: _range(one.equivalence)),
-        "p equal": _if_enough(lambda one: _p(one.equivalence.p)), "log-loss": _log_loss,
+        "p equal": _if_enough(lambda one: _p(one.equivalence.p)),
+        "log-loss": _log_loss,
         "verdict": lambda one: one.verdict}
     notes = [f"{one.contrast.name}: {one.contrast.meaning}." + (
         f" Left out, since a run is not finished: seed {', '.join(map(str, one.left_out))}." if one.left_out else "")

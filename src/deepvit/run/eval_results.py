@@ -15,8 +15,8 @@ from deepvit.data import ImageSet
 from deepvit.engine.evaluate import Evaluation, mcnemar
 from deepvit.engine.folder import plain, write_text_synced
 from deepvit.errors import writing
+from deepvit.report.published import IMAGENET_VAL
 from deepvit.report.render import printed
-from deepvit.report.tables import IMAGENET_VAL
 
 OPTIONAL = {"top5": "top-5 %", "present_top1": "top-1 % among its classes", "uncalibrated_top1": "uncalibrated top-1 %",
             "real_top1": "ReaL top-1 %"}  # columns of the table where a result has them

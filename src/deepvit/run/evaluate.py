@@ -30,7 +30,7 @@ from deepvit.importers import find_checkpoint, open_model
 from deepvit.importers.settings import checked
 from deepvit.models import ViT
 from deepvit.models.registry import count_flops, count_parameters
-from deepvit.report.tables import SOURCES, published_of
+from deepvit.report.published import SOURCES, published_of
 from deepvit.run import build, eval_results
 from deepvit.run.launch import Stopped
 from deepvit.run.measures import Evaluator, calibration

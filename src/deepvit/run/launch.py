@@ -22,6 +22,7 @@ SLURM_PORTS = range(20000, 40000)  # a job step takes one by its number
 START_METHOD = "spawn"  # of the ranks: CUDA does not survive a fork
 FOLDER_SOURCES = ("folder", "imagenet")  # of data; the others may download theirs to `data.root`
 SCHEME = re.compile(r"[a-z-]+:")  # of a name that is no path: `timm:vit_small_patch16_224`
+
 log = logging.getLogger(__name__)
 
 

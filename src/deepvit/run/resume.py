@@ -30,6 +30,7 @@ OF_TRAINING = ("num_classes", "drop_rate", "pos_drop_rate", "attn_drop_rate", "d
 INIT_ADVICE = ("To train from it give settings as model.num_heads=... and a model's name as model=NAME; or write them "
                "into a file once: deepvit export FILE --to safetensors KEY=VALUE.")
 Differences = dict[str, tuple[Any, Any]]  # what -> (before, now)
+
 log = logging.getLogger(__name__)
 
 
