@@ -6,11 +6,13 @@ import math
 import os
 import re
 import threading
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pytest
+import soak
 import torch
 from scipy import stats
 from torch import nn
@@ -23,8 +25,9 @@ from deepvit.engine.progress import Meter
 from deepvit.engine.ranks import Ranks
 from deepvit.engine.schedule import Schedule, is_due
 from deepvit.engine.step import Precision
-from deepvit.errors import Failure, UserError
+from deepvit.errors import DONE, Failure, UserError
 from deepvit.run.eval_results import compare
+from deepvit.run.launch import run_rank
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 DATA = Path(__file__).parent / "data" / "engine"
@@ -166,6 +169,24 @@ def test_meter_leaves_pauses_out():
         threading.Event().wait(0.05)
     meter.add(10, 0.0)
     assert meter.read()["images_per_s"] > 10 / 0.05
+
+
+def test_no_save_counts_as_time_of_training(tmp_path, monkeypatch):
+    """Not the first one either, which comes before the first step."""
+    inside, saved, paused, save = [], [], Meter.paused, checkpoint.Saver.save_last
+
+    @contextmanager
+    def noted(meter):
+        with paused(meter):
+            inside.append(meter)
+            yield
+            inside.pop()
+
+    monkeypatch.setattr(Meter, "paused", noted)
+    monkeypatch.setattr(checkpoint.Saver, "save_last",
+                        lambda *given, **options: saved.append(bool(inside)) or save(*given, **options))
+    config = soak.compose("schedule.steps=2", "schedule.warmup_steps=1", "engine.save_every=1", "data.fraction=0.1")
+    assert run_rank("train", config, tmp_path / "run").code == DONE and saved == [True] * 3
 
 
 # Evaluation
