@@ -1,15 +1,13 @@
-"""The training loop: steps, what is due after each of them, and on request where their time goes."""
+"""The training loop: steps, and what is due after each of them."""
 
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
-from torch.profiler import ProfilerActivity, profile, record_function, schedule
+from torch.profiler import record_function
 
 from deepvit.engine.checkpoint import Saver
 from deepvit.engine.device import give_back
@@ -17,6 +15,7 @@ from deepvit.engine.evaluate import Evaluation
 from deepvit.engine.folder import RunFolder
 from deepvit.engine.loggers import Draw, Loggers
 from deepvit.engine.nonfinite import SkipWatch
+from deepvit.engine.profile import StepProfile
 from deepvit.engine.progress import Display, Meter, clock
 from deepvit.engine.schedule import Plan, is_due
 from deepvit.engine.signals import StopRequest
@@ -27,8 +26,6 @@ from deepvit.errors import Failure, UserError
 Batches = Sequence[Any]  # the micro-batches of one global batch
 PATIENCE = 60  # seconds of training after which the time to go is told, though the log's first line is not due yet
 Measures = tuple[dict[str, Any], Draw]  # plain values to log, and images of them
-SKIPPED = 5  # steps before the first that is profiled: by then everything is compiled and allocated
-ROWS = 30  # of a profile's table: parts of a step, as the loop records them, and operators
 log = logging.getLogger(__name__)
 
 
@@ -227,35 +224,3 @@ class Fit:
 
     def _epoch(self) -> float:
         return round(self.state.step * self.plan.batch_size / self.plan.epoch_size, 4)
-
-
-class StepProfile(profile):
-    """torch's trace of `steps` steps soon after number `first`, if `left` suffice; logs a table of it, writes both."""
-
-    def __init__(self, folder: Path, device: torch.device, steps: int, first: int, left: int):
-        self._folder, self._on_gpu, self._steps = folder, device.type == "cuda", max(1, min(steps, left - 1))
-        skipped = max(1, min(SKIPPED, left - self._steps))
-        self._first, self._written = first + skipped, False
-        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * self._on_gpu
-        super().__init__(activities=activities, on_trace_ready=self._write,
-                         schedule=schedule(wait=skipped - 1, warmup=1, active=self._steps, repeat=1))
-
-    def __exit__(self, *error: object) -> None:
-        super().__exit__(*error)
-        if not self._written:
-            log.warning("engine.profile: the run ended before %d steps were recorded.", self._steps)
-
-    def _write(self, recorded: profile) -> None:
-        self._written = True
-        table = recorded.key_averages().table(sort_by="cuda_time_total" if self._on_gpu else "cpu_time_total",
-                                              row_limit=ROWS, max_name_column_width=40)
-        name = self._folder / f"steps-{self._first + 1}-{self._first + self._steps}"
-        log.info("%s", table)
-        try:
-            self._folder.mkdir(exist_ok=True)
-            name.with_suffix(".txt").write_text(table + "\n")
-            recorded.export_chrome_trace(f"{name}.json.gz")
-        except OSError as error:
-            log.warning("The profile cannot be written to %s (%s).", self._folder, error.strerror)
-        else:
-            log.info("The trace, for ui.perfetto.dev: %s.json.gz", name)
