@@ -77,7 +77,9 @@ def subset(source: Path, folder: Path, counts: dict[str, int | None]) -> None:
 
 
 def model_settings(given: argparse.Namespace) -> dict[str, Any]:
-    return {"img_size": 32, "patch_size": 4, "depth": given.depth, "embed_dim": given.width, "num_heads": given.heads}
+    stem = {"stem": {"name": given.stem, "norm_batch": given.batch // 4}} if given.stem == "conv" else {}
+    return {"img_size": 32, "patch_size": 4, "depth": given.depth, "embed_dim": given.width, "num_heads": given.heads,
+            **stem}
 
 
 def norm_batch(given: argparse.Namespace) -> dict[str, int]:
@@ -101,6 +103,7 @@ def by_timm(given: argparse.Namespace, data: Path, seed: int) -> dict[str, Any]:
                           "--sched", "cosine", "--sched-on-updates", "--epochs", str(given.epochs),
                           "--warmup-epochs", str(given.warmup), "--warmup-lr", str(RECIPE["warmup_lr"]),
                           "--min-lr", str(RECIPE["min_lr"]), "-b", str(given.batch), "-j", str(given.workers),
+                          *(["--amp", "--amp-dtype", "bfloat16"] if given.bf16 else []),
                           "--device", given.device, "--seed", str(seed), "--output", str(out),
                           "--experiment", f"seed-{seed}", "--checkpoint-hist", "1", *augment], out / f"{seed}.log")
     with (out / f"seed-{seed}" / "summary.csv").open() as file:
@@ -112,10 +115,11 @@ def by_timm(given: argparse.Namespace, data: Path, seed: int) -> dict[str, Any]:
 def by_us(given: argparse.Namespace, data: Path, seed: int) -> dict[str, Any]:
     augment = ["augment=none"] if given.no_augment else ["augment=deepvit", "model.drop_path_rate=0.2"]
     folder = given.out / "runs" / "ours" / f"seed-{seed}"
+    precision = "bf16" if given.bf16 else "tf32" if given.device == "cuda" else "fp32"  # as timm's with --amp, without
     shutil.rmtree(folder, ignore_errors=True)
     seconds = run(given, [sys.executable, str(ROOT / "train.py"), "recipe=folder", "model=vit",
                           f"model/attention={given.attention}", f"data.root={data}", "data.crop_pct=1.0",
-                          *(f"model.{name}={value}" for name, value in model_settings(given).items()),
+                          *(f"model.{name}={value}".replace("'", "") for name, value in model_settings(given).items()),
                           *(f"model.attention.{name}={value}" for name, value in norm_batch(given).items()),
                           *([] if not given.no_augment else ["model.drop_path_rate=0.0"]), *augment,
                           *(f"schedule.{name}={RECIPE[name]}" for name in ("warmup_lr", "min_lr")),
@@ -124,7 +128,7 @@ def by_us(given: argparse.Namespace, data: Path, seed: int) -> dict[str, Any]:
                           f"schedule.epochs={given.epochs}", f"schedule.warmup_epochs={given.warmup}",
                           "schedule.decay_from=start", f"data.batch_size={given.batch}",
                           f"data.workers={given.workers}", "data.decoder=pil", "engine.device_batch=null",
-                          f"precision={'tf32' if given.device == 'cuda' else 'fp32'}",  # timm's without --amp
+                          f"precision={precision}",
                           "engine.log_every=1", "probe.images=0", f"engine.accelerator={given.device}", f"seed={seed}",
                           f"hydra.run.dir={folder}"], folder.with_suffix(".log"))
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -211,7 +215,7 @@ def main() -> None:
     settings = {name: value for name, value in sorted(vars(given).items())
                 if name not in ("timm", "cifar10", "out", "seeds", "workers", "threads", "jobs")}
     rows = [json.loads(line) for line in done.read_text().splitlines()] if done.exists() else []
-    if any(row["settings"] != settings for row in rows):
+    if any({"stem": "patch", "bf16": False, **row["settings"]} != settings for row in rows):  # older rows lack these
         sys.exit(f"{done} holds rows of other settings: choose another --out.")
     missing = [(seed, name) for seed in range(given.seeds) for name in TRAINERS
                if not any((row["trainer"], row["seed"]) == (name, seed) for row in rows)]
@@ -239,6 +243,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--train", type=int, default=None, help="images of a class (default: all)")
     parser.add_argument("--test", type=int, default=None)
     parser.add_argument("--attention", default="self")
+    parser.add_argument("--stem", default="patch", choices=("patch", "conv"))
+    parser.add_argument("--bf16", action="store_true", help="autocast in both")
     parser.add_argument("--opt", default="adamw", help="any of timm's: muon reaches 70 %% several times sooner")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--no-augment", action="store_true")

@@ -55,6 +55,7 @@ def study(make_run, tmp_path):
 def test_differences_are_paired_by_seed_and_the_seed_is_the_unit(study, tmp_path):
     top1 = study(6)
     mixing, at_32, interaction = find(read_plan(PLAN), the_grid(tmp_path / "runs"))
+    assert (mixing.lone, at_32.lone, interaction.lone) == (0, 0, 0)
     over_depths = [(top1["reattention", 16] + top1["reattention", 32]) / 2,
                    (top1["norm_only", 16] + top1["norm_only", 32]) / 2]
     paired = stats.ttest_rel(*over_depths)
@@ -85,7 +86,8 @@ def test_like_is_compared_with_like(study, tmp_path):
         shutil.rmtree(folder)
     record = tmp_path / "runs/sweeps/study-0.jsonl"
     record.write_text(re.sub(r'{"overrides": \["norm_only-32-.*?}}, ', "", record.read_text()))
-    norm, typo, same = find(read_plan({"contrasts": arms}), the_grid(tmp_path / "runs"))
+    norm, typo, same = find(read_plan({"contrasts": arms}), grid := the_grid(tmp_path / "runs"))
+    assert any(note.startswith("norm: ") and "Left out: 1 of" in note for note in tables(grid, 0.9)[0].notes)
     assert [*norm.points.values()] == pytest.approx(top1["norm_only", 16] - top1["self", 16])
     assert "no run is model/attention=norm" in typo.verdict and "several runs of one seed" in same.verdict
 

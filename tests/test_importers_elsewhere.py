@@ -476,8 +476,8 @@ def test_forged_keywords_of_timm(tmp_path, keywords):
     ({"block": "deepnorm"}, {}, "block=pre_norm.* deepnorm"), ({"qk_scale": 3.0}, {}, "qk_scale=None.* 3.0"),
     ({}, {"attention": "contrast"}, "attention.gain=316.2.* 1.0"),
     ({"attention": "temperature_decay"}, {}, "attention.class=SelfAttention.* DecayedTemperature"),
-    ({"stem": {"name": "hybrid", "layers": [1], "width": 32, "arithmetic": "vit_pytorch"}},
-     {"stem": {"name": "hybrid", "layers": [1], "width": 32}}, "stem.arithmetic=google.* vit_pytorch"),
+    ({"patch_size": 8, "stem": {"name": "hybrid", "layers": [1, 1], "width": 32, "arithmetic": "vit_pytorch"}},
+     {"patch_size": 8, "stem": {"name": "hybrid", "layers": [1, 1], "width": 32}}, "stem.arithmetic=google.* vit_pytorch"),
     ({"attention": "reattention"}, {"attention": "reattention_identity"}, None),
     ({}, {"attention": "attention_dropout"}, None)], ids=str)
 def test_weights_of_other_arithmetic_are_said_to_be(tmp_path, theirs, ours, note):

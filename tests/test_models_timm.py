@@ -226,6 +226,7 @@ def test_second_derivatives():
     (lambda: ours().forward_intermediates(X, output_fmt="NHWC"), "output_fmt"),
     (lambda: deepvit.create_model("vit", stem={"name": "conv", "in_chans": 3}), r"^stem\.in_chans"),
     (lambda: deepvit.models.ViT(stem={"name": "hybrid", "arithmetic": "torch"}), r"^stem\.arithmetic.*vit_pytorch"),
+    (lambda: deepvit.create_model("vit", stem={"name": "hybrid", "layers": [1], "arithmetic": "vit_pytorch"}), "stage"),
     (lambda: deepvit.create_model("vit", attention={"class": "SelfAttention", "dim": 3}), r"^attention\.dim"),
     (lambda: deepvit.create_model("vit", dpeth=3), "^dpeth.*depth"),
     (lambda: deepvit.create_model("vit", depth=0), "^depth")])

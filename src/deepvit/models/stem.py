@@ -195,8 +195,10 @@ class HybridStem(Stem):
         if not layers or min(layers) < 1 or width < 1 or width % GROUPS:
             raise UserError(f"stem=hybrid takes stages of one unit or more and a width that is a multiple of {GROUPS}: "
                             f"not layers {list(layers)} and width {width}.")
-        super().__init__(img_size, patch_size, in_chans, stride=4 * 2 ** (len(layers) - 1))
         google = choose("stem.arithmetic", arithmetic, {"google": True, "vit_pytorch": False})
+        if len(layers) == 1 and not google:  # its pooling drops a row, which only a further stage's stride makes up for
+            raise UserError("stem=hybrid of one stage has no arithmetic=vit_pytorch: give layers of two, or google.")
+        super().__init__(img_size, patch_size, in_chans, stride=4 * 2 ** (len(layers) - 1))
         self.root = Root(in_chans, width, google)
         self.body, channels = nn.Sequential(), width
         for stage, units in enumerate(layers):

@@ -124,13 +124,15 @@ class Plan:
 @dataclass(frozen=True)
 class Finding:
     """A contrast's result. `points`, `losses`: the difference of each seed; `left_out`: seeds with a run missing;
-    `adjusted`: Holm's p, of the primary ones; `problem`: why there are no pairs."""
+    `lone`: settings of all else that an arm lacks; `adjusted`: Holm's p, of the primary ones; `problem`: why there are
+    no pairs."""
 
     contrast: Contrast
     margin: float
     points: Mapping[int, float]
     losses: Mapping[int, float]
     left_out: Sequence[int]
+    lone: int = 0
     adjusted: float | None = None
     problem: str = ""
 
@@ -199,9 +201,9 @@ def find(plan: Plan, grid: Grid) -> list[Finding]:
     found = []
     for contrast in plan.contrasts:
         try:
-            points, left_out = _pair(contrast, grid.planned, plan.outcome)
-            losses, _ = _pair(contrast, grid.planned, loss)
-            found.append(Finding(contrast, plan.margin, points, losses, left_out))
+            points, left_out, lone = _pair(contrast, grid.planned, plan.outcome)
+            losses, *_ = _pair(contrast, grid.planned, loss)
+            found.append(Finding(contrast, plan.margin, points, losses, left_out, lone))
         except LookupError as error:
             found.append(Finding(contrast, plan.margin, {}, {}, [], problem=error.args[0]))
     primary = [one for one in found if one.contrast.primary]
@@ -209,8 +211,9 @@ def find(plan: Plan, grid: Grid) -> list[Finding]:
     return [replace(one, adjusted=p) for one, p in zip(primary, adjusted)] + found[len(primary):]
 
 
-def _pair(contrast: Contrast, runs: Sequence[Run], outcome: str) -> tuple[dict[int, float], list[int]]:
-    """The difference of each seed, averaged over what the contrast leaves open, and the seeds that lack a run."""
+def _pair(contrast: Contrast, runs: Sequence[Run], outcome: str) -> tuple[dict[int, float], list[int], int]:
+    """The difference of each seed, averaged over what the contrast leaves open and all arms have; the seeds that lack a
+    run; of how much that is open an arm has nothing."""
     places, arms, seeds = _places(contrast, runs), [], set()
     signs, settings = zip(*contrast.arms)
     for arm in settings:
@@ -230,7 +233,7 @@ def _pair(contrast: Contrast, runs: Sequence[Run], outcome: str) -> tuple[dict[i
     found = {seed: sum(sign * values[place].get(seed, math.nan) for place in common
                        for sign, values in zip(signs, arms)) / len(common) for seed in sorted(seeds)}
     points = {seed: value for seed, value in found.items() if math.isfinite(value)}
-    return points, [seed for seed in found if seed not in points]
+    return points, [seed for seed in found if seed not in points], len(set.union(*map(set, arms)) - common)
 
 
 def _in_words(settings: Mapping[str, Any]) -> str:

@@ -111,7 +111,8 @@ def _contrasts(plan: Plan, grid: Grid) -> Table:
         "log-loss": _log_loss,
         "verdict": lambda one: one.verdict}
     notes = [f"{one.contrast.name}: {one.contrast.meaning}." + (
-        f" Left out, since a run is not finished: seed {', '.join(map(str, one.left_out))}." if one.left_out else "")
+        f" Left out, since a run is not finished: seed {', '.join(map(str, one.left_out))}." if one.left_out else "") + (
+        f" Left out: {one.lone} of the other settings' combinations, where an arm has no run." if one.lone else "")
         for one in findings]
     notes += [_outcome(plan, grid), f"Differences are paired by seed, and the seed is the unit: n seeds, Student's "
               f"intervals. p: of no difference; Holm: p of the claim, over the primary contrasts; 90 % and p equal: "
