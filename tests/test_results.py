@@ -124,11 +124,13 @@ def test_the_small_vit_is_its_runs():
         found = json.loads((RESULTS / "cifar10_small/runs" / run / "metrics.json").read_text())
         return found, [f"{found['top1']:.2f}", f"{found['loss']:.3f}"]
 
-    for run, (attention, top1, interval, top5, loss, updates, _) in zip(
-            ("vit6", "reattention"), table("cifar10_small.md", "attention"), strict=True):
+    for run, (attention, epochs, cutmix, top1, interval, top5, loss, updates, _) in zip(
+            ("cutmix60", "vit6", "reattention"), table("cifar10_small.md", "attention"), strict=True):
         found, numbers = result(run)
         assert [top1, loss] == numbers and top5 == f"{found['top5']:.2f}" and attention.strip("`") == found["attention"]
         assert interval == f"{found['top1_low']:.2f} to {found['top1_high']:.2f}" and updates == f"{found['steps']:,}"
+        augment = yaml.safe_load((RESULTS / "cifar10_small/runs" / run / "config.yaml").read_text())["augment"]
+        assert epochs == f"{found['epochs']:.0f}" and (augment["cutmix"] > 0) == (cutmix != "no")
     for header, runs in (("optimizer", ("tuning/adamw", "tuning/muon")),
                          ("after 282 updates", [f"short/{arm}" for arm in (
                              "self", "norm_only", "reattention", "theta_by_adamw")])):
