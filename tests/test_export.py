@@ -58,15 +58,16 @@ def test_an_export_replaces_earlier_exports_alone(tmp_path):
 
 
 def test_exports_of_different_sources_are_different_files(tmp_path, monkeypatch):
-    """By default too: names with dots, and names whose files are called alike."""
+    """By default too: names with dots, without a suffix, and names whose files are called alike."""
     _, run = make_run(tmp_path / "run")
     monkeypatch.chdir(tmp_path)
-    for place in ("w-0.1.pt", "w-0.2.pt", "w.pth.tar", "a/one.b/pytorch_model.bin", "a/two.b/pytorch_model.bin"):
+    for place in ("w-0.1.pt", "w-0.2.pt", "w.pth.tar", "w-0.3", "a/one.b/pytorch_model.bin",
+                  "a/two.b/pytorch_model.bin"):
         Path(place).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(run / "checkpoints" / "best.pt", place)
     names = [str(export(source, "safetensors").path)
-             for source in ("w-0.1.pt", "w-0.2.pt", "w.pth.tar", "local-dir:a/one.b", "local-dir:a/two.b")]
-    assert names == [f"{name}.safetensors" for name in ("w-0.1", "w-0.2", "w", "a-one.b", "a-two.b")]
+             for source in ("w-0.1.pt", "w-0.2.pt", "w.pth.tar", "w-0.3", "local-dir:a/one.b", "local-dir:./a/two.b")]
+    assert names == [f"{name}.safetensors" for name in ("w-0.1", "w-0.2", "w", "w-0.3", "a-one.b", "a-two.b")]
 
 
 def test_an_export_that_computes_no_numbers_fails(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@ writes another form of it, `deepvit average RUN` the mean of its last weights.""
 
 import json
 import math
+import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -39,6 +40,7 @@ HUB_FILES = ("model.safetensors", "config.json", "README.md")
 USUAL = {  # settings that neither timm's nor the published class has
     "gelu": "erf", "patch_norm": False, "head_dim": None, "block": "pre_norm", "feat_scale": False,
     "representation_size": None, "share_maps": 1, "proj_bias": True}
+ENDING = re.compile(r"(?<=.)(\.(pth?|bin|ckpt|npz|msgpack|safetensors))?(\.tar)?$", re.IGNORECASE)  # of weights
 ATOL = 1e-4  # logits of the exported model against ours; ONNX runtimes reorder sums
 
 
@@ -61,9 +63,9 @@ def export(source: str | Path, to: str, out: str | Path | None = None, weights: 
     path, run = find_checkpoint(source)
     model = open_model(path, weights, **keywords)
     if Path(source).exists():
-        default = path.parent / Path(path.name.removesuffix(".tar")).stem
+        default = path.with_name(ENDING.sub("", path.name))
     else:  # a name, whose file lies in a cache under another, or in the package
-        default = Path(str(source).partition(":")[2].replace("/", "-").strip("-"))
+        default = Path(str(source).partition(":")[2].replace("/", "-").strip(".-") or path.stem)
     out = Path(out or f"{default}.{suffix}")
     if out.resolve() == path.resolve():
         raise UserError(f"--out {out} is the source itself: choose another file.")
