@@ -479,7 +479,9 @@ def test_forged_keywords_of_timm(tmp_path, keywords):
     ({"patch_size": 8, "stem": {"name": "hybrid", "layers": [1, 1], "width": 32, "arithmetic": "vit_pytorch"}},
      {"patch_size": 8, "stem": {"name": "hybrid", "layers": [1, 1], "width": 32}}, "stem.arithmetic=google.* vit_pytorch"),
     ({"attention": "reattention"}, {"attention": "reattention_identity"}, None),
-    ({}, {"attention": "attention_dropout"}, None)], ids=str)
+    ({}, {"attention": "attention_dropout"}, None), ({}, {"attention": None}, None),
+    ({"attention": "contrast"}, {"attention": None}, "attention.gain=1.0.* 316.2.*"),
+    ({"final_norm": "after_pool"}, {}, None)], ids=str)
 def test_weights_of_other_arithmetic_are_said_to_be(tmp_path, theirs, ours, note):
     """The shapes are the same, and the logits are not."""
     deepvit.save_model(deepvit.create_model("vit", **SMALL | theirs), tmp_path / "m.pt")

@@ -19,6 +19,7 @@ from deepvit.importers.settings import Grid, empty_model, grid_of, settings_from
 from deepvit.models import ATTENTIONS, Attention, ViT, list_models, model_config
 from deepvit.models.init import init_weights
 from deepvit.models.stem import plain
+from deepvit.models.vit import PLAIN
 
 # In the order in which they are tried: timm's names are in ours and in the published checkpoints too
 DIALECTS: dict[str, Dialect] = {dialect.name: dialect for dialect in (
@@ -103,9 +104,11 @@ def load_weights(model: ViT, path: str | Path, dialect: str | None = None, ema: 
     config = model.config
     source = _understand(path, dialect, ema, None, config)
     inferred = source.dialect.infer(source, config)
-    mine = _shapeless(config)
+    mine, theirs = _shapeless(config), _shapeless(inferred)
+    if theirs.get("pool") == "cls":
+        theirs.pop("final_norm", None)  # of one token, which it gives the same before and after it is taken
     source.report.notes += [f"the model has {key}={mine.get(key)}, these weights were made with {value}"
-                            for key, value in _shapeless(inferred).items() if mine.get(key) != value]
+                            for key, value in theirs.items() if mine.get(key) != value]
     grid = _grid(source, inferred.get("img_size"), model.grid_size, grid_size)
     source.settings["num_heads"] = heads = {**config, **source.settings, **inferred}["num_heads"]
     try:
@@ -120,7 +123,7 @@ def load_weights(model: ViT, path: str | Path, dialect: str | None = None, ema: 
 def _shapeless(config: Mapping[str, Any]) -> dict[str, Any]:
     """What no shape determines of a model's logits, by path: scalars, and all of the attention and the stem."""
     found, stem = {key: config[key] for key in SCALARS if key in config}, config.get("stem")
-    if isinstance(rule := config.get("attention"), Mapping):
+    if "attention" in config and isinstance(rule := config["attention"] or PLAIN, Mapping):
         usual = parameters_of(ATTENTIONS.get(str(rule.get("class")), Attention))[0]
         found |= {f"attention.{key}": rule.get(key, one.default) for key, one in usual.items() if key not in TRAINING}
         found["attention.class"] = rule.get("class")
