@@ -1,8 +1,10 @@
 """A run that was cut continues as if it had not been: every logged number and every bit of the last checkpoint."""
 
+import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -65,6 +67,28 @@ def test_what_was_due_at_a_stop_is_done_once(tmp_path, monkeypatch):
     assert soak.differences(tmp_path / "uncut", tmp_path / "cut") == 0
     kept = [{path.name for path in (tmp_path / name / "checkpoints").iterdir()} for name in ("uncut", "cut")]
     assert "step-3.pt" in kept[0] and kept[0] == kept[1]
+
+
+def test_lines_of_metrics_that_are_lost_or_foreign(tmp_path):
+    """The tail went with the machine's power while the last checkpoint stands, or somebody wrote a line of his own."""
+    config = soak.compose("schedule.steps=4", "schedule.warmup_steps=2", "schedule.eval_steps=2", "logger=null",
+                          "engine.device_batch=32", "data.fraction=0.06")
+    assert run_rank("train", config, tmp_path / "whole").code == 0
+    lines = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines(keepends=True)
+    evaluated = [index for index, line in enumerate(lines) if '"top1"' in line]
+    note = '{"step": "all", "note": "mine"}\n'
+    for name, kept in [("tail", lines[:evaluated[-1]]), ("all", lines[:evaluated[0]]), ("foreign", [note, *lines])]:
+        folder = tmp_path / name
+        shutil.copytree(tmp_path / "whole", folder)
+        (folder / "metrics.json").unlink()
+        (folder / "metrics.jsonl").write_text("".join(kept))
+        outcome = run_rank("train", config, folder)
+        assert outcome.code == 0, outcome.message
+        results = [json.loads((tmp_path / one / "metrics.json").read_text()) for one in ("whole", name)]
+        assert results[0]["loss"] == results[1]["loss"] and results[0]["top1"] == results[1]["top1"]
+    assert (folder / "metrics.jsonl").read_text().startswith(note)
+    assert soak.fingerprint(tmp_path / "whole") == soak.fingerprint(tmp_path / "tail")
+    assert [len(soak.lines(tmp_path / one / "metrics.jsonl")) for one in ("whole", "tail")] == [len(lines)] * 2
 
 
 @pytest.mark.slow

@@ -213,11 +213,18 @@ class RunFolder:
         known = (event["run_id"] for event in read_json_lines(self.events) if "run_id" in event)
         return next(known, uuid.uuid4().hex[:8])
 
+    def last_evaluation(self, until: int) -> int:
+        """The last step up to `until` whose evaluation is known: lines that the disk had not yet taken are lost with
+        the machine's power."""
+        steps = [line.get("step") for line in read_json_lines(self.metrics) if "top1" in line]
+        return max((step for step in steps if isinstance(step, int) and step <= until), default=0)
+
     def drop_metrics_after(self, step: int, evaluated: int) -> None:
         """Drops lines that a run resumed at `step`, last evaluated at `evaluated`, will write again, and any line torn
         by a kill (also an event's)."""
         def stands(line: Mapping[str, Any]) -> bool:
-            return line.get("step", 0) <= (evaluated if "top1" in line else step)
+            is_foreign = not isinstance(line.get("step", 0), int | float)
+            return is_foreign or line.get("step", 0) <= (evaluated if "top1" in line else step)
 
         for path in (self.metrics, self.events):
             lines = read_json_lines(path)

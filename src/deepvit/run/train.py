@@ -59,6 +59,7 @@ def train(config: Mapping[str, Any], path: Path, ranks: Ranks, stop: StopRequest
             if begun:
                 config = with_changes(config, begun, built.splits, made_of)
                 built.state.load_state_dict(begun)
+                built.state.evaluated = folder.last_evaluation(built.state.evaluated)
                 refuse_past_the_end(built.state.step, built.plan.total)
             evaluate = evaluator(built, stop)
         _refuse_different_folders(ranks.gather(built.state.step), folder)
