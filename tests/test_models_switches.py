@@ -35,9 +35,9 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("chosen", ["3:", ":-3", "2:1", "1:x", "a", [3], [-4]], ids=str)
+@pytest.mark.parametrize("chosen", ["3:", ":-3", "2:1", "1:x", "a", [3], [-4], []], ids=str)
 def test_blocks_that_the_model_does_not_have(chosen):
-    """A slice of none would leave plain attention under the name of another."""
+    """A slice or list of none would leave plain attention under the name of another."""
     with pytest.raises(UserError, match="reattention_blocks=.* does not fit a model of 3 blocks"):
         deepvit.create_model("vit", **SMALL, attention="reattention", reattention_blocks=chosen)
 

@@ -276,11 +276,12 @@ def _wanted(cls: type, **offered: Any) -> dict[str, Any]:
 def _block_indices(chosen: Sequence[int] | str | None, depth: int) -> set[int]:
     """Indices from `[11, -1]` or the slice `"-12:"`; all blocks for None."""
     blocks = range(depth)
+    if chosen is None:
+        return {*blocks}
     try:
-        if isinstance(chosen, str):
-            part = blocks[slice(*(int(end) if end else None for end in chosen.split(":")))]
-            return {part[0], *part}  # IndexError where it holds no block
-        return {*blocks} if chosen is None else {blocks[index] for index in chosen}
+        part = (blocks[slice(*(int(end) if end else None for end in chosen.split(":")))] if isinstance(chosen, str)
+                else [blocks[index] for index in chosen])
+        return {part[0], *part}  # IndexError where it holds no block
     except (ValueError, TypeError, IndexError):
         raise UserError(f"reattention_blocks={chosen} does not fit a model of {depth} blocks: give a slice such as "
                         f"'-12:', or a list of indices from 0 to {depth - 1} (or negative from the end).") from None
