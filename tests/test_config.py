@@ -202,6 +202,8 @@ def test_epochs_become_steps():
     assert (schedule.steps, schedule.warmup_steps, plan.total, plan.eval_every) == (30, 5, 40, 10)
     config = ["data.batch_size=96", "schedule.epochs=15"]
     assert build.schedule_and_plan(read_settings(compose(config)), epoch_size=800)[0].steps == 125  # 15 * 800 / 96
+    config = ["schedule.epochs=1e-8", "schedule.warmup_epochs=0"]
+    assert build.schedule_and_plan(read_settings(compose(config)), epoch_size=800)[0].steps == 1
 
 
 def test_what_is_due_every_so_many_epochs_is_due_together():

@@ -315,7 +315,10 @@ def schedule_and_plan(settings: Settings, epoch_size: int) -> tuple[Schedule, Pl
         raise UserError(f"augment.repeats={settings.augment.repeats} is more than the {epoch_size} training images.")
 
     def steps(epochs: float | None, given: int | None = None) -> int:
-        return given if epochs is None else math.ceil(round(epochs * per_epoch, 6))  # 15 * (800 / 96) is above 125
+        if epochs is None:
+            return given
+        exact = epochs * per_epoch
+        return math.ceil(round(exact, 6)) or math.ceil(exact)  # 15 * (800 / 96) is above 125
 
     schedule = Schedule(
         steps=steps(chosen.epochs, chosen.steps), warmup_steps=steps(chosen.warmup_epochs, chosen.warmup_steps),
