@@ -38,6 +38,12 @@ def test_rows_are_added_to_rows_alone(tmp_path):
     assert (tmp_path / "b.jsonl").read_text() == "mine\n"
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_a_sentence(capsys):
+    assert main(["bench", "ceilings", "--device", "cuda"]) == 2
+    assert "--device cuda" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_models_stand_beside_their_peers(bench):
     code, said, results = bench("train-step", "eval", "memory", "--depth", "1", "--batch", "1", "--seconds", "0.1")

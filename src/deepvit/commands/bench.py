@@ -78,6 +78,8 @@ def _check(given: Namespace) -> None:
     for option, least, most in (("seconds", 0, 1e6), ("depth", 1, 10_000), ("batch", 1, 1_000_000)):
         if getattr(given, option) is not None:
             check_range(f"--{option}", getattr(given, option), least, most)
+    if given.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda, but torch sees no CUDA device: check the driver, or leave it out.")
     if "loader" in given.benches and given.data is None:
         raise UserError("The loader benchmark needs JPEGs: give --data FOLDER.")
     lines = read_json_lines(given.json) if given.json else []
