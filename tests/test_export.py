@@ -213,6 +213,12 @@ def test_a_folder_for_the_hub_crops_images_as_its_card_says(tmp_path):
     assert config["pretrained_cfg"]["crop_pct"] == 1.0 and "resized to size / 1 (" in done.card.read_text()
 
 
+@pytest.mark.parametrize("to", ["safetensors", pytest.param("onnx", marks=needs_onnx)])
+def test_the_card_of_a_grey_model_asks_for_one_channel(tmp_path, to):
+    card = export(make_run(tmp_path / "run", in_chans=1)[1], to).card.read_text()
+    assert "grey from 0 to 1 less mean (0.5,) over std (0.5,)" in card and "RGB" not in card and "[B, 3," not in card
+
+
 @pytest.mark.parametrize("to", ["safetensors", "timm", "deepvit"])
 def test_the_card_tells_how_to_load(tmp_path, monkeypatch, to):
     """Positions of 2x8 patches are as many as a square's."""

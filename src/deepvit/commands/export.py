@@ -217,7 +217,8 @@ def _write_onnx(model: ViT, path: Path) -> Written:
     return (lambda x: torch.from_numpy(session.run(None, {"pictures": x.numpy()})[0]),
             "run by onnxruntime, batches of 1 and 3",
             f'import onnxruntime\nsession = onnxruntime.InferenceSession("{path.name}")\n'
-            '(logits,) = session.run(None, {"pictures": x})  # float32 [B, 3, height, width]')
+            '(logits,) = session.run(None, {"pictures": x})'
+            f'  # float32 [B, {", ".join(map(str, model.input_size))}]')
 
 
 def _settings(model: ViT) -> dict[str, Any]:

@@ -54,10 +54,12 @@ def is_card(path: Path, exported: str) -> bool:
 def _images(model: ViT) -> str:
     """What it takes, in numbers: most forms do not hold it."""
     (height, width), how = model.img_size, evaluated_as(model)
+    channels = model.config["in_chans"]
+    colours = {1: "grey", 3: "RGB"}.get(channels, f"{channels} channels")
     numbers = f"mean {how['mean']} over std {how['std']}"
     crop_pct = how["crop_pct"] or model.pretrained_cfg["crop_pct"]
     return (f"Takes images of {height} x {width} pixels: the shorter side resized to size / {crop_pct:g} "
-            f"({how['interpolation']}), the centre cut out, RGB from 0 to 1 less {numbers}.")
+            f"({how['interpolation']}), the centre cut out, {colours} from 0 to 1 less {numbers}.")
 
 
 def _table(rows: Mapping[str, Any]) -> str:
