@@ -91,6 +91,23 @@ def test_lines_of_metrics_that_are_lost_or_foreign(tmp_path):
     assert [len(soak.lines(tmp_path / one / "metrics.jsonl")) for one in ("whole", "tail")] == [len(lines)] * 2
 
 
+def test_weights_alone_do_not_continue_a_run(tmp_path):
+    """The best checkpoint was copied over the last one; and a digest may be anything."""
+    config = soak.compose("schedule.steps=1", "schedule.warmup_steps=0", "logger=null", "engine.device_batch=32",
+                          "data.fraction=0.06")
+    assert run_rank("train", config, tmp_path).code == 0
+    (tmp_path / "metrics.json").unlink()
+    last, best = (tmp_path / "checkpoints" / name for name in ("last.pt", "best.pt"))
+    last.with_name("last.pt.sha256").write_bytes(b"\xff")
+    assert run_rank("train", config, tmp_path).code == 0  # from the checkpoint before
+    (tmp_path / "metrics.json").unlink()
+    last.with_name("previous.pt").unlink()
+    for suffix in ("", ".sha256"):
+        shutil.copy(f"{best}{suffix}", f"{last}{suffix}")
+    outcome = run_rank("train", config, tmp_path)
+    assert outcome.code == 2 and f"{last} holds weights alone" in outcome.message
+
+
 @pytest.mark.slow
 def test_killed_twenty_times(config, uncut, tmp_path):
     tally, number = soak.Kills(), 0

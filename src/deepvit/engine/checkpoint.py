@@ -50,7 +50,7 @@ def load(path: Path) -> dict[str, Any]:
     """One of our checkpoints, on the CPU: tensors and plain values. UserError if missing, torn, altered or not ours."""
     if not path.is_file():
         raise UserError(f"There is no checkpoint at {path}.")
-    if digest_path(path).exists() and digest_path(path).read_text().split()[:1] != [_digest(path)]:
+    if digest_path(path).exists() and digest_path(path).read_text(errors="replace").split()[:1] != [_digest(path)]:
         raise UserError(f"The checkpoint {path} does not match its sha256: it is torn or was altered.")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)

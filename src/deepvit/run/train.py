@@ -52,7 +52,10 @@ def train(config: Mapping[str, Any], path: Path, ranks: Ranks, stop: StopRequest
         # Where a run's weights come from: its own checkpoint; in a new run `init`; else random ones, from the seed.
         with ranks.sync_errors():
             files = () if starts_over else (folder.last, folder.previous)
-            _, begun = checkpoint.load_newest(*files, advice="fresh=true starts over.") or (None, None)
+            found, begun = checkpoint.load_newest(*files, advice="fresh=true starts over.") or (None, None)
+            if begun and "optimizer" not in begun:
+                raise UserError(f"{found} holds weights alone, which cannot continue a run: start another from them, "
+                                f"with init={found} and hydra.run.dir=...")
         built = build.build(settings, ranks, begun)
         with ranks.sync_errors():
             made_of = identity(settings, built.splits, folder, ranks.world)
