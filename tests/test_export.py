@@ -265,6 +265,8 @@ def test_timm_takes_it(tmp_path, settings):
     ("timm", {"pool": "mean"}, "pool='mean'"), ("timm", {"gelu": "tanh"}, "gelu"),
     ("timm", {"attention": "self_sharp"}, "qk_scale=2.0"),
     ("deepvit", {"attention": {"class": "SelfAttention", "head_dim": 5}}, "head_dim=5"),
+    ("timm", {"attention": {"class": "SelfAttention", "num_heads": 6}, "reattention_blocks": [1]}, "all blocks"),
+    ("deepvit", {"attention": "self_sharp", "reattention_blocks": [1]}, "all blocks"),
     ("deepvit", {"attention": "norm_only"}, "norm_only"), ("deepvit", {"pool": "avg"}, "pool"),
     ("deepvit", {"attention": "reattention_ln"}, "reattention_ln"),
     ("deepvit", {"attention": "reattention_fc"}, "reattention_fc"),

@@ -222,7 +222,11 @@ def _write_onnx(model: ViT, path: Path) -> Written:
 
 
 def _settings(model: ViT) -> dict[str, Any]:
-    """The model's; what its attention has of its own wins, but for the `norm_eps` of a head norm."""
+    """The model's; what its attention has of its own wins, but for the `norm_eps` of a head norm. UserError where the
+    blocks that it is in have other heads than the rest."""
+    if len({(block.attn.num_heads, block.attn.scale) for block in model.blocks}) > 1:
+        raise UserError("The blocks of this model differ in their heads or in the scale of q k^T, which this form has "
+                        "once for all blocks: export to safetensors or onnx.")
     own = model.config["attention"] or {}
     return model.config | {name: value for name, value in own.items() if name != "norm_eps"}
 
