@@ -70,13 +70,17 @@ def test_exports_of_different_sources_are_different_files(tmp_path, monkeypatch)
     assert names == [f"{name}.safetensors" for name in ("w-0.1", "w-0.2", "w", "w-0.3", "a-one.b", "a-two.b")]
 
 
-def test_an_export_that_computes_no_numbers_fails(tmp_path, monkeypatch):
-    """Also where it does so for several images alone."""
-    model, run = make_run(tmp_path / "run")
-    monkeypatch.setitem(FORMS, "onnx", (lambda model, path: (
-        lambda x: model(x) * (1.0 if len(x) == 1 else float("nan")), "read back", ""), "onnx"))
+def test_an_export_that_computes_no_numbers_fails_and_is_not_kept(tmp_path, monkeypatch):
+    """Also where it does so for several images alone. What it left would be in the way of the next."""
+    def write(model, path):
+        path.write_text("wrong")
+        return lambda x: model(x) * (1.0 if len(x) == 1 else float("nan")), "read back", ""
+
+    _, run = make_run(tmp_path / "run")
+    monkeypatch.setitem(FORMS, "onnx", (write, "onnx"))
     with pytest.raises(Failure, match="differ by nan"):
         export(run, "onnx", tmp_path / "m.onnx")
+    assert not (tmp_path / "m.onnx").exists()
 
 
 def test_safetensors_of_a_run_and_its_card(tmp_path):

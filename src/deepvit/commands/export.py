@@ -81,7 +81,9 @@ def export(source: str | Path, to: str, out: str | Path | None = None, weights: 
         differences = [(read_back(x) - model(x)).abs().max() for x in (images[:1], images)]
         difference = torch.stack(differences).max().item()  # NaN where one is
     if not difference <= ATOL:
-        raise Failure(f"{out} gives logits that differ by {difference:.2g} (more than {ATOL:g}): do not use it.")
+        for path in map(out.joinpath, HUB_FILES) if to == "hub-folder" else [out]:
+            path.unlink(missing_ok=True)
+        raise Failure(f"{out} gave logits that differ by {difference:.2g} (more than {ATOL:g}), and is not kept.")
     write_card(card, model, out, to, f"{check}: largest difference of logits {difference:.1e}", snippet, run)
     return Exported(out, card, difference, check)
 

@@ -62,10 +62,10 @@ def train(config: Mapping[str, Any], path: Path, ranks: Ranks, stop: StopRequest
             if begun:
                 config = with_changes(config, begun, built.splits, made_of)
                 built.state.load_state_dict(begun)
-                built.state.evaluated = folder.last_evaluation(built.state.evaluated)
                 refuse_past_the_end(built.state.step, built.plan.total)
             evaluate = evaluator(built, stop)
         _refuse_different_folders(ranks.gather(built.state.step), folder)
+        built.state.evaluated = ranks.gather(folder.last_evaluation(built.state.evaluated))[0]  # others see it later
 
         if starts_over and ranks.is_main:
             folder.set_aside()  # until the first checkpoint stands
