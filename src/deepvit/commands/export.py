@@ -121,7 +121,7 @@ def _write_safetensors(model: ViT, path: Path) -> Written:
 
 def _write_deepvit(model: ViT, path: Path) -> Written:
     config = _settings(model)
-    _refuse(config, "the published DeepViT class", USUAL | {
+    _refuse(config, "The published DeepViT class", USUAL | {
         "pool": "cls", "norm_eps": 1e-6, "final_norm": "before_pool", "init_values": None})
     for block in model.blocks:
         _refuse_attention(block.attn, config["attention"])

@@ -176,7 +176,7 @@ class RunFolder:
 
     def is_finished(self) -> bool:
         result = self.read_result()
-        return bool(result.get("finished")) and {"top1", "steps"} <= result.keys()
+        return bool(result.get("finished")) and "top1" in result and isinstance(result.get("steps"), int)
 
     def read_result(self) -> dict[str, Any]:
         """`metrics.json`, or an empty dict where there is none (or a torn one, or somebody else's)."""
