@@ -148,3 +148,11 @@ def test_parity_is_its_rows(contest):
     (top1, *_), = (line.split("|")[2:5] for line in told.splitlines() if line.startswith("| top-1 %")),
     for text in top1[:2]:
         assert text.partition("(")[0].strip() in (RESULTS.parent.parent / "README.md").read_text()
+
+
+def test_the_pilot_of_parity_is_its_rows():
+    theirs, ours = (json.loads(line) for line in (RESULTS / "parity/pilot/rows.jsonl").read_text().splitlines())
+    assert (theirs["trainer"], ours["trainer"]) == ("timm", "ours")
+    for (_, *values), place, digits in zip(table("parity.md", "pilot"), (2, 1, 0, None), (2, 3, 3, 0), strict=True):
+        found = [row["cpu_s"] if place is None else row["curve"][-1][place] for row in (theirs, ours)]
+        assert values == [f"{value:.{digits}f}" for value in found]
