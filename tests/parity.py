@@ -92,7 +92,7 @@ def by_timm(given: argparse.Namespace, data: Path, seed: int) -> dict[str, Any]:
     keywords = [f"{name}={value}" for name, value in {**model_settings(given), "attention": attention}.items()]
     augment = (["--no-aug", "--smoothing", "0"] if given.no_augment else [
         "--aa", "rand-m9-mstd0.5-inc1", "--mixup", "0.8", "--cutmix", "1.0", "--reprob", "0.25", "--smoothing", "0.1",
-        "--drop-path", "0.2", "--train-interpolation", "random"])
+        "--drop-path", str(given.drop_path), "--train-interpolation", "random"])
     out = given.out / "runs" / "timm"
     shutil.rmtree(out / f"seed-{seed}", ignore_errors=True)  # one that was cut short
     seconds = run(given, [sys.executable, "-c", THEIRS, str(given.timm), "--data-dir", str(data), "--train-split",
@@ -113,7 +113,7 @@ def by_timm(given: argparse.Namespace, data: Path, seed: int) -> dict[str, Any]:
 
 
 def by_us(given: argparse.Namespace, data: Path, seed: int) -> dict[str, Any]:
-    augment = ["augment=none"] if given.no_augment else ["augment=deepvit", "model.drop_path_rate=0.2"]
+    augment = ["augment=none"] if given.no_augment else ["augment=deepvit", f"model.drop_path_rate={given.drop_path}"]
     folder = given.out / "runs" / "ours" / f"seed-{seed}"
     precision = "bf16" if given.bf16 else "tf32" if given.device == "cuda" else "fp32"  # as timm's with --amp, without
     shutil.rmtree(folder, ignore_errors=True)
@@ -215,7 +215,8 @@ def main() -> None:
     settings = {name: value for name, value in sorted(vars(given).items())
                 if name not in ("timm", "cifar10", "out", "seeds", "workers", "threads", "jobs")}
     rows = [json.loads(line) for line in done.read_text().splitlines()] if done.exists() else []
-    if any({"stem": "patch", "bf16": False, **row["settings"]} != settings for row in rows):  # older rows lack these
+    former = {"stem": "patch", "bf16": False, "drop_path": 0.2}  # of rows from before these were options
+    if any({**former, **row["settings"]} != settings for row in rows):
         sys.exit(f"{done} holds rows of other settings: choose another --out.")
     missing = [(seed, name) for seed in range(given.seeds) for name in TRAINERS
                if not any((row["trainer"], row["seed"]) == (name, seed) for row in rows)]
@@ -247,6 +248,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--bf16", action="store_true", help="autocast in both")
     parser.add_argument("--opt", default="adamw", help="any of timm's: muon reaches 70 %% several times sooner")
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--drop-path", type=float, default=0.2)
     parser.add_argument("--no-augment", action="store_true")
     parser.add_argument("--depth", type=int, default=6)
     parser.add_argument("--width", type=int, default=96)
