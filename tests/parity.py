@@ -115,12 +115,13 @@ def by_timm(given: argparse.Namespace, data: Path, seed: int) -> dict[str, Any]:
 def by_us(given: argparse.Namespace, data: Path, seed: int) -> dict[str, Any]:
     augment = ["augment=none"] if given.no_augment else ["augment=deepvit", f"model.drop_path_rate={given.drop_path}"]
     folder = given.out / "runs" / "ours" / f"seed-{seed}"
+    # Hydra wants keys without quotes
+    model = [f"model.{name}={value}".replace("'", "") for name, value in model_settings(given).items()]
     precision = "bf16" if given.bf16 else "tf32" if given.device == "cuda" else "fp32"  # as timm's with --amp, without
     shutil.rmtree(folder, ignore_errors=True)
     seconds = run(given, [sys.executable, str(ROOT / "train.py"), "recipe=folder", "model=vit",
                           f"model/attention={given.attention}", f"data.root={data}", "data.crop_pct=1.0",
-                          *(f"model.{name}={value}".replace("'", "") for name, value in model_settings(given).items()),
-                          *(f"model.attention.{name}={value}" for name, value in norm_batch(given).items()),
+                          *model, *(f"model.attention.{name}={value}" for name, value in norm_batch(given).items()),
                           *([] if not given.no_augment else ["model.drop_path_rate=0.0"]), *augment,
                           *(f"schedule.{name}={RECIPE[name]}" for name in ("warmup_lr", "min_lr")),
                           f"optimizer.opt={given.opt}", f"optimizer.lr={given.lr}",

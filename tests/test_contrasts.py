@@ -55,7 +55,7 @@ def study(make_run, tmp_path):
 def test_differences_are_paired_by_seed_and_the_seed_is_the_unit(study, tmp_path):
     top1 = study(6)
     mixing, at_32, interaction = find(read_plan(PLAN), the_grid(tmp_path / "runs"))
-    assert (mixing.lone, at_32.lone, interaction.lone) == (0, 0, 0)
+    assert (mixing.unmatched, at_32.unmatched, interaction.unmatched) == (0, 0, 0)
     over_depths = [(top1["reattention", 16] + top1["reattention", 32]) / 2,
                    (top1["norm_only", 16] + top1["norm_only", 32]) / 2]
     paired = stats.ttest_rel(*over_depths)

@@ -16,6 +16,7 @@ import pytest
 import soak
 import yaml
 
+from deepvit.engine.folder import RunFolder
 from deepvit.engine.step import Stepper
 from deepvit.run.launch import run_rank
 
@@ -70,7 +71,7 @@ def test_what_was_due_at_a_stop_is_done_once(tmp_path, monkeypatch):
 
 
 def test_lines_of_metrics_that_are_lost_or_foreign(tmp_path):
-    """The tail went with the machine's power while the last checkpoint stands, or somebody wrote a line of his own."""
+    """The tail went with the machine's power while the last checkpoint stands, or the user wrote a line."""
     config = soak.compose("schedule.steps=4", "schedule.warmup_steps=2", "schedule.eval_steps=2", "logger=null",
                           "engine.device_batch=32", "data.fraction=0.06")
     assert run_rank("train", config, tmp_path / "whole").code == 0
@@ -89,6 +90,13 @@ def test_lines_of_metrics_that_are_lost_or_foreign(tmp_path):
     assert (folder / "metrics.jsonl").read_text().startswith(note)
     assert soak.fingerprint(tmp_path / "whole") == soak.fingerprint(tmp_path / "tail")
     assert [len(soak.lines(tmp_path / one / "metrics.jsonl")) for one in ("whole", "tail")] == [len(lines)] * 2
+
+
+def test_a_result_whose_steps_are_no_number_is_not_a_finished_runs(tmp_path):
+    folder = RunFolder(tmp_path)
+    for steps, finished in ((4, True), ("4", False), (None, False)):
+        folder.result.write_text(json.dumps({"finished": True, "top1": 50.0, "steps": steps}))
+        assert folder.is_finished() is finished
 
 
 def test_weights_alone_do_not_continue_a_run(tmp_path):

@@ -124,15 +124,15 @@ class Plan:
 @dataclass(frozen=True)
 class Finding:
     """A contrast's result. `points`, `losses`: the difference of each seed; `left_out`: seeds with a run missing;
-    `lone`: settings of all else that an arm lacks; `adjusted`: Holm's p, of the primary ones; `problem`: why there are
-    no pairs."""
+    `unmatched`: how many combinations of the other settings an arm has no run of; `adjusted`: Holm's p, of the primary
+    ones; `problem`: why there are no pairs."""
 
     contrast: Contrast
     margin: float
     points: Mapping[int, float]
     losses: Mapping[int, float]
     left_out: Sequence[int]
-    lone: int = 0
+    unmatched: int = 0
     adjusted: float | None = None
     problem: str = ""
 
@@ -201,9 +201,9 @@ def find(plan: Plan, grid: Grid) -> list[Finding]:
     found = []
     for contrast in plan.contrasts:
         try:
-            points, left_out, lone = _pair(contrast, grid.planned, plan.outcome)
+            points, left_out, unmatched = _pair(contrast, grid.planned, plan.outcome)
             losses, *_ = _pair(contrast, grid.planned, loss)
-            found.append(Finding(contrast, plan.margin, points, losses, left_out, lone))
+            found.append(Finding(contrast, plan.margin, points, losses, left_out, unmatched))
         except LookupError as error:
             found.append(Finding(contrast, plan.margin, {}, {}, [], problem=error.args[0]))
     primary = [one for one in found if one.contrast.primary]
@@ -212,8 +212,8 @@ def find(plan: Plan, grid: Grid) -> list[Finding]:
 
 
 def _pair(contrast: Contrast, runs: Sequence[Run], outcome: str) -> tuple[dict[int, float], list[int], int]:
-    """The difference of each seed, averaged over what the contrast leaves open and all arms have; the seeds that lack a
-    run; of how much that is open an arm has nothing."""
+    """The difference of each seed, averaged over the settings that the contrast leaves open and all arms have; the
+    seeds that lack a run; and how many combinations of the open settings an arm has no run of."""
     places, arms, seeds = _places(contrast, runs), [], set()
     signs, settings = zip(*contrast.arms)
     for arm in settings:

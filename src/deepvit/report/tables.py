@@ -110,10 +110,7 @@ def _contrasts(plan: Plan, grid: Grid) -> Table:
         "p equal": _if_enough(lambda one: _p(one.equivalence.p)),
         "log-loss": _log_loss,
         "verdict": lambda one: one.verdict}
-    notes = [f"{one.contrast.name}: {one.contrast.meaning}." + (
-        f" Left out, since a run is not finished: seed {', '.join(map(str, one.left_out))}." if one.left_out else "") + (
-        f" Left out: {one.lone} of the other settings' combinations, where an arm has no run." if one.lone else "")
-        for one in findings]
+    notes = [*map(_meaning, findings)]
     notes += [_outcome(plan, grid), f"Differences are paired by seed, and the seed is the unit: n seeds, Student's "
               f"intervals. p: of no difference; Holm: p of the claim, over the primary contrasts; 90 % and p equal: "
               f"two one-sided tests of a difference of {plan.margin:g} points or more."]
@@ -127,6 +124,16 @@ def _contrasts(plan: Plan, grid: Grid) -> Table:
             f"sha256 {digests.pop()}, as every run noted." if is_same else
             "but not every run noted the same text of it."))
     return _table("Contrasts", columns, findings, notes)
+
+
+def _meaning(one: Finding) -> str:
+    """The contrast in words, and what it leaves out."""
+    words = f"{one.contrast.name}: {one.contrast.meaning}."
+    if one.left_out:
+        words += f" Left out, since a run is not finished: seed {', '.join(map(str, one.left_out))}."
+    if one.unmatched:
+        words += f" Left out: {one.unmatched} of the other settings' combinations, where an arm has no run."
+    return words
 
 
 def _if_enough(read: Callable[[Finding], str]) -> Callable[[Finding], str]:
