@@ -242,6 +242,22 @@ def test_tar_files_by_class(tmp_path):
     assert np.bincount(held.val.targets).tolist() == [1, 1, 1]
 
 
+def test_numbered_classes_have_one_order_in_tars_and_in_folders(tmp_path):
+    """0, 1, ..., 11: not 0, 1, 10, 11, 2, as text."""
+    image = next(iter(originals("train").values()))
+    for number in range(12):
+        (tmp_path / "folder" / str(number)).mkdir(parents=True)
+        for name in "xy":
+            (tmp_path / "folder" / str(number) / f"{name}.jpg").write_bytes(image)
+    tar_of(tmp_path / "tars.tar", {f"{number}/{name}.jpg": image for number in range(11, -1, -1) for name in "xy"})
+    folder = data.load("folder", root=str(tmp_path / "folder"), val_fraction=0.5)
+    tars = data.load("timm", root=str(tmp_path / "tars.tar"), val_fraction=0.5)
+    assert tars.class_ids == folder.class_ids == [str(number) for number in range(12)]
+    for splits in (folder, tars):
+        for index, target in enumerate(splits.train.targets):
+            assert splits.class_ids[target] == Path(splits.train.name(index).replace(":", "/")).parent.name
+
+
 def test_a_tar_of_a_tar_per_class(tmp_path):
     (tmp_path / "train").mkdir()
     inner = {}

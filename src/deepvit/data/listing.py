@@ -10,7 +10,7 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,13 +63,18 @@ def existing(root: str | None, source: str) -> Path:
 
 
 def class_folders(folder: Path) -> list[str]:
-    """Names of the folders in `folder` but for hidden ones, sorted; by number where all are numbers (ImageNet-V2)."""
+    """Names of the folders in `folder` but for hidden ones, in `class_order`."""
     found = [entry for entry in entries(folder) if not entry.name.startswith(".")]
     for entry in found:
         if is_dead_link(entry):
             raise UserError(f"The link {entry.path} leads nowhere, but may be meant as a class: fix or remove it.")
-    names = [entry.name for entry in found if is_folder(entry)]
-    return sorted(names, key=int if all(map(str.isdecimal, names)) else None)
+    return class_order(entry.name for entry in found if is_folder(entry))
+
+
+def class_order(names: Iterable[str]) -> list[str]:
+    """Sorted, each once; by number where all are numbers (ImageNet-V2)."""
+    found = sorted({*names})
+    return sorted(found, key=int) if all(map(str.isdecimal, found)) else found
 
 
 @dataclass

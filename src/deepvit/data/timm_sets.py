@@ -16,7 +16,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from deepvit.data.decode import AnyImage, BadImage, as_array, read_bytes
 from deepvit.data.imageset import ImageSet, Splits
-from deepvit.data.listing import EXTENSIONS, KINDS, class_folders, entries, existing, log_left_out
+from deepvit.data.listing import EXTENSIONS, KINDS, class_folders, class_order, entries, existing, log_left_out
 from deepvit.data.source import Source, refuse_other_classes
 from deepvit.errors import UserError, some
 
@@ -177,13 +177,14 @@ def _tars_in(folder: Path) -> list[Path]:
 
 
 def read_class_tars(shards: list[str], decoder: str) -> tuple[TarSet, list[str]]:
-    """Tars of class folders, or a tar per class (also inside a tar) -> (set, class names, sorted)."""
+    """Tars of class folders, or a tar per class (also inside a tar) -> (set, class names in `class_order`)."""
     members = [*_members(shards)]
     images = [member for member in members if not _fault(member.name)]
     log_left_out(some(shards, 1), Counter(filter(None, (_fault(member.name) for member in members))))
     labels = [Path(member.name).parent.name or Path(shards[member.shard]).stem for member in images]
-    found, targets = np.unique(labels, return_inverse=True)
-    return TarSet(shards, images, targets, decoder), found.tolist()
+    classes = class_order(labels)
+    number = {name: place for place, name in enumerate(classes)}
+    return TarSet(shards, images, [number[label] for label in labels], decoder), classes
 
 
 def read_webdataset(shards: list[str], decoder: str) -> tuple[TarSet, list[str]]:
