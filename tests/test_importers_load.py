@@ -329,6 +329,8 @@ def test_heads_that_a_file_tells_are_not_others(tmp_path, npz):
     for dialect in ("google", "vit_pytorch"):  # [D, H, d]
         with pytest.raises(UserError, match="num_heads=6 is asked for, but .*vit.npz says 4"):
             deepvit.load_model(npz, dialect=dialect, num_heads=6)
+        with pytest.raises(UserError, match="num_heads=6 is asked for, but .*vit.npz says 4"):
+            deepvit.load_model(npz, dialect=dialect, attention={"class": "SelfAttention", "num_heads": 6})
     plain = deepvit.create_model("vit", img_size=8, patch_size=4, embed_dim=12, depth=1, num_heads=2, num_classes=3)
     deepvit.save_model(plain, tmp_path / "plain.pt")
     with pytest.raises(UserError, match="num_heads=3 is asked for, but .*plain.pt says 2"):

@@ -160,9 +160,11 @@ def _known_arch(arch: str) -> str:
 
 
 def _refuse_contradictions(source: Source, given: Mapping[str, Any]) -> None:
-    shaped = source.settings
-    wrong = [key for key, value in given.items()
-             if key in DECIDED and key in shaped and value not in (shaped[key], (shaped[key],) * 2, [shaped[key]] * 2)]
+    shaped, rule = source.settings, given.get("attention")
+    if isinstance(rule, Mapping) and "config" not in source.file.said:  # an attention's own win
+        given = {**given, **rule}
+    wrong = [key for key in given if key in DECIDED and key in shaped
+             and given[key] not in (shaped[key], (shaped[key],) * 2, [shaped[key]] * 2)]
     if wrong:
         asked = ", ".join(f"{key}={given[key]!r}" for key in wrong)
         raise UserError(f"{asked} is asked for, but {source} says "
