@@ -7,11 +7,7 @@ none of ours: give its path); CIFAR10 a folder of JPEGs, {train,test}/<class>/. 
 RandAugment, mixup, cutmix, erasing, smoothing, stochastic depth, warm-up, cosine. The model is ours in both, by timm's
 registry; timm's script runs with one change, without which Pillow 13 refuses what its RandAugment asks (0 bits).
 
-The long ones, days of two cores or hours of one GPU (--device cuda), whose rows belong into docs/results/parity:
-
-    python tests/parity.py TIMM_TRAIN.PY CIFAR10 --out docs/results/parity/plain --seeds 5 --epochs 150
-    python tests/parity.py TIMM_TRAIN.PY CIFAR10 --out docs/results/parity/reattention --attention reattention ...
-    python tests/parity.py TIMM_TRAIN.PY CIFAR10 --out docs/results/parity/bare --no-augment --epochs 20 ...
+docs/results/parity.md has the commands of its contests, each hours of two cores; --device cuda takes a GPU.
 
 In miniature, in two minutes: ... --seeds 2 --epochs 1 --train 20 --test 10 --depth 2 --width 48
 
