@@ -109,7 +109,7 @@ def by_timm(given: argparse.Namespace, data: Path, seed: int) -> dict[str, Any]:
 
 
 def by_us(given: argparse.Namespace, data: Path, seed: int) -> dict[str, Any]:
-    augment = ["augment=none"] if given.no_augment else ["augment=deepvit", f"model.drop_path_rate={given.drop_path}"]
+    kind, drop_path = ("none", 0.0) if given.no_augment else ("deepvit", given.drop_path)
     folder = given.out / "runs" / "ours" / f"seed-{seed}"
     # Hydra wants keys without quotes
     model = [f"model.{name}={value}".replace("'", "") for name, value in model_settings(given).items()]
@@ -118,7 +118,7 @@ def by_us(given: argparse.Namespace, data: Path, seed: int) -> dict[str, Any]:
     seconds = run(given, [sys.executable, str(ROOT / "train.py"), "recipe=folder", "model=vit",
                           f"model/attention={given.attention}", f"data.root={data}", "data.crop_pct=1.0",
                           *model, *(f"model.attention.{name}={value}" for name, value in norm_batch(given).items()),
-                          *([] if not given.no_augment else ["model.drop_path_rate=0.0"]), *augment,
+                          f"augment={kind}", f"model.drop_path_rate={drop_path}",
                           *(f"schedule.{name}={RECIPE[name]}" for name in ("warmup_lr", "min_lr")),
                           f"optimizer.opt={given.opt}", f"optimizer.lr={given.lr}",
                           f"optimizer.weight_decay={RECIPE['weight_decay']}",

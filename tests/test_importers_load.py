@@ -335,4 +335,10 @@ def test_heads_that_a_file_tells_are_not_others(tmp_path, npz):
     deepvit.save_model(plain, tmp_path / "plain.pt")
     with pytest.raises(UserError, match="num_heads=3 is asked for, but .*plain.pt says 2"):
         deepvit.load_model(tmp_path / "plain.pt", num_heads=3)
+    with pytest.raises(UserError, match="num_heads=3 is asked for, but .*plain.pt says 2"):
+        deepvit.load_model(tmp_path / "plain.pt", attention={"class": "SelfAttention", "num_heads": 3})
     assert deepvit.load_model(tmp_path / "plain.pt", num_heads=2).config["num_heads"] == 2
+    own = deepvit.create_model("vit", img_size=8, patch_size=4, embed_dim=12, depth=2, num_heads=2, num_classes=3,
+                               attention={"class": "SelfAttention", "num_heads": 6}, reattention_blocks=[1])
+    deepvit.save_model(own, tmp_path / "own.pt")
+    assert deepvit.load_model(tmp_path / "own.pt", **own.config).config == own.config

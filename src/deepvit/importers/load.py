@@ -52,7 +52,7 @@ def load_model(path: str | Path, *, dialect: str | None = None, ema: bool | None
     missing, torn, poisoned or foreign, or does not fit what was asked."""
     source = _understand(path, dialect, ema, arch, keywords)
     inferred = source.dialect.infer(source, keywords)
-    _refuse_contradictions(source, keywords)
+    _refuse_contradictions(source, inferred, keywords)
     config, grid = _settings(source, inferred, keywords, grid_size)
     model = empty_model(config, str(source))
     _fill(model, source, grid, head)
@@ -159,15 +159,15 @@ def _known_arch(arch: str) -> str:
     return arch
 
 
-def _refuse_contradictions(source: Source, given: Mapping[str, Any]) -> None:
-    shaped, rule = source.settings, given.get("attention")
-    if isinstance(rule, Mapping) and "config" not in source.file.said:  # an attention's own win
-        given = {**given, **rule}
+def _refuse_contradictions(source: Source, inferred: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    shaped, asked, told = source.settings, given.get("attention"), inferred.get("attention")
+    if isinstance(asked, Mapping):  # what an attention says for itself wins over the model's
+        given, shaped = {**given, **asked}, {**shaped, **(told if isinstance(told, Mapping) else {})}
     wrong = [key for key in given if key in DECIDED and key in shaped
              and given[key] not in (shaped[key], (shaped[key],) * 2, [shaped[key]] * 2)]
     if wrong:
-        asked = ", ".join(f"{key}={given[key]!r}" for key in wrong)
-        raise UserError(f"{asked} is asked for, but {source} says "
+        words = ", ".join(f"{key}={given[key]!r}" for key in wrong)
+        raise UserError(f"{words} is asked for, but {source} says "
                         f"{', '.join(repr(shaped[key]) for key in wrong)}: leave {', '.join(wrong)} out.")
 
 
